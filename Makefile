@@ -1,0 +1,69 @@
+# Two environments: .venv holds what serving needs, .venv-dev all of it (torch included).
+
+PORT ?= 8000
+ENGINE ?= engines/demo
+NAME ?= $(notdir $(MODEL))
+IMAGE ?= demo/samples/owl.png
+PYTHON ?= python3
+
+export TOKENIZERS_PARALLELISM = false
+
+SERVE = .venv/bin/python
+DEV = .venv-dev/bin/python
+PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help serve export check_export evaluate demo-model test lint format test_server clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+serve: .venv/ready  ## start the server (PORT=8000 ENGINE=engines/demo ARGS=...)
+	@$(SERVE) -m server --engine $(ENGINE) --port $(PORT) $(ARGS)
+
+test_server:  ## post a sample to a running server (PORT, IMAGE)
+	@curl --fail-with-body --silent --show-error --write-out 'total request time=%{time_total}s\n' \
+	  --data-binary @$(IMAGE) http://localhost:$(PORT)/caption
+
+export: .venv-dev/ready  ## MODEL=<hub id or folder> to engines/<name> (NAME=..., ARGS=...)
+	@test -n "$(MODEL)" || { echo 'say which: make export MODEL=microsoft/git-base-textcaps'; exit 2; }
+	@$(DEV) -m export $(MODEL) --output engines/$(NAME) $(ARGS)
+
+check_export: .venv-dev/ready  ## export git-base at full size with random weights and verify it
+	@$(DEV) -m export --random-weights git-base --output engines/random-git-base $(ARGS)
+
+demo-model: .venv-dev/ready  ## train the demo model and export it (an hour or more; resumes)
+	@$(DEV) -m demo train $(ARGS)
+	@$(MAKE) --no-print-directory demo-engine
+
+demo-engine: .venv-dev/ready  ## rebuild engines/demo from the committed weights and verify it
+	@$(DEV) -m export demo/model --name vignette-demo --images demo/samples --output engines/demo
+
+evaluate: .venv-dev/ready  ## score engines/demo on 1,000 held-out scenes of each kind
+	@$(DEV) -m demo evaluate --engine $(ENGINE) $(ARGS)
+
+test: .venv-dev/ready  ## run the tests (ARGS goes to pytest)
+	@$(DEV) -m pytest $(ARGS)
+
+lint: .venv-dev/ready  ## ruff and mypy
+	@$(DEV) -m ruff check .
+	@$(DEV) -m ruff format --check .
+	@$(DEV) -m mypy
+
+format: .venv-dev/ready  ## let ruff put the code in order
+	@$(DEV) -m ruff check --fix .
+	@$(DEV) -m ruff format .
+
+clean:  ## remove both environments
+	rm -rf .venv .venv-dev
+
+.venv/ready: EXTRAS = cpu
+.venv-dev/ready: EXTRAS = cpu,export,bench,dev
+
+.venv/ready .venv-dev/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.11'; exit 2; }
+	@echo 'installing $(EXTRAS) into $(@D) ...'
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python $(PIP) --editable '.[$(EXTRAS)]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Measures Vignette against PyTorch. Talks to servers over HTTP only."""

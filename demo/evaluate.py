@@ -1,0 +1,93 @@
+"""How often the exported engine is right on scenes whose captions training never saw.
+
+Scenes are drawn at twice the model's image size and sent as PNG bytes, so that what is judged is the
+whole way of a request: decoding, resizing, both graphs, the decode loop and the tokenizer.
+"""
+
+import io
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from tqdm import tqdm
+
+from demo import grammar, model, sprites
+from demo.render import Renderer
+from runtime.config import EngineConfig
+from runtime.engine import Engine
+
+_SEED = 20_000  # far from training's
+_BATCH = 64  # scenes handed to the engine at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Answers that were right word for word."""
+
+    right: int
+    asked: int
+
+    def __str__(self) -> str:
+        return f"{self.right / self.asked:.1%} ({self.right} of {self.asked})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    image: bytes
+    prompt: str | None
+    answer: str
+
+
+def evaluate(folder: Path, scenes: int, provider: str = "auto") -> dict[str, Score]:
+    """Score an engine on `scenes` held-out scenes for each kind of question."""
+    engine = Engine.open(folder, EngineConfig(provider=provider))
+    print(f"{folder}: {engine.runs_on}")
+    kinds = {
+        "captions, trained styles": _captions(sprites.TRAINED, scenes),
+        "questions, trained styles": _questions(sprites.TRAINED, scenes),
+        "captions, unseen style": _captions((sprites.UNSEEN,), scenes),
+    }
+    return {name: _score(engine, name, asked, scenes) for name, asked in kinds.items()}
+
+
+def _score(engine: Engine, name: str, asked: Iterator[_Question], scenes: int) -> Score:
+    right = 0
+    mistakes: Counter[tuple[str, str]] = Counter()
+    with tqdm(total=scenes, desc=name, unit="scene") as progress:
+        while batch := list(islice(asked, _BATCH)):
+            said = engine.generate([q.image for q in batch], [q.prompt for q in batch])
+            for question, caption in zip(batch, said, strict=True):
+                right += caption.text == question.answer
+                if caption.text != question.answer:
+                    mistakes[question.answer, caption.text] += 1
+            progress.update(len(batch))
+    for (answer, caption), _ in mistakes.most_common(5):
+        print(f"  {answer!r} was answered {caption!r}")
+    return Score(right, scenes)
+
+
+def _captions(styles: tuple[sprites.Style, ...], scenes: int) -> Iterator[_Question]:
+    for scene, image, _ in held_out(styles, scenes):
+        yield _Question(image, None, scene.caption)
+
+
+def _questions(styles: tuple[sprites.Style, ...], scenes: int) -> Iterator[_Question]:
+    for scene, image, rng in held_out(styles, scenes):
+        question, answer = rng.choice(scene.questions)
+        yield _Question(image, question, answer)
+
+
+def held_out(
+    styles: tuple[sprites.Style, ...], scenes: int, seed: int = _SEED
+) -> Iterator[tuple[grammar.Scene, bytes, random.Random]]:
+    """Scenes that training never saw, as PNG bytes; the same ones at every call."""
+    rng = random.Random(seed)
+    renderer = Renderer(styles, 2 * model.IMAGE_SIZE)
+    for _ in range(scenes):
+        scene = grammar.sample(rng, held_out=True)
+        buffer = io.BytesIO()
+        renderer.draw(scene, rng).image.save(buffer, "PNG")
+        yield scene, buffer.getvalue(), rng

@@ -1,0 +1,98 @@
+"""What a scene says: its caption, its questions, and which captions training never sees.
+
+Only the standard library is imported, so that the grammar can be read and tested alone.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass
+from enum import StrEnum
+
+from demo.nouns import NOUNS, Noun
+
+COLOURS = ("black", "white", "red", "green", "blue", "yellow", "purple")
+COUNTS = ("one", "two", "three")
+HELD_OUT_SHARE = 20  # one caption in this many is kept for evaluation
+
+
+class Relation(StrEnum):
+    """How the first noun of a pair stands to the second."""
+
+    LEFT_OF = "to the left of"
+    ABOVE = "above"
+
+    @property
+    def inverse(self) -> str:
+        """The same fact told from the second noun."""
+        return {"to the left of": "to the right of", "above": "below"}[self.value]
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Either `count` times one noun, or one noun in a relation to another."""
+
+    noun: Noun
+    colour: str
+    count: int = 1
+    relation: Relation | None = None
+    other: Noun | None = None
+
+    @property
+    def caption(self) -> str:
+        """The one caption that is right for this scene, word for word."""
+        if self.relation and self.other:
+            what = f"{self.noun.with_article} {self.relation} {self.other.with_article}"
+        elif self.count == 1:
+            what = self.noun.with_article
+        else:
+            what = f"{COUNTS[self.count - 1]} {self.noun.plural}"
+        return f"{what} on a {self.colour} background"
+
+    @property
+    def questions(self) -> list[tuple[str, str]]:
+        """(question, answer) pairs; answers have one or two words."""
+        asked = [("what colour is the background", self.colour)]
+        if self.relation and self.other:
+            asked += [
+                (f"what is {self.relation} the {self.other.singular}", self.noun.singular),
+                (f"what is {self.relation.inverse} the {self.noun.singular}", self.other.singular),
+            ]
+        else:
+            asked.append((f"how many {self.noun.plural} are there", COUNTS[self.count - 1]))
+        return asked
+
+    @property
+    def held_out(self) -> bool:
+        """Whether this caption is kept from training; by hash, so it holds on every machine."""
+        digest = hashlib.sha256(self.caption.encode()).digest()
+        return int.from_bytes(digest[:4], "big") % HELD_OUT_SHARE == 0
+
+
+def sample(rng: random.Random, *, held_out: bool) -> Scene:
+    """Draw a scene from the training captions, or from the held-out ones."""
+    while True:
+        scene = _draw(rng)
+        if scene.held_out == held_out:
+            return scene
+
+
+def _draw(rng: random.Random) -> Scene:
+    colour = rng.choice(COLOURS)
+    if rng.random() < 0.5:
+        return Scene(rng.choice(NOUNS), colour, count=rng.randint(1, 3))
+    noun, other = rng.sample(NOUNS, 2)
+    return Scene(noun, colour, relation=rng.choice(list(Relation)), other=other)
+
+
+def vocabulary() -> list[str]:
+    """Every word that a caption, a question or an answer can hold, sorted."""
+    words: set[str] = {"a", "an"}
+    for noun in NOUNS:
+        other = next(n for n in NOUNS if n is not noun)
+        scenes = [Scene(noun, "red", count=c) for c in (1, 2, 3)]
+        scenes += [Scene(noun, "red", relation=r, other=other) for r in Relation]
+        for scene in scenes:
+            words.update(scene.caption.split())
+            for question, answer in scene.questions:
+                words.update(question.split(), answer.split())
+    return sorted(words | set(COLOURS))

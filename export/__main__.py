@@ -1,0 +1,76 @@
+"""`python -m export MODEL --output engines/<name>`: checkpoint in, proven engine out."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from runtime.errors import VignetteError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = _parser().parse_args(arguments)
+    try:
+        _export(args)
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        print(
+            f"error: exporting needs {package}: install the export extra "
+            "(`make export` does, or `pip install -e '.[export,cpu]'`)",
+            file=sys.stderr,
+        )
+        return 2
+    except VignetteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m export", description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "model", nargs="?", help="hub id (such as microsoft/git-base-textcaps) or checkpoint folder"
+    )
+    what.add_argument(
+        "--random-weights",
+        metavar="SHAPE",
+        help="a real checkpoint's shape without a download, for benchmarks: git-base, git-large, "
+        "git-base-vqav2, git-large-vqav2, git-base-vatex or git-large-vatex",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="engine folder to write")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument(
+        "--verify-images", type=int, default=8, metavar="N",
+        help="pictures to compare with PyTorch; more take longer and prove more (default 8)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--verify-tokens", type=int, default=20, metavar="N",
+        help="most new tokens for each of them (default 20)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the random weights (default 0)"
+    )
+    return parser
+
+
+def _export(args: argparse.Namespace) -> None:
+    from export import checkpoint
+    from export.build import build
+
+    if args.random_weights:
+        source = checkpoint.random_weights(args.random_weights, args.seed)
+    else:
+        print(f"loading {args.model}", flush=True)
+        source = checkpoint.load(args.model, args.revision)
+    manifest = build(source, args.output, args.verify_images, args.verify_tokens)
+    found = manifest.verification
+    print(
+        f"{args.output}: {found['images']} images of {found['new_tokens']} tokens, the same as "
+        f"PyTorch's; logits differ by at most {found['max_logits_difference']:.2g}"
+    )
+    print(f"serve it with: make serve ENGINE={args.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""GIT cut in two where nothing crosses back: the image prefix, and one text token at a time.
+
+In GIT's decoder image tokens attend to image tokens only, so their keys and values depend on the
+image alone. `ImagePrefix` computes them once; `TextDecoder` reads them from its cache, where they
+look like the beginning of the text. Both call the checkpoint's own modules
+(`transformers.models.git.modeling_git`), so that there is one meaning of each weight.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GitForCausalLM
+from transformers.models.git.modeling_git import GitLayer
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+class ImagePrefix(nn.Module):
+    """Pixels to the keys and values that the decoder layers hold for them."""
+
+    def __init__(self, model: GitForCausalLM, rescale: float, mean: list[float], std: list[float]):
+        super().__init__()
+        self.config = model.config
+        self.git = model.git
+        self.rescale = rescale
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """uint8 `[B, 3, S, S]` or `[B, F, 3, S, S]` -> `image.{i}.key/value`, `[B, H, P, D]` each."""
+        hidden = self.git.visual_projection(self._features(pixels))
+        prefix: dict[str, torch.Tensor] = {}
+        for index, layer in enumerate(self.git.encoder.layer):
+            attention = layer.attention.self
+            prefix[f"image.{index}.key"] = _split_heads(attention, attention.key(hidden))
+            prefix[f"image.{index}.value"] = _split_heads(attention, attention.value(hidden))
+            if index + 1 < len(self.git.encoder.layer):  # nobody reads the last layer's output
+                hidden = layer(hidden)[0]
+        return prefix
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Vision features of all frames of an image, `[B, P, vision width]`."""
+        # Sizes come from the configuration: those of a traced tensor would tie the graph to the
+        # number of rows it was traced with.
+        frames = self.config.num_image_with_embedding
+        images = pixels.flatten(0, 1) if frames else pixels
+        images = (images.to(self.mean.dtype) * self.rescale - self.mean) / self.std
+        features = self.git.image_encoder(images).last_hidden_state
+        if not frames:
+            return features
+        # One vision call for all frames, then each frame's own embedding, then one long prefix.
+        vision = self.git.image_encoder.vision_model.embeddings
+        temporal = torch.stack([e[0] for e in self.git.img_temporal_embedding])  # [F, 1, width]
+        features = features.view(-1, frames, vision.num_positions, vision.embed_dim) + temporal
+        return features.view(-1, frames * vision.num_positions, vision.embed_dim)
+
+
+class TextDecoder(nn.Module):
+    """One token for each row, each row at its own age, over a cache of fixed capacity."""
+
+    def __init__(self, model: GitForCausalLM, prefix: int) -> None:
+        super().__init__()
+        self.config = model.config
+        self.prefix = prefix
+        self.embeddings = model.git.embeddings
+        self.layers = model.git.encoder.layer
+        self.head = model.output
+        self.qkv = nn.ModuleList(_packed_projection(layer) for layer in self.layers)
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        total_length: torch.Tensor,
+        past_key_values: list[KeyValue],
+    ) -> dict[str, Any]:
+        """Shapes as in the decoder's contract; `past_key_values` L pairs of `[B, H, C, D]`.
+
+        Returns `next_ids` int64 `[B]`, `logits` float `[B, V]` and `past_key_values`, L new pairs.
+        """
+        positions = (lengths - self.prefix).to(torch.int64).unsqueeze(1)
+        hidden = self.embeddings(input_ids=token_ids, position_ids=positions)
+        present: list[KeyValue] = []
+        for layer, qkv, past in zip(self.layers, self.qkv, past_key_values, strict=True):
+            heads = layer.attention.self.num_attention_heads
+            context, key, value = CachedAttention.apply(
+                qkv(hidden), *past, lengths, total_length, heads
+            )
+            present.append((key, value))
+            hidden = layer.feed_forward_chunk(layer.attention.output(context, hidden))
+        logits = self.head(hidden[:, 0])
+        return {
+            "next_ids": logits.argmax(dim=-1),
+            "logits": logits,
+            "past_key_values": present,
+        }
+
+
+class CachedAttention(torch.autograd.Function):
+    """Attention of one new token over a cache of fixed capacity that it is appended to.
+
+    In ONNX this is one `com.microsoft.GroupQueryAttention` node, which writes the new key and value
+    into the cache in place when past and present are bound to one buffer. In PyTorch it is what
+    `forward` says. Positions beyond a row's length are undefined in both.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: torch.Tensor,
+        past_key: torch.Tensor,
+        past_value: torch.Tensor,
+        lengths: torch.Tensor,
+        total_length: torch.Tensor,
+        heads: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`[B, 1, 3 H D]`, two `[B, H, C, D]`, int32 `[B]` and `[1]` -> `[B, 1, H D]`, both caches."""
+        rows, _, width = qkv.shape
+        head_size = width // (3 * heads)
+        query, key, value = qkv.view(rows, 3, heads, head_size).unbind(1)
+        present_key, present_value = past_key.clone(), past_value.clone()
+        row = torch.arange(rows, device=qkv.device)
+        present_key[row, :, lengths.long()] = key
+        present_value[row, :, lengths.long()] = value
+        scores = torch.einsum("bhd,bhcd->bhc", query, present_key) / math.sqrt(head_size)
+        unseen = torch.arange(past_key.shape[2], device=qkv.device) > lengths[:, None]
+        scores = scores.masked_fill(unseen[:, None], float("-inf"))
+        context = torch.einsum("bhc,bhcd->bhd", scores.softmax(dim=-1), present_value)
+        return context.reshape(rows, 1, heads * head_size), present_key, present_value
+
+    @staticmethod
+    def symbolic(
+        g: Any, qkv: Any, past_key: Any, past_value: Any, lengths: Any, total_length: Any, heads: int
+    ) -> tuple[Any, Any, Any]:
+        """The operator counts from zero: `seqlens_k`, its index of the last token, is our length."""
+        absent = g.op("prim::Constant")
+        absent.setType(torch.OptionalType.ofTensor())
+        context, key, value = g.op(
+            "com.microsoft::GroupQueryAttention",
+            qkv, absent, absent, past_key, past_value, lengths, total_length,
+            num_heads_i=heads, kv_num_heads_i=heads, outputs=3,
+        )  # fmt: skip
+        _, _, _, head_size = past_key.type().varyingSizes()
+        context.setType(qkv.type().with_sizes([None, 1, heads * head_size]))
+        key.setType(past_key.type())
+        value.setType(past_value.type())
+        return context, key, value
+
+
+def _split_heads(attention: nn.Module, projected: torch.Tensor) -> torch.Tensor:
+    """`[B, P, H D]` -> `[B, H, P, D]`."""
+    heads = attention.num_attention_heads
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
+
+
+def _packed_projection(layer: GitLayer) -> nn.Linear:
+    """Query, key and value as one matrix: one large product runs faster than three small ones."""
+    parts = [getattr(layer.attention.self, name) for name in ("query", "key", "value")]
+    width = parts[0].in_features
+    packed = nn.Linear(width, 3 * width).to(parts[0].weight.dtype)
+    packed.weight.data = torch.cat([part.weight.data for part in parts])
+    packed.bias.data = torch.cat([part.bias.data for part in parts])
+    return packed

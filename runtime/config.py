@@ -1,0 +1,32 @@
+"""Settings of an engine, built once at the edge of the program and passed down."""
+
+from dataclasses import dataclass
+
+from runtime.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How an engine uses the machine.
+
+    slots: sequences that decode together; each takes one fixed piece of the K/V arena.
+    text_tokens: text positions a slot has (prompt and caption); None takes the model's own number,
+        at most 64, because captions are short and the arena's size follows from it.
+    encode_batch: most images that go through the encoder between two decode steps.
+    refill: admit new sequences while others run (continuous batching); off means static batching.
+    provider: execution provider of the encoder graph: cpu, openvino, cuda, tensorrt or auto.
+    threads: threads of each session's operators; 0 lets ONNX Runtime take all cores.
+    """
+
+    slots: int = 16
+    text_tokens: int | None = None
+    encode_batch: int = 4
+    refill: bool = True
+    provider: str = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or self.encode_batch < 1 or self.threads < 0:
+            raise InvalidRequest("slots and encode_batch must be 1 or more, threads 0 or more")
+        if self.text_tokens is not None and self.text_tokens < 2:
+            raise InvalidRequest("text_tokens must be 2 or more: the start token and one more")

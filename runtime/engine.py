@@ -1,0 +1,210 @@
+"""One model, ready to caption: `submit` requests, `step` until they finish. `generate` does both.
+
+An engine belongs to one thread. Servers call `submit`, `cancel` and `step` from that thread only.
+"""
+
+import time
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from runtime import manifest as manifests
+from runtime.config import EngineConfig
+from runtime.errors import InvalidRequest
+from runtime.manifest import Manifest
+from runtime.preprocess import preprocess
+from runtime.request import FinishReason, Request, Sequence
+from runtime.scheduler import Scheduler
+from runtime.tokenizer import CaptionTokenizer
+
+DEFAULT_MAX_NEW_TOKENS = 20  # what `generate` of Hugging Face's GIT says by default
+
+
+class Phases(Protocol):
+    """What an engine needs of a runner; tests put a model in its place that needs no graphs."""
+
+    text_tokens: int
+
+    @property
+    def runs_on(self) -> str: ...
+    @property
+    def pixels_shape(self) -> tuple[int, ...]: ...
+    def encode(self, pixels: ListLike[np.ndarray], slots: ListLike[int]) -> None: ...
+    def decode(self, tokens: ListLike[int], fed: ListLike[int]) -> np.ndarray: ...
+    def move(self, source: int, target: int) -> None: ...
+    def warm_up(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """What a request got. Token counts leave the start and end tokens out; times in seconds."""
+
+    text: str
+    token_ids: tuple[int, ...]  # as generated, the end token included
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    queue_s: float
+    encode_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What the last step worked on: images that were encoded, rows that were fed a token."""
+
+    encoded: int = 0
+    rows: int = 0
+
+
+class Engine:
+    """Continuous batching over one model. `Engine.open` builds it from an engine folder."""
+
+    def __init__(
+        self, manifest: Manifest, tokenizer: CaptionTokenizer, runner: Phases, config: EngineConfig
+    ) -> None:
+        self.manifest = manifest
+        self.config = config
+        self.tokenizer = tokenizer
+        self.runner = runner
+        self.scheduler = self._new_scheduler()
+        self.last_step = StepReport()
+
+    @classmethod
+    def open(cls, folder: Path | str, config: EngineConfig = EngineConfig()) -> "Engine":
+        """Load and warm up an exported engine.
+
+        Raises EngineFolderError for a missing or damaged folder, ProviderError for a provider that
+        does not work here.
+        """
+        from runtime.runner import Runner  # here, so that tests of the loop need no ONNX Runtime
+
+        folder = Path(folder)
+        manifest = manifests.load(folder)
+        runner = Runner(folder, manifest, config)
+        runner.warm_up()
+        return cls(manifest, CaptionTokenizer(folder, manifest), runner, config)
+
+    @property
+    def runs_on(self) -> str:
+        """For people: providers and precisions of both graphs, and what the slots take."""
+        return self.runner.runs_on
+
+    def submit(
+        self,
+        pixels: np.ndarray,
+        prompt: str | None = None,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool = False,
+    ) -> Sequence:
+        """Queue one image: uint8 pixels as `preprocess` makes them, stacked for video checkpoints.
+
+        Raises InvalidRequest when shape, prompt or limit can never be served.
+        """
+        if pixels.dtype != np.uint8 or pixels.shape != self.runner.pixels_shape:
+            raise InvalidRequest(
+                f"pixels must be uint8 of shape {list(self.runner.pixels_shape)}, "
+                f"not {pixels.dtype} of {list(pixels.shape)}"
+            )
+        prompt_ids, most = self.check(prompt, max_new_tokens)
+        return self.scheduler.add(Request(pixels, prompt_ids, most, ignore_eos))
+
+    def check(self, prompt: str | None, max_new_tokens: int | None) -> tuple[tuple[int, ...], int]:
+        """Prompt ids and token limit of a request; InvalidRequest if they don't fit a slot.
+
+        Without a limit the default is used, or what the prompt leaves of the slot if that is less.
+        """
+        prompt_ids = self.tokenizer.prompt_ids(prompt)
+        room = self.runner.text_tokens - len(prompt_ids) + 1  # the last token is never fed
+        if room < 1:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt_ids) - 1} tokens: shorten it to "
+                f"{self.runner.text_tokens - 1} or fewer"
+            )
+        if max_new_tokens is None:
+            return prompt_ids, min(DEFAULT_MAX_NEW_TOKENS, room)
+        if not 1 <= max_new_tokens <= room:
+            raise InvalidRequest(
+                f"max_new_tokens is {max_new_tokens}: with this prompt use 1 to {room}"
+            )
+        return prompt_ids, max_new_tokens
+
+    def cancel(self, sequence: Sequence) -> bool:
+        """Take a sequence back and free its slot at once; False if it had ended already."""
+        return self.scheduler.cancel(sequence)
+
+    def abandon(self) -> None:
+        """Forget all sequences, after a step that raised: what it left in the slots is unknown."""
+        self.scheduler = self._new_scheduler()
+
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler(self.config.slots, self.config.encode_batch, self.config.refill)
+
+    def step(self) -> list[Sequence]:
+        """Admit and encode what fits, feed one token to every running row, return what ended."""
+        admitted = self.scheduler.admit()
+        self._encode(admitted)
+        for move in self.scheduler.compact():
+            self.runner.move(move.source, move.target)
+        running = self.scheduler.running
+        if running:
+            predicted = self.runner.decode(
+                [s.next_token for s in running], [s.fed for s in running]
+            )
+            for sequence, token in zip(running, predicted.tolist(), strict=True):
+                sequence.advance(token, self.manifest.tokens.eos)
+        self.last_step = StepReport(len(admitted), len(running))
+        return self.scheduler.release_finished()
+
+    def _encode(self, admitted: list[Sequence]) -> None:
+        for start in range(0, len(admitted), self.config.encode_batch):
+            batch = admitted[start : start + self.config.encode_batch]
+            slots = [s.slot for s in batch if s.slot is not None]
+            self.runner.encode([s.request.pixels for s in batch], slots)
+            now = time.perf_counter()
+            for sequence in batch:
+                sequence.encoded_at = now
+
+    def generate(
+        self,
+        images: ListLike[bytes | np.ndarray],
+        prompts: ListLike[str | None] | None = None,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool = False,
+    ) -> list[Caption]:
+        """Caption all images (encoded bytes, or pixels as for `submit`), in their order."""
+        prompts = prompts or [None] * len(images)
+        sequences = [
+            self.submit(self._pixels(image), prompt, max_new_tokens, ignore_eos)
+            for image, prompt in zip(images, prompts, strict=True)
+        ]
+        while not self.scheduler.idle:
+            self.step()
+        return [self.caption(sequence) for sequence in sequences]
+
+    def _pixels(self, image: bytes | np.ndarray) -> np.ndarray:
+        if isinstance(image, np.ndarray):
+            return image
+        return preprocess(image, self.manifest.preprocessing)
+
+    def caption(self, sequence: Sequence) -> Caption:
+        """What a finished sequence says."""
+        times = (sequence.admitted_at, sequence.encoded_at, sequence.finished_at)
+        admitted, encoded, finished = (t if t is not None else sequence.submitted_at for t in times)
+        if sequence.finish_reason is None:
+            raise InvalidRequest("the sequence has not finished: call step() until it is returned")
+        ids = tuple(sequence.generated)
+        stopped = sequence.finish_reason is FinishReason.STOP
+        return Caption(
+            text=self.tokenizer.text(ids),
+            token_ids=ids,
+            finish_reason=sequence.finish_reason,
+            prompt_tokens=len(sequence.request.prompt_ids) - 1,
+            completion_tokens=len(ids) - stopped,
+            queue_s=admitted - sequence.submitted_at,
+            encode_s=encoded - admitted,
+            decode_s=finished - encoded,
+        )

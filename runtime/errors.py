@@ -1,0 +1,28 @@
+"""Every way in which the runtime refuses work, so that callers can tell them apart by type.
+
+The text of each is written for the person who sent the input: what was wrong, and what to do.
+"""
+
+
+class VignetteError(Exception):
+    """Base of all errors that Vignette raises on purpose."""
+
+
+class EngineFolderError(VignetteError):
+    """The engine folder is missing, incomplete or damaged."""
+
+
+class ProviderError(VignetteError):
+    """The execution provider that was asked for can't run here."""
+
+
+class InvalidRequest(VignetteError):
+    """A request that can never be served: empty limits, or a prompt that doesn't fit."""
+
+
+class InvalidImage(VignetteError):
+    """Bytes that are not an image in one of the formats we read, or a damaged one."""
+
+
+class TooManyPixels(VignetteError):
+    """An image whose header promises more pixels than the limit; it was not decoded."""

@@ -1,0 +1,86 @@
+"""Image bytes to the encoder's uint8 pixels, equal to what Hugging Face's image processor makes.
+
+Three things are decided here because the processor leaves them to its caller: EXIF orientation is
+applied first, transparent images are laid on white, and 16-bit ones are scaled to 8 bits.
+"""
+
+import io
+import struct
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from runtime.errors import InvalidImage, TooManyPixels
+from runtime.manifest import Preprocessing
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 50_000_000
+
+# What Pillow's decoders raise on damaged files; anything else is a bug and must show.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
+           OverflowError, MemoryError, struct.error)  # fmt: skip
+_NOT_AN_IMAGE = f"not an image: send a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
+
+
+def preprocess(data: bytes, how: Preprocessing, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Encoded image -> uint8 `[3, crop, crop]` RGB.
+
+    Raises InvalidImage for bytes that can't be decoded, TooManyPixels before decoding more than
+    `max_pixels`.
+    """
+    return to_pixels(decode(data, max_pixels), how)
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Encoded image -> upright RGB image (the first frame of an animation)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is below
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as cause:
+        raise TooManyPixels(_too_many(max_pixels)) from cause
+    except _DAMAGE as cause:
+        raise InvalidImage(_NOT_AN_IMAGE) from cause
+    if image.width * image.height > max_pixels:
+        raise TooManyPixels(_too_many(max_pixels))
+    try:
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+    except _DAMAGE as cause:
+        raise InvalidImage(f"a damaged {image.format} image: send it again, whole") from cause
+
+
+def _too_many(limit: int) -> str:
+    return f"the image has too many pixels: send at most {limit / 1e6:g} million"
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: transparency on white, 16 bits scaled to 8, CMYK and palettes converted."""
+    if image.mode == "I;16" or image.mode.startswith("I;16"):
+        deep = np.asarray(image, dtype=np.uint16)
+        return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "I":  # 32-bit integers, which hold 16-bit values in every format we read
+        deep = np.clip(np.asarray(image), 0, 65535)
+        return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        seen = image.convert("RGBA")
+        white = Image.new("RGBA", seen.size, "white")
+        return Image.alpha_composite(white, seen).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_pixels(image: Image.Image, how: Preprocessing) -> np.ndarray:
+    """RGB image -> uint8 `[3, crop, crop]`: shortest edge resized, centre cut out.
+
+    Edge lengths and the crop's corner are rounded as `transformers.CLIPImageProcessor` rounds them.
+    """
+    width, height = image.size
+    short, long = sorted((width, height))
+    long = int(how.shortest_edge * long / short)
+    size = (how.shortest_edge, long) if width <= height else (long, how.shortest_edge)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling(how.resample))
+    left, top = (size[0] - how.crop) // 2, (size[1] - how.crop) // 2
+    image = image.crop((left, top, left + how.crop, top + how.crop))
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

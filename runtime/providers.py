@@ -1,0 +1,152 @@
+"""Execution providers by name, and sessions that are known to run on the one that was asked for.
+
+ONNX Runtime by itself falls back to its CPU provider when another fails to load. Here that is an
+error: only the name `auto` may step down, and it logs why.
+"""
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import onnxruntime as ort
+
+from runtime.errors import EngineFolderError, ProviderError
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+_OPENVINO_PACKAGE = "onnxruntime_ep_openvino"
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """`ep` is ONNX Runtime's own name; `remedy` tells what to do when it is not there."""
+
+    name: str
+    ep: str
+    remedy: str
+
+
+_PROVIDERS = {
+    p.name: p
+    for p in (
+        Provider(
+            "tensorrt",
+            "TensorrtExecutionProvider",
+            "install the gpu extra (onnxruntime-gpu) and TensorRT's libraries",
+        ),
+        Provider(
+            "cuda",
+            "CUDAExecutionProvider",
+            "install the gpu extra (onnxruntime-gpu) on a host with an NVIDIA driver",
+        ),
+        Provider(
+            "openvino",
+            "OpenVINOExecutionProvider",
+            f"install {_OPENVINO_PACKAGE.replace('_', '-')}; it serves Intel processors only",
+        ),
+        Provider("cpu", "CPUExecutionProvider", "reinstall onnxruntime"),
+    )
+}
+NAMES = (AUTO, *_PROVIDERS)  # after `auto`, the order in which it tries them
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A session and the name of the provider that it runs on."""
+
+    session: ort.InferenceSession
+    provider: str
+
+
+def open_session(path: Path, name: str, threads: int = 0) -> Opened:
+    """Open a graph on the named provider, or for `auto` on the first that works here.
+
+    threads: of the operators; 0 takes all cores. Raises ProviderError when the provider is
+    missing, can't open the graph, or is not in use by the session afterwards.
+    """
+    if name != AUTO:
+        return _open(path, _by_name(name), threads)
+    for candidate in _PROVIDERS.values():
+        if not _is_there(candidate):
+            continue
+        try:
+            return _open(path, candidate, threads)
+        except ProviderError as cause:
+            log.warning("auto: %s was tried and left out: %s", candidate.name, cause)
+    raise ProviderError("no execution provider can open the graph: reinstall onnxruntime")
+
+
+def _by_name(name: str) -> Provider:
+    if name not in _PROVIDERS:
+        raise ProviderError(f"unknown provider {name!r}: use one of {', '.join(NAMES)}")
+    return _PROVIDERS[name]
+
+
+def _is_there(provider: Provider) -> bool:
+    if provider.name == "openvino":
+        return bool(_openvino_devices())
+    return provider.ep in ort.get_available_providers()
+
+
+def _open(path: Path, provider: Provider, threads: int) -> Opened:
+    if not _is_there(provider):
+        raise ProviderError(f"{provider.name} is not available here: {provider.remedy}")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    # The encoder's and the decoder's threads take turns: those of the one that rests must not spin.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        session = _OPENERS.get(provider.name, _open_builtin)(path, provider, options)
+    except Exception as cause:  # ONNX Runtime raises a class of its own for every status code
+        if provider.name == "cpu":
+            raise EngineFolderError(f"{path} can't be loaded: export the engine again") from cause
+        raise ProviderError(f"{provider.name} can't open {path.name}: {cause}") from cause
+    if provider.ep not in session.get_providers():
+        raise ProviderError(
+            f"{provider.name} was asked for, but the session fell back to "
+            f"{', '.join(session.get_providers())}: {provider.remedy}"
+        )
+    return Opened(session, provider.name)
+
+
+def _open_builtin(
+    path: Path, provider: Provider, options: ort.SessionOptions
+) -> ort.InferenceSession:
+    if provider.name != "cpu":
+        ort.preload_dlls()  # CUDA and cuDNN from NVIDIA's wheels, where those are installed
+    return ort.InferenceSession(str(path), options, providers=[provider.ep])
+
+
+def _open_openvino(
+    path: Path, provider: Provider, options: ort.SessionOptions
+) -> ort.InferenceSession:
+    options.add_provider_for_devices(_openvino_devices()[:1], {})
+    return ort.InferenceSession(str(path), options)
+
+
+_Opener = Callable[[Path, Provider, ort.SessionOptions], ort.InferenceSession]
+_OPENERS: dict[str, _Opener] = {"openvino": _open_openvino}
+
+
+@cache
+def _openvino_devices() -> list[ort.OrtEpDevice]:
+    """CPU devices that the OpenVINO plugin offers; empty without the plugin or an Intel CPU.
+
+    A plugin is registered once for each process.
+    """
+    if importlib.util.find_spec(_OPENVINO_PACKAGE) is None:
+        return []
+    plugin: ModuleType = importlib.import_module(_OPENVINO_PACKAGE)
+    ort.register_execution_provider_library("openvino", plugin.get_library_path())
+    return [
+        device
+        for device in ort.get_ep_devices()
+        if device.ep_name == plugin.get_ep_name()
+        and device.device.type == ort.OrtHardwareDeviceType.CPU
+    ]

@@ -1,0 +1,67 @@
+"""What callers ask for, how far it has come, and what they get."""
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"  # the model said its end token
+    LENGTH = "length"  # max_new_tokens were generated
+    CANCELLED = "cancelled"  # the caller took it back
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One image (or clip) to caption.
+
+    pixels: what the encoder graph takes for one row, as `preprocess` makes it; the scheduler never
+        looks at it.
+    prompt_ids: forced first tokens, the start token included; at least one.
+    max_new_tokens: most tokens to generate, the end token included.
+    ignore_eos: generate all max_new_tokens whatever the model says; for measuring speed.
+    """
+
+    pixels: Any
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    ignore_eos: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request on its way: waiting (no slot), running (a slot), or finished (a reason).
+
+    `fed` counts the text tokens whose keys and values are in the cache. Times are
+    `time.perf_counter()` seconds.
+    """
+
+    request: Request
+    generated: list[int] = field(default_factory=list)
+    slot: int | None = None
+    fed: int = 0
+    finish_reason: FinishReason | None = None
+    submitted_at: float = field(default_factory=time.perf_counter)
+    admitted_at: float | None = None
+    encoded_at: float | None = None
+    finished_at: float | None = None
+
+    @property
+    def next_token(self) -> int:
+        """The token to feed at the next decode step: a forced one, or the last one generated."""
+        prompt = self.request.prompt_ids
+        return prompt[self.fed] if self.fed < len(prompt) else self.generated[-1]
+
+    def advance(self, predicted: int, eos: int) -> None:
+        """Take what the model predicted after `next_token`; ends the sequence when it is over."""
+        self.fed += 1
+        if self.fed < len(self.request.prompt_ids):
+            return  # the next token is forced, whatever was predicted
+        self.generated.append(predicted)
+        if predicted == eos and not self.request.ignore_eos:
+            self.finish_reason = FinishReason.STOP
+        elif len(self.generated) >= self.request.max_new_tokens:
+            self.finish_reason = FinishReason.LENGTH

@@ -1,0 +1,128 @@
+"""The two sessions, the K/V arena, and the bindings between them. One thread uses a runner.
+
+Arena: for each layer a key and a value array `[slots, heads, C, head]`, C = prefix + text positions.
+A decode step binds the leading rows of these very arrays as past *and* present, so the decoder graph
+appends each new token's K/V in place and no cache is copied from step to step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from runtime.config import EngineConfig
+from runtime.manifest import Manifest
+from runtime.providers import open_session
+
+_DEFAULT_TEXT_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """All that a decode step over a fixed number of rows needs, bound once."""
+
+    binding: Any  # onnxruntime.IOBinding
+    next_ids: np.ndarray
+
+
+class Runner:
+    """Phases of captioning over ONNX Runtime: `encode` into slots, `decode` one token for rows."""
+
+    def __init__(self, folder: Path, manifest: Manifest, config: EngineConfig) -> None:
+        self.sizes = manifest.sizes
+        self.text_tokens = min(config.text_tokens or _DEFAULT_TEXT_TOKENS, self.sizes.text)
+        encoder = manifest.variant("encoder", "fp32")
+        decoder = manifest.variant("decoder", "fp32")
+        opened = open_session(folder / encoder.file, config.provider, config.threads)
+        self.encoder_provider, self._encoder = opened.provider, opened.session
+        opened = open_session(folder / decoder.file, "cpu", config.threads)
+        self.decoder_provider, self._decoder = opened.provider, opened.session
+        self._image_names = [
+            f"image.{layer}.{kind}" for layer in range(self.sizes.layers) for kind in ("key", "value")
+        ]
+        shape = (
+            config.slots,
+            self.sizes.heads,
+            self.sizes.prefix + self.text_tokens,
+            self.sizes.head,
+        )
+        self._arena = [np.zeros(shape, decoder.cache) for _ in self._image_names]
+        self._tokens = np.zeros((config.slots, 1), np.int64)
+        self._lengths = np.zeros(config.slots, np.int32)
+        self._total_length = np.zeros(1, np.int32)
+        self._steps: dict[int, _Step] = {}
+
+    @property
+    def runs_on(self) -> str:
+        """For people: providers and precisions, and the memory that the slots take."""
+        arena = sum(cache.nbytes for cache in self._arena) / 2**20
+        return (
+            f"encoder on {self.encoder_provider}, decoder on {self.decoder_provider} (fp32), "
+            f"{len(self._tokens)} slots in {arena:.0f} MiB"
+        )
+
+    @property
+    def pixels_shape(self) -> tuple[int, ...]:
+        """Shape of one request's pixels: `[3, S, S]`, or `[F, 3, S, S]` for video checkpoints."""
+        one = (3, self.sizes.image, self.sizes.image)
+        return one if self.sizes.frames is None else (self.sizes.frames, *one)
+
+    def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[int]) -> None:
+        """Put the image K/V of each of `pixels` (uint8, `pixels_shape`) into its slot."""
+        outputs = self._encoder.run(self._image_names, {"pixels": np.stack(pixels)})
+        for cache, image in zip(self._arena, outputs, strict=True):
+            for row, slot in enumerate(slots):
+                cache[slot, :, : self.sizes.prefix] = image[row]
+
+    def decode(self, tokens: Sequence[int], fed: Sequence[int]) -> np.ndarray:
+        """Feed one token to each of the leading rows -> int64 `[rows]`, the most likely next ones.
+
+        fed: text tokens that each row's cache holds already. Valid until the next call.
+        """
+        rows = len(tokens)
+        self._tokens[:rows, 0] = tokens
+        np.add(fed, self.sizes.prefix, out=self._lengths[:rows], casting="unsafe")
+        self._total_length[0] = self._lengths[:rows].max() + 1
+        step = self._steps.get(rows) or self._bind(rows)
+        self._decoder.run_with_iobinding(step.binding)
+        return step.next_ids
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a sequence's cache from one slot to another."""
+        for cache in self._arena:
+            cache[target] = cache[source]
+
+    def warm_up(self) -> None:
+        """Run both graphs once, so that the first request finds them compiled and allocated."""
+        self.encode([np.zeros(self.pixels_shape, np.uint8)], [0])
+        self.decode([0], [0])
+
+    def _bind(self, rows: int) -> _Step:
+        binding = self._decoder.io_binding()
+        next_ids = np.zeros(rows, np.int64)
+        inputs = {
+            "token_ids": self._tokens[:rows],
+            "lengths": self._lengths[:rows],
+            "total_length": self._total_length,
+        }
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, _shared(array))
+        binding.bind_ortvalue_output("next_ids", _shared(next_ids))
+        for name, cache in zip(self._image_names, self._arena, strict=True):
+            value = _shared(cache[:rows])
+            place = name.removeprefix("image.")
+            binding.bind_ortvalue_input(f"past_key_values.{place}", value)
+            binding.bind_ortvalue_output(f"present.{place}", value)
+        step = _Step(binding, next_ids)
+        self._steps[rows] = step
+        return step
+
+
+def _shared(array: np.ndarray) -> ort.OrtValue:
+    """A CPU tensor over the array's own memory: the graph sees what numpy writes, and back."""
+    value = ort.OrtValue.ortvalue_from_numpy(array)
+    assert value.data_ptr() == array.ctypes.data, "ONNX Runtime copied a buffer it should share"
+    return value

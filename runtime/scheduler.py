@@ -1,0 +1,112 @@
+"""Which sequences run, and in which slots. Knows nothing of tensors.
+
+Slots are the equal pieces of the K/V arena. A decode step works on the rows `0 .. rows - 1`, so the
+running sequences are kept at the low end: new ones take the lowest free slot, and `compact` moves
+the highest one down into a hole that nobody waits for.
+"""
+
+import heapq
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from runtime.request import FinishReason, Request, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The cache of a running sequence has to be copied from one slot to another."""
+
+    source: int
+    target: int
+
+
+class Scheduler:
+    """Continuous batching over `slots` slots; with `refill` off the same thing batches statically."""
+
+    def __init__(self, slots: int, encode_batch: int, refill: bool = True) -> None:
+        self._encode_batch = encode_batch
+        self._refill = refill
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[int, Sequence] = {}
+        self._free = list(range(slots))  # a heap: the lowest comes first
+
+    @property
+    def waiting(self) -> int:
+        """Sequences without a slot."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Sequences in a slot, by slot."""
+        return [self._running[slot] for slot in sorted(self._running)]
+
+    @property
+    def rows(self) -> int:
+        """Rows that a decode step has to work on: one more than the highest slot in use."""
+        return max(self._running, default=-1) + 1
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self._waiting and not self._running
+
+    def add(self, request: Request) -> Sequence:
+        """Queue a request behind those that wait."""
+        sequence = Sequence(request)
+        self._waiting.append(sequence)
+        return sequence
+
+    def admit(self) -> list[Sequence]:
+        """Give slots to waiting sequences, first come first served; they are to be encoded next.
+
+        With refill, at most `encode_batch` at a time, so that those that run wait no longer than
+        one encoder call. Without it, a whole batch, but only once the last one has ended.
+        """
+        if self._running and not self._refill:
+            return []
+        most = self._encode_batch if self._refill else len(self._free)
+        admitted: list[Sequence] = []
+        while self._waiting and self._free and len(admitted) < most:
+            sequence = self._waiting.popleft()
+            sequence.slot = heapq.heappop(self._free)
+            sequence.admitted_at = time.perf_counter()
+            self._running[sequence.slot] = sequence
+            admitted.append(sequence)
+        return admitted
+
+    def compact(self) -> list[Move]:
+        """Close holes below the highest running slot; the caller copies the caches it names."""
+        moves: list[Move] = []
+        while self._free and self._running and self._free[0] < (source := max(self._running)):
+            target = heapq.heapreplace(self._free, source)
+            sequence = self._running.pop(source)
+            sequence.slot = target
+            self._running[target] = sequence
+            moves.append(Move(source, target))
+        return moves
+
+    def release_finished(self) -> list[Sequence]:
+        """Free the slots of sequences that have ended, and hand those over."""
+        finished = [s for s in self.running if s.finish_reason is not None]
+        for sequence in finished:
+            self._release(sequence)
+        return finished
+
+    def cancel(self, sequence: Sequence) -> bool:
+        """Take a sequence back, wherever it stands; False if it has already ended."""
+        if sequence.finish_reason is not None:
+            return False
+        sequence.finish_reason = FinishReason.CANCELLED
+        if sequence.slot is None:
+            self._waiting.remove(sequence)
+        else:
+            self._release(sequence)
+        return True
+
+    def _release(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        del self._running[sequence.slot]
+        heapq.heappush(self._free, sequence.slot)
+        sequence.slot = None
+        sequence.finished_at = time.perf_counter()

@@ -1,0 +1,113 @@
+"""`python -m server`: start, serve, drain on SIGTERM."""
+
+import asyncio
+import logging
+import signal
+import sys
+
+import tornado.httpserver
+import tornado.netutil
+
+from runtime.engine import Engine
+from runtime.errors import VignetteError
+from server.admission import State
+from server.app import Service, make_app, make_service
+from server.settings import Settings, from_command_line
+
+log = logging.getLogger("server")
+
+_IDLE_SECONDS = 75  # a keep-alive connection without a request is closed after this
+_HEADER_BYTES = 64 * 1024
+
+
+class CannotListen(VignetteError):
+    """The port can't be opened."""
+
+
+def main() -> int:
+    """Run until told to stop; returns the exit status."""
+    try:
+        settings = from_command_line()
+        logging.basicConfig(
+            level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s", force=True
+        )
+        asyncio.run(serve(settings))
+    except VignetteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def serve(settings: Settings) -> None:
+    """Listen, warm up, serve until SIGTERM or SIGINT, drain."""
+    service = make_service(
+        settings, lambda: Engine.open(settings.engine, settings.engine_config)
+    )
+    stop = _stop_event()
+    server = tornado.httpserver.HTTPServer(
+        make_app(service), idle_connection_timeout=_IDLE_SECONDS, max_header_size=_HEADER_BYTES
+    )
+    port = _listen(server, settings)
+    service.engine = await service.worker.start()
+    service.admission.state = State.READY
+    _announce(service, port)
+    await stop.wait()
+    await _drain(service, server)
+
+
+def _stop_event() -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT; the second takes its default course, at once."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def on_signal(number: signal.Signals) -> None:
+        loop.remove_signal_handler(number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    return stop
+
+
+def _listen(server: tornado.httpserver.HTTPServer, settings: Settings) -> int:
+    try:
+        sockets = tornado.netutil.bind_sockets(settings.port, settings.host, backlog=1024)
+    except OSError as cause:
+        raise CannotListen(
+            f"can't listen on {settings.host}:{settings.port} ({cause.strerror}): choose another "
+            "with --port, or stop what uses it"
+        ) from cause
+    server.add_sockets(sockets)
+    return sockets[0].getsockname()[1]
+
+
+def _announce(service: Service, port: int) -> None:
+    engine = service.engine
+    assert engine is not None
+    log.info("model %s, %s", engine.manifest.model, engine.runs_on)
+    host = service.settings.host
+    shown = "localhost" if host in ("0.0.0.0", "127.0.0.1", "::") else host
+    print(
+        f"\nVignette is ready on http://{shown}:{port} - try:\n\n"
+        f"  curl --data-binary @demo/samples/owl.png http://{shown}:{port}/caption\n",
+        flush=True,
+    )
+
+
+async def _drain(service: Service, server: tornado.httpserver.HTTPServer) -> None:
+    """Take nothing new, finish what was accepted, then let go."""
+    service.admission.state = State.DRAINING
+    log.info("draining %d requests", service.admission.inside)
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + service.settings.drain_seconds
+    while service.admission.inside and loop.time() < deadline:
+        await asyncio.sleep(0.02)
+    if service.admission.inside:
+        log.warning("%d requests were not finished in time", service.admission.inside)
+    server.stop()
+    await server.close_all_connections()
+    await service.worker.stop()
+    service.decoders.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Who may come in: the server's state, and a bound on the requests inside."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+
+from runtime.errors import VignetteError
+
+_RECENT = 64  # completions that the drain rate is taken from
+
+
+class State(StrEnum):
+    """What the server is doing; only `READY` takes requests."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class NotServing(VignetteError):
+    """The server is starting or draining."""
+
+
+class QueueFull(VignetteError):
+    """No room for another request; `retry_after` says in how many seconds there may be."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Admission:
+    """Counts the requests that are inside. Used on the event loop's thread only."""
+
+    def __init__(self, limit: int) -> None:
+        """Let at most `limit` requests in at a time: those that run and those that wait."""
+        self.state = State.STARTING
+        self.inside = 0
+        self._limit = limit
+        self._completed: deque[float] = deque(maxlen=_RECENT)
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """Hold a place while a request is served; raises NotServing or QueueFull."""
+        if self.state is not State.READY:
+            raise NotServing(f"the server is {self.state}: try again soon, or another instance")
+        if self.inside >= self._limit:
+            raise QueueFull("the queue is full: try again later", self._seconds_to_drain())
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+            self._completed.append(time.monotonic())
+
+    def _seconds_to_drain(self) -> int:
+        """How long the requests inside will take at the rate of the last completions."""
+        if len(self._completed) < 2:
+            return 1
+        span = time.monotonic() - self._completed[0]
+        return max(1, math.ceil(self.inside * span / len(self._completed)))

@@ -1,0 +1,75 @@
+"""What all handlers share: the service, and errors in one JSON shape."""
+
+import json
+import logging
+from types import TracebackType
+from typing import Any
+
+import tornado.web
+
+from server.app import ERRORS, HTTP_ERRORS, INTERNAL, Answer, Service
+
+log = logging.getLogger(__name__)
+
+
+class Handler(tornado.web.RequestHandler):
+    """Base of our handlers."""
+
+    def initialize(self, service: Service) -> None:
+        """Tornado passes the service of the app here."""
+        self.service = service
+
+    def set_default_headers(self) -> None:
+        """Nothing that is answered is to be guessed at or kept."""
+        self.set_header("X-Content-Type-Options", "nosniff")
+        self.set_header("Cache-Control", "no-store")
+        self.clear_header("Server")
+
+    def write_json(self, content: dict[str, Any]) -> None:
+        """Answer with JSON that people can read, UTF-8 as it is."""
+        self.set_header("Content-Type", "application/json; charset=utf-8")
+        self.finish(json.dumps(content, ensure_ascii=False) + "\n")
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Answer any error, ours or Tornado's, by the table in `server.app`."""
+        error = kwargs.get("exc_info", (None, None, None))[1]
+        answer = answer_to(error, status_code)
+        self.set_status(answer.status)
+        retry_after = getattr(error, "retry_after", None)
+        if retry_after is not None:
+            self.set_header("Retry-After", str(retry_after))
+        if answer.status == 405:
+            self.set_header("Allow", self.allowed())
+        self.outcome(answer.code)
+        message = answer.message or str(error)
+        self.write_json({"error": {"code": answer.code, "message": message}})
+
+    def outcome(self, code: str) -> None:
+        """Called once with the code of an error; those who count requests override it."""
+
+    def allowed(self) -> str:
+        """The methods that this handler serves, for the header Allow."""
+        names = ("GET", "POST")
+        default = tornado.web.RequestHandler
+        return ", ".join(n for n in names if getattr(type(self), n.lower()) != getattr(default, n.lower()))
+
+    def log_exception(
+        self,
+        typ: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        """Log only what is not the client's doing."""
+        status = value.status_code if isinstance(value, tornado.web.HTTPError) else 500
+        if answer_to(value, status) is INTERNAL:
+            log.error("error in %s", self.request.path, exc_info=(typ, value, tb))  # type: ignore[arg-type]
+
+
+def answer_to(error: BaseException | None, status_code: int) -> Answer:
+    """The table's line for an error; what the table doesn't know is an internal error."""
+    for kind, answer in ERRORS.items():
+        if isinstance(error, kind):
+            return answer
+    if error is None or isinstance(error, tornado.web.HTTPError):
+        return HTTP_ERRORS.get(status_code, INTERNAL)
+    return INTERNAL

@@ -1,0 +1,233 @@
+"""POST /caption: an image in, its caption out."""
+
+import asyncio
+import base64
+import binascii
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tornado.web
+from tornado import httputil
+
+from runtime.engine import Caption
+from runtime.errors import InvalidRequest
+from runtime.preprocess import preprocess
+from server.app import BodyTooLarge, UnsupportedMediaType
+from server.handlers.base import Handler
+
+_FIELDS = ("prompt", "max_new_tokens")
+# curl --data-binary says x-www-form-urlencoded unless told otherwise; the body is the image.
+_RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
+
+_DRAINED = 4  # times the body limit
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as it was sent: encoded images (one, or one a frame) and what to do with them."""
+
+    images: list[bytes]
+    prompt: str | None = None
+    max_new_tokens: int | None = None
+
+
+@tornado.web.stream_request_body
+class CaptionHandler(Handler):
+    """Takes the image as raw body, as multipart form or as base64 in JSON."""
+
+    def prepare(self) -> None:
+        """Refuse what says that it is too large before reading it."""
+        self._body = bytearray()
+        self._refused = False
+        self._task: asyncio.Task | None = None
+        self._limit = self.service.settings.max_body_bytes
+        # Up to here a refused body is read and dropped, so that the client gets to see the answer;
+        # beyond it Tornado closes the connection.
+        self.request.connection.set_max_body_size(_DRAINED * self._limit)  # type: ignore[union-attr]
+        declared = self.request.headers.get("Content-Length", "0")
+        if declared.isdecimal() and int(declared) > self._limit:
+            self._refuse_body()
+
+    def data_received(self, chunk: bytes) -> None:
+        """Gather the body; a chunked one tells its length only as it comes."""
+        if self._refused:
+            return
+        self._body += chunk
+        if len(self._body) > self._limit:
+            self._refuse_body()
+
+    def _refuse_body(self) -> None:
+        self._refused = True
+        self._body.clear()
+        self.set_header("Connection", "close")
+        error = BodyTooLarge(
+            f"the body is larger than {self._limit / 1e6:g} MB: send a smaller image"
+        )
+        self.send_error(413, exc_info=(BodyTooLarge, error, None))
+
+    async def post(self) -> None:
+        """Answer with the caption, as JSON or, for `Accept: text/plain`, as it is."""
+        if self._refused:
+            return
+        self._task = asyncio.current_task()
+        started = time.perf_counter()
+        with self.service.admission.enter():
+            asked = self._asked()
+            pixels = await self._pixels(asked.images)
+            preprocessed = time.perf_counter()
+            caption = await self.service.worker.caption(pixels, asked.prompt, asked.max_new_tokens)
+        seconds = {
+            "queue": caption.queue_s,
+            "preprocess": preprocessed - started,
+            "encode": caption.encode_s,
+            "decode": caption.decode_s,
+            "total": time.perf_counter() - started,
+        }
+        for stage, value in seconds.items():
+            self.service.metrics.stage.labels(stage).observe(value)
+        self.outcome("ok")
+        self._answer(caption, seconds)
+
+    def _answer(self, caption: Caption, seconds: dict[str, float]) -> None:
+        if "text/plain" in self.request.headers.get("Accept", ""):
+            self.set_header("Content-Type", "text/plain; charset=utf-8")
+            self.finish(caption.text + "\n")
+            return
+        assert self.service.engine is not None
+        self.write_json(
+            {
+                "caption": caption.text,
+                "model": self.service.engine.manifest.model,
+                "finish_reason": caption.finish_reason,
+                "usage": {
+                    "prompt_tokens": caption.prompt_tokens,
+                    "completion_tokens": caption.completion_tokens,
+                    "total_tokens": caption.prompt_tokens + caption.completion_tokens,
+                },
+                "timing_ms": {stage: round(value * 1e3, 2) for stage, value in seconds.items()},
+            }
+        )
+
+    def outcome(self, code: str) -> None:
+        """Count how the request ended."""
+        self.service.metrics.requests.labels(code).inc()
+
+    def on_connection_close(self) -> None:
+        """The client has gone: take its request out of queue or batch."""
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            self.outcome("cancelled")
+
+    async def _pixels(self, images: list[bytes]) -> np.ndarray:
+        """Decode off the event loop -> uint8 pixels of one encoder row."""
+        assert self.service.engine is not None
+        how = self.service.engine.manifest.preprocessing
+        frames = self.service.engine.manifest.sizes.frames
+        if len(images) != (frames or 1):
+            raise InvalidRequest(
+                f"{len(images)} images were sent: this model takes {frames or 1} for each request"
+            )
+        loop = asyncio.get_running_loop()
+        rows = await asyncio.gather(
+            *(
+                loop.run_in_executor(
+                    self.service.decoders, preprocess, image, how, self.service.settings.max_pixels
+                )
+                for image in images
+            )
+        )
+        return np.stack(rows) if frames else rows[0]
+
+    # --- the three forms of a request ---------------------------------------------------------
+
+    def _asked(self) -> Asked:
+        content_type = self.request.headers.get("Content-Type", "").lower()
+        kind = content_type.partition(";")[0].strip()
+        if kind not in (*_RAW_TYPES, "application/json", "multipart/form-data") and not (
+            kind.startswith("image/")
+        ):
+            raise UnsupportedMediaType(
+                f"Content-Type {kind} is not taken: send image/*, application/octet-stream, "
+                "multipart/form-data or application/json"
+            )
+        if not self._body:
+            raise InvalidRequest("the body is empty: send an image")
+        if kind == "application/json":
+            return self._from_json()
+        if kind == "multipart/form-data":
+            return self._from_form()
+        fields = {name: values[-1] for name, values in self.request.query_arguments.items()}
+        return _asked([bytes(self._body)], {k: _text(k, v) for k, v in fields.items()})
+
+    def _from_json(self) -> Asked:
+        try:
+            fields = json.loads(self._body)
+        except ValueError as cause:
+            raise InvalidRequest(
+                'the body is not JSON: send {"image": "<base64>"} in UTF-8'
+            ) from cause
+        if not isinstance(fields, dict):
+            raise InvalidRequest('the JSON is not an object: send {"image": "<base64>"}')
+        sent = fields.pop("image", None)
+        images = sent if isinstance(sent, list) else [sent]
+        return _asked([_from_base64(image) for image in images], fields)
+
+    def _from_form(self) -> Asked:
+        arguments: dict[str, list[bytes]] = dict(self.request.query_arguments)
+        files: dict[str, list[httputil.HTTPFile]] = {}
+        try:
+            httputil.parse_body_arguments(
+                self.request.headers["Content-Type"], bytes(self._body), arguments, files
+            )
+        except httputil.HTTPInputError as cause:
+            raise InvalidRequest(
+                "the multipart body can't be read: check its boundary and headers"
+            ) from cause
+        images = [file.body for file in files.pop("image", [])] or arguments.pop("image", [])
+        if files:
+            raise InvalidRequest(f"unknown file field {next(iter(files))!r}: use the field 'image'")
+        if not images:
+            raise InvalidRequest("the form has no field 'image': add the image under that name")
+        return _asked(images, {k: _text(k, values[-1]) for k, values in arguments.items()})
+
+
+def _text(field: str, value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as cause:
+        raise InvalidRequest(f"{field} is not UTF-8") from cause
+
+
+def _from_base64(image: Any) -> bytes:
+    if not isinstance(image, str):
+        raise InvalidRequest("the field 'image' is missing or not a string: send it as base64")
+    if image.startswith("data:"):
+        image = image.partition(",")[2]
+    try:
+        return base64.b64decode(image, validate=True)
+    except (binascii.Error, ValueError) as cause:
+        raise InvalidRequest("the field 'image' is not base64") from cause
+
+
+def _asked(images: list[bytes], fields: dict[str, Any]) -> Asked:
+    unknown = sorted(set(fields) - set(_FIELDS))
+    if unknown:
+        raise InvalidRequest(f"unknown field {unknown[0]!r}: there are {', '.join(_FIELDS)}")
+    if not all(images):
+        raise InvalidRequest("the image is empty: send a whole file")
+    prompt = fields.get("prompt")
+    if not isinstance(prompt, str | None):
+        raise InvalidRequest("prompt must be a string")
+    return Asked(images, prompt, _whole_number(fields.get("max_new_tokens")))
+
+
+def _whole_number(value: Any) -> int | None:
+    """An int, or digits as forms send them."""
+    if isinstance(value, str) and value.strip().isascii() and value.strip().isdecimal():
+        value = int(value)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    raise InvalidRequest("max_new_tokens must be a whole number")

@@ -1,0 +1,13 @@
+"""GET /metrics for Prometheus."""
+
+from server.handlers.base import Handler
+from server.metrics import CONTENT_TYPE
+
+
+class MetricsHandler(Handler):
+    """All metrics of this server."""
+
+    def get(self) -> None:
+        """Text in Prometheus' format."""
+        self.set_header("Content-Type", CONTENT_TYPE)
+        self.finish(self.service.metrics.render())

@@ -1,0 +1,32 @@
+"""GET /: what this is and how to call it. Unknown routes end here too."""
+
+from functools import cache
+from pathlib import Path
+
+import tornado.web
+
+from server.handlers.base import Handler
+
+_PAGE = Path(__file__).parents[1] / "page.html"
+
+
+class PageHandler(Handler):
+    """A short page to try the service on."""
+
+    def get(self) -> None:
+        """HTML, self-contained."""
+        self.set_header("Content-Type", "text/html; charset=utf-8")
+        self.finish(_page())
+
+
+class NotFoundHandler(Handler):
+    """Any other path, whatever the method."""
+
+    def prepare(self) -> None:
+        """404 before the method is looked at."""
+        raise tornado.web.HTTPError(404)
+
+
+@cache
+def _page() -> str:
+    return _PAGE.read_text()

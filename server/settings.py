@@ -1,0 +1,104 @@
+"""Every setting of the server, once: a flag, a `VIGNETTE_*` variable, its default, its reason."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from runtime.config import EngineConfig
+from runtime.errors import VignetteError
+from runtime.preprocess import MAX_PIXELS
+from runtime.providers import NAMES
+
+
+class InvalidSettings(VignetteError):
+    """A flag or variable that can't be used."""
+
+
+class Settings(BaseSettings):
+    """Serve captions over HTTP. Each flag can be given as a variable: --port is VIGNETTE_PORT."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="VIGNETTE_",
+        cli_prog_name="python -m server",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        extra="ignore",
+        frozen=True,
+    )
+
+    engine: Annotated[
+        Path, Field(description="engine folder, as `make export` writes it")
+    ] = Path("engines/demo")
+    host: Annotated[
+        str,
+        Field(description="address to listen on; 0.0.0.0 lets other machines in, so it is not the default"),
+    ] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="TCP port; 0 takes a free one")] = 8000
+    provider: Annotated[
+        str,
+        Field(description=f"execution provider of the encoder: {', '.join(NAMES)}; auto takes the "
+              "best that works here and logs which, any other fails if it can't run"),
+    ] = "auto"  # fmt: skip
+    slots: Annotated[
+        int,
+        Field(ge=1, description="sequences that decode together: more raise throughput, and each "
+              "takes one piece of the K/V arena (the start-up line says how much)"),
+    ] = 16  # fmt: skip
+    encode_batch: Annotated[
+        int,
+        Field(ge=1, description="most images to encode between two decode steps: more are "
+              "encoded faster together, but running captions wait for them"),
+    ] = 4  # fmt: skip
+    threads: Annotated[
+        int, Field(ge=0, description="operator threads of each graph; 0 takes all cores")
+    ] = 0
+    decode_threads: Annotated[
+        int,
+        Field(ge=1, description="threads that decode and resize images, beside the event loop"),
+    ] = os.cpu_count() or 1
+    max_queue: Annotated[
+        int,
+        Field(ge=1, description="requests that may wait for a slot; the next is answered 429 at "
+              "once, which is kinder than a time-out"),
+    ] = 256  # fmt: skip
+    max_body_bytes: Annotated[
+        int, Field(ge=1024, description="largest request body; a larger one is answered 413")
+    ] = 10_000_000
+    max_pixels: Annotated[
+        int,
+        Field(ge=1, description="most pixels of an image, checked before decoding because a "
+              "small file can unpack to gigabytes"),
+    ] = MAX_PIXELS  # fmt: skip
+    drain_seconds: Annotated[
+        float,
+        Field(ge=0, description="on SIGTERM, how long accepted requests may take to finish"),
+    ] = 30.0
+    log_level: Annotated[
+        str, Field(pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="what to log, from here up")
+    ] = "INFO"
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        """The part that the engine reads."""
+        return EngineConfig(
+            slots=self.slots,
+            encode_batch=self.encode_batch,
+            provider=self.provider,
+            threads=self.threads,
+        )
+
+
+def from_command_line(arguments: list[str] | None = None) -> Settings:
+    """Settings from flags, then variables, then defaults; InvalidSettings names the wrong ones."""
+    try:
+        return Settings(_cli_parse_args=True if arguments is None else arguments)  # type: ignore[call-arg]
+    except ValidationError as cause:
+        problems = "; ".join(
+            f"--{'-'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']} (got {e['input']!r})"
+            for e in cause.errors()
+        )
+        raise InvalidSettings(f"{problems}. See python -m server --help") from cause
