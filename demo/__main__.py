@@ -1,21 +1,60 @@
-"""`python -m demo train`: make the demo model from nothing but its sprites."""
+"""`python -m demo train | evaluate | samples`: make the demo model, score it, draw its samples."""
 
 import argparse
 import sys
 from pathlib import Path
 
+from demo.sprites import SpritesMissing
 
-def main() -> None:
+
+def main() -> int:
+    """Run the command line; returns the exit status."""
+    args = _parser().parse_args()
+    try:
+        return int(args.run(args) or 0)
+    except SpritesMissing as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
     train = commands.add_parser("train", help="train the model; resumes where it was stopped")
     train.add_argument("--scenes", type=int, default=300_000, help="training scenes in all")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
-    args = parser.parse_args()
-    if args.command == "train":
-        from demo.train import Settings, train as run
+    train.set_defaults(run=_train)
+    evaluate = commands.add_parser("evaluate", help="score an engine on held-out scenes")
+    evaluate.add_argument("--engine", type=Path, default=Path("engines/demo"))
+    evaluate.add_argument("--scenes", type=int, default=1000, help="of each kind")
+    evaluate.add_argument("--provider", default="auto", help="execution provider of the encoder")
+    evaluate.set_defaults(run=_evaluate)
+    samples = commands.add_parser("samples", help="draw the committed sample scenes anew")
+    samples.set_defaults(run=_samples)
+    return parser
 
-        run(Settings(scenes=args.scenes, device=args.device))
+
+def _train(args: argparse.Namespace) -> None:
+    from demo.train import Settings, train
+
+    train(Settings(scenes=args.scenes, device=args.device))
 
 
-main()
+def _evaluate(args: argparse.Namespace) -> int:
+    """Status 1 when the trained styles fall short of what the model card promises."""
+    from demo.evaluate import PROMISED, evaluate
+
+    scores = evaluate(args.engine, args.scenes, args.provider)
+    for name, score in scores.items():
+        print(f"{name}: {score}")
+    return int(any(scores[name].share < least for name, least in PROMISED.items()))
+
+
+def _samples(args: argparse.Namespace) -> None:
+    from demo.samples import draw
+
+    draw()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -40,6 +40,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, required=True, help="engine folder to write")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--name", help="what the service calls the model (default: MODEL)")
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER",
+        help="pictures of yours to compare with PyTorch first; made-up ones fill up",
+    )  # fmt: skip
     parser.add_argument(
         "--verify-images", type=int, default=8, metavar="N",
         help="pictures to compare with PyTorch; more take longer and prove more (default 8)",
@@ -55,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from export import checkpoint
+    from dataclasses import replace
+
+    from export import checkpoint, pictures
     from export.build import build
 
     if args.random_weights:
@@ -63,7 +70,14 @@ def _export(args: argparse.Namespace) -> None:
     else:
         print(f"loading {args.model}", flush=True)
         source = checkpoint.load(args.model, args.revision)
-    manifest = build(source, args.output, args.verify_images, args.verify_tokens)
+    source = replace(source, name=args.name or source.name)
+    pixels = (
+        pictures.from_folder(args.images, source.preprocessing, source.sizes)
+        if args.images
+        else []
+    )
+    images = max(args.verify_images, len(pixels))
+    manifest = build(source, args.output, images, args.verify_tokens, pixels)
     found = manifest.verification
     print(
         f"{args.output}: {found['images']} images of {found['new_tokens']} tokens, the same as "

@@ -6,6 +6,7 @@ graphs alone. Rows of one batch have prompts of different lengths, hence unequal
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from export.checkpoint import Checkpoint
 from export.errors import Mismatch
+from export.pictures import rows
 
 _ROWS = 8  # of one ONNX batch
 _LONGEST_PROMPT = 5  # tokens, without the start token
@@ -84,21 +86,9 @@ def as_manifest(verification: Verification) -> dict[str, Any]:
 def _cases(checkpoint: Checkpoint, images: int, given: list[np.ndarray]) -> Iterator[_Case]:
     rng = np.random.default_rng(0)
     sizes, bos = checkpoint.sizes, checkpoint.tokens.bos
-    for index in range(images):
-        pixels = given[index] if index < len(given) else _picture(rng, sizes.frames, sizes.image)
+    for index, pixels in enumerate(islice(rows(rng, sizes, given), images)):
         length = rng.integers(1, _LONGEST_PROMPT + 1) if index % 3 == 2 else 0
         yield _Case(pixels, [bos, *rng.integers(0, sizes.vocabulary, length).tolist()])
-
-
-def _picture(rng: np.random.Generator, frames: int | None, size: int) -> np.ndarray:
-    """Coloured blocks with noise: unlike each other in the large as pictures are."""
-    count = frames or 1
-    cells = int(rng.integers(2, 7))
-    blocks = rng.integers(0, 256, (count, 3, cells, cells))
-    index = np.arange(size) * cells // size
-    picture = blocks[:, :, index][:, :, :, index] + rng.normal(0, 12, (count, 3, size, size))
-    pixels = np.clip(picture, 0, 255).astype(np.uint8)
-    return pixels if frames else pixels[0]
 
 
 @torch.inference_mode()

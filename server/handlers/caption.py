@@ -39,39 +39,37 @@ class CaptionHandler(Handler):
     """Takes the image as raw body, as multipart form or as base64 in JSON."""
 
     def prepare(self) -> None:
-        """Refuse what says that it is too large before reading it."""
+        """Refuse what says that it is too large before it is sent, if the client waits for that."""
         self._body = bytearray()
-        self._refused = False
+        self._received = 0
         self._task: asyncio.Task | None = None
         self._limit = self.service.settings.max_body_bytes
-        # Up to here a refused body is read and dropped, so that the client gets to see the answer;
-        # beyond it Tornado closes the connection.
+        # A client that is still sending would lose an early answer with its connection, so up to
+        # here a body that is too large is read and dropped; beyond it Tornado closes.
         self.request.connection.set_max_body_size(_DRAINED * self._limit)  # type: ignore[union-attr]
         declared = self.request.headers.get("Content-Length", "0")
         if declared.isdecimal() and int(declared) > self._limit:
-            self._refuse_body()
+            waits = self.request.headers.get("Expect", "").lower() == "100-continue"
+            if waits or int(declared) > _DRAINED * self._limit:
+                self.set_header("Connection", "close")
+                raise self._too_large()
 
     def data_received(self, chunk: bytes) -> None:
         """Gather the body; a chunked one tells its length only as it comes."""
-        if self._refused:
-            return
-        self._body += chunk
-        if len(self._body) > self._limit:
-            self._refuse_body()
+        self._received += len(chunk)
+        if self._received <= self._limit:
+            self._body += chunk
+        else:
+            self._body.clear()
 
-    def _refuse_body(self) -> None:
-        self._refused = True
-        self._body.clear()
-        self.set_header("Connection", "close")
-        error = BodyTooLarge(
-            f"the body is larger than {self._limit / 1e6:g} MB: send a smaller image"
-        )
-        self.send_error(413, exc_info=(BodyTooLarge, error, None))
+    def _too_large(self) -> BodyTooLarge:
+        limit = f"{self._limit / 1e6:g} MB"
+        return BodyTooLarge(f"the body is larger than {limit}: send a smaller image")
 
     async def post(self) -> None:
         """Answer with the caption, as JSON or, for `Accept: text/plain`, as it is."""
-        if self._refused:
-            return
+        if self._received > self._limit:
+            raise self._too_large()
         self._task = asyncio.current_task()
         started = time.perf_counter()
         with self.service.admission.enter():

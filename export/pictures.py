@@ -1,0 +1,64 @@
+"""What to compare on: pictures of the user's, prepared by Hugging Face's processor, or made ones.
+
+The processor is theirs and not runtime/'s on purpose: verification shares nothing with what it is to
+be a check of.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from transformers import CLIPImageProcessor
+
+from export.errors import ExportError
+from runtime.manifest import Preprocessing, Sizes
+
+
+def from_folder(folder: Path, how: Preprocessing, sizes: Sizes) -> list[np.ndarray]:
+    """All images of a folder, by name -> uint8 `[3, S, S]` each.
+
+    Unreadable files are listed and left out; ExportError when nothing is left.
+    """
+    if sizes.frames is not None:
+        raise ExportError("--images is for single-image models: a video row needs several frames")
+    if not folder.is_dir():
+        raise ExportError(f"{folder} is not a folder of images")
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": how.shortest_edge},
+        crop_size={"height": how.crop, "width": how.crop},
+        resample=how.resample,
+        do_rescale=False,
+        do_normalize=False,
+    )
+    pixels: list[np.ndarray] = []
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        try:
+            image = Image.open(path).convert("RGB")
+        except (UnidentifiedImageError, OSError) as cause:
+            print(f"left out, not an image: {path} ({cause})")
+            continue
+        # Said, not guessed: for a picture three pixels high the guess would be wrong.
+        made = processor(image, return_tensors="np", input_data_format="channels_last")
+        pixels.append(made["pixel_values"][0].astype(np.uint8))
+    if not pixels:
+        raise ExportError(f"{folder} holds no image that can be read")
+    return pixels
+
+
+def generated(rng: np.random.Generator, sizes: Sizes) -> np.ndarray:
+    """Coloured blocks with noise, unlike each other in the large as pictures are."""
+    count, size = sizes.frames or 1, sizes.image
+    cells = int(rng.integers(2, 7))
+    blocks = rng.integers(0, 256, (count, 3, cells, cells))
+    index = np.arange(size) * cells // size
+    picture = blocks[:, :, index][:, :, :, index] + rng.normal(0, 12, (count, 3, size, size))
+    pixels = np.clip(picture, 0, 255).astype(np.uint8)
+    return pixels if sizes.frames else pixels[0]
+
+
+def rows(rng: np.random.Generator, sizes: Sizes, given: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Encoder rows without end: the given ones first."""
+    yield from given
+    while True:
+        yield generated(rng, sizes)

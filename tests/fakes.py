@@ -1,0 +1,75 @@
+"""A runner without graphs whose every answer depends on what its slot's cache holds."""
+
+from collections.abc import Sequence as ListLike
+
+import numpy as np
+
+from runtime.config import EngineConfig
+from runtime.engine import Engine
+from runtime.manifest import Manifest, Preprocessing, Sizes, SpecialTokens
+
+EOS = 1
+SIZES = Sizes(
+    image=4, frames=None, prefix=5, layers=1, heads=1, head=1, vocabulary=50, text=32
+)
+MANIFEST = Manifest("fake", None, SIZES, SpecialTokens(0, EOS, 2), Preprocessing(4, 4, 3), ())
+
+
+class FakeTokenizer:
+    """Prompts are numbers; captions are the ids that were generated."""
+
+    def prompt_ids(self, prompt: str | None) -> tuple[int, ...]:
+        return (0, *(int(word) for word in (prompt or "").split()))
+
+    def text(self, ids: ListLike[int]) -> str:
+        return " ".join(str(i) for i in ids if i != EOS)
+
+
+class FakeRunner:
+    """Keeps (image, tokens fed) for each slot, as a cache does, and predicts by hashing it."""
+
+    text_tokens = 32
+    pixels_shape = (3, 4, 4)
+    runs_on = "fake"
+
+    def __init__(self) -> None:
+        self.cache: dict[int, tuple[int, list[int]]] = {}
+        self.steps: list[int] = []  # rows of each decode step
+        self.encoded: list[int] = []  # images of each encoder call
+        self.fail_next: Exception | None = None
+
+    def encode(self, pixels: ListLike[np.ndarray], slots: ListLike[int]) -> None:
+        self.encoded.append(len(pixels))
+        for image, slot in zip(pixels, slots, strict=True):
+            self.cache[slot] = (int(image.sum()), [])
+
+    def decode(self, tokens: ListLike[int], fed: ListLike[int]) -> np.ndarray:
+        if self.fail_next is not None:
+            error, self.fail_next = self.fail_next, None
+            raise error
+        self.steps.append(len(tokens))
+        return np.array([self._next(slot, t, n) for slot, (t, n) in enumerate(zip(tokens, fed, strict=True))])
+
+    def _next(self, slot: int, token: int, fed: int) -> int:
+        image, texts = self.cache[slot]
+        assert fed == len(texts), "a row was fed at the wrong age"
+        texts.append(token)
+        return hash((image, *texts)) % 12  # EOS about every twelfth token
+
+    def move(self, source: int, target: int) -> None:
+        self.cache[target] = (self.cache[source][0], list(self.cache[source][1]))
+
+    def warm_up(self) -> None:
+        pass
+
+
+def fake_engine(config: EngineConfig | None = None) -> Engine:
+    return Engine(MANIFEST, FakeTokenizer(), FakeRunner(), config or EngineConfig(slots=3))  # type: ignore[arg-type]
+
+
+def image(number: int) -> np.ndarray:
+    """Pixels that tell images apart by their sum."""
+    pixels = np.zeros((3, 4, 4), np.uint8)
+    pixels.flat[:] = number
+    return pixels
+

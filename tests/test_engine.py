@@ -1,0 +1,130 @@
+"""The decode loop on a runner whose answers depend on each slot's cache: nothing may get mixed up."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.config import EngineConfig
+from runtime.errors import InvalidRequest
+from runtime.request import FinishReason
+from tests.fakes import EOS, fake_engine, image
+
+REQUESTS = st.lists(
+    st.tuples(
+        st.integers(0, 9),  # image
+        st.lists(st.integers(3, 9), max_size=4),  # prompt
+        st.integers(1, 8),  # max_new_tokens
+        st.integers(0, 6),  # steps before it arrives
+    ),
+    min_size=1,
+    max_size=14,
+)
+CONFIGS = st.builds(
+    EngineConfig,
+    slots=st.integers(1, 5),
+    encode_batch=st.integers(1, 4),
+    refill=st.booleans(),
+)
+
+
+def prompt(words: list[int]) -> str:
+    return " ".join(map(str, words))
+
+
+def alone(number: int, words: list[int], most: int) -> tuple[int, ...]:
+    [caption] = fake_engine().generate([image(number)], [prompt(words)], most)
+    return caption.token_ids
+
+
+@settings(deadline=None, max_examples=150)
+@given(REQUESTS, CONFIGS)
+def test_any_order_of_arrival_says_what_each_request_alone_says(requests, config):
+    engine = fake_engine(config)
+    arriving = sorted(requests, key=lambda r: r[3])
+    expected, finished, step = {}, {}, 0
+    while arriving or not engine.scheduler.idle:
+        while arriving and arriving[0][3] <= step:
+            number, words, most, _ = arriving.pop(0)
+            sequence = engine.submit(image(number), prompt(words), most)
+            expected[sequence] = alone(number, words, most)
+        for sequence in engine.step():
+            finished[sequence] = engine.caption(sequence).token_ids
+        step += 1
+    assert finished == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(REQUESTS, CONFIGS, st.data())
+def test_cancelling_some_changes_nothing_for_the_others(requests, config, data):
+    engine = fake_engine(config)
+    sequences = {engine.submit(image(n), prompt(w), m): (n, w, m) for n, w, m, _ in requests}
+    gone = data.draw(st.sets(st.sampled_from(list(range(len(sequences))))))
+    victims = [s for i, s in enumerate(sequences) if i in gone]
+    finished = []
+    while not engine.scheduler.idle:
+        finished += engine.step()
+        if victims:
+            engine.cancel(victims.pop())
+    for sequence in finished:
+        assert engine.caption(sequence).token_ids == alone(*sequences[sequence])
+    assert {s for s in sequences if s.finish_reason is None} == set()
+
+
+def test_generate_keeps_the_order_and_counts_tokens():
+    captions = fake_engine().generate([image(n) for n in range(10)], max_new_tokens=6)
+    assert [c.token_ids for c in captions] == [alone(n, [], 6) for n in range(10)]
+    for caption in captions:
+        stopped = caption.finish_reason is FinishReason.STOP
+        assert caption.completion_tokens == len(caption.token_ids) - stopped
+        assert (caption.token_ids[-1] == EOS) == stopped
+        assert min(caption.queue_s, caption.encode_s, caption.decode_s) >= 0
+
+
+def test_continuous_batching_takes_fewer_steps_than_static():
+    def steps(refill: bool) -> int:
+        engine = fake_engine(EngineConfig(slots=4, encode_batch=4, refill=refill))
+        for number in range(40):
+            engine.submit(image(number), None, 1 + number * 5 % 12, ignore_eos=True)
+        while not engine.scheduler.idle:
+            engine.step()
+        return len(engine.runner.steps)
+
+    assert steps(refill=True) < 0.75 * steps(refill=False)
+
+
+def test_ignore_eos_generates_to_the_limit():
+    [caption] = fake_engine().generate([image(1)], max_new_tokens=30, ignore_eos=True)
+    assert len(caption.token_ids) == 30
+    assert caption.finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words", "most", "message"),
+    [
+        (np.zeros((3, 5, 4), np.uint8), "", 4, "shape"),
+        (np.zeros((3, 4, 4), np.float32), "", 4, "uint8"),
+        (image(0), "", 0, "max_new_tokens is 0: with this prompt use 1 to 32"),
+        (image(0), "3 4 5", 30, "use 1 to 29"),
+        (image(0), " ".join(["3"] * 40), None, "40 tokens: shorten it to 31"),
+    ],
+)
+def test_what_never_fits_is_refused_with_the_limit(pixels, words, most, message):
+    engine = fake_engine()
+    with pytest.raises(InvalidRequest, match=message):
+        engine.submit(pixels, words, most)
+    assert engine.scheduler.idle
+
+
+def test_the_longest_prompt_and_the_longest_caption_fit():
+    engine = fake_engine()
+    captions = engine.generate([image(0), image(1)], [prompt([3] * 31), None], None)
+    assert len(captions[0].token_ids) == 1
+    [longest] = engine.generate([image(2)], max_new_tokens=32, ignore_eos=True)
+    assert len(longest.token_ids) == 32
+
+
+def test_a_caption_of_an_unfinished_sequence_is_an_error():
+    engine = fake_engine()
+    with pytest.raises(InvalidRequest, match="not finished"):
+        engine.caption(engine.submit(image(0)))

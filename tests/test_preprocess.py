@@ -1,0 +1,144 @@
+"""Pixels equal to Hugging Face's processor, for every kind of image that people send."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import CLIPImageProcessor, VideoMAEImageProcessor
+
+from runtime.errors import InvalidImage, TooManyPixels
+from runtime.manifest import Preprocessing
+from runtime.preprocess import decode, preprocess
+
+HOW = Preprocessing(shortest_edge=224, crop=224, resample=3)
+RNG = np.random.default_rng(0)
+
+
+def noise(width: int, height: int, bands: int = 3) -> np.ndarray:
+    small = RNG.integers(0, 256, (height // 8 + 2, width // 8 + 2, bands), np.uint8)
+    return np.repeat(np.repeat(small, 8, 0), 8, 1)[:height, :width]
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def theirs(image: Image.Image, how: Preprocessing = HOW) -> np.ndarray:
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": how.shortest_edge},
+        crop_size={"height": how.crop, "width": how.crop},
+        resample=how.resample,
+        do_rescale=False,
+        do_normalize=False,
+    )
+    return processor(image, return_tensors="np", input_data_format="channels_last")["pixel_values"][0]
+
+
+@pytest.mark.parametrize(
+    "size",
+    [(640, 480), (480, 640), (224, 224), (225, 224), (224, 500), (1000, 333), (333, 1001), (30, 50),
+     (1, 1), (1, 60), (97, 3)],
+)  # fmt: skip
+@pytest.mark.parametrize("edge", [224, 480, 128])
+def test_equal_to_the_processor_at_any_size(size, edge):
+    image = Image.fromarray(noise(*size))
+    how = Preprocessing(edge, edge, 3)
+    assert np.array_equal(preprocess(encoded(image), how), theirs(image, how))
+
+
+def test_equal_to_the_video_processor():
+    image = Image.fromarray(noise(320, 180))
+    processor = VideoMAEImageProcessor(do_rescale=False, do_normalize=False)
+    expected = processor([[image]], return_tensors="np")["pixel_values"][0][0]
+    how = Preprocessing(224, 224, int(processor.resample))
+    assert np.array_equal(preprocess(encoded(image), how), expected)
+
+
+def test_a_crop_smaller_than_the_edge():
+    image = Image.fromarray(noise(400, 300))
+    how = Preprocessing(256, 224, 3)
+    assert np.array_equal(preprocess(encoded(image), how), theirs(image, how))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_every_format(kind):
+    data = encoded(Image.fromarray(noise(300, 260)), kind)
+    assert np.array_equal(preprocess(data, HOW), theirs(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_grey_palette_and_cmyk_are_converted():
+    picture = Image.fromarray(noise(300, 260))
+    for mode, kind in (("L", "PNG"), ("P", "PNG"), ("1", "PNG"), ("CMYK", "JPEG"), ("CMYK", "TIFF")):
+        data = encoded(picture.convert(mode), kind)
+        expected = theirs(Image.open(io.BytesIO(data)).convert("RGB"))
+        assert np.array_equal(preprocess(data, HOW), expected), (mode, kind)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_laid_on_white(mode):
+    image = Image.new("RGBA", (300, 260), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 150, 260))
+    left, right = preprocess(encoded(image.convert(mode)), HOW)[:, 112, [20, 200]].T
+    assert right.tolist() == [255, 255, 255]
+    assert left.max() < 255 or left.tolist() == [0, 0, 255]
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    ramp = np.linspace(0, 65535, 300 * 260).reshape(260, 300).astype(np.uint16)
+    expected = theirs(Image.fromarray((ramp >> 8).astype(np.uint8)).convert("RGB"))
+    for kind in ("PNG", "TIFF"):
+        assert np.array_equal(preprocess(encoded(Image.fromarray(ramp), kind), HOW), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_comes_first(orientation):
+    upright = Image.fromarray(noise(301, 200))
+    undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
+    stored = upright if undo is None else upright.transpose(Image.Transpose(undo))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(preprocess(encoded(stored, exif=exif), HOW), theirs(upright))
+
+
+def test_the_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (250, 250), colour) for colour in ("red", "green", "blue")]
+    for kind in ("GIF", "WEBP", "PNG"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+        assert preprocess(data, HOW)[:, 100, 100].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"%PDF-1.7", b"GIF89a"])
+def test_what_is_no_image_is_named(data):
+    with pytest.raises(InvalidImage, match="not an image"):
+        decode(data)
+
+
+def test_formats_that_are_not_listed_are_not_tried():
+    with pytest.raises(InvalidImage, match="JPEG, PNG"):
+        decode(encoded(Image.fromarray(noise(50, 50)), "PPM"))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_damaged_files_are_invalid_images_and_nothing_else(kind):
+    whole = encoded(Image.fromarray(noise(120, 90)), kind)
+    for cut in range(0, len(whole) - 1, max(1, len(whole) // 60)):
+        try:
+            decode(whole[:cut])
+        except InvalidImage:
+            continue
+
+
+@pytest.mark.parametrize("size", [(7100, 7100), (20_000, 20_000)])
+def test_too_many_pixels_are_refused_before_decoding(size):
+    with pytest.raises(TooManyPixels, match="50 million"):
+        decode(encoded(Image.new("1", size)))
+
+
+def test_the_pixel_limit_is_a_setting():
+    data = encoded(Image.new("RGB", (100, 100)))
+    assert decode(data, max_pixels=10_000).size == (100, 100)
+    with pytest.raises(TooManyPixels):
+        decode(data, max_pixels=9_999)

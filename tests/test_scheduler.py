@@ -1,0 +1,88 @@
+"""The scheduler alone: slots, order, compaction, static batching, cancelling."""
+
+import subprocess
+import sys
+
+from runtime.request import FinishReason, Request
+from runtime.scheduler import Move, Scheduler
+
+
+def request() -> Request:
+    return Request(pixels=None, prompt_ids=(0,), max_new_tokens=4)
+
+
+def finish(*sequences) -> None:
+    for sequence in sequences:
+        sequence.finish_reason = FinishReason.STOP
+
+
+def test_needs_only_the_standard_library():
+    code = (
+        "import sys, runtime.scheduler;"
+        "print([m for m in sys.modules if m.split('.')[0] in ('numpy', 'onnxruntime', 'PIL')])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_first_come_first_served_into_the_lowest_slots():
+    scheduler = Scheduler(slots=2, encode_batch=8)
+    sequences = [scheduler.add(request()) for _ in range(3)]
+    assert scheduler.admit() == sequences[:2]
+    assert [s.slot for s in sequences] == [0, 1, None]
+    assert (scheduler.waiting, scheduler.rows) == (1, 2)
+
+
+def test_at_most_encode_batch_between_two_steps():
+    scheduler = Scheduler(slots=8, encode_batch=2)
+    for _ in range(5):
+        scheduler.add(request())
+    assert [len(scheduler.admit()) for _ in range(4)] == [2, 2, 1, 0]
+
+
+def test_a_freed_slot_is_filled_before_anything_moves():
+    scheduler = Scheduler(slots=3, encode_batch=3)
+    first, _, _ = [scheduler.add(request()) for _ in range(3)]
+    scheduler.admit()
+    late = scheduler.add(request())
+    finish(first)
+    assert scheduler.release_finished() == [first]
+    assert scheduler.admit() == [late]
+    assert late.slot == 0
+    assert scheduler.compact() == []
+
+
+def test_holes_are_closed_from_the_top():
+    scheduler = Scheduler(slots=4, encode_batch=4)
+    a, b, c, d = [scheduler.add(request()) for _ in range(4)]
+    scheduler.admit()
+    finish(a, c)
+    scheduler.release_finished()
+    assert scheduler.rows == 4
+    assert scheduler.compact() == [Move(source=3, target=0)]
+    assert (d.slot, b.slot, scheduler.rows) == (0, 1, 2)
+    assert scheduler.running == [d, b]
+
+
+def test_without_refill_a_batch_ends_before_the_next_begins():
+    scheduler = Scheduler(slots=2, encode_batch=1, refill=False)
+    a, b, c = [scheduler.add(request()) for _ in range(3)]
+    assert scheduler.admit() == [a, b]  # a whole batch, whatever encode_batch says
+    finish(a)
+    scheduler.release_finished()
+    assert scheduler.admit() == []
+    finish(b)
+    scheduler.release_finished()
+    assert scheduler.admit() == [c]
+
+
+def test_cancelling_frees_the_slot_at_once_and_only_once():
+    scheduler = Scheduler(slots=1, encode_batch=1)
+    running, waiting, late = [scheduler.add(request()) for _ in range(3)]
+    scheduler.admit()
+    assert scheduler.cancel(waiting)
+    assert scheduler.cancel(running)
+    assert not scheduler.cancel(running)
+    assert scheduler.admit() == [late]
+    assert scheduler.cancel(late)
+    assert scheduler.idle

@@ -1,0 +1,290 @@
+"""The HTTP layer over a runner without graphs: forms, errors, queue, draining, metrics."""
+
+import base64
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from runtime.config import EngineConfig
+from runtime.errors import EngineFolderError
+from server.admission import State
+from tests.fakes import FakeRunner, fake_engine
+from tests.live import fetch, multipart, png, serve
+
+JSON = {"Content_Type": "application/json"}
+
+
+class Gate(FakeRunner):
+    """Decodes only while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = threading.Event()
+        self.open.set()
+
+    def decode(self, tokens, fed):
+        assert self.open.wait(30)
+        return super().decode(tokens, fed)
+
+
+def gated(slots: int = 2):
+    engine = fake_engine(EngineConfig(slots=slots))
+    engine.runner = Gate()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def live():
+    with serve(fake_engine, slots=3) as server:
+        yield server
+
+
+def as_json(**fields) -> bytes:
+    return json.dumps(fields).encode()
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def test_three_forms_say_the_same(live):
+    image = png()
+    form, kind = multipart(image=image, prompt="3 4", max_new_tokens="5")
+    replies = [
+        live.caption(image, "?prompt=3%204&max_new_tokens=5", Content_Type="image/png"),
+        live.caption(image, "?prompt=3+4&max_new_tokens=5"),
+        live.caption(form, Content_Type=kind),
+        live.caption(as_json(image=b64(image), prompt="3 4", max_new_tokens=5), **JSON),
+        live.caption(
+            as_json(image="data:image/png;base64," + b64(image), prompt="3 4", max_new_tokens=5),
+            **JSON,
+        ),
+    ]
+    assert [r.status for r in replies] == [200] * 5
+    assert len({r.json["caption"] for r in replies}) == 1
+    answer = replies[0].json
+    assert answer["model"] == "fake"
+    assert answer["usage"]["prompt_tokens"] == 2
+    assert answer["usage"]["completion_tokens"] <= 5
+    assert set(answer["timing_ms"]) == {"queue", "preprocess", "encode", "decode", "total"}
+    assert answer["timing_ms"]["total"] >= answer["timing_ms"]["decode"] >= 0
+
+
+def test_what_curl_sends_by_default_is_taken_as_the_image(live):
+    assert live.caption(png(), Content_Type="application/x-www-form-urlencoded").status == 200
+
+
+def test_plain_text_on_request(live):
+    reply = live.caption(png(), Accept="text/plain")
+    assert reply.headers["Content-Type"].startswith("text/plain")
+    assert reply.body.decode().strip() == live.caption(png()).json["caption"]
+
+
+@pytest.mark.parametrize(
+    ("body", "query", "headers", "status", "code", "message"),
+    [
+        (b"", "", {}, 400, "invalid_request", "empty"),
+        (b"hello", "", {}, 400, "invalid_image", "not an image"),
+        (png(size=(300, 300))[:-40], "", {}, 400, "invalid_image", "damaged"),
+        (b"{", "", JSON, 400, "invalid_request", "not JSON"),
+        (b"\xff\xfe\x00", "", JSON, 400, "invalid_request", "not JSON"),
+        (b"[1]", "", JSON, 400, "invalid_request", "not an object"),
+        (b"{}", "", JSON, 400, "invalid_request", "'image' is missing"),
+        (as_json(image=5), "", JSON, 400, "invalid_request", "not a string"),
+        (as_json(image="?!"), "", JSON, 400, "invalid_request", "not base64"),
+        (as_json(image=""), "", JSON, 400, "invalid_request", "empty"),
+        (as_json(image=b64(b"hello")), "", JSON, 400, "invalid_image", "not an image"),
+        (as_json(image=b64(png()), prompt=5), "", JSON, 400, "invalid_request", "prompt"),
+        (as_json(image=b64(png()), max_new_tokens="x"), "", JSON, 400, "invalid_request", "whole"),
+        (as_json(image=b64(png()), max_new_tokens=True), "", JSON, 400, "invalid_request", "whole"),
+        (as_json(image=b64(png()), max_new_tokens=1.5), "", JSON, 400, "invalid_request", "whole"),
+        (as_json(image=b64(png()), max_new_tokens=0), "", JSON, 400, "invalid_request", "1 to 32"),
+        (as_json(image=b64(png()), nope=1), "", JSON, 400, "invalid_request", "'nope'"),
+        (as_json(image=[b64(png())] * 2), "", JSON, 400, "invalid_request", "2 images"),
+        (png(), "?max_new_tokens=-3", {}, 400, "invalid_request", "whole number"),
+        (png(), "?max_new_tokens=999", {}, 400, "invalid_request", "use 1 to 32"),
+        (png(), "?colour=red", {}, 400, "invalid_request", "'colour'"),
+        (png(), "?prompt=%ff", {}, 400, "invalid_request", "UTF-8"),
+        (png(), "", {"Content_Type": "text/html"}, 415, "unsupported_media_type", "text/html"),
+        (b"x", "", {"Content_Type": "multipart/form-data"}, 400, "invalid_request", "multipart"),
+        (png(size=(900, 900)), "", {}, 422, "too_many_pixels", "0.5 million"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(body, query, headers, status, code, message):
+    with serve(fake_engine, max_pixels=500_000) as live:
+        reply = live.caption(body, query, **headers)
+        assert (reply.status, reply.error) == (status, code)
+        assert message in reply.json["error"]["message"]
+        assert live.metric(f'vignette_requests_total{{outcome="{code}"}}') == 1
+        assert live.caption(png()).status == 200
+
+
+def test_forms_that_miss_the_image(live):
+    for fields in ({"prompt": "3"}, {"picture": png()}):
+        form, kind = multipart(**fields)
+        reply = live.caption(form, Content_Type=kind)
+        assert (reply.status, reply.error) == (400, "invalid_request")
+        assert "'image'" in reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_over_the_limit(chunked):
+    with serve(fake_engine, max_body_bytes=50_000) as live:
+        body = b"x" * 120_000
+        reply = live.caption(iter([body[:60_000], body[60_000:]]) if chunked else body)
+        assert (reply.status, reply.error) == (413, "body_too_large")
+        assert live.caption(png()).status == 200
+        assert live.metric('vignette_requests_total{outcome="body_too_large"}') == 1
+
+
+def test_unknown_routes_and_wrong_methods(live):
+    assert live.request("GET", "/nope").error == "not_found"
+    assert live.request("POST", "/nope/caption", b"x").status == 404
+    for method, path in (("GET", "/caption"), ("PUT", "/caption"), ("POST", "/metrics")):
+        reply = live.request(method, path, b"x")
+        assert (reply.status, reply.error) == (405, "method_not_allowed")
+    assert live.request("GET", "/caption").headers["Allow"] == "POST"
+
+
+def test_the_page_says_how_to_call(live):
+    page = live.request("GET", "/")
+    assert page.status == 200
+    assert page.headers["Content-Type"].startswith("text/html")
+    assert b"/caption" in page.body
+    assert b"http://" not in page.body and b"https://" not in page.body  # nothing from elsewhere
+
+
+def test_ready_only_once_warm():
+    go = threading.Event()
+
+    def slow():
+        assert go.wait(30)
+        return fake_engine()
+
+    with serve(slow, wait=False) as live:
+        assert live.request("GET", "/health/live").status == 200
+        starting = live.request("GET", "/health/ready")
+        assert (starting.status, starting.json["status"]) == (503, "starting")
+        assert live.caption(png()).error == "not_serving"
+        go.set()
+        deadline = time.monotonic() + 30
+        while live.request("GET", "/health/ready").status != 200 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert live.request("GET", "/health/ready").json["model"] == "fake"
+        assert live.caption(png()).status == 200
+
+
+def test_draining_refuses_new_requests_and_finishes_old_ones():
+    engine = gated()
+    with serve(lambda: engine) as live, ThreadPoolExecutor() as pool:
+        engine.runner.open.clear()
+        accepted = pool.submit(live.caption, png())
+        while live.service.admission.inside == 0:
+            time.sleep(0.01)
+        live.service.admission.state = State.DRAINING
+        assert live.request("GET", "/health/ready").json["status"] == "draining"
+        refused = live.caption(png())
+        assert (refused.status, refused.error) == (503, "not_serving")
+        engine.runner.open.set()
+        assert accepted.result().status == 200
+
+
+def test_a_full_queue_answers_429_at_once_and_counts_it():
+    engine = gated(slots=1)
+    with serve(lambda: engine, slots=1, max_queue=2) as live, ThreadPoolExecutor() as pool:
+        engine.runner.open.clear()
+        accepted = [pool.submit(live.caption, png()) for _ in range(3)]
+        while live.service.admission.inside < 3:
+            time.sleep(0.01)
+        refused = [live.caption(png()) for _ in range(2)]
+        assert [(r.status, r.error) for r in refused] == [(429, "queue_full")] * 2
+        assert all(int(r.headers["Retry-After"]) >= 1 for r in refused)
+        engine.runner.open.set()
+        assert [a.result().status for a in accepted] == [200] * 3
+        assert live.metric('vignette_requests_total{outcome="queue_full"}') == 2
+        assert live.metric('vignette_requests_total{outcome="ok"}') == 3
+
+
+def test_requests_that_arrive_together_are_decoded_together():
+    engine = gated(slots=8)
+    with serve(lambda: engine, slots=8) as live, ThreadPoolExecutor(9) as pool:
+        engine.runner.open.clear()
+        first = pool.submit(live.caption, png())
+        while live.service.admission.inside == 0:
+            time.sleep(0.01)
+        rest = [pool.submit(live.caption, png((i, i, i)), "?max_new_tokens=9") for i in range(8)]
+        while live.service.worker._inbox.qsize() < 8:
+            time.sleep(0.01)
+        engine.runner.open.set()
+        assert {f.result().status for f in (first, *rest)} == {200}
+        assert max(engine.runner.steps) == 8
+
+
+def test_a_client_that_leaves_frees_its_slot():
+    engine = gated(slots=1)
+    with serve(lambda: engine, slots=1) as live:
+        engine.runner.open.clear()
+        image = png()
+        with socket.create_connection(("127.0.0.1", live.port)) as client:
+            head = f"POST /caption?max_new_tokens=30 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(image)}\r\n\r\n"
+            client.sendall(head.encode() + image)
+            while live.service.admission.inside == 0:
+                time.sleep(0.01)
+        while live.service.admission.inside:
+            time.sleep(0.01)
+        engine.runner.open.set()
+        assert live.caption(png((1, 2, 3))).status == 200
+        assert live.metric('vignette_requests_total{outcome="cancelled"}') == 1
+
+
+def test_an_engine_that_breaks_answers_its_batch_and_goes_on():
+    engine = fake_engine()
+    with serve(lambda: engine) as live:
+        expected = live.caption(png()).json["caption"]
+        engine.runner.fail_next = RuntimeError("secret detail")
+        reply = live.caption(png())
+        assert (reply.status, reply.error) == (500, "engine_failed")
+        assert b"secret" not in reply.body
+        assert live.caption(png()).json["caption"] == expected
+
+
+def test_an_error_of_ours_shows_no_detail(monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("secret detail")
+
+    with serve(fake_engine) as live:
+        monkeypatch.setattr("server.handlers.caption.preprocess", broken)
+        reply = live.caption(png())
+        assert (reply.status, reply.error) == (500, "internal")
+        assert b"secret" not in reply.body
+
+
+def test_an_engine_that_cannot_open_is_told_to_the_starter():
+    import asyncio
+
+    from server.app import make_service
+    from server.settings import Settings
+
+    def fail():
+        raise EngineFolderError("no such engine")
+
+    async def start():
+        await make_service(Settings(), fail).worker.start()
+
+    with pytest.raises(EngineFolderError, match="no such engine"):
+        asyncio.run(start())
+
+
+def test_metrics_tell_stages_and_batches(live):
+    before = live.metric('vignette_stage_seconds_count{stage="encode"}')
+    live.caption(png())
+    assert live.metric('vignette_stage_seconds_count{stage="encode"}') == before + 1
+    assert live.metric("vignette_decode_batch_rows_count") > 0
+    assert live.metric("vignette_encode_batch_images_count") > 0
+    assert live.metric("vignette_queue_length") == 0
+    assert live.metric("vignette_running_rows") == 0
+    assert fetch(live.port, "GET", "/metrics").headers["Content-Type"].startswith("text/plain")
