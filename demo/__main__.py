@@ -21,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     commands = parser.add_subparsers(required=True)
     train = commands.add_parser("train", help="train the model; resumes where it was stopped")
-    train.add_argument("--scenes", type=int, default=300_000, help="training scenes in all")
+    train.add_argument("--scenes", type=int, default=336_000, help="training scenes in all")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
     train.set_defaults(run=_train)
     evaluate = commands.add_parser("evaluate", help="score an engine on held-out scenes")

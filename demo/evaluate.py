@@ -1,7 +1,7 @@
 """How often the exported engine is right on scenes whose captions training never saw.
 
-Scenes are drawn at twice the model's image size and sent as PNG bytes, so that what is judged is the
-whole way of a request: decoding, resizing, both graphs, the decode loop and the tokenizer.
+Scenes are drawn at twice the model's image size and sent as PNG bytes, so that what is judged is
+the whole way of a request: decoding, resizing, both graphs, the decode loop and the tokenizer.
 """
 
 import io
@@ -71,8 +71,8 @@ def _score(engine: Engine, name: str, asked: Iterator[_Question], scenes: int) -
                 if caption.text != question.answer:
                     mistakes[question.answer, caption.text] += 1
             progress.update(len(batch))
-    for (answer, caption), _ in mistakes.most_common(5):
-        print(f"  {answer!r} was answered {caption!r}")
+    for (answer, wrong), _ in mistakes.most_common(5):
+        print(f"  {answer!r} was answered {wrong!r}")
     return Score(right, scenes)
 
 

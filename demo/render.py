@@ -33,7 +33,7 @@ _GAP = 0.02  # between two sprites, share of the canvas
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """`image` RGB `size` x `size`; `cover` uint8 `[size, size]`: 0, or 1 + index of the noun there."""
+    """`image` is square RGB; `cover` uint8 `[size, size]`: 0, or 1 + index of the noun there."""
 
     image: Image.Image
     cover: np.ndarray
@@ -57,7 +57,9 @@ class Renderer:
     def __init__(self, styles: Sequence[sprites.Style], size: int) -> None:
         self.size = size
         self._sprites = {
-            style.name: {name: _fitted(picture, size) for name, picture in sprites.load(style).items()}
+            style.name: {
+                name: _fitted(picture, size) for name, picture in sprites.load(style).items()
+            }
             for style in styles
         }
         self._shaped = lru_cache(maxsize=40_000)(self._shape)
@@ -75,11 +77,11 @@ class Renderer:
             noun, style = rng.choice(NOUNS), rng.choice(sorted(self._sprites))
             sprite = self._pick(noun, style, rng.choice(_SIZES[:5]), rng)
             column, row = cell % _MOSAIC, cell // _MOSAIC
-            centre = tuple(
+            x, y = (
                 (place + 0.5 + rng.uniform(-0.1, 0.1)) * self.size / _MOSAIC
                 for place in (column, row)
             )
-            placed.append(_Placed(sprite, noun, centre))
+            placed.append(_Placed(sprite, noun, (x, y)))
         return self._compose(placed, rng.choice(COLOURS), rng)
 
     def _compose(self, placed: list["_Placed"], colour: str, rng: random.Random) -> Picture:
@@ -101,7 +103,9 @@ class Renderer:
         tiny.putdata(corners)
         return tiny.resize((self.size, self.size), Image.Resampling.BILINEAR)
 
-    def _shape(self, style: str, noun: str, share: float, angle: int, mirrored: bool) -> Image.Image:
+    def _shape(
+        self, style: str, noun: str, share: float, angle: int, mirrored: bool
+    ) -> Image.Image:
         sprite = self._sprites[style][noun]
         if mirrored:
             sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -111,9 +115,7 @@ class Renderer:
         return sprite.resize((width, height), Image.Resampling.LANCZOS)
 
     def _pick(self, noun: Noun, style: str, share: float, rng: random.Random) -> Image.Image:
-        return self._shaped(
-            style, noun.singular, share, rng.choice(_ANGLES), rng.random() < 0.5
-        )
+        return self._shaped(style, noun.singular, share, rng.choice(_ANGLES), rng.random() < 0.5)
 
     def _pair(self, scene: Scene, style: str, rng: random.Random) -> list[_Placed]:
         """Both nouns well apart along the relation's axis and close to level across it."""

@@ -4,11 +4,12 @@ Three things make it learn in fewer scenes than captions alone would:
 
 * one image serves three texts (its caption and two questions). Image tokens never attend to text in
   GIT, so the texts stand side by side behind one image prefix, each masked from the others;
-* a linear head on the vision tower names the noun behind every patch. It is thrown away afterwards;
-* to each batch come mosaics of nine nouns, which only that head learns from: telling 112 nouns apart
-  is what takes longest, and a scene shows two of them.
+* a linear head on the vision tower names the noun behind every patch; it is dropped at the end;
+* to each batch come mosaics of nine nouns, which only that head learns from: telling so many nouns
+  apart is what takes longest, and a scene shows two of them at most.
 """
 
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -36,12 +37,12 @@ _IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to train. `scenes` sets the length; a resumed run keeps the schedule of its start."""
+    """How to train. `scenes` sets the length; the learning rate is 0 at its end."""
 
-    scenes: int = 300_000
+    scenes: int = 336_000
     batch: int = 32
     learning_rate: float = 8e-4
-    mosaics: int = 24  # beside each batch's scenes
+    mosaics: int = 12  # beside each batch's scenes
     warmup_steps: int = 500
     patch_loss: float = 1.0  # weight of the noun-behind-the-patch loss
     save_every: int = 500  # steps
@@ -50,6 +51,7 @@ class Settings:
 
     @property
     def steps(self) -> int:
+        """Optimiser steps in all."""
         return self.scenes // self.batch
 
 
@@ -61,7 +63,7 @@ class Batches(IterableDataset):
         self._settings, self._start = settings, start
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        """`tokens` and `labels` for the scenes; `pixels` and `patches` for these, then mosaics."""
+        """Yield `tokens`, `labels` for scenes; `pixels`, `patches` for these and mosaics."""
         worker = get_worker_info()
         rng = random.Random(f"{self._settings.seed}/{self._start}/{worker.id if worker else 0}")
         renderer = Renderer(sprites.TRAINED, model.IMAGE_SIZE)
@@ -106,6 +108,11 @@ def _patch_labels(cover: np.ndarray) -> np.ndarray:
 class PackedGit(nn.Module):
     """GIT over one image prefix and several texts side by side, with the training losses."""
 
+    mask: torch.Tensor
+    positions: torch.Tensor
+    image_mean: torch.Tensor
+    image_std: torch.Tensor
+
     def __init__(self, git: GitForCausalLM) -> None:
         super().__init__()
         self.git = git
@@ -119,7 +126,11 @@ class PackedGit(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def forward(
-        self, pixels: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor, patches: torch.Tensor
+        self,
+        pixels: torch.Tensor,
+        tokens: torch.Tensor,
+        labels: torch.Tensor,
+        patches: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 [B + M, 3, S, S], int64 [B, T] twice, [B + M, patches] -> text loss, patch loss."""
         git = self.git.git
@@ -159,28 +170,22 @@ def train(settings: Settings, output: Path = model.FOLDER) -> None:
     optimizer = torch.optim.AdamW(
         packed.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=settings.learning_rate,
-        total_steps=settings.steps,
-        pct_start=min(0.3, settings.warmup_steps / settings.steps),
-        cycle_momentum=False,
-    )
-    step = _resume(packed, optimizer, schedule)
+    step = _resume(packed, optimizer)
     loader = DataLoader(Batches(processor, settings, step), batch_size=None, num_workers=1)
     losses = torch.compile(packed)
     with tqdm(total=settings.steps, initial=step, unit="step") as progress:
         for batch in loader:
             if step >= settings.steps:
                 break
-            batch = {name: value.to(settings.device) for name, value in batch.items()}
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, settings)
+            inputs = {name: value.to(settings.device) for name, value in batch.items()}
             with torch.autocast(settings.device, torch.bfloat16):
-                text_loss, patch_loss = losses(**batch)
+                text_loss, patch_loss = losses(**inputs)
             (text_loss + settings.patch_loss * patch_loss).backward()
             nn.utils.clip_grad_norm_(packed.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            schedule.step()
             step += 1
             progress.update()
             if step % 50 == 0:
@@ -188,19 +193,27 @@ def train(settings: Settings, output: Path = model.FOLDER) -> None:
                     f"step {step} text {text_loss.item():.4f} patch {patch_loss.item():.4f}"
                 )
             if step % settings.save_every == 0:
-                _save(step, packed, optimizer, schedule)
+                _save(step, packed, optimizer)
     packed.git.half().save_pretrained(output)
     processor.save_pretrained(output)
 
 
-def _save(step: int, *parts: nn.Module | torch.optim.Optimizer | object) -> None:
+def learning_rate(step: int, settings: Settings) -> float:
+    """Linear warm-up, then half a cosine down to 0."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
+    return settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+
+def _save(step: int, *parts: nn.Module | torch.optim.Optimizer) -> None:
     state = {"step": step, "parts": [part.state_dict() for part in parts]}
     partial = CHECKPOINT.with_suffix(f".{time.time_ns()}")
     torch.save(state, partial)
     partial.rename(CHECKPOINT)
 
 
-def _resume(*parts: nn.Module | torch.optim.Optimizer | object) -> int:
+def _resume(*parts: nn.Module | torch.optim.Optimizer) -> int:
     """Load the last checkpoint into `parts`; returns its step, 0 without one."""
     if not CHECKPOINT.exists():
         return 0

@@ -53,9 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         "--verify-tokens", type=int, default=20, metavar="N",
         help="most new tokens for each of them (default 20)",
     )  # fmt: skip
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the random weights (default 0)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
     return parser
 
 
@@ -72,9 +70,7 @@ def _export(args: argparse.Namespace) -> None:
         source = checkpoint.load(args.model, args.revision)
     source = replace(source, name=args.name or source.name)
     pixels = (
-        pictures.from_folder(args.images, source.preprocessing, source.sizes)
-        if args.images
-        else []
+        pictures.from_folder(args.images, source.preprocessing, source.sizes) if args.images else []
     )
     images = max(args.verify_images, len(pixels))
     manifest = build(source, args.output, images, args.verify_tokens, pixels)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GitConfig, GitForCausalLM, GitVisionConfig
+from transformers import AutoConfig, AutoTokenizer, GitConfig, GitForCausalLM
 from transformers.image_processing_base import ImageProcessingMixin
 
 from export.errors import ExportError
@@ -140,7 +140,7 @@ _LARGE_VISION = {
     "patch_size": 14,
 }
 SHAPES: dict[str, Callable[[], GitConfig]] = {
-    "git-base": lambda: GitConfig(),
+    "git-base": GitConfig,
     "git-large": lambda: GitConfig(vision_config=_LARGE_VISION),
     "git-base-vqav2": lambda: GitConfig(vision_config={"image_size": 480}),
     "git-large-vqav2": lambda: GitConfig(vision_config={**_LARGE_VISION, "image_size": 420}),

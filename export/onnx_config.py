@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from optimum.exporters.onnx.base import OnnxConfig, OnnxConfigWithPast
-from optimum.utils import DummyInputGenerator, NormalizedConfigManager
+from optimum.utils import DummyInputGenerator
 from optimum.utils.normalized_config import NormalizedTextConfig
 from transformers import GitConfig
 

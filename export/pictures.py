@@ -1,7 +1,7 @@
 """What to compare on: pictures of the user's, prepared by Hugging Face's processor, or made ones.
 
-The processor is theirs and not runtime/'s on purpose: verification shares nothing with what it is to
-be a check of.
+The processor is theirs and not runtime/'s on purpose: verification shares nothing with what it is
+to be a check of.
 """
 
 from collections.abc import Iterator

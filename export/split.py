@@ -20,6 +20,9 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]
 class ImagePrefix(nn.Module):
     """Pixels to the keys and values that the decoder layers hold for them."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, model: GitForCausalLM, rescale: float, mean: list[float], std: list[float]):
         super().__init__()
         self.config = model.config
@@ -29,7 +32,7 @@ class ImagePrefix(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """uint8 `[B, 3, S, S]` or `[B, F, 3, S, S]` -> `image.{i}.key/value`, `[B, H, P, D]` each."""
+        """uint8 `[B, 3, S, S]`, or `[B, F, 3, S, S]` -> `image.{i}.key/value`, `[B, H, P, D]`."""
         hidden = self.git.visual_projection(self._features(pixels))
         prefix: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(self.git.encoder.layer):
@@ -116,7 +119,7 @@ class CachedAttention(torch.autograd.Function):
         total_length: torch.Tensor,
         heads: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`[B, 1, 3 H D]`, two `[B, H, C, D]`, int32 `[B]` and `[1]` -> `[B, 1, H D]`, both caches."""
+        """`[B, 1, 3HD]`, two `[B, H, C, D]`, int32 `[B]`, `[1]` -> `[B, 1, HD]`, both caches."""
         rows, _, width = qkv.shape
         head_size = width // (3 * heads)
         query, key, value = qkv.view(rows, 3, heads, head_size).unbind(1)
@@ -132,9 +135,15 @@ class CachedAttention(torch.autograd.Function):
 
     @staticmethod
     def symbolic(
-        g: Any, qkv: Any, past_key: Any, past_value: Any, lengths: Any, total_length: Any, heads: int
+        g: Any,
+        qkv: Any,
+        past_key: Any,
+        past_value: Any,
+        lengths: Any,
+        total_length: Any,
+        heads: int,
     ) -> tuple[Any, Any, Any]:
-        """The operator counts from zero: `seqlens_k`, its index of the last token, is our length."""
+        """The operator counts from zero: `seqlens_k`, the last token's index, is our length."""
         absent = g.op("prim::Constant")
         absent.setType(torch.OptionalType.ofTensor())
         context, key, value = g.op(

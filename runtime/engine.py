@@ -29,13 +29,24 @@ class Phases(Protocol):
     text_tokens: int
 
     @property
-    def runs_on(self) -> str: ...
+    def runs_on(self) -> str:
+        """For people: what runs where."""
+
     @property
-    def pixels_shape(self) -> tuple[int, ...]: ...
-    def encode(self, pixels: ListLike[np.ndarray], slots: ListLike[int]) -> None: ...
-    def decode(self, tokens: ListLike[int], fed: ListLike[int]) -> np.ndarray: ...
-    def move(self, source: int, target: int) -> None: ...
-    def warm_up(self) -> None: ...
+    def pixels_shape(self) -> tuple[int, ...]:
+        """Shape of one request's pixels."""
+
+    def encode(self, pixels: ListLike[np.ndarray], slots: ListLike[int]) -> None:
+        """Put the image K/V of each of `pixels` into its slot."""
+
+    def decode(self, tokens: ListLike[int], fed: ListLike[int]) -> np.ndarray:
+        """Feed one token to each leading row -> int64 `[rows]`, the most likely next ones."""
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a sequence's cache from one slot to another."""
+
+    def warm_up(self) -> None:
+        """Run everything once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +85,7 @@ class Engine:
         self.last_step = StepReport()
 
     @classmethod
-    def open(cls, folder: Path | str, config: EngineConfig = EngineConfig()) -> "Engine":
+    def open(cls, folder: Path | str, config: EngineConfig | None = None) -> "Engine":
         """Load and warm up an exported engine.
 
         Raises EngineFolderError for a missing or damaged folder, ProviderError for a provider that
@@ -82,7 +93,7 @@ class Engine:
         """
         from runtime.runner import Runner  # here, so that tests of the loop need no ONNX Runtime
 
-        folder = Path(folder)
+        folder, config = Path(folder), config or EngineConfig()
         manifest = manifests.load(folder)
         runner = Runner(folder, manifest, config)
         runner.warm_up()

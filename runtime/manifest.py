@@ -115,13 +115,13 @@ def sha256(path: Path) -> str:
 
 
 def _parsed(content: dict[str, Any]) -> Manifest:
-    parts = {
-        "sizes": Sizes(**content.pop("sizes")),
-        "tokens": SpecialTokens(**content.pop("tokens")),
-        "preprocessing": Preprocessing(**content.pop("preprocessing")),
-        "variants": tuple(Variant(**variant) for variant in content.pop("variants")),
-    }
-    return Manifest(**parts, **content)
+    return Manifest(
+        sizes=Sizes(**content.pop("sizes")),
+        tokens=SpecialTokens(**content.pop("tokens")),
+        preprocessing=Preprocessing(**content.pop("preprocessing")),
+        variants=tuple(Variant(**variant) for variant in content.pop("variants")),
+        **content,
+    )
 
 
 def _check_whole(folder: Path, variant: Variant) -> None:

@@ -1,8 +1,8 @@
 """The two sessions, the K/V arena, and the bindings between them. One thread uses a runner.
 
-Arena: for each layer a key and a value array `[slots, heads, C, head]`, C = prefix + text positions.
-A decode step binds the leading rows of these very arrays as past *and* present, so the decoder graph
-appends each new token's K/V in place and no cache is copied from step to step.
+Arena: for each layer a key and a value array `[slots, heads, C, head]` with C = prefix + text
+positions. A decode step binds the leading rows of these very arrays as past *and* present, so the
+decoder graph appends each new token's K/V in place and no cache is copied from step to step.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,9 @@ class Runner:
         opened = open_session(folder / decoder.file, "cpu", config.threads)
         self.decoder_provider, self._decoder = opened.provider, opened.session
         self._image_names = [
-            f"image.{layer}.{kind}" for layer in range(self.sizes.layers) for kind in ("key", "value")
+            f"image.{layer}.{kind}"
+            for layer in range(self.sizes.layers)
+            for kind in ("key", "value")
         ]
         shape = (
             config.slots,
@@ -103,7 +105,7 @@ class Runner:
     def _bind(self, rows: int) -> _Step:
         binding = self._decoder.io_binding()
         next_ids = np.zeros(rows, np.int64)
-        inputs = {
+        inputs: dict[str, np.ndarray] = {
             "token_ids": self._tokens[:rows],
             "lengths": self._lengths[:rows],
             "total_length": self._total_length,

@@ -22,7 +22,7 @@ class Move:
 
 
 class Scheduler:
-    """Continuous batching over `slots` slots; with `refill` off the same thing batches statically."""
+    """Continuous batching over `slots` slots; with `refill` off it batches statically."""
 
     def __init__(self, slots: int, encode_batch: int, refill: bool = True) -> None:
         self._encode_batch = encode_batch

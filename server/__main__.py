@@ -40,9 +40,7 @@ def main() -> int:
 
 async def serve(settings: Settings) -> None:
     """Listen, warm up, serve until SIGTERM or SIGINT, drain."""
-    service = make_service(
-        settings, lambda: Engine.open(settings.engine, settings.engine_config)
-    )
+    service = make_service(settings, lambda: Engine.open(settings.engine, settings.engine_config))
     stop = _stop_event()
     server = tornado.httpserver.HTTPServer(
         make_app(service), idle_connection_timeout=_IDLE_SECONDS, max_header_size=_HEADER_BYTES

@@ -30,12 +30,12 @@ class Settings(BaseSettings):
         frozen=True,
     )
 
-    engine: Annotated[
-        Path, Field(description="engine folder, as `make export` writes it")
-    ] = Path("engines/demo")
+    engine: Annotated[Path, Field(description="engine folder, as `make export` writes it")] = Path(
+        "engines/demo"
+    )
     host: Annotated[
         str,
-        Field(description="address to listen on; 0.0.0.0 lets other machines in, so it is not the default"),
+        Field(description="address to listen on; 0.0.0.0 lets other machines in"),
     ] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="TCP port; 0 takes a free one")] = 8000
     provider: Annotated[

@@ -9,9 +9,7 @@ from runtime.engine import Engine
 from runtime.manifest import Manifest, Preprocessing, Sizes, SpecialTokens
 
 EOS = 1
-SIZES = Sizes(
-    image=4, frames=None, prefix=5, layers=1, heads=1, head=1, vocabulary=50, text=32
-)
+SIZES = Sizes(image=4, frames=None, prefix=5, layers=1, heads=1, head=1, vocabulary=50, text=32)
 MANIFEST = Manifest("fake", None, SIZES, SpecialTokens(0, EOS, 2), Preprocessing(4, 4, 3), ())
 
 
@@ -48,7 +46,9 @@ class FakeRunner:
             error, self.fail_next = self.fail_next, None
             raise error
         self.steps.append(len(tokens))
-        return np.array([self._next(slot, t, n) for slot, (t, n) in enumerate(zip(tokens, fed, strict=True))])
+        return np.array(
+            [self._next(slot, t, n) for slot, (t, n) in enumerate(zip(tokens, fed, strict=True))]
+        )
 
     def _next(self, slot: int, token: int, fed: int) -> int:
         image, texts = self.cache[slot]
@@ -72,4 +72,3 @@ def image(number: int) -> np.ndarray:
     pixels = np.zeros((3, 4, 4), np.uint8)
     pixels.flat[:] = number
     return pixels
-

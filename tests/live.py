@@ -66,7 +66,9 @@ def fetch(port: int, method: str, path: str, body: Any = None, **headers: str) -
 
 
 @contextmanager
-def serve(open_engine: Callable[[], Engine], *, wait: bool = True, **settings: Any) -> Iterator[Live]:
+def serve(
+    open_engine: Callable[[], Engine], *, wait: bool = True, **settings: Any
+) -> Iterator[Live]:
     """Run a server; with `wait` off it may still be starting when it is handed over."""
     started = threading.Event()
     live: list[Live] = []

@@ -1,4 +1,4 @@
-"""The decode loop on a runner whose answers depend on each slot's cache: nothing may get mixed up."""
+"""The decode loop on a runner whose answers depend on each slot's cache: nothing is mixed up."""
 
 import numpy as np
 import pytest

@@ -34,7 +34,9 @@ def theirs(image: Image.Image, how: Preprocessing = HOW) -> np.ndarray:
         do_rescale=False,
         do_normalize=False,
     )
-    return processor(image, return_tensors="np", input_data_format="channels_last")["pixel_values"][0]
+    return processor(image, return_tensors="np", input_data_format="channels_last")["pixel_values"][
+        0
+    ]
 
 
 @pytest.mark.parametrize(
@@ -66,12 +68,20 @@ def test_a_crop_smaller_than_the_edge():
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_every_format(kind):
     data = encoded(Image.fromarray(noise(300, 260)), kind)
-    assert np.array_equal(preprocess(data, HOW), theirs(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert np.array_equal(
+        preprocess(data, HOW), theirs(Image.open(io.BytesIO(data)).convert("RGB"))
+    )
 
 
 def test_grey_palette_and_cmyk_are_converted():
     picture = Image.fromarray(noise(300, 260))
-    for mode, kind in (("L", "PNG"), ("P", "PNG"), ("1", "PNG"), ("CMYK", "JPEG"), ("CMYK", "TIFF")):
+    for mode, kind in (
+        ("L", "PNG"),
+        ("P", "PNG"),
+        ("1", "PNG"),
+        ("CMYK", "JPEG"),
+        ("CMYK", "TIFF"),
+    ):
         data = encoded(picture.convert(mode), kind)
         expected = theirs(Image.open(io.BytesIO(data)).convert("RGB"))
         assert np.array_equal(preprocess(data, HOW), expected), (mode, kind)

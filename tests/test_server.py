@@ -230,8 +230,8 @@ def test_a_client_that_leaves_frees_its_slot():
         engine.runner.open.clear()
         image = png()
         with socket.create_connection(("127.0.0.1", live.port)) as client:
-            head = f"POST /caption?max_new_tokens=30 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(image)}\r\n\r\n"
-            client.sendall(head.encode() + image)
+            head = "POST /caption?max_new_tokens=30 HTTP/1.1\r\nHost: x\r\n"
+            client.sendall(f"{head}Content-Length: {len(image)}\r\n\r\n".encode() + image)
             while live.service.admission.inside == 0:
                 time.sleep(0.01)
         while live.service.admission.inside:

@@ -51,7 +51,9 @@ class Handler(tornado.web.RequestHandler):
         """The methods that this handler serves, for the header Allow."""
         names = ("GET", "POST")
         default = tornado.web.RequestHandler
-        return ", ".join(n for n in names if getattr(type(self), n.lower()) != getattr(default, n.lower()))
+        return ", ".join(
+            n for n in names if getattr(type(self), n.lower()) != getattr(default, n.lower())
+        )
 
     def log_exception(
         self,

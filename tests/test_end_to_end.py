@@ -1,0 +1,133 @@
+"""The server as a process, with the demo engine, over a real socket."""
+
+import base64
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from tests.conftest import DEMO, ROOT, SAMPLES
+from tests.live import fetch, multipart
+
+SAID = json.loads((SAMPLES / "captions.json").read_text())
+ON_CPU = ("--provider", "cpu")
+
+
+def start(*arguments: str, **variables: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "server", "--engine", str(DEMO), *arguments],
+        cwd=ROOT, env=os.environ | variables, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+@contextmanager
+def running(*arguments: str, **variables: str) -> Iterator[tuple[subprocess.Popen, int, str]]:
+    process = start("--port", "0", *arguments, **variables)
+    said = ""
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said += line
+            if found := re.search(r"curl .*localhost:(\d+)/caption", line):
+                yield process, int(found[1]), said
+                return
+        pytest.fail(f"the server ended: {said}")
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with running(*ON_CPU) as (_, port, _):
+        yield port
+
+
+def test_three_scenes_in_all_three_forms(port):
+    for name in ("owl.png", "eagle-shark.png", "donuts.png"):
+        image = (SAMPLES / name).read_bytes()
+        form, kind = multipart(image=image)
+        as_json = json.dumps({"image": base64.b64encode(image).decode()}).encode()
+        replies = [
+            fetch(port, "POST", "/caption", image),
+            fetch(port, "POST", "/caption", form, Content_Type=kind),
+            fetch(port, "POST", "/caption", as_json, Content_Type="application/json"),
+        ]
+        assert [r.json["caption"] for r in replies] == [SAID[name]["caption"]] * 3
+
+
+def test_a_question_is_answered(port):
+    image = (SAMPLES / "eagle-shark.png").read_bytes()
+    reply = fetch(port, "POST", "/caption?prompt=what+is+above+the+shark", image)
+    assert reply.json["caption"] == "eagle"
+
+
+def test_32_clients_at_once_get_the_right_captions(port):
+    names = [name for name in SAID for _ in range(8)]
+    with ThreadPoolExecutor(32) as pool:
+        replies = pool.map(
+            lambda name: fetch(port, "POST", "/caption", (SAMPLES / name).read_bytes()), names
+        )
+        assert [r.json["caption"] for r in replies] == [SAID[n]["caption"] for n in names]
+
+
+def test_sigterm_finishes_what_was_accepted_and_exits_0():
+    image = (SAMPLES / "owl.png").read_bytes()
+    with running(*ON_CPU, "--slots", "1") as (process, port, _), ThreadPoolExecutor(12) as pool:
+        asked = [pool.submit(fetch, port, "POST", "/caption", image) for _ in range(12)]
+        while float(fetch(port, "GET", "/metrics").body.decode().count('outcome="ok"')) == 0:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        answered = [f.result() for f in asked if f.exception() is None]
+        assert {r.status for r in answered} <= {200, 503}
+        assert sum(r.status == 200 for r in answered) >= 1
+        captions = {r.json["caption"] for r in answered if r.status == 200}
+        assert captions == {SAID["owl.png"]["caption"]}
+
+
+def test_settings_come_from_flags_and_variables():
+    image = (SAMPLES / "owl.png").read_bytes()
+    with running(VIGNETTE_PROVIDER="cpu", VIGNETTE_MAX_BODY_BYTES="2000") as (_, port, said):
+        assert "encoder on cpu" in said
+        assert fetch(port, "POST", "/caption", image).status == 413
+    help_command = [sys.executable, "-m", "server", "--help"]
+    shown = subprocess.run(help_command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for flag in ("--engine", "--port", "--provider", "--slots", "--max-queue", "--max-pixels"):
+        assert flag in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--engine", "engines/none"), "engines/none is not an engine"),
+        (("--provider", "gpu"), "unknown provider 'gpu'"),
+        (("--slots", "0"), "--slots: "),
+        (("--slots", "many"), "(got 'many')"),
+        (("--host", "192.0.2.1"), "can't listen on 192.0.2.1"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why(arguments, message):
+    process = start("--port", "0", *arguments)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_a_taken_port_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        said, _ = start("--port", port).communicate(timeout=30)
+        assert f"can't listen on 127.0.0.1:{port}" in said
+        assert "--port" in said

@@ -1,0 +1,114 @@
+"""Engine folders that are missing, damaged or foreign, and providers that can't be had."""
+
+import json
+import shutil
+
+import onnxruntime as ort
+import pytest
+
+from runtime import manifest as manifests
+from runtime import providers
+from runtime.config import EngineConfig
+from runtime.engine import Engine
+from runtime.errors import EngineFolderError, InvalidRequest, ProviderError
+from runtime.runner import Runner
+
+
+@pytest.fixture
+def folder(small, tmp_path):
+    return shutil.copytree(small[1], tmp_path / "engine")
+
+
+def test_a_manifest_survives_the_way_to_disk_and_back(folder):
+    manifest = manifests.load(folder)
+    manifest.save(folder)
+    assert manifests.load(folder) == manifest
+
+
+def test_what_is_wrong_with_a_folder_is_named(folder, tmp_path):
+    def broken(message, change):
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        change(copy)
+        with pytest.raises(EngineFolderError, match=message):
+            Engine.open(copy, EngineConfig(provider="cpu"))
+
+    def edit(**changes):
+        def change(copy):
+            content = json.loads((copy / "manifest.json").read_text()) | changes
+            (copy / "manifest.json").write_text(json.dumps(content))
+
+        return change
+
+    def truncate(name):
+        return lambda copy: (copy / name).write_bytes((copy / name).read_bytes()[:-100])
+
+    broken(r"no manifest\.json.*make export", lambda copy: (copy / "manifest.json").unlink())
+    broken("can't be read", lambda copy: (copy / "manifest.json").write_text("{"))
+    broken("can't be read", edit(sizes={}))
+    broken("another version", edit(format=99))
+    broken("encoder.onnx is missing", lambda copy: (copy / "encoder.onnx").unlink())
+    broken("decoder.onnx is damaged", truncate("decoder.onnx"))
+    broken("tokenizer.json can't be read", lambda copy: (copy / "tokenizer.json").write_text("{}"))
+    with pytest.raises(EngineFolderError, match=r"has no encoder in int4 \(there is: fp32\)"):
+        manifests.load(folder).variant("encoder", "int4")
+
+
+def test_a_provider_that_is_missing_is_an_error_with_a_remedy(folder):
+    manifest = manifests.load(folder)
+    for name in ("cuda", "tensorrt"):
+        if providers._PROVIDERS[name].ep in ort.get_available_providers():
+            pytest.skip(f"{name} is here")
+        with pytest.raises(ProviderError, match=f"{name} is not available here: install"):
+            Runner(folder, manifest, EngineConfig(provider=name))
+    with pytest.raises(ProviderError, match="unknown provider 'gpu': use one of auto, tensorrt"):
+        Runner(folder, manifest, EngineConfig(provider="gpu"))
+
+
+def test_a_session_that_fell_back_is_an_error(folder, monkeypatch):
+    """As onnxruntime-gpu does without a driver: the provider is listed, the session lacks it."""
+    monkeypatch.setattr(providers, "_is_there", lambda provider: True)
+    monkeypatch.setattr(providers.ort, "preload_dlls", lambda: None)
+    cpu_session = ort.InferenceSession(folder / "decoder.onnx", providers=["CPUExecutionProvider"])
+    monkeypatch.setattr(providers.ort, "InferenceSession", lambda *_, **__: cpu_session)
+    with pytest.raises(ProviderError, match="cuda was asked for, but the session fell back to CPU"):
+        providers.open_session(folder / "decoder.onnx", "cuda")
+
+
+def test_auto_steps_down_and_says_so(folder, monkeypatch, caplog):
+    real = providers._open
+
+    def fails_on_openvino(path, provider, threads):
+        if provider.name == "openvino":
+            raise ProviderError("openvino can't open encoder.onnx: a reason")
+        return real(path, provider, threads)
+
+    monkeypatch.setattr(providers, "_is_there", lambda p: p.name in ("openvino", "cpu"))
+    monkeypatch.setattr(providers, "_open", fails_on_openvino)
+    assert providers.open_session(folder / "encoder.onnx", "auto").provider == "cpu"
+    assert "openvino was tried and left out" in caplog.text
+    with pytest.raises(ProviderError, match="a reason"):
+        providers.open_session(folder / "encoder.onnx", "openvino")
+
+
+def test_auto_takes_the_best_that_works_and_says_which(folder):
+    runner = Runner(folder, manifests.load(folder), EngineConfig())
+    assert runner.encoder_provider in ("tensorrt", "cuda", "openvino", "cpu")
+    assert f"encoder on {runner.encoder_provider}" in runner.runs_on
+
+
+def test_openvino_agrees_with_the_cpu(demo):
+    if not providers._openvino_devices():
+        pytest.skip("the OpenVINO plugin offers no device here: it needs an Intel processor")
+    from tests.conftest import DEMO, SAMPLES
+
+    images = [path.read_bytes() for path in sorted(SAMPLES.glob("*.png"))]
+    fast = Engine.open(DEMO, EngineConfig(provider="openvino"))
+    assert [c.text for c in fast.generate(images)] == [c.text for c in demo.generate(images)]
+
+
+def test_impossible_settings_are_refused():
+    for wrong in ({"slots": 0}, {"encode_batch": 0}, {"threads": -1}, {"text_tokens": 1}):
+        with pytest.raises(InvalidRequest):
+            EngineConfig(**wrong)

@@ -1,0 +1,234 @@
+"""Exported graphs say what PyTorch says, for every checkpoint shape; failures leave nothing."""
+
+import errno
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export import __main__ as command
+from export import build as building
+from export.build import build
+from export.checkpoint import from_config, load, random_weights
+from export.errors import ExportError, Mismatch
+from runtime import manifest as manifests
+from runtime.config import EngineConfig
+from runtime.engine import Engine
+from tests.checkpoints import PREFIXES, SHAPES
+
+
+def test_every_shape_matches_generate_on_images_that_differ(exported):
+    checkpoint, folder = exported
+    manifest = manifests.load(folder)
+    found = manifest.verification
+    assert manifest.sizes.prefix == PREFIXES[checkpoint.name]
+    assert (found["images"], found["new_tokens"], found["tokens_equal"]) == (64, 20, True)
+    assert found["prompts"] == 21
+    assert found["distinct_captions"] > 32, "images that all say the same prove nothing"
+    assert 0 < found["max_logits_difference"] < 1e-3
+
+
+def test_the_folder_holds_the_contract_and_nothing_else(exported):
+    _, folder = exported
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"encoder.onnx", "decoder.onnx", "tokenizer.json", "manifest.json"}
+    sizes = manifests.load(folder).sizes
+    encoder, decoder = (onnx.load(folder / f"{graph}.onnx") for graph in ("encoder", "decoder"))
+    [pixels] = encoder.graph.input
+    assert pixels.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert [o.name for o in encoder.graph.output] == [
+        f"image.{i}.{kind}" for i in range(sizes.layers) for kind in ("key", "value")
+    ]
+    assert [i.name for i in decoder.graph.input][:3] == ["token_ids", "lengths", "total_length"]
+    assert [o.name for o in decoder.graph.output][:2] == ["next_ids", "logits"]
+    attention = [n for n in decoder.graph.node if n.op_type == "GroupQueryAttention"]
+    assert len(attention) == sizes.layers
+    assert all(n.domain == "com.microsoft" for n in attention)
+
+
+def test_nothing_is_computed_behind_the_last_key_and_value(exported):
+    """No query, feed-forward or logits for image tokens in the last decoder layer."""
+    checkpoint, folder = exported
+    names = {i.name for i in onnx.load(folder / "encoder.onnx").graph.initializer}
+    last = checkpoint.sizes.layers - 1
+    assert not [n for n in names if f"encoder.layer.{last}.intermediate" in n]
+    assert not [n for n in names if n.startswith(("output.", "git.embeddings"))]
+
+
+@torch.inference_mode()
+def _torch_tokens(checkpoint, pixels, prompt, most):
+    how = checkpoint.normalisation
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (how.mean, how.std))
+    values = (torch.from_numpy(pixels)[None].float() * how.rescale - mean) / std
+    ids = torch.tensor([prompt])
+    out = checkpoint.model.generate(
+        pixel_values=values, input_ids=ids, attention_mask=torch.ones_like(ids),
+        max_new_tokens=most, do_sample=False, num_beams=1, pad_token_id=checkpoint.tokens.pad,
+    )  # fmt: skip
+    return tuple(out[0, len(prompt) :].tolist())
+
+
+@pytest.mark.parametrize("refill", [True, False])
+def test_the_engine_says_what_generate_says_in_mixed_batches(exported, refill):
+    checkpoint, folder = exported
+    engine = Engine.open(
+        folder, EngineConfig(slots=3, encode_batch=2, refill=refill, provider="cpu")
+    )
+    rng = np.random.default_rng(1)
+    expected, captions = {}, {}
+    for index in range(8):
+        pixels = rng.integers(0, 256, engine.runner.pixels_shape, np.uint8)
+        words = [f"w{i}" for i in rng.integers(200, 290, index % 4)]
+        most = 3 + index
+        sequence = engine.submit(pixels, " ".join(words), most)
+        prompt = list(sequence.request.prompt_ids)
+        assert len(prompt) == 1 + index % 4
+        expected[sequence] = _torch_tokens(checkpoint, pixels, prompt, most)
+    while not engine.scheduler.idle:
+        for sequence in engine.step():
+            captions[sequence] = engine.caption(sequence).token_ids
+    assert captions == expected
+
+
+def test_a_later_token_never_changes_an_earlier_position(exported):
+    """PyTorch's own causality, which the cache relies on."""
+    checkpoint, _ = exported
+    sizes = checkpoint.sizes
+    frames = () if sizes.frames is None else (sizes.frames,)
+    torch.manual_seed(0)
+    pixels = torch.randn(1, *frames, 3, sizes.image, sizes.image)
+    ids = torch.randint(0, sizes.vocabulary, (1, 9))
+    changed = ids.clone()
+    changed[0, 5:] = (changed[0, 5:] + 7) % sizes.vocabulary
+    with torch.inference_mode():
+        logits, after = (
+            checkpoint.model(input_ids=i, pixel_values=pixels, use_cache=False).logits[0]
+            for i in (ids, changed)
+        )
+    same = sizes.prefix + 5
+    assert torch.allclose(logits[:same], after[:same], atol=1e-5)
+    assert not torch.allclose(logits[same:], after[same:], atol=1e-3)
+
+
+def test_a_mismatch_fails_the_export_and_keeps_the_old_engine(tmp_path, monkeypatch):
+    output = tmp_path / "engine"
+    good = from_config("good", SHAPES["base"])
+    build(good, output, images=1, new_tokens=3)
+    before = (output / "manifest.json").read_bytes()
+    write = building._write_graphs
+
+    def other_weights(checkpoint, folder):
+        write(from_config("other", SHAPES["base"], seed=9), folder)
+
+    monkeypatch.setattr(building, "_write_graphs", other_weights)
+    with pytest.raises(Mismatch, match=r"image 0 .* ONNX and PyTorch differ from token"):
+        build(good, output, images=2, new_tokens=8)
+    assert (output / "manifest.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["engine"]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(building, "_write_graphs", full)
+    with pytest.raises(ExportError, match="is full: free some space"):
+        build(from_config("x", SHAPES["base"]), tmp_path / "engine")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_saved_checkpoint_loads_and_exports(tmp_path, small):
+    source = tmp_path / "checkpoint"
+    shutil.copytree(command.Path(__file__).parents[1] / "demo" / "model", source)
+    checkpoint = load(str(source))
+    manifest = build(checkpoint, tmp_path / "engine", images=2, new_tokens=4)
+    assert manifest.model == "checkpoint"
+    assert manifest.preprocessing.crop == manifest.sizes.image == 128
+
+
+def test_random_weights_depend_on_the_seed_only():
+    first, again, other = (
+        from_config("x", SHAPES["base"], seed=s).model.state_dict() for s in (3, 3, 4)
+    )
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert not all(torch.equal(first[k], other[k]) for k in first)
+
+
+def test_clear_errors(tmp_path, capsys, monkeypatch):
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    (bert / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cases = {
+        (str(bert),): "is a bert model, not GIT",
+        (str(empty),): "can't be loaded as a checkpoint",
+        ("nobody/such-model",): "nobody/such-model",
+        ("--random-weights", "git-huge"): "unknown shape 'git-huge': use one of git-base",
+        ("x", "--images", str(tmp_path / "none")): "x is neither a folder nor",
+    }
+    for arguments, message in cases.items():
+        assert command.main([*arguments, "--output", str(tmp_path / "out")]) == 1, arguments
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_network_is_told_apart_from_an_unknown_model(monkeypatch):
+    import export.checkpoint as module
+
+    def unreachable(*_, **__):
+        raise OSError("We couldn't connect to the hub") from ConnectionError("refused")
+
+    monkeypatch.setattr(module.AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(ExportError, match=r"can't be reached .* check the network"):
+        load("microsoft/git-base-textcaps")
+
+
+def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
+    def missing(_):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(command, "_export", missing)
+    assert command.main(["x", "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "needs torch" in error
+    assert "export extra" in error
+
+
+def test_known_shapes_are_those_of_the_published_checkpoints():
+    import export.checkpoint as module
+
+    prefixes = {}
+    for name, config in module.SHAPES.items():
+        vision = config().vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2 + 1
+        prefixes[name] = patches * (config().num_image_with_embedding or 1)
+    assert prefixes == {
+        "git-base": 197, "git-large": 257, "git-base-vqav2": 901, "git-large-vqav2": 901,
+        "git-base-vatex": 1182, "git-large-vatex": 1542,
+    }  # fmt: skip
+    with pytest.raises(ExportError, match="unknown shape"):
+        random_weights("git-tiny")
+
+
+def test_images_of_the_users_own_are_compared_first(tmp_path, small, capsys):
+    from PIL import Image
+
+    from export.pictures import from_folder
+
+    checkpoint, _ = small
+    for name, colour in (("b.png", (0, 0, 255)), ("a.jpg", (255, 0, 0))):
+        Image.new("RGB", (50, 40), colour).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    pixels = from_folder(tmp_path, checkpoint.preprocessing, checkpoint.sizes)
+    assert [p.shape for p in pixels] == [(3, 32, 32)] * 2
+    assert pixels[1][:, 0, 0].tolist() == [0, 0, 255]
+    assert "notes.txt" in capsys.readouterr().out
+    with pytest.raises(ExportError, match="not a folder"):
+        from_folder(tmp_path / "none", checkpoint.preprocessing, checkpoint.sizes)
+    with pytest.raises(ExportError, match="single-image"):
+        from_folder(tmp_path, checkpoint.preprocessing, replace(checkpoint.sizes, frames=6))

@@ -1,0 +1,60 @@
+"""Imports run one way, and serving needs neither torch nor transformers nor optimum."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = ("bench", "demo", "export", "runtime", "server")
+ALLOWED = {
+    "runtime": {"runtime"},
+    "server": {"server", "runtime"},
+    "bench": {"bench", "runtime"},
+    "export": {"export", "runtime.manifest", "runtime.errors"},
+    "demo": {"demo", "runtime"},
+}
+HEAVY = {"torch", "transformers", "optimum", "onnx"}
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names if node.module in OURS else {node.module}
+    return found
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_run_one_way(package):
+    for path in files(package):
+        for module in imports(path):
+            if module.split(".")[0] in OURS:
+                allowed = any(f"{module}.".startswith(f"{a}.") for a in ALLOWED[package])
+                assert allowed, f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_serving_never_imports_what_exporting_needs():
+    for package in ("runtime", "server"):
+        for path in files(package):
+            assert not {m.split(".")[0] for m in imports(path)} & HEAVY, path
+    code = "import sys, server.__main__, runtime.runner; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert not {m.split(".")[0] for m in loaded.stdout.split()} & HEAVY
+
+
+def test_two_files_of_the_runtime_know_onnx_runtime():
+    users = {p.name for p in files("runtime") if "onnxruntime" in imports(p)}
+    assert users == {"providers.py", "runner.py"}
+    assert not [p for p in files("server") if "onnxruntime" in imports(p)]
