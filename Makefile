@@ -13,7 +13,7 @@ DEV = .venv-dev/bin/python
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve export check_export evaluate demo-model test lint format test_server clean
+.PHONY: help serve export check_export evaluate demo-model demo-engine test lint format test_server clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16

@@ -63,6 +63,8 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
 
     Raises ExportError for an unknown model, one that is not GIT, and a hub that can't be reached.
     """
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise ExportError(f"{model} can't be loaded as a checkpoint: it has no config.json")
     try:
         config = AutoConfig.from_pretrained(model, revision=revision)
         if not isinstance(config, GitConfig):
