@@ -5,10 +5,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from runtime.errors import EngineFolderError
+from runtime.errors import EngineFolderError, InvalidRequest
 from runtime.manifest import Manifest
 
 FILE = "tokenizer.json"
+_PROMPT_CHARACTERS = 4096  # far beyond any slot; more would only keep the tokenizer busy
 
 
 class CaptionTokenizer:
@@ -28,9 +29,18 @@ class CaptionTokenizer:
         """What a sequence starts with: the start token, then the prompt without an end token.
 
         This is how GIT was trained to answer questions: the answer goes on where the prompt stops.
+        Raises InvalidRequest for a prompt that is no text, or much too long.
         """
         if not prompt:
             return (self._bos,)
+        if len(prompt) > _PROMPT_CHARACTERS:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} characters: shorten it to {_PROMPT_CHARACTERS}"
+            )
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as cause:
+            raise InvalidRequest("the prompt holds half a surrogate pair: send text") from cause
         return (self._bos, *self._tokenizer.encode(prompt, add_special_tokens=False).ids)
 
     def text(self, ids: Sequence[int]) -> str:

@@ -113,7 +113,7 @@ class EngineWorker:
     def _submit(self, engine: Engine, job: _Job) -> None:
         try:
             sequence = engine.submit(job.pixels, job.prompt, job.max_new_tokens)
-        except VignetteError as error:
+        except Exception as error:  # of any kind: this thread must outlive every request
             self._tell(job.done, error=error)
         else:
             self._jobs[sequence] = job
@@ -137,9 +137,16 @@ class EngineWorker:
                 finished = []
             self._observe(engine)
         for sequence in finished:
-            self._tell(self._jobs.pop(sequence).done, engine.caption(sequence))
+            self._answer(engine, sequence)
         self._metrics.waiting.set(engine.scheduler.waiting)
         self._metrics.running.set(len(engine.scheduler.running))
+
+    def _answer(self, engine: Engine, sequence: Sequence) -> None:
+        job = self._jobs.pop(sequence)
+        try:
+            self._tell(job.done, engine.caption(sequence))
+        except Exception as error:  # as above
+            self._tell(job.done, error=error)
 
     def _abandon(self, engine: Engine) -> None:
         engine.abandon()

@@ -10,6 +10,7 @@ from demo import grammar, model
 from demo.nouns import NOUNS
 from runtime.config import EngineConfig
 from runtime.engine import Engine
+from runtime.errors import InvalidRequest
 from runtime.manifest import load
 from tests.conftest import DEMO, ROOT, SAMPLES
 
@@ -115,3 +116,9 @@ def test_the_engine_was_made_from_the_committed_weights():
     assert manifest.verification["tokens_equal"] is True
     assert (ROOT / "demo/model/model.safetensors").stat().st_size <= 12e6
     assert (DEMO / "tokenizer.json").read_text()
+
+
+@pytest.mark.parametrize("prompt", ["\ud800", "x" * 5000])
+def test_prompts_that_are_no_text_or_endless_are_refused(demo, prompt):
+    with pytest.raises(InvalidRequest, match="the prompt"):
+        demo.check(prompt, None)

@@ -103,6 +103,7 @@ def test_plain_text_on_request(live):
         (as_json(image=b64(png()), max_new_tokens=True), "", JSON, 400, "invalid_request", "whole"),
         (as_json(image=b64(png()), max_new_tokens=1.5), "", JSON, 400, "invalid_request", "whole"),
         (as_json(image=b64(png()), max_new_tokens=0), "", JSON, 400, "invalid_request", "1 to 32"),
+        (b"[" * 100_000, "", JSON, 400, "invalid_request", "not JSON"),
         (as_json(image=b64(png()), nope=1), "", JSON, 400, "invalid_request", "'nope'"),
         (as_json(image=[b64(png())] * 2), "", JSON, 400, "invalid_request", "2 images"),
         (png(), "?max_new_tokens=-3", {}, 400, "invalid_request", "whole number"),

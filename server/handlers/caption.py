@@ -74,6 +74,9 @@ class CaptionHandler(Handler):
         started = time.perf_counter()
         with self.service.admission.enter():
             asked = self._asked()
+            assert self.service.engine is not None
+            # Before the image is decoded: what can never be served costs nothing.
+            self.service.engine.check(asked.prompt, asked.max_new_tokens)
             pixels = await self._pixels(asked.images)
             preprocessed = time.perf_counter()
             caption = await self.service.worker.caption(pixels, asked.prompt, asked.max_new_tokens)
@@ -163,7 +166,7 @@ class CaptionHandler(Handler):
     def _from_json(self) -> Asked:
         try:
             fields = json.loads(self._body)
-        except ValueError as cause:
+        except (ValueError, RecursionError) as cause:
             raise InvalidRequest(
                 'the body is not JSON: send {"image": "<base64>"} in UTF-8'
             ) from cause
