@@ -1,8 +1,8 @@
 # Two environments: .venv holds what serving needs, .venv-dev all of it (torch included).
 
-PORT ?= 8000
-ENGINE ?= engines/demo
-NAME ?= $(notdir $(MODEL))
+PORT ?= $(or $(VIGNETTE_PORT),8000)
+ENGINE ?= $(or $(VIGNETTE_ENGINE),engines/demo)
+NAME = $(notdir $(MODEL:/=))
 IMAGE ?= demo/samples/owl.png
 PYTHON ?= python3
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from demo.sprites import SpritesMissing
+from runtime.errors import VignetteError
 
 
 def main() -> int:
@@ -12,7 +13,7 @@ def main() -> int:
     args = _parser().parse_args()
     try:
         return int(args.run(args) or 0)
-    except SpritesMissing as error:
+    except (SpritesMissing, VignetteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -21,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     commands = parser.add_subparsers(required=True)
     train = commands.add_parser("train", help="train the model; resumes where it was stopped")
-    train.add_argument("--scenes", type=int, default=336_000, help="training scenes in all")
+    train.add_argument("--scenes", type=int, help="training scenes in all")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
     train.set_defaults(run=_train)
     evaluate = commands.add_parser("evaluate", help="score an engine on held-out scenes")
@@ -35,9 +36,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     from demo.train import Settings, train
 
-    train(Settings(scenes=args.scenes, device=args.device))
+    settings = Settings(device=args.device)
+    train(replace(settings, scenes=args.scenes) if args.scenes else settings)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

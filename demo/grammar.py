@@ -26,6 +26,16 @@ class Relation(StrEnum):
         """The same fact told from the second noun."""
         return {"to the left of": "to the right of", "above": "below"}[self.value]
 
+    @property
+    def place(self) -> str:
+        """Where the first noun is in the picture."""
+        return self.value.removesuffix(" of")
+
+    @property
+    def opposite_place(self) -> str:
+        """Where the second noun is in the picture."""
+        return self.inverse.removesuffix(" of")
+
 
 @dataclass(frozen=True, slots=True)
 class Scene:
@@ -53,9 +63,12 @@ class Scene:
         """(question, answer) pairs; answers have one or two words."""
         asked = [("what colour is the background", self.colour)]
         if self.relation and self.other:
+            # The last two can't be answered by naming the other noun: they take a look at where.
             asked += [
                 (f"what is {self.relation} the {self.other.singular}", self.noun.singular),
                 (f"what is {self.relation.inverse} the {self.noun.singular}", self.other.singular),
+                (f"what is {self.relation.place}", self.noun.singular),
+                (f"what is {self.relation.opposite_place}", self.other.singular),
             ]
         else:
             asked.append((f"how many {self.noun.plural} are there", COUNTS[self.count - 1]))

@@ -1,10 +1,12 @@
 """Trains the demo model. Resumes from its last checkpoint when it is started again.
 
-Three things make it learn in fewer scenes than captions alone would:
+Four things make it learn in fewer scenes than captions alone would:
 
 * one image serves three texts (its caption and two questions). Image tokens never attend to text in
   GIT, so the texts stand side by side behind one image prefix, each masked from the others;
 * a linear head on the vision tower names the noun behind every patch; it is dropped at the end;
+* another tells each patch's row and column, or the first would teach the tower to forget them, and
+  with them what is left of what;
 * to each batch come mosaics of nine nouns, which only that head learns from: telling so many nouns
   apart is what takes longest, and a scene shows two of them at most.
 """
@@ -39,12 +41,13 @@ _IGNORED = -100
 class Settings:
     """How to train. `scenes` sets the length; the learning rate is 0 at its end."""
 
-    scenes: int = 336_000
+    scenes: int = 352_000
     batch: int = 32
     learning_rate: float = 8e-4
     mosaics: int = 12  # beside each batch's scenes
     warmup_steps: int = 500
     patch_loss: float = 1.0  # weight of the noun-behind-the-patch loss
+    place_loss: float = 0.3  # weight of the row-and-column loss
     save_every: int = 500  # steps
     seed: int = 1
     device: str = "cpu"
@@ -117,6 +120,7 @@ class PackedGit(nn.Module):
         super().__init__()
         self.git = git
         self.patch_head = nn.Linear(git.config.vision_config.hidden_size, 1 + len(NOUNS))
+        self.place_head = nn.Linear(git.config.vision_config.hidden_size, 2 * _GRID)
         mask, positions = _layout(1 + _GRID**2)
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("positions", positions, persistent=False)
@@ -131,8 +135,8 @@ class PackedGit(nn.Module):
         tokens: torch.Tensor,
         labels: torch.Tensor,
         patches: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 [B + M, 3, S, S], int64 [B, T] twice, [B + M, patches] -> text loss, patch loss."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """uint8 [B + M, 3, S, S], int64 [B, T] twice, [B + M, patches] -> text, patch, place."""
         git = self.git.git
         seen = git.image_encoder((pixels.float() - self.image_mean) / self.image_std)
         seen = seen.last_hidden_state
@@ -145,7 +149,15 @@ class PackedGit(nn.Module):
         return (
             F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=_IGNORED),
             F.cross_entropy(named.float().flatten(0, 1), patches.flatten()),
+            self._place_loss(seen[:, 1:]),
         )
+
+    def _place_loss(self, seen: torch.Tensor) -> torch.Tensor:
+        """Row and column of each patch, told from its features [images, patches, width]."""
+        guesses = self.place_head(seen).float().unflatten(-1, (2, _GRID))
+        index = torch.arange(_GRID**2, device=seen.device)
+        places = torch.stack([index // _GRID, index % _GRID], dim=-1).expand(guesses.shape[:3])
+        return F.cross_entropy(guesses.flatten(0, 2), places.flatten())
 
 
 def _layout(prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,8 +193,8 @@ def train(settings: Settings, output: Path = model.FOLDER) -> None:
                 group["lr"] = learning_rate(step, settings)
             inputs = {name: value.to(settings.device) for name, value in batch.items()}
             with torch.autocast(settings.device, torch.bfloat16):
-                text_loss, patch_loss = losses(**inputs)
-            (text_loss + settings.patch_loss * patch_loss).backward()
+                text, patch, place = losses(**inputs)
+            (text + settings.patch_loss * patch + settings.place_loss * place).backward()
             nn.utils.clip_grad_norm_(packed.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -190,7 +202,8 @@ def train(settings: Settings, output: Path = model.FOLDER) -> None:
             progress.update()
             if step % 50 == 0:
                 progress.write(
-                    f"step {step} text {text_loss.item():.4f} patch {patch_loss.item():.4f}"
+                    f"step {step} text {text.item():.4f} patch {patch.item():.4f} "
+                    f"place {place.item():.4f}"
                 )
             if step % settings.save_every == 0:
                 _save(step, packed, optimizer)

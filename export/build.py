@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from export.checkpoint import Checkpoint
 from export.errors import ExportError
 from export.onnx_config import OPSET, GitDecoderOnnxConfig, GitEncoderOnnxConfig
 from export.split import ImagePrefix, TextDecoder
-from export.verify import as_manifest, verify
+from export.verify import verify
+from runtime.manifest import FILE as MANIFEST
 from runtime.manifest import Manifest, Variant, sha256
 
 _TASK = "image-to-text"
@@ -46,8 +47,9 @@ def build(
         _write_graphs(checkpoint, folder)
         (folder / "tokenizer.json").write_text(checkpoint.tokenizer_json)
         manifest = _describe(checkpoint, folder)
+        print("running ONNX, then PyTorch on the same images", flush=True)
         found = verify(checkpoint, folder, images, new_tokens, pixels)
-        manifest = replace(manifest, verification=as_manifest(found))
+        manifest = replace(manifest, verification=asdict(found))
         manifest.save(folder)
     return manifest
 
@@ -55,6 +57,7 @@ def build(
 @contextmanager
 def _beside(output: Path) -> Iterator[Path]:
     """A new folder next to `output` that takes its place at the end, or vanishes on an error."""
+    _check_replaceable(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
@@ -76,13 +79,30 @@ def _beside(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _check_replaceable(output: Path) -> None:
+    """An engine may be replaced; any other folder is not ours to delete."""
+    if not output.name:
+        raise ExportError("--output must name a folder of its own, such as engines/my-model")
+    if (output / MANIFEST).is_file() or not output.exists():
+        return
+    if not output.is_dir() or any(output.iterdir()):
+        raise ExportError(f"{output} exists and is no engine: choose another --output")
+
+
 def _move_into_place(partial: Path, output: Path) -> None:
-    old = output.with_name(f".{output.name}-old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    partial.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
+    if not output.exists():
+        partial.rename(output)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.parent))
+    output.rename(old / output.name)
+    try:
+        partial.rename(output)
+    except OSError:
+        (old / output.name).rename(output)
+        raise
+    finally:
+        if output.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_graphs(checkpoint: Checkpoint, folder: Path) -> None:
@@ -122,6 +142,7 @@ def _describe(checkpoint: Checkpoint, folder: Path) -> Manifest:
         sizes=checkpoint.sizes,
         tokens=checkpoint.tokens,
         preprocessing=checkpoint.preprocessing,
+        tokenizer_sha256=sha256(folder / "tokenizer.json"),
         variants=tuple(
             Variant(graph, "fp32", f"{graph}.onnx", sha256(folder / f"{graph}.onnx"))
             for graph in ("encoder", "decoder")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GitConfig, GitForCausalLM
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -32,6 +33,7 @@ class Checkpoint:
     tokenizer_json: str
     preprocessing: Preprocessing
     normalisation: Normalisation
+    trained: bool = True
 
     @property
     def sizes(self) -> Sizes:
@@ -75,14 +77,14 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
         weights = GitForCausalLM.from_pretrained(model, revision=revision, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
         processor, _ = ImageProcessingMixin.get_image_processor_dict(model, revision=revision)
-    except (OSError, ValueError) as cause:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
         raise ExportError(_why_not(model, cause)) from cause
     return Checkpoint(
         name=Path(model).resolve().name if Path(model).is_dir() else model,
         revision=getattr(config, "_commit_hash", None) or revision,
         model=weights.eval(),
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
-        preprocessing=_preprocessing(model, processor),
+        preprocessing=_preprocessing(model, processor, config.vision_config.image_size),
         normalisation=Normalisation(
             processor["rescale_factor"], processor["image_mean"], processor["image_std"]
         ),
@@ -117,19 +119,26 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _preprocessing(model: str, processor: dict) -> Preprocessing:
+def _preprocessing(model: str, processor: dict, image_size: int) -> Preprocessing:
     """Only what the runtime can repeat exactly is accepted: shortest edge, then a square crop."""
-    size, crop = processor.get("size", {}), processor.get("crop_size", {})
+    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    fields = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
+    missing = [f for f in fields if f not in processor]
+    missing += [f for f in steps if not processor.get(f, True)]
+    size, crop = processor.get("size"), processor.get("crop_size")
     if isinstance(size, int):
         size = {"shortest_edge": size}
     if isinstance(crop, int):
         crop = {"height": crop, "width": crop}
-    if "shortest_edge" not in size or crop.get("height") != crop.get("width") or not crop:
+    square = {"height": image_size, "width": image_size}
+    if missing or "shortest_edge" not in (size or {}) or crop != square:
         raise ExportError(
-            f"{model} resizes images in a way that is not supported (size {size}, crop {crop}): "
-            "GIT's processors resize the shortest edge and crop a square"
+            f"{model} prepares images in a way that is not supported (size {size}, crop {crop}, "
+            f"without {', '.join(missing) or 'nothing'}): GIT's processors resize the shortest "
+            f"edge, crop {image_size} x {image_size}, rescale and normalise"
         )
-    return Preprocessing(size["shortest_edge"], crop["height"], int(processor["resample"]))
+    assert size is not None
+    return Preprocessing(size["shortest_edge"], image_size, int(processor["resample"]))
 
 
 # --- Random weights ---------------------------------------------------------------------------
@@ -152,7 +161,10 @@ SHAPES: dict[str, Callable[[], GitConfig]] = {
 
 
 def random_weights(shape: str, seed: int = 0) -> Checkpoint:
-    """A real checkpoint's shape with random weights that tell images apart."""
+    """A real checkpoint's shape with random weights that tell images apart.
+
+    Raises ExportError for a shape that is none of SHAPES.
+    """
     if shape not in SHAPES:
         raise ExportError(f"unknown shape {shape!r}: use one of {', '.join(SHAPES)}")
     return from_config(f"random/{shape}", SHAPES[shape](), seed)
@@ -172,6 +184,7 @@ def from_config(name: str, config: GitConfig, seed: int = 0) -> Checkpoint:
             config.vision_config.image_size, config.vision_config.image_size, resample=3
         ),
         normalisation=Normalisation(1 / 255, [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]),
+        trained=False,
     )
 
 

@@ -1,6 +1,6 @@
 """GIT's two graphs as Optimum sees them: names, dynamic axes and dummy inputs.
 
-Optimum has no configuration for GIT; `graphs` gives it one for each submodel, to be passed to
+Optimum has no configuration for GIT; here is one for each submodel, to be passed to
 `onnx_export_from_model(custom_onnx_configs=..., fn_get_submodels=...)`.
 """
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from optimum.exporters.onnx.base import OnnxConfig, OnnxConfigWithPast
-from optimum.utils import DummyInputGenerator
 from optimum.utils.normalized_config import NormalizedTextConfig
 from transformers import GitConfig
 
@@ -19,44 +18,26 @@ Axes = dict[str, dict[int, str]]
 OPSET = 17
 _ROWS = "rows"
 _CAPACITY = "capacity"
+_DUMMY_ROWS = 2
+_DUMMY_SPARE = 8  # positions that a dummy slot has beyond the image prefix
 
 
-class _GitInputs(DummyInputGenerator):
-    """Inputs of both graphs, with rows of unequal age in the decoder's."""
+def _pixels(sizes: Sizes) -> torch.Tensor:
+    frames = () if sizes.frames is None else (sizes.frames,)
+    shape = (_DUMMY_ROWS, *frames, 3, sizes.image, sizes.image)
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
 
-    SUPPORTED_INPUT_NAMES = ("pixels", "token_ids", "lengths", "total_length", "past_key_values")
-    rows = 2
-    spare = 8  # positions that a slot has beyond the image prefix
 
-    def __init__(self, sizes: Sizes) -> None:
-        self._sizes = sizes
-
-    def generate(
-        self,
-        input_name: str,
-        framework: str = "pt",
-        int_dtype: str = "int64",
-        float_dtype: str = "fp32",
-    ) -> Any:
-        """A tensor for `input_name`, or the list of K/V pairs; always PyTorch."""
-        sizes = self._sizes
-        if input_name == "pixels":
-            frames = () if sizes.frames is None else (sizes.frames,)
-            shape = (self.rows, *frames, 3, sizes.image, sizes.image)
-            return torch.randint(0, 256, shape, dtype=torch.uint8)
-        if input_name == "token_ids":
-            return torch.randint(0, sizes.vocabulary, (self.rows, 1))
-        ages = torch.tensor([sizes.prefix + 3, sizes.prefix], dtype=torch.int32)
-        if input_name == "lengths":
-            return ages
-        if input_name == "total_length":
-            return ages.max().view(1) + 1
-        cache = (self.rows, sizes.heads, sizes.prefix + self.spare, sizes.head)
-        dtype = {"fp32": torch.float32, "fp16": torch.float16}[float_dtype]
-        return [
-            (torch.randn(cache, dtype=dtype), torch.randn(cache, dtype=dtype))
-            for _ in range(sizes.layers)
-        ]
+def _decoder_inputs(sizes: Sizes) -> dict[str, Any]:
+    """Rows of unequal age, by the names of `TextDecoder.forward`: the cache is one argument."""
+    lengths = sizes.prefix + torch.tensor([3, 0], dtype=torch.int32)
+    cache = (_DUMMY_ROWS, sizes.heads, sizes.prefix + _DUMMY_SPARE, sizes.head)
+    return {
+        "token_ids": torch.randint(0, sizes.vocabulary, (_DUMMY_ROWS, 1)),
+        "lengths": lengths,
+        "total_length": lengths.max().view(1) + 1,
+        "past_key_values": [(torch.randn(cache), torch.randn(cache)) for _ in range(sizes.layers)],
+    }
 
 
 class GitEncoderOnnxConfig(OnnxConfig):
@@ -64,7 +45,6 @@ class GitEncoderOnnxConfig(OnnxConfig):
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
     DEFAULT_ONNX_OPSET = OPSET
-    ATOL_FOR_VALIDATION = 1e-3
 
     def __init__(self, config: GitConfig, sizes: Sizes, task: str) -> None:
         super().__init__(config, task=task)
@@ -86,7 +66,7 @@ class GitEncoderOnnxConfig(OnnxConfig):
 
     def generate_dummy_inputs(self, framework: str = "pt", **kwargs: Any) -> dict[str, Any]:
         """Random pixels; Optimum's shape arguments know nothing of this model's inputs."""
-        return {"pixels": _GitInputs(self._sizes).generate("pixels")}
+        return {"pixels": _pixels(self._sizes)}
 
 
 class GitDecoderOnnxConfig(OnnxConfigWithPast):
@@ -94,7 +74,6 @@ class GitDecoderOnnxConfig(OnnxConfigWithPast):
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
     DEFAULT_ONNX_OPSET = OPSET
-    ATOL_FOR_VALIDATION = 1e-3
 
     def __init__(self, config: GitConfig, sizes: Sizes, task: str) -> None:
         super().__init__(config, task=task, use_past=True, use_past_in_inputs=True)
@@ -123,7 +102,5 @@ class GitDecoderOnnxConfig(OnnxConfigWithPast):
         }
 
     def generate_dummy_inputs(self, framework: str = "pt", **kwargs: Any) -> dict[str, Any]:
-        """Inputs by the names of `TextDecoder.forward`: the cache is one argument there."""
-        inputs = _GitInputs(self._sizes)
-        names = ("token_ids", "lengths", "total_length", "past_key_values")
-        return {name: inputs.generate(name) for name in names}
+        """Random tokens and caches; see above."""
+        return _decoder_inputs(self._sizes)

@@ -14,9 +14,11 @@ from transformers import CLIPImageProcessor
 from export.errors import ExportError
 from runtime.manifest import Preprocessing, Sizes
 
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
 
 def from_folder(folder: Path, how: Preprocessing, sizes: Sizes) -> list[np.ndarray]:
-    """All images of a folder, by name -> uint8 `[3, S, S]` each.
+    """All image files of a folder, by name -> uint8 `[3, S, S]` each.
 
     Unreadable files are listed and left out; ExportError when nothing is left.
     """
@@ -32,7 +34,7 @@ def from_folder(folder: Path, how: Preprocessing, sizes: Sizes) -> list[np.ndarr
         do_normalize=False,
     )
     pixels: list[np.ndarray] = []
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES):
         try:
             image = Image.open(path).convert("RGB")
         except (UnidentifiedImageError, OSError) as cause:

@@ -110,9 +110,11 @@ class Engine:
         prompt: str | None = None,
         max_new_tokens: int | None = None,
         ignore_eos: bool = False,
+        submitted_at: float | None = None,
     ) -> Sequence:
         """Queue one image: uint8 pixels as `preprocess` makes them, stacked for video checkpoints.
 
+        submitted_at: when the request began to wait (`time.perf_counter()`), if that was earlier.
         Raises InvalidRequest when shape, prompt or limit can never be served.
         """
         if pixels.dtype != np.uint8 or pixels.shape != self.runner.pixels_shape:
@@ -121,7 +123,9 @@ class Engine:
                 f"not {pixels.dtype} of {list(pixels.shape)}"
             )
         prompt_ids, most = self.check(prompt, max_new_tokens)
-        return self.scheduler.add(Request(pixels, prompt_ids, most, ignore_eos))
+        sequence = self.scheduler.add(Request(pixels, prompt_ids, most, ignore_eos))
+        sequence.submitted_at = submitted_at or sequence.submitted_at
+        return sequence
 
     def check(self, prompt: str | None, max_new_tokens: int | None) -> tuple[tuple[int, ...], int]:
         """Prompt ids and token limit of a request; InvalidRequest if they don't fit a slot.
@@ -186,14 +190,22 @@ class Engine:
         max_new_tokens: int | None = None,
         ignore_eos: bool = False,
     ) -> list[Caption]:
-        """Caption all images (encoded bytes, or pixels as for `submit`), in their order."""
+        """Caption all images (encoded bytes, or pixels as for `submit`), in their order.
+
+        Raises what `preprocess` and `submit` raise for the first one that can't be captioned; none
+        is then.
+        """
         prompts = prompts or [None] * len(images)
-        sequences = [
-            self.submit(self._pixels(image), prompt, max_new_tokens, ignore_eos)
-            for image, prompt in zip(images, prompts, strict=True)
-        ]
-        while not self.scheduler.idle:
-            self.step()
+        try:
+            sequences = [
+                self.submit(self._pixels(image), prompt, max_new_tokens, ignore_eos)
+                for image, prompt in zip(images, prompts, strict=True)
+            ]
+            while not self.scheduler.idle:
+                self.step()
+        except BaseException:
+            self.abandon()
+            raise
         return [self.caption(sequence) for sequence in sequences]
 
     def _pixels(self, image: bytes | np.ndarray) -> np.ndarray:

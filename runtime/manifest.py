@@ -14,6 +14,7 @@ from runtime.errors import EngineFolderError
 
 FORMAT = 1  # raise it when a field changes its meaning; older engines are then refused
 FILE = "manifest.json"
+TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class Manifest:
     sizes: Sizes
     tokens: SpecialTokens
     preprocessing: Preprocessing
+    tokenizer_sha256: str
     variants: tuple[Variant, ...]
     verification: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -90,7 +92,10 @@ class Manifest:
 
 
 def load(folder: Path) -> Manifest:
-    """Read and check an engine folder's manifest, and that its files are whole (sha256)."""
+    """Read an engine folder's manifest and check that the files it names are whole (sha256).
+
+    Raises EngineFolderError naming the file that is missing, damaged or of another format.
+    """
     path = folder / FILE
     if not path.is_file():
         raise EngineFolderError(
@@ -104,7 +109,8 @@ def load(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError) as cause:
         raise EngineFolderError(f"{path} can't be read: export it again ({cause!r})") from cause
     for variant in manifest.variants:
-        _check_whole(folder, variant)
+        _check_whole(folder / variant.file, variant.sha256)
+    _check_whole(folder / TOKENIZER, manifest.tokenizer_sha256)
     return manifest
 
 
@@ -124,9 +130,8 @@ def _parsed(content: dict[str, Any]) -> Manifest:
     )
 
 
-def _check_whole(folder: Path, variant: Variant) -> None:
-    path = folder / variant.file
+def _check_whole(path: Path, expected: str) -> None:
     if not path.is_file():
         raise EngineFolderError(f"{path} is missing: export the engine again")
-    if sha256(path) != variant.sha256:
+    if sha256(path) != expected:
         raise EngineFolderError(f"{path} is damaged (its sha256 differs): export the engine again")

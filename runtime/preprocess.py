@@ -6,7 +6,6 @@ applied first, transparent images are laid on white, and 16-bit ones are scaled 
 
 import io
 import struct
-import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,6 +15,7 @@ from runtime.manifest import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns where ours refuses, and can't be raised
 
 # What Pillow's decoders raise on damaged files; anything else is a bug and must show.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
@@ -29,17 +29,20 @@ def preprocess(data: bytes, how: Preprocessing, max_pixels: int = MAX_PIXELS) ->
     Raises InvalidImage for bytes that can't be decoded, TooManyPixels before decoding more than
     `max_pixels`.
     """
-    return to_pixels(decode(data, max_pixels), how)
+    image = decode(data, max_pixels)
+    width, height = resized(image.size, how)
+    if width * height > max_pixels:  # a line of pixels grows a thousandfold when it is resized
+        raise TooManyPixels("the image is far longer than wide: crop it to what is to be captioned")
+    return to_pixels(image, how)
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Encoded image -> upright RGB image (the first frame of an animation)."""
+    """Encoded image -> upright RGB image (the first frame of an animation).
+
+    Raises InvalidImage, or TooManyPixels before decoding.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is below
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as cause:
-        raise TooManyPixels(_too_many(max_pixels)) from cause
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except _DAMAGE as cause:
         raise InvalidImage(_NOT_AN_IMAGE) from cause
     if image.width * image.height > max_pixels:
@@ -57,10 +60,10 @@ def _too_many(limit: int) -> str:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB: transparency on white, 16 bits scaled to 8, CMYK and palettes converted."""
-    if image.mode == "I;16" or image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16"):
         deep = np.asarray(image, dtype=np.uint16)
         return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "I":  # 32-bit integers, which hold 16-bit values in every format we read
+    if image.mode == "I":  # 32-bit integers; they hold 16-bit values in PNG, and mostly in TIFF
         deep = np.clip(np.asarray(image), 0, 65535)
         return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -70,15 +73,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_pixels(image: Image.Image, how: Preprocessing) -> np.ndarray:
-    """RGB image -> uint8 `[3, crop, crop]`: shortest edge resized, centre cut out.
-
-    Edge lengths and the crop's corner are rounded as `transformers.CLIPImageProcessor` rounds them.
-    """
-    width, height = image.size
-    short, long = sorted((width, height))
+def resized(size: tuple[int, int], how: Preprocessing) -> tuple[int, int]:
+    """Width and height with the shortest edge as wanted, rounded as CLIPImageProcessor does."""
+    width, height = size
+    short, long = sorted(size)
     long = int(how.shortest_edge * long / short)
-    size = (how.shortest_edge, long) if width <= height else (long, how.shortest_edge)
+    return (how.shortest_edge, long) if width <= height else (long, how.shortest_edge)
+
+
+def to_pixels(image: Image.Image, how: Preprocessing) -> np.ndarray:
+    """RGB image -> uint8 `[3, crop, crop]`: shortest edge resized, centre cut out."""
+    size = resized(image.size, how)
     if size != image.size:
         image = image.resize(size, Image.Resampling(how.resample))
     left, top = (size[0] - how.crop) // 2, (size[1] - how.crop) // 2

@@ -6,6 +6,7 @@ error: only the name `auto` may step down, and it logs why.
 
 import importlib
 import importlib.util
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import onnxruntime as ort
 
 from runtime.errors import EngineFolderError, ProviderError
@@ -64,19 +66,19 @@ class Opened:
     provider: str
 
 
-def open_session(path: Path, name: str, threads: int = 0) -> Opened:
+def open_session(path: Path, name: str, threads: int, probe: dict[str, np.ndarray]) -> Opened:
     """Open a graph on the named provider, or for `auto` on the first that works here.
 
-    threads: of the operators; 0 takes all cores. Raises ProviderError when the provider is
-    missing, can't open the graph, or is not in use by the session afterwards.
+    threads: of the operators; 0 takes all cores. probe: inputs to run it on once, because some
+    providers open a graph that they then can't run. Raises ProviderError when the provider is
+    missing, can't open or run the graph, or is not in use by the session afterwards.
     """
     if name != AUTO:
-        return _open(path, _by_name(name), threads)
+        return _open(path, _by_name(name), threads, probe)
     for candidate in _PROVIDERS.values():
-        if not _is_there(candidate):
-            continue
         try:
-            return _open(path, candidate, threads)
+            if _is_there(candidate):
+                return _open(path, candidate, threads, probe)
         except ProviderError as cause:
             log.warning("auto: %s was tried and left out: %s", candidate.name, cause)
     raise ProviderError("no execution provider can open the graph: reinstall onnxruntime")
@@ -94,7 +96,7 @@ def _is_there(provider: Provider) -> bool:
     return provider.ep in ort.get_available_providers()
 
 
-def _open(path: Path, provider: Provider, threads: int) -> Opened:
+def _open(path: Path, provider: Provider, threads: int, probe: dict[str, np.ndarray]) -> Opened:
     if not _is_there(provider):
         raise ProviderError(f"{provider.name} is not available here: {provider.remedy}")
     options = ort.SessionOptions()
@@ -102,7 +104,7 @@ def _open(path: Path, provider: Provider, threads: int) -> Opened:
     # The encoder's and the decoder's threads take turns: those of the one that rests must not spin.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        session = _OPENERS.get(provider.name, _open_builtin)(path, provider, options)
+        session = _OPENERS.get(provider.name, _open_builtin)(path, provider, options, threads)
     except Exception as cause:  # ONNX Runtime raises a class of its own for every status code
         if provider.name == "cpu":
             raise EngineFolderError(f"{path} can't be loaded: export the engine again") from cause
@@ -112,11 +114,15 @@ def _open(path: Path, provider: Provider, threads: int) -> Opened:
             f"{provider.name} was asked for, but the session fell back to "
             f"{', '.join(session.get_providers())}: {provider.remedy}"
         )
+    try:
+        session.run(None, probe)
+    except Exception as cause:
+        raise ProviderError(f"{provider.name} can't run {path.name}: {cause}") from cause
     return Opened(session, provider.name)
 
 
 def _open_builtin(
-    path: Path, provider: Provider, options: ort.SessionOptions
+    path: Path, provider: Provider, options: ort.SessionOptions, threads: int
 ) -> ort.InferenceSession:
     if provider.name != "cpu":
         ort.preload_dlls()  # CUDA and cuDNN from NVIDIA's wheels, where those are installed
@@ -124,13 +130,17 @@ def _open_builtin(
 
 
 def _open_openvino(
-    path: Path, provider: Provider, options: ort.SessionOptions
+    path: Path, provider: Provider, options: ort.SessionOptions, threads: int
 ) -> ort.InferenceSession:
-    options.add_provider_for_devices(_openvino_devices()[:1], {})
+    # OpenVINO has threads of its own, which ONNX Runtime's setting does not reach.
+    config = {"CPU": {"INFERENCE_NUM_THREADS": threads}} if threads else {}
+    options.add_provider_for_devices(
+        _openvino_devices()[:1], {"load_config": json.dumps(config)} if config else {}
+    )
     return ort.InferenceSession(str(path), options)
 
 
-_Opener = Callable[[Path, Provider, ort.SessionOptions], ort.InferenceSession]
+_Opener = Callable[[Path, Provider, ort.SessionOptions, int], ort.InferenceSession]
 _OPENERS: dict[str, _Opener] = {"openvino": _open_openvino}
 
 
@@ -142,11 +152,15 @@ def _openvino_devices() -> list[ort.OrtEpDevice]:
     """
     if importlib.util.find_spec(_OPENVINO_PACKAGE) is None:
         return []
-    plugin: ModuleType = importlib.import_module(_OPENVINO_PACKAGE)
-    ort.register_execution_provider_library("openvino", plugin.get_library_path())
+    try:
+        plugin: ModuleType = importlib.import_module(_OPENVINO_PACKAGE)
+        ort.register_execution_provider_library("openvino", plugin.get_library_path())
+        devices = ort.get_ep_devices()
+    except Exception as cause:  # whatever a broken installation raises
+        raise ProviderError(f"openvino can't be loaded: {cause}") from cause
     return [
         device
-        for device in ort.get_ep_devices()
+        for device in devices
         if device.ep_name == plugin.get_ep_name()
         and device.device.type == ort.OrtHardwareDeviceType.CPU
     ]

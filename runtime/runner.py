@@ -36,26 +36,38 @@ class Runner:
         self.text_tokens = min(config.text_tokens or _DEFAULT_TEXT_TOKENS, self.sizes.text)
         encoder = manifest.variant("encoder", "fp32")
         decoder = manifest.variant("decoder", "fp32")
-        opened = open_session(folder / encoder.file, config.provider, config.threads)
-        self.encoder_provider, self._encoder = opened.provider, opened.session
-        opened = open_session(folder / decoder.file, "cpu", config.threads)
-        self.decoder_provider, self._decoder = opened.provider, opened.session
         self._image_names = [
             f"image.{layer}.{kind}"
             for layer in range(self.sizes.layers)
             for kind in ("key", "value")
         ]
-        shape = (
-            config.slots,
-            self.sizes.heads,
-            self.sizes.prefix + self.text_tokens,
-            self.sizes.head,
-        )
-        self._arena = [np.zeros(shape, decoder.cache) for _ in self._image_names]
+        self._arena = self._new_arena(config.slots, decoder.cache)
         self._tokens = np.zeros((config.slots, 1), np.int64)
-        self._lengths = np.zeros(config.slots, np.int32)
-        self._total_length = np.zeros(1, np.int32)
+        self._lengths = np.full(config.slots, self.sizes.prefix, np.int32)
+        self._total_length = np.array([self.sizes.prefix + 1], np.int32)
         self._steps: dict[int, _Step] = {}
+        pixels = {"pixels": np.zeros((1, *self.pixels_shape), np.uint8)}
+        opened = open_session(folder / encoder.file, config.provider, config.threads, pixels)
+        self.encoder_provider, self._encoder = opened.provider, opened.session
+        opened = open_session(folder / decoder.file, "cpu", config.threads, self._inputs(1))
+        self.decoder_provider, self._decoder = opened.provider, opened.session
+
+    def _new_arena(self, slots: int, dtype: str) -> list[np.ndarray]:
+        positions = self.sizes.prefix + self.text_tokens
+        shape = (slots, self.sizes.heads, positions, self.sizes.head)
+        return [np.zeros(shape, dtype) for _ in self._image_names]
+
+    def _inputs(self, rows: int) -> dict[str, np.ndarray]:
+        """The decoder's inputs for the leading rows: views of the buffers, not copies."""
+        return {
+            "token_ids": self._tokens[:rows],
+            "lengths": self._lengths[:rows],
+            "total_length": self._total_length,
+            **{
+                name.replace("image", "past_key_values"): cache[:rows]
+                for name, cache in zip(self._image_names, self._arena, strict=True)
+            },
+        }
 
     @property
     def runs_on(self) -> str:
@@ -105,19 +117,13 @@ class Runner:
     def _bind(self, rows: int) -> _Step:
         binding = self._decoder.io_binding()
         next_ids = np.zeros(rows, np.int64)
-        inputs: dict[str, np.ndarray] = {
-            "token_ids": self._tokens[:rows],
-            "lengths": self._lengths[:rows],
-            "total_length": self._total_length,
-        }
-        for name, array in inputs.items():
-            binding.bind_ortvalue_input(name, _shared(array))
         binding.bind_ortvalue_output("next_ids", _shared(next_ids))
-        for name, cache in zip(self._image_names, self._arena, strict=True):
-            value = _shared(cache[:rows])
-            place = name.removeprefix("image.")
-            binding.bind_ortvalue_input(f"past_key_values.{place}", value)
-            binding.bind_ortvalue_output(f"present.{place}", value)
+        for name, array in self._inputs(rows).items():
+            value = _shared(array)
+            binding.bind_ortvalue_input(name, value)
+            if name.startswith("past_key_values"):
+                present = name.replace("past_key_values", "present")
+                binding.bind_ortvalue_output(present, value)
         step = _Step(binding, next_ids)
         self._steps[rows] = step
         return step

@@ -42,11 +42,6 @@ class Scheduler:
         return [self._running[slot] for slot in sorted(self._running)]
 
     @property
-    def rows(self) -> int:
-        """Rows that a decode step has to work on: one more than the highest slot in use."""
-        return max(self._running, default=-1) + 1
-
-    @property
     def idle(self) -> bool:
         """Nothing waits and nothing runs."""
         return not self._waiting and not self._running

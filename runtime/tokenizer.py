@@ -6,9 +6,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from runtime.errors import EngineFolderError, InvalidRequest
-from runtime.manifest import Manifest
+from runtime.manifest import TOKENIZER, Manifest
 
-FILE = "tokenizer.json"
 _PROMPT_CHARACTERS = 4096  # far beyond any slot; more would only keep the tokenizer busy
 
 
@@ -16,7 +15,7 @@ class CaptionTokenizer:
     """The model's tokenizer, in the two directions that captioning needs."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        path = folder / FILE
+        path = folder / TOKENIZER
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as cause:  # the library raises bare Exception for all that can be wrong

@@ -1,5 +1,5 @@
 """Captions over HTTP: Tornado in front, one thread that owns the engine behind.
 
-Reading order: `settings` -> `__main__` (start, drain) -> `app` (routes, the error table) ->
-`handlers/` -> `admission` -> `worker` -> `metrics`.
+Reading order: `settings` -> `__main__` (start, drain) -> `service` (the parts) -> `app` (routes) ->
+`handlers/` -> `errors` (the table of answers) -> `admission` -> `worker` -> `metrics`.
 """

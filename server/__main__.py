@@ -11,13 +11,16 @@ import tornado.netutil
 from runtime.engine import Engine
 from runtime.errors import VignetteError
 from server.admission import State
-from server.app import Service, make_app, make_service
+from server.app import make_app
+from server.service import Service, make_service
 from server.settings import Settings, from_command_line
 
 log = logging.getLogger("server")
 
 _IDLE_SECONDS = 75  # a keep-alive connection without a request is closed after this
+_BODY_SECONDS = 60  # for a body to come in
 _HEADER_BYTES = 64 * 1024
+_OTHER_BODY_BYTES = 64 * 1024  # of requests that are not for /caption, which sets its own limit
 
 
 class CannotListen(VignetteError):
@@ -41,15 +44,22 @@ def main() -> int:
 async def serve(settings: Settings) -> None:
     """Listen, warm up, serve until SIGTERM or SIGINT, drain."""
     service = make_service(settings, lambda: Engine.open(settings.engine, settings.engine_config))
-    stop = _stop_event()
+    stop = asyncio.create_task(_stop_event().wait())
     server = tornado.httpserver.HTTPServer(
-        make_app(service), idle_connection_timeout=_IDLE_SECONDS, max_header_size=_HEADER_BYTES
+        make_app(service),
+        idle_connection_timeout=_IDLE_SECONDS,
+        body_timeout=_BODY_SECONDS,
+        max_header_size=_HEADER_BYTES,
+        max_body_size=_OTHER_BODY_BYTES,
     )
     port = _listen(server, settings)
-    service.engine = await service.worker.start()
-    service.admission.state = State.READY
-    _announce(service, port)
-    await stop.wait()
+    start = asyncio.create_task(service.worker.start())
+    await asyncio.wait({stop, start}, return_when=asyncio.FIRST_COMPLETED)
+    if not stop.done():
+        service.engine = start.result()
+        service.admission.state = State.READY
+        _announce(service, port)
+        await stop
     await _drain(service, server)
 
 
@@ -83,7 +93,8 @@ def _announce(service: Service, port: int) -> None:
     assert engine is not None
     log.info("model %s, %s", engine.manifest.model, engine.runs_on)
     host = service.settings.host
-    shown = "localhost" if host in ("0.0.0.0", "127.0.0.1", "::") else host
+    shown = "localhost" if host in ("0.0.0.0", "127.0.0.1", "::", "::1") else host
+    shown = f"[{shown}]" if ":" in shown else shown
     print(
         f"\nVignette is ready on http://{shown}:{port} - try:\n\n"
         f"  curl --data-binary @demo/samples/owl.png http://{shown}:{port}/caption\n",
@@ -103,8 +114,9 @@ async def _drain(service: Service, server: tornado.httpserver.HTTPServer) -> Non
         log.warning("%d requests were not finished in time", service.admission.inside)
     server.stop()
     await server.close_all_connections()
-    await service.worker.stop()
-    service.decoders.shutdown()
+    # An engine that is still being opened is not waited for: its thread ends with the process.
+    await service.worker.stop(max(0.0, deadline - loop.time()) if service.engine else 0)
+    service.decoders.shutdown(wait=False, cancel_futures=True)
 
 
 if __name__ == "__main__":

@@ -52,9 +52,9 @@ class Admission:
         self.inside += 1
         try:
             yield
+            self._completed.append(time.monotonic())
         finally:
             self.inside -= 1
-            self._completed.append(time.monotonic())
 
     def _seconds_to_drain(self) -> int:
         """How long the requests inside will take at the rate of the last completions."""

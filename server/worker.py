@@ -4,8 +4,9 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,6 +28,7 @@ class _Job:
     prompt: str | None
     max_new_tokens: int | None
     done: asyncio.Future[Caption]
+    queued_at: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class EngineWorker:
     """Feeds requests of an event loop to an engine, and their captions back."""
 
     def __init__(self, open_engine: Callable[[], Engine], metrics: Metrics) -> None:
+        self.running = 0  # sequences in a slot after the last step
         self._open_engine = open_engine
         self._metrics = metrics
         self._inbox: queue.SimpleQueue[_Job | _Cancel | _Stop] = queue.SimpleQueue()
@@ -73,28 +76,34 @@ class EngineWorker:
             self._inbox.put(_Cancel(job))
             raise
 
-    async def stop(self) -> None:
-        """Finish what is in the inbox and end the thread."""
+    async def stop(self, seconds: float) -> None:
+        """Finish what is in the inbox and end the thread; give up after so many seconds."""
         if self._thread.is_alive():
             self._inbox.put(_Stop())
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, seconds)
 
     # --- the engine's thread ------------------------------------------------------------------
+    # It must outlive every request: what one of them raises is told to the one who waits for it.
 
     def _run(self) -> None:
         try:
             engine = self._open_engine()
-        except Exception as error:  # whatever it is, the one who waits for the start must know
+        except Exception as error:  # of any kind, as said above
             self._tell(self._opened, error=error)
             return
         self._tell(self._opened, engine)
         stopping = False
         while not (stopping and engine.scheduler.idle):
-            stopping = self._take_in(engine, stopping) or stopping
-            self._step(engine)
+            stopping = self._take_in(engine, stopping)
+            if not engine.scheduler.idle:
+                self._step(engine)
+            self.running = len(engine.scheduler.running)
 
     def _take_in(self, engine: Engine, stopping: bool) -> bool:
-        """Empty the inbox, waiting for something only if there is nothing else to do."""
+        """Empty the inbox, waiting for something only if there is nothing else to do.
+
+        Returns whether the thread has been told to stop.
+        """
         wait = engine.scheduler.idle and not stopping
         while True:
             try:
@@ -112,8 +121,10 @@ class EngineWorker:
 
     def _submit(self, engine: Engine, job: _Job) -> None:
         try:
-            sequence = engine.submit(job.pixels, job.prompt, job.max_new_tokens)
-        except Exception as error:  # of any kind: this thread must outlive every request
+            sequence = engine.submit(
+                job.pixels, job.prompt, job.max_new_tokens, submitted_at=job.queued_at
+            )
+        except Exception as error:
             self._tell(job.done, error=error)
         else:
             self._jobs[sequence] = job
@@ -126,26 +137,25 @@ class EngineWorker:
                 return
 
     def _step(self, engine: Engine) -> None:
-        if engine.scheduler.idle:
-            finished = []
-        else:
-            try:
-                finished = engine.step()
-            except Exception:  # of any kind: no caller may be left hanging
-                log.exception("the engine failed in a step; its requests are answered with errors")
-                self._abandon(engine)
-                finished = []
-            self._observe(engine)
+        try:
+            finished = engine.step()
+        except Exception:
+            log.exception("the engine failed in a step; its requests are answered with errors")
+            self._abandon(engine)
+            return
+        report = engine.last_step
+        if report.encoded:
+            self._metrics.encode_images.observe(report.encoded)
+        if report.rows:
+            self._metrics.decode_rows.observe(report.rows)
         for sequence in finished:
             self._answer(engine, sequence)
-        self._metrics.waiting.set(engine.scheduler.waiting)
-        self._metrics.running.set(len(engine.scheduler.running))
 
     def _answer(self, engine: Engine, sequence: Sequence) -> None:
         job = self._jobs.pop(sequence)
         try:
             self._tell(job.done, engine.caption(sequence))
-        except Exception as error:  # as above
+        except Exception as error:
             self._tell(job.done, error=error)
 
     def _abandon(self, engine: Engine) -> None:
@@ -153,13 +163,6 @@ class EngineWorker:
         for job in self._jobs.values():
             self._tell(job.done, error=EngineFailed("the engine failed on this batch: try again"))
         self._jobs.clear()
-
-    def _observe(self, engine: Engine) -> None:
-        report = engine.last_step
-        if report.encoded:
-            self._metrics.encode_images.observe(report.encoded)
-        if report.rows:
-            self._metrics.decode_rows.observe(report.rows)
 
     def _tell(
         self, future: asyncio.Future, result: object = None, error: Exception | None = None

@@ -16,7 +16,8 @@ from PIL import Image
 
 from runtime.engine import Engine
 from server.admission import State
-from server.app import Service, make_app, make_service
+from server.app import make_app
+from server.service import Service, make_service
 from server.settings import Settings
 
 
@@ -89,7 +90,7 @@ def serve(
         await stop[0].wait()
         server.stop()
         await server.close_all_connections()
-        await service.worker.stop()
+        await service.worker.stop(30)
         service.decoders.shutdown()
 
     thread = threading.Thread(target=asyncio.run, args=(run(),))

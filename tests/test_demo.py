@@ -40,6 +40,8 @@ def test_the_grammar_says_what_the_readme_promises():
         "what colour is the background": "blue",
         "what is above the shark": "eagle",
         "what is below the eagle": "shark",
+        "what is above": "eagle",
+        "what is below": "shark",
     }
     assert len(NOUNS) >= 100
     assert len({n.emoji for n in NOUNS}) == len({n.singular for n in NOUNS}) == len(NOUNS)
@@ -74,7 +76,7 @@ def test_packed_training_is_the_model_itself():
     labels = torch.randint(4, size, tokens.shape)
     values = (pixels.float() - packed.image_mean) / packed.image_std
     with torch.inference_mode():
-        loss, _ = packed(pixels, tokens, labels, torch.zeros(2, 64, dtype=torch.long))
+        loss, *_ = packed(pixels, tokens, labels, torch.zeros(2, 64, dtype=torch.long))
         logits = [
             packed.git(input_ids=part, pixel_values=values, use_cache=False).logits[:, 65:]
             for part in tokens.split(_SEGMENTS, dim=1)

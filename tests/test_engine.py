@@ -128,3 +128,10 @@ def test_a_caption_of_an_unfinished_sequence_is_an_error():
     engine = fake_engine()
     with pytest.raises(InvalidRequest, match="not finished"):
         engine.caption(engine.submit(image(0)))
+
+
+def test_generate_leaves_nothing_behind_when_one_image_is_bad():
+    engine = fake_engine()
+    with pytest.raises(InvalidRequest):
+        engine.generate([image(1), np.zeros(3, np.uint8)])
+    assert engine.scheduler.idle

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import onnxruntime as ort
 import pytest
 
@@ -50,7 +51,7 @@ def test_what_is_wrong_with_a_folder_is_named(folder, tmp_path):
     broken("another version", edit(format=99))
     broken("encoder.onnx is missing", lambda copy: (copy / "encoder.onnx").unlink())
     broken("decoder.onnx is damaged", truncate("decoder.onnx"))
-    broken("tokenizer.json can't be read", lambda copy: (copy / "tokenizer.json").write_text("{}"))
+    broken("tokenizer.json is damaged", lambda copy: (copy / "tokenizer.json").write_text("{}"))
     with pytest.raises(EngineFolderError, match=r"has no encoder in int4 \(there is: fp32\)"):
         manifests.load(folder).variant("encoder", "int4")
 
@@ -73,29 +74,46 @@ def test_a_session_that_fell_back_is_an_error(folder, monkeypatch):
     cpu_session = ort.InferenceSession(folder / "decoder.onnx", providers=["CPUExecutionProvider"])
     monkeypatch.setattr(providers.ort, "InferenceSession", lambda *_, **__: cpu_session)
     with pytest.raises(ProviderError, match="cuda was asked for, but the session fell back to CPU"):
-        providers.open_session(folder / "decoder.onnx", "cuda")
+        providers.open_session(folder / "decoder.onnx", "cuda", 0, {})
 
 
 def test_auto_steps_down_and_says_so(folder, monkeypatch, caplog):
     real = providers._open
 
-    def fails_on_openvino(path, provider, threads):
+    def fails_on_openvino(path, provider, *others):
         if provider.name == "openvino":
             raise ProviderError("openvino can't open encoder.onnx: a reason")
-        return real(path, provider, threads)
+        return real(path, provider, *others)
 
     monkeypatch.setattr(providers, "_is_there", lambda p: p.name in ("openvino", "cpu"))
     monkeypatch.setattr(providers, "_open", fails_on_openvino)
-    assert providers.open_session(folder / "encoder.onnx", "auto").provider == "cpu"
+    probe = {"pixels": np.zeros((1, 3, 32, 32), np.uint8)}
+    assert providers.open_session(folder / "encoder.onnx", "auto", 0, probe).provider == "cpu"
     assert "openvino was tried and left out" in caplog.text
     with pytest.raises(ProviderError, match="a reason"):
-        providers.open_session(folder / "encoder.onnx", "openvino")
+        providers.open_session(folder / "encoder.onnx", "openvino", 0, probe)
 
 
-def test_auto_takes_the_best_that_works_and_says_which(folder):
+def test_auto_tries_the_fastest_first_and_says_which_it_took(folder, monkeypatch):
     runner = Runner(folder, manifests.load(folder), EngineConfig())
-    assert runner.encoder_provider in ("tensorrt", "cuda", "openvino", "cpu")
     assert f"encoder on {runner.encoder_provider}" in runner.runs_on
+    tried = []
+
+    def note(path, provider, *_):
+        tried.append(provider.name)
+        raise ProviderError("not today")
+
+    monkeypatch.setattr(providers, "_is_there", lambda provider: True)
+    monkeypatch.setattr(providers, "_open", note)
+    with pytest.raises(ProviderError, match="no execution provider"):
+        providers.open_session(folder / "encoder.onnx", "auto", 0, {})
+    assert tried == ["tensorrt", "cuda", "openvino", "cpu"]
+
+
+def test_a_provider_that_opens_a_graph_but_cannot_run_it_is_found_at_the_start(folder):
+    wrong = {"pixels": np.zeros((1, 3, 7, 7), np.uint8)}
+    with pytest.raises(ProviderError, match=r"cpu can't run encoder\.onnx"):
+        providers.open_session(folder / "encoder.onnx", "cpu", 0, wrong)
 
 
 def test_openvino_agrees_with_the_cpu(demo):

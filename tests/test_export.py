@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -19,6 +20,7 @@ from runtime import manifest as manifests
 from runtime.config import EngineConfig
 from runtime.engine import Engine
 from tests.checkpoints import PREFIXES, SHAPES
+from tests.conftest import ROOT
 
 
 def test_every_shape_matches_generate_on_images_that_differ(exported):
@@ -131,9 +133,59 @@ def test_a_mismatch_fails_the_export_and_keeps_the_old_engine(tmp_path, monkeypa
     assert [p.name for p in tmp_path.iterdir()] == ["engine"]
 
 
-def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("output", ["", "photos", "photos/cat.jpg"])
+def test_only_an_engine_is_ever_replaced(tmp_path, output):
+    photo = tmp_path / "photos" / "cat.jpg"
+    photo.parent.mkdir()
+    photo.write_bytes(b"precious")
+    with pytest.raises(ExportError, match=r"choose another|folder of its own"):
+        build(
+            from_config("x", SHAPES["base"]), (tmp_path / output) if output else Path("engines/..")
+        )
+    assert photo.read_bytes() == b"precious"
+
+
+def test_random_weights_that_say_the_same_for_all_images_prove_nothing(tmp_path):
+    checkpoint = from_config("x", SHAPES["base"])
+    with torch.no_grad():
+        checkpoint.model.git.visual_projection.visual_projection[1].weight.zero_()
+    with pytest.raises(Mismatch, match="different captions"):
+        build(checkpoint, tmp_path / "engine", images=6, new_tokens=5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_impossible_comparisons_are_refused(tmp_path):
+    for images, tokens in ((0, 5), (2, 0), (2, 99)):
+        with pytest.raises(ExportError, match="at least 1 image, and 1 to 35 tokens"):
+            build(from_config("x", SHAPES["base"]), tmp_path / "engine", images, tokens)
+
+
+def test_processors_that_the_runtime_cannot_repeat_are_refused(tmp_path):
+    source = tmp_path / "checkpoint"
+    shutil.copytree(ROOT / "demo" / "model", source)
+    path = source / "preprocessor_config.json"
+    good = json.loads(path.read_text())
+    for change in (
+        {"do_normalize": False},
+        {"size": {"height": 128, "width": 128}},
+        {"crop_size": {"height": 96, "width": 96}},
+    ):
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(ExportError, match="not supported"):
+            load(str(source))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("write: No space left on device"),
+    ],
+    ids=["python", "c++"],
+)
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch, error):
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(building, "_write_graphs", full)
     with pytest.raises(ExportError, match="is full: free some space"):
@@ -143,7 +195,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_saved_checkpoint_loads_and_exports(tmp_path, small):
     source = tmp_path / "checkpoint"
-    shutil.copytree(command.Path(__file__).parents[1] / "demo" / "model", source)
+    shutil.copytree(ROOT / "demo" / "model", source)
     checkpoint = load(str(source))
     manifest = build(checkpoint, tmp_path / "engine", images=2, new_tokens=4)
     assert manifest.model == "checkpoint"
@@ -223,11 +275,11 @@ def test_images_of_the_users_own_are_compared_first(tmp_path, small, capsys):
     checkpoint, _ = small
     for name, colour in (("b.png", (0, 0, 255)), ("a.jpg", (255, 0, 0))):
         Image.new("RGB", (50, 40), colour).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "notes.png").write_text("no image")
     pixels = from_folder(tmp_path, checkpoint.preprocessing, checkpoint.sizes)
     assert [p.shape for p in pixels] == [(3, 32, 32)] * 2
     assert pixels[1][:, 0, 0].tolist() == [0, 0, 255]
-    assert "notes.txt" in capsys.readouterr().out
+    assert "notes.png" in capsys.readouterr().out
     with pytest.raises(ExportError, match="not a folder"):
         from_folder(tmp_path / "none", checkpoint.preprocessing, checkpoint.sizes)
     with pytest.raises(ExportError, match="single-image"):

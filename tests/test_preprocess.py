@@ -152,3 +152,9 @@ def test_the_pixel_limit_is_a_setting():
     assert decode(data, max_pixels=10_000).size == (100, 100)
     with pytest.raises(TooManyPixels):
         decode(data, max_pixels=9_999)
+
+
+@pytest.mark.parametrize("size", [(1, 100_000), (60_000, 2)])
+def test_a_line_of_pixels_is_not_blown_up(size):
+    with pytest.raises(TooManyPixels, match="far longer than wide"):
+        preprocess(encoded(Image.new("1", size)), HOW)

@@ -1,11 +1,13 @@
 """The HTTP layer over a runner without graphs: forms, errors, queue, draining, metrics."""
 
+import asyncio
 import base64
 import json
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -78,10 +80,61 @@ def test_what_curl_sends_by_default_is_taken_as_the_image(live):
     assert live.caption(png(), Content_Type="application/x-www-form-urlencoded").status == 200
 
 
-def test_plain_text_on_request(live):
-    reply = live.caption(png(), Accept="text/plain")
-    assert reply.headers["Content-Type"].startswith("text/plain")
-    assert reply.body.decode().strip() == live.caption(png()).json["caption"]
+@pytest.mark.parametrize(
+    ("accept", "plain"),
+    [
+        ("text/plain", True),
+        ("text/plain, */*", True),
+        ("text/plain;q=0.9, application/json;q=0.5", True),
+        ("application/json, text/plain, */*", False),  # what axios sends
+        ("text/plain;q=0", False),
+        ("text/plain;q=x", False),
+        ("*/*", False),
+        ("", False),
+    ],
+)
+def test_plain_text_for_those_who_prefer_it(live, accept, plain):
+    reply = live.caption(png(), Accept=accept)
+    assert reply.headers["Content-Type"].startswith("text/plain" if plain else "application/json")
+    said = reply.body.decode().strip() if plain else reply.json["caption"]
+    assert said == live.caption(png()).json["caption"]
+
+
+def test_media_types_are_read_in_any_case_and_blank_fields_are_none(live):
+    form, kind = multipart(image=png(), prompt="", max_new_tokens="")
+    for written in (kind, kind.replace("multipart/form-data", "Multipart/Form-Data"),
+                    kind.replace("boundary=frontier", 'Boundary="frontier"')):  # fmt: skip
+        assert live.caption(form, Content_Type=written).status == 200
+
+
+def test_images_are_decoded_off_the_event_loop(live, monkeypatch):
+    from server.handlers import caption
+
+    real, threads = caption.preprocess, []
+
+    def noted(*arguments):
+        threads.append(threading.current_thread().name)
+        return real(*arguments)
+
+    monkeypatch.setattr(caption, "preprocess", noted)
+    assert live.caption(png()).status == 200
+    assert threads[0].startswith("decode")
+
+
+def test_a_video_request_carries_its_frames():
+    def video():
+        engine = fake_engine()
+        sizes = replace(engine.manifest.sizes, frames=3)
+        engine.manifest = replace(engine.manifest, sizes=sizes)
+        engine.runner.pixels_shape = (3, 3, 4, 4)
+        return engine
+
+    with serve(video) as live:
+        frames = [b64(png((i, i, i))) for i in range(3)]
+        assert live.caption(as_json(image=frames), **JSON).status == 200
+        reply = live.caption(png())
+        assert (reply.status, reply.error) == (400, "invalid_request")
+        assert "1 images were sent: this model takes 3" in reply.json["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +159,8 @@ def test_plain_text_on_request(live):
         (b"[" * 100_000, "", JSON, 400, "invalid_request", "not JSON"),
         (as_json(image=b64(png()), nope=1), "", JSON, 400, "invalid_request", "'nope'"),
         (as_json(image=[b64(png())] * 2), "", JSON, 400, "invalid_request", "2 images"),
+        (png(), f"?max_new_tokens={'9' * 5000}", {}, 400, "invalid_request", "whole number"),
+        (as_json(image=b64(png()), prompt="3 " * 99), "", JSON, 400, "invalid_request", "prompt"),
         (png(), "?max_new_tokens=-3", {}, 400, "invalid_request", "whole number"),
         (png(), "?max_new_tokens=999", {}, 400, "invalid_request", "use 1 to 32"),
         (png(), "?colour=red", {}, 400, "invalid_request", "'colour'"),
@@ -225,21 +280,57 @@ def test_requests_that_arrive_together_are_decoded_together():
         assert max(engine.runner.steps) == 8
 
 
-def test_a_client_that_leaves_frees_its_slot():
+def abort(port: int, head: str, body: bytes) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port))
+    client.sendall(f"POST /caption{head}\r\n\r\n".encode() + body)
+    return client
+
+
+def until(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_client_that_leaves_is_dropped_from_the_batch_at_once():
     engine = gated(slots=1)
     with serve(lambda: engine, slots=1) as live:
         engine.runner.open.clear()
         image = png()
-        with socket.create_connection(("127.0.0.1", live.port)) as client:
-            head = "POST /caption?max_new_tokens=30 HTTP/1.1\r\nHost: x\r\n"
-            client.sendall(f"{head}Content-Length: {len(image)}\r\n\r\n".encode() + image)
-            while live.service.admission.inside == 0:
-                time.sleep(0.01)
-        while live.service.admission.inside:
-            time.sleep(0.01)
+        head = f"?max_new_tokens=30 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(image)}"
+        client = abort(live.port, head, image)
+        until(lambda: engine.scheduler.running)
+        client.close()
+        until(lambda: live.service.admission.inside == 0)
         engine.runner.open.set()
-        assert live.caption(png((1, 2, 3))).status == 200
+        until(lambda: engine.scheduler.idle)
+        assert len(engine.runner.steps) <= 2  # of the 30 that it had asked for
         assert live.metric('vignette_requests_total{outcome="cancelled"}') == 1
+        assert live.metric('vignette_requests_total{outcome="internal"}') == 0
+
+
+def test_uploads_that_are_broken_off_leave_nothing_behind():
+    with serve(fake_engine) as live:
+        tasks = lambda: len(asyncio.all_tasks(live.loop))  # noqa: E731
+        live.caption(png())
+        before = tasks()
+        for _ in range(20):
+            abort(live.port, " HTTP/1.1\r\nHost: x\r\nContent-Length: 90000", b"x" * 9000).close()
+        until(lambda: tasks() <= before)
+        assert live.caption(png()).status == 200
+
+
+def test_a_chunked_body_without_end_is_cut_off():
+    with serve(fake_engine, max_body_bytes=10_000) as live:
+        client = abort(live.port, " HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked", b"")
+        chunk = b"1000\r\n" + b"x" * 4096 + b"\r\n"
+        with pytest.raises(OSError):
+            for _ in range(10_000):
+                client.sendall(chunk)
+        client.close()
+        assert live.metric('vignette_requests_total{outcome="body_too_large"}') == 1
+        assert live.caption(png()).status == 200
 
 
 def test_an_engine_that_breaks_answers_its_batch_and_goes_on():
@@ -265,9 +356,7 @@ def test_an_error_of_ours_shows_no_detail(monkeypatch):
 
 
 def test_an_engine_that_cannot_open_is_told_to_the_starter():
-    import asyncio
-
-    from server.app import make_service
+    from server.service import make_service
     from server.settings import Settings
 
     def fail():

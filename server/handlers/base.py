@@ -7,7 +7,8 @@ from typing import Any
 
 import tornado.web
 
-from server.app import ERRORS, HTTP_ERRORS, INTERNAL, Answer, Service
+from server.errors import INTERNAL, answer_to
+from server.service import Service
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +32,15 @@ class Handler(tornado.web.RequestHandler):
         self.finish(json.dumps(content, ensure_ascii=False) + "\n")
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """Answer any error, ours or Tornado's, by the table in `server.app`."""
+        """Answer any error, ours or Tornado's, by the table in `server.errors`."""
         error = kwargs.get("exc_info", (None, None, None))[1]
         answer = answer_to(error, status_code)
         self.set_status(answer.status)
         retry_after = getattr(error, "retry_after", None)
         if retry_after is not None:
             self.set_header("Retry-After", str(retry_after))
+        if answer.status == 413:
+            self.set_header("Connection", "close")
         if answer.status == 405:
             self.set_header("Allow", self.allowed())
         self.outcome(answer.code)
@@ -65,13 +68,3 @@ class Handler(tornado.web.RequestHandler):
         status = value.status_code if isinstance(value, tornado.web.HTTPError) else 500
         if answer_to(value, status) is INTERNAL:
             log.error("error in %s", self.request.path, exc_info=(typ, value, tb))  # type: ignore[arg-type]
-
-
-def answer_to(error: BaseException | None, status_code: int) -> Answer:
-    """The table's line for an error; what the table doesn't know is an internal error."""
-    for kind, answer in ERRORS.items():
-        if isinstance(error, kind):
-            return answer
-    if error is None or isinstance(error, tornado.web.HTTPError):
-        return HTTP_ERRORS.get(status_code, INTERNAL)
-    return INTERNAL
