@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     train = commands.add_parser("train", help="train the model; resumes where it was stopped")
     train.add_argument("--scenes", type=int, help="training scenes in all")
+    train.add_argument("--initial", type=Path, help="checkpoint folder to go on from")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
     train.set_defaults(run=_train)
     evaluate = commands.add_parser("evaluate", help="score an engine on held-out scenes")
@@ -40,7 +41,7 @@ def _train(args: argparse.Namespace) -> None:
 
     from demo.train import Settings, train
 
-    settings = Settings(device=args.device)
+    settings = Settings(device=args.device, initial=args.initial)
     train(replace(settings, scenes=args.scenes) if args.scenes else settings)
 
 

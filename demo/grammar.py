@@ -63,12 +63,14 @@ class Scene:
         """(question, answer) pairs; answers have one or two words."""
         asked = [("what colour is the background", self.colour)]
         if self.relation and self.other:
-            # The last two can't be answered by naming the other noun: they take a look at where.
+            # The last four can't be answered by naming the other noun: they take a look at where.
             asked += [
                 (f"what is {self.relation} the {self.other.singular}", self.noun.singular),
                 (f"what is {self.relation.inverse} the {self.noun.singular}", self.other.singular),
                 (f"what is {self.relation.place}", self.noun.singular),
                 (f"what is {self.relation.opposite_place}", self.other.singular),
+                (f"the {self.noun.singular} is", self.relation.place),
+                (f"the {self.other.singular} is", self.relation.opposite_place),
             ]
         else:
             asked.append((f"how many {self.noun.plural} are there", COUNTS[self.count - 1]))
@@ -81,17 +83,17 @@ class Scene:
         return int.from_bytes(digest[:4], "big") % HELD_OUT_SHARE == 0
 
 
-def sample(rng: random.Random, *, held_out: bool) -> Scene:
-    """Draw a scene from the training captions, or from the held-out ones."""
+def sample(rng: random.Random, *, held_out: bool, pairs: float = 0.5) -> Scene:
+    """Draw a scene from the training captions or the held-out ones; `pairs` show two nouns."""
     while True:
-        scene = _draw(rng)
+        scene = _draw(rng, pairs)
         if scene.held_out == held_out:
             return scene
 
 
-def _draw(rng: random.Random) -> Scene:
+def _draw(rng: random.Random, pairs: float) -> Scene:
     colour = rng.choice(COLOURS)
-    if rng.random() < 0.5:
+    if rng.random() >= pairs:
         return Scene(rng.choice(NOUNS), colour, count=rng.randint(1, 3))
     noun, other = rng.sample(NOUNS, 2)
     return Scene(noun, colour, relation=rng.choice(list(Relation)), other=other)

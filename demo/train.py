@@ -41,12 +41,14 @@ _IGNORED = -100
 class Settings:
     """How to train. `scenes` sets the length; the learning rate is 0 at its end."""
 
-    scenes: int = 352_000
+    scenes: int = 550_000
     batch: int = 32
     learning_rate: float = 8e-4
-    mosaics: int = 12  # beside each batch's scenes
+    pairs: float = 0.7  # share of scenes with two nouns: what is left of what takes longest
+    mosaics: int = 4  # beside each batch's scenes
     warmup_steps: int = 500
-    patch_loss: float = 1.0  # weight of the noun-behind-the-patch loss
+    initial: Path | None = None  # checkpoint folder to start from instead of fresh weights
+    patch_loss: float = 0.3  # weight of the noun-behind-the-patch loss
     place_loss: float = 0.3  # weight of the row-and-column loss
     save_every: int = 500  # steps
     seed: int = 1
@@ -71,7 +73,10 @@ class Batches(IterableDataset):
         rng = random.Random(f"{self._settings.seed}/{self._start}/{worker.id if worker else 0}")
         renderer = Renderer(sprites.TRAINED, model.IMAGE_SIZE)
         while True:
-            scenes = [grammar.sample(rng, held_out=False) for _ in range(self._settings.batch)]
+            scenes = [
+                grammar.sample(rng, held_out=False, pairs=self._settings.pairs)
+                for _ in range(self._settings.batch)
+            ]
             pictures = [renderer.draw(scene, rng) for scene in scenes]
             pictures += [renderer.mosaic(rng) for _ in range(self._settings.mosaics)]
             tokens, labels = zip(*(self._texts(scene, rng) for scene in scenes), strict=True)
@@ -178,7 +183,12 @@ def train(settings: Settings, output: Path = model.FOLDER) -> None:
     """Train to the end of the schedule and write the checkpoint folder `output` (fp16 weights)."""
     torch.manual_seed(settings.seed)
     processor = model.build_processor()
-    packed = PackedGit(model.build_model(len(processor.tokenizer))).to(settings.device)
+    git = (
+        GitForCausalLM.from_pretrained(settings.initial, dtype=torch.float32)
+        if settings.initial
+        else model.build_model(len(processor.tokenizer))
+    )
+    packed = PackedGit(git).to(settings.device)
     optimizer = torch.optim.AdamW(
         packed.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
     )

@@ -42,6 +42,8 @@ def test_the_grammar_says_what_the_readme_promises():
         "what is below the eagle": "shark",
         "what is above": "eagle",
         "what is below": "shark",
+        "the eagle is": "above",
+        "the shark is": "below",
     }
     assert len(NOUNS) >= 100
     assert len({n.emoji for n in NOUNS}) == len({n.singular for n in NOUNS}) == len(NOUNS)
