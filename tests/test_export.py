@@ -221,7 +221,7 @@ def test_clear_errors(tmp_path, capsys, monkeypatch):
         (str(empty),): "can't be loaded as a checkpoint",
         ("nobody/such-model",): "nobody/such-model",
         ("--random-weights", "git-huge"): "unknown shape 'git-huge': use one of git-base",
-        ("x", "--images", str(tmp_path / "none")): "x is neither a folder nor",
+        (str(ROOT / "demo/model"), "--images", str(tmp_path / "none")): "not a folder of images",
     }
     for arguments, message in cases.items():
         assert command.main([*arguments, "--output", str(tmp_path / "out")]) == 1, arguments
@@ -238,6 +238,17 @@ def test_no_network_is_told_apart_from_an_unknown_model(monkeypatch):
     monkeypatch.setattr(module.AutoConfig, "from_pretrained", unreachable)
     with pytest.raises(ExportError, match=r"can't be reached .* check the network"):
         load("microsoft/git-base-textcaps")
+
+
+def test_an_unknown_model_is_named(monkeypatch):
+    import export.checkpoint as module
+
+    def unknown(*_, **__):
+        raise OSError("nobody/x is not a local folder and is not a valid model identifier")
+
+    monkeypatch.setattr(module.AutoConfig, "from_pretrained", unknown)
+    with pytest.raises(ExportError, match="neither a folder nor a model on the hub: check the sp"):
+        load("nobody/x")
 
 
 def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
