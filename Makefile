@@ -13,7 +13,7 @@ DEV = .venv-dev/bin/python
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve export check_export evaluate demo-model demo-engine test lint format test_server clean
+.PHONY: help serve export tune check_export evaluate demo-model demo-engine test lint format test_server clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,9 @@ export: .venv-dev/ready  ## MODEL=<hub id or folder> to engines/<name> (NAME=...
 	@test -n "$(MODEL)" || { echo 'say which: make export MODEL=microsoft/git-base-textcaps'; exit 2; }
 	@$(DEV) -m export $(MODEL) --output engines/$(NAME) $(ARGS)
 
+tune: .venv/ready  ## measure ENGINE on this machine and write its plan.json
+	@$(SERVE) -m export tune $(ENGINE) $(ARGS)
+
 check_export: .venv-dev/ready  ## export git-base at full size with random weights and verify it
 	@$(DEV) -m export --random-weights git-base --output engines/random-git-base $(ARGS)
 
@@ -37,7 +40,9 @@ demo-model: .venv-dev/ready  ## train the demo model and export it (an hour or m
 	@$(MAKE) --no-print-directory demo-engine
 
 demo-engine: .venv-dev/ready  ## rebuild engines/demo from the committed weights and verify it
-	@$(DEV) -m export demo/model --name vignette-demo --images demo/samples --output engines/demo
+	@$(DEV) -m demo pictures demo/.cache/pictures
+	@$(DEV) -m export demo/model --name vignette-demo --images demo/.cache/pictures \
+	  --verify-images 64 --output engines/demo
 
 evaluate: .venv-dev/ready  ## score engines/demo on 1,000 held-out scenes of each kind
 	@$(DEV) -m demo evaluate --engine $(ENGINE) $(ARGS)

@@ -1,4 +1,4 @@
-"""`python -m demo train | evaluate | samples`: make the demo model, score it, draw its samples."""
+"""`python -m demo train | evaluate | samples | pictures`: make the demo model, score it, draw."""
 
 import argparse
 import sys
@@ -24,6 +24,8 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train the model; resumes where it was stopped")
     train.add_argument("--scenes", type=int, help="training scenes in all")
     train.add_argument("--initial", type=Path, help="checkpoint folder to go on from")
+    train.add_argument("--learning-rate", type=float, help="highest; a trained model wants 3e-4")
+    train.add_argument("--pairs", type=float, help="share of scenes with two nouns")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
     train.set_defaults(run=_train)
     evaluate = commands.add_parser("evaluate", help="score an engine on held-out scenes")
@@ -33,6 +35,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
     samples = commands.add_parser("samples", help="draw the committed sample scenes anew")
     samples.set_defaults(run=_samples)
+    pictures = commands.add_parser("pictures", help="draw scenes in bulk, to judge exports by")
+    pictures.add_argument("folder", type=Path)
+    pictures.add_argument("--count", type=int, default=400)
+    pictures.set_defaults(run=_pictures)
     return parser
 
 
@@ -41,8 +47,9 @@ def _train(args: argparse.Namespace) -> None:
 
     from demo.train import Settings, train
 
+    chosen = {"scenes": args.scenes, "learning_rate": args.learning_rate, "pairs": args.pairs}
     settings = Settings(device=args.device, initial=args.initial)
-    train(replace(settings, scenes=args.scenes) if args.scenes else settings)
+    train(replace(settings, **{name: value for name, value in chosen.items() if value is not None}))
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -59,6 +66,12 @@ def _samples(args: argparse.Namespace) -> None:
     from demo.samples import draw
 
     draw()
+
+
+def _pictures(args: argparse.Namespace) -> None:
+    from demo.samples import draw_many
+
+    draw_many(args.folder, args.count)
 
 
 if __name__ == "__main__":

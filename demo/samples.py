@@ -1,10 +1,10 @@
-"""The committed sample scenes: what the README shows, tests caption, and demos start from."""
+"""The committed sample scenes, which the README shows and tests caption; and pictures in bulk."""
 
 import json
 import random
 from pathlib import Path
 
-from demo import sprites
+from demo import grammar, sprites
 from demo.grammar import Relation, Scene
 from demo.nouns import NOUNS, Noun
 from demo.render import Renderer
@@ -46,3 +46,12 @@ def draw() -> None:
         renderer.draw(scene, random.Random(name)).image.save(FOLDER / f"{name}.png", optimize=True)
         said[f"{name}.png"] = {"caption": scene.caption, "questions": dict(scene.questions)}
     (FOLDER / CAPTIONS).write_text(json.dumps(said, indent=2) + "\n")
+
+
+def draw_many(folder: Path, count: int) -> None:
+    """Fill `folder` with scenes that training may show, to calibrate and judge exports by."""
+    folder.mkdir(parents=True, exist_ok=True)
+    renderer, rng = Renderer(sprites.TRAINED, _SIZE), random.Random("calibration")
+    for index in range(count):
+        scene = grammar.sample(rng, held_out=False)
+        renderer.draw(scene, rng).image.save(folder / f"{index:04}.png")

@@ -1,4 +1,7 @@
-"""`python -m export MODEL --output engines/<name>`: checkpoint in, proven engine out."""
+"""`python -m export MODEL --output engines/<name>`: checkpoint in, proven engine out.
+
+`python -m export tune engines/<name>` then finds what is fastest of it on this machine.
+"""
 
 import argparse
 import sys
@@ -9,9 +12,12 @@ from runtime.errors import VignetteError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    args = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        _export(args)
+        if arguments[:1] == ["tune"]:
+            _tune(_tune_parser().parse_args(arguments[1:]))
+        else:
+            _export(_parser().parse_args(arguments))
     except ModuleNotFoundError as missing:
         package = (missing.name or "").partition(".")[0]
         print(
@@ -43,25 +49,49 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="what the service calls the model (default: MODEL)")
     parser.add_argument(
         "--images", type=Path, metavar="FOLDER",
-        help="pictures of yours to compare with PyTorch first; made-up ones fill up",
+        help="pictures such as the service will see, 16 or more (better 200): 8-bit variants are "
+        "calibrated on them, and kept if they caption them as PyTorch does",
     )  # fmt: skip
     parser.add_argument(
         "--verify-images", type=int, default=8, metavar="N",
-        help="pictures to compare with PyTorch; more take longer and prove more (default 8)",
+        help="pictures to compare with PyTorch's generate, those of --images first; more take "
+        "longer and prove more (default 8)",
     )  # fmt: skip
     parser.add_argument(
         "--verify-tokens", type=int, default=20, metavar="N",
         help="most new tokens for each of them (default 20)",
     )  # fmt: skip
+    parser.add_argument("--fp32-only", action="store_true", help="leave the 8-bit variants out")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
     return parser
+
+
+def _tune_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export tune",
+        description="measure an engine's proven variants on this machine and write its plan.json",
+    )
+    parser.add_argument("engine", type=Path, help="engine folder")
+    parser.add_argument("--slots", type=int, default=16, help="sequences that decode together")
+    return parser
+
+
+def _tune(args: argparse.Namespace) -> None:
+    from export.tune import tune
+    from runtime.plan import FILE
+
+    best = tune(args.engine, args.slots)
+    print(
+        f"{args.engine / FILE}: {best.plan.combination}, encoder on {best.plan.encoder_provider}, "
+        f"{best.plan.encode_batch} images at a time: {best.caption_ms:.1f} ms a caption"
+    )
 
 
 def _export(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from export import checkpoint, pictures
-    from export.build import build
+    from export.build import Proof, build
 
     if args.random_weights:
         source = checkpoint.random_weights(args.random_weights, args.seed)
@@ -72,8 +102,8 @@ def _export(args: argparse.Namespace) -> None:
     pixels = (
         pictures.from_folder(args.images, source.preprocessing, source.sizes) if args.images else []
     )
-    images = max(args.verify_images, len(pixels))
-    manifest = build(source, args.output, images, args.verify_tokens, pixels)
+    proof = Proof(args.verify_images, args.verify_tokens, tuple(pixels), not args.fp32_only)
+    manifest = build(source, args.output, proof)
     found = manifest.verification
     print(
         f"{args.output}: {found['images']} images of {found['new_tokens']} tokens, the same as "

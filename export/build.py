@@ -10,8 +10,9 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,37 +22,75 @@ from transformers import GitForCausalLM
 
 from export.checkpoint import Checkpoint
 from export.errors import ExportError
+from export.gate import exact, judge
+from export.graphs import share_weights
+from export.greedy import Case
 from export.onnx_config import OPSET, GitDecoderOnnxConfig, GitEncoderOnnxConfig
+from export.pictures import LEAST_PICTURES, rows
 from export.split import ImagePrefix, TextDecoder
+from export.variants import build_variants, data_name, file_name, variant
 from export.verify import verify
 from runtime.manifest import FILE as MANIFEST
-from runtime.manifest import Manifest, Variant, sha256
+from runtime.manifest import TOKENIZER, Combination, Manifest, Variant, sha256
 
 _TASK = "image-to-text"
+_FP32 = ("fp32", "float32")
+_CALIBRATION = 128  # pictures; the gate takes all
 _PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime")
 
 
-def build(
-    checkpoint: Checkpoint,
-    output: Path,
-    images: int = 8,
-    new_tokens: int = 20,
-    pixels: list[np.ndarray] | None = None,
-) -> Manifest:
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """How much to compare with PyTorch.
+
+    images, new_tokens: what `verify` compares with `generate`.
+    pixels: uint8 encoder rows of real pictures, for calibration, the gate, and `verify` first.
+    fast: build the 8-bit variants too. It takes pictures, unless the weights are random.
+    """
+
+    images: int = 8
+    new_tokens: int = 20
+    pixels: tuple[np.ndarray, ...] = ()
+    fast: bool = True
+
+
+def build(checkpoint: Checkpoint, output: Path, proof: Proof | None = None) -> Manifest:
     """Export and prove `checkpoint` as engine folder `output` (replaced if it exists).
 
-    images, new_tokens, pixels: what `verify` compares. Raises ExportError (Mismatch among them).
+    Raises ExportError (Mismatch among them).
     """
+    proof = proof or Proof()
     with _beside(output) as folder:
         print(f"exporting {checkpoint.name} to ONNX", flush=True)
         _write_graphs(checkpoint, folder)
-        (folder / "tokenizer.json").write_text(checkpoint.tokenizer_json)
-        manifest = _describe(checkpoint, folder)
+        for graph in ("encoder", "decoder"):
+            share_weights(folder / file_name(graph, *_FP32), data_name(graph, "fp32"))
+        (folder / TOKENIZER).write_text(checkpoint.tokenizer_json)
         print("running ONNX, then PyTorch on the same images", flush=True)
-        found = verify(checkpoint, folder, images, new_tokens, pixels)
+        found = verify(checkpoint, folder, proof.images, proof.new_tokens, list(proof.pixels))
+        combinations = [exact(found.images), *_fast_ones(checkpoint, folder, proof)]
+        manifest = _describe(checkpoint, folder, combinations)
         manifest = replace(manifest, verification=asdict(found))
         manifest.save(folder)
     return manifest
+
+
+def _fast_ones(checkpoint: Checkpoint, folder: Path, proof: Proof) -> list[Combination]:
+    """Build the 8-bit variants and judge them, where there is something to judge them by."""
+    if not proof.fast:
+        return []
+    pixels = list(proof.pixels)
+    if not pixels and checkpoint.trained:
+        print(
+            f"no 8-bit variants, which are several times as fast: they are calibrated and judged "
+            f"on pictures, so give --images a folder with {LEAST_PICTURES} or more"
+        )
+        return []
+    made = islice(rows(np.random.default_rng(1), checkpoint.sizes, pixels), LEAST_PICTURES)
+    pixels = pixels or list(made)
+    variants = build_variants(checkpoint, folder, pixels[:_CALIBRATION], proof.new_tokens)
+    cases = [Case(row, [checkpoint.tokens.bos]) for row in pixels]
+    return judge(checkpoint, folder, variants, cases, proof.new_tokens)
 
 
 @contextmanager
@@ -65,7 +104,9 @@ def _beside(output: Path) -> Iterator[Path]:
         raise ExportError(f"can't write to {output.parent}: {cause.strerror}") from cause
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp's folders are private; a service's user must read this one
+        # Temporary folders and onnx's data files are private; a service's user must read these.
+        for path in (partial, *partial.iterdir()):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         _move_into_place(partial, output)
     except (OSError, RuntimeError) as cause:
         # The exporter writes through C++, whose RuntimeError carries only the system's text.
@@ -135,17 +176,27 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path) -> None:
             (Path(raw) / f"{graph}.onnx").rename(folder / f"{graph}.onnx")
 
 
-def _describe(checkpoint: Checkpoint, folder: Path) -> Manifest:
+def _describe(checkpoint: Checkpoint, folder: Path, combinations: list[Combination]) -> Manifest:
+    """The manifest of what is used; files of variants that no combination has are deleted."""
+    variants = _used(combinations)
+    files = {TOKENIZER, *(v.file for v in variants), *(v.data for v in variants)}
+    for path in folder.iterdir():
+        if path.name not in files:
+            path.unlink()
     return Manifest(
         model=checkpoint.name,
         revision=checkpoint.revision,
         sizes=checkpoint.sizes,
         tokens=checkpoint.tokens,
         preprocessing=checkpoint.preprocessing,
-        tokenizer_sha256=sha256(folder / "tokenizer.json"),
-        variants=tuple(
-            Variant(graph, "fp32", f"{graph}.onnx", sha256(folder / f"{graph}.onnx"))
-            for graph in ("encoder", "decoder")
-        ),
+        files={name: sha256(folder / name) for name in sorted(files)},
+        variants=variants,
+        combinations=tuple(combinations),
         versions={package: version(package) for package in _PACKAGES},
     )
+
+
+def _used(combinations: list[Combination]) -> tuple[Variant, ...]:
+    wanted = {("encoder", c.encoder, c.cache) for c in combinations}
+    wanted |= {("decoder", c.decoder, c.cache) for c in combinations}
+    return tuple(variant(*key) for key in sorted(wanted))

@@ -14,13 +14,14 @@ from transformers import CLIPImageProcessor
 from export.errors import ExportError
 from runtime.manifest import Preprocessing, Sizes
 
+LEAST_PICTURES = 16  # that calibration and the gate can say something by
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def from_folder(folder: Path, how: Preprocessing, sizes: Sizes) -> list[np.ndarray]:
     """All image files of a folder, by name -> uint8 `[3, S, S]` each.
 
-    Unreadable files are listed and left out; ExportError when nothing is left.
+    Unreadable files are listed and left out; ExportError when fewer than LEAST_PICTURES are left.
     """
     if sizes.frames is not None:
         raise ExportError("--images is for single-image models: a video row needs several frames")
@@ -43,8 +44,11 @@ def from_folder(folder: Path, how: Preprocessing, sizes: Sizes) -> list[np.ndarr
         # Said, not guessed: for a picture three pixels high the guess would be wrong.
         made = processor(image, return_tensors="np", input_data_format="channels_last")
         pixels.append(made["pixel_values"][0].astype(np.uint8))
-    if not pixels:
-        raise ExportError(f"{folder} holds no image that can be read")
+    if len(pixels) < LEAST_PICTURES:
+        raise ExportError(
+            f"{folder} holds {len(pixels)} images that can be read: calibration and comparison "
+            f"take {LEAST_PICTURES} or more"
+        )
     return pixels
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from runtime.errors import InvalidRequest
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -12,21 +14,25 @@ class EngineConfig:
     slots: sequences that decode together; each takes one fixed piece of the K/V arena.
     text_tokens: text positions a slot has (prompt and caption); None takes the model's own number,
         at most 64, because captions are short and the arena's size follows from it.
-    encode_batch: most images that go through the encoder between two decode steps.
+    encode_batch: most images that go through the encoder between two decode steps; None leaves it
+        to the plan (`runtime.plan`).
     refill: admit new sequences while others run (continuous batching); off means static batching.
     provider: execution provider of the encoder graph: cpu, openvino, cuda, tensorrt or auto.
+    precision: a combination of the manifest such as fp32/int8/int8, or auto.
     threads: threads of each session's operators; 0 lets ONNX Runtime take all cores.
     """
 
     slots: int = 16
     text_tokens: int | None = None
-    encode_batch: int = 4
+    encode_batch: int | None = None
     refill: bool = True
-    provider: str = "auto"
+    provider: str = AUTO
+    precision: str = AUTO
     threads: int = 0
 
     def __post_init__(self) -> None:
-        if self.slots < 1 or self.encode_batch < 1 or self.threads < 0:
+        batch = 1 if self.encode_batch is None else self.encode_batch
+        if self.slots < 1 or batch < 1 or self.threads < 0:
             raise InvalidRequest("slots and encode_batch must be 1 or more, threads 0 or more")
         if self.text_tokens is not None and self.text_tokens < 2:
             raise InvalidRequest("text_tokens must be 2 or more: the start token and one more")

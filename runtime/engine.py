@@ -3,23 +3,31 @@
 An engine belongs to one thread. Servers call `submit`, `cancel` and `step` from that thread only.
 """
 
+import logging
 import time
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from runtime import manifest as manifests
 from runtime.config import EngineConfig
-from runtime.errors import InvalidRequest
+from runtime.errors import InvalidRequest, ProviderError
 from runtime.manifest import Manifest
+from runtime.plan import resolve
 from runtime.preprocess import preprocess
 from runtime.request import FinishReason, Request, Sequence
 from runtime.scheduler import Scheduler
 from runtime.tokenizer import CaptionTokenizer
 
+if TYPE_CHECKING:
+    from runtime.runner import Runner
+
+log = logging.getLogger(__name__)
+
+_ENCODE_BATCH = 4  # of an engine that was put together without a plan
 DEFAULT_MAX_NEW_TOKENS = 20  # what `generate` of Hugging Face's GIT says by default
 
 
@@ -81,6 +89,7 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         self.runner = runner
+        self._encode_batch = config.encode_batch or _ENCODE_BATCH
         self.scheduler = self._new_scheduler()
         self.last_step = StepReport()
 
@@ -91,12 +100,11 @@ class Engine:
         Raises EngineFolderError for a missing or damaged folder, ProviderError for a provider that
         does not work here.
         """
-        from runtime.runner import Runner  # here, so that tests of the loop need no ONNX Runtime
-
         folder, config = Path(folder), config or EngineConfig()
         manifest = manifests.load(folder)
-        runner = Runner(folder, manifest, config)
+        runner = _open_runner(folder, manifest, config)
         runner.warm_up()
+        config = replace(config, encode_batch=runner.plan.encode_batch)
         return cls(manifest, CaptionTokenizer(folder, manifest), runner, config)
 
     @property
@@ -156,7 +164,7 @@ class Engine:
         self.scheduler = self._new_scheduler()
 
     def _new_scheduler(self) -> Scheduler:
-        return Scheduler(self.config.slots, self.config.encode_batch, self.config.refill)
+        return Scheduler(self.config.slots, self._encode_batch, self.config.refill)
 
     def step(self) -> list[Sequence]:
         """Admit and encode what fits, feed one token to every running row, return what ended."""
@@ -175,8 +183,8 @@ class Engine:
         return self.scheduler.release_finished()
 
     def _encode(self, admitted: list[Sequence]) -> None:
-        for start in range(0, len(admitted), self.config.encode_batch):
-            batch = admitted[start : start + self.config.encode_batch]
+        for start in range(0, len(admitted), self._encode_batch):
+            batch = admitted[start : start + self._encode_batch]
             slots = [s.slot for s in batch if s.slot is not None]
             self.runner.encode([s.request.pixels for s in batch], slots)
             now = time.perf_counter()
@@ -231,3 +239,17 @@ class Engine:
             encode_s=encoded - admitted,
             decode_s=finished - encoded,
         )
+
+
+def _open_runner(folder: Path, manifest: Manifest, config: EngineConfig) -> "Runner":
+    """A runner on the first plan that works here; with several, each that doesn't is logged."""
+    from runtime import providers  # here, so that tests of the loop need no ONNX Runtime
+    from runtime.runner import Runner
+
+    *optional, last = resolve(folder, manifest, config, providers.available())
+    for plan in optional:
+        try:
+            return Runner(folder, manifest, config, plan)
+        except ProviderError as cause:
+            log.warning("auto: %s was tried and left out: %s", plan.encoder_provider, cause)
+    return Runner(folder, manifest, config, last)

@@ -6,13 +6,14 @@ write what runtime/ reads without taking anything else along.
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import EngineFolderError
 
-FORMAT = 1  # raise it when a field changes its meaning; older engines are then refused
+FORMAT = 2  # raise it when a field changes its meaning; older engines are then refused
 FILE = "manifest.json"
 TOKENIZER = "tokenizer.json"
 
@@ -51,13 +52,44 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One file of one graph. `graph` is "encoder" or "decoder"; `cache` the dtype of the K/V."""
+    """One graph in one precision, for one type of K/V cache.
+
+    graph: "encoder" or "decoder".
+    precision: fp32, int8 (weights, and activations as they come), int8-static (an encoder with
+        activation scales from calibration, for OpenVINO).
+    cache: dtype of the K/V that the encoder writes and the decoder reads: float32 or int8.
+    file, data: names in the engine folder; `data` holds the weights, which variants that differ
+        in the cache alone share.
+    """
 
     graph: str
     precision: str
+    cache: str
     file: str
-    sha256: str
-    cache: str = "float32"
+    data: str
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """An encoder and a decoder that were proven together.
+
+    agreement: share of `images` whose captions are those of PyTorch in fp32; None for random
+        weights, whose captions prove nothing.
+    """
+
+    encoder: str
+    decoder: str
+    cache: str
+    images: int
+    agreement: float | None
+
+    @property
+    def name(self) -> str:
+        """Precision of the encoder, of the decoder, and the cache's dtype: fp32/int8/int8."""
+        return f"{self.encoder}/{self.decoder}/{self.cache}"
+
+
+EXACT = "fp32/fp32/float32"  # the combination that every engine has, equal to PyTorch
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +101,27 @@ class Manifest:
     sizes: Sizes
     tokens: SpecialTokens
     preprocessing: Preprocessing
-    tokenizer_sha256: str
+    files: dict[str, str]  # name -> sha256 of everything beside the manifest
     variants: tuple[Variant, ...]
+    combinations: tuple[Combination, ...]
     verification: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
-    def variant(self, graph: str, precision: str) -> Variant:
-        """The file of `graph` in `precision`; EngineFolderError names what there is instead."""
-        mine = [v for v in self.variants if v.graph == graph]
-        for candidate in mine:
-            if candidate.precision == precision:
+    def combination(self, name: str) -> Combination:
+        """The combination of that name; EngineFolderError names those that there are instead."""
+        for candidate in self.combinations:
+            if candidate.name == name:
                 return candidate
-        known = ", ".join(v.precision for v in mine) or "none"
         raise EngineFolderError(
-            f"{self.model} has no {graph} in {precision} (there is: {known}); export it again"
+            f"{self.model} has no combination {name}: use one of "
+            f"{', '.join(c.name for c in self.combinations)}"
         )
+
+    def variant(self, graph: str, combination: Combination) -> Variant:
+        """The file of `graph` in a combination."""
+        precision = combination.encoder if graph == "encoder" else combination.decoder
+        wanted = (graph, precision, combination.cache)
+        return next(v for v in self.variants if (v.graph, v.precision, v.cache) == wanted)
 
     def save(self, folder: Path) -> None:
         """Write `folder`/manifest.json."""
@@ -108,9 +146,11 @@ def load(folder: Path) -> Manifest:
         manifest = _parsed(content)
     except (ValueError, KeyError, TypeError, AttributeError) as cause:
         raise EngineFolderError(f"{path} can't be read: export it again ({cause!r})") from cause
-    for variant in manifest.variants:
-        _check_whole(folder / variant.file, variant.sha256)
-    _check_whole(folder / TOKENIZER, manifest.tokenizer_sha256)
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
+        for _ in pool.map(
+            _check_whole, map(folder.joinpath, manifest.files), manifest.files.values()
+        ):
+            pass
     return manifest
 
 
@@ -126,6 +166,7 @@ def _parsed(content: dict[str, Any]) -> Manifest:
         tokens=SpecialTokens(**content.pop("tokens")),
         preprocessing=Preprocessing(**content.pop("preprocessing")),
         variants=tuple(Variant(**variant) for variant in content.pop("variants")),
+        combinations=tuple(Combination(**c) for c in content.pop("combinations")),
         **content,
     )
 

@@ -1,14 +1,14 @@
 """Execution providers by name, and sessions that are known to run on the one that was asked for.
 
 ONNX Runtime by itself falls back to its CPU provider when another fails to load. Here that is an
-error: only the name `auto` may step down, and it logs why.
+error; what `auto` may step down to is the engine's business.
 """
 
 import importlib
 import importlib.util
 import json
 import logging
-from collections.abc import Callable
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,11 +17,11 @@ from types import ModuleType
 import numpy as np
 import onnxruntime as ort
 
+from runtime.config import AUTO
 from runtime.errors import EngineFolderError, ProviderError
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
 _OPENVINO_PACKAGE = "onnxruntime_ep_openvino"
 
 
@@ -58,30 +58,57 @@ _PROVIDERS = {
 NAMES = (AUTO, *_PROVIDERS)  # after `auto`, the order in which it tries them
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A session and the name of the provider that it runs on."""
+def available() -> tuple[str, ...]:
+    """Names of the providers that this machine has, the fastest first.
 
-    session: ort.InferenceSession
-    provider: str
+    One whose installation is broken is left out with a log line.
+    """
+    found = []
+    for provider in _PROVIDERS.values():
+        try:
+            if _is_there(provider):
+                found.append(provider.name)
+        except ProviderError as cause:
+            log.warning("%s was left out: %s", provider.name, cause)
+    return tuple(found)
 
 
-def open_session(path: Path, name: str, threads: int, probe: dict[str, np.ndarray]) -> Opened:
-    """Open a graph on the named provider, or for `auto` on the first that works here.
+def open_session(
+    path: Path, name: str, threads: int, probe: dict[str, np.ndarray], compiled: Path | None = None
+) -> ort.InferenceSession:
+    """Open a graph on the named provider.
 
     threads: of the operators; 0 takes all cores. probe: inputs to run it on once, because some
-    providers open a graph that they then can't run. Raises ProviderError when the provider is
+    providers open a graph that they then can't run. compiled: folder in which a provider that
+    compiles graphs keeps the result for the next start. Raises ProviderError when the provider is
     missing, can't open or run the graph, or is not in use by the session afterwards.
     """
-    if name != AUTO:
-        return _open(path, _by_name(name), threads, probe)
-    for candidate in _PROVIDERS.values():
-        try:
-            if _is_there(candidate):
-                return _open(path, candidate, threads, probe)
-        except ProviderError as cause:
-            log.warning("auto: %s was tried and left out: %s", candidate.name, cause)
-    raise ProviderError("no execution provider can open the graph: reinstall onnxruntime")
+    provider = _by_name(name)
+    if not _is_there(provider):
+        raise ProviderError(f"{provider.name} is not available here: {provider.remedy}")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    # The encoder's and the decoder's threads take turns: those of the one that rests must not spin.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        if provider.name == "openvino":
+            session = _open_openvino(path, options, threads, compiled)
+        else:
+            session = _open_builtin(path, provider, options)
+    except Exception as cause:  # ONNX Runtime raises a class of its own for every status code
+        if provider.name == "cpu":
+            raise EngineFolderError(f"{path} can't be loaded: export the engine again") from cause
+        raise ProviderError(f"{provider.name} can't open {path.name}: {cause}") from cause
+    if provider.ep not in session.get_providers():
+        raise ProviderError(
+            f"{provider.name} was asked for, but the session fell back to "
+            f"{', '.join(session.get_providers())}: {provider.remedy}"
+        )
+    try:
+        session.run(None, probe)
+    except Exception as cause:
+        raise ProviderError(f"{provider.name} can't run {path.name}: {cause}") from cause
+    return session
 
 
 def _by_name(name: str) -> Provider:
@@ -96,33 +123,8 @@ def _is_there(provider: Provider) -> bool:
     return provider.ep in ort.get_available_providers()
 
 
-def _open(path: Path, provider: Provider, threads: int, probe: dict[str, np.ndarray]) -> Opened:
-    if not _is_there(provider):
-        raise ProviderError(f"{provider.name} is not available here: {provider.remedy}")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    # The encoder's and the decoder's threads take turns: those of the one that rests must not spin.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
-        session = _OPENERS.get(provider.name, _open_builtin)(path, provider, options, threads)
-    except Exception as cause:  # ONNX Runtime raises a class of its own for every status code
-        if provider.name == "cpu":
-            raise EngineFolderError(f"{path} can't be loaded: export the engine again") from cause
-        raise ProviderError(f"{provider.name} can't open {path.name}: {cause}") from cause
-    if provider.ep not in session.get_providers():
-        raise ProviderError(
-            f"{provider.name} was asked for, but the session fell back to "
-            f"{', '.join(session.get_providers())}: {provider.remedy}"
-        )
-    try:
-        session.run(None, probe)
-    except Exception as cause:
-        raise ProviderError(f"{provider.name} can't run {path.name}: {cause}") from cause
-    return Opened(session, provider.name)
-
-
 def _open_builtin(
-    path: Path, provider: Provider, options: ort.SessionOptions, threads: int
+    path: Path, provider: Provider, options: ort.SessionOptions
 ) -> ort.InferenceSession:
     if provider.name != "cpu":
         ort.preload_dlls()  # CUDA and cuDNN from NVIDIA's wheels, where those are installed
@@ -130,18 +132,17 @@ def _open_builtin(
 
 
 def _open_openvino(
-    path: Path, provider: Provider, options: ort.SessionOptions, threads: int
+    path: Path, options: ort.SessionOptions, threads: int, compiled: Path | None
 ) -> ort.InferenceSession:
-    # OpenVINO has threads of its own, which ONNX Runtime's setting does not reach.
-    config = {"CPU": {"INFERENCE_NUM_THREADS": threads}} if threads else {}
+    config: dict[str, object] = {}
+    if threads:  # OpenVINO has threads of its own, which ONNX Runtime's setting does not reach
+        config["INFERENCE_NUM_THREADS"] = threads
+    if compiled is not None and os.access(compiled.parent, os.W_OK):
+        config["CACHE_DIR"] = str(compiled)
     options.add_provider_for_devices(
-        _openvino_devices()[:1], {"load_config": json.dumps(config)} if config else {}
+        _openvino_devices()[:1], {"load_config": json.dumps({"CPU": config})} if config else {}
     )
     return ort.InferenceSession(str(path), options)
-
-
-_Opener = Callable[[Path, Provider, ort.SessionOptions, int], ort.InferenceSession]
-_OPENERS: dict[str, _Opener] = {"openvino": _open_openvino}
 
 
 @cache

@@ -15,9 +15,11 @@ import onnxruntime as ort
 
 from runtime.config import EngineConfig
 from runtime.manifest import Manifest
+from runtime.plan import Plan
 from runtime.providers import open_session
 
 _DEFAULT_TEXT_TOKENS = 64
+_COMPILED = "compiled"  # subfolder of an engine, for providers that compile graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +33,11 @@ class _Step:
 class Runner:
     """Phases of captioning over ONNX Runtime: `encode` into slots, `decode` one token for rows."""
 
-    def __init__(self, folder: Path, manifest: Manifest, config: EngineConfig) -> None:
-        self.sizes = manifest.sizes
+    def __init__(self, folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) -> None:
+        self.sizes, self.plan = manifest.sizes, plan
         self.text_tokens = min(config.text_tokens or _DEFAULT_TEXT_TOKENS, self.sizes.text)
-        encoder = manifest.variant("encoder", "fp32")
-        decoder = manifest.variant("decoder", "fp32")
+        combination = manifest.combination(plan.combination)
+        encoder, decoder = (manifest.variant(g, combination) for g in ("encoder", "decoder"))
         self._image_names = [
             f"image.{layer}.{kind}"
             for layer in range(self.sizes.layers)
@@ -47,10 +49,13 @@ class Runner:
         self._total_length = np.array([self.sizes.prefix + 1], np.int32)
         self._steps: dict[int, _Step] = {}
         pixels = {"pixels": np.zeros((1, *self.pixels_shape), np.uint8)}
-        opened = open_session(folder / encoder.file, config.provider, config.threads, pixels)
-        self.encoder_provider, self._encoder = opened.provider, opened.session
-        opened = open_session(folder / decoder.file, "cpu", config.threads, self._inputs(1))
-        self.decoder_provider, self._decoder = opened.provider, opened.session
+        self._encoder = open_session(
+            folder / encoder.file, plan.encoder_provider, plan.encoder_threads, pixels,
+            folder / _COMPILED,
+        )  # fmt: skip
+        self._decoder = open_session(
+            folder / decoder.file, plan.decoder_provider, plan.decoder_threads, self._inputs(1)
+        )
 
     def _new_arena(self, slots: int, dtype: str) -> list[np.ndarray]:
         positions = self.sizes.prefix + self.text_tokens
@@ -73,8 +78,10 @@ class Runner:
     def runs_on(self) -> str:
         """For people: providers and precisions, and the memory that the slots take."""
         arena = sum(cache.nbytes for cache in self._arena) / 2**20
+        encoder, decoder, cache = self.plan.combination.split("/")
         return (
-            f"encoder on {self.encoder_provider}, decoder on {self.decoder_provider} (fp32), "
+            f"encoder {encoder} on {self.plan.encoder_provider}, decoder {decoder} on "
+            f"{self.plan.decoder_provider}, K/V {cache} ({self.plan.origin}); "
             f"{len(self._tokens)} slots in {arena:.0f} MiB"
         )
 

@@ -43,16 +43,22 @@ class Settings(BaseSettings):
         Field(description=f"execution provider of the encoder: {', '.join(NAMES)}; auto takes the "
               "best that works here and logs which, any other fails if it can't run"),
     ] = "auto"  # fmt: skip
+    precision: Annotated[
+        str,
+        Field(description="encoder/decoder/cache, such as fp32/int8/int8, one of the combinations "
+              "in the engine's manifest.json; auto takes plan.json, or without one what suits this "
+              "processor; fp32/fp32/float32 says what PyTorch says, to the token"),
+    ] = "auto"  # fmt: skip
     slots: Annotated[
         int,
         Field(ge=1, description="sequences that decode together: more raise throughput, and each "
               "takes one piece of the K/V arena (the start-up line says how much)"),
     ] = 16  # fmt: skip
     encode_batch: Annotated[
-        int,
-        Field(ge=1, description="most images to encode between two decode steps: more are "
-              "encoded faster together, but running captions wait for them"),
-    ] = 4  # fmt: skip
+        int | None,
+        Field(ge=1, description="most images to encode between two decode steps: more may be "
+              "encoded faster together, but running captions wait for them; left out, the plan's"),
+    ] = None  # fmt: skip
     threads: Annotated[
         int, Field(ge=0, description="operator threads of each graph; 0 takes all cores")
     ] = 0
@@ -88,6 +94,7 @@ class Settings(BaseSettings):
             slots=self.slots,
             encode_batch=self.encode_batch,
             provider=self.provider,
+            precision=self.precision,
             threads=self.threads,
         )
 

@@ -8,7 +8,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from export.build import build
+from export.build import Proof, build
 from export.checkpoint import Checkpoint, from_config
 from runtime.config import EngineConfig
 from runtime.engine import Engine
@@ -24,7 +24,7 @@ def exported(request, tmp_path_factory) -> tuple[Checkpoint, Path]:
     """A small checkpoint of each shape and its engine, verified on 64 images of 20 tokens."""
     checkpoint = from_config(request.param, SHAPES[request.param])
     folder = tmp_path_factory.mktemp("engines") / request.param
-    build(checkpoint, folder, images=64, new_tokens=20)
+    build(checkpoint, folder, Proof(images=64, fast=False))
     return checkpoint, folder
 
 
@@ -33,7 +33,7 @@ def small(tmp_path_factory) -> tuple[Checkpoint, Path]:
     """The plain shape alone, for tests of one engine folder."""
     checkpoint = from_config("small", SHAPES["base"], seed=1)
     folder = tmp_path_factory.mktemp("small") / "small"
-    build(checkpoint, folder, images=2, new_tokens=4)
+    build(checkpoint, folder, Proof(images=2, new_tokens=4))
     return checkpoint, folder
 
 

@@ -10,7 +10,9 @@ from runtime.manifest import Manifest, Preprocessing, Sizes, SpecialTokens
 
 EOS = 1
 SIZES = Sizes(image=4, frames=None, prefix=5, layers=1, heads=1, head=1, vocabulary=50, text=32)
-MANIFEST = Manifest("fake", None, SIZES, SpecialTokens(0, EOS, 2), Preprocessing(4, 4, 3), "", ())
+MANIFEST = Manifest(
+    "fake", None, SIZES, SpecialTokens(0, EOS, 2), Preprocessing(4, 4, 3), {}, (), ()
+)
 
 
 class FakeTokenizer:

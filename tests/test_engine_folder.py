@@ -12,7 +12,6 @@ from runtime import providers
 from runtime.config import EngineConfig
 from runtime.engine import Engine
 from runtime.errors import EngineFolderError, InvalidRequest, ProviderError
-from runtime.runner import Runner
 
 
 @pytest.fixture
@@ -52,19 +51,19 @@ def test_what_is_wrong_with_a_folder_is_named(folder, tmp_path):
     broken("encoder.onnx is missing", lambda copy: (copy / "encoder.onnx").unlink())
     broken("decoder.onnx is damaged", truncate("decoder.onnx"))
     broken("tokenizer.json is damaged", lambda copy: (copy / "tokenizer.json").write_text("{}"))
-    with pytest.raises(EngineFolderError, match=r"has no encoder in int4 \(there is: fp32\)"):
-        manifests.load(folder).variant("encoder", "int4")
+    broken("encoder.int8.data is damaged", truncate("encoder.int8.data"))
+    with pytest.raises(EngineFolderError, match=r"no combination int4/fp32/int8: use one of fp32/"):
+        Engine.open(folder, EngineConfig(precision="int4/fp32/int8"))
 
 
 def test_a_provider_that_is_missing_is_an_error_with_a_remedy(folder):
-    manifest = manifests.load(folder)
     for name in ("cuda", "tensorrt"):
         if providers._PROVIDERS[name].ep in ort.get_available_providers():
             pytest.skip(f"{name} is here")
         with pytest.raises(ProviderError, match=f"{name} is not available here: install"):
-            Runner(folder, manifest, EngineConfig(provider=name))
+            Engine.open(folder, EngineConfig(provider=name))
     with pytest.raises(ProviderError, match="unknown provider 'gpu': use one of auto, tensorrt"):
-        Runner(folder, manifest, EngineConfig(provider="gpu"))
+        Engine.open(folder, EngineConfig(provider="gpu"))
 
 
 def test_a_session_that_fell_back_is_an_error(folder, monkeypatch):
@@ -78,36 +77,33 @@ def test_a_session_that_fell_back_is_an_error(folder, monkeypatch):
 
 
 def test_auto_steps_down_and_says_so(folder, monkeypatch, caplog):
-    real = providers._open
-
-    def fails_on_openvino(path, provider, *others):
-        if provider.name == "openvino":
-            raise ProviderError("openvino can't open encoder.onnx: a reason")
-        return real(path, provider, *others)
-
-    monkeypatch.setattr(providers, "_is_there", lambda p: p.name in ("openvino", "cpu"))
-    monkeypatch.setattr(providers, "_open", fails_on_openvino)
-    probe = {"pixels": np.zeros((1, 3, 32, 32), np.uint8)}
-    assert providers.open_session(folder / "encoder.onnx", "auto", 0, probe).provider == "cpu"
-    assert "openvino was tried and left out" in caplog.text
-    with pytest.raises(ProviderError, match="a reason"):
-        providers.open_session(folder / "encoder.onnx", "openvino", 0, probe)
-
-
-def test_auto_tries_the_fastest_first_and_says_which_it_took(folder, monkeypatch):
-    runner = Runner(folder, manifests.load(folder), EngineConfig())
-    assert f"encoder on {runner.encoder_provider}" in runner.runs_on
-    tried = []
-
-    def note(path, provider, *_):
-        tried.append(provider.name)
-        raise ProviderError("not today")
-
+    monkeypatch.setattr(providers, "available", lambda: ("openvino", "cpu"))
     monkeypatch.setattr(providers, "_is_there", lambda provider: True)
-    monkeypatch.setattr(providers, "_open", note)
-    with pytest.raises(ProviderError, match="no execution provider"):
-        providers.open_session(folder / "encoder.onnx", "auto", 0, {})
-    assert tried == ["tensorrt", "cuda", "openvino", "cpu"]
+
+    def fails(*_):
+        raise RuntimeError("a reason")
+
+    monkeypatch.setattr(providers, "_open_openvino", fails)
+    engine = Engine.open(folder)
+    assert "on cpu" in engine.runs_on
+    assert "openvino was tried and left out" in caplog.text
+    assert "a reason" in caplog.text
+    with pytest.raises(ProviderError, match="a reason"):
+        Engine.open(folder, EngineConfig(provider="openvino"))
+
+
+def test_a_broken_installation_is_left_out_with_a_word(monkeypatch, caplog):
+    def broken():
+        raise ProviderError("openvino can't be loaded: no library")
+
+    monkeypatch.setattr(providers, "_openvino_devices", broken)
+    assert "openvino" not in providers.available()
+    assert "no library" in caplog.text
+
+
+def test_the_fastest_provider_comes_first(monkeypatch):
+    monkeypatch.setattr(providers, "_is_there", lambda provider: True)
+    assert providers.available() == ("tensorrt", "cuda", "openvino", "cpu")
 
 
 def test_a_provider_that_opens_a_graph_but_cannot_run_it_is_found_at_the_start(folder):

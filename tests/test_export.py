@@ -13,7 +13,7 @@ import torch
 
 from export import __main__ as command
 from export import build as building
-from export.build import build
+from export.build import Proof, build
 from export.checkpoint import from_config, load, random_weights
 from export.errors import ExportError, Mismatch
 from runtime import manifest as manifests
@@ -37,7 +37,11 @@ def test_every_shape_matches_generate_on_images_that_differ(exported):
 def test_the_folder_holds_the_contract_and_nothing_else(exported):
     _, folder = exported
     names = {path.name for path in folder.iterdir()}
-    assert names == {"encoder.onnx", "decoder.onnx", "tokenizer.json", "manifest.json"}
+    assert names == {
+        *(f"{graph}.{kind}" for graph in ("encoder", "decoder") for kind in ("onnx", "data")),
+        "tokenizer.json",
+        "manifest.json",
+    }
     sizes = manifests.load(folder).sizes
     encoder, decoder = (onnx.load(folder / f"{graph}.onnx") for graph in ("encoder", "decoder"))
     [pixels] = encoder.graph.input
@@ -119,7 +123,7 @@ def test_a_later_token_never_changes_an_earlier_position(exported):
 def test_a_mismatch_fails_the_export_and_keeps_the_old_engine(tmp_path, monkeypatch):
     output = tmp_path / "engine"
     good = from_config("good", SHAPES["base"])
-    build(good, output, images=1, new_tokens=3)
+    build(good, output, Proof(1, 3, fast=False))
     before = (output / "manifest.json").read_bytes()
     write = building._write_graphs
 
@@ -128,7 +132,7 @@ def test_a_mismatch_fails_the_export_and_keeps_the_old_engine(tmp_path, monkeypa
 
     monkeypatch.setattr(building, "_write_graphs", other_weights)
     with pytest.raises(Mismatch, match=r"image 0 .* ONNX and PyTorch differ from token"):
-        build(good, output, images=2, new_tokens=8)
+        build(good, output, Proof(2, 8))
     assert (output / "manifest.json").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["engine"]
 
@@ -150,14 +154,14 @@ def test_random_weights_that_say_the_same_for_all_images_prove_nothing(tmp_path)
     with torch.no_grad():
         checkpoint.model.git.visual_projection.visual_projection[1].weight.zero_()
     with pytest.raises(Mismatch, match="different captions"):
-        build(checkpoint, tmp_path / "engine", images=6, new_tokens=5)
+        build(checkpoint, tmp_path / "engine", Proof(6, 5))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_impossible_comparisons_are_refused(tmp_path):
     for images, tokens in ((0, 5), (2, 0), (2, 99)):
         with pytest.raises(ExportError, match="at least 1 image, and 1 to 35 tokens"):
-            build(from_config("x", SHAPES["base"]), tmp_path / "engine", images, tokens)
+            build(from_config("x", SHAPES["base"]), tmp_path / "engine", Proof(images, tokens))
 
 
 def test_processors_that_the_runtime_cannot_repeat_are_refused(tmp_path):
@@ -197,7 +201,7 @@ def test_a_saved_checkpoint_loads_and_exports(tmp_path, small):
     source = tmp_path / "checkpoint"
     shutil.copytree(ROOT / "demo" / "model", source)
     checkpoint = load(str(source))
-    manifest = build(checkpoint, tmp_path / "engine", images=2, new_tokens=4)
+    manifest = build(checkpoint, tmp_path / "engine", Proof(2, 4))
     assert manifest.model == "checkpoint"
     assert manifest.preprocessing.crop == manifest.sizes.image == 128
 
@@ -284,13 +288,18 @@ def test_images_of_the_users_own_are_compared_first(tmp_path, small, capsys):
     from export.pictures import from_folder
 
     checkpoint, _ = small
-    for name, colour in (("b.png", (0, 0, 255)), ("a.jpg", (255, 0, 0))):
+    names = ["a.jpg", "b.png", *(f"c{index}.png" for index in range(14))]
+    for index, name in enumerate(names):
+        colour = (255 if index == 0 else 0, 0, 255 - index)
         Image.new("RGB", (50, 40), colour).save(tmp_path / name)
     (tmp_path / "notes.png").write_text("no image")
     pixels = from_folder(tmp_path, checkpoint.preprocessing, checkpoint.sizes)
-    assert [p.shape for p in pixels] == [(3, 32, 32)] * 2
-    assert pixels[1][:, 0, 0].tolist() == [0, 0, 255]
+    assert [p.shape for p in pixels] == [(3, 32, 32)] * 16
+    assert pixels[1][:, 0, 0].tolist() == [0, 0, 254]
     assert "notes.png" in capsys.readouterr().out
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(ExportError, match=r"holds 15 images that can be read.* 16 or more"):
+        from_folder(tmp_path, checkpoint.preprocessing, checkpoint.sizes)
     with pytest.raises(ExportError, match="not a folder"):
         from_folder(tmp_path / "none", checkpoint.preprocessing, checkpoint.sizes)
     with pytest.raises(ExportError, match="single-image"):

@@ -1,0 +1,154 @@
+"""`python -m export tune engines/<name>`: measure what was proven, on this machine, and plan by it.
+
+It needs what serving needs and no more, so it can run where the service will.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from runtime import manifest as manifests
+from runtime import plan as plans
+from runtime import providers
+from runtime.config import EngineConfig
+from runtime.errors import ProviderError
+from runtime.machine import Machine, this_machine
+from runtime.manifest import Manifest
+from runtime.plan import Plan
+from runtime.runner import Runner
+
+_TOKENS = 16  # of the caption that a plan is judged by
+_BATCHES = (1, 2, 4, 8)
+_REPEATS = 3
+_WORTH_IT = 0.97  # a larger encode batch delays those that run: it must save this much
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Medians: `encode_ms` of an image in the plan's batch, `step_ms` of a step of all slots."""
+
+    plan: Plan
+    encode_ms: float
+    step_ms: float
+    slots: int
+
+    @property
+    def caption_ms(self) -> float:
+        """Time per caption when all slots are busy: one encode and its share of the steps."""
+        return self.encode_ms + _TOKENS * self.step_ms / self.slots
+
+
+def tune(folder: Path, slots: int = EngineConfig().slots) -> Measurement:
+    """Measure every proven combination on every provider, then thread counts; write plan.json.
+
+    slots: rows of the decode steps to measure. Raises EngineFolderError for a bad folder.
+    """
+    manifest, machine = manifests.load(folder), this_machine()
+    bench = _Bench(folder, manifest, slots)
+    candidates = list(_candidates(manifest))
+    with tqdm(total=len(candidates), desc="measuring", unit="plan") as progress:
+        measured = list(_all(bench, candidates, progress))
+        others = list(_other_threads(_best(measured).plan, machine))
+        progress.total += len(others)
+        measured += _all(bench, others, progress)
+    best = _best(measured)
+    rows = [
+        {"caption_ms": m.caption_ms, "encode_ms": m.encode_ms, "step_ms": m.step_ms}
+        | asdict(m.plan)
+        for m in sorted(measured, key=lambda m: m.caption_ms)
+    ]
+    plans.save(folder, best.plan, machine, rows)
+    return best
+
+
+def _all(bench: "_Bench", candidates: list[Plan], progress: tqdm) -> Iterator[Measurement]:
+    for plan in candidates:
+        try:
+            found = bench.measure(plan)
+        except ProviderError as cause:
+            tqdm.write(f"{plan.encoder_provider} {plan.combination} was left out: {cause}")
+        else:
+            tqdm.write(
+                f"{plan.encoder_provider:9}{plan.combination:25}"
+                f"encode {found.encode_ms:6.1f} ms an image (batch {found.plan.encode_batch})   "
+                f"step {found.step_ms:5.1f} ms   caption {found.caption_ms:6.1f} ms"
+            )
+            yield found
+        progress.update()
+
+
+def _candidates(manifest: Manifest) -> Iterator[Plan]:
+    for provider in providers.available():
+        for combination in manifest.combinations:
+            yield Plan(combination.name, provider, origin=plans.FILE)
+
+
+def _other_threads(best: Plan, machine: Machine) -> Iterator[Plan]:
+    """Half the logical cores: where two share a core's units, the second is in the way."""
+    half = machine.cores // 2
+    if half > 1:
+        yield replace(best, encoder_threads=half)
+        yield replace(best, decoder_threads=half)
+        yield replace(best, encoder_threads=half, decoder_threads=half)
+
+
+def _best(measured: list[Measurement]) -> Measurement:
+    return min(measured, key=lambda m: m.caption_ms)
+
+
+class _Bench:
+    """Measures plans; a graph that several plans share is measured once."""
+
+    def __init__(self, folder: Path, manifest: Manifest, slots: int) -> None:
+        self._folder, self._manifest, self._slots = folder, manifest, slots
+        self._encoders: dict[tuple[str, ...], tuple[int, float]] = {}
+        self._decoders: dict[tuple[str, ...], float] = {}
+
+    def measure(self, plan: Plan) -> Measurement:
+        """Raises ProviderError where the provider can't run the graph."""
+        encoder, decoder, cache = plan.combination.split("/")
+        encoder_key = (encoder, cache, plan.encoder_provider, str(plan.encoder_threads))
+        decoder_key = (decoder, cache, plan.decoder_provider, str(plan.decoder_threads))
+        if encoder_key not in self._encoders or decoder_key not in self._decoders:
+            config = EngineConfig(slots=self._slots)
+            runner = Runner(self._folder, self._manifest, config, plan)
+            if encoder_key not in self._encoders:
+                self._encoders[encoder_key] = self._encode_ms(runner)
+            if decoder_key not in self._decoders:
+                self._decoders[decoder_key] = self._step_ms(runner)
+        batch, encode_ms = self._encoders[encoder_key]
+        return Measurement(
+            replace(plan, encode_batch=batch), encode_ms, self._decoders[decoder_key], self._slots
+        )
+
+    def _encode_ms(self, runner: Runner) -> tuple[int, float]:
+        """The batch that is worth its wait, and milliseconds an image with it."""
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (max(_BATCHES), *runner.pixels_shape), np.uint8)
+        best = 0, float("inf")
+        for batch in (b for b in _BATCHES if b <= self._slots):
+            ms = _median_ms(partial(runner.encode, list(images[:batch]), range(batch))) / batch
+            if ms < best[1] * _WORTH_IT:
+                best = batch, ms
+        return best
+
+    def _step_ms(self, runner: Runner) -> float:
+        """A decode step of all slots in the middle of a caption."""
+        tokens, fed = [self._manifest.tokens.bos] * self._slots, [_TOKENS // 2] * self._slots
+        return _median_ms(partial(runner.decode, tokens, fed))
+
+
+def _median_ms(action: Callable[[], object]) -> float:
+    action()  # the first call allocates
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3

@@ -1,0 +1,118 @@
+"""Which variant of each graph runs where: from plan.json, from the caller, or by default.
+
+`python -m export tune` writes plan.json for one engine on one machine. Without it a default for
+the machine's instruction set is used; both only ever name combinations that export has proven.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from runtime import manifest as manifests
+from runtime.config import AUTO, EngineConfig
+from runtime.errors import EngineFolderError
+from runtime.machine import Machine, this_machine
+from runtime.manifest import EXACT, Manifest
+
+FILE = "plan.json"
+FORMAT = 1
+
+# By preference where 8-bit products are fast; what an engine does not have is passed over.
+_INT8_ENCODER = ("int8/int8/int8", "int8/int8/float32", "int8/fp32/int8", "int8/fp32/float32")
+_INT8_DECODER = ("fp32/int8/int8", "fp32/int8/float32", "fp32/fp32/int8")
+_CALIBRATED_ENCODER = ("int8-static/int8/int8", "int8-static/int8/float32")  # OpenVINO's form
+_ENCODE_BATCH = {"cpu": 1, "openvino": 4}  # a CPU's int8 encoder is as fast for one image as for 8
+_DEFAULT_ENCODE_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How an engine's two graphs run. Threads: 0 takes all cores. `origin` is for people."""
+
+    combination: str
+    encoder_provider: str
+    decoder_provider: str = "cpu"
+    encoder_threads: int = 0
+    decoder_threads: int = 0
+    encode_batch: int = 1
+    origin: str = "default"
+
+
+def resolve(
+    folder: Path, manifest: Manifest, config: EngineConfig, available: tuple[str, ...]
+) -> list[Plan]:
+    """Plans to try in this order; more than one only if the provider is left to `auto`.
+
+    available: providers that this machine has, the fastest first. Raises EngineFolderError for a
+    plan.json that is of another machine or engine, or can't be read.
+    """
+    untouched = config.provider == AUTO and config.precision == AUTO and not config.threads
+    if untouched and (folder / FILE).is_file():
+        plan = load(folder, this_machine())
+        return [replace(plan, encode_batch=config.encode_batch or plan.encode_batch)]
+    names = available if config.provider == AUTO else (config.provider,)
+    return [default(manifest, config, name, this_machine()) for name in names]
+
+
+def default(manifest: Manifest, config: EngineConfig, provider: str, machine: Machine) -> Plan:
+    """The plan for an encoder on `provider` when nothing was measured."""
+    if config.precision != AUTO:
+        combination = manifest.combination(config.precision).name
+    else:
+        combination = _preferred(manifest, provider, machine)
+    return Plan(
+        combination=combination,
+        encoder_provider=provider,
+        encoder_threads=config.threads,
+        decoder_threads=config.threads,
+        encode_batch=config.encode_batch or _ENCODE_BATCH.get(provider, _DEFAULT_ENCODE_BATCH),
+        origin=f"default for {machine}",
+    )
+
+
+def _preferred(manifest: Manifest, provider: str, machine: Machine) -> str:
+    if not machine.has_int8_dot:
+        return EXACT  # 8-bit products saturate here, so what was proven elsewhere does not hold
+    proven = {c.name for c in manifest.combinations}
+    return next((name for name in _order(provider, machine) if name in proven), EXACT)
+
+
+def _order(provider: str, machine: Machine) -> tuple[str, ...]:
+    if provider == "cpu" or (provider == "openvino" and not machine.has_amx):
+        return _INT8_ENCODER + _INT8_DECODER
+    if provider == "openvino":
+        return _CALIBRATED_ENCODER + _INT8_DECODER
+    return _INT8_DECODER
+
+
+def save(folder: Path, plan: Plan, machine: Machine, measured: list[dict[str, object]]) -> None:
+    """Write `folder`/plan.json; `measured` is for people."""
+    content = {
+        "format": FORMAT,
+        "machine": asdict(machine),
+        "engine": manifests.sha256(folder / manifests.FILE),
+        "plan": asdict(plan),
+        "measured": measured,
+    }
+    (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def load(folder: Path, machine: Machine) -> Plan:
+    """Read `folder`/plan.json; EngineFolderError unless it is of this machine and engine."""
+    path = folder / FILE
+    again = f"make a new one with `make tune ENGINE={folder}`, or delete it"
+    try:
+        content = json.loads(path.read_text())
+        stated = content["machine"] | {"instructions": tuple(content["machine"]["instructions"])}
+        made_on, engine = Machine(**stated), content["engine"]
+        plan = Plan(**content["plan"])
+        wrong_format = content["format"] != FORMAT
+    except (ValueError, KeyError, TypeError, AttributeError) as cause:
+        raise EngineFolderError(f"{path} can't be read ({cause!r}): {again}") from cause
+    if wrong_format:
+        raise EngineFolderError(f"{path} was written by another version: {again}")
+    if made_on != machine:
+        raise EngineFolderError(f"{path} was made on {made_on}, this is {machine}: {again}")
+    if engine != manifests.sha256(folder / manifests.FILE):
+        raise EngineFolderError(f"{path} was made for another export of this engine: {again}")
+    return plan

@@ -1,0 +1,106 @@
+"""What runs where: the default for a processor, and plans that were measured."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from export import __main__ as command
+from export.tune import tune
+from runtime import manifest as manifests
+from runtime import plan as plans
+from runtime.config import EngineConfig
+from runtime.engine import Engine
+from runtime.errors import EngineFolderError
+from runtime.machine import Machine, this_machine
+from runtime.manifest import EXACT
+from runtime.plan import default
+
+AUTO = EngineConfig()
+OLD = Machine("old", 4, ("avx2",))
+VNNI = Machine("server", 8, ("avx2", "avx512f", "avx512_vnni"))
+AMX = Machine("matrix", 8, ("avx2", "avx512f", "avx512_vnni", "amx_bf16", "amx_int8"))
+
+
+@pytest.fixture
+def folder(small, tmp_path):
+    return shutil.copytree(small[1], tmp_path / "engine")
+
+
+@pytest.mark.parametrize(
+    ("machine", "provider", "expected"),
+    [
+        (OLD, "cpu", EXACT),  # 8-bit products saturate there
+        (VNNI, "cpu", "int8/int8/int8"),
+        (VNNI, "openvino", "int8/int8/int8"),
+        (AMX, "cpu", "int8/int8/int8"),
+        (AMX, "openvino", "int8-static/int8/int8"),
+        (VNNI, "cuda", "fp32/int8/int8"),
+    ],
+)
+def test_the_default_suits_the_processor(folder, machine, provider, expected):
+    plan = default(manifests.load(folder), AUTO, provider, machine)
+    assert (plan.combination, plan.encoder_provider) == (expected, provider)
+    assert machine.cpu in plan.origin
+
+
+def test_only_what_was_proven_is_chosen(folder):
+    manifest = manifests.load(folder)
+    failed = [c for c in manifest.combinations if c.encoder != "int8" and c.cache != "int8"]
+    manifest = replace(manifest, combinations=tuple(failed))
+    assert default(manifest, AUTO, "cpu", VNNI).combination == "fp32/int8/float32"
+    assert default(manifest, AUTO, "openvino", AMX).combination == "int8-static/int8/float32"
+    exact = replace(manifest, combinations=manifest.combinations[:1])
+    assert default(exact, AUTO, "cpu", VNNI).combination == EXACT
+
+
+def test_tuning_measures_all_and_the_engine_runs_by_it(folder, capsys):
+    assert command.main(["tune", str(folder), "--slots", "2"]) == 0
+    content = json.loads((folder / "plan.json").read_text())
+    measured = [row["combination"] for row in content["measured"]]
+    assert set(measured) >= {c.name for c in manifests.load(folder).combinations}
+    assert content["plan"]["combination"] == measured[0]  # the fastest comes first
+    assert measured[0] in capsys.readouterr().out
+    engine = Engine.open(folder)
+    assert "(plan.json)" in engine.runs_on
+    assert engine.config.encode_batch == content["plan"]["encode_batch"]
+
+
+def test_what_the_caller_says_counts_more_than_the_plan(folder):
+    best = tune(folder, slots=2).plan
+    assert Engine.open(folder, EngineConfig(encode_batch=3)).config.encode_batch == 3
+    assert f"encoder {best.combination.split('/')[0]} on cpu" in Engine.open(folder).runs_on
+    exact = Engine.open(folder, EngineConfig(precision=EXACT))
+    assert "encoder fp32 on" in exact.runs_on
+    assert "plan.json" not in exact.runs_on
+
+
+def test_a_plan_for_something_else_is_refused_with_the_remedy(folder):
+    def refused(message, **changes):
+        path = folder / "plan.json"
+        path.write_text(json.dumps(json.loads(good) | changes))
+        with pytest.raises(EngineFolderError, match=f"{message}.*make tune ENGINE={folder}"):
+            Engine.open(folder)
+
+    plan = default(manifests.load(folder), AUTO, "cpu", this_machine())
+    plans.save(folder, plan, this_machine(), [])
+    good = (folder / "plan.json").read_text()
+    assert Engine.open(folder)
+    other = json.loads(good)["machine"] | {"cores": 999}
+    refused("was made on 999 cores", machine=other)
+    refused("for another export", engine="0" * 64)
+    refused("another version", format=99)
+    refused("can't be read", plan={})
+    refused("can't be read", machine=None)
+
+
+def test_a_plan_is_not_made_for_what_is_no_engine(tmp_path, capsys):
+    assert command.main(["tune", str(tmp_path)]) == 1
+    assert "is not an engine" in capsys.readouterr().err
+
+
+def test_this_machine_is_described():
+    machine = this_machine()
+    assert machine.cores >= 1
+    assert machine.cpu in str(machine)
