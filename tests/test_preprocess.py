@@ -158,3 +158,34 @@ def test_the_pixel_limit_is_a_setting():
 def test_a_line_of_pixels_is_not_blown_up(size):
     with pytest.raises(TooManyPixels, match="far longer than wide"):
         preprocess(encoded(Image.new("1", size)), HOW)
+
+
+def scenery(width: int, height: int) -> Image.Image:
+    """Smooth areas, hard edges and thin lines, as photographs have them."""
+    coarse = Image.fromarray(noise(400, 300)).resize((40, 30))
+    picture = np.array(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    picture[height // 3 : height // 2, width // 4 : width // 2] = (255, 0, 0)
+    picture[:: height // 30] = 0
+    return Image.fromarray(picture)
+
+
+@pytest.mark.parametrize(
+    ("size", "scaled"),
+    [((640, 480), False), ((1300, 1900), False), ((2000, 1500), True), ((4000, 3000), True)],
+)
+def test_large_jpegs_are_decoded_smaller_within_the_stated_tolerance(size, scaled):
+    data = encoded(scenery(*size), "JPEG", quality=90)
+    exact = theirs(Image.open(io.BytesIO(data))).astype(int)
+    difference = np.abs(preprocess(data, HOW).astype(int) - exact)
+    assert (difference.max() > 0) == scaled
+    assert difference.mean() <= 1
+    assert np.percentile(difference, 99.9) <= 12
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_scaled_decoding_keeps_orientation_and_colours(mode):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    data = encoded(scenery(2400, 1800).convert(mode), "JPEG", quality=95, exif=exif)
+    upright = Image.open(io.BytesIO(data)).convert("RGB").transpose(Image.Transpose.ROTATE_270)
+    assert np.abs(preprocess(data, HOW).astype(int) - theirs(upright)).mean() <= 1
