@@ -10,10 +10,11 @@ export TOKENIZERS_PARALLELISM = false
 
 SERVE = .venv/bin/python
 DEV = .venv-dev/bin/python
+BENCH = $(DEV) -m bench $(if $(QUICK),--quick)
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve export tune check_export evaluate demo-model demo-engine test lint format test_server clean
+.PHONY: help serve export tune check_export evaluate demo-model demo-engine baseline benchmark batch_performance test lint format test_server clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +47,19 @@ demo-engine: .venv-dev/ready  ## rebuild engines/demo from the committed weights
 
 evaluate: .venv-dev/ready  ## score engines/demo on 1,000 held-out scenes of each kind
 	@$(DEV) -m demo evaluate --engine $(ENGINE) $(ARGS)
+
+baseline: engines/random-git-base/manifest.json  ## PyTorch servers under ApacheBench (QUICK=1)
+	@$(BENCH) --baseline --output bench/runs/baseline http $(ARGS)
+
+benchmark: engines/random-git-base/manifest.json  ## PyTorch and Vignette side by side (QUICK=1)
+	@$(BENCH) $(if $(QUICK),--output bench/runs/quick) $(ARGS)
+
+batch_performance: engines/random-git-base/manifest.json  ## time against batch size (QUICK=1)
+	@$(BENCH) --output bench/runs/batches batches $(ARGS)
+
+engines/random-git-base/manifest.json: | .venv-dev/ready
+	@echo 'exporting git-base with random weights first, once'
+	@$(DEV) -m export --random-weights git-base --output $(@D) --verify-images 2
 
 test: .venv-dev/ready  ## run the tests (ARGS goes to pytest)
 	@$(DEV) -m pytest $(ARGS)

@@ -1,1 +1,1 @@
-"""Measures Vignette against PyTorch. Talks to servers over HTTP only."""
+"""Vignette against what people do today, measured side by side."""

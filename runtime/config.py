@@ -16,6 +16,8 @@ class EngineConfig:
         at most 64, because captions are short and the arena's size follows from it.
     encode_batch: most images that go through the encoder between two decode steps; None leaves it
         to the plan (`runtime.plan`).
+    patience: how long running sequences go before the next encoder call, in terms of the last one's
+        duration and divided by the number that wait (`runtime.pacing`).
     refill: admit new sequences while others run (continuous batching); off means static batching.
     provider: execution provider of the encoder graph: cpu, openvino, cuda, tensorrt or auto.
     precision: a combination of the manifest such as fp32/int8/int8, or auto.
@@ -25,6 +27,7 @@ class EngineConfig:
     slots: int = 16
     text_tokens: int | None = None
     encode_batch: int | None = None
+    patience: float = 0.5
     refill: bool = True
     provider: str = AUTO
     precision: str = AUTO
@@ -34,5 +37,7 @@ class EngineConfig:
         batch = 1 if self.encode_batch is None else self.encode_batch
         if self.slots < 1 or batch < 1 or self.threads < 0:
             raise InvalidRequest("slots and encode_batch must be 1 or more, threads 0 or more")
+        if self.patience < 0:
+            raise InvalidRequest("patience must be 0 or more")
         if self.text_tokens is not None and self.text_tokens < 2:
             raise InvalidRequest("text_tokens must be 2 or more: the start token and one more")

@@ -16,6 +16,7 @@ from runtime import manifest as manifests
 from runtime.config import EngineConfig
 from runtime.errors import InvalidRequest, ProviderError
 from runtime.manifest import Manifest
+from runtime.pacing import Pacing
 from runtime.plan import resolve
 from runtime.preprocess import preprocess
 from runtime.request import FinishReason, Request, Sequence
@@ -90,6 +91,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.runner = runner
         self._encode_batch = config.encode_batch or _ENCODE_BATCH
+        self._pacing = Pacing(config.patience)
         self.scheduler = self._new_scheduler()
         self.last_step = StepReport()
 
@@ -168,26 +170,36 @@ class Engine:
 
     def step(self) -> list[Sequence]:
         """Admit and encode what fits, feed one token to every running row, return what ended."""
-        admitted = self.scheduler.admit()
+        admitted = self._admit()
         self._encode(admitted)
         for move in self.scheduler.compact():
             self.runner.move(move.source, move.target)
         running = self.scheduler.running
         if running:
+            started = time.perf_counter()
             predicted = self.runner.decode(
                 [s.next_token for s in running], [s.fed for s in running]
             )
+            self._pacing.decoded(time.perf_counter() - started)
             for sequence, token in zip(running, predicted.tolist(), strict=True):
                 sequence.advance(token, self.manifest.tokens.eos)
         self.last_step = StepReport(len(admitted), len(running))
         return self.scheduler.release_finished()
 
+    def _admit(self) -> list[Sequence]:
+        """Those to encode now: none while the running ones have their turn."""
+        if self.scheduler.running and not self._pacing.may_encode(self.scheduler.waiting):
+            return []
+        return self.scheduler.admit()
+
     def _encode(self, admitted: list[Sequence]) -> None:
         for start in range(0, len(admitted), self._encode_batch):
             batch = admitted[start : start + self._encode_batch]
             slots = [s.slot for s in batch if s.slot is not None]
+            started = time.perf_counter()
             self.runner.encode([s.request.pixels for s in batch], slots)
             now = time.perf_counter()
+            self._pacing.encoded(now - started)
             for sequence in batch:
                 sequence.encoded_at = now
 

@@ -66,7 +66,9 @@ class FakeRunner:
 
 
 def fake_engine(config: EngineConfig | None = None) -> Engine:
-    return Engine(MANIFEST, FakeTokenizer(), FakeRunner(), config or EngineConfig(slots=3))  # type: ignore[arg-type]
+    return Engine(
+        MANIFEST, FakeTokenizer(), FakeRunner(), config or EngineConfig(slots=3, patience=0)
+    )  # type: ignore[arg-type]
 
 
 def image(number: int) -> np.ndarray:

@@ -1,0 +1,131 @@
+"""Closed-loop load with ApacheBench, as the original challenge measured: so many clients, each
+sending its next request when the last one is answered.
+"""
+
+import csv
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bench.arithmetic import percentile, rate
+from bench.contestants import Contestant, ServerFailed, baselines, picture, running, vignette
+from bench.settings import Settings
+
+
+class AbMissing(RuntimeError):
+    """ApacheBench is not installed."""
+
+
+def measure(settings: Settings, only_baselines: bool = False) -> dict[str, Any]:
+    """All contestants at every number of clients and requests."""
+    if shutil.which("ab") is None:
+        raise AbMissing("ab is missing: apt-get install apache2-utils (httpd-tools on Fedora)")
+    contestants = baselines(settings) + ([] if only_baselines else [vignette(settings)])
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        image = picture(folder)
+        total = len(contestants) * len(list(_loads(settings)))
+        with tqdm(total=total, desc="ApacheBench", unit="run") as progress:
+            for contestant in contestants:
+                runs += _contestant(contestant, settings, folder, image, progress)
+    return {"runs": runs}
+
+
+def _loads(settings: Settings) -> list[tuple[int, int]]:
+    """(clients, requests); ab can't have more clients than requests."""
+    return [(c, n) for c in settings.clients for n in settings.requests if c <= n]
+
+
+def _contestant(
+    contestant: Contestant, settings: Settings, folder: Path, image: bytes, progress: tqdm
+) -> list[dict[str, Any]]:
+    runs: list[dict[str, Any]] = []
+    try:
+        with running(contestant, image) as url:
+            cut_at: set[int] = set()
+            for clients, requests in _loads(settings):
+                progress.set_postfix_str(f"{contestant.name}, {clients} clients")
+                run = {"contestant": contestant.name, "clients": clients, "requests": requests}
+                if clients in cut_at:
+                    run["note"] = "left out: fewer requests took longer than the time for a run"
+                else:
+                    run |= _ab(contestant, url, run, settings.budget, folder, image)
+                if run.get("note"):
+                    cut_at.add(clients)
+                runs.append(run)
+                progress.update()
+    except ServerFailed as failure:
+        tqdm.write(str(failure))
+        runs.append({"contestant": contestant.name, "failed": str(failure)})
+    return runs
+
+
+def _ab(
+    contestant: Contestant,
+    url: str,
+    run: dict[str, Any],
+    budget: int,
+    folder: Path,
+    image: bytes,
+) -> dict[str, Any]:
+    """One run of ab: counts, and the time of each answered request in milliseconds, sorted."""
+    body, content_type = contestant.body(image)
+    (folder / "body").write_bytes(body)
+    table = folder / "times.tsv"
+    table.unlink(missing_ok=True)
+    # -n comes behind -t, which would set it. -l: captions have different lengths.
+    command = ["ab", "-q", "-l", "-t", str(budget), "-n", str(run["requests"]), "-s", "600",
+               "-c", str(run["clients"]), "-p", str(folder / "body"), "-T", content_type,
+               "-g", str(table), url]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 and "Complete requests" not in done.stdout:
+        raise ServerFailed(f"ab failed on {contestant.name}: {done.stderr.strip()[-300:]}")
+    times = _times(table)
+    found = summary(done.stdout, times) | {"times_ms": times}
+    if found["answered"] < run["requests"]:
+        found["note"] = f"{found['answered']} of {run['requests']} were answered in {budget} s"
+    return found
+
+
+def summary(output: str, times: list[float]) -> dict[str, Any]:
+    """What ab printed, as numbers."""
+    seconds = _number(r"Time taken for tests:\s+([\d.]+)", output)
+    answered = int(_number(r"Complete requests:\s+(\d+)", output))
+    failed = int(_number(r"Failed requests:\s+(\d+)", output))
+    refused = int(_number(r"Non-2xx responses:\s+(\d+)", output, default=0))
+    found: dict[str, Any] = {
+        "answered": answered,
+        "errors": failed + refused,
+        "seconds": seconds,
+        "rate": rate(answered - failed - refused, seconds),
+    }
+    if times:
+        found |= {
+            "mean_ms": sum(times) / len(times),
+            "p50_ms": percentile(times, 0.5),
+            "p99_ms": percentile(times, 0.99),
+        }
+    return found
+
+
+def _number(pattern: str, output: str, default: float | None = None) -> float:
+    match = re.search(pattern, output)
+    if match is None:
+        if default is None:
+            raise ServerFailed(f"ab's output lacks {pattern!r}: {output[-300:]}")
+        return default
+    return float(match.group(1))
+
+
+def _times(table: Path) -> list[float]:
+    """Total time of each request, from ab's gnuplot table, ascending."""
+    if not table.is_file():
+        return []
+    with table.open() as file:
+        return sorted(float(row["ttime"]) for row in csv.DictReader(file, delimiter="\t"))

@@ -1,0 +1,41 @@
+"""The benchmark's own arithmetic, in one place so that it can be tested."""
+
+import math
+from collections.abc import Sequence
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Nearest-rank percentile: the smallest value that `share` (0 to 1) of all do not exceed."""
+    if not values or not 0 < share <= 1:
+        raise ValueError("a percentile takes values, and a share above 0 and up to 1")
+    return sorted(values)[math.ceil(share * len(values)) - 1]
+
+
+def rate(done: int, seconds: float) -> float:
+    """Per second; 0 when nothing was done."""
+    return done / seconds if done else 0.0
+
+
+def knee(points: Sequence[tuple[int, float]], gain: float = 0.1) -> int:
+    """The batch size beyond which a larger one saves less than `gain` of the time per image.
+
+    points: (batch size, time per image), by batch size.
+    """
+    best_batch, best_time = points[0]
+    for batch, time in points[1:]:
+        if time < best_time * (1 - gain):
+            best_batch, best_time = batch, time
+    return best_batch
+
+
+def highest(low: float, high: float, holds: list[tuple[float, bool]]) -> float | None:
+    """The next rate to try between `low` and `high`, or None when 5 % is all that is left open.
+
+    holds: rates that were tried, and whether they held.
+    """
+    for tried, held in holds:
+        if held:
+            low = max(low, tried)
+        else:
+            high = min(high, tried)
+    return None if high <= low * 1.05 else (low + high) / 2

@@ -1,0 +1,1 @@
+"""What people do today: real servers around Hugging Face's `generate`."""

@@ -1,0 +1,57 @@
+"""`make batch_performance`: time against the number of images that are captioned together."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from bench.arithmetic import knee
+from bench.isolated import Failed, isolated
+from bench.offline import median_s, pictures
+from bench.settings import TOKENS, Settings
+from runtime.config import EngineConfig
+from runtime.engine import Engine
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Milliseconds an image for each batch size, and the batch beyond which little is gained."""
+    jobs: list[tuple[str, Callable[..., Any], tuple[Any, ...]]]
+    jobs = [(f"PyTorch {p}", _torch, (p, settings)) for p in settings.precisions]
+    jobs.append(("Vignette", _vignette, (settings,)))
+    series: dict[str, Any] = {}
+    for name, function, arguments in tqdm(jobs, desc="batch sizes", unit="contestant"):
+        try:
+            points = isolated(function, *arguments)
+        except Failed as failure:
+            series[name] = {"failed": str(failure)}
+        else:
+            series[name] = {"points": points, "knee": knee(points)}
+    return {"series": series}
+
+
+def _torch(precision: str, settings: Settings) -> list[tuple[int, float]]:
+    from bench.baselines.model import TorchCaptioner
+
+    model = TorchCaptioner(precision)
+    images = [model.normalise(p) for p in pictures(max(settings.torch_batches), (3, 224, 224))]
+    model.generate(images[:1])
+    points = []
+    for batch in settings.torch_batches:  # seconds each, so one run of each will do
+        start = time.perf_counter()
+        model.generate(images[:batch])
+        points.append((batch, (time.perf_counter() - start) / batch * 1e3))
+    return points
+
+
+def _vignette(settings: Settings) -> list[tuple[int, float]]:
+    engine = Engine.open(settings.engine, EngineConfig(slots=max(settings.batches)))
+    images = pictures(max(settings.batches), engine.runner.pixels_shape)
+
+    def caption(batch: int) -> None:
+        engine.generate(images[:batch], max_new_tokens=TOKENS, ignore_eos=True)
+
+    return [
+        (batch, median_s(lambda: caption(batch), settings.repeats) / batch * 1e3)  # noqa: B023
+        for batch in settings.batches
+    ]

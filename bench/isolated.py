@@ -1,0 +1,35 @@
+"""Functions run in a process of their own: no contestant inherits another's threads or memory."""
+
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class Failed(RuntimeError):
+    """What ran in the other process raised or died; the message says why."""
+
+
+def isolated(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)` in a fresh process; raises Failed with its reason."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        worked, result = ours.recv()
+    except EOFError:
+        process.join()
+        raise Failed(f"{function.__name__} died (exit status {process.exitcode})") from None
+    process.join()
+    if not worked:
+        raise Failed(result)
+    return result
+
+
+def _run(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        pipe.send((True, function(*arguments)))
+    except Exception as error:  # of any kind: it is told to the parent
+        pipe.send((False, f"{type(error).__name__}: {error}"))

@@ -1,0 +1,164 @@
+"""The machine: what it is, how fast it multiplies and copies, and how much of that is used."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from tqdm import tqdm
+
+from bench.isolated import isolated
+from bench.offline import median_s, pictures
+from bench.settings import SHAPE, TOKENS, Settings
+from runtime.config import EngineConfig
+from runtime.engine import Engine
+from runtime.machine import this_machine
+
+_PACKAGES = ("onnxruntime", "onnxruntime-ep-openvino", "torch", "transformers", "litserve",
+             "tornado", "numpy", "pillow")  # fmt: skip
+
+
+def about() -> dict[str, Any]:
+    """Machine, versions and commit, for everybody who reads the numbers."""
+    return {
+        "machine": str(this_machine()),
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "-s") else ""),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Peaks, and the share of them that encoder and decoder reach."""
+    with tqdm(total=3, desc="roofline", unit="part") as progress:
+        peaks = isolated(_peaks)
+        progress.update()
+        work = isolated(_work)
+        progress.update()
+        reached = isolated(_reached, settings)
+        progress.update()
+    encode_s, step_s = reached["encode_s"], reached["step_s"]
+    precision = "int8" if reached["combination"].startswith("int8") else "fp32"
+    encode_rate = work["encoder_flop"] / encode_s
+    bytes_rate = reached["step_bytes"] / step_s
+    return {
+        "peaks": peaks,
+        "encoder": {
+            "combination": reached["combination"],
+            "gflop_per_image": work["encoder_flop"] / 1e9,
+            "ms_per_image": encode_s * 1e3,
+            "gop_per_s": encode_rate / 1e9,
+            "share_of_peak": encode_rate / 1e9 / peaks[f"{precision}_gop_per_s"],
+            "floor_ms": work["encoder_flop"] / peaks[f"{precision}_gop_per_s"] / 1e6,
+        },
+        "decoder": {
+            "rows": reached["rows"],
+            "step_ms": step_s * 1e3,
+            "megabytes_per_step": reached["step_bytes"] / 1e6,
+            "gb_per_s": bytes_rate / 1e9,
+            "share_of_bandwidth": bytes_rate / 1e9 / peaks["read_gb_per_s"],
+            "floor_ms": reached["step_bytes"] / peaks["read_gb_per_s"] / 1e6,
+        },
+    }
+
+
+def _peaks() -> dict[str, float]:
+    """Best rates of large matrix products, and of reading an array that no cache holds."""
+    import torch
+
+    size = 2048
+    work = 2 * size**3
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+        found[f"{name}_pytorch_gop_per_s"] = work / median_s(lambda: a @ b, 7) / 1e9  # noqa: B023
+    for name in ("fp32", "int8"):
+        session, feeds = _product(name, size)
+        seconds = median_s(lambda: session.run(None, feeds), 7)  # noqa: B023
+        found[f"{name}_gop_per_s"] = work / seconds / 1e9
+    large = torch.ones(2**27)
+    found["read_gb_per_s"] = large.numel() * 4 / median_s(large.sum, 7) / 1e9
+    return found
+
+
+def _product(precision: str, size: int) -> tuple[ort.InferenceSession, dict[str, np.ndarray]]:
+    """A matrix product with constant weights on ONNX Runtime; int8: uint8 times int8."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    weight: np.ndarray = rng.integers(-127, 127, (size, size), np.int8)
+    x: np.ndarray = rng.integers(0, 255, (size, size), np.uint8)
+    name, types = "MatMulInteger", (TensorProto.UINT8, TensorProto.INT32)
+    if precision == "fp32":
+        name, types = "MatMul", (TensorProto.FLOAT, TensorProto.FLOAT)
+        weight, x = weight.astype(np.float32), x.astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node(name, ["x", "w"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", types[0], [size, size])],
+        [helper.make_tensor_value_info("y", types[1], [size, size])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session, {"x": x}
+
+
+def _work() -> dict[str, float]:
+    """Floating-point operations of the encoder for one image, counted by PyTorch."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from export.checkpoint import random_weights
+    from export.split import ImagePrefix
+
+    checkpoint = random_weights(SHAPE)
+    how, size = checkpoint.normalisation, checkpoint.sizes.image
+    encoder = ImagePrefix(checkpoint.model, how.rescale, how.mean, how.std)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        encoder(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    return {"encoder_flop": float(counter.get_total_flops())}
+
+
+def _reached(settings: Settings) -> dict[str, Any]:
+    engine = Engine.open(settings.engine, EngineConfig())
+    runner, manifest = engine.runner, engine.manifest
+    slots = engine.config.slots
+    batch = pictures(engine.config.encode_batch or 1, runner.pixels_shape)
+    encode = median_s(lambda: runner.encode(batch, range(len(batch))), 3 * settings.repeats)
+    tokens, fed = [manifest.tokens.bos] * slots, [TOKENS // 2] * slots
+    step = median_s(lambda: runner.decode(tokens, fed), 9 * settings.repeats)
+    return {
+        "combination": runner.plan.combination,  # type: ignore[attr-defined]
+        "rows": slots,
+        "encode_s": encode / len(batch),
+        "step_s": step,
+        "step_bytes": _step_bytes(settings, slots),
+    }
+
+
+def _step_bytes(settings: Settings, rows: int) -> int:
+    """Weights (all but the embedding table) and K/V that one decode step has to read."""
+    engine = Engine.open(settings.engine, EngineConfig(slots=1))
+    manifest, sizes = engine.manifest, engine.manifest.sizes
+    plan = engine.runner.plan  # type: ignore[attr-defined]
+    variant = manifest.variant("decoder", manifest.combination(plan.combination))
+    embedding = sizes.vocabulary * sizes.heads * sizes.head * 4
+    weights = (settings.engine / variant.data).stat().st_size - embedding
+    width = np.dtype(variant.cache).itemsize
+    positions = sizes.prefix + TOKENS // 2
+    return weights + rows * 2 * sizes.layers * sizes.heads * positions * sizes.head * width

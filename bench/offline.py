@@ -1,0 +1,133 @@
+"""Captions without a server: throughput of all images at once, latency of one alone."""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from bench.isolated import Failed, isolated
+from bench.settings import TOKENS, Settings
+from runtime import manifest as manifests
+from runtime import providers
+from runtime.config import EngineConfig
+from runtime.engine import Engine
+
+_COMPARED = 4  # images whose tokens are compared
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Both sides, their ratios, and whether the fp32 tokens are the same."""
+    combinations = [c.name for c in manifests.load(settings.engine).combinations]
+    wanted = [
+        c for c in ("fp32/fp32/float32", "fp32/int8/int8", "int8/int8/int8") if c in combinations
+    ]
+    torch_jobs = [(p, settings) for p in settings.precisions]
+    ours_jobs = [(c, "cpu", settings) for c in wanted] + _on_openvino(combinations, settings)
+    found: dict[str, Any] = {"torch": [], "vignette": [], "failed": []}
+    with tqdm(
+        total=len(torch_jobs) + len(ours_jobs), desc="offline", unit="contestant"
+    ) as progress:
+        for side, function, jobs in (
+            ("torch", _torch, torch_jobs),
+            ("vignette", _vignette, ours_jobs),
+        ):
+            for job in jobs:
+                try:
+                    found[side].append(isolated(function, *job))
+                except Failed as failure:
+                    found["failed"].append(f"{side} {job[0]}: {failure}")
+                progress.update()
+    return found | _compared(found)
+
+
+def _on_openvino(combinations: list[str], settings: Settings) -> list[tuple[str, str, Settings]]:
+    if "openvino" not in providers.available():
+        return []
+    wanted = ("fp32/int8/int8", "int8-static/int8/int8")
+    return [(c, "openvino", settings) for c in wanted if c in combinations]
+
+
+def _compared(found: dict[str, Any]) -> dict[str, Any]:
+    """Ratios to PyTorch's best batch, and to its time for one image."""
+    ratios: list[dict[str, Any]] = []
+    for ours in found["vignette"]:
+        for theirs in found["torch"]:
+            best = min(row["ms_per_image"] for row in theirs["batches"])
+            ratios.append(
+                {
+                    "vignette": ours["name"],
+                    "torch": theirs["precision"],
+                    "throughput": best / ours["ms_per_image"],
+                    "latency": theirs["batches"][0]["ms_per_image"] / ours["one_ms"],
+                }
+            )
+    exact = {row["precision"]: row["tokens"] for row in found["torch"]}.get("fp32")
+    ours = next(
+        (r["tokens"] for r in found["vignette"] if r["combination"].startswith("fp32/fp32")), None
+    )
+    return {"ratios": ratios, "tokens_equal": None if exact is None else exact == ours}
+
+
+def pictures(count: int, shape: tuple[int, ...]) -> list[np.ndarray]:
+    """Images unlike each other, uint8, the same ones for both sides."""
+    rng = np.random.default_rng(5)
+    found = []
+    for _ in range(count):
+        blocks = rng.integers(0, 256, (*shape[:-2], 7, 7), np.uint8)
+        scale = (shape[-2] // 7, shape[-1] // 7)
+        grown = np.kron(blocks, np.ones((1,) * (len(shape) - 2) + scale, np.uint8))
+        padding = [(0, whole - part) for whole, part in zip(shape, grown.shape, strict=True)]
+        found.append(np.pad(grown, padding, mode="edge"))
+    return found
+
+
+def median_s(action: Callable[[], object], repeats: int) -> float:
+    """Median time of an action in seconds, after one untimed run."""
+    action()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _torch(precision: str, settings: Settings) -> dict[str, Any]:
+    from bench.baselines.model import TorchCaptioner
+
+    model = TorchCaptioner(precision)
+    images = [model.normalise(p) for p in pictures(max(settings.torch_batches), (3, 224, 224))]
+    # One run fewer than ours: each takes seconds, so that noise evens out within it.
+    repeats = max(1, settings.repeats - 1)
+    rows = []
+    for batch in settings.torch_batches:
+        seconds = median_s(lambda: model.generate(images[:batch]), repeats)  # noqa: B023
+        rows.append({"batch": batch, "ms_per_image": seconds / batch * 1e3})
+    tokens = [model.generate([image])[0] for image in images[:_COMPARED]]
+    return {"precision": precision, "batches": rows, "tokens": tokens}
+
+
+def _vignette(combination: str, provider: str, settings: Settings) -> dict[str, Any]:
+    start = time.perf_counter()
+    engine = Engine.open(settings.engine, EngineConfig(provider=provider, precision=combination))
+    ready = time.perf_counter() - start
+    images = pictures(settings.images, engine.runner.pixels_shape)
+
+    def caption(some: list[np.ndarray]) -> list[list[int]]:
+        captions = engine.generate(some, max_new_tokens=TOKENS, ignore_eos=True)
+        return [list(c.token_ids) for c in captions]
+
+    return {
+        "name": f"{combination} on {provider}",
+        "combination": combination,
+        "runs_on": engine.runs_on,
+        "ready_s": ready,
+        "ms_per_image": median_s(lambda: caption(images), settings.repeats) / len(images) * 1e3,
+        "one_ms": median_s(lambda: caption(images[:1]), 3 * settings.repeats) * 1e3,
+        "resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "tokens": caption(images[:_COMPARED]),
+    }

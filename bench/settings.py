@@ -1,0 +1,51 @@
+"""How much to measure."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ENGINE = Path("engines/random-git-base")
+SHAPE = "git-base"  # of both sides; their weights are the same random ones
+TOKENS = 16  # new tokens of every caption, forced
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Times in seconds.
+
+    clients, requests: of ApacheBench; more clients than requests are left out.
+    budget: most time for one ApacheBench run; what was answered by then counts.
+    batches: images at once, for the curves of time against batch size.
+    repeats: timed runs behind each median.
+    images: that Vignette captions in one throughput run.
+    hold: how long an open-loop rate has to hold.
+    rates: open-loop rates to try for each bound.
+    policies: scheduling policies to compare.
+    """
+
+    engine: Path = ENGINE
+    clients: tuple[int, ...] = (1, 8, 16, 64)
+    requests: tuple[int, ...] = (32, 256)
+    budget: int = 45
+    precisions: tuple[str, ...] = ("fp32", "bf16")
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    torch_batches: tuple[int, ...] = (1, 4, 8)
+    repeats: int = 3
+    images: int = 64
+    hold: int = 16
+    rates: int = 4
+    policies: int = 6
+
+
+QUICK = Settings(
+    clients=(1, 8),
+    requests=(16,),
+    budget=5,
+    precisions=("bf16",),
+    batches=(1, 4, 16),
+    torch_batches=(1, 2),
+    repeats=1,
+    images=16,
+    hold=3,
+    rates=2,
+    policies=2,
+)

@@ -1,0 +1,147 @@
+"""The benchmark's own arithmetic, what it reads from its tools, and the page it makes."""
+
+import json
+import shutil
+
+import pytest
+
+from bench import apache, contestants, open_loop, report
+from bench.arithmetic import highest, knee, percentile, rate
+from bench.isolated import Failed, isolated
+from bench.settings import Settings
+from tests.conftest import DEMO, SAMPLES
+
+AB = """
+Concurrency Level:      8
+Time taken for tests:   4.000 seconds
+Complete requests:      32
+Failed requests:        2
+Non-2xx responses:      1
+"""
+LOADGEN = """
+Scenario : Server
+Completed samples per second    : 47.13
+Result is : INVALID
+  Performance constraints satisfied : Yes
+99.00 percentile latency (ns)   : 120251283
+"""
+
+
+def test_percentiles_are_values_that_were_measured():
+    values = [5.0, 1.0, 4.0, 2.0, 3.0]
+    assert percentile(values, 0.5) == 3
+    assert percentile(values, 0.99) == 5
+    assert percentile(values, 0.2) == 1
+    assert percentile(list(range(1, 101)), 0.99) == 99
+    for wrong in ([], 0.5), (values, 0), (values, 1.1):
+        with pytest.raises(ValueError, match="percentile"):
+            percentile(*wrong)
+
+
+def test_rates_and_knees():
+    assert rate(30, 2.0) == 15
+    assert rate(0, 0.0) == 0
+    assert knee([(1, 100.0), (2, 60.0), (4, 40.0), (8, 39.0), (16, 38.0)]) == 4
+    assert knee([(1, 100.0), (2, 120.0), (8, 80.0)]) == 8
+    assert knee([(1, 10.0)]) == 1
+
+
+def test_the_search_for_a_rate_closes_in_and_ends():
+    capacity, tried = 7.3, []
+    while (next_rate := highest(0.0, 12.0, tried)) is not None:
+        tried.append((next_rate, next_rate <= capacity))
+    best = max(rate for rate, held in tried if held)
+    assert best <= capacity <= best * 1.05
+    assert len(tried) < 12
+
+
+def test_failed_and_refused_requests_are_no_captions():
+    found = apache.summary(AB, [10.0, 30.0, 20.0])
+    assert found["answered"] == 32
+    assert found["errors"] == 3
+    assert found["rate"] == 29 / 4
+    assert (found["mean_ms"], found["p50_ms"], found["p99_ms"]) == (20, 20, 30)
+    with pytest.raises(contestants.ServerFailed, match="Time taken"):
+        apache.summary("nonsense", [])
+
+
+def test_loadgen_s_verdict_is_read_not_guessed():
+    found = open_loop.parsed(LOADGEN)
+    assert found == {
+        "valid": False,
+        "in_bound": True,
+        "per_second": 47.13,
+        "p99_ms": pytest.approx(120.25, abs=0.01),
+    }
+    assert open_loop.held(found | {"errors": 0})
+    assert not open_loop.held(found | {"errors": 1})
+
+
+def _answer(value):
+    return value + 1
+
+
+def _break():
+    raise ValueError("a reason")
+
+
+def _die():
+    import os
+
+    os._exit(3)
+
+
+def test_what_fails_in_a_process_of_its_own_is_told():
+    assert isolated(_answer, 1) == 2
+    with pytest.raises(Failed, match="ValueError: a reason"):
+        isolated(_break)
+    with pytest.raises(Failed, match=r"_die died \(exit status 3\)"):
+        isolated(_die)
+
+
+def test_a_contestant_that_does_not_start_is_reported_and_the_rest_goes_on(tmp_path, capfd):
+    broken = contestants.Contestant("broken", ("-c", "raise SystemExit('no model')"))
+    from tqdm import tqdm
+
+    with tqdm(disable=True) as progress:
+        [run] = apache._contestant(broken, Settings(), tmp_path, b"", progress)
+    assert run["contestant"] == "broken"
+    assert "no model" in run["failed"]
+
+
+@pytest.mark.skipif(shutil.which("ab") is None, reason="ab is not installed (apache2-utils)")
+def test_apachebench_measures_a_running_server(tmp_path):
+    ours = contestants.vignette(Settings(engine=DEMO))
+    image = (SAMPLES / "owl.png").read_bytes()
+    with contestants.running(ours, image) as url:
+        run = {"clients": 2, "requests": 6}
+        found = apache._ab(ours, url, run, 30, tmp_path, image)
+    assert (found["answered"], found["errors"]) == (6, 0)
+    assert len(found["times_ms"]) == 6
+    assert found["times_ms"] == sorted(found["times_ms"])
+    assert found["rate"] > 0
+
+
+def test_results_become_one_page_with_everything_in_it(tmp_path):
+    runs = [
+        {"contestant": name, "clients": 1, "requests": 2, "answered": 2, "errors": 0,
+         "seconds": 1.0, "rate": speed, "mean_ms": 3.0, "p50_ms": 3.0, "p99_ms": 4.0,
+         "times_ms": [3.0, 4.0]}
+        for name, speed in (("PyTorch <x>", 0.25), ("Vignette", 17.5))
+    ]  # fmt: skip
+    results = {
+        "about": {"machine": "2 cores", "system": "Linux", "versions": {"torch": "1"},
+                  "commit": "abc", "date": "2026-01-01", "command": "make benchmark",
+                  "seconds": 60, "work": "w"},
+        "sections": {"http": {"runs": [*runs, {"contestant": "LitServe", "failed": "no port"}]},
+                     "offline": {"failed": "out of memory"}},
+    }  # fmt: skip
+    report.write(results, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    page = (tmp_path / "index.html").read_text()
+    for expected in ("17.50", "PyTorch &lt;x&gt;", "no port", "out of memory", "make benchmark"):
+        assert expected in page
+    assert "data:image/png;base64," in page
+    assert "http://" not in page
+    assert "src='data" in page
+    assert (tmp_path / "http.png").stat().st_size > 5000
