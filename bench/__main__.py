@@ -41,8 +41,8 @@ def _known_rates(sections: dict[str, Any]) -> dict[str, float]:
 SECTIONS: dict[str, Section] = {
     "images": lambda settings, _: images.measure(settings),
     "roofline": lambda settings, _: machine.measure(settings),
-    "offline": lambda settings, _: offline.measure(settings),
     "batches": lambda settings, _: batches.measure(settings),
+    "offline": lambda settings, done: offline.measure(settings, done.get("batches", {})),
     "ablation": lambda settings, _: ablation.measure(settings),
     "scheduling": lambda settings, _: scheduling.measure(settings),
     "http": lambda settings, _: apache.measure(settings),

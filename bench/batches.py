@@ -1,14 +1,14 @@
 """`make batch_performance`: time against the number of images that are captioned together."""
 
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from bench.arithmetic import knee
 from bench.isolated import Failed, isolated
-from bench.offline import median_s, pictures
+from bench.offline import median_s, pictures, seconds
 from bench.settings import TOKENS, Settings
 from runtime.config import EngineConfig
 from runtime.engine import Engine
@@ -38,9 +38,7 @@ def _torch(precision: str, settings: Settings) -> list[tuple[int, float]]:
     model.generate(images[:1])
     points = []
     for batch in settings.torch_batches:  # seconds each, so one run of each will do
-        start = time.perf_counter()
-        model.generate(images[:batch])
-        points.append((batch, (time.perf_counter() - start) / batch * 1e3))
+        points.append((batch, seconds(partial(model.generate, images[:batch])) / batch * 1e3))
     return points
 
 

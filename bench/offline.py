@@ -4,6 +4,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,16 @@ from runtime.engine import Engine
 _COMPARED = 4  # images whose tokens are compared
 
 
-def measure(settings: Settings) -> dict[str, Any]:
-    """Both sides, their ratios, and whether the fp32 tokens are the same."""
+def measure(settings: Settings, curves: dict[str, Any]) -> dict[str, Any]:
+    """Both sides, their ratios, and whether the fp32 tokens are the same.
+
+    curves: the section `batches`, which knows PyTorch's best batch; empty if it was not measured.
+    """
     combinations = [c.name for c in manifests.load(settings.engine).combinations]
     wanted = [
         c for c in ("fp32/fp32/float32", "fp32/int8/int8", "int8/int8/int8") if c in combinations
     ]
-    torch_jobs = [(p, settings) for p in settings.precisions]
+    torch_jobs = [(p, _best_batch(p, settings, curves), settings) for p in settings.precisions]
     ours_jobs = [(c, "cpu", settings) for c in wanted] + _on_openvino(combinations, settings)
     found: dict[str, Any] = {"torch": [], "vignette": [], "failed": []}
     with tqdm(
@@ -42,6 +46,11 @@ def measure(settings: Settings) -> dict[str, Any]:
                     found["failed"].append(f"{side} {job[0]}: {failure}")
                 progress.update()
     return found | _compared(found)
+
+
+def _best_batch(precision: str, settings: Settings, curves: dict[str, Any]) -> int:
+    points = curves.get("series", {}).get(f"PyTorch {precision}", {}).get("points")
+    return min(points, key=lambda p: p[1])[0] if points else max(settings.torch_batches)
 
 
 def _on_openvino(combinations: list[str], settings: Settings) -> list[tuple[str, str, Settings]]:
@@ -88,27 +97,28 @@ def pictures(count: int, shape: tuple[int, ...]) -> list[np.ndarray]:
 def median_s(action: Callable[[], object], repeats: int) -> float:
     """Median time of an action in seconds, after one untimed run."""
     action()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(seconds(action) for _ in range(repeats))
 
 
-def _torch(precision: str, settings: Settings) -> dict[str, Any]:
+def _torch(precision: str, best_batch: int, settings: Settings) -> dict[str, Any]:
     from bench.baselines.model import TorchCaptioner
 
     model = TorchCaptioner(precision)
-    images = [model.normalise(p) for p in pictures(max(settings.torch_batches), (3, 224, 224))]
-    # One run fewer than ours: each takes seconds, so that noise evens out within it.
-    repeats = max(1, settings.repeats - 1)
+    images = [model.normalise(p) for p in pictures(max(best_batch, _COMPARED), (3, 224, 224))]
+    model.generate(images[:1])
     rows = []
-    for batch in settings.torch_batches:
-        seconds = median_s(lambda: model.generate(images[:batch]), repeats)  # noqa: B023
-        rows.append({"batch": batch, "ms_per_image": seconds / batch * 1e3})
-    tokens = [model.generate([image])[0] for image in images[:_COMPARED]]
-    return {"precision": precision, "batches": rows, "tokens": tokens}
+    for batch in dict.fromkeys((1, best_batch)):
+        # Each run takes seconds, so that noise evens out within it: two are enough.
+        times = [seconds(partial(model.generate, images[:batch])) for _ in range(2)]
+        rows.append({"batch": batch, "ms_per_image": statistics.median(times) / batch * 1e3})
+    return {"precision": precision, "batches": rows, "tokens": model.generate(images[:_COMPARED])}
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """How long an action takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
 
 
 def _vignette(combination: str, provider: str, settings: Settings) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from bench.settings import Settings
 from runtime.config import EngineConfig
 from runtime.engine import Engine
 
-_POLICIES = ((1, 0.0), (1, 0.5), (1, 1.0), (2, 0.5), (4, 0.5), (8, 0.5))  # encode batch, patience
+_POLICIES = ((1, 0.0), (1, 0.5), (1, 1.0), (2, 0.5), (4, 0.5))  # encode batch, patience
 _CLIENTS = (1, 4, 16, 64)
 _LOADS = (0.5, 0.8)  # of the rate that the first policy reaches with most clients
 _LENGTHS = (8, 24)  # shortest and longest caption, in tokens

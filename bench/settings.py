@@ -25,15 +25,15 @@ class Settings:
     engine: Path = ENGINE
     clients: tuple[int, ...] = (1, 8, 16, 64)
     requests: tuple[int, ...] = (32, 256)
-    budget: int = 45
+    budget: int = 36
     precisions: tuple[str, ...] = ("fp32", "bf16")
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     torch_batches: tuple[int, ...] = (1, 4, 8)
     repeats: int = 3
     images: int = 64
-    hold: int = 16
+    hold: int = 14
     rates: int = 4
-    policies: int = 6
+    policies: int = 5
 
 
 QUICK = Settings(

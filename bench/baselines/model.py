@@ -39,6 +39,7 @@ class TorchCaptioner:
             pad_token_id=self._checkpoint.tokens.pad,
             eos_token_id=None,
         )
+        self._model.generation_config = self._config  # or `generate` takes the end token from there
 
     def prepare(self, data: bytes) -> torch.Tensor:
         """Encoded image -> `[3, S, S]` in the model's dtype."""
