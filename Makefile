@@ -5,6 +5,8 @@ ENGINE ?= $(or $(VIGNETTE_ENGINE),engines/demo)
 NAME = $(notdir $(MODEL:/=))
 IMAGE ?= demo/samples/owl.png
 PYTHON ?= python3
+build test_container: TARGET ?= cpu
+run_docker: TARGET ?= gpu
 
 export TOKENIZERS_PARALLELISM = false
 
@@ -14,7 +16,9 @@ BENCH = $(DEV) -m bench $(if $(QUICK),--quick)
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve export tune check_export evaluate demo-model demo-engine baseline benchmark batch_performance test lint format test_server clean
+.PHONY: help serve export tune check_export evaluate demo-model demo-engine \
+  baseline benchmark batch_performance build run_docker test_container \
+  test lint format test_server clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -60,6 +64,18 @@ batch_performance: engines/random-git-base/manifest.json  ## time against batch 
 engines/random-git-base/manifest.json: | .venv-dev/ready
 	@echo 'exporting git-base with random weights first, once'
 	@$(DEV) -m export --random-weights git-base --output $(@D) --verify-images 2
+
+build:  ## build the CPU image (TARGET=gpu or export for the others)
+	docker build --file docker/Dockerfile --target $(TARGET) --tag vignette:$(TARGET) .
+
+run_docker:  ## run the GPU image on all GPUs (PORT, ENGINE, ARGS; TARGET=cpu without a GPU)
+	docker run --rm --publish $(PORT):8000 $(if $(filter cpu,$(TARGET)),,--gpus all) \
+	  --read-only --tmpfs /tmp --cap-drop=all --security-opt no-new-privileges \
+	  --volume $(CURDIR)/engines:/app/engines:ro --env VIGNETTE_ENGINE=$(ENGINE) \
+	  vignette:$(TARGET) $(ARGS)
+
+test_container:  ## build the CPU image and see it work (docker, or podman with buildah)
+	@$(PYTHON) docker/check.py
 
 test: .venv-dev/ready  ## run the tests (ARGS goes to pytest)
 	@$(DEV) -m pytest $(ARGS)
