@@ -59,7 +59,7 @@ def _generate(batch: int) -> float:
 def _plain_loop(kind: str, settings: Settings) -> float:
     """The loop that export proves graphs with: static batch, each step's cache a new tensor."""
     from export import greedy
-    from export.checkpoint import random_weights
+    from export.random_weights import random_weights
 
     checkpoint = random_weights(SHAPE)
     graphs: greedy.Graphs

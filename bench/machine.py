@@ -123,7 +123,7 @@ def _work() -> dict[str, float]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from export.checkpoint import random_weights
+    from export.random_weights import random_weights
     from export.split import ImagePrefix
 
     checkpoint = random_weights(SHAPE)

@@ -92,9 +92,10 @@ def _export(args: argparse.Namespace) -> None:
 
     from export import checkpoint, pictures
     from export.build import Proof, build
+    from export.random_weights import random_weights
 
     if args.random_weights:
-        source = checkpoint.random_weights(args.random_weights, args.seed)
+        source = random_weights(args.random_weights, args.seed)
     else:
         print(f"loading {args.model}", flush=True)
         source = checkpoint.load(args.model, args.revision)

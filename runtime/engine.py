@@ -19,7 +19,7 @@ from runtime.manifest import Manifest
 from runtime.pacing import Pacing
 from runtime.plan import resolve
 from runtime.preprocess import preprocess
-from runtime.request import FinishReason, Request, Sequence
+from runtime.request import Caption, FinishReason, Request, Sequence
 from runtime.scheduler import Scheduler
 from runtime.tokenizer import CaptionTokenizer
 
@@ -56,20 +56,6 @@ class Phases(Protocol):
 
     def warm_up(self) -> None:
         """Run everything once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Caption:
-    """What a request got. Token counts leave the start and end tokens out; times in seconds."""
-
-    text: str
-    token_ids: tuple[int, ...]  # as generated, the end token included
-    finish_reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
-    queue_s: float
-    encode_s: float
-    decode_s: float
 
 
 @dataclass(frozen=True, slots=True)

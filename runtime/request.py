@@ -65,3 +65,17 @@ class Sequence:
             self.finish_reason = FinishReason.STOP
         elif len(self.generated) >= self.request.max_new_tokens:
             self.finish_reason = FinishReason.LENGTH
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """What a request got. Token counts leave the start and end tokens out; times in seconds."""
+
+    text: str
+    token_ids: tuple[int, ...]  # as generated, the end token included
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    queue_s: float
+    encode_s: float
+    decode_s: float

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.engine import Caption, Engine
+from runtime.engine import Engine
 from runtime.errors import VignetteError
-from runtime.request import Sequence
+from runtime.request import Caption, Sequence
 from server.metrics import Metrics
 
 log = logging.getLogger(__name__)

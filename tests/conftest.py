@@ -9,7 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from export.build import Proof, build
-from export.checkpoint import Checkpoint, from_config
+from export.checkpoint import Checkpoint
+from export.random_weights import from_config
 from runtime.config import EngineConfig
 from runtime.engine import Engine
 from tests.checkpoints import SHAPES

@@ -14,8 +14,9 @@ import torch
 from export import __main__ as command
 from export import build as building
 from export.build import Proof, build
-from export.checkpoint import from_config, load, random_weights
+from export.checkpoint import load
 from export.errors import ExportError, Mismatch
+from export.random_weights import from_config, random_weights
 from runtime import manifest as manifests
 from runtime.config import EngineConfig
 from runtime.engine import Engine
@@ -267,7 +268,7 @@ def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
 
 
 def test_known_shapes_are_those_of_the_published_checkpoints():
-    import export.checkpoint as module
+    import export.random_weights as module
 
     prefixes = {}
     for name, config in module.SHAPES.items():

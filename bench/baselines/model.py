@@ -9,7 +9,8 @@ from PIL import Image
 from transformers import CLIPImageProcessor, GenerationConfig
 
 from bench.settings import SHAPE, TOKENS
-from export.checkpoint import Checkpoint, random_weights
+from export.checkpoint import Checkpoint
+from export.random_weights import random_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

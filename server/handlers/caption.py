@@ -1,41 +1,21 @@
 """POST /caption: an image in, its caption out."""
 
 import asyncio
-import base64
-import binascii
-import json
 import time
-from dataclasses import dataclass
-from email.message import Message
-from typing import Any
 
 import numpy as np
 import tornado.web
-from tornado import httputil
 
-from runtime.engine import Caption
 from runtime.errors import InvalidRequest
 from runtime.preprocess import preprocess
-from server.errors import BodyTooLarge, UnsupportedMediaType
+from runtime.request import Caption
+from server.errors import BodyTooLarge
+from server.forms import asked
 from server.handlers.base import Handler
 from server.service import Service
 
-_FIELDS = ("prompt", "max_new_tokens")
-# curl --data-binary says x-www-form-urlencoded unless told otherwise; the body is the image.
-_RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
-
 _DRAINED = 4  # times the body limit
 _CHUNK = 64 * 1024  # of a body, as Tornado reads it
-_DIGITS = 9
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A request as it was sent: encoded images (one, or one a frame) and what to do with them."""
-
-    images: list[bytes]
-    prompt: str | None = None
-    max_new_tokens: int | None = None
 
 
 @tornado.web.stream_request_body
@@ -91,13 +71,15 @@ class CaptionHandler(Handler):
         self._task = asyncio.current_task()
         started = time.perf_counter()
         with self.service.admission.enter():
-            asked = self._asked()
+            request = asked(self.request, bytes(self._body))
             assert self.service.engine is not None
             # Before the image is decoded: what can never be served costs nothing.
-            self.service.engine.check(asked.prompt, asked.max_new_tokens)
-            pixels = await self._pixels(asked.images)
+            self.service.engine.check(request.prompt, request.max_new_tokens)
+            pixels = await self._pixels(request.images)
             preprocessed = time.perf_counter()
-            caption = await self.service.worker.caption(pixels, asked.prompt, asked.max_new_tokens)
+            caption = await self.service.worker.caption(
+                pixels, request.prompt, request.max_new_tokens
+            )
         seconds = {
             "queue": caption.queue_s,
             "preprocess": preprocessed - started,
@@ -162,100 +144,6 @@ class CaptionHandler(Handler):
             )
         )
         return np.stack(rows) if frames else rows[0]
-
-    # --- the three forms of a request ---------------------------------------------------------
-
-    def _asked(self) -> Asked:
-        content_type = self.request.headers.get("Content-Type", "").lower()
-        kind = content_type.partition(";")[0].strip()
-        if kind not in (*_RAW_TYPES, "application/json", "multipart/form-data") and not (
-            kind.startswith("image/")
-        ):
-            raise UnsupportedMediaType(
-                f"Content-Type {kind} is not taken: send image/*, application/octet-stream, "
-                "multipart/form-data or application/json"
-            )
-        if not self._body:
-            raise InvalidRequest("the body is empty: send an image")
-        if kind == "application/json":
-            return self._from_json()
-        if kind == "multipart/form-data":
-            return self._from_form()
-        fields = {name: values[-1] for name, values in self.request.query_arguments.items()}
-        return _checked([bytes(self._body)], {k: _text(k, v) for k, v in fields.items()})
-
-    def _from_json(self) -> Asked:
-        try:
-            fields = json.loads(self._body)
-        except (ValueError, RecursionError) as cause:
-            raise InvalidRequest(
-                'the body is not JSON: send {"image": "<base64>"} in UTF-8'
-            ) from cause
-        if not isinstance(fields, dict):
-            raise InvalidRequest('the JSON is not an object: send {"image": "<base64>"}')
-        sent = fields.pop("image", None)
-        images = sent if isinstance(sent, list) else [sent]
-        return _checked([_from_base64(image) for image in images], fields)
-
-    def _from_form(self) -> Asked:
-        arguments: dict[str, list[bytes]] = dict(self.request.query_arguments)
-        files: dict[str, list[httputil.HTTPFile]] = {}
-        head = Message()
-        head["Content-Type"] = self.request.headers["Content-Type"]
-        boundary = head.get_boundary("").encode("latin-1", "replace")
-        try:
-            httputil.parse_multipart_form_data(boundary, bytes(self._body), arguments, files)
-        except httputil.HTTPInputError as cause:
-            raise InvalidRequest(
-                "the multipart body can't be read: check its boundary and headers"
-            ) from cause
-        images = [file.body for file in files.pop("image", [])] or arguments.pop("image", [])
-        if files:
-            raise InvalidRequest(f"unknown file field {next(iter(files))!r}: use the field 'image'")
-        if not images:
-            raise InvalidRequest("the form has no field 'image': add the image under that name")
-        return _checked(images, {k: _text(k, values[-1]) for k, values in arguments.items()})
-
-
-def _text(field: str, value: bytes) -> str:
-    try:
-        return value.decode()
-    except UnicodeDecodeError as cause:
-        raise InvalidRequest(f"{field} is not UTF-8") from cause
-
-
-def _from_base64(image: Any) -> bytes:
-    if not isinstance(image, str):
-        raise InvalidRequest("the field 'image' is missing or not a string: send it as base64")
-    if image.startswith("data:"):
-        image = image.partition(",")[2]
-    try:
-        return base64.b64decode(image, validate=True)
-    except (binascii.Error, ValueError) as cause:
-        raise InvalidRequest("the field 'image' is not base64") from cause
-
-
-def _checked(images: list[bytes], fields: dict[str, Any]) -> Asked:
-    unknown = sorted(set(fields) - set(_FIELDS))
-    if unknown:
-        raise InvalidRequest(f"unknown field {unknown[0]!r}: there are {', '.join(_FIELDS)}")
-    if not all(images):
-        raise InvalidRequest("the image is empty: send a whole file")
-    prompt = fields.get("prompt")
-    if not isinstance(prompt, str | None):
-        raise InvalidRequest("prompt must be a string")
-    return Asked(images, prompt, _whole_number(fields.get("max_new_tokens")))
-
-
-def _whole_number(value: Any) -> int | None:
-    """An int, or digits as forms send them; an empty form field is none at all."""
-    if isinstance(value, str):
-        value = value.strip()
-        if value.isascii() and value.isdecimal() and len(value) <= _DIGITS:
-            value = int(value)
-    if value is None or value == "" or (isinstance(value, int) and not isinstance(value, bool)):
-        return None if value == "" else value
-    raise InvalidRequest("max_new_tokens must be a whole number")
 
 
 def _prefers_text(accept: str) -> bool:
