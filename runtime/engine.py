@@ -3,7 +3,6 @@
 An engine belongs to one thread. Servers call `submit`, `cancel` and `step` from that thread only.
 """
 
-import logging
 import time
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
@@ -12,21 +11,17 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from runtime import manifest as manifests
 from runtime.config import EngineConfig
-from runtime.errors import InvalidRequest, ProviderError
+from runtime.errors import InvalidRequest
 from runtime.manifest import Manifest
 from runtime.pacing import Pacing
-from runtime.plan import resolve
 from runtime.preprocess import preprocess
 from runtime.request import Caption, FinishReason, Request, Sequence
 from runtime.scheduler import Scheduler
 from runtime.tokenizer import CaptionTokenizer
 
 if TYPE_CHECKING:
-    from runtime.runner import Runner
-
-log = logging.getLogger(__name__)
+    from runtime.opening import Prepared
 
 _ENCODE_BATCH = 4  # of an engine that was put together without a plan
 DEFAULT_MAX_NEW_TOKENS = 20  # what `generate` of Hugging Face's GIT says by default
@@ -88,12 +83,20 @@ class Engine:
         Raises EngineFolderError for a missing or damaged folder, ProviderError for a provider that
         does not work here.
         """
-        folder, config = Path(folder), config or EngineConfig()
-        manifest = manifests.load(folder)
-        runner = _open_runner(folder, manifest, config)
+        from runtime.opening import prepare  # here, so that tests of the loop need no ONNX Runtime
+
+        return cls.start(prepare(Path(folder), config or EngineConfig()))
+
+    @classmethod
+    def start(cls, prepared: "Prepared") -> "Engine":
+        """Load and warm up what `runtime.opening.prepare` found whole; raises ProviderError."""
+        from runtime.opening import open_runner
+
+        runner = open_runner(prepared)
         runner.warm_up()
-        config = replace(config, encode_batch=runner.plan.encode_batch)
-        return cls(manifest, CaptionTokenizer(folder, manifest), runner, config)
+        config = replace(prepared.config, encode_batch=runner.plan.encode_batch)
+        tokenizer = CaptionTokenizer(prepared.folder, prepared.manifest)
+        return cls(prepared.manifest, tokenizer, runner, config)
 
     @property
     def runs_on(self) -> str:
@@ -237,17 +240,3 @@ class Engine:
             encode_s=encoded - admitted,
             decode_s=finished - encoded,
         )
-
-
-def _open_runner(folder: Path, manifest: Manifest, config: EngineConfig) -> "Runner":
-    """A runner on the first plan that works here; with several, each that doesn't is logged."""
-    from runtime import providers  # here, so that tests of the loop need no ONNX Runtime
-    from runtime.runner import Runner
-
-    *optional, last = resolve(folder, manifest, config, providers.available())
-    for plan in optional:
-        try:
-            return Runner(folder, manifest, config, plan)
-        except ProviderError as cause:
-            log.warning("auto: %s was tried and left out: %s", plan.encoder_provider, cause)
-    return Runner(folder, manifest, config, last)

@@ -73,6 +73,13 @@ def available() -> tuple[str, ...]:
     return tuple(found)
 
 
+def require(name: str) -> None:
+    """Raise ProviderError, with the remedy, unless the named provider is here."""
+    provider = _by_name(name)
+    if not _is_there(provider):
+        raise ProviderError(f"{provider.name} is not available here: {provider.remedy}")
+
+
 def open_session(
     path: Path, name: str, threads: int, probe: dict[str, np.ndarray], compiled: Path | None = None
 ) -> ort.InferenceSession:
@@ -83,9 +90,8 @@ def open_session(
     compiles graphs keeps the result for the next start. Raises ProviderError when the provider is
     missing, can't open or run the graph, or is not in use by the session afterwards.
     """
+    require(name)
     provider = _by_name(name)
-    if not _is_there(provider):
-        raise ProviderError(f"{provider.name} is not available here: {provider.remedy}")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     # The encoder's and the decoder's threads take turns: those of the one that rests must not spin.

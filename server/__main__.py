@@ -10,6 +10,7 @@ import tornado.netutil
 
 from runtime.engine import Engine
 from runtime.errors import VignetteError
+from runtime.opening import Prepared, prepare
 from server.admission import State
 from server.app import make_app
 from server.service import Service, make_service
@@ -34,16 +35,17 @@ def main() -> int:
         logging.basicConfig(
             level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s", force=True
         )
-        asyncio.run(serve(settings))
+        prepared = prepare(settings.engine, settings.engine_config)  # before the port is open
+        asyncio.run(serve(settings, prepared))
     except VignetteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, prepared: Prepared) -> None:
     """Listen, warm up, serve until SIGTERM or SIGINT, drain."""
-    service = make_service(settings, lambda: Engine.open(settings.engine, settings.engine_config))
+    service = make_service(settings, lambda: Engine.start(prepared))
     stop = asyncio.create_task(_stop_event().wait())
     server = tornado.httpserver.HTTPServer(
         make_app(service),

@@ -127,6 +127,7 @@ def test_settings_come_from_flags_and_variables():
     [
         (("--engine", "engines/none"), "engines/none is not an engine"),
         (("--provider", "gpu"), "unknown provider 'gpu'"),
+        (("--precision", "int2/int2/int2"), "has no combination int2/int2/int2: use one of fp32/"),
         (("--slots", "0"), "--slots: "),
         (("--slots", "many"), "(got 'many')"),
         (("--host", "192.0.2.1"), "can't listen on 192.0.2.1"),
