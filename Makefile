@@ -5,14 +5,14 @@ ENGINE ?= $(or $(VIGNETTE_ENGINE),engines/demo)
 NAME = $(notdir $(MODEL:/=))
 IMAGE ?= demo/samples/owl.png
 PYTHON ?= python3
-build test_container: TARGET ?= cpu
-run_docker: TARGET ?= gpu
+TARGET ?= gpu
 
 export TOKENIZERS_PARALLELISM = false
 
 SERVE = .venv/bin/python
 DEV = .venv-dev/bin/python
 BENCH = $(DEV) -m bench $(if $(QUICK),--quick)
+CALLED = make $@$(if $(QUICK), QUICK=1)$(if $(ARGS), ARGS="$(ARGS)")
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -21,7 +21,7 @@ PIP = -m pip install --quiet --disable-pip-version-check --constraint constraint
   test lint format test_server clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 serve: .venv/ready  ## start the server (PORT=8000 ENGINE=engines/demo ARGS=...)
 	@$(SERVE) -m server --engine $(ENGINE) --port $(PORT) $(ARGS)
@@ -53,22 +53,22 @@ evaluate: .venv-dev/ready  ## score engines/demo on 1,000 held-out scenes of eac
 	@$(DEV) -m demo evaluate --engine $(ENGINE) $(ARGS)
 
 baseline: engines/random-git-base/manifest.json  ## PyTorch servers under ApacheBench (QUICK=1)
-	@$(BENCH) --baseline --output bench/runs/baseline http $(ARGS)
+	@$(BENCH) --baseline --output bench/runs/baseline --called '$(CALLED)' http $(ARGS)
 
 benchmark: engines/random-git-base/manifest.json  ## PyTorch and Vignette side by side (QUICK=1)
-	@$(BENCH) $(if $(QUICK),--output bench/runs/quick) $(ARGS)
+	@$(BENCH) --output bench/$(if $(QUICK)$(ARGS),runs/quick,results) --called '$(CALLED)' $(ARGS)
 
 batch_performance: engines/random-git-base/manifest.json  ## time against batch size (QUICK=1)
-	@$(BENCH) --output bench/runs/batches batches $(ARGS)
+	@$(BENCH) --output bench/runs/batches --called '$(CALLED)' batches $(ARGS)
 
 engines/random-git-base/manifest.json: | .venv-dev/ready
 	@echo 'exporting git-base with random weights first, once'
 	@$(DEV) -m export --random-weights git-base --output $(@D) --verify-images 2
 
-build:  ## build the CPU image (TARGET=gpu or export for the others)
+build:  ## build the GPU image (TARGET=cpu or export for the others)
 	docker build --file docker/Dockerfile --target $(TARGET) --tag vignette:$(TARGET) .
 
-run_docker:  ## run the GPU image on all GPUs (PORT, ENGINE, ARGS; TARGET=cpu without a GPU)
+run_docker:  ## run it on all GPUs (PORT, ENGINE, ARGS; TARGET=cpu without a GPU)
 	docker run --rm --publish $(PORT):8000 $(if $(filter cpu,$(TARGET)),,--gpus all) \
 	  --read-only --tmpfs /tmp --cap-drop=all --security-opt no-new-privileges \
 	  --volume $(CURDIR)/engines:/app/engines:ro --env VIGNETTE_ENGINE=$(ENGINE) \

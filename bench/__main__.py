@@ -3,14 +3,14 @@
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from bench import (
     ablation,
@@ -22,9 +22,10 @@ from bench import (
     open_loop,
     report,
     scheduling,
+    service,
 )
 from bench.settings import QUICK, SHAPE, TOKENS, Settings
-from runtime.errors import VignetteError
+from runtime import manifest as manifests
 
 Section = Callable[[Settings, dict[str, Any]], dict[str, Any]]
 
@@ -46,6 +47,7 @@ SECTIONS: dict[str, Section] = {
     "ablation": lambda settings, _: ablation.measure(settings),
     "scheduling": lambda settings, _: scheduling.measure(settings),
     "http": lambda settings, _: apache.measure(settings),
+    "service": service.measure,
     "open_loop": lambda settings, done: open_loop.measure(settings, _known_rates(done)),
 }
 BASELINE: Section = lambda settings, _: apache.measure(settings, only_baselines=True)  # noqa: E731
@@ -55,26 +57,31 @@ def main() -> int:
     """Run the command line; status 1 when a part failed."""
     args = _parser().parse_args()
     settings = dataclasses.replace(QUICK if args.quick else Settings(), engine=args.engine)
+    if manifests.load(settings.engine).model != f"random/{SHAPE}":
+        print(f"error: both sides run {SHAPE} with random weights: leave --engine", file=sys.stderr)
+        return 2
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    started, sections = time.time(), dict[str, Any]()
+    started = time.time()
+    about = machine.about() | {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": args.called or shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+        "work": f"{SHAPE} with random weights, {TOKENS} new tokens a caption",
+    }
+    results: dict[str, Any] = {"about": about, "sections": {}}
     for name in args.sections:
         section = BASELINE if args.baseline and name == "http" else SECTIONS[name]
         print(f"== {name}", flush=True)
         try:
-            sections[name] = section(settings, sections)
-        except (VignetteError, RuntimeError, OSError) as error:
-            tqdm.write(f"{name} failed: {error}")
-            sections[name] = {"failed": str(error)}
-    about = machine.about() | {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "seconds": time.time() - started,
-        "command": "make " + ("baseline" if args.baseline else "benchmark")
-        + (" QUICK=1" if args.quick else ""),
-        "work": f"{SHAPE} with random weights, {TOKENS} new tokens a caption",
-    }  # fmt: skip
-    report.write({"about": about, "sections": sections}, args.output)
+            results["sections"][name] = section(settings, results["sections"])
+        except Exception as error:  # of any kind: the other parts are still worth having
+            traceback.print_exc()
+            results["sections"][name] = {"failed": f"{type(error).__name__}: {error}"}
+        about["seconds"] = time.time() - started
+        report.write(results, args.output)
     print(f"{args.output / report.PAGE}: {about['seconds'] / 60:.1f} minutes")
-    return int(any(isinstance(s.get("failed"), str) for s in sections.values()))
+    failed = any(isinstance(s.get("failed"), str) for s in results["sections"].values())
+    unequal = results["sections"].get("offline", {}).get("tokens_equal") is False
+    return int(failed or unequal)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--engine", type=Path, default=Settings().engine, help="engine folder")
     parser.add_argument("--output", type=Path, default=Path("bench/results"))
     parser.add_argument("--quick", action="store_true", help="less of everything, for a first look")
+    parser.add_argument("--called", help="how to name the command in the results")
     parser.add_argument("--baseline", action="store_true", help="over HTTP, PyTorch only")
     return parser
 

@@ -1,20 +1,35 @@
 """Closed-loop load with ApacheBench, as the original challenge measured: so many clients, each
 sending its next request when the last one is answered.
+
+Every run is finished: how many requests a contestant gets follows from its time for one, so that
+slow ones fit too. What would take too long is left out and said to be.
 """
 
 import csv
 import re
 import shutil
+import statistics
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from bench.arithmetic import percentile, rate
-from bench.contestants import Contestant, ServerFailed, baselines, picture, running, vignette
+from bench.arithmetic import affordable, percentile, rate
+from bench.contestants import (
+    Contestant,
+    ServerFailed,
+    ask,
+    baselines,
+    picture,
+    running,
+    vignette,
+)
 from bench.settings import Settings
+
+_SOLO = 3  # requests that tell how long one takes
 
 
 class AbMissing(RuntimeError):
@@ -30,7 +45,7 @@ def measure(settings: Settings, only_baselines: bool = False) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         image = picture(folder)
-        total = len(contestants) * len(list(_loads(settings)))
+        total = len(contestants) * len(_loads(settings))
         with tqdm(total=total, desc="ApacheBench", unit="run") as progress:
             for contestant in contestants:
                 runs += _contestant(contestant, settings, folder, image, progress)
@@ -48,16 +63,19 @@ def _contestant(
     runs: list[dict[str, Any]] = []
     try:
         with running(contestant, image) as url:
-            cut_at: set[int] = set()
+            solo = _solo(contestant, url, image)
             for clients, requests in _loads(settings):
                 progress.set_postfix_str(f"{contestant.name}, {clients} clients")
                 run = {"contestant": contestant.name, "clients": clients, "requests": requests}
-                if clients in cut_at:
-                    run["note"] = "left out: fewer requests took longer than the time for a run"
+                count = affordable(requests, clients, solo, settings.budget)
+                if any(r["clients"] == clients and r["requests"] == count for r in runs):
+                    count = 0  # the smaller number of requests is all that fits
+                    run["note"] = "left out: more requests take too long"
+                elif not count:
+                    run["note"] = f"left out: {clients} requests take {clients * solo:.0f} s"
                 else:
-                    run |= _ab(contestant, url, run, settings.budget, folder, image)
-                if run.get("note"):
-                    cut_at.add(clients)
+                    run |= {"requests": count}
+                    run |= _ab(contestant, url, clients, count, folder, image)
                 runs.append(run)
                 progress.update()
     except ServerFailed as failure:
@@ -66,52 +84,49 @@ def _contestant(
     return runs
 
 
+def _solo(contestant: Contestant, url: str, image: bytes) -> float:
+    """Seconds for one request alone."""
+    times = []
+    for _ in range(_SOLO):
+        start = time.perf_counter()
+        ask(contestant, url, image)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
 def _ab(
-    contestant: Contestant,
-    url: str,
-    run: dict[str, Any],
-    budget: int,
-    folder: Path,
-    image: bytes,
+    contestant: Contestant, url: str, clients: int, requests: int, folder: Path, image: bytes
 ) -> dict[str, Any]:
-    """One run of ab: counts, and the time of each answered request in milliseconds, sorted."""
+    """One run of ab: counts, and the time of each request in milliseconds, sorted."""
     body, content_type = contestant.body(image)
     (folder / "body").write_bytes(body)
     table = folder / "times.tsv"
     table.unlink(missing_ok=True)
-    # -n comes behind -t, which would set it. -l: captions have different lengths.
-    command = ["ab", "-q", "-l", "-t", str(budget), "-n", str(run["requests"]), "-s", "600",
-               "-c", str(run["clients"]), "-p", str(folder / "body"), "-T", content_type,
-               "-g", str(table), url]  # fmt: skip
+    # -l: captions have different lengths. -s: seconds to wait for an answer.
+    command = ["ab", "-q", "-l", "-s", "600", "-n", str(requests), "-c", str(clients),
+               "-p", str(folder / "body"), "-T", content_type, "-g", str(table), url]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0 and "Complete requests" not in done.stdout:
+    if done.returncode != 0:
         raise ServerFailed(f"ab failed on {contestant.name}: {done.stderr.strip()[-300:]}")
     times = _times(table)
-    found = summary(done.stdout, times) | {"times_ms": times}
-    if found["answered"] < run["requests"]:
-        found["note"] = f"{found['answered']} of {run['requests']} were answered in {budget} s"
-    return found
+    return summary(done.stdout, times) | {"times_ms": times}
 
 
 def summary(output: str, times: list[float]) -> dict[str, Any]:
-    """What ab printed, as numbers."""
+    """What ab printed, as numbers; `rate` counts captions only."""
     seconds = _number(r"Time taken for tests:\s+([\d.]+)", output)
     answered = int(_number(r"Complete requests:\s+(\d+)", output))
     failed = int(_number(r"Failed requests:\s+(\d+)", output))
     refused = int(_number(r"Non-2xx responses:\s+(\d+)", output, default=0))
-    found: dict[str, Any] = {
+    return {
         "answered": answered,
         "errors": failed + refused,
         "seconds": seconds,
         "rate": rate(answered - failed - refused, seconds),
+        "mean_ms": sum(times) / len(times),
+        "p50_ms": percentile(times, 0.5),
+        "p99_ms": percentile(times, 0.99),
     }
-    if times:
-        found |= {
-            "mean_ms": sum(times) / len(times),
-            "p50_ms": percentile(times, 0.5),
-            "p99_ms": percentile(times, 0.99),
-        }
-    return found
 
 
 def _number(pattern: str, output: str, default: float | None = None) -> float:
@@ -125,7 +140,5 @@ def _number(pattern: str, output: str, default: float | None = None) -> float:
 
 def _times(table: Path) -> list[float]:
     """Total time of each request, from ab's gnuplot table, ascending."""
-    if not table.is_file():
-        return []
     with table.open() as file:
         return sorted(float(row["ttime"]) for row in csv.DictReader(file, delimiter="\t"))

@@ -16,6 +16,18 @@ def rate(done: int, seconds: float) -> float:
     return done / seconds if done else 0.0
 
 
+def affordable(requests: int, clients: int, solo: float, budget: float) -> int:
+    """How many of `requests` a contestant gets that takes `solo` seconds for one.
+
+    As many rounds of all clients as fit `budget` seconds; a single round may take twice that. 0 if
+    not even that fits.
+    """
+    rounds = int(budget / (solo * clients))
+    if rounds == 0:
+        return clients if solo * clients <= 2 * budget else 0
+    return min(requests, rounds * clients)
+
+
 def knee(points: Sequence[tuple[int, float]], gain: float = 0.1) -> int:
     """The batch size beyond which a larger one saves less than `gain` of the time per image.
 

@@ -10,10 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from bench.settings import TOKENS, Settings
@@ -28,12 +28,16 @@ class ServerFailed(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """`command` is Python's arguments, with {port}; `json_body` sends the image as base64 JSON."""
+    """`command` is Python's arguments, with {port}; `json_body` sends the image as base64 JSON.
+
+    tokens: new tokens that every caption must have, or the contestants' work differs.
+    """
 
     name: str
     command: tuple[str, ...]
     path: str = "/caption"
     json_body: bool = False
+    tokens: int | None = TOKENS
 
     def body(self, image: bytes) -> tuple[bytes, str]:
         """Request body and content type for an image."""
@@ -65,9 +69,7 @@ def vignette(settings: Settings, *flags: str) -> Contestant:
 @contextlib.contextmanager
 def running(contestant: Contestant, image: bytes) -> Iterator[str]:
     """The URL of a started server that has answered once; ServerFailed if it never does."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, *(part.format(port=port) for part in contestant.command)]
     url = f"http://127.0.0.1:{port}{contestant.path}"
     with tempfile.TemporaryFile("w+") as log:
@@ -83,20 +85,31 @@ def running(contestant: Contestant, image: bytes) -> Iterator[str]:
             _stop(server)
 
 
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def _wait_until_it_answers(
     server: subprocess.Popen[bytes], contestant: Contestant, url: str, image: bytes
 ) -> None:
-    deadline = time.monotonic() + _START_SECONDS
+    deadline, reason = time.monotonic() + _START_SECONDS, "not asked yet"
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise ServerFailed(f"{contestant.name} ended with {server.returncode}")
-        with contextlib.suppress(urllib.error.URLError, ConnectionError):
+        try:
             answer = ask(contestant, url, image)
-            if not answer.get("caption"):
-                raise ServerFailed(f"{contestant.name} answered {answer}")
-            return
-        time.sleep(0.2)
-    raise ServerFailed(f"{contestant.name} did not answer within {_START_SECONDS} s")
+        except (OSError, HTTPException, ValueError) as cause:
+            reason = str(cause)
+            time.sleep(0.2)
+            continue
+        words = len(answer["caption"].split())  # random weights' words are one token each
+        if contestant.tokens not in (None, words):
+            raise ServerFailed(f"{contestant.name} did not generate {TOKENS} tokens: {answer}")
+        return
+    raise ServerFailed(f"{contestant.name} did not answer in {_START_SECONDS} s: {reason}")
 
 
 def ask(contestant: Contestant, url: str, image: bytes) -> dict:

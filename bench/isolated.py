@@ -5,6 +5,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+_SECONDS = 900  # after which something hangs
+
 
 class Failed(RuntimeError):
     """What ran in the other process raised or died; the message says why."""
@@ -18,6 +20,9 @@ def isolated(function: Callable[..., Any], *arguments: Any) -> Any:
     process.start()
     theirs.close()
     try:
+        if not ours.poll(_SECONDS):
+            process.kill()
+            raise Failed(f"{function.__name__} took more than {_SECONDS} s")
         worked, result = ours.recv()
     except EOFError:
         process.join()

@@ -78,7 +78,8 @@ def _compared(found: dict[str, Any]) -> dict[str, Any]:
     ours = next(
         (r["tokens"] for r in found["vignette"] if r["combination"].startswith("fp32/fp32")), None
     )
-    return {"ratios": ratios, "tokens_equal": None if exact is None else exact == ours}
+    unknown = exact is None or ours is None
+    return {"ratios": ratios, "tokens_equal": None if unknown else exact == ours}
 
 
 def pictures(count: int, shape: tuple[int, ...]) -> list[np.ndarray]:

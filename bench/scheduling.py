@@ -5,14 +5,15 @@ and so do the images in it for each other. The defaults of `encode_batch` and `p
 (`runtime.pacing`) are chosen by this table.
 """
 
-import itertools
-import random
+import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
-from bench.ablation import open_loop
+from bench import arrivals
 from bench.arithmetic import percentile
 from bench.isolated import isolated
 from bench.offline import pictures
@@ -20,71 +21,70 @@ from bench.settings import Settings
 from runtime.config import EngineConfig
 from runtime.engine import Engine
 
-_POLICIES = ((1, 0.0), (1, 0.5), (1, 1.0), (2, 0.5), (4, 0.5))  # encode batch, patience
+Load = Callable[[Engine], list[float]]
+
+_POLICIES = ((1, 0.0), (1, 0.5), (4, 0.0), (4, 0.5))  # encode batch, patience
 _CLIENTS = (1, 4, 16, 64)
-_LOADS = (0.5, 0.8)  # of the rate that the first policy reaches with most clients
+_LOADS = (0.5, 0.8)  # of what the machine can do
 _LENGTHS = (8, 24)  # shortest and longest caption, in tokens
+_REPEATS = 2  # of each case; the policies take turns
 
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Rate, mean and p99 latency of every policy, in a closed loop and with Poisson arrivals."""
-    policies = _POLICIES[: settings.policies]
-    clients = _CLIENTS[:: 1 if settings.policies == len(_POLICIES) else 2]
+    return {"rows": isolated(_all, settings)}
+
+
+def _all(settings: Settings) -> list[dict[str, Any]]:
+    """All policies take turns in one process, so that a slow minute is slow for each of them."""
+    engines = {
+        (batch, patience): Engine.open(
+            settings.engine, EngineConfig(encode_batch=batch, patience=patience)
+        )
+        for batch, patience in _POLICIES[: settings.policies]
+    }
+    images = pictures(16, next(iter(engines.values())).runner.pixels_shape)
+    loads: dict[str, Load] = {}
+    for count in _CLIENTS:
+        work = arrivals.jobs(images, max(settings.images // 2, 2 * count), *_LENGTHS)
+        loads[f"{count} clients"] = partial(arrivals.closed_loop, work=work, clients=count)
+    work = arrivals.jobs(images, settings.images, *_LENGTHS)
+    capacity = _capacity(engines, work)
+    for share in _LOADS:
+        rate = share * capacity
+        loads[f"Poisson, {share:.0%} load"] = partial(arrivals.poisson, work=work, rate=rate)
     rows: list[dict[str, Any]] = []
-    total = len(policies) * (len(clients) + len(_LOADS))
-    with tqdm(total=total, desc="scheduling", unit="case") as progress:
-        for policy, count in itertools.product(policies, clients):
-            rows.append(isolated(_closed_loop, *policy, count, settings))
-            progress.update()
-        capacity = max(row["rate"] for row in rows)
-        for policy, load in itertools.product(policies, _LOADS):
-            rows.append(isolated(_poisson, *policy, load, capacity, settings))
-            progress.update()
-    return {"rows": rows}
+    with tqdm(total=len(loads) * _REPEATS, desc="scheduling", unit="turn") as progress:
+        for name, load in loads.items():
+            found: dict[tuple[int, float], list[dict[str, float]]] = {p: [] for p in engines}
+            for _ in range(_REPEATS):
+                for policy, engine in engines.items():
+                    found[policy].append(_measured(engine, load))
+                progress.update()
+            rows += [_row(name, policy, runs) for policy, runs in found.items()]
+    return rows
 
 
-def _row(batch: int, patience: float, load: str, waits: list[float], rate: float) -> dict[str, Any]:
+def _capacity(engines: dict[Any, Engine], work: list[arrivals.Job]) -> float:
+    """Captions a second of the slowest policy when all work is there at once."""
+    rates = []
+    for engine in engines.values():
+        start = time.perf_counter()
+        arrivals.closed_loop(engine, work, len(work))
+        rates.append(len(work) / (time.perf_counter() - start))
+    return min(rates)
+
+
+def _measured(engine: Engine, load: Load) -> dict[str, float]:
+    start = time.perf_counter()
+    waits = load(engine)
     return {
-        "encode_batch": batch,
-        "patience": patience,
-        "load": load,
-        "rate": rate,
+        "rate": len(waits) / (time.perf_counter() - start),
         "mean_ms": sum(waits) / len(waits) * 1e3,
         "p99_ms": percentile(waits, 0.99) * 1e3,
     }
 
 
-def _poisson(
-    batch: int, patience: float, load: float, capacity: float, settings: Settings
-) -> dict[str, Any]:
-    """Requests that come at a share of the capacity, whatever happens to those before them."""
-    engine = Engine.open(settings.engine, EngineConfig(encode_batch=batch, patience=patience))
-    images = pictures(16, engine.runner.pixels_shape)
-    rng = random.Random(0)
-    due = itertools.accumulate(rng.expovariate(load * capacity) for _ in range(2 * settings.images))
-    arrivals = [(at, rng.choice(images), rng.randint(*_LENGTHS)) for at in due]
-    start = time.perf_counter()
-    waits = open_loop(engine, arrivals)
-    rate = len(waits) / (time.perf_counter() - start)
-    return _row(batch, patience, f"Poisson, {load:.0%} load", waits, rate)
-
-
-def _closed_loop(batch: int, patience: float, clients: int, settings: Settings) -> dict[str, Any]:
-    """Each client asks again as soon as it is answered."""
-    engine = Engine.open(settings.engine, EngineConfig(encode_batch=batch, patience=patience))
-    images = pictures(16, engine.runner.pixels_shape)
-    rng = random.Random(0)
-    left = max(settings.images, 2 * clients)
-    total, waits = left, []
-    start = time.perf_counter()
-    for _ in range(clients):
-        engine.submit(rng.choice(images), None, rng.randint(*_LENGTHS), ignore_eos=True)
-        left -= 1
-    while not engine.scheduler.idle:
-        for done in engine.step():
-            waits.append((done.finished_at or 0) - done.submitted_at)
-            if left:
-                engine.submit(rng.choice(images), None, rng.randint(*_LENGTHS), ignore_eos=True)
-                left -= 1
-    rate = total / (time.perf_counter() - start)
-    return _row(batch, patience, f"{clients} clients", waits, rate)
+def _row(load: str, policy: tuple[int, float], runs: list[dict[str, float]]) -> dict[str, Any]:
+    medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    return {"load": load, "encode_batch": policy[0], "patience": policy[1]} | medians

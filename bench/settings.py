@@ -13,11 +13,12 @@ class Settings:
     """Times in seconds.
 
     clients, requests: of ApacheBench; more clients than requests are left out.
-    budget: most time for one ApacheBench run; what was answered by then counts.
+    budget: time for one ApacheBench run, which decides how many requests a slow contestant gets.
     batches: images at once, for the curves of time against batch size.
     repeats: timed runs behind each median.
     images: that Vignette captions in one throughput run.
-    hold: how long an open-loop rate has to hold.
+    hold: how long an open-loop rate has to hold, in terms of the bound: too short a test lets more
+        through than can be served for long.
     rates: open-loop rates to try for each bound.
     policies: scheduling policies to compare.
     """
@@ -25,27 +26,27 @@ class Settings:
     engine: Path = ENGINE
     clients: tuple[int, ...] = (1, 8, 16, 64)
     requests: tuple[int, ...] = (32, 256)
-    budget: int = 36
+    budget: int = 30
     precisions: tuple[str, ...] = ("fp32", "bf16")
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     torch_batches: tuple[int, ...] = (1, 4, 8)
     repeats: int = 3
     images: int = 64
-    hold: int = 14
-    rates: int = 4
-    policies: int = 5
+    hold: int = 10
+    rates: int = 3
+    policies: int = 4
 
 
 QUICK = Settings(
     clients=(1, 8),
     requests=(16,),
-    budget=5,
+    budget=6,
     precisions=("bf16",),
     batches=(1, 4, 16),
     torch_batches=(1, 2),
     repeats=1,
     images=16,
-    hold=3,
+    hold=4,
     rates=2,
     policies=2,
 )

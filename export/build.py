@@ -80,6 +80,9 @@ def _fast_ones(checkpoint: Checkpoint, folder: Path, proof: Proof) -> list[Combi
     if not proof.fast:
         return []
     pixels = list(proof.pixels)
+    if not pixels and checkpoint.trained and checkpoint.sizes.frames:
+        print("no 8-bit variants: judging them on pictures is for single-image models so far")
+        return []
     if not pixels and checkpoint.trained:
         print(
             f"no 8-bit variants, which are several times as fast: they are calibrated and judged "

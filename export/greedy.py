@@ -20,7 +20,6 @@ from runtime.manifest import Sizes, SpecialTokens
 Arrays = dict[str, np.ndarray]
 
 _ROWS = 8  # of one batch
-_STAGGER = 4  # rows start at this many different steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +109,16 @@ def caption(
     cases: list[Case],
     new_tokens: int,
     seen: Callable[[Arrays, list[int]], None] | None = None,
+    stagger: int = 4,
 ) -> Iterator[Answer]:
     """Answers to all cases, at most `new_tokens` each.
 
+    stagger: rows of a batch start at so many different steps.
     seen: called after each batch with its caches and the positions of each row that count.
     """
     for start in range(0, len(cases), _ROWS):
         batch = cases[start : start + _ROWS]
-        answers, caches = _batch(graphs, sizes, batch, new_tokens, tokens.eos)
+        answers, caches = _batch(graphs, sizes, batch, new_tokens, tokens.eos, stagger)
         if seen is not None:
             fed = [len(c.prompt) + len(a.tokens) - 1 for c, a in zip(batch, answers, strict=True)]
             seen(caches, [sizes.prefix + count for count in fed])
@@ -125,10 +126,10 @@ def caption(
 
 
 def _batch(
-    graphs: Graphs, sizes: Sizes, batch: list[Case], new_tokens: int, eos: int
+    graphs: Graphs, sizes: Sizes, batch: list[Case], new_tokens: int, eos: int, stagger: int
 ) -> tuple[list[Answer], Arrays]:
     """All rows at once; those that are over go on, and their surplus is cut off."""
-    starts = np.arange(len(batch)) % _STAGGER
+    starts = np.arange(len(batch)) % stagger
     steps = max(len(case.prompt) for case in batch) + new_tokens - 1 + int(starts.max())
     images = graphs.encode(np.stack([case.pixels for case in batch]))
     caches = _caches(images, capacity=sizes.prefix + steps)

@@ -3,6 +3,7 @@
 It needs what serving needs and no more, so it can run where the service will.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from runtime import manifest as manifests
 from runtime import plan as plans
 from runtime import providers
 from runtime.config import EngineConfig
-from runtime.errors import ProviderError
+from runtime.errors import EngineFolderError, ProviderError
 from runtime.machine import Machine, this_machine
 from runtime.manifest import Manifest
 from runtime.plan import Plan
@@ -50,8 +51,10 @@ def tune(folder: Path, slots: int = EngineConfig().slots) -> Measurement:
     slots: rows of the decode steps to measure. Raises EngineFolderError for a bad folder.
     """
     manifest, machine = manifests.load(folder), this_machine()
+    if not os.access(folder, os.W_OK):
+        raise EngineFolderError(f"{folder} can't be written to: tune where it can, as its owner")
     bench = _Bench(folder, manifest, slots)
-    candidates = list(_candidates(manifest))
+    candidates = list(_candidates(manifest, machine))
     with tqdm(total=len(candidates), desc="measuring", unit="plan") as progress:
         measured = list(_all(bench, candidates, progress))
         others = list(_other_threads(_best(measured).plan, machine))
@@ -83,10 +86,11 @@ def _all(bench: "_Bench", candidates: list[Plan], progress: tqdm) -> Iterator[Me
         progress.update()
 
 
-def _candidates(manifest: Manifest) -> Iterator[Plan]:
+def _candidates(manifest: Manifest, machine: Machine) -> Iterator[Plan]:
     for provider in providers.available():
         for combination in manifest.combinations:
-            yield Plan(combination.name, provider, origin=plans.FILE)
+            if plans.suitable(combination.name, machine):
+                yield Plan(combination.name, provider, origin=plans.FILE)
 
 
 def _other_threads(best: Plan, machine: Machine) -> Iterator[Plan]:

@@ -5,6 +5,7 @@ the machine's instruction set is used; both only ever name combinations that exp
 """
 
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from runtime.config import AUTO, EngineConfig
 from runtime.errors import EngineFolderError
 from runtime.machine import Machine, this_machine
 from runtime.manifest import EXACT, Manifest
+
+log = logging.getLogger(__name__)
 
 FILE = "plan.json"
 FORMAT = 1
@@ -46,10 +49,11 @@ def resolve(
     available: providers that this machine has, the fastest first. Raises EngineFolderError for a
     plan.json that is of another machine or engine, or can't be read.
     """
-    untouched = config.provider == AUTO and config.precision == AUTO and not config.threads
-    if untouched and (folder / FILE).is_file():
-        plan = load(folder, this_machine())
-        return [replace(plan, encode_batch=config.encode_batch or plan.encode_batch)]
+    if (folder / FILE).is_file():
+        if config.provider == AUTO and config.precision == AUTO and not config.threads:
+            plan = load(folder, manifest, this_machine(), available)
+            return [replace(plan, encode_batch=config.encode_batch or plan.encode_batch)]
+        log.info("%s is set aside: provider, precision or threads were given", folder / FILE)
     names = available if config.provider == AUTO else (config.provider,)
     return [default(manifest, config, name, this_machine()) for name in names]
 
@@ -58,6 +62,8 @@ def default(manifest: Manifest, config: EngineConfig, provider: str, machine: Ma
     """The plan for an encoder on `provider` when nothing was measured."""
     if config.precision != AUTO:
         combination = manifest.combination(config.precision).name
+        if not suitable(combination, machine):
+            log.warning("%s was not proven on a processor such as %s", combination, machine)
     else:
         combination = _preferred(manifest, provider, machine)
     return Plan(
@@ -72,17 +78,25 @@ def default(manifest: Manifest, config: EngineConfig, provider: str, machine: Ma
 
 def _preferred(manifest: Manifest, provider: str, machine: Machine) -> str:
     if not machine.has_int8_dot:
-        return EXACT  # 8-bit products saturate here, so what was proven elsewhere does not hold
+        return EXACT
     proven = {c.name for c in manifest.combinations}
-    return next((name for name in _order(provider, machine) if name in proven), EXACT)
+    return next((name for name in _order(provider) if name in proven), EXACT)
 
 
-def _order(provider: str, machine: Machine) -> tuple[str, ...]:
-    if provider == "cpu" or (provider == "openvino" and not machine.has_amx):
+def _order(provider: str) -> tuple[str, ...]:
+    if provider == "cpu":
         return _INT8_ENCODER + _INT8_DECODER
     if provider == "openvino":
         return _CALIBRATED_ENCODER + _INT8_DECODER
     return _INT8_DECODER
+
+
+def suitable(combination: str, machine: Machine) -> bool:
+    """Whether what was proven of a combination holds on this machine.
+
+    Without instructions for it, sums of 8-bit products saturate on the way.
+    """
+    return machine.has_int8_dot or "int8" not in combination.rpartition("/")[0]
 
 
 def save(folder: Path, plan: Plan, machine: Machine, measured: list[dict[str, object]]) -> None:
@@ -97,22 +111,24 @@ def save(folder: Path, plan: Plan, machine: Machine, measured: list[dict[str, ob
     (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def load(folder: Path, machine: Machine) -> Plan:
+def load(folder: Path, manifest: Manifest, machine: Machine, available: tuple[str, ...]) -> Plan:
     """Read `folder`/plan.json; EngineFolderError unless it is of this machine and engine."""
     path = folder / FILE
     again = f"make a new one with `make tune ENGINE={folder}`, or delete it"
     try:
         content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise EngineFolderError(f"{path} was written by another version: {again}")
         stated = content["machine"] | {"instructions": tuple(content["machine"]["instructions"])}
         made_on, engine = Machine(**stated), content["engine"]
         plan = Plan(**content["plan"])
-        wrong_format = content["format"] != FORMAT
     except (ValueError, KeyError, TypeError, AttributeError) as cause:
         raise EngineFolderError(f"{path} can't be read ({cause!r}): {again}") from cause
-    if wrong_format:
-        raise EngineFolderError(f"{path} was written by another version: {again}")
     if made_on != machine:
         raise EngineFolderError(f"{path} was made on {made_on}, this is {machine}: {again}")
     if engine != manifests.sha256(folder / manifests.FILE):
         raise EngineFolderError(f"{path} was made for another export of this engine: {again}")
+    if plan.encoder_provider not in available:
+        raise EngineFolderError(f"{path} wants {plan.encoder_provider}, which is gone: {again}")
+    manifest.combination(plan.combination)
     return plan

@@ -81,13 +81,19 @@ def require(name: str) -> None:
 
 
 def open_session(
-    path: Path, name: str, threads: int, probe: dict[str, np.ndarray], compiled: Path | None = None
+    path: Path,
+    name: str,
+    threads: int,
+    probe: dict[str, np.ndarray],
+    compiled: Path | None = None,
+    exact: bool = False,
 ) -> ort.InferenceSession:
     """Open a graph on the named provider.
 
     threads: of the operators; 0 takes all cores. probe: inputs to run it on once, because some
     providers open a graph that they then can't run. compiled: folder in which a provider that
-    compiles graphs keeps the result for the next start. Raises ProviderError when the provider is
+    compiles graphs keeps the result for the next start. exact: compute in fp32 where the provider
+    would take bf16 by itself. Raises ProviderError when the provider is
     missing, can't open or run the graph, or is not in use by the session afterwards.
     """
     require(name)
@@ -98,7 +104,7 @@ def open_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         if provider.name == "openvino":
-            session = _open_openvino(path, options, threads, compiled)
+            session = _open_openvino(path, options, threads, compiled, exact)
         else:
             session = _open_builtin(path, provider, options)
     except Exception as cause:  # ONNX Runtime raises a class of its own for every status code
@@ -138,13 +144,15 @@ def _open_builtin(
 
 
 def _open_openvino(
-    path: Path, options: ort.SessionOptions, threads: int, compiled: Path | None
+    path: Path, options: ort.SessionOptions, threads: int, compiled: Path | None, exact: bool
 ) -> ort.InferenceSession:
-    config: dict[str, object] = {}
+    config: dict[str, object] = {"INFERENCE_PRECISION_HINT": "f32"} if exact else {}
     if threads:  # OpenVINO has threads of its own, which ONNX Runtime's setting does not reach
         config["INFERENCE_NUM_THREADS"] = threads
     if compiled is not None and os.access(compiled.parent, os.W_OK):
         config["CACHE_DIR"] = str(compiled)
+    elif compiled is not None:
+        log.info("%s can't be written to: the graph is compiled at every start", compiled.parent)
     options.add_provider_for_devices(
         _openvino_devices()[:1], {"load_config": json.dumps({"CPU": config})} if config else {}
     )

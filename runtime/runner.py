@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from runtime.config import EngineConfig
-from runtime.manifest import Manifest
+from runtime.manifest import EXACT, Manifest
 from runtime.plan import Plan
 from runtime.providers import open_session
 
@@ -51,7 +51,7 @@ class Runner:
         pixels = {"pixels": np.zeros((1, *self.pixels_shape), np.uint8)}
         self._encoder = open_session(
             folder / encoder.file, plan.encoder_provider, plan.encoder_threads, pixels,
-            folder / _COMPILED,
+            folder / _COMPILED, exact=plan.combination == EXACT,
         )  # fmt: skip
         self._decoder = open_session(
             folder / decoder.file, plan.decoder_provider, plan.decoder_threads, self._inputs(1)
@@ -118,7 +118,9 @@ class Runner:
 
     def warm_up(self) -> None:
         """Run both graphs once, so that the first request finds them compiled and allocated."""
-        self.encode([np.zeros(self.pixels_shape, np.uint8)], [0])
+        images = min(self.plan.encode_batch, len(self._tokens))
+        for batch in {1, images}:
+            self.encode([np.zeros(self.pixels_shape, np.uint8)] * batch, range(batch))
         self.decode([0], [0])
 
     def _bind(self, rows: int) -> _Step:

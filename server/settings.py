@@ -47,7 +47,7 @@ class Settings(BaseSettings):
         str,
         Field(description="encoder/decoder/cache, such as fp32/int8/int8, one of the combinations "
               "in the engine's manifest.json; auto takes plan.json, or without one what suits this "
-              "processor; fp32/fp32/float32 says what PyTorch says, to the token"),
+              "processor; fp32/fp32/float32 computes all in fp32 and was compared to the token"),
     ] = "auto"  # fmt: skip
     slots: Annotated[
         int,

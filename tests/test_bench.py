@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from bench import apache, contestants, open_loop, report
-from bench.arithmetic import highest, knee, percentile, rate
+from bench import apache, contestants, offline, open_loop, report
+from bench.arithmetic import affordable, highest, knee, percentile, rate
 from bench.isolated import Failed, isolated
 from bench.settings import Settings
 from tests.conftest import DEMO, SAMPLES
@@ -53,6 +53,30 @@ def test_the_search_for_a_rate_closes_in_and_ends():
     best = max(rate for rate, held in tried if held)
     assert best <= capacity <= best * 1.05
     assert len(tried) < 12
+
+
+def test_slow_contestants_get_as_many_rounds_as_fit():
+    assert affordable(256, 16, solo=0.06, budget=30) == 256
+    assert affordable(32, 1, solo=6.0, budget=30) == 5
+    assert affordable(32, 8, solo=1.6, budget=30) == 16  # two rounds of eight
+    assert affordable(32, 8, solo=6.0, budget=30) == 8  # one, for twice the time
+    assert affordable(256, 64, solo=6.0, budget=30) == 0
+
+
+def test_ratios_are_to_the_best_batch_and_to_one_image():
+    theirs = {"precision": "fp32", "tokens": [[1, 2]],
+              "batches": [{"batch": 1, "ms_per_image": 6000.0},
+                          {"batch": 4, "ms_per_image": 5000.0}]}  # fmt: skip
+    ours = {"name": "x", "combination": "fp32/fp32/float32", "ms_per_image": 50.0, "one_ms": 80.0,
+            "tokens": [[1, 2]]}  # fmt: skip
+    found = offline._compared({"torch": [theirs], "vignette": [ours]})
+    assert found["ratios"] == [
+        {"vignette": "x", "torch": "fp32", "throughput": 100.0, "latency": 75.0}
+    ]
+    assert found["tokens_equal"] is True
+    other = ours | {"tokens": [[1, 3]]}
+    assert offline._compared({"torch": [theirs], "vignette": [other]})["tokens_equal"] is False
+    assert offline._compared({"torch": [theirs], "vignette": []})["tokens_equal"] is None
 
 
 def test_failed_and_refused_requests_are_no_captions():
@@ -111,11 +135,12 @@ def test_a_contestant_that_does_not_start_is_reported_and_the_rest_goes_on(tmp_p
 
 @pytest.mark.skipif(shutil.which("ab") is None, reason="ab is not installed (apache2-utils)")
 def test_apachebench_measures_a_running_server(tmp_path):
-    ours = contestants.vignette(Settings(engine=DEMO))
+    ours = contestants.Contestant(
+        "demo", ("-m", "server", "--engine", str(DEMO), "--port", "{port}"), tokens=None
+    )
     image = (SAMPLES / "owl.png").read_bytes()
     with contestants.running(ours, image) as url:
-        run = {"clients": 2, "requests": 6}
-        found = apache._ab(ours, url, run, 30, tmp_path, image)
+        found = apache._ab(ours, url, 2, 6, tmp_path, image)
     assert (found["answered"], found["errors"]) == (6, 0)
     assert len(found["times_ms"]) == 6
     assert found["times_ms"] == sorted(found["times_ms"])

@@ -123,6 +123,7 @@ def test_openvino_agrees_with_the_cpu(demo):
 
 
 def test_impossible_settings_are_refused():
-    for wrong in ({"slots": 0}, {"encode_batch": 0}, {"threads": -1}, {"text_tokens": 1}):
+    for wrong in ({"slots": 0}, {"encode_batch": 0}, {"threads": -1}, {"text_tokens": 1},
+                  {"patience": -1}):  # fmt: skip
         with pytest.raises(InvalidRequest):
             EngineConfig(**wrong)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -33,7 +33,7 @@ def folder(small, tmp_path):
     [
         (OLD, "cpu", EXACT),  # 8-bit products saturate there
         (VNNI, "cpu", "int8/int8/int8"),
-        (VNNI, "openvino", "int8/int8/int8"),
+        (VNNI, "openvino", "int8-static/int8/int8"),
         (AMX, "cpu", "int8/int8/int8"),
         (AMX, "openvino", "int8-static/int8/int8"),
         (VNNI, "cuda", "fp32/int8/int8"),
@@ -70,7 +70,8 @@ def test_tuning_measures_all_and_the_engine_runs_by_it(folder, capsys):
 def test_what_the_caller_says_counts_more_than_the_plan(folder):
     best = tune(folder, slots=2).plan
     assert Engine.open(folder, EngineConfig(encode_batch=3)).config.encode_batch == 3
-    assert f"encoder {best.combination.split('/')[0]} on cpu" in Engine.open(folder).runs_on
+    encoder = best.combination.split("/")[0]
+    assert f"encoder {encoder} on {best.encoder_provider}" in Engine.open(folder).runs_on
     exact = Engine.open(folder, EngineConfig(precision=EXACT))
     assert "encoder fp32 on" in exact.runs_on
     assert "plan.json" not in exact.runs_on
@@ -93,6 +94,9 @@ def test_a_plan_for_something_else_is_refused_with_the_remedy(folder):
     refused("another version", format=99)
     refused("can't be read", plan={})
     refused("can't be read", machine=None)
+    refused(
+        "wants tensorrt, which is gone", plan=asdict(replace(plan, encoder_provider="tensorrt"))
+    )
 
 
 def test_a_plan_is_not_made_for_what_is_no_engine(tmp_path, capsys):
@@ -100,7 +104,21 @@ def test_a_plan_is_not_made_for_what_is_no_engine(tmp_path, capsys):
     assert "is not an engine" in capsys.readouterr().err
 
 
-def test_this_machine_is_described():
-    machine = this_machine()
-    assert machine.cores >= 1
-    assert machine.cpu in str(machine)
+def test_an_old_processor_is_never_given_saturating_products(folder, monkeypatch, caplog):
+    monkeypatch.setattr("export.tune.this_machine", lambda: OLD)
+    assert "int8" not in tune(folder, slots=2).plan.combination.rpartition("/")[0]
+    rows = json.loads((folder / "plan.json").read_text())["measured"]
+    assert {r["combination"] for r in rows} == {EXACT, "fp32/fp32/int8"}
+    wanted = EngineConfig(precision="int8/int8/int8")
+    default(manifests.load(folder), wanted, "cpu", OLD)
+    assert "was not proven on a processor such as" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_measuring(folder, monkeypatch, capsys):
+    monkeypatch.setattr("export.tune.os.access", lambda *_: False)
+    assert command.main(["tune", str(folder)]) == 1
+    assert "can't be written to" in capsys.readouterr().err
+
+
+def test_this_machine_has_cores():
+    assert this_machine().cores >= 1

@@ -182,6 +182,15 @@ def test_large_jpegs_are_decoded_smaller_within_the_stated_tolerance(size, scale
     assert np.percentile(difference, 99.9) <= 12
 
 
+def test_even_a_grid_stays_within_the_stated_tolerance():
+    grid = np.full((1400, 1400, 3), 255, np.uint8)
+    grid[::9], grid[:, ::9] = (200, 0, 0), (0, 0, 200)
+    data = encoded(Image.fromarray(grid), "JPEG", quality=90)
+    exact = theirs(Image.open(io.BytesIO(data))).astype(int)
+    difference = np.abs(preprocess(data, HOW).astype(int) - exact)
+    assert 0 < difference.mean() <= 10
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_scaled_decoding_keeps_orientation_and_colours(mode):
     exif = Image.Exif()

@@ -12,16 +12,16 @@ from bench.settings import SHAPE, TOKENS
 from export.checkpoint import Checkpoint
 from export.random_weights import random_weights
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TorchCaptioner:
     """`generate` over a batch of images; greedy, always TOKENS new tokens."""
 
-    def __init__(self, precision: str = "fp32", device: str = "cpu") -> None:
+    def __init__(self, precision: str = "fp32") -> None:
         self._checkpoint: Checkpoint = random_weights(SHAPE)
-        self._dtype, self._device = DTYPES[precision], device
-        self._model = self._checkpoint.model.to(device, self._dtype)
+        self._dtype = DTYPES[precision]
+        self._model = self._checkpoint.model.to(self._dtype)
         how, normalisation = self._checkpoint.preprocessing, self._checkpoint.normalisation
         self._processor = CLIPImageProcessor(
             size={"shortest_edge": how.shortest_edge},
@@ -46,19 +46,19 @@ class TorchCaptioner:
         """Encoded image -> `[3, S, S]` in the model's dtype."""
         image = Image.open(io.BytesIO(data)).convert("RGB")
         pixels = self._processor(image, return_tensors="pt")["pixel_values"][0]
-        return pixels.to(self._device, self._dtype)
+        return pixels.to(self._dtype)
 
     def normalise(self, pixels: np.ndarray) -> torch.Tensor:
         """uint8 `[3, S, S]`, as Vignette's encoder takes them -> the same image for `generate`."""
         how = self._checkpoint.normalisation
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (how.mean, how.std))
         values = (torch.from_numpy(pixels).float() * how.rescale - mean) / std
-        return values.to(self._device, self._dtype)
+        return values.to(self._dtype)
 
     @torch.inference_mode()
     def generate(self, images: list[torch.Tensor]) -> list[list[int]]:
         """New token ids of each image."""
-        start = torch.full((len(images), 1), self._checkpoint.tokens.bos, device=self._device)
+        start = torch.full((len(images), 1), self._checkpoint.tokens.bos)
         config: Any = self._config
         ids = self._model.generate(
             pixel_values=torch.stack(images),

@@ -1,0 +1,54 @@
+"""Load on an engine in this process: clients that ask again, and arrivals that don't wait."""
+
+import itertools
+import random
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+
+from runtime.engine import Engine
+
+Job = tuple[np.ndarray, int]  # pixels, tokens of its caption
+
+
+def jobs(images: list[np.ndarray], count: int, shortest: int, longest: int) -> list[Job]:
+    """Captions of uneven length; the same at every call."""
+    rng = random.Random(0)
+    return [(rng.choice(images), rng.randint(shortest, longest)) for _ in range(count)]
+
+
+def closed_loop(engine: Engine, work: list[Job], clients: int) -> list[float]:
+    """Each client submits its next job when the last is done -> seconds of each, in their order."""
+    waits: list[float] = []
+    coming = iter(work)
+    for pixels, tokens in itertools.islice(coming, clients):
+        engine.submit(pixels, None, tokens, ignore_eos=True)
+    while not engine.scheduler.idle:
+        for done in engine.step():
+            waits.append((done.finished_at or 0) - done.submitted_at)
+            for pixels, tokens in itertools.islice(coming, 1):
+                engine.submit(pixels, None, tokens, ignore_eos=True)
+    return waits
+
+
+def poisson(engine: Engine, work: list[Job], rate: float) -> list[float]:
+    """Jobs come at `rate` a second whatever happens -> seconds of each from when it was due."""
+    waits: list[float] = []
+    coming = deque(zip(_due(rate, len(work)), work, strict=True))
+    start = time.perf_counter()
+    while coming or not engine.scheduler.idle:
+        while coming and start + coming[0][0] <= time.perf_counter():
+            due, (pixels, tokens) = coming.popleft()
+            engine.submit(pixels, None, tokens, ignore_eos=True, submitted_at=start + due)
+        if engine.scheduler.idle:
+            time.sleep(max(0.0, start + coming[0][0] - time.perf_counter()))
+            continue
+        waits += [s.finished_at - s.submitted_at for s in engine.step() if s.finished_at]
+    return waits
+
+
+def _due(rate: float, count: int) -> Iterator[float]:
+    rng = random.Random(1)
+    return itertools.accumulate(rng.expovariate(rate) for _ in range(count))
