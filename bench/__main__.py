@@ -20,6 +20,7 @@ from bench import (
     machine,
     offline,
     open_loop,
+    profile,
     report,
     scheduling,
     service,
@@ -42,6 +43,7 @@ def _known_rates(sections: dict[str, Any]) -> dict[str, float]:
 SECTIONS: dict[str, Section] = {
     "images": lambda settings, _: images.measure(settings),
     "roofline": lambda settings, _: machine.measure(settings),
+    "profile": lambda settings, _: profile.measure(settings),
     "batches": lambda settings, _: batches.measure(settings),
     "offline": lambda settings, done: offline.measure(settings, done.get("batches", {})),
     "ablation": lambda settings, _: ablation.measure(settings),

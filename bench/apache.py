@@ -66,18 +66,19 @@ def _contestant(
             solo = _solo(contestant, url, image)
             for clients, requests in _loads(settings):
                 progress.set_postfix_str(f"{contestant.name}, {clients} clients")
-                run = {"contestant": contestant.name, "clients": clients, "requests": requests}
+                run: dict[str, Any] = {"contestant": contestant.name, "clients": clients}
                 count = affordable(requests, clients, solo, settings.budget)
-                if any(r["clients"] == clients and r["requests"] == count for r in runs):
-                    count = 0  # the smaller number of requests is all that fits
-                    run["note"] = "left out: more requests take too long"
-                elif not count:
-                    run["note"] = f"left out: {clients} requests take {clients * solo:.0f} s"
-                else:
-                    run |= {"requests": count}
-                    run |= _ab(contestant, url, clients, count, folder, image)
-                runs.append(run)
                 progress.update()
+                if any(
+                    (r["clients"], r["requests"]) in ((clients, count), (clients, 0)) for r in runs
+                ):
+                    continue  # no more requests fit than with the smaller number that was asked for
+                run["requests"] = count
+                if count:
+                    run |= _ab(contestant, url, clients, count, folder, image)
+                else:
+                    run["note"] = f"left out: {clients} requests take {clients * solo:.0f} s"
+                runs.append(run)
     except ServerFailed as failure:
         tqdm.write(str(failure))
         runs.append({"contestant": contestant.name, "failed": str(failure)})

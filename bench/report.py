@@ -178,6 +178,13 @@ def _against_floor(part: dict[str, Any]) -> tuple[str, str, str]:
     return f"{took:.1f} ms", f"{floor:.1f} ms", f"{floor / took:.0%}"
 
 
+def _profile(section: dict[str, Any]) -> str:
+    return "".join(
+        _table((graph, "share of the time"), ((name, f"{share:.1%}") for name, share in shares))
+        for graph, shares in section["graphs"].items()
+    )
+
+
 def _service(section: dict[str, Any]) -> str:
     share = section["share_of_engine"]
     first, second = section["start_s"]
@@ -228,5 +235,7 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "roofline": ("Against the machine's limits", "Peaks are measured in the same run: the best of "
                  "PyTorch and ONNX Runtime for a matrix product of 2048, and reading 512 MiB. "
                  "The floor is the work at that peak.", _roofline),
+    "profile": ("Where the time goes", "ONNX Runtime's time by kind of node: int8/int8/int8 on the "
+                "CPU provider, one image, and a step of 16 rows.", _profile),
     "images": ("Preprocessing", "JPEG bytes to pixels, on one core.", _images),
 }  # fmt: skip

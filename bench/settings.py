@@ -26,13 +26,13 @@ class Settings:
     engine: Path = ENGINE
     clients: tuple[int, ...] = (1, 8, 16, 64)
     requests: tuple[int, ...] = (32, 256)
-    budget: int = 30
+    budget: int = 20
     precisions: tuple[str, ...] = ("fp32", "bf16")
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     torch_batches: tuple[int, ...] = (1, 4, 8)
     repeats: int = 3
     images: int = 64
-    hold: int = 10
+    hold: int = 8
     rates: int = 3
     policies: int = 4
 

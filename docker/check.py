@@ -34,9 +34,9 @@ PODMAN_RUN = ["--log-driver", "k8s-file", "--cgroup-parent", "vignette", "--cgro
 
 def main() -> int:
     """Build, run, ask, stop; 0 when everything was as it should be."""
-    docker = shutil.which("docker")
+    docker = has_docker()
     if not docker and not (shutil.which("podman") and shutil.which("buildah")):
-        print("needs docker, or podman with buildah and runc", file=sys.stderr)
+        print("needs a Docker daemon, or podman with buildah and runc", file=sys.stderr)
         return 2
     client, run_flags = (["docker"], []) if docker else (PODMAN, PODMAN_RUN)
     if docker:
@@ -58,6 +58,13 @@ def main() -> int:
     finally:
         subprocess.run([*client, "rm", "--force", NAME], capture_output=True, check=False)
     return 0
+
+
+def has_docker() -> bool:
+    """Whether there is a Docker daemon to talk to; the client alone builds nothing."""
+    if shutil.which("docker") is None:
+        return False
+    return subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0
 
 
 def inspect_running(client: list[str]) -> None:
