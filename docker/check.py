@@ -147,6 +147,7 @@ def host_settings(folder: Path) -> list[str]:
     (folder / "pip.conf").write_text("\n".join(["[global]", *lines]) + "\n")
     for word in " ".join(values.values()).replace("\\n", " ").split():
         path = Path(word.removeprefix("file://"))
+        path = path.parent if path.name == "simple" else path  # an index' files lie beside it
         if path.is_absolute() and path.is_dir():
             flags += ["--volume", f"{path}:{path}:ro"]
     return [
