@@ -13,7 +13,6 @@ from bench.settings import SHAPE, TOKENS, Settings
 from runtime.config import EngineConfig
 from runtime.engine import Engine
 
-_BATCH = 8  # of the static steps
 _LENGTHS = (4, 28)  # shortest and longest caption of the load that compares batching
 
 
@@ -25,7 +24,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         ("8-bit K/V cache", "fp32/int8/int8"),
     )
     steps: list[tuple[str, Any, tuple[Any, ...]]] = [
-        ("Hugging Face generate, fp32", _generate, ()),
+        ("Hugging Face generate, fp32", _generate, (settings,)),
         ("image encoded once, same PyTorch", _plain_loop, ("torch", settings)),
         ("ONNX Runtime, fp32, new cache each step", _plain_loop, ("onnx", settings)),
         *((name, _engine, (c, "cpu", settings)) for name, c in static),
@@ -41,13 +40,13 @@ def measure(settings: Settings) -> dict[str, Any]:
     return {"steps": rows, "batching": isolated(_batching, settings)}
 
 
-def _generate() -> float:
+def _generate(settings: Settings) -> float:
     from bench.baselines.model import TorchCaptioner
 
     model = TorchCaptioner("fp32")
-    images = [model.normalise(p) for p in pictures(_BATCH, (3, 224, 224))]
+    images = [model.normalise(p) for p in pictures(settings.ablation_batch, (3, 224, 224))]
     model.generate(images[:1])  # the batch itself takes the better part of a minute: once will do
-    return seconds(lambda: model.generate(images)) / _BATCH * 1e3
+    return seconds(lambda: model.generate(images)) / len(images) * 1e3
 
 
 def _plain_loop(kind: str, settings: Settings) -> float:
@@ -63,21 +62,22 @@ def _plain_loop(kind: str, settings: Settings) -> float:
         files = (settings.engine / f"{graph}.onnx" for graph in ("encoder", "decoder"))
         graphs = greedy.OnnxGraphs(*files)
     shape = (3, checkpoint.sizes.image, checkpoint.sizes.image)
-    cases = [greedy.Case(p, [checkpoint.tokens.bos]) for p in pictures(_BATCH, shape)]
+    cases = [greedy.Case(p, [checkpoint.tokens.bos]) for p in pictures(settings.ablation_batch, shape)]
     run = lambda: list(  # noqa: E731
         greedy.caption(graphs, checkpoint.sizes, checkpoint.tokens, cases, TOKENS, stagger=1)
     )
-    return median_s(run, settings.repeats) / _BATCH * 1e3
+    return median_s(run, settings.repeats) / len(cases) * 1e3
 
 
 def _engine(combination: str, provider: str, settings: Settings) -> float:
+    batch = settings.ablation_batch
     config = EngineConfig(
-        provider=provider, precision=combination, slots=_BATCH, encode_batch=_BATCH, refill=False
+        provider=provider, precision=combination, slots=batch, encode_batch=batch, refill=False
     )
     engine = Engine.open(settings.engine, config)
-    images = pictures(_BATCH, engine.runner.pixels_shape)
+    images = pictures(batch, engine.runner.pixels_shape)
     run = lambda: engine.generate(images, max_new_tokens=TOKENS, ignore_eos=True)  # noqa: E731
-    return median_s(run, settings.repeats) / _BATCH * 1e3
+    return median_s(run, settings.repeats) / batch * 1e3
 
 
 def _batching(settings: Settings) -> dict[str, Any]:

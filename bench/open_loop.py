@@ -27,7 +27,6 @@ from bench.settings import Settings
 _BOUNDS = (0.5, 5.0)  # seconds for p99; PyTorch has a chance under the last only
 _SAMPLES = 16
 _ENOUGH = 460  # queries after which LoadGen calls a p99 certain (its early-stopping rule)
-_LEAST = 20  # queries below which nothing is said about a rate
 _GIVE_UP = 90  # seconds without an answer
 
 
@@ -185,7 +184,7 @@ class _Search:
         tried: list[dict[str, Any]] = []
         rate: float | None = 0.9 * start
         while rate is not None and len(tried) < self._settings.rates:
-            queries = max(_LEAST, round(rate * bound * self._settings.hold))
+            queries = max(self._settings.least_queries, round(rate * bound * self._settings.hold))
             if bound < 1 and self._settings.rates > 2:  # cheap enough to be certain
                 queries = max(queries, _ENOUGH)
             tried.append(self._run(rate, bound, queries))

@@ -24,8 +24,6 @@ from runtime.engine import Engine
 Load = Callable[[Engine], list[float]]
 
 _POLICIES = ((1, 0.0), (1, 0.5), (4, 0.0), (4, 0.5))  # encode batch, patience
-_CLIENTS = (1, 4, 16, 64)
-_LOADS = (0.5, 0.8)  # of what the machine can do
 _LENGTHS = (8, 24)  # shortest and longest caption, in tokens
 _REPEATS = 2  # of each case; the policies take turns
 
@@ -45,12 +43,12 @@ def _all(settings: Settings) -> list[dict[str, Any]]:
     }
     images = pictures(16, next(iter(engines.values())).runner.pixels_shape)
     loads: dict[str, Load] = {}
-    for count in _CLIENTS:
+    for count in settings.scheduling_clients:
         work = arrivals.jobs(images, max(settings.images // 2, 2 * count), *_LENGTHS)
         loads[f"{count} clients"] = partial(arrivals.closed_loop, work=work, clients=count)
     work = arrivals.jobs(images, settings.images, *_LENGTHS)
     capacity = _capacity(engines, work)
-    for share in _LOADS:
+    for share in settings.loads:
         rate = share * capacity
         loads[f"Poisson, {share:.0%} load"] = partial(arrivals.poisson, work=work, rate=rate)
     rows: list[dict[str, Any]] = []

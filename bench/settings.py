@@ -21,6 +21,10 @@ class Settings:
         through than can be served for long.
     rates: open-loop rates to try for each bound.
     policies: scheduling policies to compare.
+    loads: shares of the machine's capacity to compare them at, besides closed loops of
+        `scheduling_clients`.
+    ablation_batch: images at once in the ablation's static steps.
+    least_queries: fewest queries of an open-loop test.
     """
 
     engine: Path = ENGINE
@@ -35,18 +39,26 @@ class Settings:
     hold: int = 8
     rates: int = 3
     policies: int = 4
+    loads: tuple[float, ...] = (0.5, 0.8)
+    scheduling_clients: tuple[int, ...] = (1, 4, 16, 64)
+    ablation_batch: int = 8
+    least_queries: int = 20
 
 
 QUICK = Settings(
     clients=(1, 8),
     requests=(16,),
-    budget=6,
+    budget=4,
     precisions=("bf16",),
     batches=(1, 4, 16),
     torch_batches=(1, 2),
     repeats=1,
     images=16,
     hold=4,
-    rates=2,
+    rates=1,
     policies=2,
+    loads=(0.8,),
+    scheduling_clients=(4,),
+    ablation_batch=2,
+    least_queries=6,
 )
