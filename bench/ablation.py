@@ -62,7 +62,9 @@ def _plain_loop(kind: str, settings: Settings) -> float:
         files = (settings.engine / f"{graph}.onnx" for graph in ("encoder", "decoder"))
         graphs = greedy.OnnxGraphs(*files)
     shape = (3, checkpoint.sizes.image, checkpoint.sizes.image)
-    cases = [greedy.Case(p, [checkpoint.tokens.bos]) for p in pictures(settings.ablation_batch, shape)]
+    cases = [
+        greedy.Case(p, [checkpoint.tokens.bos]) for p in pictures(settings.ablation_batch, shape)
+    ]
     run = lambda: list(  # noqa: E731
         greedy.caption(graphs, checkpoint.sizes, checkpoint.tokens, cases, TOKENS, stagger=1)
     )

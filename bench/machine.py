@@ -147,7 +147,7 @@ def _work() -> dict[str, float]:
 def _reached(settings: Settings) -> dict[str, Any]:
     engine = Engine.open(settings.engine, EngineConfig())
     runner, manifest = engine.runner, engine.manifest
-    slots = engine.config.slots
+    slots = engine.config.slots or 1
     batch = pictures(engine.config.encode_batch or 1, runner.pixels_shape)
     encode = median_s(lambda: runner.encode(batch, range(len(batch))), 3 * settings.repeats)
     tokens, fed = [manifest.tokens.bos] * slots, [TOKENS // 2] * slots
@@ -169,8 +169,9 @@ def _step_bytes(engine: Engine, settings: Settings, rows: int) -> int:
     manifest, sizes = engine.manifest, engine.manifest.sizes
     plan = engine.runner.plan  # type: ignore[attr-defined]
     variant = manifest.variant("decoder", manifest.combination(plan.combination))
-    embedding = sizes.vocabulary * sizes.heads * sizes.head * 4
-    weights = (settings.engine / variant.data).stat().st_size - embedding
     width = np.dtype(variant.cache).itemsize
+    number = 2 if variant.precision == "fp16" else 4
+    embedding = sizes.vocabulary * sizes.heads * sizes.head * number
+    weights = (settings.engine / (variant.data or "")).stat().st_size - embedding
     positions = sizes.prefix + TOKENS // 2
     return weights + rows * 2 * sizes.layers * sizes.heads * positions * sizes.head * width

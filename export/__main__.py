@@ -61,7 +61,12 @@ def _parser() -> argparse.ArgumentParser:
         "--verify-tokens", type=int, default=20, metavar="N",
         help="most new tokens for each of them (default 20)",
     )  # fmt: skip
-    parser.add_argument("--fp32-only", action="store_true", help="leave the 8-bit variants out")
+    parser.add_argument("--fp32-only", action="store_true", help="leave the faster variants out")
+    parser.add_argument(
+        "--target", choices=("cpu", "cuda", "tensorrt"), default="cpu",
+        help="cuda adds fp16 variants for NVIDIA GPUs; tensorrt adds one for TensorRT too, and "
+        "compiles it for the GPU that is here (default cpu)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
     return parser
 
@@ -93,6 +98,9 @@ def _export(args: argparse.Namespace) -> None:
     from export import checkpoint, pictures
     from export.build import Proof, build
     from export.random_weights import random_weights
+    from runtime import providers
+    from runtime.config import EngineConfig
+    from runtime.opening import open_runner, prepare
 
     if args.random_weights:
         source = random_weights(args.random_weights, args.seed)
@@ -103,8 +111,16 @@ def _export(args: argparse.Namespace) -> None:
     pixels = (
         pictures.from_folder(args.images, source.preprocessing, source.sizes) if args.images else []
     )
-    proof = Proof(args.verify_images, args.verify_tokens, tuple(pixels), not args.fp32_only)
+    if args.target == "tensorrt":
+        providers.require("tensorrt")  # before an export that ends in what can't be compiled
+    proof = Proof(
+        args.verify_images, args.verify_tokens, tuple(pixels), not args.fp32_only, args.target
+    )
     manifest = build(source, args.output, proof)
+    if args.target == "tensorrt":
+        print("compiling the encoder with TensorRT", flush=True)
+        prepared = prepare(args.output, EngineConfig(provider="tensorrt"))
+        open_runner(prepared)
     found = manifest.verification
     print(
         f"{args.output}: {found['images']} images of {found['new_tokens']} tokens, the same as "

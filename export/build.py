@@ -25,6 +25,7 @@ from export.errors import ExportError
 from export.gate import exact, judge
 from export.graphs import share_weights
 from export.greedy import Case
+from export.half import build_half
 from export.onnx_config import OPSET, GitDecoderOnnxConfig, GitEncoderOnnxConfig
 from export.pictures import LEAST_PICTURES, rows
 from export.split import ImagePrefix, TextDecoder
@@ -35,6 +36,7 @@ from runtime.manifest import TOKENIZER, Combination, Manifest, Variant, sha256
 
 _TASK = "image-to-text"
 _FP32 = ("fp32", "float32")
+_FUSED = "encoder.fused.onnx"  # fp32, and only on the way to fp16
 _CALIBRATION = 128  # pictures; the gate takes all
 _PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime")
 
@@ -45,13 +47,16 @@ class Proof:
 
     images, new_tokens: what `verify` compares with `generate`.
     pixels: uint8 encoder rows of real pictures, for calibration, the gate, and `verify` first.
-    fast: build the 8-bit variants too. It takes pictures, unless the weights are random.
+    fast: build faster variants too: 8 bits for processors and, for a target with a GPU, fp16.
+        It takes pictures, unless the weights are random.
+    target: what the engine is for: cpu, cuda, or tensorrt (and cuda).
     """
 
     images: int = 8
     new_tokens: int = 20
     pixels: tuple[np.ndarray, ...] = ()
     fast: bool = True
+    target: str = "cpu"
 
 
 def build(checkpoint: Checkpoint, output: Path, proof: Proof | None = None) -> Manifest:
@@ -62,38 +67,51 @@ def build(checkpoint: Checkpoint, output: Path, proof: Proof | None = None) -> M
     proof = proof or Proof()
     with _beside(output) as folder:
         print(f"exporting {checkpoint.name} to ONNX", flush=True)
-        _write_graphs(checkpoint, folder)
+        _write_graphs(checkpoint, folder, fused=proof.fast and proof.target != "cpu")
         for graph in ("encoder", "decoder"):
             share_weights(folder / file_name(graph, *_FP32), data_name(graph, "fp32"))
         (folder / TOKENIZER).write_text(checkpoint.tokenizer_json)
         print("running ONNX, then PyTorch on the same images", flush=True)
         found = verify(checkpoint, folder, proof.images, proof.new_tokens, list(proof.pixels))
-        combinations = [exact(found.images), *_fast_ones(checkpoint, folder, proof)]
-        manifest = _describe(checkpoint, folder, combinations)
-        manifest = replace(manifest, verification=asdict(found))
+        fast, fp32_nodes = _fast_ones(checkpoint, folder, proof)
+        manifest = _describe(checkpoint, folder, [exact(found.images), *fast])
+        measured = asdict(found) | {"fp32_nodes": fp32_nodes}
+        manifest = replace(manifest, verification=measured)
         manifest.save(folder)
     return manifest
 
 
-def _fast_ones(checkpoint: Checkpoint, folder: Path, proof: Proof) -> list[Combination]:
-    """Build the 8-bit variants and judge them, where there is something to judge them by."""
+def _fast_ones(
+    checkpoint: Checkpoint, folder: Path, proof: Proof
+) -> tuple[list[Combination], dict[str, list[str]]]:
+    """Build the faster variants and judge them, where there is something to judge them by.
+
+    Returns what passed, and by file the nodes that fp16 could not hold.
+    """
     if not proof.fast:
-        return []
+        return [], {}
     pixels = list(proof.pixels)
     if not pixels and checkpoint.trained and checkpoint.sizes.frames:
-        print("no 8-bit variants: judging them on pictures is for single-image models so far")
-        return []
+        print("no faster variants: judging them on pictures is for single-image models so far")
+        return [], {}
     if not pixels and checkpoint.trained:
         print(
-            f"no 8-bit variants, which are several times as fast: they are calibrated and judged "
-            f"on pictures, so give --images a folder with {LEAST_PICTURES} or more"
+            f"no 8-bit or fp16 variants, which are several times as fast: they are calibrated and "
+            f"judged on pictures, so give --images a folder with {LEAST_PICTURES} or more"
         )
-        return []
+        return [], {}
     made = islice(rows(np.random.default_rng(1), checkpoint.sizes, pixels), LEAST_PICTURES)
     pixels = pixels or list(made)
     variants = build_variants(checkpoint, folder, pixels[:_CALIBRATION], proof.new_tokens)
     cases = [Case(row, [checkpoint.tokens.bos]) for row in pixels]
-    return judge(checkpoint, folder, variants, cases, proof.new_tokens)
+    fp32_nodes: dict[str, list[str]] = {}
+    if proof.target != "cpu":
+        half, fp32_nodes = build_half(
+            checkpoint, folder, folder / _FUSED, cases[:_CALIBRATION], proof.new_tokens,
+            plain=proof.target == "tensorrt",
+        )  # fmt: skip
+        variants += half
+    return judge(checkpoint, folder, variants, cases, proof.new_tokens), fp32_nodes
 
 
 @contextmanager
@@ -149,15 +167,28 @@ def _move_into_place(partial: Path, output: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_graphs(checkpoint: Checkpoint, folder: Path) -> None:
-    """Let Optimum export both submodels; of what it writes only the graphs are kept."""
+def _write_graphs(checkpoint: Checkpoint, folder: Path, fused: bool) -> None:
+    """Let Optimum export the submodels; of what it writes only the graphs are kept.
+
+    fused: a second encoder, with attention in one node.
+    """
     sizes, how, config = checkpoint.sizes, checkpoint.normalisation, checkpoint.model.config
 
+    configs = {
+        "encoder": GitEncoderOnnxConfig(config, sizes, _TASK),
+        "decoder": GitDecoderOnnxConfig(config, sizes, _TASK),
+    }
+    if fused:
+        configs["encoder.fused"] = GitEncoderOnnxConfig(config, sizes, _TASK)
+
     def submodels(model: GitForCausalLM) -> dict[str, torch.nn.Module]:
-        return {
-            "encoder": ImagePrefix(model, how.rescale, how.mean, how.std),
+        normalised = model, how.rescale, how.mean, how.std
+        modules = {
+            "encoder": ImagePrefix(*normalised),
             "decoder": TextDecoder(model, sizes.prefix),
+            "encoder.fused": ImagePrefix(*normalised, fused=True),
         }
+        return {name: modules[name] for name in configs}
 
     with tempfile.TemporaryDirectory(dir=folder) as raw, warnings.catch_warnings():
         # Tracing warns of every Python number; whether one mattered is what `verify` finds out.
@@ -167,22 +198,19 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path) -> None:
             Path(raw),
             opset=OPSET,
             task=_TASK,
-            custom_onnx_configs={
-                "encoder": GitEncoderOnnxConfig(config, sizes, _TASK),
-                "decoder": GitDecoderOnnxConfig(config, sizes, _TASK),
-            },
+            custom_onnx_configs=configs,
             fn_get_submodels=submodels,
             no_post_process=True,
             do_validation=False,  # ours is stricter, and knows what is undefined in the cache
         )
-        for graph in ("encoder", "decoder"):
+        for graph in configs:
             (Path(raw) / f"{graph}.onnx").rename(folder / f"{graph}.onnx")
 
 
 def _describe(checkpoint: Checkpoint, folder: Path, combinations: list[Combination]) -> Manifest:
     """The manifest of what is used; files of variants that no combination has are deleted."""
     variants = _used(combinations)
-    files = {TOKENIZER, *(v.file for v in variants), *(v.data for v in variants)}
+    files = {TOKENIZER, *(v.file for v in variants), *(v.data for v in variants if v.data)}
     for path in folder.iterdir():
         if path.name not in files:
             path.unlink()
@@ -202,4 +230,5 @@ def _describe(checkpoint: Checkpoint, folder: Path, combinations: list[Combinati
 def _used(combinations: list[Combination]) -> tuple[Variant, ...]:
     wanted = {("encoder", c.encoder, c.cache) for c in combinations}
     wanted |= {("decoder", c.decoder, c.cache) for c in combinations}
+    wanted |= {("insert", c.decoder, c.cache) for c in combinations if c.cache == "float16"}
     return tuple(variant(*key) for key in sorted(wanted))

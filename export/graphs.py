@@ -8,6 +8,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from runtime.manifest import Sizes
 
+_OPSET, _IR_VERSION = 17, 8  # what the exporter writes too
 Scales = dict[str, np.ndarray]  # "{layer}.key" or "{layer}.value" -> float32 [H, D]
 
 
@@ -76,6 +77,54 @@ def _quantise_cache(node: NodeProto, key_scale: str, value_scale: str) -> None:
         "v_quant_type": "PER_CHANNEL",
     }
     node.attribute.extend(helper.make_attribute(*setting) for setting in settings.items())
+
+
+def with_next_lengths(decoder: Path) -> None:
+    """Let the decoder also emit `next_lengths`, so that steps can follow one another on a device.
+
+    `lengths` is what GroupQueryAttention counts the cache by; each step adds one to it.
+    """
+    model = onnx.load(decoder, load_external_data=False)
+    one = "next_lengths.one"
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(1, np.int32), one))
+    model.graph.node.append(helper.make_node("Add", ["lengths", one], ["next_lengths"]))
+    model.graph.output.append(
+        helper.make_tensor_value_info("next_lengths", TensorProto.INT32, ["rows"])
+    )
+    onnx.save_model(model, decoder)
+
+
+def write_insertion(output: Path, sizes: Sizes, dtype: int) -> None:
+    """A graph that puts image K/V into slots of the arena, so that neither leaves the device.
+
+    Inputs `positions` int64 `[1, H, P, 3]` (0, head, position) and `slots` int64 `[B, 1, 1, 1]`
+    say where; then for each layer and kind `image.{i}.{kind}` `[B, H, P, D]` and
+    `arena.{i}.{kind}` `[slots, H, C, D]` -> `inserted.{i}.{kind}`. With an arena bound to its
+    input and output at once only the named places are written. P may be any number of positions.
+    """
+    unit = "slot_axis"
+    initialisers = [numpy_helper.from_array(np.array([1, 0, 0], np.int64), unit)]
+    nodes = [
+        helper.make_node("Mul", ["slots", unit], ["offset"]),
+        helper.make_node("Add", ["positions", "offset"], ["places"]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("positions", TensorProto.INT64, [1, sizes.heads, "P", 3]),
+        helper.make_tensor_value_info("slots", TensorProto.INT64, ["B", 1, 1, 1]),
+    ]
+    outputs = []
+    for name in (f"{layer}.{kind}" for layer in range(sizes.layers) for kind in ("key", "value")):
+        image, arena, out = f"image.{name}", f"arena.{name}", f"inserted.{name}"
+        nodes.append(helper.make_node("ScatterND", [arena, "places", image], [out]))
+        slots: list[str | int | None] = ["slots", sizes.heads, "C", sizes.head]
+        inputs.append(
+            helper.make_tensor_value_info(image, dtype, ["B", sizes.heads, "P", sizes.head])
+        )
+        inputs.append(helper.make_tensor_value_info(arena, dtype, slots))
+        outputs.append(helper.make_tensor_value_info(out, dtype, slots))
+    graph = helper.make_graph(nodes, "insertion", inputs, outputs, initialisers)
+    opset = [helper.make_opsetid("", _OPSET)]
+    onnx.save_model(helper.make_model(graph, opset_imports=opset, ir_version=_IR_VERSION), output)
 
 
 def _rename_output(graph: GraphProto, old: str, new: str) -> None:

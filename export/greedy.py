@@ -73,13 +73,13 @@ class TorchGraphs:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         how, self._layers = checkpoint.normalisation, checkpoint.sizes.layers
-        self._encoder = ImagePrefix(checkpoint.model, how.rescale, how.mean, how.std)
-        self._decoder = TextDecoder(checkpoint.model, checkpoint.sizes.prefix)
+        self.encoder = ImagePrefix(checkpoint.model, how.rescale, how.mean, how.std)
+        self.decoder = TextDecoder(checkpoint.model, checkpoint.sizes.prefix)
 
     @torch.inference_mode()
     def encode(self, pixels: np.ndarray) -> Arrays:
         """See Graphs."""
-        prefix = self._encoder(torch.from_numpy(pixels))
+        prefix = self.encoder(torch.from_numpy(pixels))
         return {name: value.numpy() for name, value in prefix.items()}
 
     @torch.inference_mode()
@@ -90,7 +90,7 @@ class TorchGraphs:
             tuple(given.pop(f"past_key_values.{layer}.{kind}") for kind in ("key", "value"))
             for layer in range(self._layers)
         ]
-        found = self._decoder(**given, past_key_values=past)
+        found = self.decoder(**given, past_key_values=past)
         for layer, pair in enumerate(found.pop("past_key_values")):
             for kind, cache in zip(("key", "value"), pair, strict=True):
                 found[f"present.{layer}.{kind}"] = cache
@@ -165,7 +165,7 @@ def _caches(images: Arrays, capacity: int) -> Arrays:
     for name, image in images.items():
         rows, heads, prefix, head = image.shape
         # What lies beyond a row's length is undefined: fill it with what would show if it counted.
-        filler = 1e4 if image.dtype == np.float32 else 127
+        filler = 127 if image.dtype == np.int8 else 1e4
         cache = np.full((rows, heads, capacity, head), filler, image.dtype)
         cache[:, :, :prefix] = image
         caches[name.replace("image", "past_key_values")] = cache

@@ -66,7 +66,8 @@ class GitEncoderOnnxConfig(OnnxConfig):
 
     def generate_dummy_inputs(self, framework: str = "pt", **kwargs: Any) -> dict[str, Any]:
         """Random pixels; Optimum's shape arguments know nothing of this model's inputs."""
-        return {"pixels": _pixels(self._sizes)}
+        pixels = _pixels(self._sizes)
+        return {"pixels": pixels.numpy() if framework == "np" else pixels}
 
 
 class GitDecoderOnnxConfig(OnnxConfigWithPast):

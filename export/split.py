@@ -7,11 +7,13 @@ look like the beginning of the text. Both call the checkpoint's own modules
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GitForCausalLM
+from transformers import AttentionInterface, GitForCausalLM, PretrainedConfig
 from transformers.models.git.modeling_git import GitLayer
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
@@ -23,9 +25,18 @@ class ImagePrefix(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, model: GitForCausalLM, rescale: float, mean: list[float], std: list[float]):
+    def __init__(
+        self,
+        model: GitForCausalLM,
+        rescale: float,
+        mean: list[float],
+        std: list[float],
+        fused: bool = False,
+    ):
+        """`fused`: attention as one node, which CUDA has a kernel for; else in plain ONNX."""
         super().__init__()
         self.config = model.config
+        self.fused = fused
         self.git = model.git
         self.rescale = rescale
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -37,11 +48,21 @@ class ImagePrefix(nn.Module):
         prefix: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(self.git.encoder.layer):
             attention = layer.attention.self
-            prefix[f"image.{index}.key"] = _split_heads(attention, attention.key(hidden))
-            prefix[f"image.{index}.value"] = _split_heads(attention, attention.value(hidden))
-            if index + 1 < len(self.git.encoder.layer):  # nobody reads the last layer's output
-                hidden = layer(hidden)[0]
+            key, value = attention.key(hidden), attention.value(hidden)
+            prefix[f"image.{index}.key"] = _split_heads(attention, key)
+            prefix[f"image.{index}.value"] = _split_heads(attention, value)
+            if index + 1 == len(self.git.encoder.layer):
+                break  # nobody reads the last layer's output
+            hidden = self._fused(layer, hidden, key, value) if self.fused else layer(hidden)[0]
         return prefix
+
+    def _fused(
+        self, layer: GitLayer, hidden: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """What `layer` does, with its attention in one node."""
+        own = layer.attention.self
+        context = FusedAttention.apply(own.query(hidden), key, value, own.num_attention_heads)
+        return layer.feed_forward_chunk(layer.attention.output(context, hidden))
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Vision features of all frames of an image, `[B, P, vision width]`."""
@@ -50,7 +71,8 @@ class ImagePrefix(nn.Module):
         frames = self.config.num_image_with_embedding
         images = pixels.flatten(0, 1) if frames else pixels
         images = (images.to(self.mean.dtype) * self.rescale - self.mean) / self.std
-        features = self.git.image_encoder(images).last_hidden_state
+        with _attention(self.git.image_encoder.config, _FUSED if self.fused else None):
+            features = self.git.image_encoder(images).last_hidden_state
         if not frames:
             return features
         # One vision call for all frames, then each frame's own embedding, then one long prefix.
@@ -156,6 +178,56 @@ class CachedAttention(torch.autograd.Function):
         key.setType(past_key.type())
         value.setType(past_value.type())
         return context, key, value
+
+
+class FusedAttention(torch.autograd.Function):
+    """Attention of all positions to all: one `com.microsoft.MultiHeadAttention` node in ONNX."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int
+    ) -> torch.Tensor:
+        """Three `[B, S, HD]` -> `[B, S, HD]`."""
+        split = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+        context = nn.functional.scaled_dot_product_attention(*split)
+        return context.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def symbolic(g: Any, query: Any, key: Any, value: Any, heads: int) -> Any:
+        """The operator divides by the root of the head's width by itself."""
+        context = g.op("com.microsoft::MultiHeadAttention", query, key, value, num_heads_i=heads)
+        context.setType(query.type())
+        return context
+
+
+_FUSED = "vignette_fused"
+
+
+def _fused_for_clip(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *_: Any,
+    **__: Any,
+) -> tuple[torch.Tensor, None]:
+    """FusedAttention by the signature of transformers' attention functions: `[B, H, S, D]` in."""
+    flat = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
+    return FusedAttention.apply(*flat, module.num_heads), None
+
+
+AttentionInterface.register(_FUSED, _fused_for_clip)
+
+
+@contextmanager
+def _attention(config: PretrainedConfig, name: str | None) -> Iterator[None]:
+    """Let a submodel use another attention function meanwhile; None leaves its own."""
+    own = config._attn_implementation
+    config._attn_implementation = name or own
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
 
 
 def _split_heads(attention: nn.Module, projected: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ class Measurement:
         return self.encode_ms + _TOKENS * self.step_ms / self.slots
 
 
-def tune(folder: Path, slots: int = EngineConfig().slots) -> Measurement:
+def tune(folder: Path, slots: int = 16) -> Measurement:
     """Measure every proven combination on every provider, then thread counts; write plan.json.
 
     slots: rows of the decode steps to measure. Raises EngineFolderError for a bad folder.

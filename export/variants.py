@@ -32,7 +32,7 @@ _OPTIONS = {
 
 def file_name(graph: str, precision: str, cache: str) -> str:
     """encoder.onnx is fp32 with a float32 cache; others say how they differ."""
-    return f"{graph}{'' if precision == 'fp32' else f'.{precision}'}{_CACHES[cache]}.onnx"
+    return f"{graph}{'' if precision == 'fp32' else f'.{precision}'}{_CACHES.get(cache, '')}.onnx"
 
 
 def data_name(graph: str, precision: str) -> str:
@@ -43,7 +43,8 @@ def data_name(graph: str, precision: str) -> str:
 def variant(graph: str, precision: str, cache: str) -> Variant:
     """The manifest's entry for one graph file."""
     file = file_name(graph, precision, cache)
-    return Variant(graph, precision, cache, file, data_name(graph, precision))
+    data = None if graph == "insert" else data_name(graph, precision)
+    return Variant(graph, precision, cache, file, data)
 
 
 def build_variants(

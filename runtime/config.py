@@ -11,7 +11,8 @@ AUTO = "auto"
 class EngineConfig:
     """How an engine uses the machine.
 
-    slots: sequences that decode together; each takes one fixed piece of the K/V arena.
+    slots: sequences that decode together; each takes one fixed piece of the K/V arena. None takes
+        16, or on a GPU what fits its memory, at most 64.
     text_tokens: text positions a slot has (prompt and caption); None takes the model's own number,
         at most 64, because captions are short and the arena's size follows from it.
     encode_batch: most images that go through the encoder between two decode steps; None leaves it
@@ -22,9 +23,10 @@ class EngineConfig:
     provider: execution provider of the encoder graph: cpu, openvino, cuda, tensorrt or auto.
     precision: a combination of the manifest such as fp32/int8/int8, or auto.
     threads: threads of each session's operators; 0 lets ONNX Runtime take all cores.
+    cuda_graphs: on a GPU, capture each step once and launch it again.
     """
 
-    slots: int = 16
+    slots: int | None = None
     text_tokens: int | None = None
     encode_batch: int | None = None
     patience: float = 0.5
@@ -32,10 +34,12 @@ class EngineConfig:
     provider: str = AUTO
     precision: str = AUTO
     threads: int = 0
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         batch = 1 if self.encode_batch is None else self.encode_batch
-        if self.slots < 1 or batch < 1 or self.threads < 0:
+        slots = 1 if self.slots is None else self.slots
+        if slots < 1 or batch < 1 or self.threads < 0:
             raise InvalidRequest("slots and encode_batch must be 1 or more, threads 0 or more")
         if self.patience < 0:
             raise InvalidRequest("patience must be 0 or more")

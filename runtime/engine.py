@@ -31,6 +31,7 @@ class Phases(Protocol):
     """What an engine needs of a runner; tests put a model in its place that needs no graphs."""
 
     text_tokens: int
+    burst: int  # most decode steps of one call
 
     @property
     def runs_on(self) -> str:
@@ -43,14 +44,11 @@ class Phases(Protocol):
     def encode(self, pixels: ListLike[np.ndarray], slots: ListLike[int]) -> None:
         """Put the image K/V of each of `pixels` into its slot."""
 
-    def decode(self, tokens: ListLike[int], fed: ListLike[int]) -> np.ndarray:
-        """Feed one token to each leading row -> int64 `[rows]`, the most likely next ones."""
+    def decode(self, tokens: ListLike[int], fed: ListLike[int], steps: int = 1) -> np.ndarray:
+        """Feed a token to each leading row, and what follows -> int64 `[steps, rows]`."""
 
     def move(self, source: int, target: int) -> None:
         """Copy a sequence's cache from one slot to another."""
-
-    def warm_up(self) -> None:
-        """Run everything once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +90,10 @@ class Engine:
         """Load and warm up what `runtime.opening.prepare` found whole; raises ProviderError."""
         from runtime.opening import open_runner
 
-        runner = open_runner(prepared)
-        runner.warm_up()
-        config = replace(prepared.config, encode_batch=runner.plan.encode_batch)
+        runner, slots = open_runner(prepared)
+        config = replace(
+            prepared.config, encode_batch=min(runner.plan.encode_batch, slots), slots=slots
+        )
         tokenizer = CaptionTokenizer(prepared.folder, prepared.manifest)
         return cls(prepared.manifest, tokenizer, runner, config)
 
@@ -155,10 +154,14 @@ class Engine:
         self.scheduler = self._new_scheduler()
 
     def _new_scheduler(self) -> Scheduler:
+        assert self.config.slots is not None
         return Scheduler(self.config.slots, self._encode_batch, self.config.refill)
 
     def step(self) -> list[Sequence]:
-        """Admit and encode what fits, feed one token to every running row, return what ended."""
+        """Admit and encode what fits, feed every running row, return what ended.
+
+        A row is fed one token, or on a device as many as can follow one another there.
+        """
         admitted = self._admit()
         self._encode(admitted)
         for move in self.scheduler.compact():
@@ -167,13 +170,21 @@ class Engine:
         if running:
             started = time.perf_counter()
             predicted = self.runner.decode(
-                [s.next_token for s in running], [s.fed for s in running]
+                [s.next_token for s in running], [s.fed for s in running], self._burst(running)
             )
             self._pacing.decoded(time.perf_counter() - started)
-            for sequence, token in zip(running, predicted.tolist(), strict=True):
-                sequence.advance(token, self.manifest.tokens.eos)
+            for row in predicted.tolist():
+                for sequence, token in zip(running, row, strict=True):
+                    if sequence.finish_reason is None:  # else it ended earlier in this burst
+                        sequence.advance(token, self.manifest.tokens.eos)
         self.last_step = StepReport(len(admitted), len(running))
         return self.scheduler.release_finished()
+
+    def _burst(self, running: list[Sequence]) -> int:
+        """Steps that need nothing from here: no forced token, no row that is sure to be over."""
+        if self.runner.burst == 1 or any(s.forced_left for s in running):
+            return 1
+        return min(self.runner.burst, *(s.most_left for s in running))
 
     def _admit(self) -> list[Sequence]:
         """Those to encode now: none while the running ones have their turn."""

@@ -54,10 +54,12 @@ class Preprocessing:
 class Variant:
     """One graph in one precision, for one type of K/V cache.
 
-    graph: "encoder" or "decoder".
+    graph: "encoder" or "decoder"; "insert" puts image K/V into slots on a device (no weights).
     precision: fp32, int8 (weights, and activations as they come), int8-static (an encoder with
-        activation scales from calibration, for OpenVINO).
-    cache: dtype of the K/V that the encoder writes and the decoder reads: float32 or int8.
+        activation scales from calibration, for OpenVINO), fp16, fp16-fused (an encoder with
+        attention in one node, for CUDA).
+    cache: dtype of the K/V that the encoder writes and the decoder reads: float32, int8 or
+        float16, which stays on a GPU.
     file, data: names in the engine folder; `data` holds the weights, which variants that differ
         in the cache alone share.
     """
@@ -66,7 +68,7 @@ class Variant:
     precision: str
     cache: str
     file: str
-    data: str
+    data: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,34 @@
-"""From an engine folder to a runner: manifest, plan, sessions, each checked before the next."""
+"""From an engine folder to a runner: manifest, plan, memory and sessions, one after another."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runtime import manifest as manifests
 from runtime import providers
 from runtime.config import AUTO, EngineConfig
+from runtime.device_runner import DeviceRunner
 from runtime.errors import ProviderError
+from runtime.gpu import Memory, require_gpu
 from runtime.manifest import Manifest
 from runtime.plan import Plan, resolve
-from runtime.runner import Runner
+from runtime.runner import TEXT_TOKENS, Runner
 
 log = logging.getLogger(__name__)
+
+_SLOTS = 16  # on a processor: more rows make a step no cheaper for each
+_MOST_SLOTS = 64  # on a GPU, unless more are asked for
+_HALF = 2  # bytes
+_ACTIVATIONS = 24  # of an image in the encoder: tensors of positions x width that are alive at once
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan that fits: its slots, and on a GPU the bytes that its sessions may take."""
+
+    plan: Plan
+    slots: int
+    memory_limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,31 +38,79 @@ class Prepared:
     folder: Path
     manifest: Manifest
     config: EngineConfig
-    plans: tuple[Plan, ...]
+    candidates: tuple[Candidate, ...]
 
 
 def prepare(folder: Path, config: EngineConfig) -> Prepared:
     """Find out all that can be wrong before a graph is loaded; takes no more than reading it.
 
     Raises EngineFolderError for a missing, damaged or foreign folder or plan, ProviderError for a
-    provider that is not here.
+    provider that is not here, or a GPU that is too small.
     """
     if config.provider != AUTO:
         providers.require(config.provider)
     manifest = manifests.load(folder)
     plans = resolve(folder, manifest, config, providers.available())
-    return Prepared(folder, manifest, config, tuple(plans))
-
-
-def open_runner(engine: Prepared) -> Runner:
-    """A runner on the first plan that works here; with several, each that doesn't is logged.
-
-    Raises ProviderError when the last can't run either.
-    """
-    *optional, last = engine.plans
-    for plan in optional:
+    candidates: list[Candidate] = []
+    for plan in plans:
         try:
-            return Runner(engine.folder, engine.manifest, engine.config, plan)
+            candidates.append(_fitted(folder, manifest, config, plan))
         except ProviderError as cause:
-            log.warning("auto: %s was tried and left out: %s", plan.encoder_provider, cause)
-    return Runner(engine.folder, engine.manifest, engine.config, last)
+            if len(plans) == 1:
+                raise
+            log.warning("auto: %s was left out: %s", plan.encoder_provider, cause)
+    return Prepared(folder, manifest, config, tuple(candidates))
+
+
+def _fitted(folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) -> Candidate:
+    """The plan with its slots; ProviderError if they don't fit the GPU that holds them."""
+    if plan.decoder_provider != "cuda":
+        return Candidate(plan, config.slots or _SLOTS)
+    gpu = require_gpu(providers.cuda_major())
+    slots, limit = gpu_memory(folder, manifest, config, plan).budget(
+        gpu, config.slots, _MOST_SLOTS, plan.encode_batch
+    )
+    return Candidate(plan, slots, limit)
+
+
+def gpu_memory(folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) -> Memory:
+    """What an engine takes of a GPU: weights as they lie on disk, the rest by its shapes."""
+    sizes, combination = manifest.sizes, manifest.combination(plan.combination)
+    width = sizes.heads * sizes.head
+    text = min(config.text_tokens or TEXT_TOKENS, sizes.text)
+    kv = 2 * sizes.layers * width * _HALF  # of one position
+    files = {manifest.variant(graph, combination).data for graph in ("encoder", "decoder")}
+    return Memory(
+        weights=sum((folder / name).stat().st_size for name in files if name),
+        slot=(sizes.prefix + text) * kv,
+        image=sizes.prefix * (kv + _ACTIVATIONS * width * _HALF),
+    )
+
+
+def open_runner(engine: Prepared) -> tuple[Runner | DeviceRunner, int]:
+    """A warm runner on the first plan that works here, and its slots.
+
+    With several plans, each that doesn't work is logged. Raises ProviderError when the last can't
+    run either.
+    """
+    *optional, last = engine.candidates
+    for candidate in optional:
+        try:
+            return _opened(engine, candidate)
+        except ProviderError as cause:
+            name = candidate.plan.encoder_provider
+            log.warning("auto: %s was tried and left out: %s", name, cause)
+    return _opened(engine, last)
+
+
+def _opened(engine: Prepared, candidate: Candidate) -> tuple[Runner | DeviceRunner, int]:
+    config = replace(engine.config, slots=candidate.slots)
+    runner: Runner | DeviceRunner
+    if candidate.plan.decoder_provider == "cuda":
+        runner = DeviceRunner(
+            engine.folder, engine.manifest, config, candidate.plan, candidate.memory_limit
+        )
+    else:
+        runner = Runner(engine.folder, engine.manifest, config, candidate.plan)
+    runner.warm_up()
+    return runner, candidate.slots

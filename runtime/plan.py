@@ -23,9 +23,17 @@ FORMAT = 1
 # By preference where 8-bit products are fast; what an engine does not have is passed over.
 _INT8_ENCODER = ("int8/int8/int8", "int8/int8/float32", "int8/fp32/int8", "int8/fp32/float32")
 _INT8_DECODER = ("fp32/int8/int8", "fp32/int8/float32", "fp32/fp32/int8")
+_FUSED_HALF = ("fp16-fused/fp16/float16",)  # with all state on the GPU
+_PLAIN_HALF = ("fp16/fp16/float16",)  # an encoder that TensorRT takes
 _CALIBRATED_ENCODER = ("int8-static/int8/int8", "int8-static/int8/float32")  # OpenVINO's form
-_ENCODE_BATCH = {"cpu": 1, "openvino": 4}  # a CPU's int8 encoder is as fast for one image as for 8
+_ENCODE_BATCH = {
+    "cpu": 1,
+    "openvino": 4,
+    "cuda": 16,
+    "tensorrt": 16,
+}  # a CPU's int8 encoder is as fast for one image as for 8
 _DEFAULT_ENCODE_BATCH = 8
+_GPU = ("cuda", "tensorrt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +74,11 @@ def default(manifest: Manifest, config: EngineConfig, provider: str, machine: Ma
             log.warning("%s was not proven on a processor such as %s", combination, machine)
     else:
         combination = _preferred(manifest, provider, machine)
+    on_gpu = provider in _GPU and combination.endswith("/float16")
     return Plan(
         combination=combination,
         encoder_provider=provider,
+        decoder_provider="cuda" if on_gpu else "cpu",
         encoder_threads=config.threads,
         decoder_threads=config.threads,
         encode_batch=config.encode_batch or _ENCODE_BATCH.get(provider, _DEFAULT_ENCODE_BATCH),
@@ -77,10 +87,9 @@ def default(manifest: Manifest, config: EngineConfig, provider: str, machine: Ma
 
 
 def _preferred(manifest: Manifest, provider: str, machine: Machine) -> str:
-    if not machine.has_int8_dot:
-        return EXACT
     proven = {c.name for c in manifest.combinations}
-    return next((name for name in _order(provider) if name in proven), EXACT)
+    candidates = (n for n in _order(provider) if machine.has_int8_dot or "int8" not in n)
+    return next((name for name in candidates if name in proven), EXACT)
 
 
 def _order(provider: str) -> tuple[str, ...]:
@@ -88,7 +97,9 @@ def _order(provider: str) -> tuple[str, ...]:
         return _INT8_ENCODER + _INT8_DECODER
     if provider == "openvino":
         return _CALIBRATED_ENCODER + _INT8_DECODER
-    return _INT8_DECODER
+    if provider == "tensorrt":
+        return _PLAIN_HALF + _INT8_DECODER
+    return _FUSED_HALF + _INT8_DECODER
 
 
 def suitable(combination: str, machine: Machine) -> bool:

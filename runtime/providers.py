@@ -4,6 +4,7 @@ ONNX Runtime by itself falls back to its CPU provider when another fails to load
 error; what `auto` may step down to is the engine's business.
 """
 
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -17,12 +18,16 @@ from types import ModuleType
 import numpy as np
 import onnxruntime as ort
 
+from runtime import tensorrt
 from runtime.config import AUTO
 from runtime.errors import EngineFolderError, ProviderError
+from runtime.gpu import Gpu, require_gpu
+from runtime.manifest import sha256
 
 log = logging.getLogger(__name__)
 
 _OPENVINO_PACKAGE = "onnxruntime_ep_openvino"
+_COMPILED = "compiled"  # OpenVINO's subfolder of an engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +44,8 @@ _PROVIDERS = {
     for p in (
         Provider(
             "tensorrt",
-            "TensorrtExecutionProvider",
-            "install the gpu extra (onnxruntime-gpu) and TensorRT's libraries",
+            tensorrt.EP,
+            tensorrt.REMEDY,
         ),
         Provider(
             "cuda",
@@ -56,6 +61,34 @@ _PROVIDERS = {
     )
 }
 NAMES = (AUTO, *_PROVIDERS)  # after `auto`, the order in which it tries them
+_NVIDIA = ("cuda", "tensorrt")
+
+
+@dataclass(frozen=True, slots=True)
+class CudaOptions:
+    """How a session uses a GPU: the most bytes it may take, and whether its runs are captured."""
+
+    memory_limit: int | None = None
+    graphs: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a graph runs, and how.
+
+    threads: of the operators on a processor; 0 takes all cores.
+    folder: where a provider that compiles graphs may keep the result for the next start.
+    exact: compute in fp32 where the provider would take less by itself.
+    batch, row: most rows of an encoder and the shape of each, which TensorRT compiles for.
+    """
+
+    provider: str
+    threads: int = 0
+    folder: Path | None = None
+    exact: bool = False
+    cuda: CudaOptions = CudaOptions()
+    batch: int = 1
+    row: tuple[int, ...] = ()
 
 
 def available() -> tuple[str, ...]:
@@ -66,47 +99,55 @@ def available() -> tuple[str, ...]:
     found = []
     for provider in _PROVIDERS.values():
         try:
-            if _is_there(provider):
+            if _is_installed(provider):
+                require(provider.name)
                 found.append(provider.name)
         except ProviderError as cause:
-            log.warning("%s was left out: %s", provider.name, cause)
+            log.warning("auto: %s was left out: %s", provider.name, cause)
     return tuple(found)
 
 
 def require(name: str) -> None:
-    """Raise ProviderError, with the remedy, unless the named provider is here."""
+    """Raise ProviderError, with the remedy, unless the named provider can run here."""
     provider = _by_name(name)
-    if not _is_there(provider):
+    if not _is_installed(provider):
         raise ProviderError(f"{provider.name} is not available here: {provider.remedy}")
+    if name in _NVIDIA:
+        require_gpu(cuda_major())
+        _load_cuda()
+    if name == "tensorrt":
+        tensorrt.version()
+
+
+def cuda_major() -> int | None:
+    """The CUDA that onnxruntime-gpu was built for; None for builds without."""
+    major = ort.cuda_version.partition(".")[0]
+    return int(major) if major.isdecimal() else None
 
 
 def open_session(
-    path: Path,
-    name: str,
-    threads: int,
-    probe: dict[str, np.ndarray],
-    compiled: Path | None = None,
-    exact: bool = False,
+    path: Path, how: Placement, probe: dict[str, np.ndarray] | None = None
 ) -> ort.InferenceSession:
-    """Open a graph on the named provider.
+    """Open a graph on a provider.
 
-    threads: of the operators; 0 takes all cores. probe: inputs to run it on once, because some
-    providers open a graph that they then can't run. compiled: folder in which a provider that
-    compiles graphs keeps the result for the next start. exact: compute in fp32 where the provider
-    would take bf16 by itself. Raises ProviderError when the provider is
-    missing, can't open or run the graph, or is not in use by the session afterwards.
+    probe: inputs to run it on once, because some providers open a graph that they then can't run.
+    Raises ProviderError when the provider is missing, can't open or run the graph, or is not in use
+    by the session afterwards.
     """
-    require(name)
-    provider = _by_name(name)
+    require(how.provider)
+    provider = _by_name(how.provider)
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = how.threads
     # The encoder's and the decoder's threads take turns: those of the one that rests must not spin.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         if provider.name == "openvino":
-            session = _open_openvino(path, options, threads, compiled, exact)
+            session = _open_openvino(path, options, how)
+        elif provider.name == "tensorrt":
+            session = _open_tensorrt(path, options, how)
         else:
-            session = _open_builtin(path, provider, options)
+            settings = _cuda_options(how) if provider.name == "cuda" else {}
+            session = ort.InferenceSession(str(path), options, [(provider.ep, settings)])
     except Exception as cause:  # ONNX Runtime raises a class of its own for every status code
         if provider.name == "cpu":
             raise EngineFolderError(f"{path} can't be loaded: export the engine again") from cause
@@ -117,7 +158,8 @@ def open_session(
             f"{', '.join(session.get_providers())}: {provider.remedy}"
         )
     try:
-        session.run(None, probe)
+        if probe is not None:
+            session.run(None, probe)
     except Exception as cause:
         raise ProviderError(f"{provider.name} can't run {path.name}: {cause}") from cause
     return session
@@ -129,30 +171,59 @@ def _by_name(name: str) -> Provider:
     return _PROVIDERS[name]
 
 
-def _is_there(provider: Provider) -> bool:
+def _is_installed(provider: Provider) -> bool:
     if provider.name == "openvino":
         return bool(_openvino_devices())
     return provider.ep in ort.get_available_providers()
 
 
-def _open_builtin(
-    path: Path, provider: Provider, options: ort.SessionOptions
-) -> ort.InferenceSession:
-    if provider.name != "cpu":
-        ort.preload_dlls()  # CUDA and cuDNN from NVIDIA's wheels, where those are installed
-    return ort.InferenceSession(str(path), options, providers=[provider.ep])
+@cache
+def _load_cuda() -> None:
+    """Load CUDA's libraries from NVIDIA's wheels, so that one that is missing is told by name."""
+    ort.preload_dlls()
+    for library in ("libcublasLt", "libcublas", "libcudart"):
+        try:
+            ctypes.CDLL(f"{library}.so.{cuda_major()}")
+        except OSError as cause:
+            raise ProviderError(
+                f"CUDA's libraries can't be loaded ({cause}): install the gpu extra, which brings "
+                "them, or a CUDA toolkit of that version"
+            ) from cause
 
 
-def _open_openvino(
-    path: Path, options: ort.SessionOptions, threads: int, compiled: Path | None, exact: bool
-) -> ort.InferenceSession:
-    config: dict[str, object] = {"INFERENCE_PRECISION_HINT": "f32"} if exact else {}
-    if threads:  # OpenVINO has threads of its own, which ONNX Runtime's setting does not reach
-        config["INFERENCE_NUM_THREADS"] = threads
-    if compiled is not None and os.access(compiled.parent, os.W_OK):
-        config["CACHE_DIR"] = str(compiled)
-    elif compiled is not None:
-        log.info("%s can't be written to: the graph is compiled at every start", compiled.parent)
+def _cuda_options(how: Placement) -> dict[str, str]:
+    options = {
+        "arena_extend_strategy": "kSameAsRequested",  # doubling would overshoot the limit
+        "cudnn_conv_algo_search": "HEURISTIC",  # one convolution, not worth a search a batch size
+        "enable_cuda_graph": str(int(how.cuda.graphs)),
+        "use_tf32": str(int(not how.exact)),
+    }
+    if how.cuda.memory_limit is not None:
+        options["gpu_mem_limit"] = str(how.cuda.memory_limit)
+    return options
+
+
+def _open_tensorrt(path: Path, options: ort.SessionOptions, how: Placement) -> ort.InferenceSession:
+    gpu: Gpu = require_gpu(cuda_major())
+    assert how.folder is not None
+    name = tensorrt.key(gpu, tensorrt.version(), sha256(path))
+    folder = tensorrt.cache_folder(how.folder, name)
+    chain = [
+        (tensorrt.EP, tensorrt.options(folder, how.row, how.batch)),
+        # For what TensorRT leaves over, such as a cast of the pixels.
+        (_PROVIDERS["cuda"].ep, _cuda_options(how) | {"enable_cuda_graph": "0"}),
+    ]
+    return tensorrt.open_cached(folder, lambda: ort.InferenceSession(str(path), options, chain))
+
+
+def _open_openvino(path: Path, options: ort.SessionOptions, how: Placement) -> ort.InferenceSession:
+    config: dict[str, object] = {"INFERENCE_PRECISION_HINT": "f32"} if how.exact else {}
+    if how.threads:  # OpenVINO has threads of its own, which ONNX Runtime's setting does not reach
+        config["INFERENCE_NUM_THREADS"] = how.threads
+    if how.folder is not None and os.access(how.folder, os.W_OK):
+        config["CACHE_DIR"] = str(how.folder / _COMPILED)
+    elif how.folder is not None:
+        log.info("%s can't be written to: the graph is compiled at every start", how.folder)
     options.add_provider_for_devices(
         _openvino_devices()[:1], {"load_config": json.dumps({"CPU": config})} if config else {}
     )

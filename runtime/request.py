@@ -55,6 +55,16 @@ class Sequence:
         prompt = self.request.prompt_ids
         return prompt[self.fed] if self.fed < len(prompt) else self.generated[-1]
 
+    @property
+    def forced_left(self) -> int:
+        """Forced tokens behind the next one."""
+        return max(0, len(self.request.prompt_ids) - self.fed - 1)
+
+    @property
+    def most_left(self) -> int:
+        """Tokens that may still be generated."""
+        return self.request.max_new_tokens - len(self.generated)
+
     def advance(self, predicted: int, eos: int) -> None:
         """Take what the model predicted after `next_token`; ends the sequence when it is over."""
         self.fed += 1

@@ -16,10 +16,9 @@ import onnxruntime as ort
 from runtime.config import EngineConfig
 from runtime.manifest import EXACT, Manifest
 from runtime.plan import Plan
-from runtime.providers import open_session
+from runtime.providers import CudaOptions, Placement, open_session
 
-_DEFAULT_TEXT_TOKENS = 64
-_COMPILED = "compiled"  # subfolder of an engine, for providers that compile graphs
+TEXT_TOKENS = 64  # positions of a slot, unless told otherwise: captions are short
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +32,12 @@ class _Step:
 class Runner:
     """Phases of captioning over ONNX Runtime: `encode` into slots, `decode` one token for rows."""
 
+    burst = 1
+
     def __init__(self, folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) -> None:
         self.sizes, self.plan = manifest.sizes, plan
-        self.text_tokens = min(config.text_tokens or _DEFAULT_TEXT_TOKENS, self.sizes.text)
+        self.text_tokens = min(config.text_tokens or TEXT_TOKENS, self.sizes.text)
+        assert config.slots is not None, "runtime.opening settles how many"
         combination = manifest.combination(plan.combination)
         encoder, decoder = (manifest.variant(g, combination) for g in ("encoder", "decoder"))
         self._image_names = [
@@ -49,13 +51,14 @@ class Runner:
         self._total_length = np.array([self.sizes.prefix + 1], np.int32)
         self._steps: dict[int, _Step] = {}
         pixels = {"pixels": np.zeros((1, *self.pixels_shape), np.uint8)}
-        self._encoder = open_session(
-            folder / encoder.file, plan.encoder_provider, plan.encoder_threads, pixels,
-            folder / _COMPILED, exact=plan.combination == EXACT,
+        encode_on = Placement(
+            plan.encoder_provider, plan.encoder_threads, folder,
+            exact=plan.combination == EXACT, cuda=CudaOptions(graphs=False),
+            batch=plan.encode_batch, row=self.pixels_shape,
         )  # fmt: skip
-        self._decoder = open_session(
-            folder / decoder.file, plan.decoder_provider, plan.decoder_threads, self._inputs(1)
-        )
+        decode_on = Placement(plan.decoder_provider, plan.decoder_threads)
+        self._encoder = open_session(folder / encoder.file, encode_on, pixels)
+        self._decoder = open_session(folder / decoder.file, decode_on, self._inputs(1))
 
     def _new_arena(self, slots: int, dtype: str) -> list[np.ndarray]:
         positions = self.sizes.prefix + self.text_tokens
@@ -98,18 +101,19 @@ class Runner:
             for row, slot in enumerate(slots):
                 cache[slot, :, : self.sizes.prefix] = image[row]
 
-    def decode(self, tokens: Sequence[int], fed: Sequence[int]) -> np.ndarray:
-        """Feed one token to each of the leading rows -> int64 `[rows]`, the most likely next ones.
+    def decode(self, tokens: Sequence[int], fed: Sequence[int], steps: int = 1) -> np.ndarray:
+        """Feed a token to each of the leading rows -> int64 `[1, rows]`, the most likely next ones.
 
         fed: text tokens that each row's cache holds already. Valid until the next call.
         """
+        assert steps == 1, "tokens are in host memory at every step: bursts gain nothing"
         rows = len(tokens)
         self._tokens[:rows, 0] = tokens
         np.add(fed, self.sizes.prefix, out=self._lengths[:rows], casting="unsafe")
         self._total_length[0] = self._lengths[:rows].max() + 1
         step = self._steps.get(rows) or self._bind(rows)
         self._decoder.run_with_iobinding(step.binding)
-        return step.next_ids
+        return step.next_ids[None]
 
     def move(self, source: int, target: int) -> None:
         """Copy a sequence's cache from one slot to another."""

@@ -59,6 +59,7 @@ async def serve(settings: Settings, prepared: Prepared) -> None:
     await asyncio.wait({stop, start}, return_when=asyncio.FIRST_COMPLETED)
     if not stop.done():
         service.engine = start.result()
+        service.admission.slots = service.engine.config.slots or 0
         service.admission.state = State.READY
         _announce(service, port)
         await stop

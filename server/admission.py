@@ -35,11 +35,12 @@ class QueueFull(VignetteError):
 class Admission:
     """Counts the requests that are inside. Used on the event loop's thread only."""
 
-    def __init__(self, limit: int) -> None:
-        """Let at most `limit` requests in at a time: those that run and those that wait."""
+    def __init__(self, queue: int) -> None:
+        """Let at most `queue` requests wait, besides those that have a slot (set `slots`)."""
         self.state = State.STARTING
         self.inside = 0
-        self._limit = limit
+        self.slots = 0
+        self._queue = queue
         self._completed: deque[float] = deque(maxlen=_RECENT)
 
     @contextmanager
@@ -47,7 +48,7 @@ class Admission:
         """Hold a place while a request is served; raises NotServing or QueueFull."""
         if self.state is not State.READY:
             raise NotServing(f"the server is {self.state}: try again soon, or another instance")
-        if self.inside >= self._limit:
+        if self.inside >= self.slots + self._queue:
             raise QueueFull("the queue is full: try again later", self._seconds_to_drain())
         self.inside += 1
         try:

@@ -26,7 +26,7 @@ class Service:
 def make_service(settings: Settings, open_engine: Callable[[], Engine]) -> Service:
     """The parts of a server, not yet started."""
     metrics = Metrics()
-    admission = Admission(limit=settings.slots + settings.max_queue)
+    admission = Admission(settings.max_queue)
     worker = EngineWorker(open_engine, metrics)
     # Whatever is inside and has no slot waits, wherever it stands on its way there.
     metrics.waiting.set_function(lambda: max(0, admission.inside - worker.running))

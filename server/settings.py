@@ -26,6 +26,7 @@ class Settings(BaseSettings):
         cli_kebab_case=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
+        cli_implicit_flags=True,
         extra="ignore",
         frozen=True,
     )
@@ -50,15 +51,21 @@ class Settings(BaseSettings):
               "processor; fp32/fp32/float32 computes all in fp32 and was compared to the token"),
     ] = "auto"  # fmt: skip
     slots: Annotated[
-        int,
+        int | None,
         Field(ge=1, description="sequences that decode together: more raise throughput, and each "
-              "takes one piece of the K/V arena (the start-up line says how much)"),
-    ] = 16  # fmt: skip
+              "takes one piece of the K/V arena (the start-up line says how much); left out, 16, "
+              "or on a GPU what fits its memory, at most 64"),
+    ] = None  # fmt: skip
     encode_batch: Annotated[
         int | None,
         Field(ge=1, description="most images to encode between two decode steps: more may be "
               "encoded faster together, but running captions wait for them; left out, the plan's"),
     ] = None  # fmt: skip
+    cuda_graphs: Annotated[
+        bool,
+        Field(description="on a GPU, capture each decode step once and launch it as a whole; "
+              "--no-cuda-graphs runs it node by node, to find out what is wrong"),
+    ] = True  # fmt: skip
     threads: Annotated[
         int, Field(ge=0, description="operator threads of each graph; 0 takes all cores")
     ] = 0
@@ -96,6 +103,7 @@ class Settings(BaseSettings):
             provider=self.provider,
             precision=self.precision,
             threads=self.threads,
+            cuda_graphs=self.cuda_graphs,
         )
 
 

@@ -32,7 +32,8 @@ class FakeRunner:
     pixels_shape = (3, 4, 4)
     runs_on = "fake"
 
-    def __init__(self) -> None:
+    def __init__(self, burst: int = 1) -> None:
+        self.burst = burst
         self.cache: dict[int, tuple[int, list[int]]] = {}
         self.steps: list[int] = []  # rows of each decode step
         self.encoded: list[int] = []  # images of each encoder call
@@ -43,31 +44,32 @@ class FakeRunner:
         for image, slot in zip(pixels, slots, strict=True):
             self.cache[slot] = (int(image.sum()), [])
 
-    def decode(self, tokens: ListLike[int], fed: ListLike[int]) -> np.ndarray:
+    def decode(self, tokens: ListLike[int], fed: ListLike[int], steps: int = 1) -> np.ndarray:
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
             raise error
         self.steps.append(len(tokens))
-        return np.array(
-            [self._next(slot, t, n) for slot, (t, n) in enumerate(zip(tokens, fed, strict=True))]
-        )
+        predicted: list[list[int]] = []
+        for step in range(steps):
+            given = zip(tokens, fed, strict=True)
+            tokens = [self._next(slot, t, n + step) for slot, (t, n) in enumerate(given)]
+            predicted.append(list(tokens))
+        return np.array(predicted)
 
     def _next(self, slot: int, token: int, fed: int) -> int:
         image, texts = self.cache[slot]
-        assert fed == len(texts), "a row was fed at the wrong age"
+        assert fed <= len(texts), "a row was fed at the wrong age"
+        del texts[fed:]  # as in a cache, what lies beyond a row's length does not count
         texts.append(token)
         return hash((image, *texts)) % 12  # EOS about every twelfth token
 
     def move(self, source: int, target: int) -> None:
         self.cache[target] = (self.cache[source][0], list(self.cache[source][1]))
 
-    def warm_up(self) -> None:
-        pass
 
-
-def fake_engine(config: EngineConfig | None = None) -> Engine:
+def fake_engine(config: EngineConfig | None = None, burst: int = 1) -> Engine:
     return Engine(
-        MANIFEST, FakeTokenizer(), FakeRunner(), config or EngineConfig(slots=3, patience=0)
+        MANIFEST, FakeTokenizer(), FakeRunner(burst), config or EngineConfig(slots=3, patience=0)
     )  # type: ignore[arg-type]
 
 

@@ -85,6 +85,7 @@ def serve(
         if not wait:
             started.set()
         service.engine = await service.worker.start()
+        service.admission.slots = service.engine.config.slots
         service.admission.state = State.READY
         started.set()
         await stop[0].wait()

@@ -38,9 +38,9 @@ def alone(number: int, words: list[int], most: int) -> tuple[int, ...]:
 
 
 @settings(deadline=None, max_examples=150)
-@given(REQUESTS, CONFIGS)
-def test_any_order_of_arrival_says_what_each_request_alone_says(requests, config):
-    engine = fake_engine(config)
+@given(REQUESTS, CONFIGS, st.integers(1, 4))
+def test_any_order_of_arrival_says_what_each_request_alone_says(requests, config, burst):
+    engine = fake_engine(config, burst)
     arriving = sorted(requests, key=lambda r: r[3])
     expected, finished, step = {}, {}, 0
     while arriving or not engine.scheduler.idle:

@@ -12,6 +12,7 @@ from runtime import providers
 from runtime.config import EngineConfig
 from runtime.engine import Engine
 from runtime.errors import EngineFolderError, InvalidRequest, ProviderError
+from runtime.providers import Placement
 
 
 @pytest.fixture
@@ -68,17 +69,16 @@ def test_a_provider_that_is_missing_is_an_error_with_a_remedy(folder):
 
 def test_a_session_that_fell_back_is_an_error(folder, monkeypatch):
     """As onnxruntime-gpu does without a driver: the provider is listed, the session lacks it."""
-    monkeypatch.setattr(providers, "_is_there", lambda provider: True)
-    monkeypatch.setattr(providers.ort, "preload_dlls", lambda: None)
+    monkeypatch.setattr(providers, "require", lambda name: None)
     cpu_session = ort.InferenceSession(folder / "decoder.onnx", providers=["CPUExecutionProvider"])
     monkeypatch.setattr(providers.ort, "InferenceSession", lambda *_, **__: cpu_session)
     with pytest.raises(ProviderError, match="cuda was asked for, but the session fell back to CPU"):
-        providers.open_session(folder / "decoder.onnx", "cuda", 0, {})
+        providers.open_session(folder / "decoder.onnx", Placement("cuda"))
 
 
 def test_auto_steps_down_and_says_so(folder, monkeypatch, caplog):
     monkeypatch.setattr(providers, "available", lambda: ("openvino", "cpu"))
-    monkeypatch.setattr(providers, "_is_there", lambda provider: True)
+    monkeypatch.setattr(providers, "require", lambda name: None)
 
     def fails(*_):
         raise RuntimeError("a reason")
@@ -102,14 +102,15 @@ def test_a_broken_installation_is_left_out_with_a_word(monkeypatch, caplog):
 
 
 def test_the_fastest_provider_comes_first(monkeypatch):
-    monkeypatch.setattr(providers, "_is_there", lambda provider: True)
+    monkeypatch.setattr(providers, "_is_installed", lambda provider: True)
+    monkeypatch.setattr(providers, "require", lambda name: None)
     assert providers.available() == ("tensorrt", "cuda", "openvino", "cpu")
 
 
 def test_a_provider_that_opens_a_graph_but_cannot_run_it_is_found_at_the_start(folder):
     wrong = {"pixels": np.zeros((1, 3, 7, 7), np.uint8)}
     with pytest.raises(ProviderError, match=r"cpu can't run encoder\.onnx"):
-        providers.open_session(folder / "encoder.onnx", "cpu", 0, wrong)
+        providers.open_session(folder / "encoder.onnx", Placement("cpu"), wrong)
 
 
 def test_openvino_agrees_with_the_cpu(demo):

@@ -1,0 +1,157 @@
+"""State that stays on a device: its arithmetic, and its runner on the CPU provider in fp16."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+
+from export.build import Proof, build
+from export.pictures import generated
+from export.random_weights import from_config
+from runtime import manifest as manifests
+from runtime.config import EngineConfig
+from runtime.device_runner import DeviceBuffer, DeviceRunner, bucket, buckets
+from runtime.engine import Engine
+from runtime.machine import Machine
+from runtime.plan import Plan, default
+from runtime.runner import Runner
+from runtime.tokenizer import CaptionTokenizer
+from tests.checkpoints import SHAPES
+
+FUSED, PLAIN = "fp16-fused/fp16/float16", "fp16/fp16/float16"
+
+
+@pytest.fixture(scope="module", params=["base", "video"])
+def half(request, tmp_path_factory):
+    """A small engine with fp16 variants for CUDA and TensorRT."""
+    folder = tmp_path_factory.mktemp("half") / request.param
+    checkpoint = from_config(request.param, SHAPES[request.param], seed=1)
+    build(checkpoint, folder, Proof(images=2, new_tokens=8, target="tensorrt"))
+    return folder
+
+
+def engine(folder, kind, combination, slots=6, **config):
+    settings = EngineConfig(slots=slots, encode_batch=4, patience=0, **config)
+    manifest = manifests.load(folder)
+    plan = Plan(combination, "cpu", "cpu", encode_batch=4)
+    runner = kind(folder, manifest, settings, plan)
+    runner.warm_up()
+    return Engine(manifest, CaptionTokenizer(folder, manifest), runner, settings)
+
+
+def captions(it, folder):
+    """Uneven lengths and prompts, so that slots are freed, refilled and moved."""
+    rng = np.random.default_rng(3)
+    sizes = it.manifest.sizes
+    waiting = [
+        it.submit(generated(rng, sizes), " ".join(["a"] * (n % 3)), 2 + n % 7, ignore_eos=True)
+        for n in range(20)
+    ]
+    bursts = set()
+    while not it.scheduler.idle:
+        before = {s: s.fed for s in it.scheduler.running}
+        it.step()
+        bursts |= {s.fed - fed for s, fed in before.items()}
+    return [tuple(s.generated) for s in waiting], bursts
+
+
+@pytest.mark.parametrize("combination", [FUSED, PLAIN])
+def test_state_on_a_device_says_the_same_as_state_in_host_memory(half, combination):
+    expected, single = captions(engine(half, Runner, combination), half)
+    said, bursts = captions(engine(half, DeviceRunner, combination), half)
+    assert said == expected
+    assert len(set(said)) > 15, "a test on one caption proves nothing"
+    assert single == {1}
+    assert max(bursts) > 1, "no steps followed one another on the device"
+
+
+def test_fp16_says_what_fp32_says(half):
+    """Random weights sway easily; fp16 has to follow them nearly always."""
+    exact, _ = captions(engine(half, Runner, "fp32/fp32/float32"), half)
+    for combination in (FUSED, PLAIN):
+        said, _ = captions(engine(half, DeviceRunner, combination), half)
+        assert sum(a == b for a, b in zip(said, exact, strict=True)) >= 17
+
+
+def test_the_graph_for_cuda_has_its_attention_in_one_node(half):
+    fused = onnx.load(half / "encoder.fp16-fused.onnx", load_external_data=False).graph
+    plain = onnx.load(half / "encoder.fp16.onnx", load_external_data=False).graph
+    assert sum(n.op_type == "MultiHeadAttention" for n in fused.node) == 3  # 2 vision, 1 decoder
+    assert not any(n.op_type == "Softmax" for n in fused.node)
+    assert {n.domain for n in plain.node} <= {"", "ai.onnx"}  # all that TensorRT takes
+
+
+def test_what_leaves_the_range_of_fp16_stays_in_fp32(tmp_path):
+    checkpoint = from_config("hot", SHAPES["base"], seed=1)
+    hot = checkpoint.model.git.image_encoder.vision_model.encoder.layers[1].mlp.fc2
+    hot.bias.data[0] = 50_000.0
+    folder = tmp_path / "engine"
+    build(checkpoint, folder, Proof(images=1, new_tokens=3, target="tensorrt"))
+    kept = manifests.load(folder).verification["fp32_nodes"]
+    assert kept["decoder.fp16.onnx"] == []
+    for name in ("encoder.fp16.onnx", "encoder.fp16-fused.onnx"):
+        assert any("layers.1/mlp/fc2/Add" in node for node in kept[name])
+        assert not any("layers.0" in node for node in kept[name])
+    graph = onnx.load(folder / "encoder.fp16.onnx", load_external_data=False).graph
+    types = {i.name: i.data_type for i in graph.initializer}
+    tower = "git.image_encoder.vision_model"
+    assert types[f"{tower}.encoder.layers.1.mlp.fc2.bias"] == TensorProto.FLOAT
+    assert types[f"{tower}.embeddings.patch_embedding.weight"] == TensorProto.FLOAT16
+    exact, _ = captions(engine(folder, Runner, "fp32/fp32/float32"), folder)
+    said, _ = captions(engine(folder, DeviceRunner, PLAIN), folder)
+    assert sum(a == b for a, b in zip(said, exact, strict=True)) >= 15
+
+
+def test_buckets_hold_every_number_of_rows():
+    assert buckets(1) == (1,)
+    assert buckets(16) == (1, 2, 4, 8, 16)
+    assert buckets(20) == (1, 2, 4, 8, 16, 20)
+    assert [bucket(rows, buckets(20)) for rows in (1, 3, 9, 17, 20)] == [1, 4, 16, 20, 20]
+
+
+def test_addresses_never_change(half):
+    """A captured graph reads and writes where it did when it was captured."""
+    it = engine(half, DeviceRunner, FUSED)
+    captions(it, half)
+    bound, first = dict(it.runner._steps), dict(it.runner._encodes)
+    captions(it, half)
+    assert it.runner._steps == bound
+    assert it.runner._encodes == first
+    assert {rows for rows, _ in bound} == {1, 2, 4, 6}
+    assert {step for _, step in bound} == {0, 1, 2, 3}
+
+
+def test_a_device_buffer_binds_any_run_of_its_rows():
+    buffer = DeviceBuffer("cpu", (4, 3), np.float32)
+    buffer.upload(np.arange(12, dtype=np.float32).reshape(4, 3))
+    shape, pointer = buffer._place(2, first=1)
+    assert shape == [2, 3]
+    assert pointer - buffer._place(4, 0)[1] == 12
+    assert buffer.nbytes == 48
+    assert buffer.fetch()[1, 0] == 3
+
+
+def test_fp16_is_for_gpus_alone_unless_it_is_asked_for(half):
+    manifest = manifests.load(half)
+    machine = Machine("some", 8, ("avx512_vnni",))
+    config = EngineConfig()
+    on = {name: default(manifest, config, name, machine) for name in ("cpu", "cuda", "tensorrt")}
+    assert "float16" not in on["cpu"].combination
+    assert (on["cuda"].combination, on["cuda"].decoder_provider) == (FUSED, "cuda")
+    assert (on["tensorrt"].combination, on["tensorrt"].decoder_provider) == (PLAIN, "cuda")
+    old = Machine("old", 8, ())
+    assert default(manifest, config, "cuda", old).combination == FUSED
+    assert default(manifest, config, "cpu", old).combination == "fp32/fp32/float32"
+    exact = EngineConfig(precision="fp32/fp32/float32")
+    assert default(manifest, exact, "cuda", machine).decoder_provider == "cpu"
+
+
+def test_only_what_a_target_takes_is_built(tmp_path):
+    folder = tmp_path / "engine"
+    checkpoint = from_config("base", SHAPES["base"], seed=1)
+    build(checkpoint, folder, Proof(images=1, new_tokens=3, target="cuda"))
+    names = {c.name for c in manifests.load(folder).combinations}
+    assert FUSED in names
+    assert PLAIN not in names
+    assert not list(folder.glob("encoder.fused*"))
+    assert not list(folder.glob("encoder.fp16.*"))

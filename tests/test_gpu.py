@@ -1,0 +1,200 @@
+"""What keeps a GPU from serving is said before the port opens, with its remedy."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from runtime import gpu, opening, providers, tensorrt
+from runtime import manifest as manifests
+from runtime.config import EngineConfig
+from runtime.errors import ProviderError
+from runtime.gpu import Gpu, Memory, require_gpu, visible
+from runtime.plan import Plan
+from tests.conftest import DEMO
+
+MIB = 2**20
+H100 = Gpu(0, "NVIDIA H100 80GB HBM3", (9, 0), "580.10", (13, 0), 80_000 * MIB, 70_000 * MIB)
+UUIDS = ["GPU-aa11", "GPU-ab22", "GPU-cc33"]
+
+
+class NvmlError(Exception):
+    pass
+
+
+def nvml(monkeypatch, count=1, cuda=13000, broken=None):
+    """NVIDIA's library on a host with `count` GPUs."""
+
+    def init():
+        if broken:
+            raise NvmlError(broken)
+
+    fake = SimpleNamespace(
+        NVMLError=NvmlError,
+        nvmlInit=init,
+        nvmlShutdown=lambda: None,
+        nvmlSystemGetDriverVersion=lambda: "550.54",
+        nvmlSystemGetCudaDriverVersion_v2=lambda: cuda,
+        nvmlDeviceGetCount=lambda: count,
+        nvmlDeviceGetHandleByIndex=lambda i: i,
+        nvmlDeviceGetUUID=lambda i: UUIDS[i],
+        nvmlDeviceGetName=lambda i: f"GPU number {i}",
+        nvmlDeviceGetCudaComputeCapability=lambda i: (9, 0),
+        nvmlDeviceGetMemoryInfo=lambda i: SimpleNamespace(total=80 << 30, free=70 << 30),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_a_gpu_is_found_with_what_its_driver_runs(monkeypatch):
+    nvml(monkeypatch, count=2)
+    found = require_gpu(13, 1)
+    assert (found.name, found.index, found.cuda) == ("GPU number 1", 1, (13, 0))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert require_gpu(13).name == "GPU number 1"
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ({"broken": "Driver Not Loaded"}, r"no NVIDIA driver is reachable.*--gpus all"),
+        ({"count": 0}, "no NVIDIA GPU is visible: start the container with --gpus all"),
+        ({"cuda": 12040}, "driver 550.54 runs CUDA 12.4.*built for CUDA 13: update the driver"),
+    ],
+)
+def test_each_obstacle_has_its_message(monkeypatch, host, message):
+    nvml(monkeypatch, **host)
+    with pytest.raises(ProviderError, match=message):
+        require_gpu(13)
+
+
+def test_an_empty_list_of_visible_devices_hides_all(monkeypatch):
+    nvml(monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ProviderError, match="CUDA_VISIBLE_DEVICES"):
+        require_gpu(13)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(ProviderError, match="nvidia-ml-py is missing: install the gpu extra"):
+        require_gpu(13)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "left"),
+    [
+        (None, UUIDS),
+        ("2,0", ["GPU-cc33", "GPU-aa11"]),
+        ("GPU-ab", ["GPU-ab22"]),
+        ("GPU-a", []),  # two begin so
+        ("1,7,0", ["GPU-ab22"]),  # CUDA reads no further than what it doesn't know
+        ("-1", []),
+    ],
+)
+def test_visible_devices_are_read_as_cuda_reads_them(wanted, left):
+    assert visible(UUIDS, wanted) == left
+
+
+def test_slots_fill_the_memory_up_to_a_bound():
+    need = Memory(weights=600 * MIB, slot=10 * MIB, image=50 * MIB)
+    slots, limit = need.budget(H100, None, most=64, batch=16)
+    assert slots == 64
+    assert limit == int(H100.free * 0.9) - 64 * 10 * MIB
+    assert need.budget(H100, 200, most=64, batch=16)[0] == 200
+    small = Gpu(0, "small", (8, 6), "580", (13, 0), 4096 * MIB, 2600 * MIB)
+    assert need.budget(small, None, most=64, batch=16)[0] == (2340 - 768 - 600 - 800) // 10
+
+
+def test_a_gpu_too_small_is_told_with_the_sum():
+    need = Memory(weights=600 * MIB, slot=10 * MIB, image=50 * MIB)
+    small = Gpu(0, "small", (8, 6), "580", (13, 0), 4096 * MIB, 2600 * MIB)
+    with pytest.raises(ProviderError) as said:
+        need.budget(small, 64, most=64, batch=16)
+    for part in ("2168 MiB", "10.0 MiB a slot", "64 slots do not fit, 17 do: use --slots 17"):
+        assert part in str(said.value)
+    tiny = Gpu(0, "tiny", (8, 6), "580", (13, 0), 2048 * MIB, 1000 * MIB)
+    with pytest.raises(ProviderError, match=r"1 slots do not fit\. Free memory on the GPU"):
+        need.budget(tiny, None, most=64, batch=16)
+
+
+def test_memory_is_counted_from_the_engine():
+    manifest = manifests.load(DEMO)
+    need = opening.gpu_memory(DEMO, manifest, EngineConfig(), Plan("fp32/fp32/float32", "cuda"))
+    assert need.weights == sum((DEMO / f"{g}.data").stat().st_size for g in ("encoder", "decoder"))
+    sizes = manifest.sizes
+    text = min(64, sizes.text)
+    assert need.slot == 2 * sizes.layers * sizes.heads * sizes.head * (sizes.prefix + text) * 2
+
+
+def test_auto_leaves_a_gpu_out_that_cannot_serve(monkeypatch, caplog):
+    nvml(monkeypatch, broken="Driver Not Loaded")
+    monkeypatch.setattr(
+        providers.ort, "get_available_providers",
+        lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    )  # fmt: skip
+    monkeypatch.setattr(providers, "_openvino_devices", list)
+    assert providers.available() == ("cpu",)
+    assert "cuda was left out: no NVIDIA driver is reachable" in caplog.text
+    with pytest.raises(ProviderError, match="no NVIDIA driver"):
+        opening.prepare(DEMO, EngineConfig(provider="cuda"))
+
+
+def test_tensorrt_without_its_libraries_says_what_to_install():
+    if tensorrt.importlib.util.find_spec("tensorrt_libs"):
+        pytest.skip("TensorRT is here")
+    with pytest.raises(ProviderError, match=r"TensorRT can't be loaded.*\[gpu,tensorrt\]"):
+        tensorrt.version()
+
+
+def test_what_tensorrt_compiled_is_kept_apart_by_gpu_version_and_graph():
+    key = tensorrt.key(H100, "10.16.1", "abcdef0123456789")
+    assert key == "nvidia-h100-80gb-hbm3-sm90-trt10.16.1-abcdef012345"
+    assert key != tensorrt.key(H100, "10.16.1", "0" * 16)
+    assert key != tensorrt.key(H100, "10.15.0", "abcdef0123456789")
+
+
+def test_tensorrt_gets_a_profile_and_both_caches(tmp_path):
+    options = tensorrt.options(tmp_path, (3, 224, 224), 16)
+    assert options["trt_profile_min_shapes"] == "pixels:1x3x224x224"
+    assert options["trt_profile_max_shapes"] == "pixels:16x3x224x224"
+    assert options["trt_fp16_enable"] == "1"
+    assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(tmp_path)
+
+
+def test_a_cache_that_tensorrt_cannot_read_is_made_again(tmp_path, caplog):
+    (tmp_path / "old.engine").write_bytes(b"cut off")
+
+    def opened():
+        if (tmp_path / "old.engine").exists():
+            raise RuntimeError("could not deserialize engine")
+        return "a session"
+
+    assert tensorrt.open_cached(tmp_path, opened) == "a session"
+    assert "compiles again: could not deserialize" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_that_no_cache_explains_is_not_tried_again(tmp_path):
+    calls = []
+
+    def fails():
+        calls.append(1)
+        raise RuntimeError("no kernel")
+
+    with pytest.raises(RuntimeError, match="no kernel"):
+        tensorrt.open_cached(tmp_path, fails)
+    assert len(calls) == 1
+
+
+def test_a_read_only_engine_folder_is_compiled_elsewhere(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tensorrt.os, "access", lambda *_: False)
+    folder = tensorrt.cache_folder(tmp_path / "engine", "key")
+    assert not folder.is_relative_to(tmp_path / "engine")
+    assert "compiles at every start" in caplog.text
+
+
+def test_memory_that_cannot_be_pinned_is_told_not_fatal(caplog):
+    gpu.pin(np.zeros(4, np.uint8), 999)
+    assert "pageable" in caplog.text
