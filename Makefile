@@ -1,4 +1,5 @@
-# Two environments: .venv holds what serving needs, .venv-dev all of it (torch included).
+# Environments: .venv holds what serving needs, .venv-dev all of it (torch included); .venv-gpu and
+# .venv-gpu-dev are the same with onnxruntime-gpu, which excludes onnxruntime.
 
 PORT ?= $(or $(VIGNETTE_PORT),8000)
 ENGINE ?= $(or $(VIGNETTE_ENGINE),engines/demo)
@@ -6,33 +7,40 @@ NAME = $(notdir $(MODEL:/=))
 IMAGE ?= demo/samples/owl.png
 PYTHON ?= python3
 TARGET ?= gpu
+DEVICE ?= cpu
+WHEELS ?=
 
 export TOKENIZERS_PARALLELISM = false
 
-SERVE = .venv/bin/python
+GPU = $(if $(filter cuda tensorrt,$(DEVICE)),-gpu)
+SERVE = .venv$(GPU)/bin/python
 DEV = .venv-dev/bin/python
+GPU_DEV = .venv-gpu-dev/bin/python
 BENCH = $(DEV) -m bench $(if $(QUICK),--quick)
 CALLED = make $@$(if $(QUICK), QUICK=1)$(if $(ARGS), ARGS="$(ARGS)")
-PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+  $(if $(WHEELS),--no-index --find-links $(WHEELS))
 
 .DEFAULT_GOAL := help
 .PHONY: help serve export tune check_export evaluate demo-model demo-engine \
   baseline benchmark batch_performance build run_docker test_container \
-  test lint format test_server clean
+  test lint format test_server gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-serve: .venv/ready  ## start the server (PORT=8000 ENGINE=engines/demo ARGS=...)
+serve: .venv$(GPU)/ready  ## start the server (PORT=8000 ENGINE=engines/demo ARGS=...; DEVICE=cuda)
 	@$(SERVE) -m server --engine $(ENGINE) --port $(PORT) $(ARGS)
 
 test_server:  ## post a sample to a running server (PORT, IMAGE)
 	@curl --fail-with-body --silent --show-error --write-out 'total request time=%{time_total}s\n' \
 	  --data-binary @$(IMAGE) http://localhost:$(PORT)/caption
 
-export: .venv-dev/ready  ## MODEL=<hub id or folder> to engines/<name> (NAME=..., ARGS=...)
+EXPORT = $(if $(filter tensorrt,$(TARGET)),.venv-gpu-dev,.venv-dev)
+export: $(EXPORT)/ready  ## MODEL=<hub id or folder> to engines/<name> (NAME, ARGS; TARGET=cuda, tensorrt)
 	@test -n "$(MODEL)" || { echo 'say which: make export MODEL=microsoft/git-base-textcaps'; exit 2; }
-	@$(DEV) -m export $(MODEL) --output engines/$(NAME) $(ARGS)
+	@$(EXPORT)/bin/python -m export $(MODEL) --output engines/$(NAME) \
+	  $(if $(filter cuda tensorrt,$(TARGET)),--target $(TARGET)) $(ARGS)
 
 tune: .venv/ready  ## measure ENGINE on this machine and write its plan.json
 	@$(SERVE) -m export tune $(ENGINE) $(ARGS)
@@ -55,8 +63,17 @@ evaluate: .venv-dev/ready  ## score engines/demo on 1,000 held-out scenes of eac
 baseline: engines/random-git-base/manifest.json  ## PyTorch servers under ApacheBench (QUICK=1)
 	@$(BENCH) --baseline --output bench/runs/baseline --called '$(CALLED)' http $(ARGS)
 
-benchmark: engines/random-git-base/manifest.json  ## PyTorch and Vignette side by side (QUICK=1)
+ifeq ($(DEVICE),cuda)
+benchmark: .venv-gpu-dev/ready
+	@$(GPU_DEV) -m bench.cuda --called 'make benchmark DEVICE=cuda' $(if $(QUICK),--quick) $(ARGS)
+else
+benchmark: engines/random-git-base/manifest.json  ## PyTorch and Vignette side by side (QUICK=1; DEVICE=cuda)
 	@$(BENCH) --output bench/$(if $(QUICK)$(ARGS),runs/quick,results) --called '$(CALLED)' $(ARGS)
+endif
+
+gpu-check: .venv-gpu-dev/ready  ## on a GPU host: test and measure all of it (WHEELS=<folder>: offline)
+	@$(GPU_DEV) -m pytest -m gpu -rs
+	@$(GPU_DEV) -m bench.cuda --quick --output bench/runs/gpu-check --called 'make gpu-check'
 
 batch_performance: engines/random-git-base/manifest.json  ## time against batch size (QUICK=1)
 	@$(BENCH) --output bench/runs/batches --called '$(CALLED)' batches $(ARGS)
@@ -74,8 +91,8 @@ run_docker:  ## run it on all GPUs (PORT, ENGINE, ARGS; TARGET=cpu without a GPU
 	  --volume $(CURDIR)/engines:/app/engines:ro --env VIGNETTE_ENGINE=$(ENGINE) \
 	  vignette:$(TARGET) $(ARGS)
 
-test_container:  ## build the CPU image and see it work (docker, or podman with buildah)
-	@$(PYTHON) docker/check.py
+test_container:  ## build the CPU image and see it work (docker, or podman and buildah; GPU_IMAGE=1)
+	@$(PYTHON) docker/check.py $(if $(GPU_IMAGE),gpu)
 
 test: .venv-dev/ready  ## run the tests (ARGS goes to pytest)
 	@$(DEV) -m pytest $(ARGS)
@@ -90,15 +107,18 @@ format: .venv-dev/ready  ## let ruff put the code in order
 	@$(DEV) -m ruff format .
 
 clean:  ## remove both environments
-	rm -rf .venv .venv-dev
+	rm -rf .venv .venv-dev .venv-gpu .venv-gpu-dev
 
 .venv/ready: EXTRAS = cpu
 .venv-dev/ready: EXTRAS = cpu,export,bench,dev
 
-.venv/ready .venv-dev/ready: pyproject.toml constraints.txt
+.venv-gpu/ready: EXTRAS = gpu
+.venv-gpu-dev/ready: EXTRAS = gpu,export,bench,dev
+
+.venv/ready .venv-dev/ready .venv-gpu/ready .venv-gpu-dev/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.11'; exit 2; }
 	@echo 'installing $(EXTRAS) into $(@D) ...'
-	@$(PYTHON) -m venv $(@D)
+	@$(PYTHON) -m venv $(VENV_ARGS) $(@D)
 	@$(@D)/bin/python $(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@

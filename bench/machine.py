@@ -56,7 +56,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     with tqdm(total=3, desc="roofline", unit="part") as progress:
         peaks = isolated(_peaks)
         progress.update()
-        work = isolated(_work)
+        work = isolated(encoder_work)
         progress.update()
         reached = isolated(_reached, settings)
         progress.update()
@@ -128,7 +128,7 @@ def _product(precision: str, size: int) -> tuple[ort.InferenceSession, dict[str,
     return session, {"x": x}
 
 
-def _work() -> dict[str, float]:
+def encoder_work() -> dict[str, float]:
     """Floating-point operations of the encoder for one image, counted by PyTorch."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode

@@ -1,5 +1,7 @@
 """`make test_container`: build the CPU image and see it work as a stranger would run it.
 
+`GPU_IMAGE=1` builds the GPU image instead. Where there is no GPU, it must say so and exit.
+
 With Docker where there is one, otherwise with buildah and podman. On a host that can't pull the
 base image, it is made with debootstrap. The host's pip settings are mounted for the build only.
 """
@@ -16,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BASE = "docker.io/library/debian:bookworm-slim"
-IMAGE, NAME, PORT = "vignette:cpu", "vignette-check", "18000"
+NAME, PORT = "vignette-check", "18000"
 MOST_BYTES = 900_000_000
 HARDENED = [
     "--read-only",
@@ -33,23 +35,27 @@ PODMAN_RUN = ["--log-driver", "k8s-file", "--cgroup-parent", "vignette", "--cgro
 
 
 def main() -> int:
-    """Build, run, ask, stop; 0 when everything was as it should be."""
-    docker = has_docker()
+    """Build, run, ask, stop; 0 when everything was as it should be, 2 where it can't be done."""
+    target = "gpu" if sys.argv[1:] == ["gpu"] else "cpu"
+    docker, image = has_docker(), f"vignette:{target}"
     if not docker and not (shutil.which("podman") and shutil.which("buildah")):
         print("needs a Docker daemon, or podman with buildah and runc", file=sys.stderr)
         return 2
     client, run_flags = (["docker"], []) if docker else (PODMAN, PODMAN_RUN)
     if docker:
-        run(
-            "docker", "build", "--file", "docker/Dockerfile", "--target", "cpu", "--tag", IMAGE, "."
-        )
+        run("docker", "build", "--file", "docker/Dockerfile", "--target", target, "--tag", image,
+            ".")  # fmt: skip
     else:
-        build_with_buildah()
-    size = int(output(*client, "image", "inspect", "--format", "{{.Size}}", IMAGE))
+        build_with_buildah(target, image)
+    size = int(output(*client, "image", "inspect", "--format", "{{.Size}}", image))
+    if target == "gpu":
+        print(f"the image has {size / 1e6:.0f} MB")
+        check_without_a_gpu([*client, "run", "--rm", *run_flags, *HARDENED, image])
+        return 0
     check(size <= MOST_BYTES, f"the image has {size / 1e6:.0f} MB, at most {MOST_BYTES / 1e6:.0f}")
     subprocess.run([*client, "rm", "--force", NAME], capture_output=True, check=False)
     run(*client, "run", "--detach", "--name", NAME, "--network", "host", *run_flags, *HARDENED,
-        "--env", f"VIGNETTE_PORT={PORT}", IMAGE)  # fmt: skip
+        "--env", f"VIGNETTE_PORT={PORT}", image)  # fmt: skip
     try:
         inspect_running(client)
     except BaseException:
@@ -58,6 +64,16 @@ def main() -> int:
     finally:
         subprocess.run([*client, "rm", "--force", NAME], capture_output=True, check=False)
     return 0
+
+
+def check_without_a_gpu(command: list[str]) -> None:
+    """It ends at once with a message that says what to do, instead of opening its port."""
+    done = subprocess.run(
+        [*command, "--provider", "cuda"], capture_output=True, text=True, check=False, timeout=60
+    )
+    check(done.returncode == 1, f"without a GPU it exits with {done.returncode}")
+    said = done.stderr.strip().splitlines()[-1]
+    check("--gpus all" in said, f"it says what to do: {said}")
 
 
 def has_docker() -> bool:
@@ -92,14 +108,14 @@ def inspect_running(client: list[str]) -> None:
     check(code == "0", f"stopped, it drains and exits with {code}")
 
 
-def build_with_buildah() -> None:
+def build_with_buildah(target: str, image: str) -> None:
     """`buildah bud`, which needs no daemon."""
     if subprocess.run(["podman", "image", "exists", BASE], check=False).returncode != 0:
         fetch_base()
     with tempfile.TemporaryDirectory() as name:
         run("buildah", "--storage-driver", "overlay", "bud", "--isolation", "chroot", "--network",
             "host", "--format", "docker", "--pull-never", *host_settings(Path(name)),
-            "--file", "docker/Dockerfile", "--target", "cpu", "--tag", IMAGE, ".")  # fmt: skip
+            "--file", "docker/Dockerfile", "--target", target, "--tag", image, ".")  # fmt: skip
 
 
 def fetch_base() -> None:
@@ -108,7 +124,8 @@ def fetch_base() -> None:
     if subprocess.run(pull, capture_output=True, check=False).returncode == 0:
         return
     if shutil.which("debootstrap") is None:
-        raise SystemExit(f"{BASE} can't be pulled: install debootstrap to make it")
+        print(f"{BASE} can't be pulled: install debootstrap to make it", file=sys.stderr)
+        raise SystemExit(2)
     mirror = output("apt-get", "indextargets", "--format", "$(SITE) $(RELEASE) $(COMPONENT)",
                     "Created-By: Packages")  # fmt: skip
     site = next(line.split()[0] for line in mirror.splitlines() if " bookworm main" in line)

@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--fp32-only", action="store_true", help="leave the faster variants out")
     parser.add_argument(
+        "--no-int8",
+        action="store_true",
+        help="leave the 8-bit variants out, which are for processors",
+    )
+    parser.add_argument(
         "--target", choices=("cpu", "cuda", "tensorrt"), default="cpu",
         help="cuda adds fp16 variants for NVIDIA GPUs; tensorrt adds one for TensorRT too, and "
         "compiles it for the GPU that is here (default cpu)",
@@ -114,7 +119,12 @@ def _export(args: argparse.Namespace) -> None:
     if args.target == "tensorrt":
         providers.require("tensorrt")  # before an export that ends in what can't be compiled
     proof = Proof(
-        args.verify_images, args.verify_tokens, tuple(pixels), not args.fp32_only, args.target
+        args.verify_images,
+        args.verify_tokens,
+        tuple(pixels),
+        not args.fp32_only,
+        not args.no_int8,
+        args.target,
     )
     manifest = build(source, args.output, proof)
     if args.target == "tensorrt":

@@ -49,6 +49,7 @@ class Proof:
     pixels: uint8 encoder rows of real pictures, for calibration, the gate, and `verify` first.
     fast: build faster variants too: 8 bits for processors and, for a target with a GPU, fp16.
         It takes pictures, unless the weights are random.
+    int8: of these, the 8-bit ones.
     target: what the engine is for: cpu, cuda, or tensorrt (and cuda).
     """
 
@@ -56,6 +57,7 @@ class Proof:
     new_tokens: int = 20
     pixels: tuple[np.ndarray, ...] = ()
     fast: bool = True
+    int8: bool = True
     target: str = "cpu"
 
 
@@ -102,7 +104,9 @@ def _fast_ones(
         return [], {}
     made = islice(rows(np.random.default_rng(1), checkpoint.sizes, pixels), LEAST_PICTURES)
     pixels = pixels or list(made)
-    variants = build_variants(checkpoint, folder, pixels[:_CALIBRATION], proof.new_tokens)
+    variants: list[Variant] = []
+    if proof.int8:
+        variants += build_variants(checkpoint, folder, pixels[:_CALIBRATION], proof.new_tokens)
     cases = [Case(row, [checkpoint.tokens.bos]) for row in pixels]
     fp32_nodes: dict[str, list[str]] = {}
     if proof.target != "cpu":

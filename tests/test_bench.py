@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from bench import apache, contestants, offline, open_loop, report
+from bench import apache, contestants, cuda, offline, open_loop, report
 from bench.arithmetic import affordable, highest, knee, percentile, rate
 from bench.isolated import Failed, isolated
 from bench.settings import Settings
@@ -170,3 +170,43 @@ def test_results_become_one_page_with_everything_in_it(tmp_path):
     assert "http://" not in page
     assert "src='data" in page
     assert (tmp_path / "http.png").stat().st_size > 5000
+
+
+GPU = {
+    "peaks": {"fp16_ops": 800e12, "bandwidth": 3e12},
+    "encoder": {"ops": 50e9, "best": 50e9 / 400e12, "seconds": {1: 1.0, 16: 0.1}},
+    "decoder": {"seconds": 0.5e-3, "bytes": 0.6e9},
+    "offline": {"per_second": 4200.0, "one": 0.008},
+    "torch": {"fp16": {64: 0.004, 256: 0.003}},
+    "memory": {"batches": 10_000, "grown": 0},
+    "samples": {"right": 12, "of": 12},
+}
+
+
+def test_the_bars_of_a_gpu_are_held_against_what_was_measured():
+    lines = cuda.verdicts(GPU)
+    assert [line.measured for line in lines] == [
+        "50%", "2.5 x (0.50 ms)", "4,200", "13 x", "8.0 ms", "0 MiB", "12 of 12",
+    ]  # fmt: skip
+    assert all(line.passed for line in lines)
+    text = cuda.table(
+        {"command": "c", "date": "d", "commit": "a", "gpu": "g", "machine": "m"}, lines
+    )
+    assert "| offline, images a second | >= 4,000 | 4,200 | pass |" in text
+
+
+@pytest.mark.parametrize(
+    ("part", "worse"),
+    [
+        ("encoder", {"best": 50e9 / 300e12}),
+        ("decoder", {"seconds": 0.7e-3}),
+        ("offline", {"per_second": 3000.0}),
+        ("offline", {"one": 0.013}),
+        ("torch", {"fp16": {64: 0.002}}),
+        ("memory", {"grown": 9 << 20}),
+        ("samples", {"right": 11}),
+    ],
+)
+def test_each_missed_bar_of_a_gpu_is_told(part, worse):
+    lines = cuda.verdicts(GPU | {part: {**GPU[part], **worse}})
+    assert sum(line.passed is False for line in lines) == 1

@@ -12,16 +12,21 @@ from bench.settings import SHAPE, TOKENS
 from export.checkpoint import Checkpoint
 from export.random_weights import random_weights
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchCaptioner:
     """`generate` over a batch of images; greedy, always TOKENS new tokens."""
 
-    def __init__(self, precision: str = "fp32") -> None:
+    def __init__(
+        self, precision: str = "fp32", device: str = "cpu", compiled: bool = False
+    ) -> None:
+        """compiled: let `torch.compile` at the model's forward pass."""
         self._checkpoint: Checkpoint = random_weights(SHAPE)
-        self._dtype = DTYPES[precision]
-        self._model = self._checkpoint.model.to(self._dtype)
+        self._dtype, self._device = DTYPES[precision], device
+        self._model = self._checkpoint.model.to(device, self._dtype)
+        if compiled:
+            self._model.forward = torch.compile(self._model.forward, dynamic=True)
         how, normalisation = self._checkpoint.preprocessing, self._checkpoint.normalisation
         self._processor = CLIPImageProcessor(
             size={"shortest_edge": how.shortest_edge},
@@ -53,12 +58,12 @@ class TorchCaptioner:
         how = self._checkpoint.normalisation
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (how.mean, how.std))
         values = (torch.from_numpy(pixels).float() * how.rescale - mean) / std
-        return values.to(self._dtype)
+        return values.to(self._device, self._dtype)
 
     @torch.inference_mode()
     def generate(self, images: list[torch.Tensor]) -> list[list[int]]:
         """New token ids of each image."""
-        start = torch.full((len(images), 1), self._checkpoint.tokens.bos)
+        start = torch.full((len(images), 1), self._checkpoint.tokens.bos, device=self._device)
         config: Any = self._config
         ids = self._model.generate(
             pixel_values=torch.stack(images),

@@ -1,0 +1,288 @@
+"""`make gpu-check` and `make benchmark DEVICE=cuda`: the GPU path, measured and held to its bars.
+
+Both sides run on the same GPU in the same minutes. What a bar says is in `verdicts`; the peaks that
+two of them refer to are measured first, with PyTorch's own products and copies.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from bench.machine import about
+from bench.offline import pictures, seconds
+from bench.settings import SHAPE, TOKENS
+from runtime import manifest as manifests
+from runtime.config import EngineConfig
+from runtime.device_runner import DeviceRunner
+from runtime.engine import Engine
+from runtime.gpu import require_gpu
+from runtime.providers import cuda_major
+
+_ENGINE = Path("engines/random-git-base-cuda")
+_DEMO, _SAMPLES = Path("engines/demo"), Path("demo/samples")
+_ROWS = 64
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One bar: what it asks, what was measured, and whether that is enough (None: not measured)."""
+
+    what: str
+    bar: str
+    measured: str
+    passed: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much to measure. `batches`: of mixed sizes, for the growth of memory."""
+
+    images: int
+    batches: int
+    repeats: int
+    torch_modes: tuple[str, ...]
+    torch_batches: tuple[int, ...]
+
+
+QUICK = Extent(1024, 2_000, 3, ("fp16",), (64, 256))
+FULL = Extent(8192, 10_000, 5, ("fp32", "fp16", "bf16", "fp16 compiled"), (1, 16, 64, 256))
+
+
+def main() -> int:
+    """Measure, print the table, write it; status 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.cuda", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="less of everything")
+    parser.add_argument("--output", type=Path, default=Path("bench/results"))
+    parser.add_argument("--called", default="python -m bench.cuda")
+    args = parser.parse_args()
+    extent = QUICK if args.quick else FULL
+    _exported()
+    measured = measure(extent)
+    lines = verdicts(measured)
+    facts = about() | {
+        "gpu": str(require_gpu(cuda_major())),
+        "command": args.called,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    content = {"about": facts, "measured": measured, "lines": [asdict(line) for line in lines]}
+    (args.output / "cuda.json").write_text(json.dumps(content, indent=2) + "\n")
+    (args.output / "cuda.md").write_text(table(facts, lines))
+    print(table(facts, lines))
+    return int(any(line.passed is False for line in lines))
+
+
+def _exported() -> None:
+    """Export git-base with random weights for CUDA, once; nothing is downloaded."""
+    if (_ENGINE / manifests.FILE).is_file():
+        return
+    subprocess.run(
+        [sys.executable, "-m", "export", "--random-weights", SHAPE, "--target", "cuda", "--no-int8",
+         "--verify-images", "2", "--output", str(_ENGINE)],
+        check=True,
+    )  # fmt: skip
+
+
+def measure(extent: Extent) -> dict[str, Any]:
+    """Everything that a bar or the table needs; times in seconds, memory in bytes."""
+    found: dict[str, Any] = {}
+    engine = Engine.open(_ENGINE, EngineConfig(provider="cuda", slots=_ROWS))
+    assert isinstance(engine.runner, DeviceRunner)
+    parts: list[tuple[str, Callable[[], Any]]] = [
+        ("peaks", peaks),
+        ("encoder", partial(encoder, engine, extent)),
+        ("decoder", partial(decoder, engine, extent)),
+        ("offline", partial(offline, engine, extent)),
+        ("memory", partial(growth, engine, extent)),
+        ("samples", samples),
+        ("torch", partial(torch_side, extent)),
+    ]
+    for name, part in tqdm(parts, desc="CUDA", unit="part"):
+        found[name] = part()
+    return found
+
+
+def peaks() -> dict[str, float]:
+    """fp16 products in operations a second, and bytes a second that a copy reads and writes."""
+    import torch
+
+    size = 8192
+    a, b = (torch.randn(size, size, dtype=torch.float16, device="cuda") for _ in range(2))
+    large = torch.ones(_GIB, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(large)
+
+    def best(action: Callable[[], object]) -> float:
+        def waited() -> None:
+            action()
+            torch.cuda.synchronize()
+
+        for _ in range(3):
+            waited()
+        return min(seconds(waited) for _ in range(10))
+
+    return {
+        "fp16_ops": 2 * size**3 / best(lambda: torch.matmul(a, b)),
+        "bandwidth": 2 * _GIB / best(lambda: target.copy_(large)),
+    }
+
+
+def encoder(engine: Engine, extent: Extent) -> dict[str, Any]:
+    """Seconds an image by batch, and the operations that one takes."""
+    from bench.machine import encoder_work
+
+    batch = engine.config.encode_batch or 1
+    images = pictures(batch, engine.runner.pixels_shape)
+    rows = {}
+    for count in (1, batch):
+        run = partial(engine.runner.encode, images[:count], range(count))
+        rows[count] = _median(run, 20 * extent.repeats) / count
+    return {"seconds": rows, "ops": encoder_work()["encoder_flop"], "best": min(rows.values())}
+
+
+def decoder(engine: Engine, extent: Extent) -> dict[str, Any]:
+    """Seconds of a step of all rows in a burst, and the bytes of weights and K/V that it reads."""
+    runner = engine.runner
+    assert isinstance(runner, DeviceRunner)
+    fed = [TOKENS // 2] * _ROWS
+    run = partial(runner.decode, [engine.manifest.tokens.bos] * _ROWS, fed, runner.burst)
+    sizes = engine.manifest.sizes
+    width = sizes.heads * sizes.head
+    embedding = sizes.vocabulary * width * 2  # a step reads a row of it for each sequence
+    weights = (_ENGINE / "decoder.fp16.data").stat().st_size - embedding
+    cache = _ROWS * 2 * sizes.layers * (sizes.prefix + TOKENS // 2) * width * 2
+    return {
+        "seconds": _median(run, 20 * extent.repeats) / runner.burst,
+        "bytes": weights + cache,
+    }
+
+
+def offline(engine: Engine, extent: Extent) -> dict[str, Any]:
+    """Images a second with all at once, and seconds for one alone."""
+    images = pictures(16, engine.runner.pixels_shape) * (extent.images // 16)
+    all_, one = (
+        partial(engine.generate, some, max_new_tokens=TOKENS, ignore_eos=True)
+        for some in (images, images[:1])
+    )
+    return {
+        "per_second": len(images) / _median(all_, extent.repeats),
+        "one": _median(one, 20 * extent.repeats),
+    }
+
+
+def growth(engine: Engine, extent: Extent) -> dict[str, Any]:
+    """Memory of the GPU before and after many batches of mixed sizes."""
+    images = pictures(_ROWS, engine.runner.pixels_shape)
+    rng = np.random.default_rng(0)
+
+    def batch() -> None:
+        engine.generate(images[: int(rng.integers(1, _ROWS + 1))], max_new_tokens=2)
+
+    for _ in range(50):
+        batch()
+    before = require_gpu(cuda_major()).free
+    for _ in range(extent.batches):
+        batch()
+    return {"batches": extent.batches, "grown": before - require_gpu(cuda_major()).free}
+
+
+def samples() -> dict[str, Any]:
+    """How many of the demo model's samples are captioned word for word on CUDA."""
+    expected = json.loads((_SAMPLES / "captions.json").read_text())
+    engine = Engine.open(_DEMO, EngineConfig(provider="cuda"))
+    names = sorted(expected)
+    captions = engine.generate([(_SAMPLES / name).read_bytes() for name in names])
+    right = sum(c.text == expected[n]["caption"] for c, n in zip(captions, names, strict=True))
+    return {"right": right, "of": len(names), "runs_on": engine.runs_on}
+
+
+def torch_side(extent: Extent) -> dict[str, dict[int, float]]:
+    """Seconds an image of Hugging Face's `generate`, by mode and batch."""
+    import torch
+
+    from bench.baselines.model import TorchCaptioner
+
+    found: dict[str, dict[int, float]] = {}
+    for mode in extent.torch_modes:
+        precision, _, compiled = mode.partition(" ")
+        model = TorchCaptioner(precision, "cuda", bool(compiled))
+        images = [model.normalise(p) for p in pictures(max(extent.torch_batches), (3, 224, 224))]
+        found[mode] = {}
+        for batch in extent.torch_batches:
+            run = partial(model.generate, images[:batch])
+            found[mode][batch] = _median(run, extent.repeats) / batch
+        del model
+        torch.cuda.empty_cache()
+    return found
+
+
+def _median(action: Callable[[], object], repeats: int) -> float:
+    """Median seconds of an action after one untimed run."""
+    action()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def verdicts(found: dict[str, Any]) -> list[Line]:
+    """Each bar against what was measured."""
+    peaks_, encode, decode = found["peaks"], found["encoder"], found["decoder"]
+    share = encode["ops"] / encode["best"] / peaks_["fp16_ops"]
+    times = decode["seconds"] / (decode["bytes"] / peaks_["bandwidth"])
+    rate, one = found["offline"]["per_second"], found["offline"]["one"]
+    half = min(found["torch"]["fp16"].values()) if "fp16" in found["torch"] else None
+    ratio = rate * half if half else None
+    memory, said = found["memory"], found["samples"]
+    mib = memory["grown"] / 2**20
+    return [
+        Line("encoder, share of the measured fp16 product rate", ">= 45 %", f"{share:.0%}",
+             share >= 0.45),
+        Line(f"decode step of {_ROWS} rows over its bytes at the measured bandwidth", "<= 3 x",
+             f"{times:.1f} x ({decode['seconds'] * 1e3:.2f} ms)", times <= 3),
+        Line("offline, images a second", ">= 4,000", f"{rate:,.0f}", rate >= 4000),
+        Line("offline, against HF fp16 `generate` at its best batch", ">= 10 x",
+             f"{ratio:.0f} x" if ratio else "not measured", None if ratio is None else ratio >= 10),
+        Line("one image alone", "<= 12 ms", f"{one * 1e3:.1f} ms", one <= 0.012),
+        Line(f"memory grown over {memory['batches']:,} batches of mixed sizes", "none (< 8 MiB)",
+             f"{mib:.0f} MiB", mib < 8),
+        Line("demo samples captioned word for word in fp16", "all",
+             f"{said['right']} of {said['of']}", said["right"] == said["of"]),
+    ]  # fmt: skip
+
+
+def table(facts: dict[str, Any], lines: list[Line]) -> str:
+    """The lines as Markdown, with what they were measured on."""
+    words = {True: "pass", False: "FAIL", None: "-"}
+    rows = [f"| {x.what} | {x.bar} | {x.measured} | {words[x.passed]} |" for x in lines]
+    return "\n".join(
+        [
+            "# On a GPU",
+            "",
+            f"`{facts['command']}` on {facts['date']}, commit {facts['commit']}: {facts['gpu']}, "
+            f"{facts['machine']}. {SHAPE} with random weights, {TOKENS} tokens.",
+            "",
+            "| what | bar | measured | |",
+            "| --- | --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
