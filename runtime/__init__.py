@@ -1,6 +1,6 @@
 """Runs an exported GIT: a batched greedy decode loop over ONNX Runtime.
 
-Reading order: `manifest` (the contract with export/) -> `config` -> `errors` -> `machine` -> `plan` ->
-`gpu` -> `tensorrt` -> `providers` -> `preprocess` -> `tokenizer` -> `request` -> `scheduler` ->
-`pacing` -> `runner` -> `device_runner` -> `opening` -> `engine`.
+Reading order: `manifest` (the contract with export/) -> `config` -> `errors` -> `machine` ->
+`plan` -> `gpu` -> `tensorrt` -> `providers` -> `preprocess` -> `tokenizer` -> `request` ->
+`scheduler` -> `pacing` -> `runner` -> `device_runner` -> `opening` -> `engine`.
 """
