@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from runtime.engine import Engine
+from runtime.request import Terms
 
 Job = tuple[np.ndarray, int]  # pixels, tokens of its caption
 
@@ -41,7 +42,7 @@ def poisson(engine: Engine, work: list[Job], rate: float) -> list[float]:
     while coming or not engine.scheduler.idle:
         while coming and start + coming[0][0] <= time.perf_counter():
             due, (pixels, tokens) = coming.popleft()
-            engine.submit(pixels, None, tokens, ignore_eos=True, submitted_at=start + due)
+            engine.submit(pixels, None, tokens, True, Terms(submitted_at=start + due))
         if engine.scheduler.idle:
             time.sleep(max(0.0, start + coming[0][0] - time.perf_counter()))
             continue

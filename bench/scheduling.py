@@ -23,7 +23,7 @@ from runtime.engine import Engine
 
 Load = Callable[[Engine], list[float]]
 
-_POLICIES = ((1, 0.0), (1, 0.5), (4, 0.0), (4, 0.5))  # encode batch, patience
+_POLICIES = ((1, 0.0), (1, 0.5), (4, 0.5))  # encode batch, patience
 _LENGTHS = (8, 24)  # shortest and longest caption, in tokens
 _REPEATS = 2  # of each case; the policies take turns
 

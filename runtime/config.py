@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from runtime.errors import InvalidRequest
 
 AUTO = "auto"
+PROVIDERS = (AUTO, "tensorrt", "cuda", "openvino", "cpu")  # after auto, in the order it tries
+TEXT_TOKENS = 64  # positions of a slot, unless told otherwise: captions are short
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from runtime.config import EngineConfig
+from runtime.config import TEXT_TOKENS, EngineConfig
 from runtime.errors import ProviderError
 from runtime.gpu import pin
 from runtime.manifest import Manifest
 from runtime.plan import Plan
 from runtime.providers import CudaOptions, Placement, cuda_major, open_session
-from runtime.runner import TEXT_TOKENS
 
 BURST = 4  # most steps between two fetches: a row that ends in the first wastes three
 
@@ -166,6 +165,16 @@ class DeviceRunner:
         )
         self._encodes: dict[int, _Launch] = {}
         self._steps: dict[tuple[int, int], _Launch] = {}
+
+    @property
+    def provider(self) -> str:
+        """Of the encoder."""
+        return self.plan.encoder_provider
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is one; else it is the processor."""
+        return self._device != "cpu"
 
     @property
     def runs_on(self) -> str:

@@ -4,6 +4,7 @@ An engine belongs to one thread. Servers call `submit`, `cancel` and `step` from
 """
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +14,11 @@ import numpy as np
 
 from runtime.config import EngineConfig
 from runtime.errors import InvalidRequest
+from runtime.limits import Limits
 from runtime.manifest import Manifest
 from runtime.pacing import Pacing
 from runtime.preprocess import preprocess
-from runtime.request import Caption, FinishReason, Request, Sequence
+from runtime.request import Caption, FinishReason, Request, Sequence, Terms
 from runtime.scheduler import Scheduler
 from runtime.tokenizer import CaptionTokenizer
 
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from runtime.opening import Prepared
 
 _ENCODE_BATCH = 4  # of an engine that was put together without a plan
-DEFAULT_MAX_NEW_TOKENS = 20  # what `generate` of Hugging Face's GIT says by default
 
 
 class Phases(Protocol):
@@ -32,6 +33,14 @@ class Phases(Protocol):
 
     text_tokens: int
     burst: int  # most decode steps of one call
+
+    @property
+    def provider(self) -> str:
+        """Execution provider of the encoder."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether all state is on a GPU."""
 
     @property
     def runs_on(self) -> str:
@@ -69,6 +78,7 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         self.runner = runner
+        self.limits = Limits(tokenizer, runner.text_tokens)
         self._encode_batch = config.encode_batch or _ENCODE_BATCH
         self._pacing = Pacing(config.patience)
         self.scheduler = self._new_scheduler()
@@ -108,11 +118,11 @@ class Engine:
         prompt: str | None = None,
         max_new_tokens: int | None = None,
         ignore_eos: bool = False,
-        submitted_at: float | None = None,
+        terms: Terms = Terms(),  # noqa: B008 - it is frozen
     ) -> Sequence:
         """Queue one image: uint8 pixels as `preprocess` makes them, stacked for video checkpoints.
 
-        submitted_at: when the request began to wait (`time.perf_counter()`), if that was earlier.
+        terms: when it may be admitted; `step` hands out too what expired before.
         Raises InvalidRequest when shape, prompt or limit can never be served.
         """
         if pixels.dtype != np.uint8 or pixels.shape != self.runner.pixels_shape:
@@ -120,30 +130,10 @@ class Engine:
                 f"pixels must be uint8 of shape {list(self.runner.pixels_shape)}, "
                 f"not {pixels.dtype} of {list(pixels.shape)}"
             )
-        prompt_ids, most = self.check(prompt, max_new_tokens)
-        sequence = self.scheduler.add(Request(pixels, prompt_ids, most, ignore_eos))
-        sequence.submitted_at = submitted_at or sequence.submitted_at
+        prompt_ids, most = self.limits.check(prompt, max_new_tokens)
+        sequence = self.scheduler.add(Request(pixels, prompt_ids, most, ignore_eos, terms))
+        sequence.submitted_at = terms.submitted_at or sequence.submitted_at
         return sequence
-
-    def check(self, prompt: str | None, max_new_tokens: int | None) -> tuple[tuple[int, ...], int]:
-        """Prompt ids and token limit of a request; InvalidRequest if they don't fit a slot.
-
-        Without a limit the default is used, or what the prompt leaves of the slot if that is less.
-        """
-        prompt_ids = self.tokenizer.prompt_ids(prompt)
-        room = self.runner.text_tokens - len(prompt_ids) + 1  # the last token is never fed
-        if room < 1:
-            raise InvalidRequest(
-                f"the prompt has {len(prompt_ids) - 1} tokens: shorten it to "
-                f"{self.runner.text_tokens - 1} or fewer"
-            )
-        if max_new_tokens is None:
-            return prompt_ids, min(DEFAULT_MAX_NEW_TOKENS, room)
-        if not 1 <= max_new_tokens <= room:
-            raise InvalidRequest(
-                f"max_new_tokens is {max_new_tokens}: with this prompt use 1 to {room}"
-            )
-        return prompt_ids, max_new_tokens
 
     def cancel(self, sequence: Sequence) -> bool:
         """Take a sequence back and free its slot at once; False if it had ended already."""
@@ -157,12 +147,16 @@ class Engine:
         assert self.config.slots is not None
         return Scheduler(self.config.slots, self._encode_batch, self.config.refill)
 
-    def step(self) -> list[Sequence]:
+    def step(self, starting: Callable[[list[Sequence]], None] | None = None) -> list[Sequence]:
         """Admit and encode what fits, feed every running row, return what ended.
 
         A row is fed one token, or on a device as many as can follow one another there.
+        starting: told which sequences are about to be encoded.
         """
+        expired = self.scheduler.expire(time.perf_counter())
         admitted = self._admit()
+        if starting is not None and admitted:
+            starting(admitted)
         self._encode(admitted)
         for move in self.scheduler.compact():
             self.runner.move(move.source, move.target)
@@ -178,7 +172,7 @@ class Engine:
                     if sequence.finish_reason is None:  # else it ended earlier in this burst
                         sequence.advance(token, self.manifest.tokens.eos)
         self.last_step = StepReport(len(admitted), len(running))
-        return self.scheduler.release_finished()
+        return expired + self.scheduler.release_finished()
 
     def _burst(self, running: list[Sequence]) -> int:
         """Steps that need nothing from here: no forced token, no row that is sure to be over."""

@@ -131,11 +131,8 @@ class Manifest:
         (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def load(folder: Path) -> Manifest:
-    """Read an engine folder's manifest and check that the files it names are whole (sha256).
-
-    Raises EngineFolderError naming the file that is missing, damaged or of another format.
-    """
+def read(folder: Path) -> Manifest:
+    """Read an engine folder's manifest; EngineFolderError if there is none of this format."""
     path = folder / FILE
     if not path.is_file():
         raise EngineFolderError(
@@ -148,6 +145,15 @@ def load(folder: Path) -> Manifest:
         manifest = _parsed(content)
     except (ValueError, KeyError, TypeError, AttributeError) as cause:
         raise EngineFolderError(f"{path} can't be read: export it again ({cause!r})") from cause
+    return manifest
+
+
+def load(folder: Path) -> Manifest:
+    """Read an engine folder's manifest and check that the files it names are whole (sha256).
+
+    Raises EngineFolderError naming the file that is missing, damaged or of another format.
+    """
+    manifest = read(folder)
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
         for _ in pool.map(
             _check_whole, map(folder.joinpath, manifest.files), manifest.files.values()

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from runtime import manifest as manifests
 from runtime import providers
-from runtime.config import AUTO, EngineConfig
+from runtime.config import AUTO, TEXT_TOKENS, EngineConfig
 from runtime.device_runner import DeviceRunner
 from runtime.errors import ProviderError
 from runtime.gpu import Memory, require_gpu
 from runtime.manifest import Manifest
 from runtime.plan import Plan, resolve
-from runtime.runner import TEXT_TOKENS, Runner
+from runtime.runner import Runner
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from runtime import tensorrt
-from runtime.config import AUTO
+from runtime.config import PROVIDERS
 from runtime.errors import EngineFolderError, ProviderError
 from runtime.gpu import Gpu, require_gpu
 from runtime.manifest import sha256
@@ -60,7 +60,6 @@ _PROVIDERS = {
         Provider("cpu", "CPUExecutionProvider", "reinstall onnxruntime"),
     )
 }
-NAMES = (AUTO, *_PROVIDERS)  # after `auto`, the order in which it tries them
 _NVIDIA = ("cuda", "tensorrt")
 
 
@@ -167,7 +166,7 @@ def open_session(
 
 def _by_name(name: str) -> Provider:
     if name not in _PROVIDERS:
-        raise ProviderError(f"unknown provider {name!r}: use one of {', '.join(NAMES)}")
+        raise ProviderError(f"unknown provider {name!r}: use one of {', '.join(PROVIDERS)}")
     return _PROVIDERS[name]
 
 

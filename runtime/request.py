@@ -12,6 +12,21 @@ class FinishReason(StrEnum):
     STOP = "stop"  # the model said its end token
     LENGTH = "length"  # max_new_tokens were generated
     CANCELLED = "cancelled"  # the caller took it back
+    EXPIRED = "expired"  # its deadline passed while it waited; it was never run
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """When a request may be admitted; times are `time.perf_counter()` seconds.
+
+    submitted_at: when it began to wait, if that was before it came here.
+    urgent: before those that are not.
+    deadline: after which it is not worth starting; None waits for good.
+    """
+
+    submitted_at: float | None = None
+    urgent: bool = True
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +38,14 @@ class Request:
     prompt_ids: forced first tokens, the start token included; at least one.
     max_new_tokens: most tokens to generate, the end token included.
     ignore_eos: generate all max_new_tokens whatever the model says; for measuring speed.
+    terms: when it may be admitted.
     """
 
     pixels: Any
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
     ignore_eos: bool = False
+    terms: Terms = Terms()
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +65,11 @@ class Sequence:
     admitted_at: float | None = None
     encoded_at: float | None = None
     finished_at: float | None = None
+
+    @property
+    def expired(self) -> bool:
+        """Whether it waited in vain."""
+        return self.finish_reason is FinishReason.EXPIRED
 
     @property
     def next_token(self) -> int:

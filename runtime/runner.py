@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from runtime.config import EngineConfig
+from runtime.config import TEXT_TOKENS, EngineConfig
 from runtime.manifest import EXACT, Manifest
 from runtime.plan import Plan
 from runtime.providers import CudaOptions, Placement, open_session
-
-TEXT_TOKENS = 64  # positions of a slot, unless told otherwise: captions are short
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +31,7 @@ class Runner:
     """Phases of captioning over ONNX Runtime: `encode` into slots, `decode` one token for rows."""
 
     burst = 1
+    on_gpu = False
 
     def __init__(self, folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) -> None:
         self.sizes, self.plan = manifest.sizes, plan
@@ -76,6 +75,11 @@ class Runner:
                 for name, cache in zip(self._image_names, self._arena, strict=True)
             },
         }
+
+    @property
+    def provider(self) -> str:
+        """Of the encoder."""
+        return self.plan.encoder_provider
 
     @property
     def runs_on(self) -> str:

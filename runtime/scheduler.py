@@ -27,14 +27,15 @@ class Scheduler:
     def __init__(self, slots: int, encode_batch: int, refill: bool = True) -> None:
         self._encode_batch = encode_batch
         self._refill = refill
-        self._waiting: deque[Sequence] = deque()
+        self._urgent: deque[Sequence] = deque()
+        self._patient: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
         self._free = list(range(slots))  # a heap: the lowest comes first
 
     @property
     def waiting(self) -> int:
         """Sequences without a slot."""
-        return len(self._waiting)
+        return len(self._urgent) + len(self._patient)
 
     @property
     def running(self) -> list[Sequence]:
@@ -44,16 +45,31 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Nothing waits and nothing runs."""
-        return not self._waiting and not self._running
+        return not self.waiting and not self._running
 
     def add(self, request: Request) -> Sequence:
-        """Queue a request behind those that wait."""
+        """Queue a request behind those of its class that wait."""
         sequence = Sequence(request)
-        self._waiting.append(sequence)
+        self._queue_of(sequence).append(sequence)
         return sequence
 
+    def _queue_of(self, sequence: Sequence) -> deque[Sequence]:
+        return self._urgent if sequence.request.terms.urgent else self._patient
+
+    def expire(self, now: float) -> list[Sequence]:
+        """Take out those whose deadline has passed while they waited; they are never run."""
+        expired: list[Sequence] = []
+        for waiting in (self._urgent, self._patient):
+            late = [s for s in waiting if (s.request.terms.deadline or now) < now]
+            for sequence in late:
+                waiting.remove(sequence)
+                sequence.finish_reason = FinishReason.EXPIRED
+                sequence.finished_at = now
+            expired += late
+        return expired
+
     def admit(self) -> list[Sequence]:
-        """Give slots to waiting sequences, first come first served; they are to be encoded next.
+        """Give slots to waiting sequences, to be encoded next: urgent ones first, then by arrival.
 
         With refill, at most `encode_batch` at a time, so that those that run wait no longer than
         one encoder call. Without it, a whole batch, but only once the last one has ended.
@@ -62,8 +78,8 @@ class Scheduler:
             return []
         most = self._encode_batch if self._refill else len(self._free)
         admitted: list[Sequence] = []
-        while self._waiting and self._free and len(admitted) < most:
-            sequence = self._waiting.popleft()
+        while self.waiting and self._free and len(admitted) < most:
+            sequence = (self._urgent or self._patient).popleft()
             sequence.slot = heapq.heappop(self._free)
             sequence.admitted_at = time.perf_counter()
             self._running[sequence.slot] = sequence
@@ -94,7 +110,7 @@ class Scheduler:
             return False
         sequence.finish_reason = FinishReason.CANCELLED
         if sequence.slot is None:
-            self._waiting.remove(sequence)
+            self._queue_of(sequence).remove(sequence)
         else:
             self._release(sequence)
         return True

@@ -1,4 +1,4 @@
-"""Who may come in: the server's state, and a bound on the requests inside."""
+"""Who may come in: the server's state, and bounds on the requests inside and on their bytes."""
 
 import math
 import time
@@ -35,12 +35,16 @@ class QueueFull(VignetteError):
 class Admission:
     """Counts the requests that are inside. Used on the event loop's thread only."""
 
-    def __init__(self, queue: int) -> None:
-        """Let at most `queue` requests wait, besides those that have a slot (set `slots`)."""
+    def __init__(self, queue: int, most_bytes: int) -> None:
+        """Let at most `queue` requests wait, besides those that have a slot (set `slots`).
+
+        most_bytes: of all bodies together, those that are still coming in too.
+        """
         self.state = State.STARTING
         self.inside = 0
         self.slots = 0
-        self._queue = queue
+        self.held_bytes = 0
+        self._queue, self._most_bytes = queue, most_bytes
         self._completed: deque[float] = deque(maxlen=_RECENT)
 
     @contextmanager
@@ -56,6 +60,18 @@ class Admission:
             self._completed.append(time.monotonic())
         finally:
             self.inside -= 1
+
+    def hold(self, size: int) -> None:
+        """Count bytes of a body in; raises QueueFull if there are too many already."""
+        if self.held_bytes + size > self._most_bytes:
+            raise QueueFull(
+                "too many bytes are being sent at once: try again later", self._seconds_to_drain()
+            )
+        self.held_bytes += size
+
+    def let_go(self, size: int) -> None:
+        """Count them out again."""
+        self.held_bytes -= size
 
     def _seconds_to_drain(self) -> int:
         """How long the requests inside will take at the rate of the last completions."""

@@ -3,20 +3,35 @@
 import tornado.web
 
 from server.handlers import caption, health, metrics, page
+from server.handlers.base import Handler
 from server.service import Service
+
+_OPS: list[tuple[str, type[Handler]]] = [
+    (r"/health/live", health.LiveHandler),
+    (r"/health/ready", health.ReadyHandler),
+    (r"/metrics", metrics.MetricsHandler),
+]
 
 
 def make_app(service: Service) -> tornado.web.Application:
-    """The application for one service; tests make theirs with the same function."""
+    """The public application for one service; tests make theirs with the same function."""
+    routes: list[tuple[str, type[Handler]]] = [
+        (r"/", page.PageHandler),
+        (r"/openapi.json", page.OpenApiHandler),
+        (r"/caption", caption.CaptionHandler),
+    ]
+    return _app(service, routes if service.settings.ops_port is not None else routes + _OPS)
+
+
+def make_ops_app(service: Service) -> tornado.web.Application:
+    """Health and metrics alone, for a port of their own."""
+    return _app(service, _OPS)
+
+
+def _app(service: Service, routes: list[tuple[str, type[Handler]]]) -> tornado.web.Application:
     parts = {"service": service}
     return tornado.web.Application(
-        [
-            (r"/", page.PageHandler, parts),
-            (r"/caption", caption.CaptionHandler, parts),
-            (r"/health/live", health.LiveHandler, parts),
-            (r"/health/ready", health.ReadyHandler, parts),
-            (r"/metrics", metrics.MetricsHandler, parts),
-        ],
+        [(path, handler, parts) for path, handler in routes],
         default_handler_class=page.NotFoundHandler,
         default_handler_args=parts,
         log_function=lambda handler: None,  # counted in metrics; a line a request is too much

@@ -6,7 +6,10 @@ import tornado.web
 
 from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels
 from server.admission import NotServing, QueueFull
-from server.worker import EngineFailed
+from server.decoding import TooHard
+from server.dispatch import EngineFailed, Expired
+from server.fetching import FetchFailed, ForbiddenUrl
+from server.keys import TooFast, Unauthorised
 
 
 class BodyTooLarge(Exception):
@@ -26,15 +29,22 @@ class Answer:
     message: str | None = None
 
 
+# The first that fits counts, so what is a kind of another stands before it.
 ERRORS: dict[type[Exception], Answer] = {
+    ForbiddenUrl: Answer(400, "forbidden_url"),
     InvalidImage: Answer(400, "invalid_image"),
     InvalidRequest: Answer(400, "invalid_request"),
+    Unauthorised: Answer(401, "unauthorised"),
     BodyTooLarge: Answer(413, "body_too_large"),
     UnsupportedMediaType: Answer(415, "unsupported_media_type"),
     TooManyPixels: Answer(422, "too_many_pixels"),
+    TooHard: Answer(422, "too_hard_to_decode"),
+    FetchFailed: Answer(422, "fetch_failed"),
+    TooFast: Answer(429, "too_fast"),
     QueueFull: Answer(429, "queue_full"),
     NotServing: Answer(503, "not_serving"),
     EngineFailed: Answer(500, "engine_failed"),
+    Expired: Answer(504, "deadline_exceeded"),
 }
 HTTP_ERRORS: dict[int, Answer] = {
     400: Answer(400, "invalid_request", "not a valid HTTP request: check its headers and body"),

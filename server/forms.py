@@ -12,7 +12,8 @@ from tornado import httputil
 from runtime.errors import InvalidRequest
 from server.errors import UnsupportedMediaType
 
-_FIELDS = ("prompt", "max_new_tokens")
+_FIELDS = ("prompt", "max_new_tokens", "timeout_ms", "priority")
+_PRIORITIES = ("interactive", "batch")
 # curl --data-binary says x-www-form-urlencoded unless told otherwise; the body is the image.
 _RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 _DIGITS = 9  # of a number in a form
@@ -25,6 +26,9 @@ class Asked:
     images: list[bytes]
     prompt: str | None = None
     max_new_tokens: int | None = None
+    timeout_ms: int | None = None
+    urgent: bool = True
+    image_url: str | None = None
 
 
 def asked(request: httputil.HTTPServerRequest, body: bytes) -> Asked:
@@ -44,21 +48,34 @@ def asked(request: httputil.HTTPServerRequest, body: bytes) -> Asked:
     if not body:
         raise InvalidRequest("the body is empty: send an image")
     if kind == "application/json":
-        return _from_json(body)
+        return _from_json(body, _query(request))
     if kind == "multipart/form-data":
         return _from_form(request, body)
-    fields = {name: values[-1] for name, values in request.query_arguments.items()}
-    return _checked([body], {k: _text(k, v) for k, v in fields.items()})
+    return _checked([body], _query(request))
 
 
-def _from_json(body: bytes) -> Asked:
+def _query(request: httputil.HTTPServerRequest) -> dict[str, Any]:
+    """Fields of the query, and of the headers that stand for some."""
+    fields = {name: _text(name, values[-1]) for name, values in request.query_arguments.items()}
+    for name, header in (("timeout_ms", "X-Timeout-Ms"), ("priority", "X-Priority")):
+        if header in request.headers:
+            fields.setdefault(name, request.headers[header])
+    return fields
+
+
+def _from_json(body: bytes, query: dict[str, Any]) -> Asked:
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as cause:
         raise InvalidRequest('the body is not JSON: send {"image": "<base64>"} in UTF-8') from cause
     if not isinstance(fields, dict):
         raise InvalidRequest('the JSON is not an object: send {"image": "<base64>"}')
-    sent = fields.pop("image", None)
+    fields = query | fields
+    url, sent = fields.pop("image_url", None), fields.pop("image", None)
+    if url is not None:
+        if sent is not None or not isinstance(url, str):
+            raise InvalidRequest("send either image or image_url, and the latter as a string")
+        return _checked([], fields, url)
     images = sent if isinstance(sent, list) else [sent]
     return _checked([_from_base64(image) for image in images], fields)
 
@@ -80,7 +97,8 @@ def _from_form(request: httputil.HTTPServerRequest, body: bytes) -> Asked:
         raise InvalidRequest(f"unknown file field {next(iter(files))!r}: use the field 'image'")
     if not images:
         raise InvalidRequest("the form has no field 'image': add the image under that name")
-    return _checked(images, {k: _text(k, values[-1]) for k, values in arguments.items()})
+    fields = {k: _text(k, values[-1]) for k, values in arguments.items()}
+    return _checked(images, _query(request) | fields)
 
 
 def _text(field: str, value: bytes) -> str:
@@ -101,7 +119,7 @@ def _from_base64(image: Any) -> bytes:
         raise InvalidRequest("the field 'image' is not base64") from cause
 
 
-def _checked(images: list[bytes], fields: dict[str, Any]) -> Asked:
+def _checked(images: list[bytes], fields: dict[str, Any], url: str | None = None) -> Asked:
     unknown = sorted(set(fields) - set(_FIELDS))
     if unknown:
         raise InvalidRequest(f"unknown field {unknown[0]!r}: there are {', '.join(_FIELDS)}")
@@ -110,10 +128,17 @@ def _checked(images: list[bytes], fields: dict[str, Any]) -> Asked:
     prompt = fields.get("prompt")
     if not isinstance(prompt, str | None):
         raise InvalidRequest("prompt must be a string")
-    return Asked(images, prompt, _whole_number(fields.get("max_new_tokens")))
+    priority = fields.get("priority") or _PRIORITIES[0]
+    if priority not in _PRIORITIES:
+        raise InvalidRequest(f"priority must be one of {', '.join(_PRIORITIES)}")
+    timeout = _whole_number("timeout_ms", fields.get("timeout_ms"))
+    if timeout is not None and timeout < 1:
+        raise InvalidRequest("timeout_ms must be 1 or more")
+    most = _whole_number("max_new_tokens", fields.get("max_new_tokens"))
+    return Asked(images, prompt, most, timeout, priority == _PRIORITIES[0], url)
 
 
-def _whole_number(value: Any) -> int | None:
+def _whole_number(name: str, value: Any) -> int | None:
     """An int, or digits as forms send them; an empty form field is none at all."""
     if isinstance(value, str):
         value = value.strip()
@@ -121,4 +146,4 @@ def _whole_number(value: Any) -> int | None:
             value = int(value)
     if value is None or value == "" or (isinstance(value, int) and not isinstance(value, bool)):
         return None if value == "" else value
-    raise InvalidRequest("max_new_tokens must be a whole number")
+    raise InvalidRequest(f"{name} must be a whole number")

@@ -1,37 +1,47 @@
-"""What the server tells Prometheus. One object for each app, so that tests don't share counts."""
+"""What the server tells Prometheus.
+
+In a running server several processes count, each into files of the run's folder, and whoever is
+asked adds them up (prometheus_client's multi-process mode, which the supervisor switches on). In
+tests there is one process and one object an app, so that they don't share counts.
+"""
+
+import os
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # the variable by which prometheus_client knows the mode
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
 class Metrics:
-    """Counters and histograms by what they measure; names start with `vignette_`."""
+    """What a front-end counts; names start with `vignette_`."""
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "vignette_requests",
             "Caption requests by outcome: ok, cancelled, or the error code of the answer",
             ["outcome"],
             registry=registry,
         )
-        self.waiting = Gauge(
-            "vignette_queue_length", "Requests that wait for a slot", registry=registry
-        )
-        self.running = Gauge(
-            "vignette_running_rows", "Sequences that are being decoded", registry=registry
-        )
-        self.decode_rows = Histogram(
-            "vignette_decode_batch_rows", "Rows of a decode step", buckets=_ROWS, registry=registry
-        )
-        self.encode_images = Histogram(
-            "vignette_encode_batch_images",
-            "Images admitted to a step",
-            buckets=_ROWS,
+        self.inside = Gauge(
+            "vignette_requests_inside",
+            "Requests that were let in and not answered yet",
             registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.restarts = Gauge(
+            "vignette_worker_restarts",
+            "How often each engine worker was started again",
+            ["worker"],
+            registry=registry,
+            multiprocess_mode="max",
+        )
+        self.cache_hits = Counter(
+            "vignette_cache_hits", "Captions that were known already", registry=registry
         )
         self.stage = Histogram(
             "vignette_stage_seconds",
@@ -42,5 +52,37 @@ class Metrics:
         )
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+        """All metrics in Prometheus' text format, of all processes."""
+        registry = self.registry
+        if FOLDER in os.environ:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)
+        return generate_latest(registry)
+
+
+class WorkerMetrics:
+    """What an engine worker counts. In a process of its own without a registry of its own."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        registry = registry or CollectorRegistry()
+        self.waiting = Gauge(
+            "vignette_queue_length",
+            "Requests in a worker that wait for a slot",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.running = Gauge(
+            "vignette_running_rows",
+            "Sequences that are being decoded",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.decode_rows = Histogram(
+            "vignette_decode_batch_rows", "Rows of a decode step", buckets=_ROWS, registry=registry
+        )
+        self.encode_images = Histogram(
+            "vignette_encode_batch_images",
+            "Images admitted to a step",
+            buckets=_ROWS,
+            registry=registry,
+        )

@@ -1,40 +1,164 @@
-"""The parts of a running server, put together once."""
+"""The parts of a front-end, put together once, and the way of a request through them."""
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from runtime.engine import Engine
+from runtime.config import TEXT_TOKENS
+from runtime.errors import InvalidRequest
+from runtime.limits import Limits, Prompts
+from runtime.manifest import Manifest
+from runtime.request import Caption
 from server.admission import Admission
+from server.cache import CaptionCache
+from server.decoding import Decoders
+from server.dispatch import Expired, Work, Workers
+from server.fetching import Fetcher
+from server.forms import Asked
+from server.keys import Keys
 from server.metrics import Metrics
 from server.settings import Settings
-from server.worker import EngineWorker
+from server.wire import Message, PixelStore
+
+SLOTS = 64  # most that a worker chooses by itself: pixels are kept for as many beside the queue
 
 
 @dataclass(slots=True)
 class Service:
-    """What handlers work with; `engine` is None until it is warm."""
+    """What handlers work with. `workers` is what the supervisor last said of each."""
 
     settings: Settings
+    manifest: Manifest
+    limits: Limits
     admission: Admission
-    worker: EngineWorker
     metrics: Metrics
-    decoders: ThreadPoolExecutor
-    engine: Engine | None = None
+    store: PixelStore
+    decoders: Decoders
+    links: Workers
+    keys: Keys | None
+    cache: CaptionCache | None
+    fetcher: Fetcher | None
+    workers: list[Message] = field(default_factory=list)
+
+    @property
+    def serves(self) -> bool:
+        """Whether any worker can take a request now."""
+        return self.links.dispatcher.serving
+
+    async def caption(self, asked: Asked) -> tuple[Caption, float]:
+        """A request's caption, and the seconds that decoding its images took.
+
+        Raises what `limits`, the decoders and the dispatcher raise, and Expired.
+        """
+        now = time.perf_counter()
+        deadline = now + (asked.timeout_ms or self.settings.timeout_seconds * 1e3) / 1e3
+        self.limits.check(asked.prompt, asked.max_new_tokens)
+        images = await self._images(asked, deadline)
+        digest = await asyncio.to_thread(_digest, images)
+        self.links.dispatcher.check(digest)
+        if self.cache is None:
+            return await self._run(asked, images, digest, deadline)
+        known = self.cache.hits
+        key = (digest, asked.prompt, asked.max_new_tokens)
+        found = await self.cache.get(key, lambda: self._run(asked, images, digest, deadline))
+        self.metrics.cache_hits.inc(self.cache.hits - known)
+        return found
+
+    async def _images(self, asked: Asked, deadline: float) -> list[bytes]:
+        if asked.image_url is None:
+            return asked.images
+        if self.fetcher is None:
+            raise InvalidRequest("image_url is switched off here: send the image itself")
+        return [await self.fetcher.fetch(asked.image_url, deadline - time.perf_counter())]
+
+    async def _run(
+        self, asked: Asked, images: list[bytes], digest: str, deadline: float
+    ) -> tuple[Caption, float]:
+        frames = self.manifest.sizes.frames
+        if len(images) != (frames or 1):
+            raise InvalidRequest(
+                f"{len(images)} images were sent: this model takes {frames or 1} for each request"
+            )
+        async with self._slot() as slot:
+            queued_at = time.perf_counter()
+            try:
+                async with asyncio.timeout(max(0.0, deadline - queued_at)):
+                    await self._decode(images, slot, bool(frames))
+            except TimeoutError:
+                raise Expired("the deadline passed while the image was decoded") from None
+            decoded_at = time.perf_counter()
+            work = Work(
+                slot, asked.prompt, asked.max_new_tokens, digest, deadline, asked.urgent,
+                queued_at=decoded_at,
+            )  # fmt: skip
+            return await self.links.dispatcher.caption(work), decoded_at - queued_at
+
+    async def _decode(self, images: list[bytes], slot: int, frames: bool) -> None:
+        jobs = [
+            asyncio.ensure_future(self.decoders.decode(image, slot, n if frames else None))
+            for n, image in enumerate(images)
+        ]
+        try:
+            await asyncio.wait(jobs)
+        finally:
+            # Whoever gives up waits all the same: a slot is given back only when nothing writes to
+            # it any more.
+            await asyncio.wait(jobs)
+        errors = [job.exception() for job in jobs]
+        for error in filter(None, errors):
+            raise error
+
+    @asynccontextmanager
+    async def _slot(self) -> AsyncIterator[int]:
+        slot = self.store.take()
+        try:
+            yield slot
+        finally:
+            self.store.give_back(slot)
 
 
-def make_service(settings: Settings, open_engine: Callable[[], Engine]) -> Service:
-    """The parts of a server, not yet started."""
+def _digest(images: list[bytes]) -> str:
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(hashlib.sha256(image).digest())
+    return digest.hexdigest()
+
+
+def make_service(
+    settings: Settings, manifest: Manifest, tokenizer: Prompts, folder: Path, name: str
+) -> Service:
+    """The parts of one front-end. `folder` is the run's; `name` is unique in it."""
+    sizes = manifest.sizes
+    shape: tuple[int, ...] = (3, sizes.image, sizes.image)
+    shape = shape if sizes.frames is None else (sizes.frames, *shape)
+    share = -(-settings.max_queue // settings.front_ends)
+    places = (settings.slots or SLOTS) * max(1, settings.workers or 1) + share
+    store = PixelStore(folder / f"{name}.pixels", places, shape, create=True)
     metrics = Metrics()
-    admission = Admission(settings.max_queue)
-    worker = EngineWorker(open_engine, metrics)
-    # Whatever is inside and has no slot waits, wherever it stands on its way there.
-    metrics.waiting.set_function(lambda: max(0, admission.inside - worker.running))
-    metrics.running.set_function(lambda: worker.running)
+    admission = Admission(share, settings.max_queue_bytes // settings.front_ends)
+    links = Workers(folder, store, name)
+    domains = settings.image_url_domains
     return Service(
         settings=settings,
+        manifest=manifest,
+        limits=Limits(tokenizer, min(TEXT_TOKENS, sizes.text)),
         admission=admission,
-        worker=worker,
         metrics=metrics,
-        decoders=ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode"),
+        store=store,
+        decoders=Decoders(
+            settings.decoders,
+            (store.path, store.slots, store.shape),
+            manifest.preprocessing,
+            settings.max_pixels,
+            settings.decode_seconds,
+            settings.decode_memory_mb * 2**20,
+        ),
+        links=links,
+        keys=Keys.read(settings.api_keys) if settings.api_keys else None,
+        cache=CaptionCache(settings.cache_mb * 2**20) if settings.cache_mb else None,
+        fetcher=Fetcher(domains, settings.max_body_bytes) if domains else None,
     )

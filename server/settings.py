@@ -1,16 +1,17 @@
 """Every setting of the server, once: a flag, a `VIGNETTE_*` variable, its default, its reason."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from runtime.config import EngineConfig
+from runtime.config import PROVIDERS, EngineConfig
 from runtime.errors import VignetteError
+from runtime.machine import this_machine
 from runtime.preprocess import MAX_PIXELS
-from runtime.providers import NAMES
+
+_CORES = this_machine().cores
 
 
 class InvalidSettings(VignetteError):
@@ -41,8 +42,8 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535, description="TCP port; 0 takes a free one")] = 8000
     provider: Annotated[
         str,
-        Field(description=f"execution provider of the encoder: {', '.join(NAMES)}; auto takes the "
-              "best that works here and logs which, any other fails if it can't run"),
+        Field(description=f"execution provider of the encoder: {', '.join(PROVIDERS)}; auto takes "
+              "the best that works here and logs which, any other fails if it can't run"),
     ] = "auto"  # fmt: skip
     precision: Annotated[
         str,
@@ -67,17 +68,57 @@ class Settings(BaseSettings):
               "--no-cuda-graphs runs it node by node, to find out what is wrong"),
     ] = True  # fmt: skip
     threads: Annotated[
-        int, Field(ge=0, description="operator threads of each graph; 0 takes all cores")
-    ] = 0
-    decode_threads: Annotated[
         int,
-        Field(ge=1, description="threads that decode and resize images, beside the event loop"),
-    ] = os.cpu_count() or 1
+        Field(ge=0, description="operator threads of each graph; 0 shares all cores among the "
+              "workers"),
+    ] = 0  # fmt: skip
+    workers: Annotated[
+        int | None,
+        Field(ge=1, le=64, description="engine workers: on GPUs one for each, which is the "
+              "default; more than one on a processor is for tests"),
+    ] = None  # fmt: skip
+    front_ends: Annotated[
+        int,
+        Field(ge=1, le=64, description="processes that speak HTTP on the same port; one for every "
+              "four cores, because they do little but wait"),
+    ] = max(1, _CORES // 4)  # fmt: skip
+    decoders: Annotated[
+        int,
+        Field(ge=1, description="processes of each front-end that decode and resize images"),
+    ] = max(1, _CORES // max(1, _CORES // 4))  # fmt: skip
+    decode_seconds: Annotated[
+        float,
+        Field(gt=0, description="for decoding one image; a decoder that takes longer is replaced"),
+    ] = 10.0  # fmt: skip
+    decode_memory_mb: Annotated[
+        int,
+        Field(ge=512, description="MiB of address space of a decoder process; an image that needs "
+              "more is refused and harms nobody"),
+    ] = 2048  # fmt: skip
     max_queue: Annotated[
         int,
         Field(ge=1, description="requests that may wait for a slot; the next is answered 429 at "
               "once, which is kinder than a time-out"),
     ] = 256  # fmt: skip
+    max_queue_bytes: Annotated[
+        int,
+        Field(ge=1024, description="bytes of all bodies that are inside or coming in; the next "
+              "one is answered 429"),
+    ] = 512_000_000  # fmt: skip
+    timeout_seconds: Annotated[
+        float,
+        Field(gt=0, description="deadline of a request that names none (timeout_ms): past it, it "
+              "is answered 504, and not run if it still waits"),
+    ] = 30.0  # fmt: skip
+    header_seconds: Annotated[
+        float,
+        Field(gt=0, description="for the head of a request, and how long a connection may idle"),
+    ] = 20.0  # fmt: skip
+    body_seconds: Annotated[float, Field(gt=0, description="for the body of a request")] = 30.0
+    step_seconds: Annotated[
+        float,
+        Field(gt=0, description="an engine worker that is in one step for longer is replaced"),
+    ] = 60.0  # fmt: skip
     max_body_bytes: Annotated[
         int, Field(ge=1024, description="largest request body; a larger one is answered 413")
     ] = 10_000_000
@@ -86,6 +127,28 @@ class Settings(BaseSettings):
         Field(ge=1, description="most pixels of an image, checked before decoding because a "
               "small file can unpack to gigabytes"),
     ] = MAX_PIXELS  # fmt: skip
+    api_keys: Annotated[
+        Path | None,
+        Field(description="file of API keys (python -m server.keys makes them); without it "
+              "everybody may come in"),
+    ] = None  # fmt: skip
+    cache_mb: Annotated[
+        int,
+        Field(ge=0, description="MiB of captions to remember by the image's SHA-256; 0 keeps none"),
+    ] = 0  # fmt: skip
+    image_url_domains: Annotated[
+        tuple[str, ...],
+        Field(description="domains that image_url may name, .example.org for those below it too; "
+              "none switches image_url off"),
+    ] = ()  # fmt: skip
+    ops_port: Annotated[
+        int | None,
+        Field(ge=0, le=65535, description="serve health and metrics on this port instead, and not "
+              "on the public one"),
+    ] = None  # fmt: skip
+    log_format: Annotated[
+        str, Field(pattern="^(text|json)$", description="text for people, json for machines")
+    ] = "text"
     drain_seconds: Annotated[
         float,
         Field(ge=0, description="on SIGTERM, how long accepted requests may take to finish"),
@@ -95,6 +158,12 @@ class Settings(BaseSettings):
     ] = "INFO"
 
     @property
+    def _shared_threads(self) -> int:
+        """Of each worker, if there are several on a processor; 0 leaves all cores to the one."""
+        several = (self.workers or 1) > 1 and self.provider not in ("cuda", "tensorrt")
+        return max(1, _CORES // (self.workers or 1)) if several else 0
+
+    @property
     def engine_config(self) -> EngineConfig:
         """The part that the engine reads."""
         return EngineConfig(
@@ -102,7 +171,7 @@ class Settings(BaseSettings):
             encode_batch=self.encode_batch,
             provider=self.provider,
             precision=self.precision,
-            threads=self.threads,
+            threads=self.threads or self._shared_threads,
             cuda_graphs=self.cuda_graphs,
         )
 

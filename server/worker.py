@@ -1,180 +1,251 @@
-"""The thread that owns the engine. Everything reaches it through one inbox."""
+"""The engine worker: a process that owns one engine and forms its batches.
 
-import asyncio
+One thread steps the engine and talks to the front-ends; another tells the supervisor every half
+second that this process lives, and since when the step that it is in has been running.
+"""
+
 import logging
-import queue
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-import numpy as np
+import zmq
 
 from runtime.engine import Engine
-from runtime.errors import VignetteError
-from runtime.request import Caption, Sequence
-from server.metrics import Metrics
+from runtime.errors import InvalidRequest, VignetteError
+from runtime.request import Sequence, Terms
+from server.logs import configure
+from server.metrics import WorkerMetrics
+from server.settings import Settings
+from server.wire import (
+    BEAT_SECONDS,
+    Message,
+    PixelStore,
+    control_address,
+    follow_parent,
+    packed,
+    unpacked,
+    worker_address,
+)
 
 log = logging.getLogger(__name__)
 
-
-class EngineFailed(VignetteError):
-    """The engine broke while it worked on this request; it goes on with the next."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Job:
-    pixels: np.ndarray
-    prompt: str | None
-    max_new_tokens: int | None
-    done: asyncio.Future[Caption]
-    queued_at: float = field(default_factory=time.perf_counter)
+Owner = bytes  # identity of the front-end that a message came from
 
 
 @dataclass(frozen=True, slots=True)
-class _Cancel:
-    job: _Job
+class Job:
+    """A request in the engine: whose it is, and by which number they know it."""
+
+    owner: Owner
+    number: int
 
 
-class _Stop:
-    """Ends the thread once everything before it in the inbox is done."""
+class Worker:
+    """Feeds what front-ends send to an engine, and answers them."""
 
+    def __init__(self, engine: Engine, socket: "zmq.Socket[bytes]", metrics: WorkerMetrics) -> None:
+        self._engine, self._socket, self._metrics = engine, socket, metrics
+        self._stores: dict[Owner, PixelStore] = {}
+        self._jobs: dict[Sequence, Job] = {}
+        self.step_since: float | None = None
+        self.stopping = False
 
-class EngineWorker:
-    """Feeds requests of an event loop to an engine, and their captions back."""
+    def run(self) -> None:
+        """Serve until told to stop, then finish what was begun."""
+        while not (self.stopping and self._engine.scheduler.idle):
+            self._take_in()
+            if not self._engine.scheduler.idle:
+                self._step()
+            scheduler = self._engine.scheduler
+            self._metrics.running.set(len(scheduler.running))
+            self._metrics.waiting.set(scheduler.waiting)
 
-    def __init__(self, open_engine: Callable[[], Engine], metrics: Metrics) -> None:
-        self.running = 0  # sequences in a slot after the last step
-        self._open_engine = open_engine
-        self._metrics = metrics
-        self._inbox: queue.SimpleQueue[_Job | _Cancel | _Stop] = queue.SimpleQueue()
-        self._jobs: dict[Sequence, _Job] = {}
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._opened: asyncio.Future[Engine]
-        self._loop: asyncio.AbstractEventLoop
+    def _take_in(self) -> None:
+        """Take all messages that are there; wait for one only if there is nothing to do."""
+        wait = 200 if self._engine.scheduler.idle else 0  # `stopping` comes from outside
+        while self._socket.poll(wait):
+            owner, data = self._socket.recv_multipart()
+            self._handle(owner, unpacked(data))
+            wait = 0
 
-    async def start(self) -> Engine:
-        """Open the engine in its thread and wait until it is warm; raises what opening raises."""
-        self._loop = asyncio.get_running_loop()
-        self._opened = self._loop.create_future()
-        self._thread.start()
-        return await self._opened
+    def _handle(self, owner: Owner, message: Message) -> None:
+        match message["op"]:
+            case "hello":
+                store = Path(message["store"]), message["slots"], tuple(message["shape"])
+                self._stores[owner] = PixelStore(*store)
+            case "caption":
+                self._submit(Job(owner, message["id"]), message)
+            case "cancel":
+                self._cancel(Job(owner, message["id"]))
 
-    async def caption(
-        self, pixels: np.ndarray, prompt: str | None, max_new_tokens: int | None
-    ) -> Caption:
-        """Queue one image and wait for its caption.
-
-        Cancelling the awaiting task takes the request out of queue or batch. Raises InvalidRequest
-        for what does not fit, EngineFailed when the engine broke.
-        """
-        job = _Job(pixels, prompt, max_new_tokens, self._loop.create_future())
-        self._inbox.put(job)
+    def _submit(self, job: Job, message: Message) -> None:
         try:
-            return await job.done
-        except asyncio.CancelledError:
-            self._inbox.put(_Cancel(job))
-            raise
-
-    async def stop(self, seconds: float) -> None:
-        """Finish what is in the inbox and end the thread; give up after so many seconds."""
-        if self._thread.is_alive():
-            self._inbox.put(_Stop())
-            await asyncio.to_thread(self._thread.join, seconds)
-
-    # --- the engine's thread ------------------------------------------------------------------
-    # It must outlive every request: what one of them raises is told to the one who waits for it.
-
-    def _run(self) -> None:
-        try:
-            engine = self._open_engine()
-        except Exception as error:  # of any kind, as said above
-            self._tell(self._opened, error=error)
-            return
-        self._tell(self._opened, engine)
-        stopping = False
-        while not (stopping and engine.scheduler.idle):
-            stopping = self._take_in(engine, stopping)
-            if not engine.scheduler.idle:
-                self._step(engine)
-            self.running = len(engine.scheduler.running)
-
-    def _take_in(self, engine: Engine, stopping: bool) -> bool:
-        """Empty the inbox, waiting for something only if there is nothing else to do.
-
-        Returns whether the thread has been told to stop.
-        """
-        wait = engine.scheduler.idle and not stopping
-        while True:
-            try:
-                message = self._inbox.get(block=wait)
-            except queue.Empty:
-                return stopping
-            wait = False
-            match message:
-                case _Stop():
-                    stopping = True
-                case _Cancel(job):
-                    self._cancel(engine, job)
-                case _Job():
-                    self._submit(engine, message)
-
-    def _submit(self, engine: Engine, job: _Job) -> None:
-        try:
-            sequence = engine.submit(
-                job.pixels, job.prompt, job.max_new_tokens, submitted_at=job.queued_at
+            sequence = self._engine.submit(
+                self._stores[job.owner][message["slot"]],
+                message["prompt"],
+                message["max_new_tokens"],
+                terms=Terms(message["queued_at"], message["urgent"], message["deadline"]),
             )
         except Exception as error:
-            self._tell(job.done, error=error)
+            # Whatever it is, it is told to the one who waits for it: this loop must outlive it.
+            self._fail(job, error)
         else:
             self._jobs[sequence] = job
 
-    def _cancel(self, engine: Engine, job: _Job) -> None:
+    def _cancel(self, job: Job) -> None:
         for sequence, candidate in self._jobs.items():
-            if candidate is job:
-                engine.cancel(sequence)
+            if candidate == job:
+                self._engine.cancel(sequence)
                 del self._jobs[sequence]
                 return
 
-    def _step(self, engine: Engine) -> None:
+    def _step(self) -> None:
+        self.step_since = time.monotonic()
         try:
-            finished = engine.step()
+            finished = self._engine.step(self._tell_started)
         except Exception:
-            log.exception("the engine failed in a step; its requests are answered with errors")
-            self._abandon(engine)
+            log.exception("the engine failed in a step; its requests are tried one by one")
+            self._abandon()
             return
-        report = engine.last_step
+        finally:
+            self.step_since = None
+        report = self._engine.last_step
         if report.encoded:
             self._metrics.encode_images.observe(report.encoded)
         if report.rows:
             self._metrics.decode_rows.observe(report.rows)
         for sequence in finished:
-            self._answer(engine, sequence)
+            self._answer(sequence)
 
-    def _answer(self, engine: Engine, sequence: Sequence) -> None:
+    def _tell_started(self, sequences: list[Sequence]) -> None:
+        """If this process dies now, it is because of one of these."""
+        for sequence in sequences:
+            job = self._jobs[sequence]
+            self._send(job.owner, {"op": "started", "id": job.number})
+
+    def _answer(self, sequence: Sequence) -> None:
         job = self._jobs.pop(sequence)
+        if sequence.expired:
+            self._send(job.owner, {"op": "expired", "id": job.number})
+            return
         try:
-            self._tell(job.done, engine.caption(sequence))
+            caption = asdict(self._engine.caption(sequence))
         except Exception as error:
-            self._tell(job.done, error=error)
+            self._fail(job, error)
+        else:
+            self._send(job.owner, {"op": "answer", "id": job.number, "caption": caption})
 
-    def _abandon(self, engine: Engine) -> None:
-        engine.abandon()
+    def _abandon(self) -> None:
+        """A step raised: what it left in the slots is unknown, so all that was inside goes back."""
+        self._engine.abandon()
         for job in self._jobs.values():
-            self._tell(job.done, error=EngineFailed("the engine failed on this batch: try again"))
+            self._send(job.owner, {"op": "failed", "id": job.number})
         self._jobs.clear()
 
-    def _tell(
-        self, future: asyncio.Future, result: object = None, error: Exception | None = None
-    ) -> None:
-        """Settle a future of the event loop from this thread, unless its owner gave up."""
+    def _fail(self, job: Job, error: Exception) -> None:
+        known = isinstance(error, InvalidRequest)
+        if not known:
+            log.error("a request failed", exc_info=error)
+        kind = "invalid_request" if known else "internal"
+        self._send(
+            job.owner, {"op": "error", "id": job.number, "kind": kind, "message": str(error)}
+        )
 
-        def settle() -> None:
-            if future.done():
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
+    def _send(self, owner: Owner, message: Message) -> None:
+        self._socket.send_multipart([owner, packed(message)])
 
-        self._loop.call_soon_threadsafe(settle)
+
+class Pulse(threading.Thread):
+    """Tells the supervisor that this process lives, and hears from it when to stop."""
+
+    def __init__(self, context: zmq.Context, folder: Path, index: int, epoch: int) -> None:
+        super().__init__(name="pulse", daemon=True)
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.identity = f"worker-{index}-{epoch}".encode()
+        self._socket.linger = 1000
+        self._address = control_address(folder)
+        self._ready: Message | None = None
+        self._told = threading.Event()
+        self.worker: Worker | None = None
+
+    def serving(self, worker: Worker, facts: Message) -> None:
+        """From now on the worker serves; `facts` are for people and front-ends."""
+        self.worker, self._ready = worker, {"op": "ready", **facts}
+
+    def run(self) -> None:
+        """Beat until the process ends."""
+        self._socket.connect(self._address)
+        told = False
+        while True:
+            if self._ready is not None and not told:
+                self._socket.send(packed(self._ready))
+                told = True
+            since = self.worker.step_since if self.worker else None
+            self._socket.send(packed({"op": "beat", "pid": os.getpid(), "step_since": since}))
+            if self._socket.poll(BEAT_SECONDS * 1000):
+                message = unpacked(self._socket.recv())
+                if message["op"] == "stop" and self.worker is not None:
+                    self.worker.stopping = True
+
+
+def main(settings: Settings, folder: Path, index: int, epoch: int) -> None:
+    """The process: open the engine that the settings name, serve until stopped."""
+    follow_parent()
+    configure(settings)
+    from runtime.opening import prepare  # here, so that the supervisor loads no ONNX Runtime
+
+    def open_engine() -> Engine:
+        prepared = prepare(settings.engine, settings.engine_config)
+        tell(folder, index, epoch, {"op": "found"})
+        return Engine.start(prepared)
+
+    sys.exit(serve(open_engine, folder, index, epoch))
+
+
+def serve(open_engine: Callable[[], Engine], folder: Path, index: int, epoch: int) -> int:
+    """Open the engine, say so, serve until stopped; returns the exit status."""
+    context = zmq.Context()
+    socket = context.socket(zmq.ROUTER)
+    socket.bind(worker_address(folder, index, epoch))
+    pulse = Pulse(context, folder, index, epoch)
+    pulse.start()
+    try:
+        engine = open_engine()
+    except VignetteError as error:
+        # The supervisor, not this process, says it: once, and only if nothing serves already.
+        tell(folder, index, epoch, {"op": "failed", "message": str(error)})
+        return 1
+    worker = Worker(engine, socket, WorkerMetrics())
+    pulse.serving(
+        worker,
+        {
+            "pid": os.getpid(),
+            "model": engine.manifest.model,
+            "runs_on": engine.runs_on,
+            "provider": engine.runner.provider,
+            "device": _device(engine),
+            "slots": engine.config.slots,
+            "text_tokens": engine.runner.text_tokens,
+        },
+    )
+    worker.run()
+    socket.close(linger=2000)
+    return 0
+
+
+def _device(engine: Engine) -> str:
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0") if engine.runner.on_gpu else "cpu"
+
+
+def tell(folder: Path, index: int, epoch: int, message: Message) -> None:
+    """One message to the supervisor, from before or after the worker's life proper."""
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    socket.identity = f"worker-{index}-{epoch}-{message['op']}".encode()
+    socket.connect(control_address(folder))
+    socket.send(packed(message))
+    socket.close(linger=2000)

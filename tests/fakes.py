@@ -30,7 +30,8 @@ class FakeRunner:
 
     text_tokens = 32
     pixels_shape = (3, 4, 4)
-    runs_on = "fake"
+    runs_on = provider = "fake"
+    on_gpu = False
 
     def __init__(self, burst: int = 1) -> None:
         self.burst = burst

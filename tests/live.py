@@ -4,21 +4,27 @@ import asyncio
 import http.client
 import io
 import json
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import tornado.httpserver
 import tornado.netutil
+import zmq
 from PIL import Image
 
 from runtime.engine import Engine
-from server.admission import State
-from server.app import make_app
+from server.frontend import know, listen
+from server.metrics import WorkerMetrics
 from server.service import Service, make_service
 from server.settings import Settings
+from server.wire import worker_address
+from server.worker import Worker
+from tests.fakes import MANIFEST, FakeTokenizer
 
 
 @dataclass(frozen=True)
@@ -70,29 +76,37 @@ def fetch(port: int, method: str, path: str, body: Any = None, **headers: str) -
 def serve(
     open_engine: Callable[[], Engine], *, wait: bool = True, **settings: Any
 ) -> Iterator[Live]:
-    """Run a server; with `wait` off it may still be starting when it is handed over."""
+    """A front-end, and a worker around `open_engine()` in a thread instead of a process.
+
+    With `wait` off it may still be starting when it is handed over.
+    """
     started = threading.Event()
     live: list[Live] = []
     stop: list[asyncio.Event] = []
+    manifest = settings.pop("manifest", MANIFEST)
+    folder = Path(tempfile.mkdtemp(prefix="live-"))
 
     async def run() -> None:
-        service = make_service(Settings(_env_file=None, **settings), open_engine)
-        server = tornado.httpserver.HTTPServer(make_app(service))
+        given = Settings(_env_file=None, decoders=1, **settings)
+        service = make_service(given, manifest, FakeTokenizer(), folder, "front-0")
         sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
-        server.add_sockets(sockets)
+        server = listen(service, sockets)
         stop.append(asyncio.Event())
-        live.append(Live(service, sockets[0].getsockname()[1], asyncio.get_running_loop()))
+        loop = asyncio.get_running_loop()
+        live.append(Live(service, sockets[0].getsockname()[1], loop))
+        worker = _WorkerThread(open_engine, live[0], folder)
+        worker.start()
         if not wait:
             started.set()
-        service.engine = await service.worker.start()
-        service.admission.slots = service.engine.config.slots
-        service.admission.state = State.READY
+        while not service.serves and not stop[0].is_set():
+            await asyncio.sleep(0.005)
         started.set()
         await stop[0].wait()
         server.stop()
         await server.close_all_connections()
-        await service.worker.stop(30)
-        service.decoders.shutdown()
+        await service.links.close()
+        await asyncio.to_thread(worker.finish)
+        service.decoders.close()
 
     thread = threading.Thread(target=asyncio.run, args=(run(),))
     thread.start()
@@ -103,6 +117,34 @@ def serve(
         live[0].loop.call_soon_threadsafe(stop[0].set)
         thread.join(60)
         assert not thread.is_alive()
+        shutil.rmtree(folder)
+
+
+class _WorkerThread(threading.Thread):
+    def __init__(self, open_engine: Callable[[], Engine], live: Live, folder: Path) -> None:
+        super().__init__(daemon=True)
+        self._open, self._live, self._folder = open_engine, live, folder
+        self._worker: Worker | None = None
+
+    def run(self) -> None:
+        context = zmq.Context()
+        socket = context.socket(zmq.ROUTER)
+        socket.bind(worker_address(self._folder, 0, 1))
+        engine = self._open()
+        service = self._live.service
+        self._worker = Worker(engine, socket, WorkerMetrics(service.metrics.registry))
+        facts = {"index": 0, "epoch": 1, "state": "ready", "slots": engine.config.slots,
+                 "pid": 1, "restarts": 0}  # fmt: skip
+        self._live.loop.call_soon_threadsafe(know, service, [facts])
+        self._worker.run()
+        socket.close(linger=0)
+        context.term()
+
+    def finish(self) -> None:
+        if self._worker is not None:
+            self._worker.stopping = True
+            self.join(30)
+            assert not self.is_alive()
 
 
 def png(colour: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (8, 8)) -> bytes:

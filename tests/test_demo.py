@@ -125,4 +125,4 @@ def test_the_engine_was_made_from_the_committed_weights():
 @pytest.mark.parametrize("prompt", ["\ud800", "x" * 5000])
 def test_prompts_that_are_no_text_or_endless_are_refused(demo, prompt):
     with pytest.raises(InvalidRequest, match="the prompt"):
-        demo.check(prompt, None)
+        demo.limits.check(prompt, None)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from server import probe
-from server.metrics import Metrics
+from server.metrics import Metrics, WorkerMetrics
 from tests.conftest import DEMO, ROOT
 from tests.test_end_to_end import ON_CPU, running
 
@@ -47,7 +47,9 @@ def test_no_stage_that_serves_installs_torch():
 
 def test_the_dashboard_shows_metrics_that_there_are():
     dashboard = json.loads((DOCKER / "grafana/dashboards/vignette.json").read_text())
-    known = set(re.findall(r"^# TYPE (\S+)", Metrics().render().decode(), re.MULTILINE))
+    metrics = Metrics()
+    WorkerMetrics(metrics.registry)
+    known = set(re.findall(r"^# TYPE (\S+)", metrics.render().decode(), re.MULTILINE))
     used = {
         re.sub(r"_(bucket|sum|count)$", "", name)
         for panel in dashboard["panels"]

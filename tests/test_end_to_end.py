@@ -87,7 +87,7 @@ def test_sigterm_finishes_what_was_accepted_and_exits_0():
     def inside() -> int:
         lines = fetch(port, "GET", "/metrics").body.decode().splitlines()
         counts = dict(line.rpartition(" ")[::2] for line in lines if not line.startswith("#"))
-        return int(float(counts["vignette_queue_length"]) + float(counts["vignette_running_rows"]))
+        return int(float(counts.get("vignette_requests_inside", 0)))
 
     with running(*ON_CPU, "--slots", "1") as (process, port, _), ThreadPoolExecutor(40) as pool:
         asked = [pool.submit(fetch, port, "POST", "/caption", image) for _ in range(40)]

@@ -12,9 +12,8 @@ from dataclasses import replace
 import pytest
 
 from runtime.config import EngineConfig
-from runtime.errors import EngineFolderError
 from server.admission import State
-from tests.fakes import FakeRunner, fake_engine
+from tests.fakes import MANIFEST, FakeRunner, fake_engine
 from tests.live import fetch, multipart, png, serve
 
 JSON = {"Content_Type": "application/json"}
@@ -28,9 +27,9 @@ class Gate(FakeRunner):
         self.open = threading.Event()
         self.open.set()
 
-    def decode(self, tokens, fed):
+    def decode(self, tokens, fed, steps=1):
         assert self.open.wait(30)
-        return super().decode(tokens, fed)
+        return super().decode(tokens, fed, steps)
 
 
 def gated(slots: int = 2):
@@ -107,29 +106,15 @@ def test_media_types_are_read_in_any_case_and_blank_fields_are_none(live):
         assert live.caption(form, Content_Type=written).status == 200
 
 
-def test_images_are_decoded_off_the_event_loop(live, monkeypatch):
-    from server.handlers import caption
-
-    real, threads = caption.preprocess, []
-
-    def noted(*arguments):
-        threads.append(threading.current_thread().name)
-        return real(*arguments)
-
-    monkeypatch.setattr(caption, "preprocess", noted)
-    assert live.caption(png()).status == 200
-    assert threads[0].startswith("decode")
-
-
 def test_a_video_request_carries_its_frames():
     def video():
         engine = fake_engine()
-        sizes = replace(engine.manifest.sizes, frames=3)
-        engine.manifest = replace(engine.manifest, sizes=sizes)
+        engine.manifest = manifest
         engine.runner.pixels_shape = (3, 3, 4, 4)
         return engine
 
-    with serve(video) as live:
+    manifest = replace(MANIFEST, sizes=replace(MANIFEST.sizes, frames=3))
+    with serve(video, manifest=manifest) as live:
         frames = [b64(png((i, i, i))) for i in range(3)]
         assert live.caption(as_json(image=frames), **JSON).status == 200
         reply = live.caption(png())
@@ -230,7 +215,9 @@ def test_ready_only_once_warm():
         deadline = time.monotonic() + 30
         while live.request("GET", "/health/ready").status != 200 and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert live.request("GET", "/health/ready").json["model"] == "fake"
+        ready = live.request("GET", "/health/ready").json
+        assert ready["model"] == "fake"
+        assert ready["workers"][0]["state"] == "ready"
         assert live.caption(png()).status == 200
 
 
@@ -273,8 +260,8 @@ def test_requests_that_arrive_together_are_decoded_together():
         while live.service.admission.inside == 0:
             time.sleep(0.01)
         rest = [pool.submit(live.caption, png((i, i, i)), "?max_new_tokens=9") for i in range(8)]
-        while live.service.worker._inbox.qsize() < 8:
-            time.sleep(0.01)
+        until(lambda: live.service.admission.inside == 9)
+        time.sleep(0.3)  # until they are all decoded
         engine.runner.open.set()
         assert {f.result().status for f in (first, *rest)} == {200}
         assert max(engine.runner.steps) == 8
@@ -333,15 +320,40 @@ def test_a_chunked_body_without_end_is_cut_off():
         assert live.caption(png()).status == 200
 
 
-def test_an_engine_that_breaks_answers_its_batch_and_goes_on():
+def test_a_step_that_fails_once_is_not_noticed():
     engine = fake_engine()
     with serve(lambda: engine) as live:
         expected = live.caption(png()).json["caption"]
-        engine.runner.fail_next = RuntimeError("secret detail")
-        reply = live.caption(png())
+        engine.runner.fail_next = RuntimeError("out of memory, say")
+        assert live.caption(png()).json["caption"] == expected
+
+
+def test_an_image_that_breaks_the_engine_harms_itself_alone():
+    """It is tried again alone, answered, and refused from then on; its batch gets captions."""
+
+    class Allergic(Gate):
+        def decode(self, tokens, fed, steps=1):
+            assert self.open.wait(30)
+            if any(self.cache[row][0] == 3 * 16 * 66 for row in range(len(tokens))):
+                raise RuntimeError("secret detail")
+            return FakeRunner.decode(self, tokens, fed, steps)
+
+    engine = fake_engine(EngineConfig(slots=8, patience=0))
+    engine.runner = Allergic()
+    with serve(lambda: engine, slots=8) as live, ThreadPoolExecutor(8) as pool:
+        expected = [live.caption(png((i, i, i))).json["caption"] for i in range(6)]
+        engine.runner.open.clear()
+        good = [pool.submit(live.caption, png((i, i, i))) for i in range(6)]
+        bad = pool.submit(live.caption, png((66, 66, 66)))
+        until(lambda: live.service.admission.inside == 7)
+        engine.runner.open.set()
+        reply = bad.result()
         assert (reply.status, reply.error) == (500, "engine_failed")
         assert b"secret" not in reply.body
-        assert live.caption(png()).json["caption"] == expected
+        assert [f.result().json["caption"] for f in good] == expected
+        again = live.caption(png((66, 66, 66)))
+        assert (again.status, again.error) == (500, "engine_failed")
+        assert "not tried again" in again.json["error"]["message"]
 
 
 def test_an_error_of_ours_shows_no_detail(monkeypatch):
@@ -349,24 +361,10 @@ def test_an_error_of_ours_shows_no_detail(monkeypatch):
         raise ZeroDivisionError("secret detail")
 
     with serve(fake_engine) as live:
-        monkeypatch.setattr("server.handlers.caption.preprocess", broken)
+        monkeypatch.setattr(live.service.decoders, "decode", broken)
         reply = live.caption(png())
         assert (reply.status, reply.error) == (500, "internal")
         assert b"secret" not in reply.body
-
-
-def test_an_engine_that_cannot_open_is_told_to_the_starter():
-    from server.service import make_service
-    from server.settings import Settings
-
-    def fail():
-        raise EngineFolderError("no such engine")
-
-    async def start():
-        await make_service(Settings(), fail).worker.start()
-
-    with pytest.raises(EngineFolderError, match="no such engine"):
-        asyncio.run(start())
 
 
 def test_metrics_tell_stages_and_batches(live):

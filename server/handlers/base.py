@@ -2,15 +2,20 @@
 
 import json
 import logging
+import re
+import uuid
 from types import TracebackType
 from typing import Any
 
 import tornado.web
 
 from server.errors import INTERNAL, answer_to
+from server.logs import request_id
 from server.service import Service
 
 log = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 class Handler(tornado.web.RequestHandler):
@@ -25,6 +30,13 @@ class Handler(tornado.web.RequestHandler):
         self.set_header("X-Content-Type-Options", "nosniff")
         self.set_header("Cache-Control", "no-store")
         self.clear_header("Server")
+
+    def prepare(self) -> None:
+        """Every request has a number, its client's or ours, that is answered and logged."""
+        given = self.request.headers.get("X-Request-Id", "")
+        name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id.set(name)
+        self.set_header("X-Request-Id", name)
 
     def write_json(self, content: dict[str, Any]) -> None:
         """Answer with JSON that people can read, UTF-8 as it is."""
@@ -41,6 +53,8 @@ class Handler(tornado.web.RequestHandler):
             self.set_header("Retry-After", str(retry_after))
         if answer.status == 413:
             self.set_header("Connection", "close")
+        if answer.status == 401:
+            self.set_header("WWW-Authenticate", "Bearer")
         if answer.status == 405:
             self.set_header("Allow", self.allowed())
         self.outcome(answer.code)

@@ -1,21 +1,21 @@
 """POST /caption: an image in, its caption out."""
 
 import asyncio
+import contextlib
 import time
 
-import numpy as np
 import tornado.web
 
-from runtime.errors import InvalidRequest
-from runtime.preprocess import preprocess
 from runtime.request import Caption
+from server.admission import QueueFull
 from server.errors import BodyTooLarge
-from server.forms import asked
+from server.forms import Asked, asked
 from server.handlers.base import Handler
 from server.service import Service
 
 _DRAINED = 4  # times the body limit
 _CHUNK = 64 * 1024  # of a body, as Tornado reads it
+_LARGE = 256 * 1024  # a body that is not taken apart on the event loop
 
 
 @tornado.web.stream_request_body
@@ -26,13 +26,14 @@ class CaptionHandler(Handler):
         """Nothing has come in yet."""
         super().initialize(service)
         self._body = bytearray()
-        self._received = 0
+        self._received = self._held = 0
         self._limit = service.settings.max_body_bytes
         self._task: asyncio.Task | None = None
         self._gone = False
 
     def prepare(self) -> None:
         """Refuse what says that it is too large before it is sent, if the client waits for that."""
+        super().prepare()
         # A client that is still sending would lose an early answer with its connection, so up to
         # here a body that is too large is read and dropped.
         most = _DRAINED * self._limit
@@ -41,22 +42,35 @@ class CaptionHandler(Handler):
         if declared.isdecimal() and int(declared) > self._limit:
             waits = self.request.headers.get("Expect", "").lower() == "100-continue"
             if waits or int(declared) > most:
-                self._refuse_body()
+                self._refuse_body(self._too_large())
 
     def data_received(self, chunk: bytes) -> None:
         """Gather the body; a chunked one tells its length only as it comes."""
+        if self._finished:
+            return
         self._received += len(chunk)
         if self._received <= self._limit:
+            try:
+                self.service.admission.hold(len(chunk))
+            except QueueFull as full:
+                self._refuse_body(full)
+                return
+            self._held += len(chunk)
             self._body += chunk
             return
-        self._body.clear()
-        if self._received > _DRAINED * self._limit and not self._finished:
-            self._refuse_body()
+        self._drop_body()
+        if self._received > _DRAINED * self._limit:
+            self._refuse_body(self._too_large())
 
-    def _refuse_body(self) -> None:
+    def _drop_body(self) -> None:
+        self._body = bytearray()
+        self.service.admission.let_go(self._held)
+        self._held = 0
+
+    def _refuse_body(self, error: Exception) -> None:
         """Answer now, and close, with the body still coming."""
-        error = self._too_large()
-        self.send_error(413, exc_info=(BodyTooLarge, error, None))
+        self._drop_body()
+        self.send_error(413, exc_info=(type(error), error, None))
 
     def _too_large(self) -> BodyTooLarge:
         limit = f"{self._limit / 1e6:g} MB"
@@ -70,19 +84,17 @@ class CaptionHandler(Handler):
             raise self._too_large()
         self._task = asyncio.current_task()
         started = time.perf_counter()
-        with self.service.admission.enter():
-            request = asked(self.request, bytes(self._body))
-            assert self.service.engine is not None
-            # Before the image is decoded: what can never be served costs nothing.
-            self.service.engine.check(request.prompt, request.max_new_tokens)
-            pixels = await self._pixels(request.images)
-            preprocessed = time.perf_counter()
-            caption = await self.service.worker.caption(
-                pixels, request.prompt, request.max_new_tokens
-            )
+        keys = self.service.keys
+        with (
+            keys.enter(self._key()) if keys else contextlib.nullcontext(),
+            self.service.admission.enter(),
+            self.service.metrics.inside.track_inprogress(),
+        ):
+            request = await self._asked()
+            caption, decoding = await self.service.caption(request)
         seconds = {
             "queue": caption.queue_s,
-            "preprocess": preprocessed - started,
+            "preprocess": decoding,
             "encode": caption.encode_s,
             "decode": caption.decode_s,
             "total": time.perf_counter() - started,
@@ -92,16 +104,28 @@ class CaptionHandler(Handler):
         self.outcome("ok")
         self._answer(caption, seconds)
 
+    async def _asked(self) -> Asked:
+        """What the body asks for; a large one is taken apart off the event loop."""
+        body = bytes(self._body)
+        self._body = bytearray()
+        if len(body) < _LARGE:
+            return asked(self.request, body)
+        return await asyncio.to_thread(asked, self.request, body)
+
+    def _key(self) -> str | None:
+        scheme, _, token = self.request.headers.get("Authorization", "").partition(" ")
+        bearer = token.strip() if scheme.lower() == "bearer" else None
+        return bearer or self.request.headers.get("X-API-Key")
+
     def _answer(self, caption: Caption, seconds: dict[str, float]) -> None:
         if _prefers_text(self.request.headers.get("Accept", "")):
             self.set_header("Content-Type", "text/plain; charset=utf-8")
             self.finish(caption.text + "\n")
             return
-        assert self.service.engine is not None
         self.write_json(
             {
                 "caption": caption.text,
-                "model": self.service.engine.manifest.model,
+                "model": self.service.manifest.model,
                 "finish_reason": caption.finish_reason,
                 "usage": {
                     "prompt_tokens": caption.prompt_tokens,
@@ -117,33 +141,18 @@ class CaptionHandler(Handler):
         if not self._gone:
             self.service.metrics.requests.labels(code).inc()
 
+    def on_finish(self) -> None:
+        """The bytes of the body are free again."""
+        self._drop_body()
+
     def on_connection_close(self) -> None:
         """The client has gone: take its request out of queue or batch."""
         super().on_connection_close()  # wakes those who wait for the rest of the body
+        self._drop_body()
         if self._task is not None and not self._task.done():
             self.outcome("cancelled")
             self._gone = True
             self._task.cancel()
-
-    async def _pixels(self, images: list[bytes]) -> np.ndarray:
-        """Decode off the event loop -> uint8 pixels of one encoder row."""
-        assert self.service.engine is not None
-        how = self.service.engine.manifest.preprocessing
-        frames = self.service.engine.manifest.sizes.frames
-        if len(images) != (frames or 1):
-            raise InvalidRequest(
-                f"{len(images)} images were sent: this model takes {frames or 1} for each request"
-            )
-        loop = asyncio.get_running_loop()
-        rows = await asyncio.gather(
-            *(
-                loop.run_in_executor(
-                    self.service.decoders, preprocess, image, how, self.service.settings.max_pixels
-                )
-                for image in images
-            )
-        )
-        return np.stack(rows) if frames else rows[0]
 
 
 def _prefers_text(accept: str) -> bool:

@@ -13,15 +13,18 @@ class LiveHandler(Handler):
 
 
 class ReadyHandler(Handler):
-    """GET /health/ready: 200 once the model is warm and until the server drains."""
+    """GET /health/ready: 200 while a worker serves, until the server drains."""
 
     def get(self) -> None:
-        """The state, and what serves."""
-        state, engine = self.service.admission.state, self.service.engine
-        if state is not State.READY or engine is None:
+        """The state, and each worker's."""
+        state, workers = self.service.admission.state, self.service.workers
+        serves = state is State.READY and self.service.serves
+        if not serves:
             self.set_status(503)
-            self.write_json({"status": state})
-            return
         self.write_json(
-            {"status": state, "model": engine.manifest.model, "runs_on": engine.runs_on}
+            {
+                "status": "recovering" if state is State.READY and not serves else state,
+                "model": self.service.manifest.model,
+                "workers": [{k: v for k, v in w.items() if k != "epoch"} for w in workers],
+            }
         )

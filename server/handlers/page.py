@@ -8,6 +8,7 @@ import tornado.web
 from server.handlers.base import Handler
 
 _PAGE = Path(__file__).parents[1] / "page.html"
+_OPENAPI = Path(__file__).parents[1] / "openapi.json"
 
 
 class PageHandler(Handler):
@@ -19,14 +20,29 @@ class PageHandler(Handler):
         self.finish(_page())
 
 
+class OpenApiHandler(Handler):
+    """GET /openapi.json: the whole interface, for clients and generators."""
+
+    def get(self) -> None:
+        """OpenAPI 3.1."""
+        self.set_header("Content-Type", "application/json; charset=utf-8")
+        self.finish(_openapi())
+
+
 class NotFoundHandler(Handler):
     """Any other path, whatever the method."""
 
     def prepare(self) -> None:
         """404 before the method is looked at."""
+        super().prepare()
         raise tornado.web.HTTPError(404)
 
 
 @cache
 def _page() -> str:
     return _PAGE.read_text()
+
+
+@cache
+def _openapi() -> str:
+    return _OPENAPI.read_text()

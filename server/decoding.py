@@ -1,0 +1,156 @@
+"""Decoding images in processes of their own, under limits on memory and time.
+
+Image decoders are C code that is fed whatever strangers send. One that crashes, hangs or unpacks
+to gigabytes takes its process with it and nothing else: the next image finds a new one.
+"""
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import queue
+import resource
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import InvalidImage, TooManyPixels, VignetteError
+from runtime.manifest import Preprocessing
+
+log = logging.getLogger(__name__)
+
+_ERRORS: dict[str, type[VignetteError]] = {
+    "InvalidImage": InvalidImage,
+    "TooManyPixels": TooManyPixels,
+}
+_CONTEXT = multiprocessing.get_context("spawn")
+
+
+class TooHard(VignetteError):
+    """Decoding this image took too long, or too much memory."""
+
+
+class Decoders:
+    """A pool of decoder processes; each thread of it talks to one."""
+
+    def __init__(
+        self,
+        count: int,
+        store: tuple[Path, int, tuple[int, ...]],
+        how: Preprocessing,
+        max_pixels: int,
+        seconds: float,
+        memory: int,
+    ) -> None:
+        """store: path, slots and shape of the PixelStore that they write to.
+
+        seconds: for one image. memory: bytes of address space that a process may use.
+        """
+        self._arguments = (store, how, max_pixels, memory)
+        self._seconds = seconds
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
+        self._idle: queue.SimpleQueue[_Decoder] = queue.SimpleQueue()
+        for _ in range(count):
+            self._idle.put(_Decoder(self._arguments))
+
+    async def decode(self, image: bytes, slot: int, frame: int | None) -> None:
+        """Put an image's pixels into a slot of the store, of a clip into one of its frames.
+
+        Raises InvalidImage, TooManyPixels, or TooHard.
+        """
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._threads, self._decode, image, slot, frame)
+
+    def _decode(self, image: bytes, slot: int, frame: int | None) -> None:
+        decoder = self._idle.get()
+        try:
+            failure = decoder.ask(image, slot, frame, self._seconds)
+        except (OSError, EOFError, TimeoutError) as cause:
+            log.warning("a decoder process was replaced: %s", cause or type(cause).__name__)
+            decoder.kill()
+            decoder = _Decoder(self._arguments)
+            raise TooHard(
+                f"decoding this image crashed, or took more than {self._seconds:g} s: "
+                "save it again with another program, or make it smaller"
+            ) from cause
+        finally:
+            self._idle.put(decoder)
+        if failure is not None:
+            kind, message = failure
+            raise _ERRORS[kind](message)
+
+    def close(self) -> None:
+        """End all processes."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        while not self._idle.empty():
+            self._idle.get().kill()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that are idle now; for tests."""
+        found = [self._idle.get() for _ in range(self._idle.qsize())]
+        for decoder in found:
+            self._idle.put(decoder)
+        return [decoder.process.pid or 0 for decoder in found]
+
+
+class _Decoder:
+    """One process, and the pipe to it."""
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        self._pipe, theirs = _CONTEXT.Pipe()
+        self.process = _CONTEXT.Process(target=_serve, args=(theirs, *arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask(
+        self, image: bytes, slot: int, frame: int | None, seconds: float
+    ) -> tuple[str, str] | None:
+        """Have an image decoded; what was wrong with it, or None."""
+        self._pipe.send((slot, frame))
+        self._pipe.send_bytes(image)
+        if not self._pipe.poll(seconds):
+            raise TimeoutError("it took too long")
+        return self._pipe.recv()
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        self.process.kill()
+        self._pipe.close()
+
+
+def _serve(
+    pipe: Connection,
+    store: tuple[Path, int, tuple[int, ...]],
+    how: Preprocessing,
+    max_pixels: int,
+    memory: int,
+) -> None:
+    """The decoder process: answers one image after the other."""
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # its threads' stacks would count as address space
+    from runtime.preprocess import preprocess
+    from server.wire import PixelStore, follow_parent
+
+    follow_parent()
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    pixels = PixelStore(*store)
+    work: Callable[..., Any] = preprocess
+    while True:
+        try:
+            slot, frame = pipe.recv()
+            image = pipe.recv_bytes()
+        except EOFError:
+            return
+        try:
+            made = work(image, how, max_pixels)
+        except (InvalidImage, TooManyPixels) as error:
+            pipe.send((type(error).__name__, str(error)))
+            continue
+        if frame is None:
+            pixels[slot][:] = made
+        else:
+            pixels[slot][frame] = made
+        pipe.send(None)

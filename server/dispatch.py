@@ -1,0 +1,293 @@
+"""The front-end's side of the engine workers: who gets which request, and what if they die.
+
+* A request goes to the worker with the fewest in flight. If no worker serves, it waits.
+* A worker that dies was killed by one of the requests that it had started, or by none. Those that
+  it had not started are sent to another as if nothing had happened.
+* Those that it had started are suspects: each is sent again once, and alone, so that no other is
+  harmed. A suspect that kills again is answered with an error, and its image is refused from then
+  on.
+* A step that raises is treated alike: its requests are tried again one by one.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import zmq
+import zmq.asyncio
+
+from runtime.errors import InvalidRequest, VignetteError
+from runtime.request import Caption, FinishReason
+from server.wire import Message, PixelStore, packed, unpacked, worker_address
+
+log = logging.getLogger(__name__)
+
+_QUARANTINED = 1024  # images that are remembered
+
+
+class EngineFailed(VignetteError):
+    """The engine broke twice on this request; it goes on with the others."""
+
+
+class Expired(VignetteError):
+    """The request's deadline passed."""
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """A request on its way through a worker. Its pixels are in `slot` of the front-end's store.
+
+    digest: of its images, by which a killer is known again. deadline and queued_at:
+    `time.perf_counter()`, which all processes of a machine share.
+    """
+
+    slot: int
+    prompt: str | None
+    max_new_tokens: int | None
+    digest: str
+    deadline: float
+    urgent: bool = True
+    queued_at: float = field(default_factory=time.perf_counter)
+    number: int = 0
+    started: bool = False
+    suspect: bool = False
+    link: "Link | None" = None
+    done: "asyncio.Future[Caption]" = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+
+class Pipe(Protocol):
+    """A socket to one worker; tests put a list in its place."""
+
+    def send(self, data: bytes) -> Any:
+        """Queue a message."""
+
+    def close(self, linger: int = 0) -> Any:
+        """Drop what was not sent."""
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """A worker in one of its lives, and what it has of ours."""
+
+    key: tuple[int, int]  # index, epoch
+    pipe: Pipe
+    inside: dict[int, Work] = field(default_factory=dict)
+
+    @property
+    def holds_a_suspect(self) -> bool:
+        """Whether it must be left alone with what it has."""
+        return any(work.suspect for work in self.inside.values())
+
+
+class Dispatcher:
+    """Sends work to workers and settles its future, whatever happens to them.
+
+    Used on the event loop's thread only.
+    """
+
+    def __init__(self, hello: Message) -> None:
+        """hello: what every worker is told first."""
+        self._hello = hello
+        self._links: dict[tuple[int, int], Link] = {}
+        self._pending: deque[Work] = deque()
+        self._suspects: deque[Work] = deque()
+        self._numbers = itertools.count(1)
+        self._quarantine: OrderedDict[str, None] = OrderedDict()
+
+    @property
+    def serving(self) -> bool:
+        """Whether any worker can take work now."""
+        return bool(self._links)
+
+    @property
+    def inside(self) -> int:
+        """Requests that were not answered yet."""
+        held = sum(len(link.inside) for link in self._links.values())
+        return held + len(self._pending) + len(self._suspects)
+
+    def check(self, digest: str) -> None:
+        """Raise EngineFailed for an image that killed a worker twice."""
+        if digest in self._quarantine:
+            raise EngineFailed("this image made the engine crash before: it is not tried again")
+
+    async def caption(self, work: Work) -> Caption:
+        """Wait for a request's caption; cancelling the awaiting task takes it back.
+
+        Raises InvalidRequest, EngineFailed, or Expired when its deadline passes first.
+        """
+        work.number = next(self._numbers)
+        self._pending.append(work)
+        self._pump()
+        try:
+            async with asyncio.timeout(max(0.0, work.deadline - time.perf_counter())):
+                return await work.done
+        except TimeoutError:
+            raise Expired("the deadline passed before the caption was there") from None
+        finally:
+            self._forget(work)
+            self._pump()
+
+    def connected(self, key: tuple[int, int], pipe: Pipe) -> None:
+        """A worker serves from now on."""
+        pipe.send(packed(self._hello))
+        self._links[key] = Link(key, pipe)
+        self._pump()
+
+    def lost(self, key: tuple[int, int]) -> None:
+        """A worker is gone; what it had is sent again."""
+        link = self._links.pop(key, None)
+        if link is None:
+            return
+        link.pipe.close(linger=0)
+        for work in list(link.inside.values()):
+            self._again(work)
+        self._pump()
+
+    @property
+    def keys(self) -> set[tuple[int, int]]:
+        """Of the workers that serve."""
+        return set(self._links)
+
+    def received(self, key: tuple[int, int], message: Message) -> None:
+        """What a worker says of a request."""
+        link = self._links.get(key)
+        work = link.inside.get(message["id"]) if link else None
+        if work is None or work.done.done():
+            return  # it was taken back meanwhile
+        match message["op"]:
+            case "started":
+                work.started = True
+            case "answer":
+                work.done.set_result(_caption(message["caption"]))
+            case "expired":
+                work.done.set_exception(Expired("the deadline passed while it was queued"))
+            case "failed":
+                self._again(work)
+                self._pump()
+            case "error":
+                known = message["kind"] == "invalid_request"
+                kind = InvalidRequest if known else EngineFailed
+                work.done.set_exception(kind(message["message"]))
+
+    def _again(self, work: Work) -> None:
+        """A worker failed on it, or with it inside."""
+        if work.link is not None:
+            work.link.inside.pop(work.number, None)
+        work.link = None
+        if not work.started:
+            self._pending.appendleft(work)
+        elif not work.suspect:
+            work.suspect, work.started = True, False
+            self._suspects.append(work)
+        else:
+            self._quarantine[work.digest] = None
+            while len(self._quarantine) > _QUARANTINED:
+                self._quarantine.popitem(last=False)
+            log.error("an image that the engine failed on twice is refused from now on")
+            if not work.done.done():
+                work.done.set_exception(
+                    EngineFailed("the engine failed on this image twice: it is not tried again")
+                )
+
+    def _pump(self) -> None:
+        """Send what can be sent."""
+        while (self._suspects or self._pending) and self._links:
+            link = min(self._links.values(), key=lambda link: len(link.inside))
+            if self._suspects and not link.inside:
+                self._send(self._suspects.popleft(), link)
+            elif self._pending:
+                free = [link for link in self._links.values() if not link.holds_a_suspect]
+                if not free or (self._suspects and len(free) == 1):
+                    return  # the suspects come first: this worker empties for them
+                self._send(self._pending.popleft(), min(free, key=lambda link: len(link.inside)))
+            else:
+                return
+
+    def _send(self, work: Work, link: Link) -> None:
+        work.link = link
+        link.inside[work.number] = work
+        link.pipe.send(
+            packed(
+                {
+                    "op": "caption",
+                    "id": work.number,
+                    "slot": work.slot,
+                    "prompt": work.prompt,
+                    "max_new_tokens": work.max_new_tokens,
+                    "queued_at": work.queued_at,
+                    "deadline": work.deadline,
+                    "urgent": work.urgent,
+                }
+            )
+        )
+
+    def _forget(self, work: Work) -> None:
+        """It was answered, or its caller gave up."""
+        if work.link is not None:
+            if work.link.inside.pop(work.number, None) and not _answered(work):
+                work.link.pipe.send(packed({"op": "cancel", "id": work.number}))
+            work.link = None
+        for queue in (self._pending, self._suspects):
+            if work in queue:
+                queue.remove(work)
+
+
+def _answered(work: Work) -> bool:
+    """Whether the worker is done with it; if not, it has to be told that nobody waits."""
+    return work.done.done() and not work.done.cancelled()
+
+
+def _caption(fields: dict[str, Any]) -> Caption:
+    return Caption(
+        **{
+            **fields,
+            "token_ids": tuple(fields["token_ids"]),
+            "finish_reason": FinishReason(fields["finish_reason"]),
+        }
+    )
+
+
+class Workers:
+    """Keeps the dispatcher connected to the workers that serve."""
+
+    def __init__(self, folder: Path, store: PixelStore, identity: str) -> None:
+        self._context = zmq.asyncio.Context.instance()
+        self._folder, self._identity = folder, identity.encode()
+        self.dispatcher = Dispatcher(
+            {
+                "op": "hello",
+                "store": str(store.path),
+                "slots": store.slots,
+                "shape": list(store.shape),
+            }
+        )
+        self._readers: dict[tuple[int, int], asyncio.Task[None]] = {}
+
+    def update(self, serving: set[tuple[int, int]]) -> None:
+        """The workers that serve now, as the supervisor says."""
+        for key in self.dispatcher.keys - serving:
+            self.dispatcher.lost(key)
+            self._readers.pop(key).cancel()
+        for key in serving - self.dispatcher.keys:
+            socket = self._context.socket(zmq.DEALER)
+            socket.identity = self._identity
+            socket.sndhwm = socket.rcvhwm = 0
+            socket.connect(worker_address(self._folder, *key))
+            self._readers[key] = asyncio.create_task(self._read(key, socket))
+            self.dispatcher.connected(key, socket)
+
+    async def _read(self, key: tuple[int, int], socket: zmq.asyncio.Socket) -> None:
+        while True:
+            self.dispatcher.received(key, unpacked(await socket.recv()))
+
+    async def close(self) -> None:
+        """Let go of all workers."""
+        self.update(set())
+        await asyncio.sleep(0)

@@ -1,0 +1,127 @@
+"""Images by URL, off unless domains are allowed: https alone, and never a private address.
+
+Each name is looked up once and the connection goes to the very address that was checked, so a
+second answer of the name server changes nothing. Every redirect is checked like the first URL.
+"""
+
+import ipaddress
+import socket
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
+from tornado.netutil import DefaultLoopResolver, Resolver
+from tornado.simple_httpclient import HTTPTimeoutError, SimpleAsyncHTTPClient
+
+from runtime.errors import InvalidRequest, VignetteError
+
+_REDIRECTS = 3
+_CONNECT_SECONDS = 5.0
+_MOVED = (301, 302, 303, 307, 308)
+
+
+class ForbiddenUrl(InvalidRequest):
+    """A URL that must not be asked."""
+
+
+class FetchFailed(VignetteError):
+    """The other server did not give the image."""
+
+
+class PublicResolver(Resolver):
+    """Looks names up, and knows public addresses only."""
+
+    def initialize(self, inner: Resolver | None = None) -> None:
+        """inner: who asks the name server; tests put their own in."""
+        self._inner = inner or DefaultLoopResolver()
+
+    async def resolve(
+        self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[tuple[int, Any]]:
+        """Addresses of `host`; raises ForbiddenUrl if any of them is not public."""
+        found = await self._inner.resolve(host, port, family)
+        for _, address in found:
+            if not is_public(address[0]):
+                raise ForbiddenUrl(f"{host} is not a public address: image_url may not lead there")
+        return found
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the open internet, also if it is written within another."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if inner is not None:
+            return inner.is_global
+        if ip in ipaddress.ip_network("64:ff9b::/96"):  # IPv4 behind a translator
+            return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF).is_global
+    return ip.is_global and not ip.is_multicast
+
+
+class Fetcher:
+    """Fetches images from the domains that are allowed."""
+
+    def __init__(
+        self, domains: tuple[str, ...], limit: int, resolver: Resolver | None = None, **client: Any
+    ) -> None:
+        """domains: a name, or `.name` for those below it too. limit: bytes of an image."""
+        self._domains, self._limit = tuple(d.lower() for d in domains), limit
+        self._http = SimpleAsyncHTTPClient(
+            force_instance=True,
+            resolver=resolver or PublicResolver(),
+            max_body_size=limit,
+            max_buffer_size=limit + 64 * 1024,
+            max_clients=64,
+        )
+        self._client = client
+
+    def check(self, url: str) -> None:
+        """Raise ForbiddenUrl for what is not https, of no allowed domain, or dressed up."""
+        try:
+            parts = urlsplit(url)
+            host, port = (parts.hostname or "").rstrip("."), parts.port
+        except ValueError as cause:
+            raise ForbiddenUrl("image_url is not a URL") from cause
+        if parts.scheme != "https":
+            raise ForbiddenUrl("image_url must begin with https://")
+        if parts.username is not None or parts.password is not None or "\\" in url:
+            raise ForbiddenUrl("image_url must not hold a user name or backslashes")
+        if port not in (None, 443) and "port" not in self._client:
+            raise ForbiddenUrl("image_url must use the usual port")
+        allowed = any(
+            host == d.lstrip(".") or (d.startswith(".") and host.endswith(d)) for d in self._domains
+        )
+        if not allowed:
+            raise ForbiddenUrl(f"image_url: {host or 'no host'} is not among the allowed domains")
+
+    async def fetch(self, url: str, seconds: float) -> bytes:
+        """The image behind `url`; raises ForbiddenUrl or FetchFailed."""
+        for _ in range(_REDIRECTS + 1):
+            self.check(url)
+            answer = await self._ask(url, seconds)
+            if answer.code not in _MOVED:
+                return answer.body
+            url = urljoin(url, answer.headers.get("Location", ""))
+        raise FetchFailed("image_url leads on too often")
+
+    async def _ask(self, url: str, seconds: float) -> HTTPResponse:
+        options = {k: v for k, v in self._client.items() if k != "port"}
+        request = HTTPRequest(
+            url, follow_redirects=False, connect_timeout=min(_CONNECT_SECONDS, seconds),
+            request_timeout=max(0.1, seconds), decompress_response=False, **options,
+        )  # fmt: skip
+        try:
+            answer = await self._http.fetch(request, raise_error=False)
+        except ForbiddenUrl:
+            raise
+        except HTTPTimeoutError as cause:
+            raise FetchFailed("image_url did not answer in time") from cause
+        except (OSError, HTTPClientError, ValueError) as cause:
+            raise FetchFailed(f"image_url can't be fetched: {cause}") from cause
+        if answer.code == 599 or isinstance(answer.error, HTTPTimeoutError):
+            if isinstance(answer.error, ForbiddenUrl):
+                raise answer.error
+            raise FetchFailed(f"image_url can't be fetched: {answer.error}")
+        if answer.code != 200 and answer.code not in _MOVED:
+            raise FetchFailed(f"image_url answered {answer.code}")
+        return answer

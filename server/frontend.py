@@ -1,0 +1,119 @@
+"""A front-end process: speaks HTTP on the shared port, and hears from the supervisor who serves."""
+
+import asyncio
+import logging
+import os
+import socket
+from pathlib import Path
+
+import tornado.httpserver
+import tornado.netutil
+import zmq
+import zmq.asyncio
+
+from runtime import manifest as manifests
+from runtime.tokenizer import CaptionTokenizer
+from server.admission import State
+from server.app import make_app, make_ops_app
+from server.logs import configure
+from server.service import Service, make_service
+from server.settings import Settings
+from server.wire import BEAT_SECONDS, Message, control_address, follow_parent, packed, unpacked
+
+log = logging.getLogger(__name__)
+
+_HEADER_BYTES = 64 * 1024
+_OTHER_BODY_BYTES = 64 * 1024  # of requests that are not for /caption, which sets its own limit
+
+
+def main(settings: Settings, folder: Path, name: str, port: int, ops_port: int | None) -> None:
+    """The process: serve until told to drain."""
+    follow_parent()
+    configure(settings)
+    asyncio.run(_serve(settings, folder, name, port, ops_port))
+
+
+async def _serve(
+    settings: Settings, folder: Path, name: str, port: int, ops_port: int | None
+) -> None:
+    manifest = manifests.read(settings.engine)
+    tokenizer = CaptionTokenizer(settings.engine, manifest)
+    service = make_service(settings, manifest, tokenizer, folder, name)
+    servers = [listen(service, [_bound(settings.host, port)])]
+    if ops_port is not None:
+        ops = tornado.httpserver.HTTPServer(make_ops_app(service))
+        ops.add_sockets([_bound(settings.host, ops_port)])
+        servers.append(ops)
+    control = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+    control.identity = name.encode()
+    control.connect(control_address(folder))
+    await control.send(packed({"op": "ready", "pid": os.getpid()}))
+    beat = asyncio.create_task(_beat(control))
+    try:
+        while True:
+            message = unpacked(await control.recv())
+            if message["op"] == "workers":
+                know(service, message["workers"])
+            elif message["op"] == "drain":
+                await _drain(service, servers)
+                await control.send(packed({"op": "drained"}))
+                return
+    finally:
+        beat.cancel()
+        service.decoders.close()
+        await service.links.close()
+        control.close(linger=1000)
+
+
+def listen(service: Service, sockets: list[socket.socket]) -> tornado.httpserver.HTTPServer:
+    """Serve on sockets; slow clients are cut off, and hold nothing but their connection."""
+    server = tornado.httpserver.HTTPServer(
+        make_app(service),
+        idle_connection_timeout=service.settings.header_seconds,
+        body_timeout=service.settings.body_seconds,
+        max_header_size=_HEADER_BYTES,
+        max_body_size=_OTHER_BODY_BYTES,
+        chunk_size=_HEADER_BYTES,
+    )
+    server.add_sockets(sockets)
+    return server
+
+
+def know(service: Service, workers: list[Message]) -> None:
+    """What the supervisor says of the workers."""
+    service.workers = workers
+    for worker in workers:
+        service.metrics.restarts.labels(worker["index"]).set(worker["restarts"])
+    ready = [w for w in workers if w["state"] == "ready"]
+    service.links.update({(w["index"], w["epoch"]) for w in ready})
+    if ready:
+        slots = sum(w["slots"] for w in ready)
+        service.admission.slots = -(-slots // service.settings.front_ends)
+        if service.admission.state is State.STARTING:
+            service.admission.state = State.READY
+
+
+async def _beat(control: zmq.asyncio.Socket) -> None:
+    while True:
+        await control.send(packed({"op": "beat", "pid": os.getpid(), "step_since": None}))
+        await asyncio.sleep(BEAT_SECONDS)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    return tornado.netutil.bind_sockets(port, host, backlog=1024, reuse_port=True)[0]
+
+
+async def _drain(service: Service, servers: list[tornado.httpserver.HTTPServer]) -> None:
+    """Take nothing new, finish what was accepted, then let go."""
+    service.admission.state = State.DRAINING
+    log.info("draining %d requests", service.admission.inside)
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + service.settings.drain_seconds
+    while service.admission.inside and loop.time() < deadline:
+        await asyncio.sleep(0.02)
+    if service.admission.inside:
+        log.warning("%d requests were not finished in time", service.admission.inside)
+    await asyncio.sleep(0.02)  # for the last answers to be written
+    for server in servers:
+        server.stop()
+        await server.close_all_connections()
