@@ -6,6 +6,7 @@ import sys
 
 from runtime.errors import VignetteError
 from server import worker
+from server.keys import Keys
 from server.logs import configure
 from server.settings import Settings, from_command_line
 from server.supervisor import Supervisor
@@ -24,6 +25,8 @@ def main() -> int:
 
 
 async def _supervise(settings: Settings) -> None:
+    if settings.api_keys:
+        Keys.read(settings.api_keys)  # each front-end does, but now is the time to complain
     await Supervisor(settings, worker.main, _devices(settings)).run()
 
 

@@ -131,9 +131,10 @@ def _serve(
     """The decoder process: answers one image after the other."""
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # its threads' stacks would count as address space
     from runtime.preprocess import preprocess
-    from server.wire import PixelStore, follow_parent
+    from server.wire import PixelStore, follow_parent, give_way
 
     follow_parent()
+    give_way()
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pixels = PixelStore(*store)

@@ -79,7 +79,7 @@ class Fetcher:
         """Raise ForbiddenUrl for what is not https, of no allowed domain, or dressed up."""
         try:
             parts = urlsplit(url)
-            host, port = (parts.hostname or "").rstrip("."), parts.port
+            host, port = parts.hostname or "", parts.port
         except ValueError as cause:
             raise ForbiddenUrl("image_url is not a URL") from cause
         if parts.scheme != "https":

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import socket
+import sys
 from pathlib import Path
 
 import tornado.httpserver
@@ -12,13 +13,22 @@ import zmq
 import zmq.asyncio
 
 from runtime import manifest as manifests
+from runtime.errors import VignetteError
 from runtime.tokenizer import CaptionTokenizer
 from server.admission import State
 from server.app import make_app, make_ops_app
 from server.logs import configure
 from server.service import Service, make_service
 from server.settings import Settings
-from server.wire import BEAT_SECONDS, Message, control_address, follow_parent, packed, unpacked
+from server.wire import (
+    BEAT_SECONDS,
+    Message,
+    control_address,
+    follow_parent,
+    packed,
+    tell,
+    unpacked,
+)
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +40,11 @@ def main(settings: Settings, folder: Path, name: str, port: int, ops_port: int |
     """The process: serve until told to drain."""
     follow_parent()
     configure(settings)
-    asyncio.run(_serve(settings, folder, name, port, ops_port))
+    try:
+        asyncio.run(_serve(settings, folder, name, port, ops_port))
+    except VignetteError as error:
+        tell(folder, name, {"op": "failed", "message": str(error)})
+        sys.exit(1)
 
 
 async def _serve(

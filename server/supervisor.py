@@ -42,7 +42,7 @@ class CannotListen(VignetteError):
 
 
 class CannotStart(VignetteError):
-    """No worker could be started; the message is the worker's own."""
+    """No process could be started; the message is its own."""
 
 
 @dataclass(slots=True)
@@ -200,8 +200,8 @@ class Supervisor:
         child.state, child.start_at = "down", time.monotonic() + min(_LONGEST_PAUSE, pause)
         if child.kind == "worker":
             await self._tell_front_ends()
-        if not self._announced and child.kind == "worker" and child.failures > 1:
-            self._failure = self._failure or "no engine worker stays up: see the log"
+        if not self._announced and child.failures > 1:
+            self._failure = self._failure or f"no {child.kind} process stays up: see the log"
             self._over.set()
 
     # --- Messages ---------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ class Supervisor:
                     self._failure = message["message"]
                     self._over.set()
                 case "failed":
-                    log.error("a worker can't start: %s", message["message"])
+                    log.error("%s: %s", sender.decode(), message["message"])
                 case "found" if not self._front_ends:  # the engine is whole: the port may open
                     self._open_front_ends(port, ops_port)
                 case "ready" if child is not None:

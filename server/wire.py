@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zmq
 
 from runtime.errors import VignetteError
 
 Message = dict[str, Any]
 BEAT_SECONDS = 0.5
 _PREFIX = "vignette-"
+_NICENESS = 5
 
 
 class NoSharedMemory(VignetteError):
@@ -53,6 +55,23 @@ def control_address(folder: Path) -> str:
 def worker_address(folder: Path, index: int, epoch: int) -> str:
     """Where a worker listens, in one of its lives."""
     return f"ipc://{folder}/worker-{index}-{epoch}"
+
+
+def tell(folder: Path, name: str, message: Message) -> None:
+    """One message to the supervisor, from before or after a process's life proper."""
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    socket.identity = f"{name}-{message['op']}".encode()
+    socket.connect(control_address(folder))
+    socket.send(packed(message))
+    socket.close(linger=2000)
+
+
+def give_way() -> None:
+    """Let front-ends go first: what they do is short, and somebody waits for each of it.
+
+    Without it a server whose cores are all busy takes long to say that it is full.
+    """
+    os.nice(_NICENESS)
 
 
 def follow_parent() -> None:

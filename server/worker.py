@@ -27,7 +27,9 @@ from server.wire import (
     PixelStore,
     control_address,
     follow_parent,
+    give_way,
     packed,
+    tell,
     unpacked,
     worker_address,
 )
@@ -196,12 +198,13 @@ class Pulse(threading.Thread):
 def main(settings: Settings, folder: Path, index: int, epoch: int) -> None:
     """The process: open the engine that the settings name, serve until stopped."""
     follow_parent()
+    give_way()
     configure(settings)
     from runtime.opening import prepare  # here, so that the supervisor loads no ONNX Runtime
 
     def open_engine() -> Engine:
         prepared = prepare(settings.engine, settings.engine_config)
-        tell(folder, index, epoch, {"op": "found"})
+        tell(folder, f"worker-{index}-{epoch}", {"op": "found"})
         return Engine.start(prepared)
 
     sys.exit(serve(open_engine, folder, index, epoch))
@@ -218,7 +221,7 @@ def serve(open_engine: Callable[[], Engine], folder: Path, index: int, epoch: in
         engine = open_engine()
     except VignetteError as error:
         # The supervisor, not this process, says it: once, and only if nothing serves already.
-        tell(folder, index, epoch, {"op": "failed", "message": str(error)})
+        tell(folder, f"worker-{index}-{epoch}", {"op": "failed", "message": str(error)})
         return 1
     worker = Worker(engine, socket, WorkerMetrics())
     pulse.serving(
@@ -240,12 +243,3 @@ def serve(open_engine: Callable[[], Engine], folder: Path, index: int, epoch: in
 
 def _device(engine: Engine) -> str:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0") if engine.runner.on_gpu else "cpu"
-
-
-def tell(folder: Path, index: int, epoch: int, message: Message) -> None:
-    """One message to the supervisor, from before or after the worker's life proper."""
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-    socket.identity = f"worker-{index}-{epoch}-{message['op']}".encode()
-    socket.connect(control_address(folder))
-    socket.send(packed(message))
-    socket.close(linger=2000)

@@ -24,6 +24,7 @@ class Handler(tornado.web.RequestHandler):
     def initialize(self, service: Service) -> None:
         """Tornado passes the service of the app here."""
         self.service = service
+        self._name = ""
 
     def set_default_headers(self) -> None:
         """Nothing that is answered is to be guessed at or kept."""
@@ -34,9 +35,9 @@ class Handler(tornado.web.RequestHandler):
     def prepare(self) -> None:
         """Every request has a number, its client's or ours, that is answered and logged."""
         given = self.request.headers.get("X-Request-Id", "")
-        name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        request_id.set(name)
-        self.set_header("X-Request-Id", name)
+        self._name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id.set(self._name)
+        self.set_header("X-Request-Id", self._name)
 
     def write_json(self, content: dict[str, Any]) -> None:
         """Answer with JSON that people can read, UTF-8 as it is."""
@@ -48,6 +49,8 @@ class Handler(tornado.web.RequestHandler):
         error = kwargs.get("exc_info", (None, None, None))[1]
         answer = answer_to(error, status_code)
         self.set_status(answer.status)
+        if self._name:  # Tornado forgets all headers before it comes here
+            self.set_header("X-Request-Id", self._name)
         retry_after = getattr(error, "retry_after", None)
         if retry_after is not None:
             self.set_header("Retry-After", str(retry_after))

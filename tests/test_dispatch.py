@@ -1,0 +1,211 @@
+"""What becomes of requests when workers come, die, hang or break."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from runtime.errors import InvalidRequest
+from server.dispatch import Dispatcher, EngineFailed, Expired, Work
+
+CAPTION = {
+    "text": "a", "token_ids": [3, 1], "finish_reason": "stop", "prompt_tokens": 0,
+    "completion_tokens": 1, "queue_s": 0.0, "encode_s": 0.0, "decode_s": 0.0,
+}  # fmt: skip
+
+
+class Pipe:
+    """Keeps what is sent to a worker."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict] = []
+        self.closed = False
+
+    def send(self, data: bytes) -> None:
+        self.sent.append(json.loads(data))
+
+    def close(self, linger: int = 0) -> None:
+        self.closed = True
+
+    @property
+    def captions(self) -> list[int]:
+        """Slots of the requests that were sent, in order."""
+        return [m["slot"] for m in self.sent if m["op"] == "caption"]
+
+    def ids(self, slot: int) -> list[int]:
+        return [m["id"] for m in self.sent if m["op"] == "caption" and m["slot"] == slot]
+
+
+class World:
+    """A dispatcher and tasks that wait for captions; `slot` names a request."""
+
+    def __init__(self) -> None:
+        self.dispatcher = Dispatcher({"op": "hello"})
+        self.tasks: dict[int, asyncio.Task] = {}
+        self.epoch = 0
+
+    def worker(self, index: int = 0) -> tuple[tuple[int, int], Pipe]:
+        self.epoch += 1
+        key, pipe = (index, self.epoch), Pipe()
+        self.dispatcher.connected(key, pipe)
+        return key, pipe
+
+    async def ask(self, *slots: int, seconds: float = 30, digest: str | None = None) -> None:
+        for slot in slots:
+            work = Work(slot, None, None, digest or f"image {slot}", time.perf_counter() + seconds)
+            self.tasks[slot] = asyncio.create_task(self.dispatcher.caption(work))
+        await settle()
+
+    async def say(self, key, op: str, number: int, **fields) -> None:
+        self.dispatcher.received(key, {"op": op, "id": number, **fields})
+        await settle()
+
+    async def answer(self, key, pipe: Pipe, slot: int) -> None:
+        await self.say(key, "answer", pipe.ids(slot)[-1], caption=CAPTION)
+
+    async def start(self, key, pipe: Pipe, *slots: int) -> None:
+        for slot in slots:
+            await self.say(key, "started", pipe.ids(slot)[-1])
+
+    async def lose(self, key) -> None:
+        self.dispatcher.lost(key)
+        await settle()
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def scenario(test: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
+    def run() -> None:
+        asyncio.run(test(World()))
+
+    run.__name__ = test.__name__
+    return run
+
+
+@scenario
+async def test_requests_wait_for_the_first_worker(world):
+    await world.ask(1, 2)
+    key, pipe = world.worker()
+    assert pipe.sent[0] == {"op": "hello"}
+    assert pipe.captions == [1, 2]
+    await world.answer(key, pipe, 2)
+    assert world.tasks[2].result().text == "a"
+    assert not world.tasks[1].done()
+
+
+@scenario
+async def test_the_worker_with_fewest_in_flight_gets_the_next(world):
+    a, first = world.worker(0)
+    _, second = world.worker(1)
+    await world.ask(1, 2, 3)
+    assert (first.captions, second.captions) == ([1, 3], [2])
+    await world.answer(a, first, 1)
+    await world.answer(a, first, 3)
+    await world.ask(4)
+    assert first.captions[-1] == 4
+
+
+@scenario
+async def test_what_a_dead_worker_had_is_sent_again_and_suspects_alone(world):
+    key, pipe = world.worker()
+    await world.ask(1, 2, 3)
+    await world.start(key, pipe, 1, 2)
+    await world.lose(key)
+    assert pipe.closed
+    again, fresh = world.worker()
+    assert fresh.captions == [1], "a suspect has the worker to itself"
+    await world.answer(again, fresh, 1)
+    assert fresh.captions == [1, 2]
+    await world.answer(again, fresh, 2)
+    assert fresh.captions == [1, 2, 3], "what had not begun goes last, and is no suspect"
+    await world.answer(again, fresh, 3)
+    assert all(task.done() and not task.exception() for task in world.tasks.values())
+
+
+@scenario
+async def test_what_kills_twice_is_answered_alone_and_refused_from_then_on(world):
+    key, pipe = world.worker()
+    await world.ask(1, 2)
+    await world.start(key, pipe, 1, 2)
+    await world.lose(key)
+    key, pipe = world.worker()
+    await world.start(key, pipe, 1)
+    await world.lose(key)
+    with pytest.raises(EngineFailed, match="twice"):
+        world.tasks[1].result()
+    with pytest.raises(EngineFailed, match="not tried again"):
+        world.dispatcher.check("image 1")
+    world.dispatcher.check("image 2")
+    key, pipe = world.worker()
+    assert pipe.captions == [2]
+    await world.answer(key, pipe, 2)
+    assert world.tasks[2].result().text == "a"
+
+
+@scenario
+async def test_a_request_that_was_never_started_is_never_blamed(world):
+    await world.ask(1)
+    for _ in range(5):
+        key, pipe = world.worker()
+        assert pipe.captions == [1]
+        await world.lose(key)
+    key, pipe = world.worker()
+    await world.answer(key, pipe, 1)
+    assert world.tasks[1].result().text == "a"
+
+
+@scenario
+async def test_a_step_that_raised_is_tried_again_one_by_one(world):
+    key, pipe = world.worker()
+    await world.ask(1, 2)
+    await world.start(key, pipe, 1, 2)
+    for slot in (1, 2):
+        await world.say(key, "failed", pipe.ids(slot)[0])
+    assert pipe.captions == [1, 2, 1]
+    await world.start(key, pipe, 1)
+    await world.say(key, "failed", pipe.ids(1)[-1])
+    assert pipe.captions == [1, 2, 1, 2]
+    await world.answer(key, pipe, 2)
+    assert isinstance(world.tasks[1].exception(), EngineFailed)
+    assert world.tasks[2].result().text == "a"
+
+
+@scenario
+async def test_a_caller_that_gives_up_is_taken_back_from_the_worker(world):
+    key, pipe = world.worker()
+    await world.ask(1)
+    world.tasks[1].cancel()
+    await settle()
+    assert pipe.sent[-1] == {"op": "cancel", "id": pipe.ids(1)[0]}
+    assert world.dispatcher.inside == 0
+    await world.answer(key, pipe, 1)  # too late, and harmless
+
+
+@scenario
+async def test_a_deadline_ends_the_wait_wherever_the_request_stands(world):
+    await world.ask(1, seconds=0.01)  # no worker at all
+    key, pipe = world.worker()
+    await world.ask(2, seconds=0.01)
+    await asyncio.sleep(0.05)
+    assert isinstance(world.tasks[1].exception(), Expired)
+    assert isinstance(world.tasks[2].exception(), Expired)
+    assert pipe.sent[-1]["op"] == "cancel"
+    await world.ask(3)
+    await world.say(key, "expired", pipe.ids(3)[0])
+    assert isinstance(world.tasks[3].exception(), Expired)
+    assert world.dispatcher.inside == 0
+
+
+@scenario
+async def test_the_workers_own_errors_reach_the_caller(world):
+    key, pipe = world.worker()
+    await world.ask(1, 2)
+    await world.say(key, "error", pipe.ids(1)[0], kind="invalid_request", message="too long")
+    await world.say(key, "error", pipe.ids(2)[0], kind="internal", message="?")
+    assert isinstance(world.tasks[1].exception(), InvalidRequest)
+    assert isinstance(world.tasks[2].exception(), EngineFailed)

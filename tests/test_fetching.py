@@ -1,0 +1,147 @@
+"""image_url leads to public addresses of allowed domains, or nowhere."""
+
+import asyncio
+import shutil
+import socket
+import ssl
+import subprocess
+
+import pytest
+import tornado.httpserver
+import tornado.netutil
+import tornado.web
+from tornado.netutil import Resolver
+
+from server.fetching import Fetcher, FetchFailed, ForbiddenUrl, PublicResolver, is_public
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.216.34", True), ("2606:2800:220:1::1", True), ("64:ff9b::5db8:d822", True),
+        ("127.0.0.1", False), ("10.1.2.3", False), ("172.16.0.1", False), ("192.168.1.1", False),
+        ("169.254.169.254", False), ("100.64.0.1", False), ("0.0.0.0", False), ("224.0.0.1", False),
+        ("255.255.255.255", False), ("::1", False), ("::", False), ("fe80::1%eth0", False),
+        ("fc00::1", False), ("::ffff:127.0.0.1", False), ("::ffff:169.254.169.254", False),
+        ("2002:7f00:1::", False), ("64:ff9b::7f00:1", False), ("ff02::1", False),
+    ],
+)  # fmt: skip
+def test_public_addresses_are_told_from_all_others(address, public):
+    assert is_public(address) is public
+
+
+class Names(Resolver):
+    """A name server that gives the next of its answers at each question."""
+
+    def initialize(self, answers):
+        self.answers = list(answers)
+        self.asked = []
+
+    async def resolve(self, host, port, family=0):
+        self.asked.append(host)
+        address = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        return [(socket.AF_INET, (address, port))]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://ok.example/x", "ftp://ok.example/x", "file:///etc/passwd", "https://", "x",
+        "https://evil.example/x", "https://ok.example@evil.example/x",
+        "https://evil.example\\@ok.example/x", "https://user:pw@ok.example/x",
+        "https://ok.example.evil.example/x", "https://ok.example:8443/x", "https://ok.example:x/",
+        "https://[::1]/x", "https://notok.example/x",
+    ],
+)  # fmt: skip
+def test_urls_that_must_not_be_asked(url):
+    with pytest.raises(ForbiddenUrl):
+        Fetcher(("ok.example",), 1000).check(url)
+
+
+def test_domains_are_whole_names_or_all_below_one():
+    fetcher = Fetcher(("ok.example", ".wide.example"), 1000)
+    for url in ("https://ok.example/x", "https://OK.example/x", "https://a.b.wide.example/",
+                "https://wide.example/"):  # fmt: skip
+        fetcher.check(url)
+    for url in ("https://a.ok.example/", "https://awide.example/"):
+        with pytest.raises(ForbiddenUrl):
+            fetcher.check(url)
+
+
+def test_an_allowed_name_that_leads_to_a_private_address_is_refused():
+    async def run():
+        fetcher = Fetcher(("ok.example",), 1000, PublicResolver(inner=Names(answers=["10.0.0.1"])))
+        with pytest.raises(ForbiddenUrl, match="not a public address"):
+            await fetcher.fetch("https://ok.example/x.png", 5)
+
+    asyncio.run(run())
+
+
+class Site(tornado.web.RequestHandler):
+    def get(self, what):
+        if what == "image":
+            self.write(b"the image")
+        elif what == "large":
+            self.write(b"x" * 5000)
+        elif what == "away":
+            self.redirect("https://evil.example/x")
+        elif what == "on":
+            self.redirect("/image")
+        elif what == "around":
+            self.redirect("/around")
+        elif what == "inward":
+            self.redirect("https://127.0.0.1/secret")
+        else:
+            raise tornado.web.HTTPError(404)
+
+
+class Local(PublicResolver):
+    """Checks as always; what passes is then led to the test's own server."""
+
+    def initialize(self, inner, port):
+        super().initialize(inner=inner)
+        self._port = port
+
+    async def resolve(self, host, port, family=0):
+        await super().resolve(host, port, family)
+        return [(socket.AF_INET, ("127.0.0.1", self._port))]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_real_server_is_asked_and_each_hop_checked(tmp_path):
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj",
+         "/CN=ok.example", "-keyout", tmp_path / "key", "-out", tmp_path / "certificate"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+
+    async def run():
+        app = tornado.web.Application([(r"/(\w+)", Site)])
+        server = tornado.httpserver.HTTPServer(app, ssl_options=context)
+        sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
+        server.add_sockets(sockets)
+        port = sockets[0].getsockname()[1]
+
+        def fetch(path, *answers, limit=1000):
+            names = Names(answers=answers or ["93.184.216.34"])
+            fetcher = Fetcher(("ok.example",), limit, Local(names, port), validate_cert=False)
+            return fetcher.fetch(f"https://ok.example/{path}", 5)
+
+        assert await fetch("image") == b"the image"
+        assert await fetch("on") == b"the image"
+        for path, error, message in (
+            ("large", FetchFailed, "can't be fetched"),
+            ("missing", FetchFailed, "answered 404"),
+            ("around", FetchFailed, "too often"),
+            ("away", ForbiddenUrl, "evil.example is not among"),
+            ("inward", ForbiddenUrl, r"127\.0\.0\.1 is not among"),
+        ):
+            with pytest.raises(error, match=message):
+                await fetch(path)
+        with pytest.raises(ForbiddenUrl, match="not a public address"):
+            await fetch("on", "93.184.216.34", "10.0.0.1")  # the second answer is another
+        server.stop()
+
+    asyncio.run(run())
