@@ -38,12 +38,14 @@ class FakeRunner:
         self.cache: dict[int, tuple[int, list[int]]] = {}
         self.steps: list[int] = []  # rows of each decode step
         self.encoded: list[int] = []  # images of each encoder call
+        self.seen: list[int] = []  # sums of the images, in the order they were encoded
         self.fail_next: Exception | None = None
 
     def encode(self, pixels: ListLike[np.ndarray], slots: ListLike[int]) -> None:
         self.encoded.append(len(pixels))
         for image, slot in zip(pixels, slots, strict=True):
             self.cache[slot] = (int(image.sum()), [])
+            self.seen.append(int(image.sum()))
 
     def decode(self, tokens: ListLike[int], fed: ListLike[int], steps: int = 1) -> np.ndarray:
         if self.fail_next is not None:
