@@ -24,7 +24,7 @@ PIP = -m pip install --quiet --disable-pip-version-check --constraint constraint
 .DEFAULT_GOAL := help
 .PHONY: help serve export tune check_export evaluate demo-model demo-engine \
   baseline benchmark batch_performance build run_docker test_container \
-  test lint format test_server gpu-check clean
+  test lint format test_server gpu-check chaos soak clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -93,6 +93,12 @@ run_docker:  ## run it on all GPUs (PORT, ENGINE, ARGS; TARGET=cpu without a GPU
 
 test_container:  ## build the CPU image and see it work (docker, or podman and buildah; GPU_IMAGE=1)
 	@$(PYTHON) docker/check.py $(if $(GPU_IMAGE),gpu)
+
+chaos: .venv-dev/ready  ## kill, stop, overload and fuzz a running server (half an hour)
+	@$(DEV) -m bench.reliability --without 16 --called 'make chaos' $(ARGS)
+
+soak: .venv-dev/ready  ## the same, with an hour of mixed load
+	@$(DEV) -m bench.reliability --called 'make soak' $(ARGS)
 
 test: .venv-dev/ready  ## run the tests (ARGS goes to pytest)
 	@$(DEV) -m pytest $(ARGS)

@@ -736,6 +736,71 @@ def bad_starts(long: bool) -> Verdict:
         )
 
 
+def fuzzing(long: bool) -> Verdict:
+    """15: schemathesis against the OpenAPI document."""
+    examples = "2000" if long else "30"
+    with service() as it:
+        asyncio.run(_one(it))
+        before, files = it.resident(), _open_files(it.process.pid)
+        tool = [str(Path(sys.executable).with_name("schemathesis")), "run",
+                f"{it.url}/openapi.json", "--max-examples", examples, "--seed", "1",
+                "--checks", "not_a_server_error", "--no-color"]  # fmt: skip
+        done = subprocess.run(tool, capture_output=True, text=True, check=False)
+        match = re.search(r"(\d+) generated", done.stdout)
+        good = asyncio.run(_one(it)).caption == said()
+        grown = (it.resident() - before) / 2**20
+        more = _open_files(it.process.pid) - files
+        return Verdict(
+            f"{match.group(1) if match else 'no'} requests, "
+            + ("no 5xx" if done.returncode == 0 else f"failures: {done.stdout[-600:]}")
+            + f"; memory {grown:+.0f} MiB, file handles {more:+}",
+            done.returncode == 0 and match is not None and good and grown < 32 and more <= 8,
+        )
+
+
+def soak(long: bool) -> Verdict:
+    """16: an hour of mixed load, good and bad."""
+    seconds = 3600 if long else 10
+    good = [(sample(name), said(name)) for name in ("owl.png", "cats.png", "donuts.png")]
+    bad = list(mutants(np.random.default_rng(1), 60))
+    with service() as it:
+
+        async def run(duration: float) -> list[bool]:
+            clients, end, fine = Clients(it.url), after(duration), []
+
+            async def one(n: int) -> None:
+                rng = random.Random(n)
+                while not end():
+                    if rng.random() < 0.2:
+                        answer = await clients.caption(rng.choice(bad))
+                        fine.append(0 < answer.status < 500)
+                    elif rng.random() < 0.05:
+                        abandon(it.port, good[0][0]).close()
+                    else:
+                        image, caption = rng.choice(good)
+                        fine.append((await clients.caption(image)).caption == caption)
+
+            await asyncio.gather(*(one(n) for n in range(8)))
+            return fine
+
+        asyncio.run(run(min(30, seconds / 2)))
+        before, files = it.resident(), _open_files(it.process.pid)
+        fine = asyncio.run(run(seconds))
+        time.sleep(1)
+        grown = (it.resident() - before) / 2**20
+        more = _open_files(it.process.pid) - files
+        return Verdict(
+            f"{len(fine)} requests in {seconds} s, {fine.count(False)} not as they should be; "
+            f"memory {grown:+.0f} MiB, file handles {more:+}",
+            all(fine) and grown < 32 and more <= 8,
+        )
+
+
+def _open_files(pid: int) -> int:
+    """Of a process and all that it started."""
+    return sum(len(list(Path(f"/proc/{p}/fd").iterdir())) for p in family(pid))
+
+
 SCENARIOS: dict[str, tuple[int, Callable[[bool], Verdict]]] = {
     "twice the capacity, open loop": (1, overload),
     "a full queue": (2, full_queue),
@@ -750,6 +815,8 @@ SCENARIOS: dict[str, tuple[int, Callable[[bool], Verdict]]] = {
     "bombs, mutants, odd images": (12, broken_images),
     "image_url tricks": (13, url_tricks),
     "starts that can't succeed": (14, bad_starts),
+    "schemathesis": (15, fuzzing),
+    "mixed load for an hour": (16, soak),
 }
 
 
@@ -757,13 +824,14 @@ def main() -> int:
     """Run scenarios, print and keep the table; status 1 if one is not as promised."""
     parser = argparse.ArgumentParser(prog="python -m bench.reliability", description=__doc__)
     parser.add_argument("numbers", nargs="*", type=int, help="of scenarios (default: all)")
+    parser.add_argument("--without", type=int, nargs="*", default=[], help="numbers to leave out")
     parser.add_argument("--short", action="store_true", help="the short forms, as in make test")
     parser.add_argument("--output", type=Path, default=Path("bench/results"))
     parser.add_argument("--called", default="python -m bench.reliability")
     args = parser.parse_args()
     rows, failed = [], False
     for name, (number, scenario) in SCENARIOS.items():
-        if args.numbers and number not in args.numbers:
+        if number in args.without or (args.numbers and number not in args.numbers):
             continue
         try:
             verdict = scenario(not args.short)
@@ -780,7 +848,7 @@ def main() -> int:
     )
     table = ["# What the service promises, tried", "", head, "",
              "| | scenario | came out | |", "| --- | --- | --- | --- |", *rows, ""]  # fmt: skip
-    if not args.numbers:
+    if not args.numbers and not args.short:
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / _TABLE).write_text("\n".join(table))
     return int(failed)

@@ -17,6 +17,7 @@ _PRIORITIES = ("interactive", "batch")
 # curl --data-binary says x-www-form-urlencoded unless told otherwise; the body is the image.
 _RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 _DIGITS = 9  # of a number in a form
+_LEAST_TIMEOUT_MS = 100  # less is spent on the way
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +133,8 @@ def _checked(images: list[bytes], fields: dict[str, Any], url: str | None = None
     if priority not in _PRIORITIES:
         raise InvalidRequest(f"priority must be one of {', '.join(_PRIORITIES)}")
     timeout = _whole_number("timeout_ms", fields.get("timeout_ms"))
-    if timeout is not None and timeout < 1:
-        raise InvalidRequest("timeout_ms must be 1 or more")
+    if timeout is not None and timeout < _LEAST_TIMEOUT_MS:
+        raise InvalidRequest(f"timeout_ms must be {_LEAST_TIMEOUT_MS} or more")
     most = _whole_number("max_new_tokens", fields.get("max_new_tokens"))
     return Asked(images, prompt, most, timeout, priority == _PRIORITIES[0], url)
 

@@ -108,7 +108,7 @@ class Service:
             # Whoever gives up waits all the same: a slot is given back only when nothing writes to
             # it any more.
             await asyncio.wait(jobs)
-        errors = [job.exception() for job in jobs]
+            errors = [job.exception() for job in jobs]  # asked for, or asyncio logs them
         for error in filter(None, errors):
             raise error
 
