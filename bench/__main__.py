@@ -16,6 +16,7 @@ from bench import (
     ablation,
     apache,
     batches,
+    front_ends,
     images,
     machine,
     offline,
@@ -50,6 +51,7 @@ SECTIONS: dict[str, Section] = {
     "scheduling": lambda settings, _: scheduling.measure(settings),
     "http": lambda settings, _: apache.measure(settings),
     "service": service.measure,
+    "front_ends": lambda settings, _: front_ends.measure(settings),
     "open_loop": lambda settings, done: open_loop.measure(settings, _known_rates(done)),
 }
 BASELINE: Section = lambda settings, _: apache.measure(settings, only_baselines=True)  # noqa: E731

@@ -66,6 +66,12 @@ def vignette(settings: Settings, *flags: str) -> Contestant:
     return Contestant("Vignette", command, path=f"/caption?max_new_tokens={TOKENS}")
 
 
+def in_process(settings: Settings) -> Contestant:
+    """The same engine in one process with its HTTP server."""
+    command = ("-m", "bench.baselines.in_process", "{port}", str(settings.engine))
+    return Contestant("one process", command)
+
+
 @contextlib.contextmanager
 def running(contestant: Contestant, image: bytes) -> Iterator[str]:
     """The URL of a started server that has answered once; ServerFailed if it never does."""

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from bench import front_ends
 from bench.machine import about
 from bench.offline import pictures, seconds
-from bench.settings import SHAPE, TOKENS
+from bench.settings import SHAPE, TOKENS, Settings
 from runtime import manifest as manifests
 from runtime.config import EngineConfig
 from runtime.device_runner import DeviceRunner
@@ -108,6 +109,7 @@ def measure(extent: Extent) -> dict[str, Any]:
         ("offline", partial(offline, engine, extent)),
         ("memory", partial(growth, engine, extent)),
         ("samples", samples),
+        ("front_ends", lambda: front_ends.measure(Settings(), "cuda")),
         ("torch", partial(torch_side, extent)),
     ]
     for name, part in tqdm(parts, desc="CUDA", unit="part"):

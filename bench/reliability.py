@@ -37,6 +37,7 @@ from tornado.simple_httpclient import HTTPTimeoutError, SimpleAsyncHTTPClient
 from bench.arithmetic import percentile
 from bench.contestants import free_port
 from bench.machine import about
+from bench.processes import family, open_files, pss
 
 _DEMO, _SAMPLES = Path("engines/demo"), Path("demo/samples")
 _TABLE = "reliability.md"
@@ -90,7 +91,7 @@ class Service:
 
     def resident(self) -> int:
         """Bytes of all its processes, shared pages counted once (PSS)."""
-        return sum(_pss(pid) for pid in family(self.process.pid))
+        return sum(pss(pid) for pid in family(self.process.pid))
 
     def close(self) -> int:
         """End it as an operator would; its exit status."""
@@ -134,29 +135,6 @@ def get(port: int, path: str) -> tuple[int, bytes]:
     head, _, body = answer.partition(b"\r\n\r\n")
     words = head.split()
     return (int(words[1]) if len(words) > 1 else 0), body
-
-
-def family(pid: int) -> list[int]:
-    """A process and all that it started."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = path.read_text().rpartition(")")[2].split()
-            children.setdefault(int(fields[1]), []).append(int(path.parent.name))
-    found, todo = [], [pid]
-    while todo:
-        found.append(todo.pop())
-        todo += children.get(found[-1], [])
-    return found
-
-
-def _pss(pid: int) -> int:
-    try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except OSError:
-        return 0
-    match = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
-    return int(match.group(1)) * 1024 if match else 0
 
 
 def sample(name: str = "owl.png") -> bytes:
@@ -741,7 +719,7 @@ def fuzzing(long: bool) -> Verdict:
     examples = "2000" if long else "30"
     with service() as it:
         asyncio.run(_one(it))
-        before, files = it.resident(), _open_files(it.process.pid)
+        before, files = it.resident(), open_files(it.process.pid)
         tool = [str(Path(sys.executable).with_name("schemathesis")), "run",
                 f"{it.url}/openapi.json", "--max-examples", examples, "--seed", "1",
                 "--checks", "not_a_server_error", "--no-color"]  # fmt: skip
@@ -749,7 +727,7 @@ def fuzzing(long: bool) -> Verdict:
         match = re.search(r"(\d+) generated", done.stdout)
         good = asyncio.run(_one(it)).caption == said()
         grown = (it.resident() - before) / 2**20
-        more = _open_files(it.process.pid) - files
+        more = open_files(it.process.pid) - files
         return Verdict(
             f"{match.group(1) if match else 'no'} requests, "
             + ("no 5xx" if done.returncode == 0 else f"failures: {done.stdout[-600:]}")
@@ -784,21 +762,16 @@ def soak(long: bool) -> Verdict:
             return fine
 
         asyncio.run(run(min(30, seconds / 2)))
-        before, files = it.resident(), _open_files(it.process.pid)
+        before, files = it.resident(), open_files(it.process.pid)
         fine = asyncio.run(run(seconds))
         time.sleep(1)
         grown = (it.resident() - before) / 2**20
-        more = _open_files(it.process.pid) - files
+        more = open_files(it.process.pid) - files
         return Verdict(
             f"{len(fine)} requests in {seconds} s, {fine.count(False)} not as they should be; "
             f"memory {grown:+.0f} MiB, file handles {more:+}",
             all(fine) and grown < 32 and more <= 8,
         )
-
-
-def _open_files(pid: int) -> int:
-    """Of a process and all that it started."""
-    return sum(len(list(Path(f"/proc/{p}/fd").iterdir())) for p in family(pid))
 
 
 SCENARIOS: dict[str, tuple[int, Callable[[bool], Verdict]]] = {

@@ -199,11 +199,20 @@ def _service(section: dict[str, Any]) -> str:
             ("from the command to ready", f"{first:.1f} s"),
             ("the same again", f"{second:.1f} s"),
             (
-                "resident memory after 64 requests of 16 clients",
+                "resident memory of all processes after 64 requests of 16 clients",
                 f"{section['resident_mib']:.0f} MiB",
+            ),
+            (
+                "16 clients, of the rate of the same engine in one process",
+                f"{section['share_of_one_process']:.0%}",
             ),
         ),
     )
+
+
+def _front_ends(section: dict[str, Any]) -> str:
+    rows = ((str(r["front_ends"]), _number(r["per_second"])) for r in section["rows"])
+    return _table((f"front-ends on {section['cores']} cores", "images/s"), rows)
 
 
 def _images(section: dict[str, Any]) -> str:
@@ -223,10 +232,12 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
                 "bf16 is the fairer rival.", _offline),
     "http": ("Over HTTP", "ApacheBench: each client sends its next request when the last is "
              "answered. Slow contestants get fewer requests; every run is finished.", _http),
-    "service": ("The service itself", "Vignette as a process.", _service),
+    "service": ("The service itself", "Vignette as its processes.", _service),
+    "front_ends": ("Taking images in", "JPEGs of 640x480 over HTTP, 64 clients, with the demo "
+                   "engine, whose captions cost little.", _front_ends),
     "open_loop": ("At a given rate", "MLPerf LoadGen: Poisson arrivals, latency from the time a "
                   "request was due; errors and time-outs are misses.", _open_loop),
-    "ablation": ("Where it comes from", "One step at a time, 8 images at once.", _ablation),
+    "ablation": ("Where it comes from", "One step at a time, a batch of images at once.", _ablation),
     "batches": ("Time against batch size", "The knee is the batch beyond which a larger one saves "
                 "less than 10 % of the time per image.", _batches),
     "scheduling": ("Images encoded between two decode steps", "Captions of 8 to 24 tokens, 16 "

@@ -12,7 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench.contestants import ask, free_port, picture, running, vignette
+from bench.contestants import ask, free_port, in_process, picture, running, vignette
+from bench.processes import family, pss
 from bench.settings import Settings
 
 _REQUESTS = 20
@@ -21,10 +22,12 @@ _REQUESTS = 20
 def measure(settings: Settings, sections: dict[str, Any]) -> dict[str, Any]:
     """sections: `offline` and `http`, if measured, for the share of the engine's own rate."""
     found: dict[str, Any] = {}
-    with tqdm(total=3, desc="service", unit="part") as progress:
+    with tqdm(total=4, desc="service", unit="part") as progress:
         found["start_s"] = [_ready_after(settings) for _ in range(2)]
         progress.update(2)
         found |= _cost_of_http(settings)
+        progress.update()
+        found |= _cost_of_the_split(settings)
         progress.update()
     return found | _share_of_the_engine(sections)
 
@@ -72,28 +75,43 @@ def _cost_of_http(settings: Settings) -> dict[str, Any]:
             return {"http_cost_ms": statistics.median(costs), "resident_mib": _resident_mib(url)}
 
 
-def _ab(url: str, folder: Path) -> None:
-    """64 requests of 16 clients, so that every slot has been used."""
-    command = ["ab", "-q", "-l", "-n", "64", "-c", "16", "-p", str(folder / "picture.jpg"),
+def _ab(url: str, folder: Path, requests: int = 64) -> float:
+    """Requests a second of 16 clients, every slot used."""
+    command = ["ab", "-q", "-l", "-n", str(requests), "-c", "16", "-p", str(folder / "picture.jpg"),
                "-T", "image/jpeg", url]  # fmt: skip
-    subprocess.run(command, capture_output=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    match = re.search(r"Requests per second:\s+([\d.]+)", done.stdout)
+    assert match is not None
+    return float(match.group(1))
+
+
+def _cost_of_the_split(settings: Settings) -> dict[str, float]:
+    """16 clients on the service and on its engine in one process, both running, taking turns."""
+    rates: dict[str, list[float]] = {"split": [], "one": []}
+    with tempfile.TemporaryDirectory() as name:
+        image = picture(Path(name))
+        ours, single = vignette(settings), in_process(settings)
+        with running(ours, image) as split, running(single, image) as one:
+            for _ in range(settings.repeats + 2):
+                for which, url in (("split", split), ("one", one)):
+                    rates[which].append(_ab(url, Path(name), 2 * settings.images))
+    medians = {which: statistics.median(some) for which, some in rates.items()}
+    return {"share_of_one_process": medians["split"] / medians["one"]}
 
 
 def _resident_mib(url: str) -> float:
-    """Resident memory of the server that listens at `url`, as Linux counts it."""
+    """Memory of the server that listens at `url` and all its processes, pages shared between them
+    counted once (PSS), as Linux counts it."""
     port = re.search(r":(\d+)/", url)
     assert port is not None
     wanted = port.group(1).encode()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_bytes().split(b"\0")
-            status = (process / "status").read_text()
         except OSError:  # it has ended
             continue
         if b"server" in command and wanted in command:
-            match = re.search(r"VmRSS:\s+(\d+) kB", status)
-            assert match is not None
-            return int(match.group(1)) / 1024
+            return sum(map(pss, family(int(process.name)))) / 2**20
     raise RuntimeError("the server's process was not found")
 
 
