@@ -86,7 +86,7 @@ build:  ## build the GPU image (TARGET=cpu or export for the others)
 	docker build --file docker/Dockerfile --target $(TARGET) --tag vignette:$(TARGET) .
 
 run_docker:  ## run it on all GPUs (PORT, ENGINE, ARGS; TARGET=cpu without a GPU)
-	docker run --rm --publish $(PORT):8000 $(if $(filter cpu,$(TARGET)),,--gpus all) \
+	docker run --rm --shm-size 512m --publish $(PORT):8000 $(if $(filter cpu,$(TARGET)),,--gpus all) \
 	  --read-only --tmpfs /tmp --cap-drop=all --security-opt no-new-privileges \
 	  --volume $(CURDIR)/engines:/app/engines:ro --env VIGNETTE_ENGINE=$(ENGINE) \
 	  vignette:$(TARGET) $(ARGS)

@@ -233,7 +233,7 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "http": ("Over HTTP", "ApacheBench: each client sends its next request when the last is "
              "answered. Slow contestants get fewer requests; every run is finished.", _http),
     "service": ("The service itself", "Vignette as its processes.", _service),
-    "front_ends": ("Taking images in", "JPEGs of 640x480 over HTTP, 64 clients, with the demo "
+    "front_ends": ("Taking images in", "JPEGs of 640x480 over HTTP, 64 clients, on the demo "
                    "engine, whose captions cost little.", _front_ends),
     "open_loop": ("At a given rate", "MLPerf LoadGen: Poisson arrivals, latency from the time a "
                   "request was due; errors and time-outs are misses.", _open_loop),
