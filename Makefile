@@ -116,10 +116,10 @@ clean:  ## remove both environments
 	rm -rf .venv .venv-dev .venv-gpu .venv-gpu-dev
 
 .venv/ready: EXTRAS = cpu
-.venv-dev/ready: EXTRAS = cpu,export,bench,dev
+.venv-dev/ready: EXTRAS = cpu,export,bench,dev,otel
 
 .venv-gpu/ready: EXTRAS = gpu
-.venv-gpu-dev/ready: EXTRAS = gpu,export,bench,dev
+.venv-gpu-dev/ready: EXTRAS = gpu,export,bench,dev,otel
 
 .venv/ready .venv-dev/ready .venv-gpu/ready .venv-gpu-dev/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

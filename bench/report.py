@@ -237,7 +237,7 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
                    "engine, whose captions cost little.", _front_ends),
     "open_loop": ("At a given rate", "MLPerf LoadGen: Poisson arrivals, latency from the time a "
                   "request was due; errors and time-outs are misses.", _open_loop),
-    "ablation": ("Where it comes from", "One step at a time, a batch of images at once.", _ablation),
+    "ablation": ("Where it comes from", "One step at a time, some images at once.", _ablation),
     "batches": ("Time against batch size", "The knee is the batch beyond which a larger one saves "
                 "less than 10 % of the time per image.", _batches),
     "scheduling": ("Images encoded between two decode steps", "Captions of 8 to 24 tokens, 16 "

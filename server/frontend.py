@@ -75,6 +75,8 @@ async def _serve(
     finally:
         beat.cancel()
         service.decoders.close()
+        if service.tracer is not None:
+            service.tracer.close()
         await service.links.close()
         control.close(linger=1000)
 

@@ -22,6 +22,7 @@ from server.forms import Asked
 from server.keys import Keys
 from server.metrics import Metrics
 from server.settings import Settings
+from server.tracing import Tracer
 from server.wire import Message, PixelStore
 
 SLOTS = 64  # most that a worker chooses by itself: pixels are kept for as many beside the queue
@@ -42,6 +43,7 @@ class Service:
     keys: Keys | None
     cache: CaptionCache | None
     fetcher: Fetcher | None
+    tracer: Tracer | None
     workers: list[Message] = field(default_factory=list)
 
     @property
@@ -161,4 +163,5 @@ def make_service(
         keys=Keys.read(settings.api_keys) if settings.api_keys else None,
         cache=CaptionCache(settings.cache_mb * 2**20) if settings.cache_mb else None,
         fetcher=Fetcher(domains, settings.max_body_bytes) if domains else None,
+        tracer=Tracer(settings.traces) if settings.traces else None,
     )

@@ -146,6 +146,11 @@ class Settings(BaseSettings):
         Field(ge=0, le=65535, description="serve health and metrics on this port instead, and not "
               "on the public one"),
     ] = None  # fmt: skip
+    traces: Annotated[
+        str | None,
+        Field(description="OTLP/HTTP endpoint of an OpenTelemetry collector, such as "
+              "http://localhost:4318/v1/traces; needs the otel extra"),
+    ] = None  # fmt: skip
     log_format: Annotated[
         str, Field(pattern="^(text|json)$", description="text for people, json for machines")
     ] = "text"

@@ -30,6 +30,7 @@ class CaptionHandler(Handler):
         self._limit = service.settings.max_body_bytes
         self._task: asyncio.Task | None = None
         self._gone = False
+        self._seconds: dict[str, float] = {}
 
     def prepare(self) -> None:
         """Refuse what says that it is too large before it is sent, if the client waits for that."""
@@ -101,6 +102,7 @@ class CaptionHandler(Handler):
         }
         for stage, value in seconds.items():
             self.service.metrics.stage.labels(stage).observe(value)
+        self._seconds = seconds
         self.outcome("ok")
         self._answer(caption, seconds)
 
@@ -140,6 +142,9 @@ class CaptionHandler(Handler):
         """Count how the request ended; what is answered to a client that has gone is nothing."""
         if not self._gone:
             self.service.metrics.requests.labels(code).inc()
+            if self.service.tracer is not None:
+                seconds = self._seconds or {"total": self.request.request_time()}
+                self.service.tracer.record(self.request.headers, code, seconds, self._name)
 
     def on_finish(self) -> None:
         """The bytes of the body are free again."""

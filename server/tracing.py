@@ -1,0 +1,67 @@
+"""OpenTelemetry traces of requests, for those who install the extra and name a collector.
+
+A request's span is written when it is over, with one child for each stage; a `traceparent` that the
+client sent is its parent.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from runtime.errors import VignetteError
+
+_STAGES = ("preprocess", "queue", "encode", "decode")  # one after the other
+
+
+class CannotTrace(VignetteError):
+    """Traces were asked for, and the packages are missing."""
+
+
+class Tracer:
+    """Sends spans to a collector over OTLP/HTTP, in batches and off the event loop."""
+
+    def __init__(self, endpoint: str, exporter: Any = None) -> None:
+        """endpoint: such as http://localhost:4318/v1/traces. Raises CannotTrace."""
+        try:
+            from opentelemetry import propagate
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ModuleNotFoundError as cause:
+            raise CannotTrace(
+                f"--traces needs {cause.name}: install the otel extra (pip install -e '.[otel]')"
+            ) from cause
+        self._propagate = propagate
+        self._provider = TracerProvider(resource=Resource.create({"service.name": "vignette"}))
+        self._provider.add_span_processor(
+            BatchSpanProcessor(exporter or OTLPSpanExporter(endpoint=endpoint))
+        )
+        self._tracer = self._provider.get_tracer("vignette")
+
+    def record(
+        self, headers: Mapping[str, str], outcome: str, seconds: Mapping[str, float], name: str
+    ) -> None:
+        """A request that has just ended. seconds: of its stages and in `total`; name: its id."""
+        from opentelemetry.trace import set_span_in_context
+
+        end = time.time_ns()
+        start = end - round(seconds["total"] * 1e9)
+        parent = self._propagate.extract({k.lower(): v for k, v in headers.items()})
+        span = self._tracer.start_span(
+            "POST /caption",
+            context=parent,
+            start_time=start,
+            attributes={"vignette.outcome": outcome, "vignette.request_id": name},
+        )
+        inside, at = set_span_in_context(span), start
+        for stage in _STAGES:
+            if stage in seconds:
+                child = self._tracer.start_span(stage, context=inside, start_time=at)
+                at += round(seconds[stage] * 1e9)
+                child.end(at)
+        span.end(end)
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._provider.shutdown()
