@@ -6,7 +6,6 @@ import json
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -68,11 +67,9 @@ def test_the_batch_class_waits_for_the_interactive_one():
         until(lambda: engine.scheduler.running)
         patient, urgent = png((1, 1, 1)), png((2, 2, 2))
         batch = [pool.submit(live.caption, patient, "?priority=batch") for _ in range(2)]
-        until(lambda: engine.scheduler.waiting == 2 or live.service.admission.inside == 3)
-        time.sleep(0.2)
+        until(lambda: live.service.links.dispatcher.inside == 3)
         interactive = [pool.submit(live.caption, urgent) for _ in range(2)]
-        until(lambda: live.service.admission.inside == 5)
-        time.sleep(0.2)
+        until(lambda: live.service.links.dispatcher.inside == 5)
         engine.runner.open.set()
         assert {f.result().status for f in (first, *batch, *interactive)} == {200}
         assert [total // 48 for total in engine.runner.seen[1:]] == [2, 2, 1, 1]

@@ -260,8 +260,7 @@ def test_requests_that_arrive_together_are_decoded_together():
         while live.service.admission.inside == 0:
             time.sleep(0.01)
         rest = [pool.submit(live.caption, png((i, i, i)), "?max_new_tokens=9") for i in range(8)]
-        until(lambda: live.service.admission.inside == 9)
-        time.sleep(0.3)  # until they are all decoded
+        until(lambda: live.service.links.dispatcher.inside == 9)
         engine.runner.open.set()
         assert {f.result().status for f in (first, *rest)} == {200}
         assert max(engine.runner.steps) == 8
