@@ -103,6 +103,37 @@ def test_sigterm_finishes_what_was_accepted_and_exits_0():
         assert set(captions) == {SAID["owl.png"]["caption"]}
 
 
+def test_several_workers_share_the_work_and_stand_in_for_each_other():
+    image = (SAMPLES / "owl.png").read_bytes()
+    flags = (*ON_CPU, "--workers", "2", "--front-ends", "2")
+    with running(*flags) as (_, port, _), ThreadPoolExecutor(8) as pool:
+
+        def workers() -> list[dict]:
+            return fetch(port, "GET", "/health/ready").json["workers"]
+
+        def all_ready() -> bool:
+            return [w["state"] for w in workers()] == ["ready", "ready"]
+
+        end = time.monotonic() + 30
+        while not all_ready():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        before = [w["pid"] for w in workers()]
+        asked = [pool.submit(fetch, port, "POST", "/caption", image) for _ in range(64)]
+        os.kill(before[0], signal.SIGKILL)
+        assert fetch(port, "GET", "/health/ready").status == 200, "the other one serves"
+        assert {f.result().json["caption"] for f in asked} == {SAID["owl.png"]["caption"]}
+        while not all_ready():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        after = workers()
+        assert after[0]["pid"] != before[0]
+        assert after[1]["pid"] == before[1]
+        assert [w["restarts"] for w in after] == [1, 0]
+        lines = fetch(port, "GET", "/metrics").body.decode().splitlines()
+        assert 'vignette_worker_restarts{worker="0"} 1.0' in lines
+
+
 def test_a_server_that_is_told_to_stop_while_it_starts_stops():
     process = start("--port", "0", *ON_CPU)
     time.sleep(0.3)
