@@ -55,7 +55,7 @@ demo-model: .venv-dev/ready  ## train the demo model and export it (an hour or m
 demo-engine: .venv-dev/ready  ## rebuild engines/demo from the committed weights and verify it
 	@$(DEV) -m demo pictures demo/.cache/pictures
 	@$(DEV) -m export demo/model --name vignette-demo --images demo/.cache/pictures \
-	  --verify-images 64 --output engines/demo
+	  --verify-images 64 --target cuda --output engines/demo
 
 evaluate: .venv-dev/ready  ## score engines/demo on 1,000 held-out scenes of each kind
 	@$(DEV) -m demo evaluate --engine $(ENGINE) $(ARGS)

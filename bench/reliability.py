@@ -15,6 +15,7 @@ import random
 import re
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -46,10 +47,15 @@ _READY_SECONDS = 60
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came out: a figure for people, and whether it is as promised."""
+    """What came out: a figure for people, and whether it is as promised.
+
+    in_time: what the promise says of seconds and rates, which a busy machine can spoil; the tests
+    leave it alone.
+    """
 
     figure: str
     passed: bool
+    in_time: bool = True
 
 
 class Service:
@@ -255,8 +261,9 @@ def overload(long: bool) -> Verdict:
             f"peak, refusals p99 {slowest * 1e3:.0f} ms, accepted p99 {p99:.2f} s, {others} other, "
             f"memory {grown:+.0f} MiB"
         )
-        good = goodput >= 0.9 * peak and p99 <= 10 and not others and told
-        return Verdict(figure, good and slowest < 0.05 and grown < 32)
+        good = bool(accepted) and bool(refused) and p99 <= 10.5 and not others and told
+        in_time = goodput >= 0.9 * peak and slowest < 0.05 and p99 <= 10
+        return Verdict(figure, good and grown < 32, in_time)
 
 
 def full_queue(long: bool) -> Verdict:
@@ -440,37 +447,43 @@ def sigterm(long: bool) -> Verdict:
     fine = set(found) <= {200, 503, 0} and found.get(200, 0) >= 10
     return Verdict(
         f"answers {found}, exit {code}; a second one ends it in {prompt:.2f} s",
-        fine and code == 0 and prompt < 2,
+        fine and code == 0,
+        prompt < 2,
     )
 
 
 def slow_clients(long: bool) -> Verdict:
     """10: slow heads and slow bodies beside normal load."""
-    each = 500 if long else 50
-    with service("--header-seconds", "3", "--body-seconds", "3") as it:
+    each, rounds, seconds = (500, 3, 5.0) if long else (50, 1, 2.0)
+    limit = str(seconds + 1)  # so that they are there all the time
+    with service("--header-seconds", limit, "--body-seconds", limit) as it:
 
-        async def load(seconds: float) -> float:
-            answers = await Clients(it.url).closed_loop(sample(), 2, after(seconds))
+        def p99() -> float:
+            answers = asyncio.run(Clients(it.url).closed_loop(sample(), 2, after(seconds)))
             return percentile([a.seconds for a in answers], 0.99)
 
-        asyncio.run(load(2))
-        alone = asyncio.run(load(8 if long else 4))
-        slow = [socket.create_connection(("127.0.0.1", it.port)) for _ in range(2 * each)]
-        for n, client in enumerate(slow):
-            client.sendall(
-                b"POST /caption HTTP/1.1\r\nHo"
-                if n % 2
-                else b"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n\r\nx"
-            )
-        beside = asyncio.run(load(8 if long else 4))
-        time.sleep(1)
-        cut = sum(_is_closed(client) for client in slow)
-        for client in slow:
-            client.close()
+        p99()
+        cut, alone, beside = 0, [], []
+        for _ in range(rounds):
+            alone.append(p99())
+            slow = [socket.create_connection(("127.0.0.1", it.port)) for _ in range(2 * each)]
+            for n, client in enumerate(slow):
+                client.sendall(
+                    b"POST /caption HTTP/1.1\r\nHo"
+                    if n % 2
+                    else b"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n\r\nx"
+                )
+            beside.append(p99())
+            time.sleep(2)
+            cut += sum(_is_closed(client) for client in slow)
+            for client in slow:
+                client.close()
+        usual, then = statistics.median(alone), statistics.median(beside)
         return Verdict(
-            f"{cut} of {2 * each} cut off; p99 of the others {beside * 1e3:.0f} ms, alone "
-            f"{alone * 1e3:.0f} ms",
-            cut == 2 * each,
+            f"{cut} of {2 * each * rounds} cut off; p99 of the others {then * 1e3:.0f} ms, alone "
+            f"{usual * 1e3:.0f} ms",
+            cut == 2 * each * rounds,
+            then <= 1.1 * usual,
         )
 
 
@@ -710,7 +723,8 @@ def bad_starts(long: bool) -> Verdict:
         return Verdict(
             f"{len(cases)} ways, each with a message within {slowest:.1f} s"
             + (f"; but {silent}" if silent else ""),
-            not silent and slowest < 5,
+            not silent,
+            slowest < 5,
         )
 
 
@@ -810,8 +824,9 @@ def main() -> int:
             verdict = scenario(not args.short)
         except Exception as error:  # of any kind: the other scenarios are still worth running
             verdict = Verdict(f"{type(error).__name__}: {error}", False)
-        failed |= not verdict.passed
-        word = "as promised" if verdict.passed else "NOT as promised"
+        as_promised = verdict.passed and verdict.in_time
+        failed |= not as_promised
+        word = "as promised" if as_promised else "NOT as promised"
         print(f"{number:2} {name}: {verdict.figure} ({word})", flush=True)
         rows.append(f"| {number} | {name} | {verdict.figure} | {word} |")
     facts = about()
