@@ -76,8 +76,9 @@ def test_an_int8_prefix_is_the_float_one_rounded_by_channel():
 def test_the_caches_of_one_precision_share_their_weights():
     for variant in manifests.load(DEMO).variants:
         assert (DEMO / variant.file).stat().st_size < 700_000
-        assert (DEMO / variant.data).stat().st_size > 1_000_000
-    assert len({v.data for v in manifests.load(DEMO).variants}) == 5
+        if variant.graph != "insert":
+            assert (DEMO / variant.data).stat().st_size > 1_000_000
+    assert len({v.data for v in manifests.load(DEMO).variants if v.data}) == 7
 
 
 def test_a_variant_that_says_something_else_is_left_out_and_deleted(
