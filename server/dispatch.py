@@ -181,6 +181,8 @@ class Dispatcher:
         if work.link is not None:
             work.link.inside.pop(work.number, None)
         work.link = None
+        if work.done.done():
+            return  # it was answered just before
         if not work.started:
             self._pending.appendleft(work)
         elif not work.suspect:
@@ -191,10 +193,9 @@ class Dispatcher:
             while len(self._quarantine) > _QUARANTINED:
                 self._quarantine.popitem(last=False)
             log.error("an image that the engine failed on twice is refused from now on")
-            if not work.done.done():
-                work.done.set_exception(
-                    EngineFailed("the engine failed on this image twice: it is not tried again")
-                )
+            work.done.set_exception(
+                EngineFailed("the engine failed on this image twice: it is not tried again")
+            )
 
     def _pump(self) -> None:
         """Send what can be sent."""

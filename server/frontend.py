@@ -63,17 +63,16 @@ async def _serve(
     control.connect(control_address(folder))
     await control.send(packed({"op": "ready", "pid": os.getpid()}))
     beat = asyncio.create_task(_beat(control))
+    hear = asyncio.create_task(_hear(control, service))
     try:
-        while True:
-            message = unpacked(await control.recv())
-            if message["op"] == "workers":
-                know(service, message["workers"])
-            elif message["op"] == "drain":
-                await _drain(service, servers)
-                await control.send(packed({"op": "drained"}))
-                return
+        await hear
+        # Workers may still come and go while the last requests are finished.
+        hear = asyncio.create_task(_hear(control, service))
+        await _drain(service, servers)
+        await control.send(packed({"op": "drained"}))
     finally:
         beat.cancel()
+        hear.cancel()
         service.decoders.close()
         if service.tracer is not None:
             service.tracer.close()
@@ -107,6 +106,15 @@ def know(service: Service, workers: list[Message]) -> None:
         service.admission.slots = -(-slots // service.settings.front_ends)
         if service.admission.state is State.STARTING:
             service.admission.state = State.READY
+
+
+async def _hear(control: zmq.asyncio.Socket, service: Service) -> None:
+    """Follow what the supervisor says, until it says to drain."""
+    while True:
+        message = unpacked(await control.recv())
+        if message["op"] == "drain":
+            return
+        know(service, message["workers"])
 
 
 async def _beat(control: zmq.asyncio.Socket) -> None:

@@ -148,6 +148,20 @@ async def test_what_kills_twice_is_answered_alone_and_refused_from_then_on(world
 
 
 @scenario
+async def test_an_answer_that_came_just_before_the_end_counts(world):
+    key, pipe = world.worker()
+    await world.ask(1)
+    await world.start(key, pipe, 1)
+    number = pipe.ids(1)[0]
+    world.dispatcher.received(key, {"op": "answer", "id": number, "caption": CAPTION})
+    world.dispatcher.lost(key)  # before the waiting task has run
+    _, fresh = world.worker()
+    await settle()
+    assert world.tasks[1].result().text == "a"
+    assert fresh.captions == []
+
+
+@scenario
 async def test_a_request_that_was_never_started_is_never_blamed(world):
     await world.ask(1)
     for _ in range(5):

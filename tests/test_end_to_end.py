@@ -134,6 +134,21 @@ def test_several_workers_share_the_work_and_stand_in_for_each_other():
         assert 'vignette_worker_restarts{worker="0"} 1.0' in lines
 
 
+def test_a_worker_that_dies_while_the_server_drains_is_replaced():
+    image = (SAMPLES / "owl.png").read_bytes()
+    with running(*ON_CPU, "--slots", "1") as (process, port, _), ThreadPoolExecutor(20) as pool:
+        [worker] = fetch(port, "GET", "/health/ready").json["workers"]
+        os.kill(worker["pid"], signal.SIGSTOP)  # so that nothing is finished before it dies
+        asked = [pool.submit(fetch, port, "POST", "/caption", image) for _ in range(20)]
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        os.kill(worker["pid"], signal.SIGKILL)
+        replies = [future.result() for future in asked]
+        assert {r.json["caption"] for r in replies} == {SAID["owl.png"]["caption"]}
+        assert process.wait(30) == 0
+
+
 def test_a_server_that_is_told_to_stop_while_it_starts_stops():
     process = start("--port", "0", *ON_CPU)
     time.sleep(0.3)
