@@ -25,6 +25,7 @@ _NO_GPU = (
 )
 _SAFE = 0.9  # of the free memory: the driver and others on the GPU take some as well
 _MIB = 2**20
+_PINNED: list[np.ndarray] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,8 @@ class Memory:
 def pin(array: np.ndarray, cuda_major: int) -> None:
     """Lock an array's memory, so that copies to a GPU read it directly (`cudaHostRegister`).
 
-    The array has to live as long as the process. Without it copies work too, by a detour.
+    The array is kept for good: CUDA must not know an address that something else has got. Without
+    this copies work too, by a detour.
     """
     try:
         runtime = ctypes.CDLL(f"libcudart.so.{cuda_major}")
@@ -167,5 +169,6 @@ def pin(array: np.ndarray, cuda_major: int) -> None:
     except (OSError, AttributeError) as cause:
         log.warning("pixels are copied from pageable memory: %s", cause)
         return
+    _PINNED.append(array)
     if code:
         log.warning("pixels are copied from pageable memory: cudaHostRegister says %d", code)

@@ -27,7 +27,9 @@ def main() -> int:
 async def _supervise(settings: Settings) -> None:
     if settings.api_keys:
         Keys.read(settings.api_keys)  # each front-end does, but now is the time to complain
-    await Supervisor(settings, worker.main, _devices(settings)).run()
+    devices = _devices(settings)
+    settings = settings.model_copy(update={"workers": len(devices)})  # pixels are kept for all
+    await Supervisor(settings, worker.main, devices).run()
 
 
 def _devices(settings: Settings) -> list[str]:

@@ -22,7 +22,6 @@ class CaptionCache:
         self._limit, self.size = limit, 0
         self._entries: OrderedDict[Key, Caption] = OrderedDict()
         self._flights: dict[Key, asyncio.Future[Found]] = {}
-        self.hits = 0
 
     async def get(self, key: Key, make: Callable[[], Awaitable[Found]]) -> Found:
         """The caption for `key`, made if it is not known. What `make` raises is not kept.
@@ -32,7 +31,6 @@ class CaptionCache:
         while True:
             if key in self._entries:
                 self._entries.move_to_end(key)
-                self.hits += 1
                 return self._entries[key], 0.0
             if key not in self._flights:
                 return await self._fly(key, make)

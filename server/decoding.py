@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import queue
 import resource
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -52,8 +53,14 @@ class Decoders:
         self._seconds = seconds
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
         self._idle: queue.SimpleQueue[_Decoder] = queue.SimpleQueue()
+        self._all: set[_Decoder] = set()
         for _ in range(count):
-            self._idle.put(_Decoder(self._arguments))
+            self._idle.put(self._new())
+
+    def _new(self) -> "_Decoder":
+        decoder = _Decoder(self._arguments)
+        self._all.add(decoder)
+        return decoder
 
     async def decode(self, image: bytes, slot: int, frame: int | None) -> None:
         """Put an image's pixels into a slot of the store, of a clip into one of its frames.
@@ -67,10 +74,11 @@ class Decoders:
         decoder = self._idle.get()
         try:
             failure = decoder.ask(image, slot, frame, self._seconds)
-        except (OSError, EOFError, TimeoutError) as cause:
+        except (OSError, EOFError) as cause:
             log.warning("a decoder process was replaced: %s", cause or type(cause).__name__)
             decoder.kill()
-            decoder = _Decoder(self._arguments)
+            self._all.discard(decoder)
+            decoder = self._new()
             raise TooHard(
                 f"decoding this image crashed, or took more than {self._seconds:g} s: "
                 "save it again with another program, or make it smaller"
@@ -84,8 +92,8 @@ class Decoders:
     def close(self) -> None:
         """End all processes."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        while not self._idle.empty():
-            self._idle.get().kill()
+        for decoder in self._all:
+            decoder.kill()
 
     @property
     def pids(self) -> list[int]:
@@ -109,11 +117,15 @@ class _Decoder:
         self, image: bytes, slot: int, frame: int | None, seconds: float
     ) -> tuple[str, str] | None:
         """Have an image decoded; what was wrong with it, or None."""
-        self._pipe.send((slot, frame))
-        self._pipe.send_bytes(image)
-        if not self._pipe.poll(seconds):
-            raise TimeoutError("it took too long")
-        return self._pipe.recv()
+        # A process that has stopped reading would block this thread for good.
+        timer = threading.Timer(seconds, self.process.kill)
+        timer.start()
+        try:
+            self._pipe.send((slot, frame))
+            self._pipe.send_bytes(image)
+            return self._pipe.recv()
+        finally:
+            timer.cancel()
 
     def kill(self) -> None:
         """End it, whatever it does."""

@@ -28,6 +28,7 @@ from server.wire import Message, PixelStore, packed, unpacked, worker_address
 log = logging.getLogger(__name__)
 
 _QUARANTINED = 1024  # images that are remembered
+_DEADLY = "the engine failed on this image twice: it is not tried again"
 
 
 class EngineFailed(VignetteError):
@@ -115,7 +116,7 @@ class Dispatcher:
     def check(self, digest: str) -> None:
         """Raise EngineFailed for an image that killed a worker twice."""
         if digest in self._quarantine:
-            raise EngineFailed("this image made the engine crash before: it is not tried again")
+            raise EngineFailed(_DEADLY)
 
     async def caption(self, work: Work) -> Caption:
         """Wait for a request's caption; cancelling the awaiting task takes it back.
@@ -146,7 +147,7 @@ class Dispatcher:
         if link is None:
             return
         link.pipe.close(linger=0)
-        for work in list(link.inside.values()):
+        for work in reversed(list(link.inside.values())):  # each goes in front of the others
             self._again(work)
         self._pump()
 
@@ -187,18 +188,21 @@ class Dispatcher:
             self._pending.appendleft(work)
         elif not work.suspect:
             work.suspect, work.started = True, False
-            self._suspects.append(work)
+            self._suspects.appendleft(work)
         else:
             self._quarantine[work.digest] = None
             while len(self._quarantine) > _QUARANTINED:
                 self._quarantine.popitem(last=False)
             log.error("an image that the engine failed on twice is refused from now on")
-            work.done.set_exception(
-                EngineFailed("the engine failed on this image twice: it is not tried again")
-            )
+            work.done.set_exception(EngineFailed(_DEADLY))
 
     def _pump(self) -> None:
-        """Send what can be sent."""
+        """Send what can be sent; what turned out to be deadly meanwhile is refused."""
+        for queue in (self._pending, self._suspects) if self._quarantine else ():
+            for work in [w for w in queue if w.digest in self._quarantine]:
+                queue.remove(work)
+                if not work.done.done():
+                    work.done.set_exception(EngineFailed(_DEADLY))
         while (self._suspects or self._pending) and self._links:
             link = min(self._links.values(), key=lambda link: len(link.inside))
             if self._suspects and not link.inside:

@@ -18,6 +18,7 @@ _PRIORITIES = ("interactive", "batch")
 _RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 _DIGITS = 9  # of a number in a form
 _LEAST_TIMEOUT_MS = 100  # less is spent on the way
+_LONGEST_TIMEOUT_MS = 3_600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +87,10 @@ def _from_form(request: httputil.HTTPServerRequest, body: bytes) -> Asked:
     files: dict[str, list[httputil.HTTPFile]] = {}
     head = Message()
     head["Content-Type"] = request.headers["Content-Type"]
-    boundary = head.get_boundary("").encode("latin-1", "replace")
     try:
+        boundary = (head.get_boundary("") or "").encode("latin-1", "replace")
         httputil.parse_multipart_form_data(boundary, body, arguments, files)
-    except httputil.HTTPInputError as cause:
+    except (httputil.HTTPInputError, ValueError, LookupError) as cause:
         raise InvalidRequest(
             "the multipart body can't be read: check its boundary and headers"
         ) from cause
@@ -133,8 +134,10 @@ def _checked(images: list[bytes], fields: dict[str, Any], url: str | None = None
     if priority not in _PRIORITIES:
         raise InvalidRequest(f"priority must be one of {', '.join(_PRIORITIES)}")
     timeout = _whole_number("timeout_ms", fields.get("timeout_ms"))
-    if timeout is not None and timeout < _LEAST_TIMEOUT_MS:
-        raise InvalidRequest(f"timeout_ms must be {_LEAST_TIMEOUT_MS} or more")
+    if timeout is not None and not _LEAST_TIMEOUT_MS <= timeout <= _LONGEST_TIMEOUT_MS:
+        raise InvalidRequest(
+            f"timeout_ms must be between {_LEAST_TIMEOUT_MS} and {_LONGEST_TIMEOUT_MS}"
+        )
     most = _whole_number("max_new_tokens", fields.get("max_new_tokens"))
     return Asked(images, prompt, most, timeout, priority == _PRIORITIES[0], url)
 

@@ -109,6 +109,10 @@ class Keys:
         finally:
             client.inside -= 1
 
+    def check(self, key: str | None) -> None:
+        """Raise Unauthorised for a key that is not in the file; nothing is counted."""
+        self._find(key)
+
     def _find(self, key: str | None) -> _Client:
         if not key:
             raise Unauthorised("send your key: Authorization: Bearer <key>, or X-API-Key: <key>")

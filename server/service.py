@@ -56,26 +56,48 @@ class Service:
 
         Raises what `limits`, the decoders and the dispatcher raise, and Expired.
         """
-        now = time.perf_counter()
-        deadline = now + (asked.timeout_ms or self.settings.timeout_seconds * 1e3) / 1e3
+        wait = (asked.timeout_ms or self.settings.timeout_seconds * 1e3) / 1e3
+        deadline = time.perf_counter() + wait
         self.limits.check(asked.prompt, asked.max_new_tokens)
-        images = await self._images(asked, deadline)
-        digest = await asyncio.to_thread(_digest, images)
-        self.links.dispatcher.check(digest)
+        try:
+            async with asyncio.timeout(wait), self._images(asked, deadline) as images:
+                digest = await asyncio.to_thread(_digest, images)
+                self.links.dispatcher.check(digest)
+                return await self._known_or_run(asked, images, digest, deadline)
+        except TimeoutError:
+            raise Expired("the deadline passed before the caption was there") from None
+
+    async def _known_or_run(
+        self, asked: Asked, images: list[bytes], digest: str, deadline: float
+    ) -> tuple[Caption, float]:
         if self.cache is None:
             return await self._run(asked, images, digest, deadline)
-        known = self.cache.hits
-        key = (digest, asked.prompt, asked.max_new_tokens)
-        found = await self.cache.get(key, lambda: self._run(asked, images, digest, deadline))
-        self.metrics.cache_hits.inc(self.cache.hits - known)
+        made: list[bool] = []
+
+        async def make() -> tuple[Caption, float]:
+            made.append(True)
+            self.links.dispatcher.check(digest)  # another's flight may have found it deadly
+            return await self._run(asked, images, digest, deadline)
+
+        found = await self.cache.get((digest, asked.prompt, asked.max_new_tokens), make)
+        if not made:
+            self.metrics.cache_hits.inc()
         return found
 
-    async def _images(self, asked: Asked, deadline: float) -> list[bytes]:
+    @asynccontextmanager
+    async def _images(self, asked: Asked, deadline: float) -> AsyncIterator[list[bytes]]:
+        """The images, sent or fetched; what is fetched counts among the bytes that are inside."""
         if asked.image_url is None:
-            return asked.images
+            yield asked.images
+            return
         if self.fetcher is None:
             raise InvalidRequest("image_url is switched off here: send the image itself")
-        return [await self.fetcher.fetch(asked.image_url, deadline - time.perf_counter())]
+        image = await self.fetcher.fetch(asked.image_url, deadline - time.perf_counter())
+        self.admission.hold(len(image))
+        try:
+            yield [image]
+        finally:
+            self.admission.let_go(len(image))
 
     async def _run(
         self, asked: Asked, images: list[bytes], digest: str, deadline: float
@@ -85,42 +107,43 @@ class Service:
             raise InvalidRequest(
                 f"{len(images)} images were sent: this model takes {frames or 1} for each request"
             )
-        async with self._slot() as slot:
-            queued_at = time.perf_counter()
-            try:
-                async with asyncio.timeout(max(0.0, deadline - queued_at)):
-                    await self._decode(images, slot, bool(frames))
-            except TimeoutError:
-                raise Expired("the deadline passed while the image was decoded") from None
-            decoded_at = time.perf_counter()
-            work = Work(
-                slot, asked.prompt, asked.max_new_tokens, digest, deadline, asked.urgent,
-                queued_at=decoded_at,
-            )  # fmt: skip
-            return await self.links.dispatcher.caption(work), decoded_at - queued_at
-
-    async def _decode(self, images: list[bytes], slot: int, frames: bool) -> None:
+        slot = self.store.take()
         jobs = [
-            asyncio.ensure_future(self.decoders.decode(image, slot, n if frames else None))
+            asyncio.create_task(self.decoders.decode(image, slot, n if frames else None))
             for n, image in enumerate(images)
         ]
         try:
+            started = time.perf_counter()
             await asyncio.wait(jobs)
+            for error in filter(None, [job.exception() for job in jobs]):
+                raise error
+            decoded = time.perf_counter()
+            work = Work(
+                slot, asked.prompt, asked.max_new_tokens, digest, deadline, asked.urgent,
+                queued_at=decoded,
+            )  # fmt: skip
+            return await self.links.dispatcher.caption(work), decoded - started
         finally:
-            # Whoever gives up waits all the same: a slot is given back only when nothing writes to
-            # it any more.
-            await asyncio.wait(jobs)
-            errors = [job.exception() for job in jobs]  # asked for, or asyncio logs them
-        for error in filter(None, errors):
-            raise error
+            self._give_back(slot, jobs)
 
-    @asynccontextmanager
-    async def _slot(self) -> AsyncIterator[int]:
-        slot = self.store.take()
-        try:
-            yield slot
-        finally:
+    def _give_back(self, slot: int, jobs: "list[asyncio.Task[None]]") -> None:
+        """Free the slot once nothing writes to it any more; who gave up need not wait for that."""
+        running = [job for job in jobs if not job.done()]
+        if not running:
             self.store.give_back(slot)
+            return
+        left = len(running)
+
+        def ended(job: "asyncio.Task[None]") -> None:
+            nonlocal left
+            left -= 1
+            if not job.cancelled():
+                job.exception()  # asked for, or asyncio logs it
+            if not left:
+                self.store.give_back(slot)
+
+        for job in running:
+            job.add_done_callback(ended)
 
 
 def _digest(images: list[bytes]) -> str:
@@ -138,7 +161,8 @@ def make_service(
     shape: tuple[int, ...] = (3, sizes.image, sizes.image)
     shape = shape if sizes.frames is None else (sizes.frames, *shape)
     share = -(-settings.max_queue // settings.front_ends)
-    places = (settings.slots or SLOTS) * max(1, settings.workers or 1) + share
+    # Decodings may outlast requests that gave up.
+    places = (settings.slots or SLOTS) * (settings.workers or 1) + share + settings.decoders
     store = PixelStore(folder / f"{name}.pixels", places, shape, create=True)
     metrics = Metrics()
     admission = Admission(share, settings.max_queue_bytes // settings.front_ends)

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 _SILENCE_SECONDS = 3.0  # without a beat: it is stopped, or starved
 _WATCH_SECONDS = 0.1
+_FROZEN_SECONDS = 1.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _STOP_SECONDS = 5.0
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -94,8 +95,7 @@ class Supervisor:
         self._failure: str | None = None
         self._announced = False
         self._workers = [
-            Child("worker", index, worker_main, {"CUDA_VISIBLE_DEVICES": d} if d else {})
-            for index, d in enumerate(devices)
+            Child("worker", index, worker_main, _gpu(d)) for index, d in enumerate(devices)
         ]
         self._front_ends: list[Child] = []
         self._folder = new_run_folder()
@@ -165,9 +165,15 @@ class Supervisor:
             self._start(child)
 
     async def _watch(self) -> None:
+        last = time.monotonic()
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             now = time.monotonic()
+            if now - last > _FROZEN_SECONDS:  # all of us were stopped: nobody could beat
+                for child in [*self._workers, *self._front_ends]:
+                    child.heard_at = now
+                    child.step_since = None
+            last = now
             for child in [*self._workers, *self._front_ends]:
                 if child.state == "down":
                     if now >= child.start_at:
@@ -191,6 +197,11 @@ class Supervisor:
         pid, code = child.process.pid, child.process.exitcode
         child.process.kill()
         metrics_of_dead(pid)
+        if child.kind == "front":
+            (self._folder / f"{child.name}.pixels").unlink(missing_ok=True)
+            for worker in self._workers:
+                if worker.state == "ready":
+                    await self._send(worker, {"op": "gone", "name": child.name})
         if self._draining and child.kind == "front":
             child.state = "over"
             return
@@ -219,6 +230,9 @@ class Supervisor:
                     log.error("%s: %s", sender.decode(), message["message"])
                 case "found" if not self._front_ends:  # the engine is whole: the port may open
                     self._open_front_ends(port, ops_port)
+                case "ready" if child is not None and self._draining:
+                    assert child.process is not None
+                    child.process.kill()  # it would take requests that nobody drains
                 case "ready" if child is not None:
                     child.state, child.heard_at = "ready", time.monotonic()
                     child.facts |= message
@@ -276,6 +290,8 @@ class Supervisor:
         for child in self._workers:
             if child.state == "ready":
                 await self._send(child, {"op": "stop"})
+            elif child.process is not None:
+                child.process.kill()
             child.state = "over"
         while any(_lives(c) for c in self._workers) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
@@ -297,6 +313,12 @@ def metrics_of_dead(pid: int | None) -> None:
 
     if pid is not None:
         mark_process_dead(pid)
+
+
+def _gpu(device: str) -> dict[str, str]:
+    """Variables of a worker with a GPU of its own, counted as the driver's library counts."""
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return order | {"CUDA_VISIBLE_DEVICES": device} if device else order
 
 
 @contextmanager

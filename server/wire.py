@@ -9,11 +9,13 @@ next epoch, so that nothing that was queued for the dead one reaches it by itsel
 | front-end | worker | hello (its pixel file), caption, cancel |
 | worker | front-end | started (ids that are about to be encoded), answer, error |
 | worker, front-end | supervisor | beat, ready, failed |
-| supervisor | worker, front-end | workers (who serves), drain |
+| supervisor | front-end | workers (who serves), drain |
+| supervisor | worker | gone (a front-end that has died), stop |
 """
 
 import json
 import mmap
+import multiprocessing
 import os
 import shutil
 import signal
@@ -87,6 +89,9 @@ def follow_parent() -> None:
 
         parent_death = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(parent_death, signal.SIGKILL)
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():  # it died before that was in force
+            os._exit(1)
 
 
 class PixelStore:

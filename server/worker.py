@@ -6,6 +6,7 @@ second that this process lives, and since when the step that it is in has been r
 
 import logging
 import os
+import queue
 import sys
 import threading
 import time
@@ -36,6 +37,7 @@ from server.wire import (
 
 log = logging.getLogger(__name__)
 
+_FAILURES = 2  # steps that may raise in a row
 Owner = bytes  # identity of the front-end that a message came from
 
 
@@ -54,8 +56,10 @@ class Worker:
         self._engine, self._socket, self._metrics = engine, socket, metrics
         self._stores: dict[Owner, PixelStore] = {}
         self._jobs: dict[Sequence, Job] = {}
+        self.gone: queue.SimpleQueue[Owner] = queue.SimpleQueue()  # front-ends that have died
+        self._failures = 0  # of steps in a row
         self.step_since: float | None = None
-        self.stopping = False
+        self.stopping = self.broken = False
 
     def run(self) -> None:
         """Serve until told to stop, then finish what was begun."""
@@ -69,6 +73,8 @@ class Worker:
 
     def _take_in(self) -> None:
         """Take all messages that are there; wait for one only if there is nothing to do."""
+        while not self.gone.empty():
+            self._forget(self.gone.get())
         wait = 200 if self._engine.scheduler.idle else 0  # `stopping` comes from outside
         while self._socket.poll(wait):
             owner, data = self._socket.recv_multipart()
@@ -106,16 +112,32 @@ class Worker:
                 del self._jobs[sequence]
                 return
 
+    def _forget(self, owner: Owner) -> None:
+        """A front-end has died: nobody waits for what it sent."""
+        self._stores.pop(owner, None)
+        for sequence, job in list(self._jobs.items()):
+            if job.owner == owner:
+                self._engine.cancel(sequence)
+                del self._jobs[sequence]
+
     def _step(self) -> None:
         self.step_since = time.monotonic()
         try:
             finished = self._engine.step(self._tell_started)
         except Exception:
             log.exception("the engine failed in a step; its requests are tried one by one")
+            self._failures += 1
+            if self._engine.runner.on_gpu or self._failures > _FAILURES:
+                # After a GPU's error nothing in this process works any more, and what keeps failing
+                # may be the process, not the images. The next one starts afresh.
+                self.broken = self.stopping = True
+                self._engine.abandon()
+                return
             self._abandon()
             return
         finally:
             self.step_since = None
+        self._failures = 0
         report = self._engine.last_step
         if report.encoded:
             self._metrics.encode_images.observe(report.encoded)
@@ -193,6 +215,8 @@ class Pulse(threading.Thread):
                 message = unpacked(self._socket.recv())
                 if message["op"] == "stop" and self.worker is not None:
                     self.worker.stopping = True
+                elif message["op"] == "gone" and self.worker is not None:
+                    self.worker.gone.put(message["name"].encode())
 
 
 def main(settings: Settings, folder: Path, index: int, epoch: int) -> None:
@@ -214,6 +238,7 @@ def serve(open_engine: Callable[[], Engine], folder: Path, index: int, epoch: in
     """Open the engine, say so, serve until stopped; returns the exit status."""
     context = zmq.Context()
     socket = context.socket(zmq.ROUTER)
+    socket.sndhwm = socket.rcvhwm = 0  # a full queue would drop answers without a word
     socket.bind(worker_address(folder, index, epoch))
     pulse = Pulse(context, folder, index, epoch)
     pulse.start()
@@ -238,7 +263,7 @@ def serve(open_engine: Callable[[], Engine], folder: Path, index: int, epoch: in
     )
     worker.run()
     socket.close(linger=2000)
-    return 0
+    return int(worker.broken)
 
 
 def _device(engine: Engine) -> str:

@@ -79,6 +79,30 @@ def test_a_decoder_that_hangs_is_replaced_in_time(store):
     decoders.close()
 
 
+def test_a_request_that_gives_up_does_not_free_a_slot_that_is_written_to(monkeypatch):
+    """Neither its deadline nor its client's going: the decoder is slower than both."""
+    from tests.fakes import fake_engine
+    from tests.live import serve
+
+    with serve(fake_engine) as live:
+        places = len(live.service.store._free)
+        release, entered = asyncio.Event(), asyncio.Event()
+
+        async def slow(image, slot, frame):
+            entered.set()
+            await release.wait()
+
+        monkeypatch.setattr(live.service.decoders, "decode", slow)
+        reply = live.caption(png(), "?timeout_ms=150")
+        assert reply.error == "deadline_exceeded"
+        assert len(live.service.store._free) == places - 1
+        live.loop.call_soon_threadsafe(release.set)
+        end = time.monotonic() + 10
+        while len(live.service.store._free) != places:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
 def test_memory_is_limited(tmp_path, store):
     """An image within the limit of pixels that needs more memory than the process may take."""
     arguments = (store.path, store.slots, store.shape)

@@ -162,6 +162,33 @@ async def test_an_answer_that_came_just_before_the_end_counts(world):
 
 
 @scenario
+async def test_copies_of_a_killer_do_not_kill_again(world):
+    key, pipe = world.worker()
+    await world.ask(1, 2, 3, digest="the same image")
+    await world.ask(4)
+    await world.start(key, pipe, 1, 2, 3, 4)
+    await world.lose(key)
+    key, pipe = world.worker()
+    [first] = pipe.captions
+    await world.start(key, pipe, first)
+    await world.lose(key)
+    key, pipe = world.worker()
+    assert all(isinstance(world.tasks[n].exception(), EngineFailed) for n in (1, 2, 3))
+    assert pipe.captions == [4]
+    await world.answer(key, pipe, 4)
+    assert world.tasks[4].result().text == "a"
+
+
+@scenario
+async def test_order_is_kept_when_a_worker_dies(world):
+    key, _ = world.worker()
+    await world.ask(1, 2, 3)
+    await world.lose(key)
+    _, pipe = world.worker()
+    assert pipe.captions == [1, 2, 3]
+
+
+@scenario
 async def test_a_request_that_was_never_started_is_never_blamed(world):
     await world.ask(1)
     for _ in range(5):

@@ -13,7 +13,7 @@ import pytest
 
 from runtime.config import EngineConfig
 from server.admission import State
-from tests.fakes import MANIFEST, FakeRunner, fake_engine
+from tests.fakes import MANIFEST, FakeRunner, fake_engine, image
 from tests.live import fetch, multipart, png, serve
 
 JSON = {"Content_Type": "application/json"}
@@ -88,6 +88,7 @@ def test_what_curl_sends_by_default_is_taken_as_the_image(live):
         ("application/json, text/plain, */*", False),  # what axios sends
         ("text/plain;q=0", False),
         ("text/plain;q=x", False),
+        ("text/plain;q=\u00b2".encode().decode("latin-1"), False),
         ("*/*", False),
         ("", False),
     ],
@@ -144,6 +145,11 @@ def test_a_video_request_carries_its_frames():
         (b"[" * 100_000, "", JSON, 400, "invalid_request", "not JSON"),
         (as_json(image=b64(png()), nope=1), "", JSON, 400, "invalid_request", "'nope'"),
         (as_json(image=[b64(png())] * 2), "", JSON, 400, "invalid_request", "2 images"),
+        (as_json(image=b64(png()), timeout_ms=10**400), "", JSON, 400, "invalid_request",
+         "between"),
+        (png(), "?timeout_ms=5", {}, 400, "invalid_request", "between 100 and"),
+        (b"x", "", {"Content_Type": "multipart/form-data; boundary*=idna''%80"}, 400,
+         "invalid_request", "multipart"),
         (png(), f"?max_new_tokens={'9' * 5000}", {}, 400, "invalid_request", "whole number"),
         (as_json(image=b64(png()), prompt="3 " * 99), "", JSON, 400, "invalid_request", "prompt"),
         (png(), "?max_new_tokens=-3", {}, 400, "invalid_request", "whole number"),
@@ -353,6 +359,44 @@ def test_an_image_that_breaks_the_engine_harms_itself_alone():
         again = live.caption(png((66, 66, 66)))
         assert (again.status, again.error) == (500, "engine_failed")
         assert "not tried again" in again.json["error"]["message"]
+
+
+def test_a_process_that_keeps_failing_is_left():
+    """After three failed steps it is the process that is suspected, not the images."""
+    from server.metrics import WorkerMetrics
+    from server.worker import Worker
+
+    class Socket:
+        def __init__(self, jobs):
+            self.jobs, self.sent = jobs, []
+
+        def poll(self, timeout=None):
+            return bool(self.jobs)
+
+        def recv_multipart(self):
+            return self.jobs.pop(0)
+
+        def send_multipart(self, parts):
+            self.sent.append(json.loads(parts[1]))
+
+    class Broken(FakeRunner):
+        def decode(self, tokens, fed, steps=1):
+            raise RuntimeError("illegal memory access")
+
+    engine = fake_engine()
+    engine.runner = Broken()
+    asked = {"op": "caption", "slot": 0, "prompt": None, "max_new_tokens": 3, "queued_at": 0.0,
+             "urgent": True, "deadline": None}  # fmt: skip
+    socket = Socket([])
+    worker = Worker(engine, socket, WorkerMetrics())
+    worker._stores[b"front"] = [image(1)]
+    for number in range(3):
+        assert not worker.broken
+        socket.jobs.append([b"front", json.dumps({**asked, "id": number}).encode()])
+        worker._take_in()
+        worker._step()
+    assert worker.broken and worker.stopping
+    assert [m["op"] for m in socket.sent] == ["started", "failed", "started", "failed", "started"]
 
 
 def test_an_error_of_ours_shows_no_detail(monkeypatch):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import time
 
 import tornado.web
@@ -15,6 +16,7 @@ from server.service import Service
 
 _DRAINED = 4  # times the body limit
 _CHUNK = 64 * 1024  # of a body, as Tornado reads it
+_WEIGHT = re.compile(r"[01](\.[0-9]{0,3})?")
 _LARGE = 256 * 1024  # a body that is not taken apart on the event loop
 
 
@@ -31,10 +33,14 @@ class CaptionHandler(Handler):
         self._task: asyncio.Task | None = None
         self._gone = False
         self._seconds: dict[str, float] = {}
+        self._full: QueueFull | None = None
 
     def prepare(self) -> None:
         """Refuse what says that it is too large before it is sent, if the client waits for that."""
         super().prepare()
+        # Before the body comes in: strangers must not fill the memory that others need.
+        if self.service.keys is not None:
+            self.service.keys.check(self._key())
         # A client that is still sending would lose an early answer with its connection, so up to
         # here a body that is too large is read and dropped.
         most = _DRAINED * self._limit
@@ -51,13 +57,16 @@ class CaptionHandler(Handler):
             return
         self._received += len(chunk)
         if self._received <= self._limit:
-            try:
-                self.service.admission.hold(len(chunk))
-            except QueueFull as full:
-                self._refuse_body(full)
-                return
-            self._held += len(chunk)
-            self._body += chunk
+            if self._full is None:
+                try:
+                    self.service.admission.hold(len(chunk))
+                except QueueFull as full:
+                    self._full = full
+                else:
+                    self._held += len(chunk)
+                    self._body += chunk
+                    return
+            self._drop_body()  # the rest is read and dropped, so that the answer arrives
             return
         self._drop_body()
         if self._received > _DRAINED * self._limit:
@@ -83,6 +92,8 @@ class CaptionHandler(Handler):
             return
         if self._received > self._limit:
             raise self._too_large()
+        if self._full is not None:
+            raise self._full
         self._task = asyncio.current_task()
         started = time.perf_counter()
         keys = self.service.keys
@@ -167,6 +178,6 @@ def _prefers_text(accept: str) -> bool:
         kind, *parameters = (p.strip().lower() for p in part.split(";"))
         weight = next((p.removeprefix("q=") for p in parameters if p.startswith("q=")), "1")
         # Of equal ones the first counts as wanted more.
-        weights[kind] = float(weight) - place * 1e-6 if weight.replace(".", "", 1).isdigit() else 0
+        weights[kind] = float(weight) - place * 1e-6 if _WEIGHT.fullmatch(weight) else 0
     json_weight = max(weights.get(k, 0) for k in ("application/json", "application/*", "*/*"))
     return weights.get("text/plain", 0) > max(json_weight, 0)
