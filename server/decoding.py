@@ -6,11 +6,13 @@ to gigabytes takes its process with it and nothing else: the next image finds a 
 
 import asyncio
 import logging
+import math
 import multiprocessing
 import os
 import queue
 import resource
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -26,6 +28,7 @@ _ERRORS: dict[str, type[VignetteError]] = {
     "InvalidImage": InvalidImage,
     "TooManyPixels": TooManyPixels,
 }
+_WATCH_SECONDS = 0.1
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -56,6 +59,15 @@ class Decoders:
         self._all: set[_Decoder] = set()
         for _ in range(count):
             self._idle.put(self._new())
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="decoders", daemon=True).start()
+
+    def _watch(self) -> None:
+        """Kill what is late: whoever waits for it, to send or to hear, then finds it gone."""
+        while not self._closed.wait(_WATCH_SECONDS):
+            for decoder in list(self._all):
+                if time.monotonic() > decoder.due:
+                    decoder.process.kill()
 
     def _new(self) -> "_Decoder":
         decoder = _Decoder(self._arguments)
@@ -91,6 +103,7 @@ class Decoders:
 
     def close(self) -> None:
         """End all processes."""
+        self._closed.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
         for decoder in self._all:
             decoder.kill()
@@ -108,6 +121,7 @@ class _Decoder:
     """One process, and the pipe to it."""
 
     def __init__(self, arguments: tuple[Any, ...]) -> None:
+        self.due = math.inf  # when it must have answered, `time.monotonic()`
         self._pipe, theirs = _CONTEXT.Pipe()
         self.process = _CONTEXT.Process(target=_serve, args=(theirs, *arguments), daemon=True)
         self.process.start()
@@ -117,15 +131,13 @@ class _Decoder:
         self, image: bytes, slot: int, frame: int | None, seconds: float
     ) -> tuple[str, str] | None:
         """Have an image decoded; what was wrong with it, or None."""
-        # A process that has stopped reading would block this thread for good.
-        timer = threading.Timer(seconds, self.process.kill)
-        timer.start()
+        self.due = time.monotonic() + seconds
         try:
             self._pipe.send((slot, frame))
             self._pipe.send_bytes(image)
             return self._pipe.recv()
         finally:
-            timer.cancel()
+            self.due = math.inf
 
     def kill(self) -> None:
         """End it, whatever it does."""

@@ -147,8 +147,13 @@ class Dispatcher:
         if link is None:
             return
         link.pipe.close(linger=0)
-        for work in reversed(list(link.inside.values())):  # each goes in front of the others
-            self._again(work)
+        inside = list(link.inside.values())
+        for work in inside:
+            if work.started:
+                self._again(work)
+        for work in reversed(inside):  # each goes in front of those that wait
+            if not work.started and work.link is link:
+                self._again(work)
         self._pump()
 
     @property
@@ -188,7 +193,7 @@ class Dispatcher:
             self._pending.appendleft(work)
         elif not work.suspect:
             work.suspect, work.started = True, False
-            self._suspects.appendleft(work)
+            self._suspects.append(work)
         else:
             self._quarantine[work.digest] = None
             while len(self._quarantine) > _QUARANTINED:

@@ -230,8 +230,8 @@ class Supervisor:
                     log.error("%s: %s", sender.decode(), message["message"])
                 case "found" if not self._front_ends:  # the engine is whole: the port may open
                     self._open_front_ends(port, ops_port)
-                case "ready" if child is not None and self._draining:
-                    assert child.process is not None
+                case "ready" if child in self._front_ends and self._draining:
+                    assert child is not None and child.process is not None
                     child.process.kill()  # it would take requests that nobody drains
                 case "ready" if child is not None:
                     child.state, child.heard_at = "ready", time.monotonic()
