@@ -77,10 +77,23 @@ class Decoders:
     async def decode(self, image: bytes, slot: int, frame: int | None) -> None:
         """Put an image's pixels into a slot of the store, of a clip into one of its frames.
 
-        Raises InvalidImage, TooManyPixels, or TooHard.
+        Raises InvalidImage, TooManyPixels, or TooHard. Cancelled, it ends when nothing writes to
+        the slot any more: at once if the decoding had not begun.
         """
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._threads, self._decode, image, slot, frame)
+        job = self._threads.submit(self._decode, image, slot, frame)
+        waiting = asyncio.wrap_future(job)
+        cancelled = False
+        while not waiting.done():
+            try:
+                await asyncio.wait([waiting])
+            except asyncio.CancelledError:
+                cancelled = True
+                job.cancel()  # does nothing to one that has begun
+        if cancelled:
+            if not waiting.cancelled():
+                waiting.exception()  # asked for, or asyncio logs it
+            raise asyncio.CancelledError
+        waiting.result()
 
     def _decode(self, image: bytes, slot: int, frame: int | None) -> None:
         decoder = self._idle.get()

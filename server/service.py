@@ -46,6 +46,7 @@ class Service:
     fetcher: Fetcher | None
     tracer: Tracer | None
     workers: list[Message] = field(default_factory=list)
+    freed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def serves(self) -> bool:
@@ -109,7 +110,7 @@ class Service:
             raise InvalidRequest(
                 f"{len(images)} images were sent: this model takes {frames or 1} for each request"
             )
-        slot = self.store.take()
+        slot = await self._slot()
         jobs = [
             asyncio.create_task(self.decoders.decode(image, slot, n if frames else None))
             for n, image in enumerate(images)
@@ -128,11 +129,22 @@ class Service:
         finally:
             self._give_back(slot, jobs)
 
+    async def _slot(self) -> int:
+        """A free slot; there may be none for a moment, while decodings outlast their requests."""
+        while not self.store.has_room:
+            self.freed.clear()
+            await self.freed.wait()
+        return self.store.take()
+
+    def _free(self, slot: int) -> None:
+        self.store.give_back(slot)
+        self.freed.set()
+
     def _give_back(self, slot: int, jobs: "list[asyncio.Task[None]]") -> None:
         """Free the slot once nothing writes to it any more; who gave up need not wait for that."""
         running = [job for job in jobs if not job.done()]
         if not running:
-            self.store.give_back(slot)
+            self._free(slot)
             return
         left = len(running)
 
@@ -142,10 +154,11 @@ class Service:
             if not job.cancelled():
                 job.exception()  # asked for, or asyncio logs it
             if not left:
-                self.store.give_back(slot)
+                self._free(slot)
 
         for job in running:
             job.add_done_callback(ended)
+            job.cancel()
 
 
 def _digest(images: list[bytes]) -> str:

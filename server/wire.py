@@ -126,8 +126,13 @@ class PixelStore:
         """The pixels in a slot: a view, uint8 of the store's shape."""
         return self._all[slot]
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a slot is free."""
+        return bool(self._free)
+
     def take(self) -> int:
-        """A free slot; there are as many as requests may be inside."""
+        """A free slot, if it has room."""
         return self._free.pop()
 
     def give_back(self, slot: int) -> None:

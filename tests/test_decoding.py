@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -86,17 +87,14 @@ def test_a_request_that_gives_up_does_not_free_a_slot_that_is_written_to(monkeyp
 
     with serve(fake_engine) as live:
         places = len(live.service.store._free)
-        release, entered = asyncio.Event(), asyncio.Event()
-
-        async def slow(image, slot, frame):
-            entered.set()
-            await release.wait()
-
-        monkeypatch.setattr(live.service.decoders, "decode", slow)
+        release = threading.Event()
+        monkeypatch.setattr(live.service.decoders, "_decode", lambda *_: release.wait(20))
         reply = live.caption(png(), "?timeout_ms=150")
         assert reply.error == "deadline_exceeded"
         assert len(live.service.store._free) == places - 1
-        live.loop.call_soon_threadsafe(release.set)
+        assert live.caption(png(), "?timeout_ms=150").error == "deadline_exceeded"
+        assert len(live.service.store._free) == places - 1, "what had not begun is given back"
+        release.set()
         end = time.monotonic() + 10
         while len(live.service.store._free) != places:
             assert time.monotonic() < end

@@ -128,8 +128,8 @@ def test_a_mismatch_fails_the_export_and_keeps_the_old_engine(tmp_path, monkeypa
     before = (output / "manifest.json").read_bytes()
     write = building._write_graphs
 
-    def other_weights(checkpoint, folder):
-        write(from_config("other", SHAPES["base"], seed=9), folder)
+    def other_weights(checkpoint, folder, fused):
+        write(from_config("other", SHAPES["base"], seed=9), folder, fused)
 
     monkeypatch.setattr(building, "_write_graphs", other_weights)
     with pytest.raises(Mismatch, match=r"image 0 .* ONNX and PyTorch differ from token"):
@@ -189,7 +189,7 @@ def test_processors_that_the_runtime_cannot_repeat_are_refused(tmp_path):
     ids=["python", "c++"],
 )
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch, error):
-    def full(*_):
+    def full(*_, **__):
         raise error
 
     monkeypatch.setattr(building, "_write_graphs", full)
