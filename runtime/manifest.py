@@ -31,6 +31,12 @@ class Sizes:
     vocabulary: int
     text: int  # most text tokens in a sequence, prompt included (the position embeddings' number)
 
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        """Shape of one request's pixels: `[3, S, S]`, or `[F, 3, S, S]` for video checkpoints."""
+        one = (3, self.image, self.image)
+        return one if self.frames is None else (self.frames, *one)
+
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:

@@ -94,9 +94,8 @@ class Runner:
 
     @property
     def pixels_shape(self) -> tuple[int, ...]:
-        """Shape of one request's pixels: `[3, S, S]`, or `[F, 3, S, S]` for video checkpoints."""
-        one = (3, self.sizes.image, self.sizes.image)
-        return one if self.sizes.frames is None else (self.sizes.frames, *one)
+        """Shape of one request's pixels."""
+        return self.sizes.pixels
 
     def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[int]) -> None:
         """Put the image K/V of each of `pixels` (uint8, `pixels_shape`) into its slot."""

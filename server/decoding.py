@@ -13,7 +13,6 @@ import queue
 import resource
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -175,7 +174,6 @@ def _serve(
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pixels = PixelStore(*store)
-    work: Callable[..., Any] = preprocess
     while True:
         try:
             slot, frame = pipe.recv()
@@ -183,7 +181,7 @@ def _serve(
         except EOFError:
             return
         try:
-            made = work(image, how, max_pixels)
+            made = preprocess(image, how, max_pixels)
         except (InvalidImage, TooManyPixels) as error:
             pipe.send((type(error).__name__, str(error)))
             continue

@@ -119,7 +119,7 @@ async def _hear(control: zmq.asyncio.Socket, service: Service) -> None:
 
 async def _beat(control: zmq.asyncio.Socket) -> None:
     while True:
-        await control.send(packed({"op": "beat", "pid": os.getpid(), "step_since": None}))
+        await control.send(packed({"op": "beat", "step_since": None}))
         await asyncio.sleep(BEAT_SECONDS)
 
 

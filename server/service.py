@@ -173,12 +173,10 @@ def make_service(
 ) -> Service:
     """The parts of one front-end. `folder` is the run's; `name` is unique in it."""
     sizes = manifest.sizes
-    shape: tuple[int, ...] = (3, sizes.image, sizes.image)
-    shape = shape if sizes.frames is None else (sizes.frames, *shape)
     share = -(-settings.max_queue // settings.front_ends)
     # Decodings may outlast requests that gave up.
     places = (settings.slots or SLOTS) * (settings.workers or 1) + share + settings.decoders
-    store = PixelStore(folder / f"{name}.pixels", places, shape, create=True)
+    store = PixelStore(folder / f"{name}.pixels", places, sizes.pixels, create=True)
     metrics = Metrics()
     admission = Admission(share, settings.max_queue_bytes // settings.front_ends)
     links = Workers(folder, store, name)

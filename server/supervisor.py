@@ -61,7 +61,6 @@ class Child:
     step_since: float | None = None
     start_at: float = 0.0
     failures: int = 0
-    reason: str = ""
     facts: Message = field(default_factory=dict)
 
     @property
@@ -149,7 +148,7 @@ class Supervisor:
 
     def _start(self, child: Child) -> None:
         child.epoch += 1
-        child.state, child.step_since, child.reason = "starting", None, ""
+        child.state, child.step_since = "starting", None
         child.heard_at = time.monotonic()
         arguments = (self._settings, self._folder, child.index, child.epoch)
         if child.kind == "front":

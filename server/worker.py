@@ -194,7 +194,6 @@ class Pulse(threading.Thread):
         self._socket.linger = 1000
         self._address = control_address(folder)
         self._ready: Message | None = None
-        self._told = threading.Event()
         self.worker: Worker | None = None
 
     def serving(self, worker: Worker, facts: Message) -> None:
@@ -210,7 +209,7 @@ class Pulse(threading.Thread):
                 self._socket.send(packed(self._ready))
                 told = True
             since = self.worker.step_since if self.worker else None
-            self._socket.send(packed({"op": "beat", "pid": os.getpid(), "step_since": since}))
+            self._socket.send(packed({"op": "beat", "step_since": since}))
             if self._socket.poll(BEAT_SECONDS * 1000):
                 message = unpacked(self._socket.recv())
                 if message["op"] == "stop" and self.worker is not None:
@@ -258,7 +257,6 @@ def serve(open_engine: Callable[[], Engine], folder: Path, index: int, epoch: in
             "provider": engine.runner.provider,
             "device": _device(engine),
             "slots": engine.config.slots,
-            "text_tokens": engine.runner.text_tokens,
         },
     )
     worker.run()

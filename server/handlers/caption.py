@@ -49,38 +49,36 @@ class CaptionHandler(Handler):
         if declared.isdecimal() and int(declared) > self._limit:
             waits = self.request.headers.get("Expect", "").lower() == "100-continue"
             if waits or int(declared) > most:
-                self._refuse_body(self._too_large())
+                self._refuse_body()
 
     def data_received(self, chunk: bytes) -> None:
         """Gather the body; a chunked one tells its length only as it comes."""
         if self._finished:
             return
         self._received += len(chunk)
-        if self._received <= self._limit:
-            if self._full is None:
-                try:
-                    self.service.admission.hold(len(chunk))
-                except QueueFull as full:
-                    self._full = full
-                else:
-                    self._held += len(chunk)
-                    self._body += chunk
-                    return
+        if self._received > self._limit or self._full is not None:
             self._drop_body()  # the rest is read and dropped, so that the answer arrives
+            if self._received > _DRAINED * self._limit:
+                self._refuse_body()
             return
-        self._drop_body()
-        if self._received > _DRAINED * self._limit:
-            self._refuse_body(self._too_large())
+        try:
+            self.service.admission.hold(len(chunk))
+        except QueueFull as full:
+            self._full = full
+            self._drop_body()
+        else:
+            self._held += len(chunk)
+            self._body += chunk
 
     def _drop_body(self) -> None:
         self._body = bytearray()
         self.service.admission.let_go(self._held)
         self._held = 0
 
-    def _refuse_body(self, error: Exception) -> None:
+    def _refuse_body(self) -> None:
         """Answer now, and close, with the body still coming."""
         self._drop_body()
-        self.send_error(413, exc_info=(type(error), error, None))
+        self.send_error(413, exc_info=(BodyTooLarge, self._too_large(), None))
 
     def _too_large(self) -> BodyTooLarge:
         limit = f"{self._limit / 1e6:g} MB"
