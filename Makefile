@@ -95,10 +95,10 @@ test_container:  ## build the CPU image and see it work (docker, or podman and b
 	@$(PYTHON) docker/check.py $(if $(GPU_IMAGE),gpu)
 
 chaos: .venv-dev/ready  ## kill, stop, overload and fuzz a running server (half an hour)
-	@$(DEV) -m bench.reliability --without 16 --called 'make chaos' $(ARGS)
+	@$(DEV) -m bench.reliability --without 16 $(ARGS)
 
 soak: .venv-dev/ready  ## the same, with an hour of mixed load
-	@$(DEV) -m bench.reliability --called 'make soak' $(ARGS)
+	@$(DEV) -m bench.reliability $(ARGS)
 
 test: .venv-dev/ready  ## run the tests (ARGS goes to pytest)
 	@$(DEV) -m pytest $(ARGS)

@@ -3,8 +3,11 @@
 import asyncio
 import os
 import sys
+from importlib.util import find_spec
 
-from runtime.errors import VignetteError
+from runtime.config import AUTO
+from runtime.errors import ProviderError, VignetteError
+from runtime.gpu import visible_gpus
 from server import worker
 from server.keys import Keys
 from server.logs import configure
@@ -33,15 +36,21 @@ async def _supervise(settings: Settings) -> None:
 
 
 def _devices(settings: Settings) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES each worker gets; on processors nothing."""
+    """What CUDA_VISIBLE_DEVICES each worker gets, one GPU each; on processors nothing."""
     if settings.provider in ("cuda", "tensorrt"):
-        from runtime.gpu import visible_gpus
-
         indices = [gpu.index for gpu in visible_gpus()]
-        names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        devices = names if len(names) == len(indices) and names[0] else list(map(str, indices))
-        return devices[: settings.workers] or [""]
-    return [""] * (settings.workers or 1)
+    elif settings.provider == AUTO and find_spec("pynvml"):  # the gpu extra is installed
+        try:
+            indices = [gpu.index for gpu in visible_gpus()]
+        except ProviderError:
+            indices = []  # the worker says what auto takes instead
+    else:
+        indices = []
+    if not indices:
+        return [""] * (settings.workers or 1)
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    devices = names if len(names) == len(indices) and names[0] else list(map(str, indices))
+    return devices[: settings.workers]
 
 
 if __name__ == "__main__":

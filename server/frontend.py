@@ -26,6 +26,7 @@ from server.wire import (
     control_address,
     follow_parent,
     packed,
+    process_name,
     tell,
     unpacked,
 )
@@ -36,9 +37,12 @@ _HEADER_BYTES = 64 * 1024
 _OTHER_BODY_BYTES = 64 * 1024  # of requests that are not for /caption, which sets its own limit
 
 
-def main(settings: Settings, folder: Path, name: str, port: int, ops_port: int | None) -> None:
+def main(
+    settings: Settings, folder: Path, port: int, ops_port: int | None, index: int, epoch: int
+) -> None:
     """The process: serve until told to drain."""
     follow_parent()
+    name = process_name("front", index, epoch)
     configure(settings)
     try:
         asyncio.run(_serve(settings, folder, name, port, ops_port))

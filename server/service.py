@@ -16,10 +16,11 @@ from runtime.request import Caption
 from server.admission import Admission
 from server.cache import CaptionCache
 from server.decoding import Decoders
-from server.dispatch import Expired, Work, Workers
+from server.dispatch import Expired, Work
 from server.fetching import Fetcher
 from server.forms import Asked
 from server.keys import Keys
+from server.links import Workers
 from server.metrics import Metrics
 from server.settings import Settings
 from server.tracing import Tracer

@@ -7,82 +7,35 @@ that fails as it starts after a pause that doubles.
 
 import asyncio
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import tornado.netutil
 import zmq
 import zmq.asyncio
+from prometheus_client.multiprocess import mark_process_dead
 
 from runtime.errors import VignetteError
 from server import frontend, metrics
+from server.children import Child
+from server.ports import held_ports
 from server.settings import Settings
 from server.wire import Message, control_address, new_run_folder, packed, unpacked
 
 log = logging.getLogger(__name__)
 
-_SILENCE_SECONDS = 3.0  # without a beat: it is stopped, or starved
 _WATCH_SECONDS = 0.1
 _FROZEN_SECONDS = 1.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _STOP_SECONDS = 5.0
-_CONTEXT = multiprocessing.get_context("spawn")
-
-
-class CannotListen(VignetteError):
-    """The port can't be opened."""
 
 
 class CannotStart(VignetteError):
     """No process could be started; the message is its own."""
-
-
-@dataclass(slots=True)
-class Child:
-    """A process and its lives. `epoch` counts them; times are `time.monotonic()`."""
-
-    kind: str
-    index: int
-    target: Callable[..., Any]
-    environment: dict[str, str] = field(default_factory=dict)
-    epoch: int = 0
-    process: BaseProcess | None = None
-    state: str = "starting"  # starting, ready, down, over
-    heard_at: float = 0.0
-    step_since: float | None = None
-    start_at: float = 0.0
-    failures: int = 0
-    facts: Message = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Its identity in this life."""
-        return f"{self.kind}-{self.index}-{self.epoch}"
-
-    def public(self) -> Message:
-        """What front-ends and /health/ready are told."""
-        known = {k: v for k, v in self.facts.items() if k != "op"}
-        return {
-            "index": self.index,
-            "epoch": self.epoch,
-            "state": "recovering" if self.state == "down" or self._again else self.state,
-            "pid": self.process.pid if self.process else None,
-            "restarts": self.epoch - 1,
-            **{k: v for k, v in known.items() if k != "pid"},
-        }
-
-    @property
-    def _again(self) -> bool:
-        return self.state == "starting" and self.epoch > 1
 
 
 class Supervisor:
@@ -93,11 +46,12 @@ class Supervisor:
         self._settings, self._draining, self._over = settings, False, asyncio.Event()
         self._failure: str | None = None
         self._announced = False
+        self._folder = new_run_folder()
         self._workers = [
-            Child("worker", index, worker_main, _gpu(d)) for index, d in enumerate(devices)
+            Child("worker", index, partial(worker_main, settings, self._folder), _gpu(device))
+            for index, device in enumerate(devices)
         ]
         self._front_ends: list[Child] = []
-        self._folder = new_run_folder()
         counts = self._folder / "metrics"
         counts.mkdir()
         os.environ[metrics.FOLDER] = str(counts)
@@ -105,11 +59,11 @@ class Supervisor:
 
     async def run(self) -> None:
         """Serve until told to stop. Raises CannotListen or CannotStart."""
-        with self._ports() as (port, ops_port):
+        with held_ports(self._settings) as (port, ops_port):
             self._control.bind(control_address(self._folder))
             stop = _stop_event()
             for child in self._workers:
-                self._start(child)
+                child.start()
             hearing = asyncio.create_task(self._hear(port, ops_port))
             watching = asyncio.create_task(self._watch())
             stopping = asyncio.create_task(stop.wait())
@@ -131,37 +85,13 @@ class Supervisor:
                 self._control.close(linger=0)
                 shutil.rmtree(self._folder, ignore_errors=True)
 
-    @contextmanager
-    def _ports(self) -> Iterator[tuple[int, int | None]]:
-        """Hold the ports, so that nobody takes them while front-ends come and go."""
-        held = [_reserve(self._settings.host, self._settings.port)]
-        if self._settings.ops_port is not None:
-            held.append(_reserve(self._settings.host, self._settings.ops_port))
-        try:
-            ports = [sock.getsockname()[1] for sock in held]
-            yield ports[0], ports[1] if len(ports) > 1 else None
-        finally:
-            for sock in held:
-                sock.close()
-
     # --- Lives ------------------------------------------------------------------------------------
 
-    def _start(self, child: Child) -> None:
-        child.epoch += 1
-        child.state, child.step_since = "starting", None
-        child.heard_at = time.monotonic()
-        arguments = (self._settings, self._folder, child.index, child.epoch)
-        if child.kind == "front":
-            arguments = (self._settings, self._folder, child.name, *child.facts["ports"])
-        child.process = _CONTEXT.Process(target=child.target, args=arguments, name=child.name)
-        with _environment(child.environment):
-            child.process.start()
-
     def _open_front_ends(self, port: int, ops_port: int | None) -> None:
-        for index in range(self._settings.front_ends):
-            child = Child("front", index, frontend.main, facts={"ports": (port, ops_port)})
-            self._front_ends.append(child)
-            self._start(child)
+        main = partial(frontend.main, self._settings, self._folder, port, ops_port)
+        self._front_ends = [Child("front", n, main) for n in range(self._settings.front_ends)]
+        for child in self._front_ends:
+            child.start()
 
     async def _watch(self) -> None:
         last = time.monotonic()
@@ -176,26 +106,19 @@ class Supervisor:
             for child in [*self._workers, *self._front_ends]:
                 if child.state == "down":
                     if now >= child.start_at:
-                        self._start(child)
-                elif child.state != "over" and (reason := self._ailing(child, now)):
+                        child.start()
+                elif child.state != "over" and (
+                    reason := child.ailing(now, self._settings.step_seconds)
+                ):
                     await self._replace(child, reason)
-
-    def _ailing(self, child: Child, now: float) -> str | None:
-        assert child.process is not None
-        if not child.process.is_alive():
-            return "ended"
-        # A start is not watched: loading a graph may hold the interpreter's lock for long.
-        if child.state == "ready" and now - child.heard_at > _SILENCE_SECONDS:
-            return "hung"
-        since = now if child.step_since is None else child.step_since
-        return "stuck" if now - since > self._settings.step_seconds else None
 
     async def _replace(self, child: Child, reason: str) -> None:
         assert child.process is not None
         served = child.state == "ready"
         pid, code = child.process.pid, child.process.exitcode
-        child.process.kill()
-        metrics_of_dead(pid)
+        child.kill()
+        if pid is not None:
+            mark_process_dead(pid)  # its gauges leave the sums; what it counted stays
         if child.kind == "front":
             (self._folder / f"{child.name}.pixels").unlink(missing_ok=True)
             for worker in self._workers:
@@ -230,8 +153,8 @@ class Supervisor:
                 case "found" if not self._front_ends:  # the engine is whole: the port may open
                     self._open_front_ends(port, ops_port)
                 case "ready" if child in self._front_ends and self._draining:
-                    assert child is not None and child.process is not None
-                    child.process.kill()  # it would take requests that nobody drains
+                    assert child is not None
+                    child.kill()  # it would take requests that nobody drains
                 case "ready" if child is not None:
                     child.state, child.heard_at = "ready", time.monotonic()
                     child.facts |= message
@@ -289,71 +212,23 @@ class Supervisor:
         for child in self._workers:
             if child.state == "ready":
                 await self._send(child, {"op": "stop"})
-            elif child.process is not None:
-                child.process.kill()
+            else:
+                child.kill()
             child.state = "over"
-        while any(_lives(c) for c in self._workers) and time.monotonic() < deadline:
+        while any(c.alive for c in self._workers) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
     def _kill_all(self) -> None:
         for child in [*self._workers, *self._front_ends]:
+            child.kill()
             if child.process is not None:
-                child.process.kill()
                 child.process.join(_STOP_SECONDS)
-
-
-def _lives(child: Child) -> bool:
-    return child.process is not None and child.process.is_alive()
-
-
-def metrics_of_dead(pid: int | None) -> None:
-    """Take a process's gauges out of the sums; what it counted stays."""
-    from prometheus_client.multiprocess import mark_process_dead
-
-    if pid is not None:
-        mark_process_dead(pid)
 
 
 def _gpu(device: str) -> dict[str, str]:
     """Variables of a worker with a GPU of its own, counted as the driver's library counts."""
     order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     return order | {"CUDA_VISIBLE_DEVICES": device} if device else order
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Let a child that is started meanwhile see other variables."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ |= variables
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _reserve(host: str, port: int) -> socket.socket:
-    """A socket that holds a port without listening; CannotListen if somebody else has it."""
-    try:
-        # Without SO_REUSEPORT first: with it, another server's port could be shared unseen.
-        free = tornado.netutil.bind_sockets(port, host, backlog=1)
-        port = free[0].getsockname()[1]
-        for sock in free:
-            sock.close()
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        held = socket.socket(family)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind((host, port))
-    except OSError as cause:
-        raise CannotListen(
-            f"can't listen on {host}:{port} ({cause.strerror}): choose another with --port, or "
-            "stop what uses it"
-        ) from cause
-    return held
 
 
 def _stop_event() -> asyncio.Event:

@@ -7,8 +7,10 @@ next epoch, so that nothing that was queued for the dead one reaches it by itsel
 | from | to | messages |
 | --- | --- | --- |
 | front-end | worker | hello (its pixel file), caption, cancel |
-| worker | front-end | started (ids that are about to be encoded), answer, error |
-| worker, front-end | supervisor | beat, ready, failed |
+| worker | front-end | started (about to be encoded), answer, error, expired, failed (a step) |
+| worker, front-end | supervisor | beat, ready, failed (to start) |
+| worker | supervisor | found (its engine is whole: the port may open) |
+| front-end | supervisor | drained |
 | supervisor | front-end | workers (who serves), drain |
 | supervisor | worker | gone (a front-end that has died), stop |
 """
@@ -54,9 +56,14 @@ def control_address(folder: Path) -> str:
     return f"ipc://{folder}/control"
 
 
+def process_name(kind: str, index: int, epoch: int) -> str:
+    """A process's identity in one of its lives. kind: front or worker."""
+    return f"{kind}-{index}-{epoch}"
+
+
 def worker_address(folder: Path, index: int, epoch: int) -> str:
     """Where a worker listens, in one of its lives."""
-    return f"ipc://{folder}/worker-{index}-{epoch}"
+    return f"ipc://{folder}/{process_name('worker', index, epoch)}"
 
 
 def tell(folder: Path, name: str, message: Message) -> None:

@@ -30,6 +30,7 @@ from server.wire import (
     follow_parent,
     give_way,
     packed,
+    process_name,
     tell,
     unpacked,
     worker_address,
@@ -190,7 +191,7 @@ class Pulse(threading.Thread):
     def __init__(self, context: zmq.Context, folder: Path, index: int, epoch: int) -> None:
         super().__init__(name="pulse", daemon=True)
         self._socket = context.socket(zmq.DEALER)
-        self._socket.identity = f"worker-{index}-{epoch}".encode()
+        self._socket.identity = process_name("worker", index, epoch).encode()
         self._socket.linger = 1000
         self._address = control_address(folder)
         self._ready: Message | None = None
@@ -227,7 +228,7 @@ def main(settings: Settings, folder: Path, index: int, epoch: int) -> None:
 
     def open_engine() -> Engine:
         prepared = prepare(settings.engine, settings.engine_config)
-        tell(folder, f"worker-{index}-{epoch}", {"op": "found"})
+        tell(folder, process_name("worker", index, epoch), {"op": "found"})
         return Engine.start(prepared)
 
     sys.exit(serve(open_engine, folder, index, epoch))
@@ -245,7 +246,7 @@ def serve(open_engine: Callable[[], Engine], folder: Path, index: int, epoch: in
         engine = open_engine()
     except VignetteError as error:
         # The supervisor, not this process, says it: once, and only if nothing serves already.
-        tell(folder, f"worker-{index}-{epoch}", {"op": "failed", "message": str(error)})
+        tell(folder, process_name("worker", index, epoch), {"op": "failed", "message": str(error)})
         return 1
     worker = Worker(engine, socket, WorkerMetrics())
     pulse.serving(

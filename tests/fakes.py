@@ -1,5 +1,6 @@
 """A runner without graphs whose every answer depends on what its slot's cache holds."""
 
+import threading
 from collections.abc import Sequence as ListLike
 
 import numpy as np
@@ -70,10 +71,30 @@ class FakeRunner:
         self.cache[target] = (self.cache[source][0], list(self.cache[source][1]))
 
 
+class Gate(FakeRunner):
+    """Decodes only while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = threading.Event()
+        self.open.set()
+
+    def decode(self, tokens, fed, steps=1):
+        assert self.open.wait(30)
+        return super().decode(tokens, fed, steps)
+
+
 def fake_engine(config: EngineConfig | None = None, burst: int = 1) -> Engine:
     return Engine(
         MANIFEST, FakeTokenizer(), FakeRunner(burst), config or EngineConfig(slots=3, patience=0)
     )  # type: ignore[arg-type]
+
+
+def gated(slots: int = 2) -> Engine:
+    """Whose `runner.open` an event opens and shuts."""
+    engine = fake_engine(EngineConfig(slots=slots))
+    engine.runner = Gate()
+    return engine
 
 
 def image(number: int) -> np.ndarray:

@@ -1,12 +1,15 @@
 """A server on a real socket, in a thread of the test's process, around any engine."""
 
 import asyncio
+import base64
 import http.client
 import io
 import json
 import shutil
+import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,16 +131,16 @@ class _WorkerThread(threading.Thread):
 
     def run(self) -> None:
         context = zmq.Context()
-        socket = context.socket(zmq.ROUTER)
-        socket.bind(worker_address(self._folder, 0, 1))
+        router = context.socket(zmq.ROUTER)
+        router.bind(worker_address(self._folder, 0, 1))
         engine = self._open()
         service = self._live.service
-        self._worker = Worker(engine, socket, WorkerMetrics(service.metrics.registry))
+        self._worker = Worker(engine, router, WorkerMetrics(service.metrics.registry))
         facts = {"index": 0, "epoch": 1, "state": "ready", "slots": engine.config.slots,
                  "pid": 1, "restarts": 0}  # fmt: skip
         self._live.loop.call_soon_threadsafe(know, service, [facts])
         self._worker.run()
-        socket.close(linger=0)
+        router.close(linger=0)
         context.term()
 
     def finish(self) -> None:
@@ -162,3 +165,24 @@ def multipart(**fields: bytes | str) -> tuple[bytes, str]:
         head = f'--frontier\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'
         parts.append(head.encode() + data + b"\r\n")
     return b"".join(parts) + b"--frontier--\r\n", "multipart/form-data; boundary=frontier"
+
+
+def as_json(**fields) -> bytes:
+    return json.dumps(fields).encode()
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def abort(port: int, head: str, body: bytes) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port))
+    client.sendall(f"POST /caption{head}\r\n\r\n".encode() + body)
+    return client
+
+
+def until(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -16,9 +16,8 @@ from runtime.scheduler import Scheduler
 from server.cache import CaptionCache
 from server.keys import InvalidKeys, Keys, TooFast, Unauthorised
 from tests.conftest import ROOT
-from tests.fakes import fake_engine
-from tests.live import png, serve
-from tests.test_server import as_json, b64, gated, until
+from tests.fakes import fake_engine, gated
+from tests.live import as_json, b64, png, serve, until
 
 JSON = {"Content_Type": "application/json"}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.reliability import SCENARIOS
+from bench.reliability.scenarios import SCENARIOS
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

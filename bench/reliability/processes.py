@@ -1,0 +1,132 @@
+"""Scenarios: processes that are killed, stopped, ended, or can't start."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from bench.reliability.load import Answer, Clients, abandon, counts
+from bench.reliability.running import DEMO, Service, Verdict, said, sample, service, wait_for
+
+
+def kills(long: bool) -> Verdict:
+    """6: SIGKILL the worker in the middle of a batch, again and again, under load."""
+    times = 20 if long else 4
+    with service() as it:
+        over = False
+        with ThreadPoolExecutor(1) as pool:
+            load = pool.submit(
+                lambda: asyncio.run(Clients(it.url).closed_loop(sample(), 8, lambda: over))
+            )
+            recoveries = []
+            for _ in range(times):
+                time.sleep(1.0)
+                pid = it.worker_pid()
+                os.kill(pid, signal.SIGKILL)
+                start = time.perf_counter()
+                wait_for(lambda: (it.ready() or {}) and it.worker_pid() != pid, 30, it.log)  # noqa: B023
+                recoveries.append(time.perf_counter() - start)
+            time.sleep(1.0)
+            over = True
+            answers = load.result()
+        failed = [a for a in answers if a.caption != said()]
+        return Verdict(
+            f"{times} kills: {len(failed)} of {len(answers)} requests failed, back after "
+            f"{max(recoveries):.1f} s at most, slowest answer "
+            f"{max(a.seconds for a in answers):.1f} s",
+            not failed,
+        )
+
+
+def stopped_worker(long: bool) -> Verdict:
+    """7: SIGSTOP the worker."""
+    with service() as it:
+        pid = it.worker_pid()
+
+        async def run() -> tuple[list[Answer], float]:
+            clients = Clients(it.url)
+            os.kill(pid, signal.SIGSTOP)
+            start = time.perf_counter()
+            answers = await asyncio.gather(*(clients.caption(sample()) for _ in range(4)))
+            return answers, time.perf_counter() - start
+
+        answers, took = asyncio.run(run())
+        replaced = it.worker_pid() != pid
+        return Verdict(
+            f"replaced: {replaced}, {sum(a.caption == said() for a in answers)} of 4 in flight "
+            f"answered after {took:.1f} s",
+            replaced and all(a.caption == said() for a in answers),
+        )
+
+
+def sigterm(long: bool) -> Verdict:
+    """9: SIGTERM under load, then a second SIGTERM on another."""
+    with service("--slots", "2") as it:
+
+        async def run() -> list[Answer]:
+            clients = Clients(it.url)
+            tasks = [asyncio.create_task(clients.caption(sample())) for _ in range(30)]
+            while it.metric("vignette_requests_inside") < 10 and not all(t.done() for t in tasks):
+                await asyncio.sleep(0.01)
+            it.process.send_signal(signal.SIGTERM)
+            return await asyncio.gather(*tasks)
+
+        found = counts(asyncio.run(run()))
+        code = it.process.wait(60)
+    second = Service()
+    second.wait_ready()
+    os.kill(second.worker_pid(), signal.SIGSTOP)
+    client = abandon(second.port, sample())
+    time.sleep(0.3)
+    second.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    start = time.perf_counter()
+    second.process.send_signal(signal.SIGTERM)
+    second.process.wait(30)
+    prompt = time.perf_counter() - start
+    client.close()
+    fine = set(found) <= {200, 503, 0} and found.get(200, 0) >= 10
+    return Verdict(
+        f"answers {found}, exit {code}; a second one ends it in {prompt:.2f} s",
+        fine and code == 0,
+        prompt < 2,
+    )
+
+
+def bad_starts(long: bool) -> Verdict:
+    """14: starts that can't succeed."""
+    with tempfile.TemporaryDirectory() as name, socket.create_server(("127.0.0.1", 0)) as taken:
+        corrupt = Path(name) / "engine"
+        corrupt.mkdir()
+        for path in DEMO.iterdir():
+            if path.is_file():
+                (corrupt / path.name).symlink_to(path.resolve())
+        (corrupt / "encoder.data").unlink()
+        (corrupt / "encoder.data").write_bytes(b"x")
+        cases = {
+            "no engine": ("--engine", name),
+            "corrupt engine": ("--engine", str(corrupt)),
+            "port taken": ("--port", str(taken.getsockname()[1])),
+            "no such provider": ("--provider", "tensorrt"),
+            "key file missing": ("--api-keys", f"{name}/none"),
+        }
+        slowest, silent = 0.0, []
+        for case, flags in cases.items():
+            start = time.perf_counter()
+            command = [sys.executable, "-m", "server", "--port", "0", *flags]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+            slowest = max(slowest, time.perf_counter() - start)
+            if done.returncode == 0 or "error: " not in done.stderr or "Traceback" in done.stderr:
+                silent.append(f"{case}: {done.returncode}, {done.stderr[-300:]}")
+        return Verdict(
+            f"{len(cases)} ways, each with a message within {slowest:.1f} s"
+            + (f"; but {silent}" if silent else ""),
+            not silent,
+            slowest < 5,
+        )

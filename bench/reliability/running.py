@@ -1,0 +1,129 @@
+"""A server process as a user would start it, and what can be seen of it from outside."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.contestants import free_port
+from bench.processes import family, pss
+
+DEMO, _SAMPLES = Path("engines/demo"), Path("demo/samples")
+_READY_SECONDS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came out: a figure for people, and whether it is as promised.
+
+    in_time: what the promise says of seconds and rates, which a busy machine can spoil; the tests
+    leave it alone.
+    """
+
+    figure: str
+    passed: bool
+    in_time: bool = True
+
+
+class Service:
+    """A server process on a free port."""
+
+    def __init__(self, *flags: str, **variables: str) -> None:
+        self.port = free_port()
+        handle, self._log = tempfile.mkstemp(prefix="vignette-log-")
+        command = [sys.executable, "-m", "server", "--engine", str(DEMO), "--provider", "cpu",
+                   "--port", str(self.port), *flags]  # fmt: skip
+        self.process = subprocess.Popen(
+            command, stdout=handle, stderr=handle, env=os.environ | variables
+        )
+        os.close(handle)
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def log(self) -> str:
+        """What it has printed so far."""
+        return Path(self._log).read_text()
+
+    def ready(self) -> dict[str, Any] | None:
+        """/health/ready, or None if it does not answer 200."""
+        status, body = get(self.port, "/health/ready")
+        return json.loads(body) if status == 200 else None
+
+    def wait_ready(self) -> None:
+        """Up to a minute."""
+        wait_for(self.ready, _READY_SECONDS, self.log)
+
+    def worker_pid(self) -> int:
+        """Of the first worker."""
+        found = wait_for(self.ready, _READY_SECONDS, self.log)
+        return int(found["workers"][0]["pid"])
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples whose line begins with `name`."""
+        lines = get(self.port, "/metrics")[1].decode().splitlines()
+        return sum(float(x.rpartition(" ")[2]) for x in lines if x.startswith(name))
+
+    def resident(self) -> int:
+        """Bytes of all its processes, shared pages counted once (PSS)."""
+        return sum(pss(pid) for pid in family(self.process.pid))
+
+    def close(self) -> int:
+        """End it as an operator would; its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(60)
+        finally:
+            self.process.kill()
+            Path(self._log).unlink()
+
+
+@contextlib.contextmanager
+def service(*flags: str) -> Iterator[Service]:
+    """A server that is ready."""
+    started = Service(*flags)
+    try:
+        started.wait_ready()
+        yield started
+    finally:
+        started.close()
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, log: Callable[[], str] = str) -> Any:
+    """The first true value of `condition`; RuntimeError, with the log, after so many seconds."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        if time.monotonic() > end:
+            raise RuntimeError(f"waited {seconds} s in vain: {log()[-2000:]}")
+        time.sleep(0.02)
+    return found
+
+
+def get(port: int, path: str) -> tuple[int, bytes]:
+    """One GET; status 0 if nobody answers."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+            client.sendall(f"GET {path} HTTP/1.0\r\nHost: x\r\n\r\n".encode())
+            answer = b"".join(iter(lambda: client.recv(65536), b""))
+    except OSError:
+        return 0, b""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    words = head.split()
+    return (int(words[1]) if len(words) > 1 else 0), body
+
+
+def sample(name: str = "owl.png") -> bytes:
+    """One of the committed samples."""
+    return (_SAMPLES / name).read_bytes()
+
+
+def said(name: str = "owl.png") -> str:
+    """Its caption."""
+    return json.loads((_SAMPLES / "captions.json").read_text())[name]["caption"]

@@ -1,0 +1,24 @@
+"""All scenarios, by what they are called in the table."""
+
+from collections.abc import Callable
+
+from bench.reliability import admission, clients, endurance, images, processes, urls
+from bench.reliability.running import Verdict
+
+SCENARIOS: dict[str, tuple[int, Callable[[bool], Verdict]]] = {
+    "twice the capacity, open loop": (1, admission.overload),
+    "a full queue": (2, admission.full_queue),
+    "a deadline in the queue": (3, admission.deadline_in_the_queue),
+    "clients that leave": (4, clients.disconnects),
+    "clients that reset together": (5, clients.resets),
+    "SIGKILL of the worker under load": (6, processes.kills),
+    "SIGSTOP of the worker": (7, processes.stopped_worker),
+    "SIGTERM under load, and a second": (9, processes.sigterm),
+    "slow heads and bodies": (10, clients.slow_clients),
+    "oversized bodies": (11, clients.oversized),
+    "bombs, mutants, odd images": (12, images.broken_images),
+    "image_url tricks": (13, urls.url_tricks),
+    "starts that can't succeed": (14, processes.bad_starts),
+    "schemathesis": (15, endurance.fuzzing),
+    "mixed load for an hour": (16, endurance.soak),
+}

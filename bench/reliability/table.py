@@ -1,0 +1,61 @@
+"""The table of what came out: kept as JSON, a row for each scenario, and written as Markdown.
+
+A run replaces the rows of the scenarios that it tried, so that one can be tried again by itself.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_JSON, _MARKDOWN = "reliability.json", "reliability.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What came out of a scenario, and where: day, commit and machine of the run."""
+
+    number: int
+    scenario: str
+    figure: str
+    as_promised: bool
+    day: str
+    commit: str
+    machine: str
+
+    @property
+    def word(self) -> str:
+        """The verdict, for people."""
+        return "as promised" if self.as_promised else "NOT as promised"
+
+
+def keep(folder: Path, rows: list[Row]) -> None:
+    """Put rows into the folder's table, in place of older ones of the same scenarios."""
+    path = folder / _JSON
+    before = [Row(**row) for row in json.loads(path.read_text())] if path.is_file() else []
+    numbers = {row.number for row in rows}
+    both = [row for row in before if row.number not in numbers] + rows
+    both.sort(key=lambda row: row.number)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(row) for row in both], indent=1) + "\n")
+    (folder / _MARKDOWN).write_text(markdown(both))
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table as people read it, with the machines below."""
+    machines = list(dict.fromkeys(row.machine for row in rows))
+    lines = [
+        "# What the service promises, tried",
+        "",
+        "By `make chaos` and `make soak`, each row by its newest run.",
+        "",
+        "| | scenario | came out | | run | machine |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *(
+            f"| {row.number} | {row.scenario} | {row.figure} | {row.word} "
+            f"| {row.day}, {row.commit} | {chr(ord('A') + machines.index(row.machine))} |"
+            for row in rows
+        ),
+        "",
+        *(f"* {chr(ord('A') + n)}: {machine}" for n, machine in enumerate(machines)),
+    ]
+    return "\n".join(lines) + "\n"

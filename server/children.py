@@ -1,0 +1,103 @@
+"""A process that the supervisor keeps alive: what is known of it, and whether it is well."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+
+from server.wire import Message, process_name
+
+_SILENCE_SECONDS = 3.0  # without a beat: it is stopped, or starved
+_CONTEXT = multiprocessing.get_context("spawn")
+
+
+@dataclass(slots=True)
+class Child:
+    """A process and its lives. `epoch` counts them; times are `time.monotonic()`.
+
+    main: what it runs, with its index and epoch as arguments.
+    environment: variables that only it sees.
+    """
+
+    kind: str
+    index: int
+    main: Callable[[int, int], None]
+    environment: dict[str, str] = field(default_factory=dict)
+    epoch: int = 0
+    process: BaseProcess | None = None
+    state: str = "starting"  # starting, ready, down, over
+    heard_at: float = 0.0
+    step_since: float | None = None
+    start_at: float = 0.0
+    failures: int = 0
+    facts: Message = field(default_factory=dict)
+
+    def start(self) -> None:
+        """Begin its next life."""
+        self.epoch += 1
+        self.state, self.step_since = "starting", None
+        self.heard_at = time.monotonic()
+        self.process = _CONTEXT.Process(
+            target=self.main, args=(self.index, self.epoch), name=self.name
+        )
+        with _environment(self.environment):
+            self.process.start()
+
+    def kill(self) -> None:
+        """End this life, if there is one, whatever it does."""
+        if self.process is not None:
+            self.process.kill()
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs."""
+        return self.process is not None and self.process.is_alive()
+
+    def ailing(self, now: float, step_seconds: float) -> str | None:
+        """Why it has to be replaced, or None. step_seconds: that a step may take."""
+        if not self.alive:
+            return "ended"
+        # A start is not watched: loading a graph may hold the interpreter's lock for long.
+        if self.state == "ready" and now - self.heard_at > _SILENCE_SECONDS:
+            return "hung"
+        since = now if self.step_since is None else self.step_since
+        return "stuck" if now - since > step_seconds else None
+
+    @property
+    def name(self) -> str:
+        """Its identity in this life."""
+        return process_name(self.kind, self.index, self.epoch)
+
+    def public(self) -> Message:
+        """What front-ends and /health/ready are told."""
+        known = {k: v for k, v in self.facts.items() if k != "op"}
+        return {
+            "index": self.index,
+            "epoch": self.epoch,
+            "state": "recovering" if self.state == "down" or self._again else self.state,
+            "pid": self.process.pid if self.process else None,
+            "restarts": self.epoch - 1,
+            **{k: v for k, v in known.items() if k != "pid"},
+        }
+
+    @property
+    def _again(self) -> bool:
+        return self.state == "starting" and self.epoch > 1
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Let a child that is started meanwhile see other variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
