@@ -2,33 +2,40 @@
 
 Image decoders are C code that is fed whatever strangers send. One that crashes, hangs or unpacks
 to gigabytes takes its process with it and nothing else: the next image finds a new one.
+
+A front-end and its decoders talk over socket pairs: the head and the bytes of an image there, the
+length of what was wrong with it, and that, back.
 """
 
 import asyncio
+import json
 import logging
-import math
 import multiprocessing
-import os
-import queue
 import resource
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
+import socket
+import struct
 from pathlib import Path
-from typing import Any
 
 from runtime.errors import InvalidImage, TooManyPixels, VignetteError
 from runtime.manifest import Preprocessing
 
 log = logging.getLogger(__name__)
 
+ENVIRONMENT = {  # of the process that starts decoders, which inherit it before they load anything
+    "OPENBLAS_NUM_THREADS": "1",  # its threads' stacks would count as address space
+    # glibc's allocator keeps what is freed, up to so many bytes, for the next image: pages that the
+    # system gives out anew each time take as long to clear as a small image takes to decode.
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
+}
+_HEAD = struct.Struct("=IIi")  # bytes of the image, slot, frame or -1
+_LENGTH = struct.Struct("=I")
 _ERRORS: dict[str, type[VignetteError]] = {
     "InvalidImage": InvalidImage,
     "TooManyPixels": TooManyPixels,
 }
-_WATCH_SECONDS = 0.1
 _CONTEXT = multiprocessing.get_context("spawn")
+_Arguments = tuple[tuple[Path, int, tuple[int, ...]], Preprocessing, int, int]
 
 
 class TooHard(VignetteError):
@@ -36,7 +43,7 @@ class TooHard(VignetteError):
 
 
 class Decoders:
-    """A pool of decoder processes; each thread of it talks to one."""
+    """A pool of decoder processes. Used on one thread, which has to outlive them."""
 
     def __init__(
         self,
@@ -51,27 +58,12 @@ class Decoders:
 
         seconds: for one image. memory: bytes of address space that a process may use.
         """
-        self._arguments = (store, how, max_pixels, memory)
+        self._arguments: _Arguments = (store, how, max_pixels, memory)
         self._seconds = seconds
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
-        self._idle: queue.SimpleQueue[_Decoder] = queue.SimpleQueue()
-        self._all: set[_Decoder] = set()
-        for _ in range(count):
-            self._idle.put(self._new())
-        self._closed = threading.Event()
-        threading.Thread(target=self._watch, name="decoders", daemon=True).start()
-
-    def _watch(self) -> None:
-        """Kill what is late: whoever waits for it, to send or to hear, then finds it gone."""
-        while not self._closed.wait(_WATCH_SECONDS):
-            for decoder in list(self._all):
-                if time.monotonic() > decoder.due:
-                    decoder.process.kill()
-
-    def _new(self) -> "_Decoder":
-        decoder = _Decoder(self._arguments)
-        self._all.add(decoder)
-        return decoder
+        self._all = {_Decoder(self._arguments) for _ in range(count)}
+        self._idle: asyncio.Queue[_Decoder] = asyncio.Queue()
+        for decoder in self._all:
+            self._idle.put_nowait(decoder)
 
     async def decode(self, image: bytes, slot: int, frame: int | None) -> None:
         """Put an image's pixels into a slot of the store, of a clip into one of its frames.
@@ -79,93 +71,94 @@ class Decoders:
         Raises InvalidImage, TooManyPixels, or TooHard. Cancelled, it ends when nothing writes to
         the slot any more: at once if the decoding had not begun.
         """
-        job = self._threads.submit(self._decode, image, slot, frame)
-        waiting = asyncio.wrap_future(job)
+        decoder = await self._idle.get()
+        job = asyncio.create_task(self._decode(decoder, image, slot, frame))
         cancelled = False
-        while not waiting.done():
+        while not job.done():
             try:
-                await asyncio.wait([waiting])
+                await asyncio.wait([job])
             except asyncio.CancelledError:
                 cancelled = True
-                job.cancel()  # does nothing to one that has begun
         if cancelled:
-            if not waiting.cancelled():
-                waiting.exception()  # asked for, or asyncio logs it
+            job.exception()  # asked for, or asyncio logs it
             raise asyncio.CancelledError
-        waiting.result()
+        job.result()
 
-    def _decode(self, image: bytes, slot: int, frame: int | None) -> None:
-        decoder = self._idle.get()
+    async def _decode(
+        self, decoder: "_Decoder", image: bytes, slot: int, frame: int | None
+    ) -> None:
         try:
-            failure = decoder.ask(image, slot, frame, self._seconds)
-        except (OSError, EOFError) as cause:
+            async with asyncio.timeout(self._seconds):
+                failure = await decoder.ask(image, slot, frame)
+        except (OSError, EOFError) as cause:  # TimeoutError is an OSError
             log.warning("a decoder process was replaced: %s", cause or type(cause).__name__)
             decoder.kill()
             self._all.discard(decoder)
-            decoder = self._new()
+            decoder = _Decoder(self._arguments)
+            self._all.add(decoder)
             raise TooHard(
                 f"decoding this image crashed, or took more than {self._seconds:g} s: "
                 "save it again with another program, or make it smaller"
             ) from cause
         finally:
-            self._idle.put(decoder)
+            self._idle.put_nowait(decoder)
         if failure is not None:
             kind, message = failure
             raise _ERRORS[kind](message)
 
     def close(self) -> None:
         """End all processes."""
-        self._closed.set()
-        self._threads.shutdown(wait=False, cancel_futures=True)
         for decoder in self._all:
             decoder.kill()
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes that are idle now; for tests."""
-        found = [self._idle.get() for _ in range(self._idle.qsize())]
-        for decoder in found:
-            self._idle.put(decoder)
-        return [decoder.process.pid or 0 for decoder in found]
+        """Of all processes; for tests."""
+        return [decoder.process.pid or 0 for decoder in self._all]
 
 
 class _Decoder:
-    """One process, and the pipe to it."""
+    """One process, and the socket to it."""
 
-    def __init__(self, arguments: tuple[Any, ...]) -> None:
-        self.due = math.inf  # when it must have answered, `time.monotonic()`
-        self._pipe, theirs = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=_serve, args=(theirs, *arguments), daemon=True)
-        self.process.start()
-        theirs.close()
+    def __init__(self, arguments: _Arguments) -> None:
+        self._socket, theirs = socket.socketpair()
+        self._socket.setblocking(False)
+        with theirs:
+            self.process = _CONTEXT.Process(target=_serve, args=(theirs, *arguments), daemon=True)
+            self.process.start()
 
-    def ask(
-        self, image: bytes, slot: int, frame: int | None, seconds: float
-    ) -> tuple[str, str] | None:
-        """Have an image decoded; what was wrong with it, or None."""
-        self.due = time.monotonic() + seconds
-        try:
-            self._pipe.send((slot, frame))
-            self._pipe.send_bytes(image)
-            return self._pipe.recv()
-        finally:
-            self.due = math.inf
+    async def ask(self, image: bytes, slot: int, frame: int | None) -> tuple[str, str] | None:
+        """Have an image decoded; what was wrong with it, or None. Raises OSError or EOFError."""
+        loop = asyncio.get_running_loop()
+        head = _HEAD.pack(len(image), slot, -1 if frame is None else frame)
+        await loop.sock_sendall(self._socket, head)
+        await loop.sock_sendall(self._socket, image)
+        [length] = _LENGTH.unpack(await self._read(_LENGTH.size))
+        return json.loads(await self._read(length)) if length else None
+
+    async def _read(self, size: int) -> bytes:
+        loop, data = asyncio.get_running_loop(), b""
+        while len(data) < size:
+            part = await loop.sock_recv(self._socket, size - len(data))
+            if not part:
+                raise EOFError("it has ended")
+            data += part
+        return data
 
     def kill(self) -> None:
         """End it, whatever it does."""
         self.process.kill()
-        self._pipe.close()
+        self._socket.close()
 
 
 def _serve(
-    pipe: Connection,
+    socket: socket.socket,
     store: tuple[Path, int, tuple[int, ...]],
     how: Preprocessing,
     max_pixels: int,
     memory: int,
 ) -> None:
     """The decoder process: answers one image after the other."""
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # its threads' stacks would count as address space
     from runtime.preprocess import preprocess
     from server.wire import PixelStore, follow_parent, give_way
 
@@ -174,19 +167,15 @@ def _serve(
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pixels = PixelStore(*store)
-    while True:
-        try:
-            slot, frame = pipe.recv()
-            image = pipe.recv_bytes()
-        except EOFError:
-            return
+    stream = socket.makefile("rb")
+    while head := stream.read(_HEAD.size):
+        size, slot, frame = _HEAD.unpack(head)
+        image = stream.read(size)
         try:
             made = preprocess(image, how, max_pixels)
         except (InvalidImage, TooManyPixels) as error:
-            pipe.send((type(error).__name__, str(error)))
+            failure = json.dumps([type(error).__name__, str(error)]).encode()
+            socket.sendall(_LENGTH.pack(len(failure)) + failure)
             continue
-        if frame is None:
-            pixels[slot][:] = made
-        else:
-            pixels[slot][frame] = made
-        pipe.send(None)
+        pixels[slot][... if frame < 0 else frame] = made
+        socket.sendall(_LENGTH.pack(0))

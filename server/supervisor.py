@@ -20,7 +20,7 @@ import zmq.asyncio
 from prometheus_client.multiprocess import mark_process_dead
 
 from runtime.errors import VignetteError
-from server import frontend, metrics
+from server import decoding, frontend, metrics
 from server.children import Child
 from server.ports import held_ports
 from server.settings import Settings
@@ -89,7 +89,8 @@ class Supervisor:
 
     def _open_front_ends(self, port: int, ops_port: int | None) -> None:
         main = partial(frontend.main, self._settings, self._folder, port, ops_port)
-        self._front_ends = [Child("front", n, main) for n in range(self._settings.front_ends)]
+        count = self._settings.front_ends
+        self._front_ends = [Child("front", n, main, decoding.ENVIRONMENT) for n in range(count)]
         for child in self._front_ends:
             child.start()
 

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import threading
 import time
 
 import numpy as np
@@ -80,21 +79,22 @@ def test_a_decoder_that_hangs_is_replaced_in_time(store):
     decoders.close()
 
 
-def test_a_request_that_gives_up_does_not_free_a_slot_that_is_written_to(monkeypatch):
+def test_a_request_that_gives_up_does_not_free_a_slot_that_is_written_to():
     """Neither its deadline nor its client's going: the decoder is slower than both."""
     from tests.fakes import fake_engine
     from tests.live import serve, until
 
     with serve(fake_engine) as live:
         places = len(live.service.store._free)
-        release = threading.Event()
-        monkeypatch.setattr(live.service.decoders, "_decode", lambda *_: release.wait(20))
+        assert live.caption(png()).status == 200
+        [decoder] = live.service.decoders.pids
+        os.kill(decoder, signal.SIGSTOP)
         reply = live.caption(png(), "?timeout_ms=150")
         assert reply.error == "deadline_exceeded"
         assert len(live.service.store._free) == places - 1
         assert live.caption(png(), "?timeout_ms=150").error == "deadline_exceeded"
         until(lambda: len(live.service.store._free) == places - 1)  # that one had not begun
-        release.set()
+        os.kill(decoder, signal.SIGCONT)
         until(lambda: len(live.service.store._free) == places)
 
 
