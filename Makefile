@@ -94,11 +94,11 @@ run_docker:  ## run it on all GPUs (PORT, ENGINE, ARGS; TARGET=cpu without a GPU
 test_container:  ## build the CPU image and see it work (docker, or podman and buildah; GPU_IMAGE=1)
 	@$(PYTHON) docker/check.py $(if $(GPU_IMAGE),gpu)
 
-chaos: .venv-dev/ready  ## kill, stop, overload and fuzz a running server (half an hour)
+chaos: engines/random-git-base/manifest.json  ## kill, stop, overload and fuzz a running server (half an hour)
 	@$(DEV) -m bench.reliability --without 16 $(ARGS)
 
-soak: .venv-dev/ready  ## the same, with an hour of mixed load
-	@$(DEV) -m bench.reliability $(ARGS)
+soak: .venv-dev/ready  ## an hour of mixed load, good and bad
+	@$(DEV) -m bench.reliability 16 $(ARGS)
 
 test: .venv-dev/ready  ## run the tests (ARGS goes to pytest)
 	@$(DEV) -m pytest $(ARGS)

@@ -34,7 +34,7 @@ def main() -> int:
             verdict.passed and verdict.in_time,
             f"{datetime.now(UTC):%Y-%m-%d}",
             facts["commit"],
-            f"{facts['machine']}; {verdict.engine}",
+            f"{facts['machine']}; {verdict.engine.name}",
         )
         failed |= not row.as_promised
         print(f"{number:2} {name}: {row.figure} ({row.word})", flush=True)

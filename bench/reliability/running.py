@@ -17,7 +17,8 @@ from typing import Any
 from bench.contestants import free_port
 from bench.processes import family, pss
 
-DEMO, _SAMPLES = Path("engines/demo"), Path("demo/samples")
+DEMO, LARGE = Path("engines/demo"), Path("engines/random-git-base")
+_SAMPLES = Path("demo/samples")
 _READY_SECONDS = 60
 
 
@@ -26,25 +27,24 @@ class Verdict:
     """What came out: a figure for people, and whether it is as promised.
 
     in_time: what the promise says of seconds and rates, which a busy machine can spoil; the tests
-    leave it alone.
+    leave it alone. engine: that it was tried with.
     """
 
     figure: str
     passed: bool
     in_time: bool = True
+    engine: Path = DEMO
 
 
 class Service:
     """A server process on a free port."""
 
-    def __init__(self, *flags: str, **variables: str) -> None:
+    def __init__(self, *flags: str, engine: Path = DEMO, program: str = "server") -> None:
         self.port = free_port()
         handle, self._log = tempfile.mkstemp(prefix="vignette-log-")
-        command = [sys.executable, "-m", "server", "--engine", str(DEMO), "--provider", "cpu",
+        command = [sys.executable, "-m", program, "--engine", str(engine), "--provider", "cpu",
                    "--port", str(self.port), *flags]  # fmt: skip
-        self.process = subprocess.Popen(
-            command, stdout=handle, stderr=handle, env=os.environ | variables
-        )
+        self.process = subprocess.Popen(command, stdout=handle, stderr=handle)
         os.close(handle)
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -86,9 +86,9 @@ class Service:
 
 
 @contextlib.contextmanager
-def service(*flags: str) -> Iterator[Service]:
-    """A server that is ready."""
-    started = Service(*flags)
+def service(*flags: str, engine: Path = DEMO, program: str = "server") -> Iterator[Service]:
+    """A server that is ready. program: the module that is run."""
+    started = Service(*flags, engine=engine, program=program)
     try:
         started.wait_ready()
         yield started
