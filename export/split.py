@@ -16,6 +16,8 @@ from torch import nn
 from transformers import AttentionInterface, GitForCausalLM, PretrainedConfig
 from transformers.models.git.modeling_git import GitLayer
 
+from runtime.manifest import NOT_A_TOKEN
+
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -103,7 +105,8 @@ class TextDecoder(nn.Module):
     ) -> dict[str, Any]:
         """Shapes as in the decoder's contract; `past_key_values` L pairs of `[B, H, C, D]`.
 
-        Returns `next_ids` int64 `[B]`, `logits` float `[B, V]` and `past_key_values`, L new pairs.
+        Returns `next_ids` int64 `[B]`, NOT_A_TOKEN where the numbers broke down, `logits` float
+        `[B, V]` and `past_key_values`, L new pairs.
         """
         positions = (lengths - self.prefix).to(torch.int64).unsqueeze(1)
         hidden = self.embeddings(input_ids=token_ids, position_ids=positions)
@@ -115,9 +118,12 @@ class TextDecoder(nn.Module):
             )
             present.append((key, value))
             hidden = layer.feed_forward_chunk(layer.attention.output(context, hidden))
-        logits = self.head(hidden[:, 0])
+        last = hidden[:, 0]
+        logits = self.head(last)
+        # The sum is NaN if anything before was, in any layer; the largest of NaNs is some token.
+        broken = torch.isnan(last.sum(dim=-1))
         return {
-            "next_ids": logits.argmax(dim=-1),
+            "next_ids": torch.where(broken, NOT_A_TOKEN, logits.argmax(dim=-1)),
             "logits": logits,
             "past_key_values": present,
         }

@@ -179,13 +179,8 @@ class DeviceRunner:
     @property
     def runs_on(self) -> str:
         """For people: providers and precisions, and the memory that the slots take."""
-        arena = sum(cache.nbytes for cache in self._arena) / 2**20
-        encoder, decoder, cache = self.plan.combination.split("/")
-        return (
-            f"encoder {encoder} on {self.plan.encoder_provider}, decoder {decoder} on "
-            f"{self.plan.decoder_provider}, K/V {cache} ({self.plan.origin}); "
-            f"{self._slots} slots in {arena:.0f} MiB on the device"
-        )
+        arena = sum(cache.nbytes for cache in self._arena)
+        return f"{self.plan.describe(self._slots, arena)} on the device"
 
     @property
     def pixels_shape(self) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from runtime.config import EngineConfig
-from runtime.errors import InvalidRequest
+from runtime.errors import ComputationFailed, InvalidRequest
 from runtime.limits import Limits
 from runtime.manifest import Manifest
 from runtime.pacing import Pacing
@@ -228,11 +228,16 @@ class Engine:
         return preprocess(image, self.manifest.preprocessing)
 
     def caption(self, sequence: Sequence) -> Caption:
-        """What a finished sequence says."""
+        """What a finished sequence says. Raises ComputationFailed if its numbers broke down."""
         times = (sequence.admitted_at, sequence.encoded_at, sequence.finished_at)
         admitted, encoded, finished = (t if t is not None else sequence.submitted_at for t in times)
         if sequence.finish_reason is None:
             raise InvalidRequest("the sequence has not finished: call step() until it is returned")
+        if sequence.finish_reason is FinishReason.FAILED:
+            raise ComputationFailed(
+                "the model's numbers broke down (NaN) on this image: caption it with an engine of "
+                "another precision, such as fp32"
+            )
         ids = tuple(sequence.generated)
         stopped = sequence.finish_reason is FinishReason.STOP
         return Caption(

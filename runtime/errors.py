@@ -20,6 +20,10 @@ class InvalidRequest(VignetteError):
     """A request that can never be served: empty limits, or a prompt that doesn't fit."""
 
 
+class ComputationFailed(VignetteError):
+    """The model's numbers broke down on one image; others are not affected."""
+
+
 class InvalidImage(VignetteError):
     """Bytes that are not an image in one of the formats we read, or a damaged one."""
 

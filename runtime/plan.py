@@ -48,6 +48,15 @@ class Plan:
     encode_batch: int = 1
     origin: str = "default"
 
+    def describe(self, slots: int, arena: int) -> str:
+        """For people: providers and precisions, and the memory (arena, in bytes) of the slots."""
+        encoder, decoder, cache = self.combination.split("/")
+        return (
+            f"encoder {encoder} on {self.encoder_provider}, decoder {decoder} on "
+            f"{self.decoder_provider}, K/V {cache} ({self.origin}); "
+            f"{slots} slots in {arena / 2**20:.0f} MiB"
+        )
+
 
 def resolve(
     folder: Path, manifest: Manifest, config: EngineConfig, available: tuple[str, ...]

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from runtime.manifest import NOT_A_TOKEN
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended."""
@@ -13,6 +15,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"  # max_new_tokens were generated
     CANCELLED = "cancelled"  # the caller took it back
     EXPIRED = "expired"  # its deadline passed while it waited; it was never run
+    FAILED = "failed"  # the model's numbers broke down (NaN), of this row alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,9 @@ class Sequence:
     def advance(self, predicted: int, eos: int) -> None:
         """Take what the model predicted after `next_token`; ends the sequence when it is over."""
         self.fed += 1
+        if predicted == NOT_A_TOKEN:
+            self.finish_reason = FinishReason.FAILED
+            return
         if self.fed < len(self.request.prompt_ids):
             return  # the next token is forced, whatever was predicted
         self.generated.append(predicted)

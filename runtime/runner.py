@@ -84,13 +84,7 @@ class Runner:
     @property
     def runs_on(self) -> str:
         """For people: providers and precisions, and the memory that the slots take."""
-        arena = sum(cache.nbytes for cache in self._arena) / 2**20
-        encoder, decoder, cache = self.plan.combination.split("/")
-        return (
-            f"encoder {encoder} on {self.plan.encoder_provider}, decoder {decoder} on "
-            f"{self.plan.decoder_provider}, K/V {cache} ({self.plan.origin}); "
-            f"{len(self._tokens)} slots in {arena:.0f} MiB"
-        )
+        return self.plan.describe(len(self._tokens), sum(c.nbytes for c in self._arena))
 
     @property
     def pixels_shape(self) -> tuple[int, ...]:

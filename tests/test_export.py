@@ -20,6 +20,8 @@ from export.random_weights import from_config, random_weights
 from runtime import manifest as manifests
 from runtime.config import EngineConfig
 from runtime.engine import Engine
+from runtime.errors import ComputationFailed
+from runtime.request import FinishReason
 from tests.checkpoints import PREFIXES, SHAPES
 from tests.conftest import ROOT
 
@@ -99,6 +101,33 @@ def test_the_engine_says_what_generate_says_in_mixed_batches(exported, refill):
         for sequence in engine.step():
             captions[sequence] = engine.caption(sequence).token_ids
     assert captions == expected
+
+
+def test_numbers_that_break_down_end_their_own_request_and_no_other(exported, monkeypatch):
+    _, folder = exported
+    engine = Engine.open(folder, EngineConfig(slots=4, provider="cpu", encode_batch=4))
+    rng = np.random.default_rng(3)
+    images = [rng.integers(0, 256, engine.runner.pixels_shape, np.uint8) for _ in range(4)]
+    expected = [c.token_ids for c in engine.generate(images, max_new_tokens=6)]
+    encode = engine.runner.encode
+
+    def poisoned(pixels, slots):
+        encode(pixels, slots)
+        for image, slot in zip(pixels, slots, strict=True):
+            if image is images[1]:
+                engine.runner._arena[-1][slot] = np.nan
+
+    monkeypatch.setattr(engine.runner, "encode", poisoned)
+    sequences = [engine.submit(image, max_new_tokens=6) for image in images]
+    while not engine.scheduler.idle:
+        engine.step()
+    assert sequences[1].finish_reason is FinishReason.FAILED
+    with pytest.raises(ComputationFailed, match="NaN"):
+        engine.caption(sequences[1])
+    for index in (0, 2, 3):
+        assert engine.caption(sequences[index]).token_ids == expected[index]
+    monkeypatch.undo()
+    assert engine.generate(images, max_new_tokens=6)[1].token_ids == expected[1]
 
 
 def test_a_later_token_never_changes_an_earlier_position(exported):

@@ -5,9 +5,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from runtime.config import EngineConfig
+from runtime.manifest import NOT_A_TOKEN
 from server.admission import State
 from tests.fakes import FakeRunner, Gate, fake_engine, gated
 from tests.live import abort, png, serve, until
@@ -126,6 +128,26 @@ def test_a_step_that_fails_once_is_not_noticed():
         expected = live.caption(png()).json["caption"]
         engine.runner.fail_next = RuntimeError("out of memory, say")
         assert live.caption(png()).json["caption"] == expected
+
+
+def test_an_image_whose_numbers_break_down_fails_alone():
+    class Overflowing(Gate):
+        def decode(self, tokens, fed, steps=1):
+            predicted = super().decode(tokens, fed, steps)
+            broken = [self.cache[row][0] == 3 * 16 * 66 for row in range(len(tokens))]
+            return np.where(broken, NOT_A_TOKEN, predicted)
+
+    engine = fake_engine(EngineConfig(slots=4, patience=0))
+    engine.runner = Overflowing()
+    with serve(lambda: engine, slots=4) as live, ThreadPoolExecutor(4) as pool:
+        expected = [live.caption(png((i, i, i))).json["caption"] for i in range(3)]
+        engine.runner.open.clear()
+        good = [pool.submit(live.caption, png((i, i, i))) for i in range(3)]
+        bad = pool.submit(live.caption, png((66, 66, 66)))
+        until(lambda: live.service.admission.inside == 4)
+        engine.runner.open.set()
+        assert (bad.result().status, bad.result().error) == (500, "engine_failed")
+        assert [f.result().json["caption"] for f in good] == expected
 
 
 def test_an_image_that_breaks_the_engine_harms_itself_alone():

@@ -59,6 +59,13 @@ def broken_images(long: bool) -> Verdict:
         )
 
 
+def solid(colour: tuple[int, int, int], side: int) -> bytes:
+    """A PNG of one colour."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def bomb(side: int) -> bytes:
     """A small PNG of side x side black pixels."""
     buffer = io.BytesIO()

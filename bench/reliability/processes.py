@@ -11,6 +11,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from bench.reliability.faulty import FAULTS, GREEN, RED
+from bench.reliability.images import solid
 from bench.reliability.load import Answer, Clients, abandon, counts
 from bench.reliability.running import DEMO, Service, Verdict, said, sample, service, wait_for
 
@@ -62,6 +64,39 @@ def stopped_worker(long: bool) -> Verdict:
             f"replaced: {replaced}, {sum(a.caption == said() for a in answers)} of 4 in flight "
             f"answered after {took:.1f} s",
             replaced and all(a.caption == said() for a in answers),
+        )
+
+
+def faults(long: bool) -> Verdict:
+    """8: an exception, NaN, out of memory or a crash on one image among others."""
+    images = [(sample(name), said(name)) for name in ("owl.png", "cats.png", "donuts.png")]
+    rounds = 5 if long else 1
+    exact = ("--precision", "fp32/fp32/float32")  # NaN would not survive in 8 bits
+    with service(*exact, program="bench.reliability.faulty") as it:
+
+        async def run() -> tuple[list[bool], list[int]]:
+            clients, over, fine, failed = Clients(it.url), False, [], []
+
+            async def one(image: bytes, caption: str) -> None:
+                while not over:
+                    fine.append((await clients.caption(image)).caption == caption)
+
+            others = [asyncio.create_task(one(*images[n % 3])) for n in range(8)]
+            for number in range(rounds):
+                for blue in FAULTS:
+                    # An image that has failed is known: a size of its own makes it another one.
+                    image = solid((RED, GREEN, blue), 32 + number)
+                    failed.append((await clients.caption(image)).status)
+            over = True
+            await asyncio.gather(*others)
+            return fine, failed
+
+        fine, failed = asyncio.run(run())
+        names = ", ".join(name for name, _ in FAULTS.values())
+        return Verdict(
+            f"{failed.count(500)} of {len(failed)} answered 500 ({names}); "
+            f"{fine.count(False)} of {len(fine)} others harmed",
+            set(failed) == {500} and all(fine) and bool(fine),
         )
 
 

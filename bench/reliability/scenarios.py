@@ -13,6 +13,7 @@ SCENARIOS: dict[str, tuple[int, Callable[[bool], Verdict]]] = {
     "clients that reset together": (5, clients.resets),
     "SIGKILL of the worker under load": (6, processes.kills),
     "SIGSTOP of the worker": (7, processes.stopped_worker),
+    "an engine that fails on one image": (8, processes.faults),
     "SIGTERM under load, and a second": (9, processes.sigterm),
     "slow heads and bodies": (10, clients.slow_clients),
     "oversized bodies": (11, clients.oversized),

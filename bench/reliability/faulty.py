@@ -1,0 +1,81 @@
+"""`python -m bench.reliability.faulty`: the service, with an engine that fails on some images.
+
+No image makes a healthy engine fail, so these are known by their colour.
+"""
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from runtime.engine import Engine
+from runtime.runner import Runner
+from server import worker
+from server.logs import configure
+from server.settings import Settings, from_command_line
+from server.supervisor import Supervisor
+
+RED, GREEN = 255, 0  # and a blue that says how it fails
+
+
+def _raise(runner: Runner, slot: int) -> None:
+    raise RuntimeError("the engine fails, as it was asked to")
+
+
+def _out_of_memory(runner: Runner, slot: int) -> None:
+    raise MemoryError
+
+
+def _nan(runner: Runner, slot: int) -> None:
+    for cache in runner._arena:
+        cache[slot] = np.nan
+
+
+def _crash(runner: Runner, slot: int) -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+FAULTS: dict[int, tuple[str, Callable[[Runner, int], None]]] = {
+    10: ("an exception", _raise),
+    20: ("out of memory", _out_of_memory),
+    30: ("NaN", _nan),
+    40: ("a crash", _crash),
+}
+
+
+def worker_main(settings: Settings, folder: Path, index: int, epoch: int) -> None:
+    """The engine worker's process, with the faults built in."""
+    start = Engine.start
+    Engine.start = lambda prepared: _faulty(start(prepared))  # type: ignore[method-assign]
+    worker.main(settings, folder, index, epoch)
+
+
+def _faulty(engine: Engine) -> Engine:
+    runner = engine.runner
+    assert isinstance(runner, Runner)
+    encode = runner.encode
+
+    def faulty(pixels: Sequence[np.ndarray], slots: Sequence[int]) -> None:
+        encode(pixels, slots)
+        for image, slot in zip(pixels, slots, strict=True):
+            red, green, blue = (int(channel) for channel in image[:, 0, 0])
+            if (red, green) == (RED, GREEN) and blue in FAULTS:
+                FAULTS[blue][1](runner, slot)
+
+    runner.encode = faulty  # type: ignore[method-assign]
+    return engine
+
+
+def main() -> None:
+    """Serve until told to stop."""
+    settings = from_command_line()
+    configure(settings)
+    settings = settings.model_copy(update={"workers": 1})
+    asyncio.run(Supervisor(settings, worker_main, [""]).run())
+
+
+if __name__ == "__main__":
+    main()
