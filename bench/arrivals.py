@@ -4,7 +4,7 @@ import itertools
 import random
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -34,17 +34,26 @@ def closed_loop(engine: Engine, work: list[Job], clients: int) -> list[float]:
     return waits
 
 
-def poisson(engine: Engine, work: list[Job], rate: float) -> list[float]:
-    """Jobs come at `rate` a second whatever happens -> seconds of each from when it was due."""
+def poisson(
+    engine: Engine,
+    work: list[Job],
+    rate: float,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[float]:
+    """Jobs come at `rate` a second whatever happens -> seconds of each from when it was due.
+
+    clock, sleep: the engine's time.
+    """
     waits: list[float] = []
     coming = deque(zip(_due(rate, len(work)), work, strict=True))
-    start = time.perf_counter()
+    start = clock()
     while coming or not engine.scheduler.idle:
-        while coming and start + coming[0][0] <= time.perf_counter():
+        while coming and start + coming[0][0] <= clock():
             due, (pixels, tokens) = coming.popleft()
             engine.submit(pixels, None, tokens, True, Terms(submitted_at=start + due))
         if engine.scheduler.idle:
-            time.sleep(max(0.0, start + coming[0][0] - time.perf_counter()))
+            sleep(max(0.0, start + coming[0][0] - clock()))
             continue
         waits += [s.finished_at - s.submitted_at for s in engine.step() if s.finished_at]
     return waits

@@ -1,8 +1,10 @@
-"""How many images to encode between two decode steps, and when: measured by what clients feel.
+"""How many images to encode between two decode steps, and when: compared by what clients feel.
 
 Encoding several images in one go may be faster for each, but every running caption waits for it,
 and so do the images in it for each other. The defaults of `encode_batch` and `patience`
-(`runtime.pacing`) are chosen by this table.
+(`runtime.pacing`) are chosen by this table. The costs of both graphs are measured here, and the
+engine's loop is replayed with them (`bench.replay`); that it tells the truth is checked against the
+engine itself.
 """
 
 import statistics
@@ -11,78 +13,107 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from bench import arrivals
 from bench.arithmetic import percentile
 from bench.isolated import isolated
 from bench.offline import pictures
+from bench.replay import Clock, Costs, measure_costs, replayed
 from bench.settings import Settings
+from runtime import manifest as manifests
 from runtime.config import EngineConfig
 from runtime.engine import Engine
 
-Load = Callable[[Engine], list[float]]
+Load = Callable[[Engine, Clock], list[float]]
 
-_POLICIES = ((1, 0.0), (1, 0.5), (4, 0.5))  # encode batch, patience
+_DEFAULT = EngineConfig().patience
+_POLICIES = ((1, 0.0), (1, _DEFAULT), (1, 4 * _DEFAULT), (4, _DEFAULT))  # encode batch, patience
 _LENGTHS = (8, 24)  # shortest and longest caption, in tokens
-_REPEATS = 2  # of each case; the policies take turns
+_JOBS = 1000
+_CLIENTS = (1, 4, 16, 64)
+_LOADS = (0.5, 0.8, 0.95)  # of what the machine can do
+_CHECKED = 16  # clients
 
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Rate, mean and p99 latency of every policy, in a closed loop and with Poisson arrivals."""
-    return {"rows": isolated(_all, settings)}
-
-
-def _all(settings: Settings) -> list[dict[str, Any]]:
-    """All policies take turns in one process, so that a slow minute is slow for each of them."""
-    engines = {
-        (batch, patience): Engine.open(
-            settings.engine, EngineConfig(encode_batch=batch, patience=patience)
-        )
-        for batch, patience in _POLICIES[: settings.policies]
-    }
-    images = pictures(16, next(iter(engines.values())).runner.pixels_shape)
-    loads: dict[str, Load] = {}
-    for count in settings.scheduling_clients:
-        work = arrivals.jobs(images, max(settings.images // 2, 2 * count), *_LENGTHS)
-        loads[f"{count} clients"] = partial(arrivals.closed_loop, work=work, clients=count)
-    work = arrivals.jobs(images, settings.images, *_LENGTHS)
-    capacity = _capacity(engines, work)
-    for share in settings.loads:
-        rate = share * capacity
-        loads[f"Poisson, {share:.0%} load"] = partial(arrivals.poisson, work=work, rate=rate)
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=len(loads) * _REPEATS, desc="scheduling", unit="turn") as progress:
-        for name, load in loads.items():
-            found: dict[tuple[int, float], list[dict[str, float]]] = {p: [] for p in engines}
-            for _ in range(_REPEATS):
-                for policy, engine in engines.items():
-                    found[policy].append(_measured(engine, load))
-                progress.update()
-            rows += [_row(name, policy, runs) for policy, runs in found.items()]
-    return rows
-
-
-def _capacity(engines: dict[Any, Engine], work: list[arrivals.Job]) -> float:
-    """Captions a second of the slowest policy when all work is there at once."""
-    rates = []
-    for engine in engines.values():
-        start = time.perf_counter()
-        arrivals.closed_loop(engine, work, len(work))
-        rates.append(len(work) / (time.perf_counter() - start))
-    return min(rates)
-
-
-def _measured(engine: Engine, load: Load) -> dict[str, float]:
-    start = time.perf_counter()
-    waits = load(engine)
+    with tqdm(total=2, desc="scheduling", unit="part") as progress:
+        costs, runs_on = isolated(measure_costs, settings.engine, max(b for b, _ in _POLICIES))
+        measured = isolated(_rate, settings)
+        progress.update()
+        rows = _rows(settings, costs)
+        progress.update()
+    jobs = _jobs(settings, settings.images)
+    check = partial(_closed, work=jobs, clients=_CHECKED)
     return {
-        "rate": len(waits) / (time.perf_counter() - start),
+        "runs_on": runs_on,
+        "encode_ms": [1e3 * s for s in costs.encode_s],
+        "decode_ms": [1e3 * s for s in costs.decode_s],
+        "check": {
+            "clients": _CHECKED,
+            "measured": measured,
+            "replayed": _replayed(settings, costs, _POLICIES[1], check)["rate"],
+        },
+        "rows": rows,
+    }
+
+
+def _rows(settings: Settings, costs: Costs) -> list[dict[str, Any]]:
+    work = _jobs(settings, _JOBS)
+    loads: dict[str, Load] = {
+        f"{count} clients": partial(_closed, work=work, clients=count) for count in _CLIENTS
+    }
+    everything = partial(_closed, work=work, clients=len(work))
+    capacity = min(_replayed(settings, costs, p, everything)["rate"] for p in _POLICIES)
+    for share in _LOADS:
+        loads[f"Poisson, {share:.0%} load"] = partial(_open, work=work, rate=share * capacity)
+    return [
+        {"load": name, "encode_batch": policy[0], "patience": policy[1]}
+        | _replayed(settings, costs, policy, load)
+        for name, load in loads.items()
+        for policy in _POLICIES
+    ]
+
+
+def _jobs(settings: Settings, count: int) -> list[arrivals.Job]:
+    shape = manifests.load(settings.engine).sizes.pixels
+    return arrivals.jobs([np.zeros(shape, np.uint8)], count, *_LENGTHS)
+
+
+def _closed(engine: Engine, _: Clock, work: list[arrivals.Job], clients: int) -> list[float]:
+    return arrivals.closed_loop(engine, work, clients)
+
+
+def _open(engine: Engine, clock: Clock, work: list[arrivals.Job], rate: float) -> list[float]:
+    return arrivals.poisson(engine, work, rate, clock, clock.pass_by)
+
+
+def _replayed(
+    settings: Settings, costs: Costs, policy: tuple[int, float], load: Load
+) -> dict[str, float]:
+    config = EngineConfig(slots=len(costs.decode_s), encode_batch=policy[0], patience=policy[1])
+    manifest = manifests.load(settings.engine)
+    engine, clock = replayed(settings.engine, manifest, costs, config)
+    waits = load(engine, clock)
+    return {
+        "rate": len(waits) / clock.now,
         "mean_ms": sum(waits) / len(waits) * 1e3,
         "p99_ms": percentile(waits, 0.99) * 1e3,
     }
 
 
-def _row(load: str, policy: tuple[int, float], runs: list[dict[str, float]]) -> dict[str, Any]:
-    medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    return {"load": load, "encode_batch": policy[0], "patience": policy[1]} | medians
+def _rate(settings: Settings) -> float:
+    """Captions a second of the engine itself, in the closed loop that is replayed too."""
+    batch, patience = _POLICIES[1]
+    engine = Engine.open(settings.engine, EngineConfig(encode_batch=batch, patience=patience))
+    images = pictures(16, engine.runner.pixels_shape)
+    work = arrivals.jobs(images, settings.images, *_LENGTHS)
+    arrivals.closed_loop(engine, work[:_CHECKED], _CHECKED)
+    rates = []
+    for _ in range(settings.repeats):
+        start = time.perf_counter()
+        arrivals.closed_loop(engine, work, _CHECKED)
+        rates.append(len(work) / (time.perf_counter() - start))
+    return statistics.median(rates)

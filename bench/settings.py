@@ -20,9 +20,6 @@ class Settings:
     hold: how long an open-loop rate has to hold, in terms of the bound: too short a test lets more
         through than can be served for long.
     rates: open-loop rates to try for each bound.
-    policies: scheduling policies to compare.
-    loads: shares of the machine's capacity to compare them at, besides closed loops of
-        `scheduling_clients`.
     ablation_batch: images at once in the ablation's static steps.
     least_queries: fewest queries of an open-loop test.
     """
@@ -38,9 +35,6 @@ class Settings:
     images: int = 64
     hold: int = 6
     rates: int = 3
-    policies: int = 3
-    loads: tuple[float, ...] = (0.5, 0.8)
-    scheduling_clients: tuple[int, ...] = (1, 4, 16, 64)
     ablation_batch: int = 8
     least_queries: int = 20
 
@@ -56,9 +50,6 @@ QUICK = Settings(
     images=16,
     hold=4,
     rates=1,
-    policies=2,
-    loads=(0.8,),
-    scheduling_clients=(4,),
     ablation_batch=2,
     least_queries=6,
 )

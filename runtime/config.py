@@ -20,7 +20,7 @@ class EngineConfig:
     encode_batch: most images that go through the encoder between two decode steps; None leaves it
         to the plan (`runtime.plan`).
     patience: how long running sequences go before the next encoder call, in terms of the last one's
-        duration and divided by the number that wait (`runtime.pacing`).
+        duration, for each that runs and divided by the number that wait (`runtime.pacing`).
     refill: admit new sequences while others run (continuous batching); off means static batching.
     provider: execution provider of the encoder graph: cpu, openvino, cuda, tensorrt or auto.
     precision: a combination of the manifest such as fp32/int8/int8, or auto.
@@ -31,7 +31,7 @@ class EngineConfig:
     slots: int | None = None
     text_tokens: int | None = None
     encode_batch: int | None = None
-    patience: float = 0.5
+    patience: float = 0.1
     refill: bool = True
     provider: str = AUTO
     precision: str = AUTO

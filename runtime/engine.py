@@ -72,8 +72,15 @@ class Engine:
     """Continuous batching over one model. `Engine.open` builds it from an engine folder."""
 
     def __init__(
-        self, manifest: Manifest, tokenizer: CaptionTokenizer, runner: Phases, config: EngineConfig
+        self,
+        manifest: Manifest,
+        tokenizer: CaptionTokenizer,
+        runner: Phases,
+        config: EngineConfig,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """clock: seconds, of whatever time the runner's calls take."""
+        self._clock = clock
         self.manifest = manifest
         self.config = config
         self.tokenizer = tokenizer
@@ -131,9 +138,7 @@ class Engine:
                 f"not {pixels.dtype} of {list(pixels.shape)}"
             )
         prompt_ids, most = self.limits.check(prompt, max_new_tokens)
-        sequence = self.scheduler.add(Request(pixels, prompt_ids, most, ignore_eos, terms))
-        sequence.submitted_at = terms.submitted_at or sequence.submitted_at
-        return sequence
+        return self.scheduler.add(Request(pixels, prompt_ids, most, ignore_eos, terms))
 
     def cancel(self, sequence: Sequence) -> bool:
         """Take a sequence back and free its slot at once; False if it had ended already."""
@@ -145,7 +150,7 @@ class Engine:
 
     def _new_scheduler(self) -> Scheduler:
         assert self.config.slots is not None
-        return Scheduler(self.config.slots, self._encode_batch, self.config.refill)
+        return Scheduler(self.config.slots, self._encode_batch, self.config.refill, self._clock)
 
     def step(self, starting: Callable[[list[Sequence]], None] | None = None) -> list[Sequence]:
         """Admit and encode what fits, feed every running row, return what ended.
@@ -153,7 +158,7 @@ class Engine:
         A row is fed one token, or on a device as many as can follow one another there.
         starting: told which sequences are about to be encoded.
         """
-        expired = self.scheduler.expire(time.perf_counter())
+        expired = self.scheduler.expire(self._clock())
         admitted = self._admit()
         if starting is not None and admitted:
             starting(admitted)
@@ -162,11 +167,11 @@ class Engine:
             self.runner.move(move.source, move.target)
         running = self.scheduler.running
         if running:
-            started = time.perf_counter()
+            started = self._clock()
             predicted = self.runner.decode(
                 [s.next_token for s in running], [s.fed for s in running], self._burst(running)
             )
-            self._pacing.decoded(time.perf_counter() - started)
+            self._pacing.decoded(self._clock() - started)
             for row in predicted.tolist():
                 for sequence, token in zip(running, row, strict=True):
                     if sequence.finish_reason is None:  # else it ended earlier in this burst
@@ -182,17 +187,19 @@ class Engine:
 
     def _admit(self) -> list[Sequence]:
         """Those to encode now: none while the running ones have their turn."""
-        if self.scheduler.running and not self._pacing.may_encode(self.scheduler.waiting):
+        scheduler = self.scheduler
+        running = len(scheduler.running)
+        if running and not self._pacing.may_encode(scheduler.waiting, running):
             return []
-        return self.scheduler.admit()
+        return scheduler.admit()
 
     def _encode(self, admitted: list[Sequence]) -> None:
         for start in range(0, len(admitted), self._encode_batch):
             batch = admitted[start : start + self._encode_batch]
             slots = [s.slot for s in batch if s.slot is not None]
-            started = time.perf_counter()
+            started = self._clock()
             self.runner.encode([s.request.pixels for s in batch], slots)
-            now = time.perf_counter()
+            now = self._clock()
             self._pacing.encoded(now - started)
             for sequence in batch:
                 sequence.encoded_at = now

@@ -1,10 +1,11 @@
 """When to encode the next images: how long those that are being decoded may go first.
 
-An encoder call stalls every running sequence for as long as it takes, so the running ones get a
-turn before the next: `patience` times the last call's duration, divided by the number that wait.
-With few waiting, a caption that has begun is finished soon. With many, the turn shrinks to a single
-step, and rows pile up in the batch, where a step costs each of them least. Measured by
-`bench/scheduling.py`.
+An encoder call stalls every running sequence for as long as it takes, and a turn of the running
+ones stalls every image that waits. So before the next call the running ones get a turn of
+`patience` times the last call's duration for each that runs, divided by the number that wait. With
+few waiting, captions that have begun are finished soon. With many, the turn shrinks to a single
+step, and rows pile up in the batch, where a step costs each of them least. `bench/scheduling.py`
+compares the policies.
 """
 
 
@@ -24,6 +25,6 @@ class Pacing:
         """A decode step has just run for so long."""
         self._decode_s += seconds
 
-    def may_encode(self, waiting: int) -> bool:
+    def may_encode(self, waiting: int, running: int) -> bool:
         """Whether the running sequences have had their turn before `waiting` others."""
-        return self._decode_s * waiting >= self._patience * self._encode_s
+        return self._decode_s * waiting >= self._patience * self._encode_s * running

@@ -1,6 +1,5 @@
 """What callers ask for, how far it has come, and what they get."""
 
-import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -60,11 +59,11 @@ class Sequence:
     """
 
     request: Request
+    submitted_at: float
     generated: list[int] = field(default_factory=list)
     slot: int | None = None
     fed: int = 0
     finish_reason: FinishReason | None = None
-    submitted_at: float = field(default_factory=time.perf_counter)
     admitted_at: float | None = None
     encoded_at: float | None = None
     finished_at: float | None = None

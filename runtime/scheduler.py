@@ -8,6 +8,7 @@ the highest one down into a hole that nobody waits for.
 import heapq
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from runtime.request import FinishReason, Request, Sequence
@@ -24,7 +25,14 @@ class Move:
 class Scheduler:
     """Continuous batching over `slots` slots; with `refill` off it batches statically."""
 
-    def __init__(self, slots: int, encode_batch: int, refill: bool = True) -> None:
+    def __init__(
+        self,
+        slots: int,
+        encode_batch: int,
+        refill: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._clock = clock
         self._encode_batch = encode_batch
         self._refill = refill
         self._urgent: deque[Sequence] = deque()
@@ -49,7 +57,8 @@ class Scheduler:
 
     def add(self, request: Request) -> Sequence:
         """Queue a request behind those of its class that wait."""
-        sequence = Sequence(request)
+        before = request.terms.submitted_at
+        sequence = Sequence(request, self._clock() if before is None else before)
         self._queue_of(sequence).append(sequence)
         return sequence
 
@@ -81,7 +90,7 @@ class Scheduler:
         while self.waiting and self._free and len(admitted) < most:
             sequence = (self._urgent or self._patient).popleft()
             sequence.slot = heapq.heappop(self._free)
-            sequence.admitted_at = time.perf_counter()
+            sequence.admitted_at = self._clock()
             self._running[sequence.slot] = sequence
             admitted.append(sequence)
         return admitted
@@ -120,4 +129,4 @@ class Scheduler:
         del self._running[sequence.slot]
         heapq.heappush(self._free, sequence.slot)
         sequence.slot = None
-        sequence.finished_at = time.perf_counter()
+        sequence.finished_at = self._clock()

@@ -1,0 +1,95 @@
+"""An engine without graphs, on a clock of its own: its calls take as long as the real ones took.
+
+The engine's loop, scheduler and pacing are the real ones. What other work on the machine would
+blur, and what would take an hour, is compared in seconds, and comes out the same each time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from bench.offline import median_s, pictures
+from runtime.config import EngineConfig
+from runtime.engine import Engine
+from runtime.manifest import Manifest
+from runtime.tokenizer import CaptionTokenizer
+
+_REPEATS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds of an encoder call by its images, of a decode step by its rows (from one)."""
+
+    encode_s: list[float]
+    decode_s: list[float]
+
+
+def measure_costs(folder: Path, images: int) -> tuple[Costs, str]:
+    """Of an engine as it would be served: encoder calls of up to `images`, steps of every size.
+
+    Returns what runs where, too.
+    """
+    engine = Engine.open(folder, EngineConfig(encode_batch=images))
+    runner, slots = engine.runner, engine.config.slots
+    assert slots is not None
+    pixels = pictures(images, runner.pixels_shape)
+    encode_s = [
+        median_s(lambda n=n: runner.encode(pixels[:n], range(n)), _REPEATS)  # type: ignore[misc]
+        for n in range(1, images + 1)
+    ]
+    age = engine.manifest.sizes.text // 4
+    decode_s = [
+        median_s(lambda n=n: runner.decode([0] * n, [age] * n), 2 * _REPEATS)  # type: ignore[misc]
+        for n in range(1, slots + 1)
+    ]
+    return Costs(encode_s, decode_s), engine.runs_on
+
+
+@dataclass(slots=True)
+class Clock:
+    """Time that passes only when somebody says so, in seconds."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        """As `time.perf_counter`."""
+        return self.now
+
+    def pass_by(self, seconds: float) -> None:
+        """As `time.sleep`, at once."""
+        self.now += seconds
+
+
+@dataclass(slots=True)
+class _Runner:
+    costs: Costs
+    clock: Clock
+    pixels_shape: tuple[int, ...]
+    text_tokens: int
+    burst: int = 1
+    on_gpu: bool = False
+    provider: str = "replay"
+    runs_on: str = "replay"
+    _token: int = field(default=0)
+
+    def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[int]) -> None:
+        self.clock.pass_by(self.costs.encode_s[len(pixels) - 1])
+
+    def decode(self, tokens: Sequence[int], fed: Sequence[int], steps: int = 1) -> np.ndarray:
+        self.clock.pass_by(self.costs.decode_s[len(tokens) - 1])
+        return np.zeros((1, len(tokens)), np.int64)
+
+    def move(self, source: int, target: int) -> None:
+        """Costs next to nothing."""
+
+
+def replayed(
+    folder: Path, manifest: Manifest, costs: Costs, config: EngineConfig
+) -> tuple[Engine, Clock]:
+    """An engine with the costs of another, and its clock. Jobs must ignore the end token."""
+    clock = Clock()
+    runner = _Runner(costs, clock, manifest.sizes.pixels, manifest.sizes.text)
+    return Engine(manifest, CaptionTokenizer(folder, manifest), runner, config, clock), clock
