@@ -213,8 +213,8 @@ class Engine:
     ) -> list[Caption]:
         """Caption all images (encoded bytes, or pixels as for `submit`), in their order.
 
-        Raises what `preprocess` and `submit` raise for the first one that can't be captioned; none
-        is then.
+        Raises what `preprocess`, `submit` and `caption` raise for the first one that can't be
+        captioned; none is then.
         """
         prompts = prompts or [None] * len(images)
         try:

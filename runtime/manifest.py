@@ -13,7 +13,7 @@ from typing import Any
 
 from runtime.errors import EngineFolderError
 
-FORMAT = 2  # raise it when a field changes its meaning; older engines are then refused
+FORMAT = 3  # raise it when a field changes its meaning; older engines are then refused
 FILE = "manifest.json"
 TOKENIZER = "tokenizer.json"
 NOT_A_TOKEN = -1  # what the decoder predicts for a row whose numbers broke down (NaN)

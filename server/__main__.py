@@ -1,13 +1,14 @@
 """`python -m server`: settings, then the supervisor until it is told to stop."""
 
 import asyncio
+import contextlib
 import os
 import sys
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 from runtime.config import AUTO
 from runtime.errors import ProviderError, VignetteError
-from runtime.gpu import visible_gpus
+from runtime.gpu import Gpu, visible_gpus
 from server import worker
 from server.keys import Keys
 from server.logs import configure
@@ -37,20 +38,26 @@ async def _supervise(settings: Settings) -> None:
 
 def _devices(settings: Settings) -> list[str]:
     """What CUDA_VISIBLE_DEVICES each worker gets, one GPU each; on processors nothing."""
+    gpus: list[Gpu] = []
     if settings.provider in ("cuda", "tensorrt"):
-        indices = [gpu.index for gpu in visible_gpus()]
-    elif settings.provider == AUTO and find_spec("pynvml"):  # the gpu extra is installed
-        try:
-            indices = [gpu.index for gpu in visible_gpus()]
-        except ProviderError:
-            indices = []  # the worker says what auto takes instead
-    else:
-        indices = []
-    if not indices:
+        gpus = visible_gpus()
+    elif settings.provider == AUTO and _serves_gpus():
+        with contextlib.suppress(ProviderError):  # the worker says what auto takes instead
+            gpus = visible_gpus()
+    if not gpus:
         return [""] * (settings.workers or 1)
-    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    devices = names if len(names) == len(indices) and names[0] else list(map(str, indices))
-    return devices[: settings.workers]
+    # Those that are visible are the first ones that the variable names.
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(gpu.index) for gpu in gpus] if named is None else named.split(",")
+    return [name.strip() for name in names[: len(gpus)]][: settings.workers]
+
+
+def _serves_gpus() -> bool:
+    """Whether the ONNX Runtime that is installed knows CUDA; it is not loaded for the question."""
+    try:
+        return bool(version("onnxruntime-gpu"))
+    except PackageNotFoundError:
+        return False
 
 
 if __name__ == "__main__":

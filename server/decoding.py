@@ -14,6 +14,7 @@ import multiprocessing
 import resource
 import socket
 import struct
+from collections import deque
 from pathlib import Path
 
 from runtime.errors import InvalidImage, TooManyPixels, VignetteError
@@ -30,6 +31,8 @@ ENVIRONMENT = {  # of the process that starts decoders, which inherit it before 
 }
 _HEAD = struct.Struct("=IIi")  # bytes of the image, slot, frame or -1
 _LENGTH = struct.Struct("=I")
+_READY = b"R"
+_START_SECONDS = 60.0
 _ERRORS: dict[str, type[VignetteError]] = {
     "InvalidImage": InvalidImage,
     "TooManyPixels": TooManyPixels,
@@ -61,9 +64,8 @@ class Decoders:
         self._arguments: _Arguments = (store, how, max_pixels, memory)
         self._seconds = seconds
         self._all = {_Decoder(self._arguments) for _ in range(count)}
-        self._idle: asyncio.Queue[_Decoder] = asyncio.Queue()
-        for decoder in self._all:
-            self._idle.put_nowait(decoder)
+        self._idle = deque(self._all)
+        self._free = asyncio.Semaphore(count)  # fair, which an asyncio.Queue is not
 
     async def decode(self, image: bytes, slot: int, frame: int | None) -> None:
         """Put an image's pixels into a slot of the store, of a clip into one of its frames.
@@ -71,8 +73,8 @@ class Decoders:
         Raises InvalidImage, TooManyPixels, or TooHard. Cancelled, it ends when nothing writes to
         the slot any more: at once if the decoding had not begun.
         """
-        decoder = await self._idle.get()
-        job = asyncio.create_task(self._decode(decoder, image, slot, frame))
+        await self._free.acquire()
+        job = asyncio.create_task(self._decode(image, slot, frame))
         cancelled = False
         while not job.done():
             try:
@@ -84,27 +86,36 @@ class Decoders:
             raise asyncio.CancelledError
         job.result()
 
-    async def _decode(
-        self, decoder: "_Decoder", image: bytes, slot: int, frame: int | None
-    ) -> None:
+    async def _decode(self, image: bytes, slot: int, frame: int | None) -> None:
+        decoder = self._idle.popleft()
         try:
+            if not decoder.process.is_alive():  # it died of something else than this image
+                decoder = self._replaced(decoder)
+            async with asyncio.timeout(_START_SECONDS):
+                await decoder.started()
             async with asyncio.timeout(self._seconds):
                 failure = await decoder.ask(image, slot, frame)
         except (OSError, EOFError) as cause:  # TimeoutError is an OSError
-            log.warning("a decoder process was replaced: %s", cause or type(cause).__name__)
-            decoder.kill()
-            self._all.discard(decoder)
-            decoder = _Decoder(self._arguments)
-            self._all.add(decoder)
+            log.warning("a decoder process: %s", str(cause) or type(cause).__name__)
+            decoder = self._replaced(decoder)
             raise TooHard(
                 f"decoding this image crashed, or took more than {self._seconds:g} s: "
                 "save it again with another program, or make it smaller"
             ) from cause
         finally:
-            self._idle.put_nowait(decoder)
+            self._idle.append(decoder)
+            self._free.release()
         if failure is not None:
             kind, message = failure
             raise _ERRORS[kind](message)
+
+    def _replaced(self, decoder: "_Decoder") -> "_Decoder":
+        log.warning("decoder process %s is replaced", decoder.process.pid)
+        decoder.kill()
+        self._all.discard(decoder)
+        new = _Decoder(self._arguments)
+        self._all.add(new)
+        return new
 
     def close(self) -> None:
         """End all processes."""
@@ -123,9 +134,16 @@ class _Decoder:
     def __init__(self, arguments: _Arguments) -> None:
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
+        self._started = False
         with theirs:
             self.process = _CONTEXT.Process(target=_serve, args=(theirs, *arguments), daemon=True)
             self.process.start()
+
+    async def started(self) -> None:
+        """Wait until it is there; loading its libraries is not to count as decoding."""
+        if not self._started:
+            await self._read(len(_READY))
+            self._started = True
 
     async def ask(self, image: bytes, slot: int, frame: int | None) -> tuple[str, str] | None:
         """Have an image decoded; what was wrong with it, or None. Raises OSError or EOFError."""
@@ -167,6 +185,7 @@ def _serve(
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pixels = PixelStore(*store)
+    socket.sendall(_READY)
     stream = socket.makefile("rb")
     while head := stream.read(_HEAD.size):
         size, slot, frame = _HEAD.unpack(head)

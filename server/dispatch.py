@@ -4,12 +4,13 @@
 * A worker that dies was killed by one of the requests that it had started, or by none. Those that
   it had not started are sent to another as if nothing had happened.
 * Those that it had started are suspects: each is sent again once, and alone, so that no other is
-  harmed. A suspect that kills again is answered with an error, and its image is refused from then
-  on.
+  harmed. (The worker sees to that too, because other front-ends send to it as well.) A suspect that
+  kills again is answered with an error, and its image is refused from then on.
 * A step that raises is treated alike: its requests are tried again one by one.
 """
 
 import asyncio
+import bisect
 import itertools
 import logging
 import time
@@ -143,13 +144,8 @@ class Dispatcher:
         if link is None:
             return
         link.pipe.close(linger=0)
-        inside = list(link.inside.values())
-        for work in inside:
-            if work.started:
-                self._again(work)
-        for work in reversed(inside):  # each goes in front of those that wait
-            if not work.started and work.link is link:
-                self._again(work)
+        for work in list(link.inside.values()):
+            self._again(work)
         self._pump()
 
     @property
@@ -186,7 +182,7 @@ class Dispatcher:
         if work.done.done():
             return  # it was answered just before
         if not work.started:
-            self._pending.appendleft(work)
+            bisect.insort(self._pending, work, key=lambda each: each.number)  # where it was
         elif not work.suspect:
             work.suspect, work.started = True, False
             self._suspects.append(work)
@@ -230,6 +226,7 @@ class Dispatcher:
                     "queued_at": work.queued_at,
                     "deadline": work.deadline,
                     "urgent": work.urgent,
+                    "alone": work.suspect,
                 }
             )
         )

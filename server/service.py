@@ -96,12 +96,15 @@ class Service:
             return
         if self.fetcher is None:
             raise InvalidRequest("image_url is switched off here: send the image itself")
-        image = await self.fetcher.fetch(asked.image_url, deadline - time.perf_counter())
-        self.admission.hold(len(image))
+        held = self.settings.max_body_bytes  # it may become as large
+        self.admission.hold(held)
         try:
+            image = await self.fetcher.fetch(asked.image_url, deadline - time.perf_counter())
+            self.admission.let_go(held - len(image))
+            held = len(image)
             yield [image]
         finally:
-            self.admission.let_go(len(image))
+            self.admission.let_go(held)
 
     async def _run(
         self, asked: Asked, images: list[bytes], digest: str, deadline: float

@@ -10,6 +10,7 @@ import queue
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from server.settings import Settings
 from server.wire import (
     BEAT_SECONDS,
     Message,
+    NoSharedMemory,
     PixelStore,
     control_address,
     follow_parent,
@@ -57,6 +59,8 @@ class Worker:
         self._engine, self._socket, self._metrics = engine, socket, metrics
         self._stores: dict[Owner, PixelStore] = {}
         self._jobs: dict[Sequence, Job] = {}
+        self._held: deque[tuple[Job, Message]] = deque()  # behind one that has to run alone
+        self._alone: Sequence | None = None
         self.gone: queue.SimpleQueue[Owner] = queue.SimpleQueue()  # front-ends that have died
         self._failures = 0  # of steps in a row
         self.step_since: float | None = None
@@ -64,19 +68,24 @@ class Worker:
 
     def run(self) -> None:
         """Serve until told to stop, then finish what was begun."""
-        while not (self.stopping and self._engine.scheduler.idle):
+        while not (self.stopping and self._idle):
             self._take_in()
+            self._submit_held()
             if not self._engine.scheduler.idle:
                 self._step()
             scheduler = self._engine.scheduler
             self._metrics.running.set(len(scheduler.running))
             self._metrics.waiting.set(scheduler.waiting)
 
+    @property
+    def _idle(self) -> bool:
+        return self._engine.scheduler.idle and not self._held
+
     def _take_in(self) -> None:
         """Take all messages that are there; wait for one only if there is nothing to do."""
         while not self.gone.empty():
             self._forget(self.gone.get())
-        wait = 200 if self._engine.scheduler.idle else 0  # `stopping` comes from outside
+        wait = 200 if self._idle else 0  # `stopping` comes from outside
         while self._socket.poll(wait):
             owner, data = self._socket.recv_multipart()
             self._handle(owner, unpacked(data))
@@ -86,11 +95,23 @@ class Worker:
         match message["op"]:
             case "hello":
                 store = Path(message["store"]), message["slots"], tuple(message["shape"])
-                self._stores[owner] = PixelStore(*store)
+                try:
+                    self._stores[owner] = PixelStore(*store)
+                except (OSError, NoSharedMemory) as cause:  # it has died, and its file is gone
+                    log.warning("the pixels of %s can't be opened: %s", owner.decode(), cause)
             case "caption":
-                self._submit(Job(owner, message["id"]), message)
+                self._held.append((Job(owner, message["id"]), message))
             case "cancel":
                 self._cancel(Job(owner, message["id"]))
+
+    def _submit_held(self) -> None:
+        """Hand requests to the engine in their order; a suspect runs alone, whoever sent it."""
+        while self._held and self._alone not in self._jobs:
+            job, message = self._held[0]
+            if message["alone"] and not self._engine.scheduler.idle:
+                return
+            self._held.popleft()
+            self._submit(job, message)
 
     def _submit(self, job: Job, message: Message) -> None:
         try:
@@ -105,8 +126,13 @@ class Worker:
             self._fail(job, error)
         else:
             self._jobs[sequence] = job
+            self._alone = sequence if message["alone"] else None
 
     def _cancel(self, job: Job) -> None:
+        for held in self._held:
+            if held[0] == job:
+                self._held.remove(held)
+                return
         for sequence, candidate in self._jobs.items():
             if candidate == job:
                 self._engine.cancel(sequence)
@@ -116,6 +142,7 @@ class Worker:
     def _forget(self, owner: Owner) -> None:
         """A front-end has died: nobody waits for what it sent."""
         self._stores.pop(owner, None)
+        self._held = deque(held for held in self._held if held[0].owner != owner)
         for sequence, job in list(self._jobs.items()):
             if job.owner == owner:
                 self._engine.cancel(sequence)
@@ -173,10 +200,11 @@ class Worker:
         self._jobs.clear()
 
     def _fail(self, job: Job, error: Exception) -> None:
-        known = isinstance(error, InvalidRequest)
-        if not known:
+        if not isinstance(error, VignetteError):
             log.error("a request failed", exc_info=error)
-        kind = "invalid_request" if known else "internal"
+        elif not isinstance(error, InvalidRequest):
+            log.warning("a request failed: %s", error)
+        kind = "invalid_request" if isinstance(error, InvalidRequest) else "internal"
         self._send(
             job.owner, {"op": "error", "id": job.number, "kind": kind, "message": str(error)}
         )

@@ -90,7 +90,7 @@ def serve(
     folder = Path(tempfile.mkdtemp(prefix="live-"))
 
     async def run() -> None:
-        given = Settings(_env_file=None, decoders=1, **settings)
+        given = Settings(_env_file=None, decoders=1, front_ends=1, **settings)
         service = make_service(given, manifest, FakeTokenizer(), folder, "front-0")
         sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
         server = listen(service, sockets)
@@ -111,13 +111,14 @@ def serve(
         await asyncio.to_thread(worker.finish)
         service.decoders.close()
 
-    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
     thread.start()
-    assert started.wait(60)
     try:
+        assert started.wait(60)
         yield live[0]
     finally:
-        live[0].loop.call_soon_threadsafe(stop[0].set)
+        if live and stop:
+            live[0].loop.call_soon_threadsafe(stop[0].set)
         thread.join(60)
         assert not thread.is_alive()
         shutil.rmtree(folder)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -51,17 +52,47 @@ def test_what_is_wrong_with_an_image_is_told(store):
     decoders.close()
 
 
-def test_a_decoder_that_dies_is_replaced(store):
+def test_a_decoder_that_died_idle_is_replaced_and_nobody_blamed(store):
     decoders = pool(store)
     decode(decoders, png())
     [before] = decoders.pids
     os.kill(before, signal.SIGSEGV)
     time.sleep(0.2)
-    with pytest.raises(TooHard, match="crashed"):
-        decode(decoders, png())
     decode(decoders, png((1, 2, 3)), 3)
     assert decoders.pids != [before]
     assert store[3][0, 0, 0] == 1
+    decoders.close()
+
+
+def test_an_image_that_kills_its_decoder_is_named_and_the_next_is_decoded(store):
+    decoders = pool(store)
+    decode(decoders, png())
+    [before] = decoders.pids
+    os.kill(before, signal.SIGSTOP)
+    threading.Timer(0.3, os.kill, (before, signal.SIGKILL)).start()
+    with pytest.raises(TooHard, match="crashed"):
+        decode(decoders, png())
+    decode(decoders, png())
+    decoders.close()
+
+
+def test_images_are_decoded_in_their_order(store):
+    decoders = pool(store)
+    decode(decoders, png())
+    order = []
+
+    async def one(number):
+        await decoders.decode(png(), 0, None)
+        order.append(number)
+
+    async def run():
+        first = [asyncio.create_task(one(n)) for n in range(4)]
+        while not order:
+            await asyncio.sleep(0)
+        await asyncio.gather(*first, one(4))
+
+    asyncio.run(run())
+    assert order == [0, 1, 2, 3, 4]
     decoders.close()
 
 

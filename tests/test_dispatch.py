@@ -189,6 +189,18 @@ async def test_order_is_kept_when_a_worker_dies(world):
 
 
 @scenario
+async def test_order_is_kept_when_a_step_fails(world):
+    key, pipe = world.worker()
+    await world.ask(1, 2, 3, 4)
+    await world.start(key, pipe, 1)
+    ids = [pipe.ids(slot)[0] for slot in (1, 2, 3, 4)]
+    for number in ids:
+        await world.say(key, "failed", number)
+    await world.answer(key, pipe, 1)
+    assert pipe.captions == [1, 2, 3, 4, 1, 2, 3, 4]
+
+
+@scenario
 async def test_a_request_that_was_never_started_is_never_blamed(world):
     await world.ask(1)
     for _ in range(5):

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import server.__main__
 from runtime import gpu, opening, providers, tensorrt
 from runtime import manifest as manifests
 from runtime.config import EngineConfig
 from runtime.errors import ProviderError
 from runtime.gpu import Gpu, Memory, require_gpu, visible
 from runtime.plan import Plan
+from server.settings import Settings
 from tests.conftest import DEMO
 
 MIB = 2**20
@@ -95,6 +97,39 @@ def test_a_missing_library_is_named(monkeypatch):
 )
 def test_visible_devices_are_read_as_cuda_reads_them(wanted, left):
     assert visible(UUIDS, wanted) == left
+
+
+@pytest.mark.parametrize(
+    ("variable", "settings", "devices"),
+    [
+        (None, {"provider": "cuda"}, ["0", "1", "2"]),
+        (None, {"provider": "auto"}, ["0", "1", "2"]),
+        (None, {"provider": "auto", "workers": 2}, ["0", "1"]),
+        ("2, 0", {"provider": "auto"}, ["2", "0"]),
+        ("1,-1", {"provider": "cuda"}, ["1"]),
+        ("GPU-cc", {"provider": "cuda"}, ["GPU-cc"]),
+        ("", {"provider": "auto"}, [""]),
+        (None, {"provider": "cpu", "workers": 2}, ["", ""]),
+    ],
+)
+def test_each_visible_gpu_gets_a_worker(monkeypatch, variable, settings, devices):
+    nvml(monkeypatch, count=3)
+    monkeypatch.setattr(server.__main__, "_serves_gpus", lambda: True)
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert server.__main__._devices(Settings(_env_file=None, **settings)) == devices
+
+
+def test_auto_asks_for_no_gpu_without_the_gpu_extra(monkeypatch):
+    nvml(monkeypatch)
+    monkeypatch.setattr(server.__main__, "_serves_gpus", lambda: False)
+    assert server.__main__._devices(Settings(_env_file=None)) == [""]
+
+
+def test_auto_without_a_driver_is_left_to_the_worker(monkeypatch):
+    nvml(monkeypatch, broken="Driver Not Loaded")
+    monkeypatch.setattr(server.__main__, "_serves_gpus", lambda: True)
+    assert server.__main__._devices(Settings(_env_file=None)) == [""]
 
 
 def test_slots_fill_the_memory_up_to_a_bound():

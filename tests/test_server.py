@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -28,9 +27,7 @@ def test_ready_only_once_warm():
         assert (starting.status, starting.json["status"]) == (503, "starting")
         assert live.caption(png()).error == "not_serving"
         go.set()
-        deadline = time.monotonic() + 30
-        while live.request("GET", "/health/ready").status != 200 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: live.request("GET", "/health/ready").status == 200)
         ready = live.request("GET", "/health/ready").json
         assert ready["model"] == "fake"
         assert ready["workers"][0]["state"] == "ready"
@@ -42,8 +39,7 @@ def test_draining_refuses_new_requests_and_finishes_old_ones():
     with serve(lambda: engine) as live, ThreadPoolExecutor() as pool:
         engine.runner.open.clear()
         accepted = pool.submit(live.caption, png())
-        while live.service.admission.inside == 0:
-            time.sleep(0.01)
+        until(lambda: live.service.admission.inside)
         live.service.admission.state = State.DRAINING
         assert live.request("GET", "/health/ready").json["status"] == "draining"
         refused = live.caption(png())
@@ -57,8 +53,7 @@ def test_a_full_queue_answers_429_at_once_and_counts_it():
     with serve(lambda: engine, slots=1, max_queue=2) as live, ThreadPoolExecutor() as pool:
         engine.runner.open.clear()
         accepted = [pool.submit(live.caption, png()) for _ in range(3)]
-        while live.service.admission.inside < 3:
-            time.sleep(0.01)
+        until(lambda: live.service.admission.inside == 3)
         refused = [live.caption(png()) for _ in range(2)]
         assert [(r.status, r.error) for r in refused] == [(429, "queue_full")] * 2
         assert all(int(r.headers["Retry-After"]) >= 1 for r in refused)
@@ -73,8 +68,7 @@ def test_requests_that_arrive_together_are_decoded_together():
     with serve(lambda: engine, slots=8) as live, ThreadPoolExecutor(9) as pool:
         engine.runner.open.clear()
         first = pool.submit(live.caption, png())
-        while live.service.admission.inside == 0:
-            time.sleep(0.01)
+        until(lambda: live.service.admission.inside)
         rest = [pool.submit(live.caption, png((i, i, i)), "?max_new_tokens=9") for i in range(8)]
         until(lambda: live.service.links.dispatcher.inside == 9)
         engine.runner.open.set()

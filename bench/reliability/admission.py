@@ -48,7 +48,7 @@ def overload(long: bool) -> Verdict:
 def full_queue(long: bool) -> Verdict:
     """2: a queue of N, N + k sent behind a stopped worker."""
     queue, extra = 8, 5
-    flags = ("--slots", "1", "--max-queue", str(queue))
+    flags = ("--slots", "1", "--max-queue", str(queue), "--front-ends", "1")
     with service(*flags) as it:
         os.kill(it.worker_pid(), signal.SIGSTOP)
 
