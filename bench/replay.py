@@ -40,7 +40,7 @@ def measure_costs(folder: Path, images: int) -> tuple[Costs, str]:
         median_s(lambda n=n: runner.encode(pixels[:n], range(n)), _REPEATS)  # type: ignore[misc]
         for n in range(1, images + 1)
     ]
-    age = engine.manifest.sizes.text // 4
+    age = runner.text_tokens // 4
     decode_s = [
         median_s(lambda n=n: runner.decode([0] * n, [age] * n), 2 * _REPEATS)  # type: ignore[misc]
         for n in range(1, slots + 1)
