@@ -246,8 +246,8 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
                 "less than 10 % of the time per image.", _batches),
     "scheduling": ("Images encoded between two decode steps", "A thousand captions of 8 to "
                    "24 tokens. Clients ask again when answered; Poisson arrivals do not wait. The "
-                   "engine's own loop, replayed with the times that both graphs were measured to "
-                   "take.", _scheduling),
+                   "engine's own loop, replayed with the least times that the calls of both "
+                   "graphs were measured to take.", _scheduling),
     "roofline": ("Against the machine's limits", "Peaks are measured in the same run: the best of "
                  "PyTorch and ONNX Runtime for a matrix product of 2048, and reading 512 MiB. "
                  "The floor is the work at that peak.", _roofline),
