@@ -9,6 +9,7 @@ PYTHON ?= python3
 TARGET ?= gpu
 DEVICE ?= cpu
 WHEELS ?=
+comma := ,
 
 export TOKENIZERS_PARALLELISM = false
 
@@ -30,7 +31,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 serve: .venv$(GPU)/ready  ## start the server (PORT=8000 ENGINE=engines/demo ARGS=...; DEVICE=cuda)
-	@$(SERVE) -m server --engine $(ENGINE) --port $(PORT) $(ARGS)
+	@$(SERVE) -m server --engine $(ENGINE) --port $(PORT) $(if $(GPU),--provider $(DEVICE)) $(ARGS)
 
 test_server:  ## post a sample to a running server (PORT, IMAGE)
 	@curl --fail-with-body --silent --show-error --write-out 'total request time=%{time_total}s\n' \
@@ -38,11 +39,13 @@ test_server:  ## post a sample to a running server (PORT, IMAGE)
 
 EXPORT = $(if $(filter tensorrt,$(TARGET)),.venv-gpu-dev,.venv-dev)
 export: $(EXPORT)/ready  ## MODEL=<hub id or folder> to engines/<name> (NAME, ARGS; TARGET=cuda, tensorrt)
+	@test '$(origin TARGET)' != 'command line' -o -n '$(filter cuda tensorrt,$(TARGET))' || \
+	  { echo 'TARGET is cuda or tensorrt; leave it out for processors'; exit 2; }
 	@test -n "$(MODEL)" || { echo 'say which: make export MODEL=microsoft/git-base-textcaps'; exit 2; }
 	@$(EXPORT)/bin/python -m export $(MODEL) --output engines/$(NAME) \
 	  $(if $(filter cuda tensorrt,$(TARGET)),--target $(TARGET)) $(ARGS)
 
-tune: .venv/ready  ## measure ENGINE on this machine and write its plan.json
+tune: .venv/ready  ## measure ENGINE on this machine's processors and write its plan.json
 	@$(SERVE) -m export tune $(ENGINE) $(ARGS)
 
 check_export: .venv-dev/ready  ## export git-base at full size with random weights and verify it
@@ -65,7 +68,7 @@ baseline: engines/random-git-base/manifest.json  ## PyTorch servers under Apache
 
 ifeq ($(DEVICE),cuda)
 benchmark: .venv-gpu-dev/ready
-	@$(GPU_DEV) -m bench.cuda --called 'make benchmark DEVICE=cuda' $(if $(QUICK),--quick) $(ARGS)
+	@$(GPU_DEV) -m bench.cuda $(if $(QUICK),--quick --output bench/runs/quick) --called '$(CALLED) DEVICE=cuda' $(ARGS)
 else
 benchmark: engines/random-git-base/manifest.json  ## PyTorch and Vignette side by side (QUICK=1; DEVICE=cuda)
 	@$(BENCH) --output bench/$(if $(QUICK)$(ARGS),runs/quick,results) --called '$(CALLED)' $(ARGS)
@@ -112,14 +115,15 @@ format: .venv-dev/ready  ## let ruff put the code in order
 	@$(DEV) -m ruff check --fix .
 	@$(DEV) -m ruff format .
 
-clean:  ## remove both environments
+clean:  ## remove all environments
 	rm -rf .venv .venv-dev .venv-gpu .venv-gpu-dev
 
 .venv/ready: EXTRAS = cpu
 .venv-dev/ready: EXTRAS = cpu,export,bench,dev,otel
 
-.venv-gpu/ready: EXTRAS = gpu
-.venv-gpu-dev/ready: EXTRAS = gpu,export,bench,dev,otel
+TENSORRT = $(if $(filter tensorrt,$(DEVICE) $(TARGET)),$(comma)tensorrt)
+.venv-gpu/ready: EXTRAS = gpu$(TENSORRT)
+.venv-gpu-dev/ready: EXTRAS = gpu,export,bench,dev,otel$(TENSORRT)
 
 .venv/ready .venv-dev/ready .venv-gpu/ready .venv-gpu-dev/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -113,8 +113,28 @@ def _ab(
     return summary(done.stdout, times) | {"times_ms": times}
 
 
+def all_answered(command: list[str]) -> float:
+    """Captions a second of a run of ab; ServerFailed if any request did not get its caption."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ServerFailed(f"ab failed: {done.stderr.strip()[-300:]}")
+    found = counts(done.stdout)
+    if found["errors"]:
+        raise ServerFailed(f"{found['errors']} of {found['answered']} requests got no caption")
+    return found["rate"]
+
+
 def summary(output: str, times: list[float]) -> dict[str, Any]:
-    """What ab printed, as numbers; `rate` counts captions only."""
+    """What ab printed, as numbers, and what its times come to."""
+    return counts(output) | {
+        "mean_ms": sum(times) / len(times),
+        "p50_ms": percentile(times, 0.5),
+        "p99_ms": percentile(times, 0.99),
+    }
+
+
+def counts(output: str) -> dict[str, float]:
+    """Answers, errors among them, seconds, and `rate`, which counts captions only."""
     seconds = _number(r"Time taken for tests:\s+([\d.]+)", output)
     answered = int(_number(r"Complete requests:\s+(\d+)", output))
     failed = int(_number(r"Failed requests:\s+(\d+)", output))
@@ -124,9 +144,6 @@ def summary(output: str, times: list[float]) -> dict[str, Any]:
         "errors": failed + refused,
         "seconds": seconds,
         "rate": rate(answered - failed - refused, seconds),
-        "mean_ms": sum(times) / len(times),
-        "p50_ms": percentile(times, 0.5),
-        "p99_ms": percentile(times, 0.99),
     }
 
 

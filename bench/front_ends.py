@@ -4,14 +4,13 @@ The demo engine's captions cost little, so that what is measured is HTTP and dec
 what the cores can decode (the section `images` has it for one core).
 """
 
-import re
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from bench.apache import all_answered
 from bench.contestants import Contestant, picture, running
 from bench.settings import Settings
 from runtime.machine import this_machine
@@ -42,7 +41,4 @@ def _rate(url: str, folder: Path, settings: Settings) -> float:
     """Of 64 clients."""
     command = ["ab", "-q", "-l", "-n", str(32 * settings.images), "-c", "64", "-p",
                str(folder / "picture.jpg"), "-T", "image/jpeg", url]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    match = re.search(r"Requests per second:\s+([\d.]+)", done.stdout)
-    assert match is not None
-    return float(match.group(1))
+    return all_answered(command)

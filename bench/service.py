@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bench.apache import all_answered
 from bench.contestants import ask, free_port, in_process, picture, running, vignette
 from bench.processes import family, pss
 from bench.settings import Settings
@@ -79,10 +80,7 @@ def _ab(url: str, folder: Path, requests: int = 64) -> float:
     """Requests a second of 16 clients, every slot used."""
     command = ["ab", "-q", "-l", "-n", str(requests), "-c", "16", "-p", str(folder / "picture.jpg"),
                "-T", "image/jpeg", url]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    match = re.search(r"Requests per second:\s+([\d.]+)", done.stdout)
-    assert match is not None
-    return float(match.group(1))
+    return all_answered(command)
 
 
 def _cost_of_the_split(settings: Settings) -> dict[str, float]:

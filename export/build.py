@@ -5,6 +5,7 @@ export leaves what was there before.
 """
 
 import errno
+import json
 import shutil
 import tempfile
 import warnings
@@ -149,10 +150,19 @@ def _check_replaceable(output: Path) -> None:
     """An engine may be replaced; any other folder is not ours to delete."""
     if not output.name:
         raise ExportError("--output must name a folder of its own, such as engines/my-model")
-    if (output / MANIFEST).is_file() or not output.exists():
+    if _is_engine(output) or not output.exists():
         return
     if not output.is_dir() or any(output.iterdir()):
         raise ExportError(f"{output} exists and is no engine: choose another --output")
+
+
+def _is_engine(folder: Path) -> bool:
+    """Whether its manifest is one of ours, of any format: others write files of that name too."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"format", "sizes", "files"} <= content.keys()
 
 
 def _move_into_place(partial: Path, output: Path) -> None:

@@ -1,5 +1,6 @@
 """Where weights come from: a folder or the model hub (`export.random_weights` makes others)."""
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,15 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
                 f"{model} is a {config.model_type} model, not GIT: name a checkpoint of the GIT "
                 "family, such as microsoft/git-base-textcaps"
             )
-        weights = GitForCausalLM.from_pretrained(model, revision=revision, dtype=torch.float32)
+        weights, found = GitForCausalLM.from_pretrained(
+            model, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
+        if found["missing_keys"] or found["mismatched_keys"]:
+            lacking = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+            raise ExportError(
+                f"{model} lacks {len(lacking)} of GIT's weights, such as {lacking[0]}, which would "
+                "be made up at random: give a whole GitForCausalLM checkpoint"
+            )
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
         processor, _ = ImageProcessingMixin.get_image_processor_dict(model, revision=revision)
     except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
@@ -99,6 +108,10 @@ def _why_not(model: str, cause: Exception) -> str:
             f"the model hub can't be reached for {model}: check the network, or download the "
             "checkpoint elsewhere and give its folder"
         )
+    if any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for e in _chain(cause)):
+        return f"the disk is full: {model} can't be downloaded. Free some space, or set HF_HOME"
+    if "not a valid model identifier" not in reasons and "RepositoryNotFound" not in reasons:
+        return f"{model} can't be loaded from the hub: {_first_line(cause)}"
     return (
         f"{model} is neither a folder nor a model on the hub: check the spelling "
         f"({_first_line(cause)})"

@@ -1,20 +1,23 @@
 """What to compare on: pictures of the user's, prepared by Hugging Face's processor, or made ones.
 
 The processor is theirs and not runtime/'s on purpose: verification shares nothing with what it is
-to be a check of.
+to be a check of. Only what the processor leaves to its caller is decided as the service does it:
+orientation, transparency, 16 bits.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from transformers import CLIPImageProcessor
 
 from export.errors import ExportError
+from runtime.errors import InvalidImage, TooManyPixels
 from runtime.manifest import Preprocessing, Sizes
+from runtime.preprocess import decode
 
 LEAST_PICTURES = 16  # that calibration and the gate can say something by
+_MOST_PICTURES = 400  # each is captioned by PyTorch and by every combination of variants
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -35,11 +38,15 @@ def from_folder(folder: Path, how: Preprocessing, sizes: Sizes) -> list[np.ndarr
         do_normalize=False,
     )
     pixels: list[np.ndarray] = []
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES):
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES)
+    if len(paths) > _MOST_PICTURES:
+        print(f"{folder} holds {len(paths)} images: {_MOST_PICTURES} of them, evenly, are used")
+        paths = [paths[i * len(paths) // _MOST_PICTURES] for i in range(_MOST_PICTURES)]
+    for path in paths:
         try:
-            image = Image.open(path).convert("RGB")
-        except (UnidentifiedImageError, OSError) as cause:
-            print(f"left out, not an image: {path} ({cause})")
+            image = decode(path.read_bytes())
+        except (InvalidImage, TooManyPixels, OSError) as cause:
+            print(f"left out: {path} ({cause})")
             continue
         # Said, not guessed: for a picture three pixels high the guess would be wrong.
         made = processor(image, return_tensors="np", input_data_format="channels_last")

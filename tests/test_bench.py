@@ -97,8 +97,10 @@ def test_loadgen_s_verdict_is_read_not_guessed():
         "per_second": 47.13,
         "p99_ms": pytest.approx(120.25, abs=0.01),
     }
-    assert open_loop.held(found | {"errors": 0})
+    found |= {"errors": 0, "rate": 48.0}
+    assert open_loop.held(found)
     assert not open_loop.held(found | {"errors": 1})
+    assert not open_loop.held(found | {"rate": 52.0}), "a backlog grows"
 
 
 def _answer(value):

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from export import __main__ as command
 from export import build as building
@@ -179,6 +180,25 @@ def test_only_an_engine_is_ever_replaced(tmp_path, output):
     assert photo.read_bytes() == b"precious"
 
 
+def test_a_manifest_of_somebody_else_makes_no_engine(tmp_path):
+    extension = tmp_path / "extension"
+    extension.mkdir()
+    (extension / "manifest.json").write_text('{"manifest_version": 3, "name": "mine"}')
+    with pytest.raises(ExportError, match="exists and is no engine"):
+        build(from_config("x", SHAPES["base"]), extension)
+    assert (extension / "manifest.json").is_file()
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    saved = tmp_path / "saved"
+    shutil.copytree(ROOT / "demo" / "model", saved)
+    weights = load_file(saved / "model.safetensors")
+    del weights[next(name for name in weights if "visual_projection" in name)]
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match="lacks 1 of GIT's weights"):
+        load(str(saved))
+
+
 def test_random_weights_that_say_the_same_for_all_images_prove_nothing(tmp_path):
     checkpoint = from_config("x", SHAPES["base"])
     with torch.no_grad():
@@ -322,10 +342,12 @@ def test_images_of_the_users_own_are_compared_first(tmp_path, small, capsys):
     for index, name in enumerate(names):
         colour = (255 if index == 0 else 0, 0, 255 - index)
         Image.new("RGB", (50, 40), colour).save(tmp_path / name)
+    Image.new("RGBA", (50, 40), (0, 0, 0, 0)).save(tmp_path / "c13.png")
     (tmp_path / "notes.png").write_text("no image")
     pixels = from_folder(tmp_path, checkpoint.preprocessing, checkpoint.sizes)
     assert [p.shape for p in pixels] == [(3, 32, 32)] * 16
     assert pixels[1][:, 0, 0].tolist() == [0, 0, 254]
+    assert pixels[15].min() == 255, "transparency is white, as in the service"
     assert "notes.png" in capsys.readouterr().out
     (tmp_path / "b.png").unlink()
     with pytest.raises(ExportError, match=r"holds 15 images that can be read.* 16 or more"):
