@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import shlex
+import shutil
 import sys
 import time
 import traceback
@@ -29,6 +30,7 @@ from bench import (
 from bench.settings import QUICK, SHAPE, TOKENS, Settings
 from runtime import manifest as manifests
 
+WITH_AB = {"http", "service", "front_ends"}
 Section = Callable[[Settings, dict[str, Any]], dict[str, Any]]
 
 
@@ -64,6 +66,9 @@ def main() -> int:
     if manifests.load(settings.engine).model != f"random/{SHAPE}":
         print(f"error: both sides run {SHAPE} with random weights: leave --engine", file=sys.stderr)
         return 2
+    if WITH_AB & set(args.sections) and shutil.which("ab") is None:
+        print(f"error: {apache.AB_MISSING}", file=sys.stderr)
+        return 2
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     started = time.time()
     about = machine.about() | {
@@ -83,9 +88,15 @@ def main() -> int:
         about["seconds"] = time.time() - started
         report.write(results, args.output)
     print(f"{args.output / report.PAGE}: {about['seconds'] / 60:.1f} minutes")
-    failed = any(isinstance(s.get("failed"), str) for s in results["sections"].values())
     unequal = results["sections"].get("offline", {}).get("tokens_equal") is False
-    return int(failed or unequal)
+    return int(_failed(results["sections"]) or unequal)
+
+
+def _failed(part: Any) -> bool:
+    """Whether anything in it failed, however deep."""
+    if isinstance(part, dict):
+        return bool(part.get("failed")) or any(map(_failed, part.values()))
+    return isinstance(part, list) and any(map(_failed, part))
 
 
 def _parser() -> argparse.ArgumentParser:

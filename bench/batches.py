@@ -8,8 +8,8 @@ from tqdm import tqdm
 
 from bench.arithmetic import knee
 from bench.isolated import Failed, isolated
-from bench.offline import median_s, pictures, seconds
 from bench.settings import TOKENS, Settings
+from bench.timing import median_s, pictures, seconds
 from runtime.config import EngineConfig
 from runtime.engine import Engine
 

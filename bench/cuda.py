@@ -6,6 +6,7 @@ two of them refer to are measured first, with PyTorch's own products and copies.
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,9 +22,10 @@ import numpy as np
 from tqdm import tqdm
 
 from bench import front_ends
+from bench.apache import AB_MISSING
 from bench.machine import about
-from bench.offline import pictures, seconds
 from bench.settings import SHAPE, TOKENS, Settings
+from bench.timing import pictures, seconds
 from runtime import manifest as manifests
 from runtime.config import EngineConfig
 from runtime.device_runner import DeviceRunner
@@ -109,12 +111,19 @@ def measure(extent: Extent) -> dict[str, Any]:
         ("offline", partial(offline, engine, extent)),
         ("memory", partial(growth, engine, extent)),
         ("samples", samples),
-        ("front_ends", lambda: front_ends.measure(Settings(), "cuda")),
+        ("front_ends", _taken_in),
         ("torch", partial(torch_side, extent)),
     ]
     for name, part in tqdm(parts, desc="CUDA", unit="part"):
         found[name] = part()
     return found
+
+
+def _taken_in() -> dict[str, Any]:
+    """Images that front-ends take in; left out, with the reason, where ab is missing."""
+    if shutil.which("ab") is None:
+        return {"left_out": AB_MISSING, "rows": []}
+    return front_ends.measure(Settings(), "cuda")
 
 
 def peaks() -> dict[str, float]:
@@ -250,7 +259,7 @@ def verdicts(found: dict[str, Any]) -> list[Line]:
     half = min(found["torch"]["fp16"].values()) if "fp16" in found["torch"] else None
     ratio = rate * half if half else None
     memory, said = found["memory"], found["samples"]
-    mib = memory["grown"] / 2**20
+    mib, taken_in = memory["grown"] / 2**20, found["front_ends"]
     return [
         Line("encoder, share of the measured fp16 product rate", ">= 45 %", f"{share:.0%}",
              share >= 0.45),
@@ -262,6 +271,9 @@ def verdicts(found: dict[str, Any]) -> list[Line]:
         Line("one image alone", "<= 12 ms", f"{one * 1e3:.1f} ms", one <= 0.012),
         Line(f"memory grown over {memory['batches']:,} batches of mixed sizes", "none (< 8 MiB)",
              f"{mib:.0f} MiB", mib < 8),
+        Line("640x480 JPEGs a second over HTTP, by number of front-ends", "-",
+             ", ".join(f"{r['front_ends']}: {r['per_second']:.0f}" for r in taken_in["rows"])
+             or taken_in["left_out"], None),
         Line("demo samples captioned word for word in fp16", "all",
              f"{said['right']} of {said['of']}", said["right"] == said["of"]),
     ]  # fmt: skip

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from bench.offline import median_s
 from bench.settings import Settings
+from bench.timing import median_s
 from runtime import manifest as manifests
 from runtime.preprocess import decode, preprocess, to_pixels
 

@@ -12,8 +12,8 @@ import onnxruntime as ort
 from tqdm import tqdm
 
 from bench.isolated import isolated
-from bench.offline import median_s, pictures, seconds
 from bench.settings import SHAPE, TOKENS, Settings
+from bench.timing import median_s, pictures, seconds
 from runtime.config import EngineConfig
 from runtime.engine import Engine
 from runtime.machine import this_machine

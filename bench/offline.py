@@ -3,7 +3,6 @@
 import resource
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from bench.isolated import Failed, isolated
 from bench.settings import TOKENS, Settings
+from bench.timing import median_s, pictures, seconds
 from runtime import manifest as manifests
 from runtime import providers
 from runtime.config import EngineConfig
@@ -83,25 +83,6 @@ def _compared(found: dict[str, Any]) -> dict[str, Any]:
     return {"ratios": ratios, "tokens_equal": None if unknown else exact == ours}
 
 
-def pictures(count: int, shape: tuple[int, ...]) -> list[np.ndarray]:
-    """Images unlike each other, uint8, the same ones for both sides."""
-    rng = np.random.default_rng(5)
-    found = []
-    for _ in range(count):
-        blocks = rng.integers(0, 256, (*shape[:-2], 7, 7), np.uint8)
-        scale = (shape[-2] // 7, shape[-1] // 7)
-        grown = np.kron(blocks, np.ones((1,) * (len(shape) - 2) + scale, np.uint8))
-        padding = [(0, whole - part) for whole, part in zip(shape, grown.shape, strict=True)]
-        found.append(np.pad(grown, padding, mode="edge"))
-    return found
-
-
-def median_s(action: Callable[[], object], repeats: int) -> float:
-    """Median time of an action in seconds, after one untimed run."""
-    action()
-    return statistics.median(seconds(action) for _ in range(repeats))
-
-
 def _torch(precision: str, best_batch: int, settings: Settings) -> dict[str, Any]:
     from bench.baselines.model import TorchCaptioner
 
@@ -116,13 +97,6 @@ def _torch(precision: str, best_batch: int, settings: Settings) -> dict[str, Any
             times.append(seconds(partial(model.generate, images[:batch])))
         rows.append({"batch": batch, "ms_per_image": statistics.median(times) / batch * 1e3})
     return {"precision": precision, "batches": rows, "tokens": model.generate(images[:_COMPARED])}
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """How long an action takes."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 def _vignette(combination: str, provider: str, settings: Settings) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def _offline(axes: Axes, section: dict[str, Any]) -> None:
 
 def _ablation(axes: Axes, section: dict[str, Any]) -> None:
     bars = [(row["step"], row["ms_per_image"]) for row in section["steps"] if "failed" not in row]
-    _bars(axes, bars, "milliseconds an image (8 at once)")
+    _bars(axes, bars, "milliseconds an image, some at once")
 
 
 def _bars(axes: Axes, bars: list[tuple[str, float]], unit: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.offline import pictures, seconds
+from bench.timing import pictures, seconds
 from runtime.config import EngineConfig
 from runtime.engine import Engine
 from runtime.manifest import Manifest

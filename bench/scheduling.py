@@ -19,9 +19,9 @@ from tqdm import tqdm
 from bench import arrivals
 from bench.arithmetic import percentile
 from bench.isolated import isolated
-from bench.offline import pictures
 from bench.replay import Clock, Costs, measure_costs, replayed
 from bench.settings import Settings
+from bench.timing import pictures
 from runtime import manifest as manifests
 from runtime.config import EngineConfig
 from runtime.engine import Engine

@@ -17,7 +17,7 @@ def engine(costs, **config):
 
 
 def jobs(count, tokens):
-    from bench.offline import pictures
+    from bench.timing import pictures
 
     shape = manifests.load(DEMO).sizes.pixels
     return arrivals.jobs(pictures(1, shape), count, tokens, tokens)
