@@ -15,7 +15,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -192,7 +192,7 @@ def train(settings: Settings, output: Path = model.FOLDER) -> None:
     optimizer = torch.optim.AdamW(
         packed.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
     )
-    step = _resume(packed, optimizer)
+    step = _resume(settings, packed, optimizer)
     loader = DataLoader(Batches(processor, settings, step), batch_size=None, num_workers=1)
     losses = torch.compile(packed)
     with tqdm(total=settings.steps, initial=step, unit="step") as progress:
@@ -216,9 +216,10 @@ def train(settings: Settings, output: Path = model.FOLDER) -> None:
                     f"place {place.item():.4f}"
                 )
             if step % settings.save_every == 0:
-                _save(step, packed, optimizer)
+                _save(step, settings, packed, optimizer)
     packed.git.half().save_pretrained(output)
     processor.save_pretrained(output)
+    CHECKPOINT.unlink(missing_ok=True)
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -229,18 +230,35 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
-def _save(step: int, *parts: nn.Module | torch.optim.Optimizer) -> None:
-    state = {"step": step, "parts": [part.state_dict() for part in parts]}
+def _save(step: int, settings: Settings, *parts: nn.Module | torch.optim.Optimizer) -> None:
+    state = {
+        "step": step,
+        "settings": _work(settings),
+        "parts": [part.state_dict() for part in parts],
+    }
     partial = CHECKPOINT.with_suffix(f".{time.time_ns()}")
     torch.save(state, partial)
     partial.rename(CHECKPOINT)
 
 
-def _resume(*parts: nn.Module | torch.optim.Optimizer) -> int:
-    """Load the last checkpoint into `parts`; returns its step, 0 without one."""
+def _work(settings: Settings) -> str:
+    """What a training is to do, wherever it runs."""
+    return repr(replace(settings, device="cpu"))
+
+
+def _resume(settings: Settings, *parts: nn.Module | torch.optim.Optimizer) -> int:
+    """Load the last checkpoint into `parts`; returns its step, 0 without one.
+
+    Raises ValueError if it is of a training with other settings.
+    """
     if not CHECKPOINT.exists():
         return 0
     state = torch.load(CHECKPOINT, weights_only=True)
+    if state["settings"] != _work(settings):
+        raise ValueError(
+            f"{CHECKPOINT} is of a training with other settings, {state['settings']}: go on with "
+            "those, or delete it to begin anew"
+        )
     for part, saved in zip(parts, state["parts"], strict=True):
         part.load_state_dict(saved)
     print(f"resuming at step {state['step']}", flush=True)

@@ -126,3 +126,16 @@ def test_the_engine_was_made_from_the_committed_weights():
 def test_prompts_that_are_no_text_or_endless_are_refused(demo, prompt):
     with pytest.raises(InvalidRequest, match="the prompt"):
         demo.limits.check(prompt, None)
+
+
+def test_training_resumes_its_own_work_only(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from demo import train
+
+    monkeypatch.setattr(train, "CHECKPOINT", tmp_path / "checkpoint.pt")
+    part, settings = torch.nn.Linear(2, 2), train.Settings()
+    assert train._resume(settings, part) == 0
+    train._save(7, settings, part)
+    assert train._resume(settings, torch.nn.Linear(2, 2)) == 7
+    with pytest.raises(ValueError, match="other settings.*delete it"):
+        train._resume(train.Settings(scenes=settings.scenes + 1), part)
