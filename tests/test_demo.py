@@ -129,7 +129,6 @@ def test_prompts_that_are_no_text_or_endless_are_refused(demo, prompt):
 
 
 def test_training_resumes_its_own_work_only(tmp_path, monkeypatch):
-    torch = pytest.importorskip("torch")
     from demo import train
 
     monkeypatch.setattr(train, "CHECKPOINT", tmp_path / "checkpoint.pt")
@@ -137,5 +136,5 @@ def test_training_resumes_its_own_work_only(tmp_path, monkeypatch):
     assert train._resume(settings, part) == 0
     train._save(7, settings, part)
     assert train._resume(settings, torch.nn.Linear(2, 2)) == 7
-    with pytest.raises(ValueError, match="other settings.*delete it"):
+    with pytest.raises(ValueError, match=r"other settings.*delete it"):
         train._resume(train.Settings(scenes=settings.scenes + 1), part)
