@@ -197,9 +197,10 @@ class _Search:
             queries = max(self._settings.least_queries, round(rate * bound * self._settings.hold))
             if bound < 1 and self._settings.rates > 2:  # often cheap enough to be certain
                 queries = max(queries, min(_ENOUGH, round(rate * _LONGEST_TEST)))
-            tried.append(self._run(rate, bound, queries))
-            rate = highest(0.0, 1.2 * start, [(t["rate"], held(t)) for t in tried])
-        best = max((t for t in tried if held(t)), key=lambda t: t["rate"], default=None)
+            found = self._run(rate, bound, queries)
+            tried.append(found | {"held": held(found)})
+            rate = highest(0.0, 1.2 * start, [(t["rate"], t["held"]) for t in tried])
+        best = max((t for t in tried if t["held"]), key=lambda t: t["rate"], default=None)
         return {
             "contestant": self._contestant.name,
             "bound_s": bound,

@@ -151,7 +151,7 @@ def _open_loop(section: dict[str, Any]) -> str:
         (r["contestant"], f"{r['bound_s']} s",
          "none of those tried" if r["highest_rate"] is None else _number(r["highest_rate"], 2),
          "yes" if r["certain"] else "no: fewer than 460 requests",
-         ", ".join(f"{t['rate']:.2f} {'held' if t['in_bound'] and not t['errors'] else 'missed'}"
+         ", ".join(f"{t['rate']:.2f} {'held' if t['held'] else 'missed'}"
                    for t in r["tried"]))
         if "failed" not in r else (r["contestant"], "", "failed", "", r["failed"])
         for r in section["server"]
