@@ -146,7 +146,7 @@ def measure(settings: Settings, known_rates: dict[str, float]) -> dict[str, Any]
     # What LoadGen sends at once must fit the queue: refusing is not what is measured here.
     ours = vignette(settings, "--max-queue", "4096")
     contestants: list[tuple[Contestant, tuple[float, ...]]] = [(ours, _BOUNDS)]
-    if rivals:
+    if rivals and settings.rates > 1:
         best = max(rivals, key=lambda c: known_rates[c.name])
         contestants.append((best, _BOUNDS[-1:]))
     found: dict[str, Any] = {"server": [], "offline": []}

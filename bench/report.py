@@ -244,7 +244,7 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "ablation": ("Where it comes from", "One step at a time, some images at once.", _ablation),
     "batches": ("Time against batch size", "The knee is the batch beyond which a larger one saves "
                 "less than 10 % of the time per image.", _batches),
-    "scheduling": ("Images encoded between two decode steps", "A thousand captions of 8 to "
+    "scheduling": ("Images encoded between two decode steps", "Captions of 8 to "
                    "24 tokens. Clients ask again when answered; Poisson arrivals do not wait. The "
                    "engine's own loop, replayed with the least times that the calls of both "
                    "graphs were measured to take.", _scheduling),

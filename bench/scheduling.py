@@ -31,7 +31,6 @@ Load = Callable[[Engine, Clock], list[float]]
 _DEFAULT = EngineConfig().patience
 _POLICIES = ((1, 0.0), (1, _DEFAULT), (1, 4 * _DEFAULT), (4, _DEFAULT))  # encode batch, patience
 _LENGTHS = (8, 24)  # shortest and longest caption, in tokens
-_JOBS = 1000
 _CLIENTS = (1, 4, 16, 64)
 _LOADS = (0.5, 0.8, 0.95)  # of what the machine can do
 _CHECKED = 16  # clients
@@ -61,7 +60,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _rows(settings: Settings, costs: Costs) -> list[dict[str, Any]]:
-    work = _jobs(settings, _JOBS)
+    work = _jobs(settings, settings.replayed)
     loads: dict[str, Load] = {
         f"{count} clients": partial(_closed, work=work, clients=count) for count in _CLIENTS
     }

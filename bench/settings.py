@@ -19,7 +19,8 @@ class Settings:
     images: that Vignette captions in one throughput run.
     hold: how long an open-loop rate has to hold, in terms of the bound: too short a test lets more
         through than can be served for long.
-    rates: open-loop rates to try for each bound.
+    rates: open-loop rates to try for each bound; with one, Vignette's only.
+    replayed: captions in each replay of a scheduling policy.
     ablation_batch: images at once in the ablation's static steps.
     least_queries: fewest queries of an open-loop test.
     """
@@ -35,12 +36,13 @@ class Settings:
     images: int = 64
     hold: int = 6
     rates: int = 3
+    replayed: int = 1000
     ablation_batch: int = 8
     least_queries: int = 20
 
 
 QUICK = Settings(
-    clients=(1, 8),
+    clients=(8,),
     requests=(16,),
     budget=4,
     precisions=("bf16",),
@@ -50,6 +52,7 @@ QUICK = Settings(
     images=16,
     hold=4,
     rates=1,
-    ablation_batch=2,
+    replayed=200,
+    ablation_batch=1,
     least_queries=6,
 )
