@@ -98,7 +98,7 @@ test_container:  ## build the CPU image and see it work (docker, or podman and b
 	@$(PYTHON) docker/check.py $(if $(GPU_IMAGE),gpu)
 
 chaos: engines/random-git-base/manifest.json  ## kill, stop, overload and fuzz a running server (half an hour)
-	@$(DEV) -m bench.reliability --without 16 $(ARGS)
+	@$(DEV) -m bench.reliability $(ARGS) --without 16
 
 soak: .venv-dev/ready  ## an hour of mixed load, good and bad
 	@$(DEV) -m bench.reliability 16 $(ARGS)
