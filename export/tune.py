@@ -46,7 +46,7 @@ class Measurement:
 
 
 def tune(folder: Path, slots: int = 16) -> Measurement:
-    """Measure every proven combination on every provider, then thread counts; write plan.json.
+    """Measure all that was proven on every provider, then threads and streams; write plan.json.
 
     slots: rows of the decode steps to measure. Raises EngineFolderError for a bad folder.
     """
@@ -57,7 +57,7 @@ def tune(folder: Path, slots: int = 16) -> Measurement:
     candidates = list(_candidates(manifest, machine))
     with tqdm(total=len(candidates), desc="measuring", unit="plan") as progress:
         measured = list(_all(bench, candidates, progress))
-        others = list(_other_threads(_best(measured).plan, machine))
+        others = list(_variations(_best(measured).plan, machine))
         progress.total += len(others)
         measured += _all(bench, others, progress)
     best = _best(measured)
@@ -79,7 +79,8 @@ def _all(bench: "_Bench", candidates: list[Plan], progress: tqdm) -> Iterator[Me
         else:
             tqdm.write(
                 f"{plan.encoder_provider:9}{plan.combination:25}"
-                f"encode {found.encode_ms:6.1f} ms an image (batch {found.plan.encode_batch})   "
+                f"encode {found.encode_ms:6.1f} ms an image (batch {found.plan.encode_batch}, "
+                f"streams {found.plan.encoder_streams})   "
                 f"step {found.step_ms:5.1f} ms   caption {found.caption_ms:6.1f} ms"
             )
             yield found
@@ -90,12 +91,16 @@ def _candidates(manifest: Manifest, machine: Machine) -> Iterator[Plan]:
     for provider in providers.available():
         for combination in manifest.combinations:
             if plans.suitable(combination.name, machine):
-                yield Plan(combination.name, provider, origin=plans.FILE)
+                streams = plans.most_streams(provider, machine.cores)
+                yield Plan(combination.name, provider, encoder_streams=streams, origin=plans.FILE)
 
 
-def _other_threads(best: Plan, machine: Machine) -> Iterator[Plan]:
+def _variations(best: Plan, machine: Machine) -> Iterator[Plan]:
     """Half the logical cores: where two share a core's units, the second is in the way."""
     half = machine.cores // 2
+    streams = plans.most_streams(best.encoder_provider, machine.cores)
+    for fewer in {1, streams // 2} - {0, streams}:
+        yield replace(best, encoder_streams=fewer)
     if half > 1:
         yield replace(best, encoder_threads=half)
         yield replace(best, decoder_threads=half)
@@ -111,34 +116,38 @@ class _Bench:
 
     def __init__(self, folder: Path, manifest: Manifest, slots: int) -> None:
         self._folder, self._manifest, self._slots = folder, manifest, slots
-        self._encoders: dict[tuple[str, ...], tuple[int, float]] = {}
-        self._decoders: dict[tuple[str, ...], float] = {}
+        self._encoders: dict[tuple[str | int, ...], tuple[int, float]] = {}
+        self._decoders: dict[tuple[str | int, ...], float] = {}
 
     def measure(self, plan: Plan) -> Measurement:
         """Raises ProviderError where the provider can't run the graph."""
         encoder, decoder, cache = plan.combination.split("/")
-        encoder_key = (encoder, cache, plan.encoder_provider, str(plan.encoder_threads))
-        decoder_key = (decoder, cache, plan.decoder_provider, str(plan.decoder_threads))
+        encoder_key = (
+            encoder, cache, plan.encoder_provider, plan.encoder_threads, plan.encoder_streams
+        )  # fmt: skip
+        decoder_key = (decoder, cache, plan.decoder_provider, plan.decoder_threads)
         if encoder_key not in self._encoders or decoder_key not in self._decoders:
             config = EngineConfig(slots=self._slots)
             runner = Runner(self._folder, self._manifest, config, plan)
             if encoder_key not in self._encoders:
-                self._encoders[encoder_key] = self._encode_ms(runner)
+                self._encoders[encoder_key] = self._encode_ms(runner, plan.encoder_streams)
             if decoder_key not in self._decoders:
                 self._decoders[decoder_key] = self._step_ms(runner)
         batch, encode_ms = self._encoders[encoder_key]
-        return Measurement(
-            replace(plan, encode_batch=batch), encode_ms, self._decoders[decoder_key], self._slots
-        )
+        plan = replace(plan, encode_batch=batch, encoder_streams=min(plan.encoder_streams, batch))
+        return Measurement(plan, encode_ms, self._decoders[decoder_key], self._slots)
 
-    def _encode_ms(self, runner: Runner) -> tuple[int, float]:
+    def _encode_ms(self, runner: Runner, streams: int) -> tuple[int, float]:
         """The batch that is worth its wait, and milliseconds an image with it."""
+        batches = sorted(b for b in {*_BATCHES, streams} if b <= self._slots)
         rng = np.random.default_rng(0)
-        images = rng.integers(0, 256, (max(_BATCHES), *runner.pixels_shape), np.uint8)
+        images = rng.integers(0, 256, (batches[-1], *runner.pixels_shape), np.uint8)
         best = 0, float("inf")
-        for batch in (b for b in _BATCHES if b <= self._slots):
+        for batch in batches:
             ms = _median_ms(partial(runner.encode, list(images[:batch]), range(batch))) / batch
-            if ms < best[1] * _WORTH_IT:
+            # One image a stream has to save nothing: with nothing else on the machine, as here,
+            # streams are at their worst (`runtime.encoder`).
+            if ms < best[1] * (1 if batch == streams else _WORTH_IT):
                 best = batch, ms
         return best
 

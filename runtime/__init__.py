@@ -2,5 +2,5 @@
 
 Reading order: `manifest` (the contract with export/) -> `config` -> `errors` -> `machine` ->
 `plan` -> `gpu` -> `tensorrt` -> `providers` -> `preprocess` -> `tokenizer` -> `request` ->
-`scheduler` -> `pacing` -> `runner` -> `device_runner` -> `opening` -> `engine`.
+`scheduler` -> `pacing` -> `encoder` -> `runner` -> `device_runner` -> `opening` -> `engine`.
 """

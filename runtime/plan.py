@@ -18,7 +18,7 @@ from runtime.manifest import EXACT, Manifest
 log = logging.getLogger(__name__)
 
 FILE = "plan.json"
-FORMAT = 1
+FORMAT = 2
 
 # By preference where 8-bit products are fast; what an engine does not have is passed over.
 _INT8_ENCODER = ("int8/int8/int8", "int8/int8/float32", "int8/fp32/int8", "int8/fp32/float32")
@@ -26,19 +26,18 @@ _INT8_DECODER = ("fp32/int8/int8", "fp32/int8/float32", "fp32/fp32/int8")
 _FUSED_HALF = ("fp16-fused/fp16/float16",)  # with all state on the GPU
 _PLAIN_HALF = ("fp16/fp16/float16",)  # an encoder that TensorRT takes
 _CALIBRATED_ENCODER = ("int8-static/int8/int8", "int8-static/int8/float32")  # OpenVINO's form
-_ENCODE_BATCH = {
-    "cpu": 1,
-    "openvino": 4,
-    "cuda": 16,
-    "tensorrt": 16,
-}  # a CPU's int8 encoder is as fast for one image as for 8
-_DEFAULT_ENCODE_BATCH = 8
+_ENCODE_BATCH = {"openvino": 4, "cuda": 16, "tensorrt": 16}
+_MOST_STREAMS = 16  # as many as there are slots
 _GPU = ("cuda", "tensorrt")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How an engine's two graphs run. Threads: 0 takes all cores. `origin` is for people."""
+    """How an engine's two graphs run. `origin` is for people.
+
+    threads: 0 takes all cores. encoder_streams: images that are encoded side by side
+    (`runtime.encoder`).
+    """
 
     combination: str
     encoder_provider: str
@@ -46,13 +45,15 @@ class Plan:
     encoder_threads: int = 0
     decoder_threads: int = 0
     encode_batch: int = 1
+    encoder_streams: int = 1
     origin: str = "default"
 
     def describe(self, slots: int, arena: int) -> str:
         """For people: providers and precisions, and the memory (arena, in bytes) of the slots."""
         encoder, decoder, cache = self.combination.split("/")
+        streams = f" in {self.encoder_streams} streams" if self.encoder_streams > 1 else ""
         return (
-            f"encoder {encoder} on {self.encoder_provider}, decoder {decoder} on "
+            f"encoder {encoder} on {self.encoder_provider}{streams}, decoder {decoder} on "
             f"{self.decoder_provider}, K/V {cache} ({self.origin}); "
             f"{slots} slots in {arena / 2**20:.0f} MiB"
         )
@@ -69,7 +70,9 @@ def resolve(
     if (folder / FILE).is_file():
         if config.provider == AUTO and config.precision == AUTO and not config.threads:
             plan = load(folder, manifest, this_machine(), available)
-            return [replace(plan, encode_batch=config.encode_batch or plan.encode_batch)]
+            batch = config.encode_batch or plan.encode_batch
+            streams = min(plan.encoder_streams, batch)
+            return [replace(plan, encode_batch=batch, encoder_streams=streams)]
         log.info("%s is set aside: provider, precision or threads were given", folder / FILE)
     names = available if config.provider == AUTO else (config.provider,)
     return [default(manifest, config, name, this_machine()) for name in names]
@@ -84,15 +87,26 @@ def default(manifest: Manifest, config: EngineConfig, provider: str, machine: Ma
     else:
         combination = _preferred(manifest, provider, machine)
     on_gpu = provider in _GPU and combination.endswith("/float16")
+    streams = most_streams(provider, config.threads or machine.cores)
+    batch = config.encode_batch or _ENCODE_BATCH.get(provider, streams)
     return Plan(
         combination=combination,
         encoder_provider=provider,
         decoder_provider="cuda" if on_gpu else "cpu",
         encoder_threads=config.threads,
         decoder_threads=config.threads,
-        encode_batch=config.encode_batch or _ENCODE_BATCH.get(provider, _DEFAULT_ENCODE_BATCH),
+        encode_batch=batch,
+        encoder_streams=min(streams, batch),
         origin=f"default for {machine}",
     )
+
+
+def most_streams(provider: str, threads: int) -> int:
+    """Images that are encoded side by side unless a plan was measured: one for each thread.
+
+    Other providers than the CPU's have ways of their own to fill a machine.
+    """
+    return min(threads, _MOST_STREAMS) if provider == "cpu" else 1
 
 
 def _preferred(manifest: Manifest, provider: str, machine: Machine) -> str:

@@ -1,4 +1,4 @@
-"""The two sessions, the K/V arena, and the bindings between them. One thread uses a runner.
+"""Both graphs, the K/V arena, and the bindings between them. One thread uses a runner.
 
 Arena: for each layer a key and a value array `[slots, heads, C, head]` with C = prefix + text
 positions. A decode step binds the leading rows of these very arrays as past *and* present, so the
@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from runtime.config import TEXT_TOKENS, EngineConfig
+from runtime.encoder import Encoder
 from runtime.manifest import EXACT, Manifest
 from runtime.plan import Plan
 from runtime.providers import CudaOptions, Placement, open_session
@@ -49,14 +50,14 @@ class Runner:
         self._lengths = np.full(config.slots, self.sizes.prefix, np.int32)
         self._total_length = np.array([self.sizes.prefix + 1], np.int32)
         self._steps: dict[int, _Step] = {}
-        pixels = {"pixels": np.zeros((1, *self.pixels_shape), np.uint8)}
         encode_on = Placement(
             plan.encoder_provider, plan.encoder_threads, folder,
             exact=plan.combination == EXACT, cuda=CudaOptions(graphs=False),
             batch=plan.encode_batch, row=self.pixels_shape,
         )  # fmt: skip
         decode_on = Placement(plan.decoder_provider, plan.decoder_threads)
-        self._encoder = open_session(folder / encoder.file, encode_on, pixels)
+        streams = min(plan.encoder_streams, config.slots)
+        self._encoder = Encoder(folder / encoder.file, encode_on, streams, self._image_names)
         self._decoder = open_session(folder / decoder.file, decode_on, self._inputs(1))
 
     def _new_arena(self, slots: int, dtype: str) -> list[np.ndarray]:
@@ -93,10 +94,12 @@ class Runner:
 
     def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[int]) -> None:
         """Put the image K/V of each of `pixels` (uint8, `pixels_shape`) into its slot."""
-        outputs = self._encoder.run(self._image_names, {"pixels": np.stack(pixels)})
-        for cache, image in zip(self._arena, outputs, strict=True):
-            for row, slot in enumerate(slots):
-                cache[slot, :, : self.sizes.prefix] = image[row]
+
+        def put(index: int, image: list[np.ndarray]) -> None:
+            for cache, values in zip(self._arena, image, strict=True):
+                cache[slots[index], :, : self.sizes.prefix] = values
+
+        self._encoder.encode(pixels, put)
 
     def decode(self, tokens: Sequence[int], fed: Sequence[int], steps: int = 1) -> np.ndarray:
         """Feed a token to each of the leading rows -> int64 `[1, rows]`, the most likely next ones.

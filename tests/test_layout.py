@@ -62,7 +62,7 @@ def test_serving_never_imports_what_exporting_needs():
     assert not {m.split(".")[0] for m in loaded.stdout.split()} & HEAVY
 
 
-def test_three_files_of_the_runtime_know_onnx_runtime():
+def test_four_files_of_the_runtime_know_onnx_runtime():
     users = {p.name for p in files("runtime") if "onnxruntime" in imports(p)}
-    assert users == {"providers.py", "runner.py", "device_runner.py"}
+    assert users == {"providers.py", "encoder.py", "runner.py", "device_runner.py"}
     assert not [p for p in files("server") if "onnxruntime" in imports(p)]
