@@ -41,19 +41,22 @@ class Encoder:
         `put` is called from several threads, each time for another image. What it or ONNX Runtime
         raises is raised once no thread is at work any more.
         """
-        rest = list(enumerate(pixels))
-        # Fewer than half as many images as streams would leave too many cores without one.
-        while self._streams > 1 and len(rest) > self._streams // 2:
-            self._side_by_side(rest[: self._streams], put)
-            rest = rest[self._streams :]
-        if rest:
-            self._run(self._wide, rest, put)
-
-    def _side_by_side(self, rows: list[_Row], put: Put) -> None:
-        running = [self._pool.submit(self._run, self._narrow, [row], put) for row in rows]
+        rows = list(enumerate(pixels))
+        shared = self._shared(len(rows))
+        apart, together = rows[: len(rows) - shared], rows[len(rows) - shared :]
+        running = [self._pool.submit(self._run, self._narrow, [row], put) for row in apart]
         wait(running)
         for each in running:
             each.result()
+        if together:
+            self._run(self._wide, together, put)
+
+    def _shared(self, images: int) -> int:
+        """How many of them all threads work on together, after those that get one each."""
+        if self._streams == 1:
+            return images
+        rest = images % self._streams
+        return 0 if rest > self._streams // 2 else rest  # else half of the cores would rest
 
     def _run(self, session: ort.InferenceSession, rows: list[_Row], put: Put) -> None:
         outputs = session.run(self._outputs, {"pixels": np.stack([pixels for _, pixels in rows])})
