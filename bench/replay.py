@@ -28,14 +28,15 @@ class Costs:
     decode_s: list[float]
 
 
-def measure_costs(folder: Path, images: int) -> tuple[Costs, str]:
-    """Of an engine as it would be served: encoder calls of up to `images`, steps of every size.
+def measure_costs(folder: Path) -> tuple[Costs, str]:
+    """Of an engine as it would be served: encoder calls up to its batch, steps of every size.
 
     Returns what runs where, too.
     """
-    engine = Engine.open(folder, EngineConfig(encode_batch=images))
-    runner, slots = engine.runner, engine.config.slots
+    engine = Engine.open(folder)
+    runner, slots, images = engine.runner, engine.config.slots, engine.config.encode_batch
     assert slots is not None
+    assert images is not None
     pixels = pictures(images, runner.pixels_shape)
     age = runner.text_tokens // 4
     encodes = [partial(runner.encode, pixels[:n], range(n)) for n in range(1, images + 1)]

@@ -28,8 +28,9 @@ from runtime.engine import Engine
 
 Load = Callable[[Engine, Clock], list[float]]
 
+Policy = tuple[int, float]  # encode batch, patience
+
 _DEFAULT = EngineConfig().patience
-_POLICIES = ((1, 0.0), (1, _DEFAULT), (1, 4 * _DEFAULT), (4, _DEFAULT))  # encode batch, patience
 _LENGTHS = (8, 24)  # shortest and longest caption, in tokens
 _CLIENTS = (1, 4, 16, 64)
 _LOADS = (0.5, 0.8, 0.95)  # of what the machine can do
@@ -39,7 +40,7 @@ _CHECKED = 16  # clients
 def measure(settings: Settings) -> dict[str, Any]:
     """Rate, mean and p99 latency of every policy, in a closed loop and with Poisson arrivals."""
     with tqdm(total=2, desc="scheduling", unit="part") as progress:
-        costs, runs_on = isolated(measure_costs, settings.engine, max(b for b, _ in _POLICIES))
+        costs, runs_on = isolated(measure_costs, settings.engine)
         measured = isolated(_rate, settings)
         progress.update()
         rows = _rows(settings, costs)
@@ -53,26 +54,33 @@ def measure(settings: Settings) -> dict[str, Any]:
         "check": {
             "clients": _CHECKED,
             "measured": measured,
-            "replayed": _replayed(settings, costs, _POLICIES[1], check)["rate"],
+            "replayed": _replayed(settings, costs, (len(costs.encode_s), _DEFAULT), check)["rate"],
         },
         "rows": rows,
     }
 
 
+def _policies(most: int) -> list[Policy]:
+    """The default, in the middle of the rest. most: images of the default's encoder calls."""
+    pairs = [(1, _DEFAULT), (most // 2, _DEFAULT), (most, 0.0), (most, _DEFAULT),
+             (most, 4 * _DEFAULT)]  # fmt: skip
+    return [policy for policy in dict.fromkeys(pairs) if policy[0]]
+
+
 def _rows(settings: Settings, costs: Costs) -> list[dict[str, Any]]:
-    work = _jobs(settings, settings.replayed)
+    work, policies = _jobs(settings, settings.replayed), _policies(len(costs.encode_s))
     loads: dict[str, Load] = {
         f"{count} clients": partial(_closed, work=work, clients=count) for count in _CLIENTS
     }
     everything = partial(_closed, work=work, clients=len(work))
-    capacity = min(_replayed(settings, costs, p, everything)["rate"] for p in _POLICIES)
+    capacity = min(_replayed(settings, costs, p, everything)["rate"] for p in policies)
     for share in _LOADS:
         loads[f"Poisson, {share:.0%} load"] = partial(_open, work=work, rate=share * capacity)
     return [
         {"load": name, "encode_batch": policy[0], "patience": policy[1]}
         | _replayed(settings, costs, policy, load)
         for name, load in loads.items()
-        for policy in _POLICIES
+        for policy in policies
     ]
 
 
@@ -89,9 +97,7 @@ def _open(engine: Engine, clock: Clock, work: list[arrivals.Job], rate: float) -
     return arrivals.poisson(engine, work, rate, clock, clock.pass_by)
 
 
-def _replayed(
-    settings: Settings, costs: Costs, policy: tuple[int, float], load: Load
-) -> dict[str, float]:
+def _replayed(settings: Settings, costs: Costs, policy: Policy, load: Load) -> dict[str, float]:
     config = EngineConfig(slots=len(costs.decode_s), encode_batch=policy[0], patience=policy[1])
     manifest = manifests.load(settings.engine)
     engine, clock = replayed(settings.engine, manifest, costs, config)
@@ -105,8 +111,7 @@ def _replayed(
 
 def _rate(settings: Settings) -> float:
     """Captions a second of the engine itself, in the closed loop that is replayed too."""
-    batch, patience = _POLICIES[1]
-    engine = Engine.open(settings.engine, EngineConfig(encode_batch=batch, patience=patience))
+    engine = Engine.open(settings.engine)
     images = pictures(16, engine.runner.pixels_shape)
     work = arrivals.jobs(images, settings.images, *_LENGTHS)
     arrivals.closed_loop(engine, work[:_CHECKED], _CHECKED)

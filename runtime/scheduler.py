@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from runtime.request import FinishReason, Request, Sequence
 
+_REFILLED = 4  # of the slots, that share is waited for
+
 
 @dataclass(frozen=True, slots=True)
 class Move:
@@ -35,6 +37,7 @@ class Scheduler:
         self._clock = clock
         self._encode_batch = encode_batch
         self._refill = refill
+        self._refilled = max(1, slots // _REFILLED)
         self._urgent: deque[Sequence] = deque()
         self._patient: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
@@ -81,9 +84,12 @@ class Scheduler:
         """Give slots to waiting sequences, to be encoded next: urgent ones first, then by arrival.
 
         With refill, at most `encode_batch` at a time, so that those that run wait no longer than
-        one encoder call. Without it, a whole batch, but only once the last one has ended.
+        one encoder call; but while the slots are full, none until there is room for a call that is
+        worth it: one image at a time leaves cores idle. Without refill, a whole batch, once the
+        last one has ended.
         """
-        if self._running and not self._refill:
+        room = min(self.waiting, self._encode_batch, self._refilled)
+        if self._running and (not self._refill or len(self._free) < room):
             return []
         most = self._encode_batch if self._refill else len(self._free)
         admitted: list[Sequence] = []

@@ -40,6 +40,29 @@ def test_at_most_encode_batch_between_two_steps():
     assert [len(scheduler.admit()) for _ in range(4)] == [2, 2, 1, 0]
 
 
+def test_full_slots_are_refilled_by_a_call_that_is_worth_it():
+    scheduler = Scheduler(slots=16, encode_batch=16)
+    first = [scheduler.add(request()) for _ in range(16)]
+    assert scheduler.admit() == first
+    late = [scheduler.add(request()) for _ in range(5)]
+    for ended in range(3):  # a quarter of the slots is worth it, or all that wait
+        finish(first[ended])
+        scheduler.release_finished()
+        assert scheduler.admit() == []
+    finish(first[3])
+    scheduler.release_finished()
+    assert scheduler.admit() == late[:4]
+    finish(first[4])
+    scheduler.release_finished()
+    assert scheduler.admit() == late[4:]
+
+
+def test_nobody_waits_for_slots_when_nothing_runs():
+    scheduler = Scheduler(slots=16, encode_batch=4)
+    late = [scheduler.add(request()) for _ in range(2)]
+    assert scheduler.admit() == late
+
+
 def test_a_freed_slot_is_filled_before_anything_moves():
     scheduler = Scheduler(slots=3, encode_batch=3)
     first, _, _ = [scheduler.add(request()) for _ in range(3)]
