@@ -52,7 +52,7 @@ SECTIONS: dict[str, Section] = {
     "ablation": lambda settings, _: ablation.measure(settings),
     "scheduling": lambda settings, _: scheduling.measure(settings),
     "http": lambda settings, _: apache.measure(settings),
-    "service": service.measure,
+    "service": lambda settings, _: service.measure(settings),
     "front_ends": lambda settings, _: front_ends.measure(settings),
     "open_loop": lambda settings, done: open_loop.measure(settings, _known_rates(done)),
 }

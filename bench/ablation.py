@@ -27,9 +27,18 @@ def measure(settings: Settings) -> dict[str, Any]:
         ("Hugging Face generate, fp32", _generate, (settings,)),
         ("image encoded once, same PyTorch", _plain_loop, ("torch", settings)),
         ("ONNX Runtime, fp32, new cache each step", _plain_loop, ("onnx", settings)),
-        *((name, _engine, (c, "cpu", settings)) for name, c in static),
-        ("encoder on OpenVINO (bf16 with AMX)", _engine, ("fp32/int8/int8", "openvino", settings)),
-        ("8-bit encoder, on the CPU provider", _engine, ("int8/int8/int8", "cpu", settings)),
+        *((name, _engine, (c, "cpu", 1, settings)) for name, c in static),
+        (
+            "encoder on OpenVINO (bf16 with AMX)",
+            _engine,
+            ("fp32/int8/int8", "openvino", None, settings),
+        ),
+        ("8-bit encoder, on the CPU provider", _engine, ("int8/int8/int8", "cpu", 1, settings)),
+        (
+            "each core encodes an image of its own",
+            _engine,
+            ("int8/int8/int8", "cpu", None, settings),
+        ),
     ]
     rows: list[dict[str, Any]] = []
     for name, function, arguments in tqdm(steps, desc="ablation", unit="step"):
@@ -71,11 +80,12 @@ def _plain_loop(kind: str, settings: Settings) -> float:
     return median_s(run, settings.repeats) / len(cases) * 1e3
 
 
-def _engine(combination: str, provider: str, settings: Settings) -> float:
+def _engine(combination: str, provider: str, encode_batch: int | None, settings: Settings) -> float:
     batch = settings.ablation_batch
     config = EngineConfig(
-        provider=provider, precision=combination, slots=batch, encode_batch=batch, refill=False
-    )
+        provider=provider, precision=combination, slots=batch, encode_batch=encode_batch,
+        refill=False,
+    )  # fmt: skip
     engine = Engine.open(settings.engine, config)
     images = pictures(batch, engine.runner.pixels_shape)
     run = lambda: engine.generate(images, max_new_tokens=TOKENS, ignore_eos=True)  # noqa: E731

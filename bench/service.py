@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,26 @@ from tqdm import tqdm
 
 from bench.apache import all_answered
 from bench.contestants import ask, free_port, in_process, picture, running, vignette
+from bench.isolated import isolated
 from bench.processes import family, pss
-from bench.settings import Settings
+from bench.settings import TOKENS, Settings
+from bench.timing import pictures, seconds
+from runtime.engine import Engine
 
 _REQUESTS = 20
 
 
-def measure(settings: Settings, sections: dict[str, Any]) -> dict[str, Any]:
-    """sections: `offline` and `http`, if measured, for the share of the engine's own rate."""
+def measure(settings: Settings) -> dict[str, Any]:
+    """Seconds to ready, milliseconds of HTTP, mebibytes, shares of rates."""
     found: dict[str, Any] = {}
     with tqdm(total=4, desc="service", unit="part") as progress:
         found["start_s"] = [_ready_after(settings) for _ in range(2)]
         progress.update(2)
         found |= _cost_of_http(settings)
         progress.update()
-        found |= _cost_of_the_split(settings)
+        found |= isolated(_shares, settings)
         progress.update()
-    return found | _share_of_the_engine(sections)
+    return found
 
 
 def _ready_after(settings: Settings) -> float:
@@ -83,18 +87,30 @@ def _ab(url: str, folder: Path, requests: int = 64) -> float:
     return all_answered(command)
 
 
-def _cost_of_the_split(settings: Settings) -> dict[str, float]:
-    """16 clients on the service and on its engine in one process, both running, taking turns."""
-    rates: dict[str, list[float]] = {"split": [], "one": []}
+def _shares(settings: Settings) -> dict[str, float]:
+    """The service with 16 clients, beside its engine alone, and with HTTP in the same process.
+
+    All three stand ready and take turns: a slow minute of the machine is slow for all.
+    """
+    engine = Engine.open(settings.engine)
+    images = pictures(settings.images, engine.runner.pixels_shape)
+    alone = partial(engine.generate, images, max_new_tokens=TOKENS, ignore_eos=True)
+    rates: dict[str, list[float]] = {"service": [], "process": [], "engine": []}
     with tempfile.TemporaryDirectory() as name:
         image = picture(Path(name))
-        ours, single = vignette(settings), in_process(settings)
-        with running(ours, image) as split, running(single, image) as one:
+        with (
+            running(vignette(settings), image) as ours,
+            running(in_process(settings), image) as one,
+        ):
             for _ in range(settings.repeats + 2):
-                for which, url in (("split", split), ("one", one)):
+                rates["engine"].append(len(images) / seconds(alone))
+                for which, url in (("service", ours), ("process", one)):
                     rates[which].append(_ab(url, Path(name), 2 * settings.images))
     medians = {which: statistics.median(some) for which, some in rates.items()}
-    return {"share_of_one_process": medians["split"] / medians["one"]}
+    return {
+        "share_of_engine": medians["service"] / medians["engine"],
+        "share_of_one_process": medians["service"] / medians["process"],
+    }
 
 
 def _resident_mib(url: str) -> float:
@@ -111,15 +127,3 @@ def _resident_mib(url: str) -> float:
         if b"server" in command and wanted in command:
             return sum(map(pss, family(int(process.name)))) / 2**20
     raise RuntimeError("the server's process was not found")
-
-
-def _share_of_the_engine(sections: dict[str, Any]) -> dict[str, Any]:
-    """HTTP's captions a second at 16 clients over the engine's own, both of this run."""
-    runs = sections.get("http", {}).get("runs", [])
-    ours = [r for r in runs if r["contestant"] == "Vignette" and r.get("clients") == 16]
-    engines = sections.get("offline", {}).get("vignette", [])
-    if not ours or not engines:
-        return {"share_of_engine": None}
-    longest = max(ours, key=lambda r: r["requests"])
-    best = min(e["ms_per_image"] for e in engines)
-    return {"share_of_engine": longest["rate"] * best / 1e3}
