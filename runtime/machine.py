@@ -1,5 +1,6 @@
 """What the processor can do, which is what a plan depends on."""
 
+import math
 import os
 import platform
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
+_CGROUP = Path("/sys/fs/cgroup")
 # The instruction sets that decide which precision is fast, by the names Linux gives them.
 _INSTRUCTIONS = (
     "avx2",
@@ -21,7 +23,7 @@ _INSTRUCTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`cores` are the logical ones that this process may use."""
+    """`cores` are the logical ones that this process may use, a container's quota considered."""
 
     cpu: str
     cores: int
@@ -50,11 +52,29 @@ def this_machine() -> Machine:
         for line in _CPUINFO.read_text().partition("\n\n")[0].splitlines():
             name, _, value = line.partition(":")
             fields[name.strip()] = value.strip()
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     flags = set(fields.get("flags", "").split())
     return Machine(
         cpu=fields.get("model name") or platform.processor() or platform.machine(),
-        cores=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
+        cores=min(cores, quota() or cores),
         instructions=tuple(i for i in _INSTRUCTIONS if i in flags),
     )
+
+
+def quota(cgroup: Path = _CGROUP) -> int:
+    """Cores' worth of time that a container may use (`docker run --cpus`), rounded up; 0: no limit.
+
+    The container sees all cores of its host, and threads for all of them would spend the quota
+    waiting for each other. Source: the kernel's documentation of cgroups, versions 2 and 1.
+    """
+    try:
+        if (cgroup / "cpu.max").is_file():
+            time, period = (cgroup / "cpu.max").read_text().split()
+        else:
+            time, period = (
+                (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+            )
+        return max(0, math.ceil(int(time) / int(period)))  # version 1 says -1 for no limit
+    except (OSError, ValueError, ZeroDivisionError):  # no such files, or "max"
+        return 0

@@ -22,6 +22,7 @@ from runtime import tensorrt
 from runtime.config import PROVIDERS
 from runtime.errors import EngineFolderError, ProviderError
 from runtime.gpu import Gpu, require_gpu
+from runtime.machine import quota, this_machine
 from runtime.manifest import sha256
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def open_session(
     require(how.provider)
     provider = _by_name(how.provider)
     options = ort.SessionOptions()
-    options.intra_op_num_threads = how.threads
+    options.intra_op_num_threads = how.threads or (quota() and this_machine().cores)
     # The encoder's and the decoder's threads take turns: those of the one that rests must not spin.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:

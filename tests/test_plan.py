@@ -13,7 +13,7 @@ from runtime import plan as plans
 from runtime.config import EngineConfig
 from runtime.engine import Engine
 from runtime.errors import EngineFolderError
-from runtime.machine import Machine, this_machine
+from runtime.machine import Machine, quota, this_machine
 from runtime.manifest import EXACT
 from runtime.plan import default
 
@@ -122,3 +122,26 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_measuring(folder, mon
 
 def test_this_machine_has_cores():
     assert this_machine().cores >= 1
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "200000 100000\n"}, 2),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "max 100000\n"}, 0),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0),
+        ({}, 0),
+    ],
+)
+def test_a_containers_quota_limits_the_cores(tmp_path, monkeypatch, files, expected):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert quota(tmp_path) == expected
+    monkeypatch.setattr("runtime.machine.quota", lambda: expected)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    this_machine.cache_clear()
+    assert this_machine().cores == (expected or 64)
+    this_machine.cache_clear()
