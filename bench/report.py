@@ -120,7 +120,8 @@ def _ablation(section: dict[str, Any]) -> str:
     for row in section["steps"]:
         ms = row.get("ms_per_image")
         gain = f"{before / ms:.2f} x" if before and ms else ""
-        rows.append((row["step"], row.get("failed") or _number(ms, 1), gain))
+        said = row.get("note") or row.get("failed")
+        rows.append((row["step"], said or _number(ms, 1), gain))
         before = ms or before
     batching = (
         (name, _number(row["rate"], 1), _number(row["mean_ms"]), _number(row["p99_ms"]))

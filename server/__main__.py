@@ -9,8 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from runtime.config import AUTO
 from runtime.errors import ProviderError, VignetteError
 from runtime.gpu import Gpu, visible_gpus
-from server import worker
-from server.keys import Keys
+from server import keys, worker
 from server.logs import configure
 from server.settings import Settings, from_command_line
 from server.supervisor import Supervisor
@@ -30,7 +29,7 @@ def main() -> int:
 
 async def _supervise(settings: Settings) -> None:
     if settings.api_keys:
-        Keys.read(settings.api_keys)  # each front-end does, but now is the time to complain
+        keys.read(settings.api_keys)  # each front-end does, but now is the time to complain
     devices = _devices(settings)
     settings = settings.model_copy(update={"workers": len(devices)})  # pixels are kept for all
     await Supervisor(settings, worker.main, devices).run()

@@ -5,7 +5,7 @@
   it had not started are sent to another as if nothing had happened.
 * Those that it had started are suspects: each is sent again once, and alone, so that no other is
   harmed. (The worker sees to that too, because other front-ends send to it as well.) A suspect that
-  kills again is answered with an error, and its image is refused from then on.
+  kills again is answered with an error, and its image is refused from then on, by all front-ends.
 * A step that raises is treated alike: its requests are tried again one by one.
 """
 
@@ -15,6 +15,7 @@ import itertools
 import logging
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from server.wire import Message, packed
 
 log = logging.getLogger(__name__)
 
-_QUARANTINED = 1024  # images that are remembered
+QUARANTINED = 1024  # images that are remembered
 _DEADLY = "the engine failed on this image twice: it is not tried again"
 
 
@@ -92,6 +93,7 @@ class Dispatcher:
 
     def __init__(self, hello: Message) -> None:
         """hello: what every worker is told first."""
+        self.on_refused: Callable[[str], object] = lambda _: None  # told the digest, to pass it on
         self._hello = hello
         self._links: dict[tuple[int, int], Link] = {}
         self._pending: deque[Work] = deque()
@@ -114,6 +116,12 @@ class Dispatcher:
         """Raise EngineFailed for an image that killed a worker twice."""
         if digest in self._quarantine:
             raise EngineFailed(_DEADLY)
+
+    def refuse(self, digest: str) -> None:
+        """Take no image with this digest any more: it killed workers, here or for another."""
+        self._quarantine[digest] = None
+        while len(self._quarantine) > QUARANTINED:
+            self._quarantine.popitem(last=False)
 
     async def caption(self, work: Work) -> Caption:
         """Wait for a request's caption; cancelling the awaiting task takes it back.
@@ -187,9 +195,8 @@ class Dispatcher:
             work.suspect, work.started = True, False
             self._suspects.append(work)
         else:
-            self._quarantine[work.digest] = None
-            while len(self._quarantine) > _QUARANTINED:
-                self._quarantine.popitem(last=False)
+            self.refuse(work.digest)
+            self.on_refused(work.digest)
             log.error("an image that the engine failed on twice is refused from now on")
             work.done.set_exception(EngineFailed(_DEADLY))
 

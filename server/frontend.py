@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import tornado.httpserver
@@ -45,26 +46,29 @@ def main(
     name = process_name("front", index, epoch)
     configure(settings)
     try:
-        asyncio.run(_serve(settings, folder, name, port, ops_port))
+        asyncio.run(_serve(settings, folder, index, epoch, port, ops_port))
     except VignetteError as error:
         tell(folder, name, {"op": "failed", "message": str(error)})
         sys.exit(1)
 
 
 async def _serve(
-    settings: Settings, folder: Path, name: str, port: int, ops_port: int | None
+    settings: Settings, folder: Path, index: int, epoch: int, port: int, ops_port: int | None
 ) -> None:
     manifest = manifests.read(settings.engine)
     tokenizer = CaptionTokenizer(settings.engine, manifest)
-    service = make_service(settings, manifest, tokenizer, folder, name)
+    service = make_service(settings, manifest, tokenizer, folder, index, epoch)
     servers = [listen(service, [_bound(settings.host, port)])]
     if ops_port is not None:
         ops = tornado.httpserver.HTTPServer(make_ops_app(service))
         ops.add_sockets([_bound(settings.host, ops_port)])
         servers.append(ops)
     control = zmq.asyncio.Context.instance().socket(zmq.DEALER)
-    control.identity = name.encode()
+    control.identity = process_name("front", index, epoch).encode()
     control.connect(control_address(folder))
+    service.links.dispatcher.on_refused = lambda digest: control.send(
+        packed({"op": "refused", "digest": digest})
+    )
     await control.send(packed({"op": "ready", "pid": os.getpid()}))
     beat = asyncio.create_task(_beat(control))
     hear = asyncio.create_task(_hear(control, service))
@@ -98,9 +102,11 @@ def listen(service: Service, sockets: list[socket.socket]) -> tornado.httpserver
     return server
 
 
-def know(service: Service, workers: list[Message]) -> None:
-    """What the supervisor says of the workers."""
+def know(service: Service, workers: list[Message], refused: Iterable[str] = ()) -> None:
+    """What the supervisor says of the workers, and of images that killed some."""
     service.workers = workers
+    for digest in refused:
+        service.links.dispatcher.refuse(digest)
     for worker in workers:
         service.metrics.restarts.labels(worker["index"]).set(worker["restarts"])
     ready = [w for w in workers if w["state"] == "ready"]
@@ -118,7 +124,7 @@ async def _hear(control: zmq.asyncio.Socket, service: Service) -> None:
         message = unpacked(await control.recv())
         if message["op"] == "drain":
             return
-        know(service, message["workers"])
+        know(service, message["workers"], message["refused"])
 
 
 async def _beat(control: zmq.asyncio.Socket) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import VignetteError
+from server.usage import Usage
 
 _BURST_SECONDS = 2  # a key may send so many seconds' worth of its rate at once
 
@@ -37,64 +38,27 @@ class TooFast(VignetteError):
         self.retry_after = retry_after
 
 
-@dataclass(slots=True)
-class _Client:
-    """`tokens` is a bucket that fills at `rate` a second. A limit of 0 is none."""
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A line of the file. A limit of 0 is none."""
 
     name: str
     digest: bytes
     rate: float
     at_once: int
-    inside: int = 0
-    tokens: float = 0.0
-    filled_at: float = 0.0
-
-    def admit(self, now: float) -> None:
-        """Count a request in; raises TooFast."""
-        if self.at_once and self.inside >= self.at_once:
-            raise TooFast(f"this key may have {self.at_once} requests at once", 1)
-        if self.rate:
-            most = max(1.0, self.rate * _BURST_SECONDS)
-            gained = (now - self.filled_at) * self.rate if self.filled_at else most
-            self.tokens, self.filled_at = min(most, self.tokens + gained), now
-            if self.tokens < 1:
-                wait = math.ceil((1 - self.tokens) / self.rate)
-                raise TooFast(f"this key may send {self.rate:g} requests a second", wait)
-            self.tokens -= 1
-        self.inside += 1
 
 
 class Keys:
-    """The keys of one front-end. With several, each counts its own share of the requests."""
+    """The keys that a front-end takes. Its limits are those of all front-ends together."""
 
-    def __init__(self, clients: list[_Client]) -> None:
-        self._clients = clients
+    def __init__(self, clients: list[Client], usage: Usage) -> None:
+        self._clients, self._usage = clients, usage
 
     @classmethod
-    def read(cls, path: Path) -> "Keys":
-        """Raises InvalidKeys naming the line that is wrong."""
-        try:
-            lines = path.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as cause:
-            raise InvalidKeys(f"{path} can't be read: {cause}") from cause
-        clients = []
-        for number, line in enumerate(lines, 1):
-            if not line.strip() or line.startswith("#"):
-                continue
-            try:
-                name, digest, rate, at_once = line.split()
-                client = _Client(name, bytes.fromhex(digest), float(rate), int(at_once))
-            except ValueError as cause:
-                raise InvalidKeys(
-                    f"{path}, line {number}: expected name, sha256, requests a second, requests at "
-                    "once (make one with `python -m server.keys NAME`)"
-                ) from cause
-            if len(client.digest) != hashlib.sha256().digest_size:
-                raise InvalidKeys(f"{path}, line {number}: the second word is no SHA-256")
-            clients.append(client)
-        if not clients:
-            raise InvalidKeys(f"{path} has no keys: nobody could come in")
-        return cls(clients)
+    def open(cls, path: Path, folder: Path, front_ends: int = 1, index: int = 0) -> "Keys":
+        """For front-end `index`, counting in the run's `folder`. Raises InvalidKeys."""
+        clients = read(path)
+        return cls(clients, Usage(folder / "usage", len(clients), front_ends, index))
 
     @contextmanager
     def enter(self, key: str | None) -> Iterator[str]:
@@ -102,28 +66,69 @@ class Keys:
 
         Raises Unauthorised, or TooFast.
         """
-        client = self._find(key)
-        client.admit(time.monotonic())
+        index = self._find(key)
+        with self._usage.held():
+            self._admit(index, time.monotonic())
         try:
-            yield client.name
+            yield self._clients[index].name
         finally:
-            client.inside -= 1
+            with self._usage.held():
+                self._usage.count(index, -1)
 
     def check(self, key: str | None) -> None:
         """Raise Unauthorised for a key that is not in the file; nothing is counted."""
         self._find(key)
 
-    def _find(self, key: str | None) -> _Client:
+    def _admit(self, index: int, now: float) -> None:
+        client, usage = self._clients[index], self._usage
+        if client.at_once and usage.inside(index) >= client.at_once:
+            raise TooFast(f"this key may have {client.at_once} requests at once", 1)
+        if client.rate:
+            most = max(1.0, client.rate * _BURST_SECONDS)
+            tokens = usage.refill(index, client.rate, most, now)
+            if tokens < 1:
+                wait = math.ceil((1 - tokens) / client.rate)
+                raise TooFast(f"this key may send {client.rate:g} requests a second", wait)
+            usage.spend(index)
+        usage.count(index, 1)
+
+    def _find(self, key: str | None) -> int:
         if not key:
             raise Unauthorised("send your key: Authorization: Bearer <key>, or X-API-Key: <key>")
         digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
         found = None
-        for client in self._clients:  # all of them: the time must not tell which
+        for index, client in enumerate(self._clients):  # all: the time must not tell which
             if hmac.compare_digest(client.digest, digest):
-                found = client
+                found = index
         if found is None:
             raise Unauthorised("this key is not known here")
         return found
+
+
+def read(path: Path) -> list[Client]:
+    """The lines of a key file; raises InvalidKeys naming the one that is wrong."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as cause:
+        raise InvalidKeys(f"{path} can't be read: {cause}") from cause
+    clients = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        try:
+            name, digest, rate, at_once = line.split()
+            client = Client(name, bytes.fromhex(digest), float(rate), int(at_once))
+        except ValueError as cause:
+            raise InvalidKeys(
+                f"{path}, line {number}: expected name, sha256, requests a second, requests at "
+                "once (make one with `python -m server.keys NAME`)"
+            ) from cause
+        if len(client.digest) != hashlib.sha256().digest_size:
+            raise InvalidKeys(f"{path}, line {number}: the second word is no SHA-256")
+        clients.append(client)
+    if not clients:
+        raise InvalidKeys(f"{path} has no keys: nobody could come in")
+    return clients
 
 
 def main() -> int:

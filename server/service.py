@@ -24,7 +24,7 @@ from server.links import Workers
 from server.metrics import Metrics
 from server.settings import Settings
 from server.tracing import Tracer
-from server.wire import Message, PixelStore
+from server.wire import Message, PixelStore, process_name
 
 _LARGE = 256 * 1024  # bytes that are not hashed on the event loop: a third of a millisecond
 SLOTS = 64  # most that a worker chooses by itself: pixels are kept for as many beside the queue
@@ -173,9 +173,11 @@ def _digest(images: list[bytes]) -> str:
 
 
 def make_service(
-    settings: Settings, manifest: Manifest, tokenizer: Prompts, folder: Path, name: str
+    settings: Settings, manifest: Manifest, tokenizer: Prompts, folder: Path, index: int, epoch: int
 ) -> Service:
-    """The parts of one front-end. `folder` is the run's; `name` is unique in it."""
+    """The parts of one front-end. `folder` is the run's."""
+    name = process_name("front", index, epoch)
+    keys = settings.api_keys
     sizes = manifest.sizes
     share = -(-settings.max_queue // settings.front_ends)
     # Decodings may outlast requests that gave up.
@@ -201,7 +203,7 @@ def make_service(
             settings.decode_memory_mb * 2**20,
         ),
         links=links,
-        keys=Keys.read(settings.api_keys) if settings.api_keys else None,
+        keys=Keys.open(keys, folder, settings.front_ends, index) if keys else None,
         cache=CaptionCache(settings.cache_mb * 2**20) if settings.cache_mb else None,
         fetcher=Fetcher(domains, settings.max_body_bytes) if domains else None,
         tracer=Tracer(settings.traces) if settings.traces else None,

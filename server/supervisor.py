@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from runtime.errors import VignetteError
 from server import decoding, frontend, metrics
 from server.children import Child
+from server.dispatch import QUARANTINED
 from server.ports import held_ports
 from server.settings import Settings
 from server.wire import Message, control_address, new_run_folder, packed, unpacked
@@ -52,6 +54,7 @@ class Supervisor:
             for index, device in enumerate(devices)
         ]
         self._front_ends: list[Child] = []
+        self._refused: deque[str] = deque(maxlen=QUARANTINED)
         counts = self._folder / "metrics"
         counts.mkdir()
         os.environ[metrics.FOLDER] = str(counts)
@@ -163,6 +166,9 @@ class Supervisor:
                     self._announce(port)
                 case "beat" if child is not None:
                     child.heard_at, child.step_since = time.monotonic(), message["step_since"]
+                case "refused":
+                    self._refused.append(message["digest"])
+                    await self._tell_front_ends()
                 case "drained" if child is not None:
                     child.state = "over"
 
@@ -175,7 +181,8 @@ class Supervisor:
         workers = [child.public() for child in self._workers]
         for child in self._front_ends:
             if child.state == "ready":
-                await self._send(child, {"op": "workers", "workers": workers})
+                message = {"op": "workers", "workers": workers, "refused": list(self._refused)}
+                await self._send(child, message)
 
     async def _send(self, child: Child, message: Message) -> None:
         await self._control.send_multipart([child.name.encode(), packed(message)])

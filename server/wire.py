@@ -10,8 +10,8 @@ next epoch, so that nothing that was queued for the dead one reaches it by itsel
 | worker | front-end | started (about to be encoded), answer, error, expired, failed (a step) |
 | worker, front-end | supervisor | beat, ready, failed (to start) |
 | worker | supervisor | found (its engine is whole: the port may open) |
-| front-end | supervisor | drained |
-| supervisor | front-end | workers (who serves), drain |
+| front-end | supervisor | refused (an image that killed two workers), drained |
+| supervisor | front-end | workers (who serves, and what all refuse), drain |
 | supervisor | worker | gone (a front-end that has died), stop |
 """
 

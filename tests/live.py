@@ -91,7 +91,7 @@ def serve(
 
     async def run() -> None:
         given = Settings(_env_file=None, decoders=1, front_ends=1, **settings)
-        service = make_service(given, manifest, FakeTokenizer(), folder, "front-0")
+        service = make_service(given, manifest, FakeTokenizer(), folder, 0, 0)
         sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
         server = listen(service, sockets)
         stop.append(asyncio.Event())

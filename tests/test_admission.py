@@ -14,7 +14,7 @@ from runtime.config import EngineConfig
 from runtime.request import Caption, FinishReason, Request, Terms
 from runtime.scheduler import Scheduler
 from server.cache import CaptionCache
-from server.keys import InvalidKeys, Keys, TooFast, Unauthorised
+from server.keys import InvalidKeys, Keys, TooFast, Unauthorised, read
 from tests.conftest import ROOT
 from tests.fakes import fake_engine, gated
 from tests.live import as_json, b64, png, serve, until
@@ -117,7 +117,8 @@ def test_only_those_with_a_key_come_in(tmp_path, caplog):
 
 
 def test_a_key_has_a_rate_and_a_number_at_once(tmp_path):
-    keys = Keys.read(keys_file(tmp_path, line("slow", "a", "1"), line("narrow", "b", "0", "1")))
+    path = keys_file(tmp_path, line("slow", "a", "1"), line("narrow", "b", "0", "1"))
+    keys = Keys.open(path, tmp_path)
     for _ in range(2):  # two seconds' worth at once
         with keys.enter("a"):
             pass
@@ -132,6 +133,28 @@ def test_a_key_has_a_rate_and_a_number_at_once(tmp_path):
         pass
 
 
+def test_front_ends_count_together(tmp_path):
+    path = keys_file(tmp_path, line("slow", "a", "0.5"), line("narrow", "b", "0", "1"))
+    first, second = (Keys.open(path, tmp_path, 2, index) for index in range(2))
+    with (
+        first.enter("a"),
+        pytest.raises(TooFast, match=r"0\.5 requests a second"),
+        second.enter("a"),
+    ):
+        pass
+    with second.enter("b"), pytest.raises(TooFast, match="1 requests at once"), first.enter("b"):
+        pass
+    with first.enter("b"):
+        pass
+    died = first.enter("b")
+    died.__enter__()
+    with pytest.raises(TooFast), second.enter("b"):
+        pass
+    restarted = Keys.open(path, tmp_path, 2, 0)
+    with restarted.enter("b"):
+        pass
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("web abc 0 0", "line 1"), ("web", "line 1"), ("", "has no keys"),
@@ -139,9 +162,9 @@ def test_a_key_has_a_rate_and_a_number_at_once(tmp_path):
 )  # fmt: skip
 def test_a_key_file_that_is_wrong_is_named(tmp_path, text, message):
     with pytest.raises(InvalidKeys, match=message):
-        Keys.read(keys_file(tmp_path, text))
+        read(keys_file(tmp_path, text))
     with pytest.raises(InvalidKeys, match="can't be read"):
-        Keys.read(tmp_path / "none")
+        read(tmp_path / "none")
 
 
 def test_keys_are_made_with_a_command(tmp_path):
@@ -150,7 +173,7 @@ def test_keys_are_made_with_a_command(tmp_path):
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     key = made.stderr.rpartition(": ")[2].strip()
-    with Keys.read(keys_file(tmp_path, made.stdout)).enter(key) as name:
+    with Keys.open(keys_file(tmp_path, made.stdout), tmp_path).enter(key) as name:
         assert name == "web"
 
 

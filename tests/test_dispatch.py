@@ -128,7 +128,16 @@ async def test_what_a_dead_worker_had_is_sent_again_and_suspects_alone(world):
 
 
 @scenario
+async def test_what_killed_for_another_front_end_is_refused_here_too(world):
+    world.dispatcher.refuse("image 1")
+    with pytest.raises(EngineFailed, match="not tried again"):
+        world.dispatcher.check("image 1")
+
+
+@scenario
 async def test_what_kills_twice_is_answered_alone_and_refused_from_then_on(world):
+    told = []
+    world.dispatcher.on_refused = told.append
     key, pipe = world.worker()
     await world.ask(1, 2)
     await world.start(key, pipe, 1, 2)
@@ -141,6 +150,7 @@ async def test_what_kills_twice_is_answered_alone_and_refused_from_then_on(world
     with pytest.raises(EngineFailed, match="not tried again"):
         world.dispatcher.check("image 1")
     world.dispatcher.check("image 2")
+    assert told == ["image 1"]
     key, pipe = world.worker()
     assert pipe.captions == [2]
     await world.answer(key, pipe, 2)
