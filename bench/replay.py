@@ -17,8 +17,6 @@ from runtime.engine import Engine
 from runtime.manifest import Manifest
 from runtime.tokenizer import CaptionTokenizer
 
-_TURNS = 12
-
 
 @dataclass(frozen=True, slots=True)
 class Costs:
@@ -28,7 +26,7 @@ class Costs:
     decode_s: list[float]
 
 
-def measure_costs(folder: Path) -> tuple[Costs, str]:
+def measure_costs(folder: Path, turns: int) -> tuple[Costs, str]:
     """Of an engine as it would be served: encoder calls up to its batch, steps of every size.
 
     Returns what runs where, too.
@@ -43,7 +41,7 @@ def measure_costs(folder: Path) -> tuple[Costs, str]:
     decodes = [partial(runner.decode, [0] * n, [age] * n) for n in range(1, slots + 1)]
     # In turns, so that a slow moment of the machine is no call's own; the fastest counts, because
     # what others take of the machine is no call's cost.
-    turns = [[seconds(call) for call in encodes + decodes] for _ in range(_TURNS)]
+    turns = [[seconds(call) for call in encodes + decodes] for _ in range(turns)]
     fastest = [min(times) for times in zip(*turns, strict=True)]
     encode_s, decode_s = fastest[:images], fastest[images:]
     return Costs(encode_s, decode_s), engine.runs_on
