@@ -41,8 +41,8 @@ def measure_costs(folder: Path, turns: int) -> tuple[Costs, str]:
     decodes = [partial(runner.decode, [0] * n, [age] * n) for n in range(1, slots + 1)]
     # In turns, so that a slow moment of the machine is no call's own; the fastest counts, because
     # what others take of the machine is no call's cost.
-    turns = [[seconds(call) for call in encodes + decodes] for _ in range(turns)]
-    fastest = [min(times) for times in zip(*turns, strict=True)]
+    taken = [[seconds(call) for call in encodes + decodes] for _ in range(turns)]
+    fastest = [min(times) for times in zip(*taken, strict=True)]
     encode_s, decode_s = fastest[:images], fastest[images:]
     return Costs(encode_s, decode_s), engine.runs_on
 
