@@ -13,6 +13,7 @@ from tqdm import tqdm
 from bench.isolated import isolated
 from bench.settings import Settings
 from runtime import manifest as manifests
+from runtime.providers import Placement, session_options
 
 _ROWS = 16
 _RUNS = 8
@@ -36,7 +37,7 @@ def _shares(graph: str, settings: Settings) -> list[tuple[str, float]]:
     manifest = manifests.load(settings.engine)
     variant = manifest.variant(graph, manifest.combination(_COMBINATION))
     with tempfile.TemporaryDirectory() as folder:
-        options = ort.SessionOptions()
+        options = session_options(Placement("cpu"))
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / graph)
         session = ort.InferenceSession(
