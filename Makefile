@@ -5,6 +5,8 @@ PORT ?= $(or $(VIGNETTE_PORT),8000)
 ENGINE ?= $(or $(VIGNETTE_ENGINE),engines/demo)
 NAME = $(notdir $(MODEL:/=))
 IMAGE ?= demo/samples/owl.png
+IMAGES ?= demo/samples
+OUTPUT ?= captions.jsonl
 PYTHON ?= python3
 TARGET ?= gpu
 DEVICE ?= cpu
@@ -23,7 +25,7 @@ PIP = -m pip install --quiet --disable-pip-version-check --constraint constraint
   $(if $(WHEELS),--no-index --find-links $(WHEELS))
 
 .DEFAULT_GOAL := help
-.PHONY: help serve export tune check_export evaluate demo-model demo-engine \
+.PHONY: help serve caption export tune check_export evaluate demo-model demo-engine \
   baseline benchmark batch_performance build run_docker test_container \
   test lint format test_server gpu-check chaos soak clean
 
@@ -32,6 +34,9 @@ help:  ## list the targets
 
 serve: .venv$(GPU)/ready  ## start the server (PORT=8000 ENGINE=engines/demo ARGS=...; DEVICE=cuda)
 	@$(SERVE) -m server --engine $(ENGINE) --port $(PORT) $(if $(GPU),--provider $(DEVICE)) $(ARGS)
+
+caption: .venv$(GPU)/ready  ## caption a folder of images (IMAGES, OUTPUT, ENGINE, ARGS; DEVICE=cuda)
+	@$(SERVE) -m runtime $(IMAGES) --output $(OUTPUT) --engine $(ENGINE) $(if $(GPU),--provider $(DEVICE)) $(ARGS)
 
 test_server:  ## post a sample to a running server (PORT, IMAGE)
 	@curl --fail-with-body --silent --show-error --write-out 'total request time=%{time_total}s\n' \

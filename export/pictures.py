@@ -14,11 +14,10 @@ from transformers import CLIPImageProcessor
 from export.errors import ExportError
 from runtime.errors import InvalidImage, TooManyPixels
 from runtime.manifest import Preprocessing, Sizes
-from runtime.preprocess import decode
+from runtime.preprocess import SUFFIXES, decode
 
 LEAST_PICTURES = 16  # that calibration and the gate can say something by
 _MOST_PICTURES = 400  # each is captioned by PyTorch and by every combination of variants
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def from_folder(folder: Path, how: Preprocessing, sizes: Sizes) -> list[np.ndarray]:
@@ -38,7 +37,7 @@ def from_folder(folder: Path, how: Preprocessing, sizes: Sizes) -> list[np.ndarr
         do_normalize=False,
     )
     pixels: list[np.ndarray] = []
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES)
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
     if len(paths) > _MOST_PICTURES:
         print(f"{folder} holds {len(paths)} images: {_MOST_PICTURES} of them, evenly, are used")
         paths = [paths[i * len(paths) // _MOST_PICTURES] for i in range(_MOST_PICTURES)]

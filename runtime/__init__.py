@@ -2,5 +2,6 @@
 
 Reading order: `manifest` (the contract with export/) -> `config` -> `errors` -> `machine` ->
 `plan` -> `gpu` -> `tensorrt` -> `providers` -> `preprocess` -> `tokenizer` -> `request` ->
-`scheduler` -> `pacing` -> `encoder` -> `runner` -> `device_runner` -> `opening` -> `engine`.
+`scheduler` -> `pacing` -> `encoder` -> `runner` -> `device_runner` -> `opening` -> `engine` ->
+`bulk` and `__main__` (image files to captions, without a server).
 """

@@ -19,6 +19,7 @@ from runtime.errors import InvalidImage, TooManyPixels
 from runtime.manifest import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 50_000_000
 _SPARE = 3  # a scaled decoding keeps so many times the shortest edge that is wanted
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns where ours refuses, and can't be raised

@@ -1,0 +1,77 @@
+"""Captions of any number of image files, as they are finished, without a server.
+
+Images are read and decoded on threads while the engine captions those before them. Only as many
+are held in memory as keep it busy, so that a folder may be of any size.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from runtime.engine import Engine
+from runtime.errors import ComputationFailed, InvalidImage, InvalidRequest, TooManyPixels
+from runtime.machine import this_machine
+from runtime.manifest import Preprocessing
+from runtime.preprocess import preprocess
+from runtime.request import Caption, Sequence
+
+FileError = InvalidImage | TooManyPixels | ComputationFailed | OSError
+_UNREADABLE = (InvalidImage, TooManyPixels, OSError)
+
+
+def caption_files(
+    engine: Engine,
+    files: Iterable[Path],
+    prompt: str | None = None,
+    max_new_tokens: int | None = None,
+) -> Iterator[tuple[Path, Caption | FileError]]:
+    """Each file with its caption, or with what was wrong with it, in the order they finish.
+
+    Raises InvalidRequest before the first one when prompt, limit or model can't be served.
+    """
+    engine.limits.check(prompt, max_new_tokens)
+    if engine.manifest.sizes.frames:
+        raise InvalidRequest("a video model takes several frames a caption: send them to a server")
+    how, slots = engine.manifest.preprocessing, engine.config.slots or 1
+    remaining = iter(files)
+    decoding: deque[tuple[Path, Future[np.ndarray]]] = deque()
+    running: dict[Sequence, Path] = {}
+    with ThreadPoolExecutor(this_machine().cores, "decode") as pool:
+        try:
+            while True:
+                for file in islice(remaining, 2 * slots - len(decoding)):
+                    decoding.append((file, pool.submit(_pixels, file, how)))
+                if not decoding and not running:
+                    return
+                while decoding and _takes(engine, decoding[0][1], slots):
+                    file, pixels = decoding.popleft()
+                    try:
+                        running[engine.submit(pixels.result(), prompt, max_new_tokens)] = file
+                    except _UNREADABLE as error:
+                        yield file, error
+                for sequence in engine.step():
+                    yield running.pop(sequence), _outcome(engine, sequence)
+        finally:  # also when the caller has had enough
+            pool.shutdown(cancel_futures=True)
+            engine.abandon()
+
+
+def _pixels(file: Path, how: Preprocessing) -> np.ndarray:
+    return preprocess(file.read_bytes(), how)
+
+
+def _takes(engine: Engine, pixels: Future[np.ndarray], slots: int) -> bool:
+    """Whether the engine takes the next image: once it is decoded, or waiting for nothing else."""
+    scheduler = engine.scheduler
+    return scheduler.idle or (pixels.done() and scheduler.waiting < slots)
+
+
+def _outcome(engine: Engine, sequence: Sequence) -> Caption | FileError:
+    try:
+        return engine.caption(sequence)
+    except ComputationFailed as error:
+        return error

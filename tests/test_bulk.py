@@ -1,0 +1,165 @@
+"""Folders of images into lines of captions: all of them, whatever is wrong with some."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from runtime.__main__ import main
+from runtime.bulk import caption_files
+from runtime.config import EngineConfig
+from runtime.errors import InvalidRequest
+from tests.conftest import DEMO, SAMPLES
+from tests.fakes import fake_engine
+
+SAID = {
+    name: said["caption"]
+    for name, said in json.loads((SAMPLES / "captions.json").read_text()).items()
+}
+PHOTOS = {"owl.png", "cats.png", "donuts.png", "umbrella.png"}
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Four samples, one of them in a folder below; what is no image is left alone."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for name in PHOTOS:
+        shutil.copy(SAMPLES / name, folder)
+    (folder / "owl.png").rename(folder / "more" / "owl.PNG")
+    (folder / "notes.txt").write_text("not an image, and not named like one")
+    return folder
+
+
+def run(*arguments: Path | str) -> int:
+    return main([*map(str, arguments), "--engine", str(DEMO), "--provider", "cpu"])
+
+
+def entries(output: Path) -> dict[str, dict[str, str]]:
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    found = {Path(line["file"]).name.lower(): line for line in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+def test_a_folder_is_captioned_with_those_below_it(photos, tmp_path):
+    output = tmp_path / "captions.jsonl"
+    assert run(photos, photos / "cats.png", "--output", output) == 0
+    found = entries(output)
+    assert {name: line["caption"] for name, line in found.items()} == {n: SAID[n] for n in PHOTOS}
+    assert found["owl.png"]["file"] == str(photos / "more" / "owl.PNG")
+
+
+def test_lines_go_to_standard_output_and_answer_a_prompt(capfd):
+    assert run(SAMPLES / "cats.png", "--prompt", "how many cats are there") == 0
+    line = json.loads(capfd.readouterr().out)
+    assert (line["prompt"], line["caption"]) == ("how many cats are there", "two")
+
+
+def test_a_file_that_is_no_image_fails_alone(photos, tmp_path, capfd):
+    output = tmp_path / "captions.jsonl"
+    (photos / "cats.png").write_bytes(b"GIF")
+    (photos / "link.jpg").symlink_to("nowhere")
+    assert run(photos, "--output", output) == 1
+    found = entries(output)
+    assert "not an image" in found["cats.png"]["error"]
+    assert "No such file" in found["link.jpg"]["error"]
+    assert {name for name, line in found.items() if "caption" in line} == PHOTOS - {"cats.png"}
+    assert "3 captioned, 2 failed" in capfd.readouterr().err
+
+
+def test_the_same_command_goes_on_after_a_kill(photos, tmp_path, capfd):
+    output = tmp_path / "captions.jsonl"
+    lines = (
+        {"file": str(photos / "cats.png"), "caption": "kept as it is"},
+        {"file": str(photos / "donuts.png"), "error": "tried again"},
+        {"file": str(photos / "umbrella.png"), "caption": "cut off"},
+    )
+    output.write_text("\n".join(map(json.dumps, lines))[:-4])
+    assert run(photos, "--output", output) == 0
+    found = {name: line["caption"] for name, line in entries(output).items()}
+    assert found == {n: SAID[n] for n in PHOTOS} | {"cats.png": "kept as it is"}
+    assert "3 captioned, 1 before, 0 failed" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("file,caption\na.png,an owl\n", "line 1, is no caption"),
+        ('{"file": "a.png", "prompt": "how many", "caption": "two"}\n', "another --prompt"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_left_alone(
+    content, complaint, photos, tmp_path, capfd
+):
+    output = tmp_path / "precious.csv"
+    output.write_text(content)
+    assert run(photos, "--output", output) == 1
+    assert complaint in capfd.readouterr().err
+    assert output.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["nowhere"], "nowhere does not exist"),
+        (["{empty}"], "holds no images"),
+        ([str(SAMPLES), "--max-new-tokens", "1000"], "max_new_tokens is 1000"),
+        ([str(SAMPLES), "--output", "{empty}/no/such/captions.jsonl"], "No such file or directory"),
+    ],
+)
+def test_what_can_not_be_done_is_said(arguments, complaint, tmp_path, capfd):
+    assert run(*(a.replace("{empty}", str(tmp_path)) for a in arguments)) == 1
+    said = capfd.readouterr()
+    assert complaint in said.err
+    assert not said.out
+
+
+def test_names_need_not_be_utf_8(tmp_path):
+    name = os.fsdecode(b"\xe9t\xe9.png")
+    shutil.copy(SAMPLES / "owl.png", tmp_path / name)
+    output = tmp_path / "captions.jsonl"
+    for _ in range(2):  # the second finds it done
+        assert run(tmp_path / name, "--output", output) == 0
+        [line] = output.read_bytes().splitlines()
+        assert b"\xe9t\xe9.png" in line
+
+
+def small_images(folder: Path, count: int) -> list[Path]:
+    files = [folder / f"{number:03}.png" for number in range(count)]
+    for number, file in enumerate(files):
+        Image.new("RGB", (4, 4), (number, number, number)).save(file)
+    return files
+
+
+def test_only_as_many_are_held_as_keep_the_engine_busy(tmp_path):
+    files, taken = small_images(tmp_path, 100), []
+    engine = fake_engine(EngineConfig(slots=4))
+    outcomes = caption_files(engine, (taken.append(file) or file for file in files))
+    ended = []
+    for file, _ in outcomes:
+        ended.append(file)
+        assert (
+            len(taken) - len(ended) <= 4 * 4
+        )  # slots: running, waiting, and twice as many decoded
+    assert sorted(ended) == files
+
+
+def test_a_caller_that_has_enough_leaves_the_engine_free(tmp_path):
+    engine = fake_engine(EngineConfig(slots=4))
+    outcomes = caption_files(engine, small_images(tmp_path, 30))
+    next(outcomes)
+    outcomes.close()
+    assert engine.scheduler.idle
+    assert len(list(caption_files(engine, small_images(tmp_path, 30)))) == 30
+
+
+def test_a_model_of_several_frames_is_refused_at_once(tmp_path):
+    engine = fake_engine()
+    engine.manifest = replace(engine.manifest, sizes=replace(engine.manifest.sizes, frames=6))
+    with pytest.raises(InvalidRequest, match="several frames"):
+        next(caption_files(engine, small_images(tmp_path, 1)))
