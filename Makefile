@@ -1,5 +1,6 @@
 # Environments: .venv holds what serving needs, .venv-dev all of it (torch included); .venv-gpu and
-# .venv-gpu-dev are the same with onnxruntime-gpu, which excludes onnxruntime.
+# .venv-gpu-dev are the same with onnxruntime-gpu, which excludes onnxruntime. Where pip finds only torch
+# with CUDA, TORCH_INDEX=https://download.pytorch.org/whl/cpu spares .venv-dev some gigabytes.
 
 PORT ?= $(or $(VIGNETTE_PORT),8000)
 ENGINE ?= $(or $(VIGNETTE_ENGINE),engines/demo)
@@ -11,18 +12,19 @@ PYTHON ?= python3
 TARGET ?= gpu
 DEVICE ?= cpu
 WHEELS ?=
-comma := ,
+TORCH_INDEX ?=
 
 export TOKENIZERS_PARALLELISM = false
 
 GPU = $(if $(filter cuda tensorrt,$(DEVICE)),-gpu)
 SERVE = .venv$(GPU)/bin/python
+SERVE_READY = .venv$(GPU)/ready$(if $(filter tensorrt,$(DEVICE)),-tensorrt)
 DEV = .venv-dev/bin/python
 GPU_DEV = .venv-gpu-dev/bin/python
 BENCH = $(DEV) -m bench $(if $(QUICK),--quick)
 CALLED = make $@$(if $(QUICK), QUICK=1)$(if $(ARGS), ARGS="$(ARGS)")
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-  $(if $(WHEELS),--no-index --find-links $(WHEELS))
+  $(if $(WHEELS),--no-index --find-links $(WHEELS)) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
 .PHONY: help serve caption export tune check_export evaluate demo-model demo-engine \
@@ -32,18 +34,19 @@ PIP = -m pip install --quiet --disable-pip-version-check --constraint constraint
 help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-serve: .venv$(GPU)/ready  ## start the server (PORT=8000 ENGINE=engines/demo ARGS=...; DEVICE=cuda)
+serve: $(SERVE_READY)  ## start the server (PORT=8000 ENGINE=engines/demo ARGS=...; DEVICE=cuda)
 	@$(SERVE) -m server --engine $(ENGINE) --port $(PORT) $(if $(GPU),--provider $(DEVICE)) $(ARGS)
 
-caption: .venv$(GPU)/ready  ## caption a folder of images (IMAGES, OUTPUT, ENGINE, ARGS; DEVICE=cuda)
-	@$(SERVE) -m runtime $(IMAGES) --output $(OUTPUT) --engine $(ENGINE) $(if $(GPU),--provider $(DEVICE)) $(ARGS)
+caption: $(SERVE_READY)  ## caption a folder of images (IMAGES, OUTPUT, ENGINE, ARGS; DEVICE=cuda)
+	@$(SERVE) -m runtime '$(IMAGES)' --output '$(OUTPUT)' --engine $(ENGINE) \
+	  $(if $(GPU),--provider $(DEVICE)) $(ARGS)
 
 test_server:  ## post a sample to a running server (PORT, IMAGE)
 	@curl --fail-with-body --silent --show-error --write-out 'total request time=%{time_total}s\n' \
 	  --data-binary @$(IMAGE) http://localhost:$(PORT)/caption
 
 EXPORT = $(if $(filter tensorrt,$(TARGET)),.venv-gpu-dev,.venv-dev)
-export: $(EXPORT)/ready  ## MODEL=<hub id or folder> to engines/<name> (NAME, ARGS; TARGET=cuda, tensorrt)
+export: $(EXPORT)/ready$(if $(filter tensorrt,$(TARGET)),-tensorrt)  ## MODEL=<hub id or folder> to engines/<name> (NAME, ARGS; TARGET=cuda, tensorrt)
 	@test '$(origin TARGET)' != 'command line' -o -n '$(filter cuda tensorrt,$(TARGET))' || \
 	  { echo 'TARGET is cuda or tensorrt; leave it out for processors'; exit 2; }
 	@test -n "$(MODEL)" || { echo 'say which: make export MODEL=microsoft/git-base-textcaps'; exit 2; }
@@ -94,7 +97,7 @@ build:  ## build the GPU image (TARGET=cpu or export for the others)
 	docker build --file docker/Dockerfile --target $(TARGET) --tag vignette:$(TARGET) .
 
 run_docker:  ## run it on all GPUs (PORT, ENGINE, ARGS; TARGET=cpu without a GPU)
-	docker run --rm --shm-size 512m --publish $(PORT):8000 $(if $(filter cpu,$(TARGET)),,--gpus all) \
+	docker run --rm --shm-size 512m --stop-timeout 40 --publish $(PORT):8000 $(if $(filter cpu,$(TARGET)),,--gpus all) \
 	  --read-only --tmpfs /tmp --cap-drop=all --security-opt no-new-privileges \
 	  --volume $(CURDIR)/engines:/app/engines:ro --env VIGNETTE_ENGINE=$(ENGINE) \
 	  vignette:$(TARGET) $(ARGS)
@@ -126,11 +129,13 @@ clean:  ## remove all environments
 .venv/ready: EXTRAS = cpu
 .venv-dev/ready: EXTRAS = cpu,export,bench,dev,otel
 
-TENSORRT = $(if $(filter tensorrt,$(DEVICE) $(TARGET)),$(comma)tensorrt)
-.venv-gpu/ready: EXTRAS = gpu$(TENSORRT)
-.venv-gpu-dev/ready: EXTRAS = gpu,export,bench,dev,otel$(TENSORRT)
+.venv-gpu/ready: EXTRAS = gpu
+.venv-gpu/ready-tensorrt: EXTRAS = gpu,tensorrt
+.venv-gpu-dev/ready: EXTRAS = gpu,export,bench,dev,otel
+.venv-gpu-dev/ready-tensorrt: EXTRAS = gpu,export,bench,dev,otel,tensorrt
 
-.venv/ready .venv-dev/ready .venv-gpu/ready .venv-gpu-dev/ready: pyproject.toml constraints.txt
+.venv/ready .venv-dev/ready $(foreach env,.venv-gpu .venv-gpu-dev,$(env)/ready $(env)/ready-tensorrt): \
+  pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.11'; exit 2; }
 	@echo 'installing $(EXTRAS) into $(@D) ...'

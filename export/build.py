@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import torch
 from optimum.exporters.onnx import onnx_export_from_model
 from transformers import GitForCausalLM
@@ -39,7 +40,7 @@ _TASK = "image-to-text"
 _FP32 = ("fp32", "float32")
 _FUSED = "encoder.fused.onnx"  # fp32, and only on the way to fp16
 _CALIBRATION = 128  # pictures; the gate takes all
-_PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime")
+_PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +238,9 @@ def _describe(checkpoint: Checkpoint, folder: Path, combinations: list[Combinati
         files={name: sha256(folder / name) for name in sorted(files)},
         variants=variants,
         combinations=tuple(combinations),
-        versions={package: version(package) for package in _PACKAGES},
+        # Installed as onnxruntime or onnxruntime-gpu.
+        versions={package: version(package) for package in _PACKAGES}
+        | {"onnxruntime": onnxruntime.__version__},
     )
 
 

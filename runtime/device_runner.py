@@ -23,7 +23,7 @@ import onnxruntime as ort
 from runtime.config import TEXT_TOKENS, EngineConfig
 from runtime.errors import ProviderError
 from runtime.gpu import pin
-from runtime.manifest import Manifest
+from runtime.manifest import NOT_A_TOKEN, Manifest
 from runtime.plan import Plan
 from runtime.providers import CudaOptions, Placement, cuda_major, open_session
 
@@ -137,6 +137,7 @@ class DeviceRunner:
         slot, image = (heads, capacity, head), (heads, prefix, head)
         self._arena = [DeviceBuffer(device, (self._slots, *slot), cache) for _ in self._names]
         self._images = [DeviceBuffer(device, (self._batch, *image), cache) for _ in self._names]
+        self._blank = DeviceBuffer(device, (1, *slot), cache)
         self._ring = BURST + 1, self._slots
         self._tokens = DeviceBuffer(device, (prod(self._ring),), np.int64)
         self._lengths = DeviceBuffer(device, (prod(self._ring),), np.int32)
@@ -212,7 +213,16 @@ class DeviceRunner:
         for step in range(steps):
             launch = self._steps.get((size, step)) or self._bind_step(size, step)
             launch.run(wait=step == steps - 1)
-        return self._tokens.fetch().reshape(self._ring)[1 : steps + 1, :rows]
+        predicted = self._tokens.fetch().reshape(self._ring)[1 : steps + 1, :rows]
+        for row in np.flatnonzero((predicted == NOT_A_TOKEN).any(axis=0)):
+            self._clear(int(row))
+        return predicted
+
+    def _clear(self, slot: int) -> None:
+        """Empty a slot whose numbers broke down: a kernel may multiply what it masks by zero, and
+        zero times NaN is NaN for the next sequence there."""
+        blank = [self._blank] * len(self._names)
+        self._copy(blank, 0, 1, self._slot_places, np.array([slot], np.int64))
 
     def move(self, source: int, target: int) -> None:
         """Copy a sequence's cache from one slot to another, on the device."""
@@ -233,7 +243,7 @@ class DeviceRunner:
         for batch in self._batches:
             self.encode([blank] * batch, range(batch))
         for size in self._buckets:
-            self.decode([0] * size, [0] * size, self.burst)
+            self.decode([0] * size, [0] * size, min(self.burst, self.text_tokens))
 
     def _bind_encode(self, rows: int) -> _Launch:
         binding = self._encoder.io_binding()

@@ -4,10 +4,13 @@ Everything that keeps a GPU from serving is found here, with its remedy, so that
 the port opens.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +26,7 @@ _NO_GPU = (
     "no NVIDIA GPU is visible: start the container with --gpus all, and see that "
     "CUDA_VISIBLE_DEVICES names a GPU that `nvidia-smi -L` lists"
 )
+_OLDEST = (7, 5)  # compute capability that CUDA 13, and onnxruntime-gpu for it, still know
 _SAFE = 0.9  # of the free memory: the driver and others on the GPU take some as well
 _MIB = 2**20
 _PINNED: list[np.ndarray] = []
@@ -32,7 +36,8 @@ _PINNED: list[np.ndarray] = []
 class Gpu:
     """A GPU that this process may use. Memory in bytes; `cuda` is the newest that its driver runs.
 
-    `index` counts as CUDA does, among the visible ones.
+    `index` counts as CUDA does, among the visible ones. An instance (MIG) of a GPU counts as one,
+    and CUDA knows it by `uuid` alone.
     """
 
     index: int
@@ -42,6 +47,12 @@ class Gpu:
     cuda: tuple[int, int]
     total: int
     free: int
+    uuid: str = ""
+
+    @property
+    def is_instance(self) -> bool:
+        """Whether it is a part of a GPU that was split."""
+        return self.uuid.startswith("MIG-")
 
     def __str__(self) -> str:
         return f"{self.name} ({self.free // _MIB} of {self.total // _MIB} MiB free)"
@@ -62,11 +73,18 @@ def require_gpu(cuda_major: int | None, index: int = 0) -> Gpu:
             f"driver {gpu.driver} runs CUDA {gpu.cuda[0]}.{gpu.cuda[1]}, and this onnxruntime-gpu "
             f"is built for CUDA {cuda_major}: update the driver on the host"
         )
+    if gpu.compute < _OLDEST:
+        raise ProviderError(
+            f"{gpu.name} has compute capability {gpu.compute[0]}.{gpu.compute[1]}, and CUDA 13 "
+            f"takes {_OLDEST[0]}.{_OLDEST[1]} or newer: use another GPU, or --provider cpu"
+        )
     return gpu
 
 
 def visible_gpus() -> list[Gpu]:
     """All GPUs that CUDA would show to this process; ProviderError if the driver can't be asked."""
+    # NVML counts so, CUDA only if it is told before it starts.
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     try:
         import pynvml
     except ModuleNotFoundError as cause:
@@ -80,20 +98,21 @@ def visible_gpus() -> list[Gpu]:
             pynvml.nvmlSystemGetDriverVersion(),
             pynvml.nvmlSystemGetCudaDriverVersion_v2(),
         )
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        named = {pynvml.nvmlDeviceGetUUID(handle): handle for handle in handles}
+        named = _handles(pynvml)
         found = []
         for index, uuid in enumerate(visible(list(named), os.environ.get("CUDA_VISIBLE_DEVICES"))):
-            memory = pynvml.nvmlDeviceGetMemoryInfo(named[uuid])
+            handle, gpu = named[uuid]
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
             found.append(
                 Gpu(
                     index=index,
-                    name=pynvml.nvmlDeviceGetName(named[uuid]),
-                    compute=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(named[uuid])),
+                    name=pynvml.nvmlDeviceGetName(handle),
+                    compute=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(gpu)),
                     driver=driver,
                     cuda=(version // 1000, version % 1000 // 10),
                     total=memory.total,
                     free=memory.free,
+                    uuid=uuid,
                 )
             )
         return found
@@ -101,6 +120,29 @@ def visible_gpus() -> list[Gpu]:
         raise ProviderError(f"the NVIDIA driver can't be asked for its GPUs: {cause}") from cause
     finally:
         pynvml.nvmlShutdown()
+
+
+def _handles(pynvml: ModuleType) -> dict[str, tuple[Any, Any]]:
+    """NVML's handles by UUID: each GPU, or instance (MIG) of one that was split, and its GPU."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
+        handles = [gpu]
+        if _is_split(pynvml, gpu):
+            handles = []
+            for instance in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
+                with contextlib.suppress(pynvml.NVMLError_NotFound):  # fewer than it could have
+                    handles.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, instance))
+        found |= {pynvml.nvmlDeviceGetUUID(handle): (handle, gpu) for handle in handles}
+    return found
+
+
+def _is_split(pynvml: ModuleType, gpu: Any) -> bool:
+    try:
+        current, _ = pynvml.nvmlDeviceGetMigMode(gpu)
+    except pynvml.NVMLError_NotSupported:  # most GPUs can't be
+        return False
+    return bool(current == pynvml.NVML_DEVICE_MIG_ENABLE)
 
 
 def visible(uuids: list[str], wanted: str | None) -> list[str]:

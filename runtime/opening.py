@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 _SLOTS = 16  # on a processor: more rows make a step no cheaper for each
 _MOST_SLOTS = 64  # on a GPU, unless more are asked for
 _HALF = 2  # bytes
+_ARENA = 2  # ONNX Runtime's allocator for tensors beside a session takes up to twice their size
 _ACTIVATIONS = 24  # of an image in the encoder: tensors of positions x width that are alive at once
 
 
@@ -82,8 +83,8 @@ def gpu_memory(folder: Path, manifest: Manifest, config: EngineConfig, plan: Pla
     files = {manifest.variant(graph, combination).data for graph in ("encoder", "decoder")}
     return Memory(
         weights=sum((folder / name).stat().st_size for name in files if name),
-        slot=(sizes.prefix + text) * kv,
-        image=sizes.prefix * (kv + _ACTIVATIONS * width * _HALF),
+        slot=(sizes.prefix + text) * kv * _ARENA,
+        image=sizes.prefix * (kv * _ARENA + _ACTIVATIONS * width * _HALF),
     )
 
 

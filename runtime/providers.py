@@ -10,6 +10,7 @@ import importlib.util
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -144,7 +145,7 @@ def open_session(
             session = _open_tensorrt(path, options, how)
         else:
             settings = _cuda_options(how) if provider.name == "cuda" else {}
-            session = ort.InferenceSession(str(path), options, [(provider.ep, settings)])
+            session = _session(path, options, [(provider.ep, settings)])
     except Exception as cause:  # ONNX Runtime raises a class of its own for every status code
         if provider.name == "cpu":
             raise EngineFolderError(f"{path} can't be loaded: export the engine again") from cause
@@ -165,6 +166,7 @@ def open_session(
 def session_options(how: Placement) -> ort.SessionOptions:
     """ONNX Runtime's settings for a graph, whatever provider it runs on."""
     options = ort.SessionOptions()
+    options.log_severity_level = 3  # warnings are of shapes left on the processor, and the like
     options.intra_op_num_threads = how.threads or (quota() and this_machine().cores)
     # The encoder's and the decoder's threads take turns: those of the one that rests must not spin.
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -191,14 +193,24 @@ def _is_installed(provider: Provider) -> bool:
 def _load_cuda() -> None:
     """Load CUDA's libraries from NVIDIA's wheels, so that one that is missing is told by name."""
     ort.preload_dlls()
-    for library in ("libcublasLt", "libcublas", "libcudart"):
+    names = [f"{name}.so.{cuda_major()}" for name in ("libcublasLt", "libcublas", "libcudart")]
+    for name in (*names, "libcurand.so.10", "libcudnn.so.9"):
         try:
-            ctypes.CDLL(f"{library}.so.{cuda_major()}")
+            ctypes.CDLL(name)
         except OSError as cause:
             raise ProviderError(
                 f"CUDA's libraries can't be loaded ({cause}): install the gpu extra, which brings "
                 "them, or a CUDA toolkit of that version"
             ) from cause
+
+
+def _session(
+    path: Path,
+    options: ort.SessionOptions,
+    chain: Sequence[tuple[str, dict[str, str]]] | None = None,
+) -> ort.InferenceSession:
+    """Without the retry on other providers, which would hide why the one that was named failed."""
+    return ort.InferenceSession(str(path), options, chain, enable_fallback=False)
 
 
 def _cuda_options(how: Placement) -> dict[str, str]:
@@ -223,7 +235,7 @@ def _open_tensorrt(path: Path, options: ort.SessionOptions, how: Placement) -> o
         # For what TensorRT leaves over, such as a cast of the pixels.
         (_PROVIDERS["cuda"].ep, _cuda_options(how) | {"enable_cuda_graph": "0"}),
     ]
-    return tensorrt.open_cached(folder, lambda: ort.InferenceSession(str(path), options, chain))
+    return tensorrt.open_cached(folder, lambda: _session(path, options, chain))
 
 
 def _open_openvino(path: Path, options: ort.SessionOptions, how: Placement) -> ort.InferenceSession:
@@ -237,7 +249,7 @@ def _open_openvino(path: Path, options: ort.SessionOptions, how: Placement) -> o
     options.add_provider_for_devices(
         _openvino_devices()[:1], {"load_config": json.dumps({"CPU": config})} if config else {}
     )
-    return ort.InferenceSession(str(path), options)
+    return _session(path, options)
 
 
 @cache

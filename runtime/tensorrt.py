@@ -83,19 +83,19 @@ def cache_folder(engine: Path, name: str) -> Path:
 def options(folder: Path, row: tuple[int, ...], batch: int) -> dict[str, str]:
     """The provider's options: fp16, both caches, and the one dynamic input's profile.
 
-    row: shape of one row of `pixels`. batch: most rows.
+    row: shape of one row of `pixels`. batch: most rows. Switches are not 0 and 1, as CUDA's are.
     """
     shape = "x".join(map(str, row))
     return {
-        "trt_fp16_enable": "1",
-        "trt_engine_cache_enable": "1",
+        "trt_fp16_enable": "True",
+        "trt_engine_cache_enable": "True",
         "trt_engine_cache_path": str(folder),
-        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_enable": "True",
         "trt_timing_cache_path": str(folder),
         "trt_profile_min_shapes": f"pixels:1x{shape}",
         "trt_profile_opt_shapes": f"pixels:{batch}x{shape}",
         "trt_profile_max_shapes": f"pixels:{batch}x{shape}",
-        "trt_layer_norm_fp32_fallback": "1",
+        "trt_layer_norm_fp32_fallback": "True",
     }
 
 

@@ -47,7 +47,7 @@ def _devices(settings: Settings) -> list[str]:
         return [""] * (settings.workers or 1)
     # Those that are visible are the first ones that the variable names.
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [str(gpu.index) for gpu in gpus] if named is None else named.split(",")
+    names = named.split(",") if named else [g.uuid if g.is_instance else str(g.index) for g in gpus]
     return [name.strip() for name in names[: len(gpus)]][: settings.workers]
 
 

@@ -50,7 +50,7 @@ class Supervisor:
         self._announced = False
         self._folder = new_run_folder()
         self._workers = [
-            Child("worker", index, partial(worker_main, settings, self._folder), _gpu(device))
+            Child("worker", index, partial(worker_main, settings, self._folder), _variables(device))
             for index, device in enumerate(devices)
         ]
         self._front_ends: list[Child] = []
@@ -233,10 +233,8 @@ class Supervisor:
                 child.process.join(_STOP_SECONDS)
 
 
-def _gpu(device: str) -> dict[str, str]:
-    """Variables of a worker with a GPU of its own, counted as the driver's library counts."""
-    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    return order | {"CUDA_VISIBLE_DEVICES": device} if device else order
+def _variables(device: str) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": device} if device else {}
 
 
 def _stop_event() -> asyncio.Event:

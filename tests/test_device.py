@@ -13,6 +13,7 @@ from runtime.config import EngineConfig
 from runtime.device_runner import DeviceBuffer, DeviceRunner, bucket, buckets
 from runtime.engine import Engine
 from runtime.machine import Machine
+from runtime.manifest import NOT_A_TOKEN
 from runtime.plan import Plan, default
 from runtime.runner import Runner
 from runtime.tokenizer import CaptionTokenizer
@@ -119,6 +120,31 @@ def test_addresses_never_change(half):
     assert it.runner._encodes == first
     assert {rows for rows, _ in bound} == {1, 2, 4, 6}
     assert {step for _, step in bound} == {0, 1, 2, 3}
+
+
+def test_a_slot_whose_numbers_broke_down_is_emptied(half):
+    it = engine(half, DeviceRunner, FUSED)
+    sizes, rng = it.manifest.sizes, np.random.default_rng(0)
+    runner, slots = it.runner, [0, 1]
+    runner.encode([generated(rng, sizes) for _ in slots], slots)
+    broken = runner._arena[-1]
+    values = broken.fetch()
+    values[1] = np.nan
+    broken.upload(values)
+    predicted = runner.decode([it.manifest.tokens.bos] * 2, [0, 0], runner.burst)
+    assert (predicted[:, 0] != NOT_A_TOKEN).all()
+    assert (predicted[:, 1] == NOT_A_TOKEN).any()
+    for cache in runner._arena:
+        left = cache.fetch()
+        assert not left[1].any()
+        assert left[0].any()
+
+
+def test_a_slot_with_room_for_less_than_a_burst_is_warmed_up(half):
+    it = engine(half, DeviceRunner, FUSED, text_tokens=2)
+    image = generated(np.random.default_rng(0), it.manifest.sizes)
+    [caption] = it.generate([image], max_new_tokens=2, ignore_eos=True)
+    assert len(caption.token_ids) == 2
 
 
 def test_a_device_buffer_binds_any_run_of_its_rows():
