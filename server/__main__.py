@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -11,8 +12,10 @@ from runtime.errors import ProviderError, VignetteError
 from runtime.gpu import Gpu, visible_gpus
 from server import keys, worker
 from server.logs import configure
-from server.settings import Settings, from_command_line
+from server.settings import Settings, from_command_line, unknown_variables
 from server.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
 
 
 def main() -> int:
@@ -20,6 +23,8 @@ def main() -> int:
     try:
         settings = from_command_line()
         configure(settings)
+        for unknown in unknown_variables(os.environ):
+            log.warning(unknown)
         asyncio.run(_supervise(settings))
     except VignetteError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,13 +3,16 @@
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
 from runtime.errors import VignetteError
 
 _RECENT = 64  # completions that the drain rate is taken from
+_ENOUGH = 16  # to go by
+_IN_TIME = 0.9  # of the deadline: the last in the queue must make it, too
+_LONGEST_WAIT = 60  # seconds that a client is told to wait
 
 
 class State(StrEnum):
@@ -32,34 +35,85 @@ class QueueFull(VignetteError):
         self.retry_after = retry_after
 
 
+class DrainRate:
+    """How long a request takes while others wait for its slot; idle times do not count."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=_RECENT)
+        self._since: float | None = None  # when the last one was completed, or waiting began
+
+    def waiting(self, now: float) -> None:
+        """There is a request without a slot."""
+        if self._since is None:
+            self._since = now
+
+    def completed(self, now: float) -> None:
+        """A request was answered with its caption."""
+        if self._since is not None:
+            self._seconds.append(now - self._since)
+            self._since = now
+
+    def idle(self) -> None:
+        """None waits any more."""
+        self._since = None
+
+    @property
+    def seconds(self) -> float | None:
+        """For each request; None while too few have been seen."""
+        if len(self._seconds) < _ENOUGH:
+            return None
+        return sum(self._seconds) / len(self._seconds)
+
+
 class Admission:
     """Counts the requests that are inside. Used on the event loop's thread only."""
 
-    def __init__(self, queue: int, most_bytes: int) -> None:
+    def __init__(
+        self,
+        queue: int,
+        most_bytes: int,
+        deadline: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Let at most `queue` requests wait, besides those that have a slot (set `slots`).
 
         most_bytes: of all bodies together, those that are still coming in too.
+        deadline: seconds that a request has; no more wait than can be captioned in time.
         """
         self.state = State.STARTING
         self.inside = 0
         self.slots = 0
         self.held_bytes = 0
-        self._queue, self._most_bytes = queue, most_bytes
-        self._completed: deque[float] = deque(maxlen=_RECENT)
+        self._queue, self._most_bytes, self._deadline = queue, most_bytes, deadline
+        self._clock, self._rate = clock, DrainRate()
 
     @contextmanager
     def enter(self) -> Iterator[None]:
         """Hold a place while a request is served; raises NotServing or QueueFull."""
         if self.state is not State.READY:
             raise NotServing(f"the server is {self.state}: try again soon, or another instance")
-        if self.inside >= self.slots + self._queue:
+        if self.inside >= self._most:
             raise QueueFull("the queue is full: try again later", self._seconds_to_drain())
         self.inside += 1
+        if self.inside > self.slots:
+            self._rate.waiting(self._clock())
         try:
             yield
-            self._completed.append(time.monotonic())
+            self._rate.completed(self._clock())
         finally:
             self.inside -= 1
+            if self.inside <= self.slots:
+                self._rate.idle()
+
+    @property
+    def _most(self) -> int:
+        """Requests that may be inside: those for which there is room, and time.
+
+        Some may always wait: without any, it would never be seen that the rate is better again.
+        """
+        each = self._rate.seconds
+        in_time = math.inf if not each else _IN_TIME * self._deadline / each
+        return int(min(self.slots + self._queue, max(2 * self.slots, in_time)))
 
     def hold(self, size: int) -> None:
         """Count bytes of a body in; raises QueueFull if there are too many already."""
@@ -74,8 +128,5 @@ class Admission:
         self.held_bytes -= size
 
     def _seconds_to_drain(self) -> int:
-        """How long the requests inside will take at the rate of the last completions."""
-        if len(self._completed) < 2:
-            return 1
-        span = time.monotonic() - self._completed[0]
-        return max(1, math.ceil(self.inside * span / len(self._completed)))
+        """How long the requests inside will take, from 1 to a minute."""
+        return min(_LONGEST_WAIT, max(1, math.ceil(self.inside * (self._rate.seconds or 0))))

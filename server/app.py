@@ -1,10 +1,15 @@
 """Routes."""
 
+import logging
+from typing import cast
+
 import tornado.web
 
 from server.handlers import caption, health, metrics, page
 from server.handlers.base import Handler
 from server.service import Service
+
+log = logging.getLogger(__name__)
 
 _OPS: list[tuple[str, type[Handler]]] = [
     (r"/health/live", health.LiveHandler),
@@ -34,5 +39,14 @@ def _app(service: Service, routes: list[tuple[str, type[Handler]]]) -> tornado.w
         [(path, handler, parts) for path, handler in routes],
         default_handler_class=page.NotFoundHandler,
         default_handler_args=parts,
-        log_function=lambda handler: None,  # counted in metrics; a line a request is too much
+        log_function=_log if service.settings.access_log else lambda handler: None,
     )
+
+
+def _log(handler: tornado.web.RequestHandler) -> None:
+    request = handler.request
+    log.info(
+        "%s %s %d %.1f ms, from %s, request %s",
+        request.method, request.path, handler.get_status(), request.request_time() * 1e3,
+        request.remote_ip, cast(Handler, handler).name,
+    )  # fmt: skip

@@ -6,6 +6,7 @@ Requests for an image that is being captioned already wait for that caption (sin
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from runtime.request import Caption
 
@@ -24,14 +25,17 @@ class CaptionCache:
         self._flights: dict[Key, asyncio.Future[Found]] = {}
 
     async def get(self, key: Key, make: Callable[[], Awaitable[Found]]) -> Found:
-        """The caption for `key`, made if it is not known. What `make` raises is not kept.
+        """The caption for `key`, made if it is not known: then it took no time in any stage.
+
+        What `make` raises is not kept.
 
         Who waits for another's flight and sees it cancelled or expired starts one of their own.
         """
         while True:
             if key in self._entries:
                 self._entries.move_to_end(key)
-                return self._entries[key], 0.0
+                known = self._entries[key]
+                return replace(known, queue_s=0.0, encode_s=0.0, decode_s=0.0), 0.0
             if key not in self._flights:
                 return await self._fly(key, make)
             await asyncio.wait([self._flights[key]])

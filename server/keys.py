@@ -116,19 +116,25 @@ def read(path: Path) -> list[Client]:
         if not line.strip() or line.startswith("#"):
             continue
         try:
-            name, digest, rate, at_once = line.split()
-            client = Client(name, bytes.fromhex(digest), float(rate), int(at_once))
+            clients.append(_client(line))
         except ValueError as cause:
             raise InvalidKeys(
                 f"{path}, line {number}: expected name, sha256, requests a second, requests at "
                 "once (make one with `python -m server.keys NAME`)"
             ) from cause
-        if len(client.digest) != hashlib.sha256().digest_size:
-            raise InvalidKeys(f"{path}, line {number}: the second word is no SHA-256")
-        clients.append(client)
     if not clients:
         raise InvalidKeys(f"{path} has no keys: nobody could come in")
     return clients
+
+
+def _client(line: str) -> Client:
+    """A line of the file; ValueError if it is none."""
+    name, digest, rate, at_once = line.split()
+    client = Client(name, bytes.fromhex(digest), float(rate), int(at_once))
+    whole = len(client.digest) == hashlib.sha256().digest_size
+    if not whole or not 0 <= client.rate < math.inf or client.at_once < 0:
+        raise ValueError("not a SHA-256, or a limit below 0")
+    return client
 
 
 def main() -> int:
@@ -138,8 +144,14 @@ def main() -> int:
         return 2
     name, rate, at_once = (*sys.argv[1:], *("0", "0")[len(sys.argv) - 2 :])[:3]
     key = secrets.token_urlsafe(32)
+    line = f"{name} {hashlib.sha256(key.encode()).hexdigest()} {rate} {at_once}"
+    try:
+        _client(line)
+    except ValueError:
+        print("NAME is one word, RATE and AT_ONCE are numbers, 0 for no limit", file=sys.stderr)
+        return 2
     print(f"key, for {name} alone: {key}", file=sys.stderr)
-    print(name, hashlib.sha256(key.encode()).hexdigest(), rate, at_once)
+    print(line)
     return 0
 
 

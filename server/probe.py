@@ -1,6 +1,7 @@
 """`python -m server.probe`: exit status 0 if the server on this machine is alive, for containers.
 
 It asks /health/live, not /health/ready: a server that drains is healthy, and must not be killed.
+Where to ask it reads from the server's own variables.
 """
 
 import os
@@ -9,11 +10,15 @@ import urllib.error
 import urllib.request
 
 _SECONDS = 2
+_ANY = ("0.0.0.0", "::", "")  # addresses to listen on, not to ask
 
 
 def main() -> int:
-    """Ask the port that the server was given; 0 or 1."""
-    url = f"http://127.0.0.1:{os.environ.get('VIGNETTE_PORT', '8000')}/health/live"
+    """Ask the port that the server was given for health; 0 or 1."""
+    host = os.environ.get("VIGNETTE_HOST", "")
+    host = "127.0.0.1" if host in _ANY else f"[{host}]" if ":" in host else host
+    port = os.environ.get("VIGNETTE_OPS_PORT") or os.environ.get("VIGNETTE_PORT", "8000")
+    url = f"http://{host}:{port}/health/live"
     try:
         with urllib.request.urlopen(url, timeout=_SECONDS) as response:
             return int(response.status != 200)

@@ -184,7 +184,9 @@ def make_service(
     places = (settings.slots or SLOTS) * (settings.workers or 1) + share + settings.decoders
     store = PixelStore(folder / f"{name}.pixels", places, sizes.pixels, create=True)
     metrics = Metrics()
-    admission = Admission(share, settings.max_queue_bytes // settings.front_ends)
+    admission = Admission(
+        share, settings.max_queue_bytes // settings.front_ends, settings.timeout_seconds
+    )
     links = Workers(folder, store, name)
     domains = settings.image_url_domains
     return Service(

@@ -1,5 +1,7 @@
 """Every setting of the server, once: a flag, a `VIGNETTE_*` variable, its default, its reason."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,7 @@ from runtime.machine import this_machine
 from runtime.preprocess import MAX_PIXELS
 
 _CORES = this_machine().cores
+_PREFIX = "VIGNETTE_"
 
 
 class InvalidSettings(VignetteError):
@@ -22,7 +25,7 @@ class Settings(BaseSettings):
     """Serve captions over HTTP. Each flag can be given as a variable: --port is VIGNETTE_PORT."""
 
     model_config = SettingsConfigDict(
-        env_prefix="VIGNETTE_",
+        env_prefix=_PREFIX,
         cli_prog_name="python -m server",
         cli_kebab_case=True,
         cli_hide_none_type=True,
@@ -112,8 +115,9 @@ class Settings(BaseSettings):
     ] = 30.0  # fmt: skip
     header_seconds: Annotated[
         float,
-        Field(gt=0, description="for the head of a request, and how long a connection may idle"),
-    ] = 20.0  # fmt: skip
+        Field(gt=0, description="for the head of a request, and how long a connection may idle; "
+              "longer than a proxy in front keeps one, which is a minute mostly"),
+    ] = 75.0  # fmt: skip
     body_seconds: Annotated[float, Field(gt=0, description="for the body of a request")] = 30.0
     step_seconds: Annotated[
         float,
@@ -155,6 +159,9 @@ class Settings(BaseSettings):
     log_format: Annotated[
         str, Field(pattern="^(text|json)$", description="text for people, json for machines")
     ] = "text"
+    access_log: Annotated[
+        bool, Field(description="log a line for each request, with its id, status and time")
+    ] = False
     drain_seconds: Annotated[
         float,
         Field(ge=0, description="on SIGTERM, how long accepted requests may take to finish"),
@@ -180,6 +187,20 @@ class Settings(BaseSettings):
             threads=self.threads or self._shared_threads,
             cuda_graphs=self.cuda_graphs,
         )
+
+
+def unknown_variables(environment: Iterable[str]) -> list[str]:
+    """What to say of each variable that looks like a setting, and is none."""
+    known = [field.upper() for field in Settings.model_fields]
+    said = []
+    for variable in sorted(environment):
+        name = variable.removeprefix(_PREFIX)
+        if name == variable or name in known:
+            continue
+        near = difflib.get_close_matches(name, known, 1)
+        meant = f": did you mean {_PREFIX}{near[0]}?" if near else ""
+        said.append(f"{variable} is no setting and has no effect{meant}")
+    return said
 
 
 def from_command_line(arguments: list[str] | None = None) -> Settings:

@@ -198,6 +198,9 @@ class Supervisor:
         host = self._settings.host
         shown = "localhost" if host in ("0.0.0.0", "127.0.0.1", "::", "::1") else host
         shown = f"[{shown}]" if ":" in shown else shown
+        if self._settings.log_format == "json":  # whoever reads that wants nothing else
+            log.info("ready on http://%s:%d", shown, port)
+            return
         print(
             f"\nVignette is ready on http://{shown}:{port} - try:\n\n"
             f"  curl --data-binary @demo/samples/owl.png http://{shown}:{port}/caption\n",

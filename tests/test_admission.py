@@ -7,12 +7,15 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 
+import server.keys
 from runtime.config import EngineConfig
 from runtime.request import Caption, FinishReason, Request, Terms
 from runtime.scheduler import Scheduler
+from server.admission import Admission, QueueFull, State
 from server.cache import CaptionCache
 from server.keys import InvalidKeys, Keys, TooFast, Unauthorised, read
 from tests.conftest import ROOT
@@ -158,7 +161,8 @@ def test_front_ends_count_together(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [("web abc 0 0", "line 1"), ("web", "line 1"), ("", "has no keys"),
-     ("a " + "00" * 8 + " 0 0", "SHA")],
+     ("a " + "00" * 8 + " 0 0", "sha256"), ("a " + "00" * 32 + " nan 0", "line 1"),
+     ("a " + "00" * 32 + " 0 -1", "line 1")],
 )  # fmt: skip
 def test_a_key_file_that_is_wrong_is_named(tmp_path, text, message):
     with pytest.raises(InvalidKeys, match=message):
@@ -175,6 +179,15 @@ def test_keys_are_made_with_a_command(tmp_path):
     key = made.stderr.rpartition(": ")[2].strip()
     with Keys.open(keys_file(tmp_path, made.stdout), tmp_path).enter(key) as name:
         assert name == "web"
+
+
+@pytest.mark.parametrize("words", [["bob smith"], ["bob", "often"], ["bob", "1", "2.5"]])
+def test_a_key_that_the_server_would_refuse_is_not_made(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["keys", *words])
+    assert server.keys.main() == 2
+    said = capsys.readouterr()
+    assert "NAME is one word" in said.err
+    assert not said.out
 
 
 def caption(text: str) -> Caption:
@@ -239,6 +252,69 @@ def test_the_cache_is_bounded_and_forgets_what_was_not_asked_for():
     asyncio.run(run())
 
 
+class Clock:
+    """Time that passes when it is told to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def saturated(admission: Admission, clock: Clock, requests: int, each: float) -> None:
+    """So many requests, one after another, while others wait."""
+    with ExitStack() as others:
+        for _ in range(admission.slots):
+            others.enter_context(admission.enter())
+        for _ in range(requests):
+            with admission.enter():
+                clock.now += each
+
+
+def admitting(queue: int = 100, deadline: float = 30.0) -> tuple[Admission, Clock]:
+    clock = Clock()
+    admission = Admission(queue, 1000, deadline, clock)
+    admission.state, admission.slots = State.READY, 2
+    return admission, clock
+
+
+def refused_after(admission: Admission) -> tuple[int, int]:
+    """How many are let in, and what the next is told."""
+    with ExitStack() as inside:
+        for count in range(1000):
+            try:
+                inside.enter_context(admission.enter())
+            except QueueFull as full:
+                return count, full.retry_after
+    raise AssertionError("all were let in")
+
+
+def test_a_client_is_told_how_long_the_queue_will_take_whatever_was_before():
+    admission, clock = admitting(queue=8)
+    assert refused_after(admission) == (10, 1)  # nothing is known yet
+    saturated(admission, clock, 64, each=2.0)
+    clock.now += 100_000  # a night without requests
+    for _ in range(20):  # and a few, far apart, for which nobody had to wait
+        clock.now += 50
+        with admission.enter():
+            clock.now += 1
+    assert refused_after(admission) == (10, 20)
+    saturated(admission, clock, 64, each=9.0)
+    assert refused_after(admission)[1] <= 60
+
+
+def test_no_more_are_let_in_than_can_be_captioned_in_time():
+    admission, clock = admitting(queue=100, deadline=30.0)
+    saturated(admission, clock, 64, each=1.0)
+    assert refused_after(admission) == (27, 27)
+    saturated(admission, clock, 64, each=0.1)
+    assert refused_after(admission)[0] == 102
+    saturated(admission, clock, 64, each=1000.0)
+    assert refused_after(admission)[0] == 4, "so many may always come in, and then"
+    saturated(admission, clock, 64, each=0.1)
+    assert refused_after(admission)[0] == 102, "it is seen that all is well again"
+
+
 def test_identical_images_are_captioned_once_if_that_is_wished():
     engine = fake_engine()
     with serve(lambda: engine, cache_mb=1) as live:
@@ -249,6 +325,10 @@ def test_identical_images_are_captioned_once_if_that_is_wished():
         assert sum(engine.runner.encoded) == 2
         assert prompted.json["usage"]["prompt_tokens"] == 1
         assert live.metric("vignette_cache_hits_total") == 1
+        gone_through = {k for k, v in again.json["timing_ms"].items() if v}
+        assert gone_through <= {"total"}, "no time was spent on what was known"
+        assert live.metric('vignette_stage_seconds_count{stage="encode"}') == 2
+        assert live.metric('vignette_stage_seconds_count{stage="total"}') == 3
 
 
 def test_every_answer_carries_a_request_id():
@@ -292,6 +372,35 @@ def test_the_log_can_be_one_json_object_a_line(capsys):
         logging.basicConfig(handlers=before, force=True)
     assert said["message"] == "a word"
     assert (said["level"], said["request_id"]) == ("WARNING", "abc")
+
+
+def test_a_line_for_each_request_if_that_is_wished(caplog):
+    caplog.set_level("INFO")
+    for wished in (False, True):
+        with serve(fake_engine, access_log=wished) as live:
+            live.caption(b"no image", "?prompt=3", X_Request_Id="find-me")
+        lines = [r.getMessage() for r in caplog.records if "find-me" in r.getMessage()]
+        assert len(lines) == wished
+    assert lines[0].startswith("POST /caption 400 ")
+
+
+def test_what_the_engine_failed_on_is_logged_with_its_request(caplog):
+    engine = fake_engine()
+    with serve(lambda: engine) as live:
+        live.caption(png())
+        engine.runner.decode = None
+        assert live.caption(png(), X_Request_Id="find-me").status == 500
+    assert "request find-me: engine_failed" in caplog.text
+
+
+def test_a_variable_that_is_no_setting_is_told():
+    from server.settings import unknown_variables
+
+    told = unknown_variables(["HOME", "VIGNETTE_SLOT", "VIGNETTE_SLOTS", "VIGNETTE_X"])
+    assert told == [
+        "VIGNETTE_SLOT is no setting and has no effect: did you mean VIGNETTE_SLOTS?",
+        "VIGNETTE_X is no setting and has no effect",
+    ]
 
 
 def test_settings_share_the_cores_among_workers_on_a_processor():

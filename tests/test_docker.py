@@ -83,7 +83,15 @@ def test_the_probe_knows_a_living_server_from_none(monkeypatch, capsys):
     assert f":{port}/health/live" in capsys.readouterr().err
 
 
+def test_the_probe_asks_where_health_is_served(monkeypatch, capsys):
+    """With a port of its own for it, the public one knows no health."""
+    monkeypatch.setenv("VIGNETTE_PORT", "1")
+    monkeypatch.setenv("VIGNETTE_OPS_PORT", "2")
+    monkeypatch.setenv("VIGNETTE_HOST", "::1")
+    assert probe.main() == 1
+    assert "http://[::1]:2/health/live" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("target", ["cpu", "gpu", "export"])
 def test_every_target_that_is_promised_is_there(target):
     assert re.search(rf"^FROM \S+ AS {target}$", DOCKERFILE, re.MULTILINE)
-    assert target in (ROOT / "Makefile").read_text()

@@ -159,6 +159,15 @@ def test_unknown_routes_and_wrong_methods(live):
         reply = live.request(method, path, b"x")
         assert (reply.status, reply.error) == (405, "method_not_allowed")
     assert live.request("GET", "/caption").headers["Allow"] == "POST"
+    assert live.request("POST", "/metrics", b"x").headers["Allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize("path", ["/", "/openapi.json", "/health/live", "/health/ready"])
+def test_what_can_be_got_has_a_head(live, path):
+    got, head = (live.request(method, path) for method in ("GET", "HEAD"))
+    assert (head.status, head.body) == (200, b"")
+    assert head.headers["Content-Length"] == str(len(got.body))
+    assert live.request("HEAD", "/caption").status == 405
 
 
 def test_the_page_says_how_to_call(live):

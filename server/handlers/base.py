@@ -24,7 +24,7 @@ class Handler(tornado.web.RequestHandler):
     def initialize(self, service: Service) -> None:
         """Tornado passes the service of the app here."""
         self.service = service
-        self._name = ""
+        self.name = ""
 
     def set_default_headers(self) -> None:
         """Nothing that is answered is to be guessed at or kept."""
@@ -35,9 +35,13 @@ class Handler(tornado.web.RequestHandler):
     def prepare(self) -> None:
         """Every request has a number, its client's or ours, that is answered and logged."""
         given = self.request.headers.get("X-Request-Id", "")
-        self._name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        request_id.set(self._name)
-        self.set_header("X-Request-Id", self._name)
+        self.name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id.set(self.name)
+        self.set_header("X-Request-Id", self.name)
+
+    def head(self) -> None:
+        """Where there is something to get: the same without the body, which Tornado leaves out."""
+        self.get()
 
     def write_json(self, content: dict[str, Any]) -> None:
         """Answer with JSON that people can read, UTF-8 as it is."""
@@ -49,8 +53,8 @@ class Handler(tornado.web.RequestHandler):
         error = kwargs.get("exc_info", (None, None, None))[1]
         answer = answer_to(error, status_code)
         self.set_status(answer.status)
-        if self._name:  # Tornado forgets all headers before it comes here
-            self.set_header("X-Request-Id", self._name)
+        if self.name:  # Tornado forgets all headers before it comes here
+            self.set_header("X-Request-Id", self.name)
         retry_after = getattr(error, "retry_after", None)
         if retry_after is not None:
             self.set_header("Retry-After", str(retry_after))
@@ -69,11 +73,9 @@ class Handler(tornado.web.RequestHandler):
 
     def allowed(self) -> str:
         """The methods that this handler serves, for the header Allow."""
-        names = ("GET", "POST")
         default = tornado.web.RequestHandler
-        return ", ".join(
-            n for n in names if getattr(type(self), n.lower()) != getattr(default, n.lower())
-        )
+        names = [n for n in ("get", "post") if getattr(type(self), n) != getattr(default, n)]
+        return ", ".join(names).upper().replace("GET", "GET, HEAD")
 
     def log_exception(
         self,
@@ -83,5 +85,8 @@ class Handler(tornado.web.RequestHandler):
     ) -> None:
         """Log only what is not the client's doing."""
         status = value.status_code if isinstance(value, tornado.web.HTTPError) else 500
-        if answer_to(value, status) is INTERNAL:
+        answer = answer_to(value, status)
+        if answer is INTERNAL:
             log.error("error in %s", self.request.path, exc_info=(typ, value, tb))  # type: ignore[arg-type]
+        elif answer.status == 500:
+            log.error("request %s: %s: %s", self.name, answer.code, value)

@@ -110,7 +110,8 @@ class CaptionHandler(Handler):
             "total": time.perf_counter() - started,
         }
         for stage, value in seconds.items():
-            self.service.metrics.stage.labels(stage).observe(value)
+            if value:  # else it was gone through for an earlier request: the caption was known
+                self.service.metrics.stage.labels(stage).observe(value)
         self._seconds = seconds
         self.outcome("ok")
         self._answer(caption, seconds)
@@ -153,7 +154,7 @@ class CaptionHandler(Handler):
             self.service.metrics.requests.labels(code).inc()
             if self.service.tracer is not None:
                 seconds = self._seconds or {"total": self.request.request_time()}
-                self.service.tracer.record(self.request.headers, code, seconds, self._name)
+                self.service.tracer.record(self.request.headers, code, seconds, self.name)
 
     def on_finish(self) -> None:
         """The bytes of the body are free again."""
