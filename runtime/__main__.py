@@ -4,34 +4,39 @@ A run that was interrupted goes on where it was when the same command is given a
 """
 
 import argparse
-import json
+import logging
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import IO
 
 from tqdm import tqdm
 
+from runtime import manifest as manifests
 from runtime.bulk import caption_files
 from runtime.config import AUTO, PROVIDERS, EngineConfig
 from runtime.engine import Engine
 from runtime.errors import VignetteError
+from runtime.lines import CaptionLines, opened
 from runtime.preprocess import SUFFIXES
-from runtime.request import Caption
+from runtime.request import Caption, FinishReason
+
+_SKIPPED = 5  # kinds of files that are named
 
 
-class BadInput(VignetteError):
-    """Files or folders that can't be read from, or written to."""
+class NoImages(VignetteError):
+    """There is nothing to caption."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 1 if any file has no caption."""
     args = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
     try:
         files = list(dict.fromkeys(_images(args.images)))
-        done = _done(args.output, args.prompt) if args.output else set()
-        left = [file for file in files if str(file) not in done]
-        failed = _caption(left, args) if left else 0
+        with _lines(args, files) as lines:
+            left = [file for file in files if str(file) not in lines.done]
+            told = _caption(left, lines, args) if left else Counter()
     except (VignetteError, OSError) as error:  # of a single image, none gets here
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -39,9 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
         again = "; the same command goes on from here" if args.output else ""
         print(f"interrupted{again}", file=sys.stderr)
         return 130
+    cut = f", {told['cut']} of them cut off (see --max-new-tokens)" if told["cut"] else ""
     before = f", {len(files) - len(left)} before" if len(left) < len(files) else ""
-    print(f"{len(left) - failed} captioned{before}, {failed} failed", file=sys.stderr)
-    return 1 if failed else 0
+    print(f"{told['captioned']} captioned{cut}{before}, {told['failed']} failed", file=sys.stderr)
+    return 1 if told["failed"] else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,75 +74,55 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _images(given: list[Path]) -> Iterator[Path]:
+def _images(given: list[Path]) -> list[Path]:
+    """The files that are meant; which others lie beside them is told."""
+    found: list[Path] = []
+    skipped: Counter[str] = Counter()
     for path in given:
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-            if not found:
-                raise BadInput(f"{path} holds no images: none ends in {', '.join(SUFFIXES)}")
-            yield from found
-        elif path.exists():
-            yield path
-        else:
-            raise BadInput(f"{path} does not exist")
+        if not path.exists():
+            raise NoImages(f"{path} does not exist")
+        if not path.is_dir():
+            found.append(path)
+            continue
+        for file in sorted(path.rglob("*")):
+            if file.suffix.lower() not in SUFFIXES:
+                skipped[file.suffix.lower() or file.name] += file.is_file()
+            elif file.is_file() or file.is_symlink():  # one that leads nowhere is told as such
+                found.append(file)
+    if not found:
+        folders = ", ".join(map(str, given))
+        raise NoImages(f"{folders} holds no images: none ends in {', '.join(SUFFIXES)}")
+    if kinds := +skipped:
+        names = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(_SKIPPED))
+        more = " and others" if len(kinds) > _SKIPPED else ""
+        print(f"skipped what is not named like an image: {names}{more}", file=sys.stderr)
+    return found
 
 
-def _done(output: Path, prompt: str | None) -> set[str]:
-    """Files that have a caption in `output`; its other lines are taken out, to be tried again."""
-    if not output.exists():
-        return set()
-    with _opened(output, "r") as written:
-        lines = written.readlines()
-    captioned: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.endswith("\n"):
-            break  # the last run was killed while it wrote this
-        entry = _entry(line)
-        if entry is None:
-            raise BadInput(f"{output}, line {number}, is no caption: name another --output")
-        if entry.get("prompt") != prompt:
-            raise BadInput(f"{output} answers another --prompt: name another --output")
-        if "caption" in entry:
-            captioned[entry["file"]] = line
-    if len(captioned) < len(lines):
-        partial = output.with_name(f".{output.name}.partial")
-        with _opened(partial, "w") as rewritten:
-            rewritten.writelines(captioned.values())
-        partial.replace(output)
-    return set(captioned)
+def _lines(args: argparse.Namespace, files: list[Path]) -> AbstractContextManager[CaptionLines]:
+    about = {"model": manifests.read(args.engine).model}
+    if args.prompt is not None:
+        about["prompt"] = args.prompt
+    if args.output is None:
+        return nullcontext(CaptionLines(opened(sys.stdout.fileno(), "a"), about))
+    return CaptionLines.resume(args.output, about, map(str, files))
 
 
-def _entry(line: str) -> dict[str, str] | None:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and "file" in entry else None
-
-
-def _caption(files: list[Path], args: argparse.Namespace) -> int:
-    """Write a line for each file; returns how many have no caption."""
-    failed = 0
+def _caption(files: list[Path], lines: CaptionLines, args: argparse.Namespace) -> Counter[str]:
+    """Write a line for each file; returns how many were captioned, cut off, or failed."""
+    told: Counter[str] = Counter()
     config = EngineConfig(slots=args.slots, provider=args.provider, precision=args.precision)
     engine = Engine.open(args.engine, config)
     print(engine.runs_on, file=sys.stderr)
     outcomes = caption_files(engine, files, args.prompt, args.max_new_tokens)
-    with _opened(args.output or sys.stdout.fileno(), "a") as lines:
-        for file, outcome in tqdm(outcomes, total=len(files), unit="image"):
-            line = {"file": str(file)} | ({} if args.prompt is None else {"prompt": args.prompt})
-            if isinstance(outcome, Caption):
-                line["caption"] = outcome.text
-            else:
-                line["error"] = str(outcome)
-                failed += 1
-            print(json.dumps(line, ensure_ascii=False), file=lines, flush=True)
-    return failed
-
-
-def _opened(file: Path | int, mode: str) -> IO[str]:
-    """File names need not be UTF-8: they are written as they are."""
-    kept = isinstance(file, Path)
-    return open(file, mode, encoding="utf-8", errors="surrogateescape", closefd=kept)
+    for file, outcome in tqdm(outcomes, total=len(files), unit="image"):
+        lines.write(file, outcome)
+        if isinstance(outcome, Caption):
+            told["captioned"] += 1
+            told["cut"] += outcome.finish_reason is FinishReason.LENGTH
+        else:
+            told["failed"] += 1
+    return told
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Images are read and decoded on threads while the engine captions those before th
 are held in memory as keep it busy, so that a folder may be of any size.
 """
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,9 @@ from runtime.manifest import Preprocessing
 from runtime.preprocess import preprocess
 from runtime.request import Caption, Sequence
 
-FileError = InvalidImage | TooManyPixels | ComputationFailed | OSError
+log = logging.getLogger(__name__)
+
+Outcome = tuple[Path, Caption | Exception]
 _UNREADABLE = (InvalidImage, TooManyPixels, OSError)
 
 
@@ -28,7 +31,7 @@ def caption_files(
     files: Iterable[Path],
     prompt: str | None = None,
     max_new_tokens: int | None = None,
-) -> Iterator[tuple[Path, Caption | FileError]]:
+) -> Iterator[Outcome]:
     """Each file with its caption, or with what was wrong with it, in the order they finish.
 
     Raises InvalidRequest before the first one when prompt, limit or model can't be served.
@@ -53,8 +56,7 @@ def caption_files(
                         running[engine.submit(pixels.result(), prompt, max_new_tokens)] = file
                     except _UNREADABLE as error:
                         yield file, error
-                for sequence in engine.step():
-                    yield running.pop(sequence), _outcome(engine, sequence)
+                yield from _step(engine, running)
         finally:  # also when the caller has had enough
             pool.shutdown(cancel_futures=True)
             engine.abandon()
@@ -70,7 +72,33 @@ def _takes(engine: Engine, pixels: Future[np.ndarray], slots: int) -> bool:
     return scheduler.idle or (pixels.done() and scheduler.waiting < slots)
 
 
-def _outcome(engine: Engine, sequence: Sequence) -> Caption | FileError:
+def _step(engine: Engine, running: dict[Sequence, Path]) -> Iterator[Outcome]:
+    """What a step ends; should it fail, each of those it was for is tried by itself."""
+    try:
+        ended = engine.step()
+    except Exception:  # ONNX Runtime raises a class of its own for every status code
+        log.warning("a step failed: its images are tried one by one", exc_info=True)
+        engine.abandon()
+        while running:
+            sequence, file = running.popitem()
+            yield file, _alone(engine, sequence)
+        return
+    for sequence in ended:
+        yield running.pop(sequence), _outcome(engine, sequence)
+
+
+def _alone(engine: Engine, failed: Sequence) -> Caption | Exception:
+    again = engine.scheduler.add(failed.request)
+    try:
+        while again.finish_reason is None:
+            engine.step()
+    except Exception as error:
+        engine.abandon()
+        return error
+    return _outcome(engine, again)
+
+
+def _outcome(engine: Engine, sequence: Sequence) -> Caption | Exception:
     try:
         return engine.caption(sequence)
     except ComputationFailed as error:

@@ -13,13 +13,15 @@ from runtime.__main__ import main
 from runtime.bulk import caption_files
 from runtime.config import EngineConfig
 from runtime.errors import InvalidRequest
+from runtime.lines import CaptionLines
 from tests.conftest import DEMO, SAMPLES
-from tests.fakes import fake_engine
+from tests.fakes import FakeRunner, fake_engine
 
 SAID = {
     name: said["caption"]
     for name, said in json.loads((SAMPLES / "captions.json").read_text()).items()
 }
+MADE_BY = {"model": "vignette-demo"}
 PHOTOS = {"owl.png", "cats.png", "donuts.png", "umbrella.png"}
 
 
@@ -76,13 +78,20 @@ def test_the_same_command_goes_on_after_a_kill(photos, tmp_path, capfd):
     output = tmp_path / "captions.jsonl"
     lines = (
         {"file": str(photos / "cats.png"), "caption": "kept as it is"},
+        {"file": "elsewhere.png", "error": "not of this run"},
         {"file": str(photos / "donuts.png"), "error": "tried again"},
         {"file": str(photos / "umbrella.png"), "caption": "cut off"},
     )
-    output.write_text("\n".join(map(json.dumps, lines))[:-4])
-    assert run(photos, "--output", output) == 0
-    found = {name: line["caption"] for name, line in entries(output).items()}
-    assert found == {n: SAID[n] for n in PHOTOS} | {"cats.png": "kept as it is"}
+    output.write_text("\n".join(json.dumps(line | MADE_BY) for line in lines)[:-4])
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(output)
+    assert run(photos, "--output", link) == 0
+    found = entries(output)
+    assert found.pop("elsewhere.png")["error"] == "not of this run"
+    captions = {name: line["caption"] for name, line in found.items()}
+    assert captions == {n: SAID[n] for n in PHOTOS} | {"cats.png": "kept as it is"}
+    assert link.is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["captions.jsonl", "link.jsonl", "photos"]
     assert "3 captioned, 1 before, 0 failed" in capfd.readouterr().err
 
 
@@ -90,7 +99,8 @@ def test_the_same_command_goes_on_after_a_kill(photos, tmp_path, capfd):
     ("content", "complaint"),
     [
         ("file,caption\na.png,an owl\n", "line 1, is no caption"),
-        ('{"file": "a.png", "prompt": "how many", "caption": "two"}\n', "another --prompt"),
+        (json.dumps({"file": "a", "prompt": "how many"} | MADE_BY) + "\n", "another prompt"),
+        ('{"file": "a.png", "model": "git-base", "caption": "a cat"}\n', "another model"),
     ],
 )
 def test_a_file_that_holds_something_else_is_left_alone(
@@ -117,6 +127,45 @@ def test_what_can_not_be_done_is_said(arguments, complaint, tmp_path, capfd):
     said = capfd.readouterr()
     assert complaint in said.err
     assert not said.out
+
+
+def test_two_runs_do_not_write_to_one_file(photos, tmp_path, capfd):
+    output = tmp_path / "captions.jsonl"
+    with CaptionLines.resume(output, MADE_BY, ()) as first:
+        assert run(photos, "--output", output) == 1
+        assert "another run writes" in capfd.readouterr().err
+        first.write(Path("a.png"), OSError("gone"))
+    assert json.loads(output.read_text())["error"] == "gone"
+    assert run(photos, "--output", output) == 0
+
+
+def test_what_was_cut_off_and_what_was_skipped_is_told(photos, capfd):
+    (photos / "phone.HEIC").touch()
+    assert run(photos, "--max-new-tokens", "2") == 0
+    said = capfd.readouterr()
+    assert {json.loads(line)["finish_reason"] for line in said.out.splitlines()} == {"length"}
+    assert "4 captioned, 4 of them cut off (see --max-new-tokens), 0 failed" in said.err
+    assert "skipped what is not named like an image: 1 .txt, 1 .heic" in said.err
+
+
+def test_a_step_that_fails_costs_no_more_than_the_image_it_fails_on(tmp_path):
+    class Allergic(FakeRunner):
+        def decode(self, tokens, fed, steps=1):
+            if any(self.cache[row][0] == 3 * 16 * 7 for row in range(len(tokens))):
+                raise RuntimeError("no kernel")
+            return super().decode(tokens, fed, steps)
+
+    engine = fake_engine(EngineConfig(slots=4))
+    engine.runner = Allergic()
+    files = small_images(tmp_path, 20)
+    outcomes = dict(caption_files(engine, files))
+    assert len(outcomes) == 20
+    [failed] = [file for file, outcome in outcomes.items() if isinstance(outcome, Exception)]
+    assert failed.name == "007.png"
+    expected = fake_engine().generate([file.read_bytes() for file in files])
+    for file, caption in zip(files, expected, strict=True):
+        if file != failed:
+            assert outcomes[file].token_ids == caption.token_ids
 
 
 def test_names_need_not_be_utf_8(tmp_path):
