@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
     GitConfig,
@@ -51,7 +51,9 @@ def build_processor() -> GitProcessor:
     """Word-level tokenizer over the grammar's vocabulary, and CLIP's preprocessing at 128 px."""
     words = [*_SPECIAL, *grammar.vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
+    # People end a question with a mark; the grammar has none.
+    marks = normalizers.Replace(Regex("[?!.,]"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), marks])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]

@@ -21,7 +21,7 @@ _MOST_PICTURES = 400  # each is captioned by PyTorch and by every combination of
 
 
 def from_folder(folder: Path, how: Preprocessing, sizes: Sizes) -> list[np.ndarray]:
-    """All image files of a folder, by name -> uint8 `[3, S, S]` each.
+    """All image files of a folder and those below it, by name -> uint8 `[3, S, S]` each.
 
     Unreadable files are listed and left out; ExportError when fewer than LEAST_PICTURES are left.
     """
@@ -37,7 +37,7 @@ def from_folder(folder: Path, how: Preprocessing, sizes: Sizes) -> list[np.ndarr
         do_normalize=False,
     )
     pixels: list[np.ndarray] = []
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     if len(paths) > _MOST_PICTURES:
         print(f"{folder} holds {len(paths)} images: {_MOST_PICTURES} of them, evenly, are used")
         paths = [paths[i * len(paths) // _MOST_PICTURES] for i in range(_MOST_PICTURES)]

@@ -38,6 +38,10 @@ class EngineConfig:
     threads: int = 0
     cuda_graphs: bool = True
 
+    def text_positions(self, model: int) -> int:
+        """Of a slot, for a model that has so many."""
+        return min(self.text_tokens or TEXT_TOKENS, model)
+
     def __post_init__(self) -> None:
         batch = 1 if self.encode_batch is None else self.encode_batch
         slots = 1 if self.slots is None else self.slots

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from runtime.config import TEXT_TOKENS, EngineConfig
+from runtime.config import EngineConfig
 from runtime.errors import ProviderError
 from runtime.gpu import pin
 from runtime.manifest import NOT_A_TOKEN, Manifest
@@ -125,7 +125,7 @@ class DeviceRunner:
         assert config.slots is not None
         self.sizes, self.plan, self.burst = manifest.sizes, plan, BURST
         self._device = device = "cpu" if plan.decoder_provider == "cpu" else "cuda"
-        self.text_tokens = min(config.text_tokens or TEXT_TOKENS, self.sizes.text)
+        self.text_tokens = config.text_positions(self.sizes.text)
         self._slots, self._batch = config.slots, min(plan.encode_batch, config.slots)
         self._buckets, self._batches = buckets(self._slots), buckets(self._batch)
         self._names = [f"{i}.{kind}" for i in range(self.sizes.layers) for kind in ("key", "value")]

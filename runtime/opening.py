@@ -6,7 +6,7 @@ from pathlib import Path
 
 from runtime import manifest as manifests
 from runtime import providers
-from runtime.config import AUTO, TEXT_TOKENS, EngineConfig
+from runtime.config import AUTO, EngineConfig
 from runtime.device_runner import DeviceRunner
 from runtime.errors import ProviderError
 from runtime.gpu import Memory, require_gpu
@@ -78,7 +78,7 @@ def gpu_memory(folder: Path, manifest: Manifest, config: EngineConfig, plan: Pla
     """What an engine takes of a GPU: weights as they lie on disk, the rest by its shapes."""
     sizes, combination = manifest.sizes, manifest.combination(plan.combination)
     width = sizes.heads * sizes.head
-    text = min(config.text_tokens or TEXT_TOKENS, sizes.text)
+    text = config.text_positions(sizes.text)
     kv = 2 * sizes.layers * width * _HALF  # of one position
     files = {manifest.variant(graph, combination).data for graph in ("encoder", "decoder")}
     return Memory(

@@ -13,20 +13,21 @@ import io
 import struct
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import AvifImagePlugin, Image, ImageOps
 
 from runtime.errors import InvalidImage, TooManyPixels
 from runtime.manifest import Preprocessing
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 50_000_000
 _SPARE = 3  # a scaled decoding keeps so many times the shortest edge that is wanted
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # of each image; many are decoded at a time
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns where ours refuses, and can't be raised
 
 # What Pillow's decoders raise on damaged files; anything else is a bug and must show.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
-           OverflowError, MemoryError, struct.error)  # fmt: skip
+           OverflowError, MemoryError, RuntimeError, struct.error)  # fmt: skip
 _NOT_AN_IMAGE = f"not an image: send a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from runtime.config import TEXT_TOKENS, EngineConfig
+from runtime.config import EngineConfig
 from runtime.encoder import Encoder
 from runtime.manifest import EXACT, Manifest
 from runtime.plan import Plan
@@ -36,7 +36,7 @@ class Runner:
 
     def __init__(self, folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) -> None:
         self.sizes, self.plan = manifest.sizes, plan
-        self.text_tokens = min(config.text_tokens or TEXT_TOKENS, self.sizes.text)
+        self.text_tokens = config.text_positions(self.sizes.text)
         assert config.slots is not None, "runtime.opening settles how many"
         combination = manifest.combination(plan.combination)
         encoder, decoder = (manifest.variant(g, combination) for g in ("encoder", "decoder"))

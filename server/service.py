@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime.config import TEXT_TOKENS
 from runtime.errors import InvalidRequest
 from runtime.limits import Limits, Prompts
 from runtime.manifest import Manifest
@@ -192,7 +191,7 @@ def make_service(
     return Service(
         settings=settings,
         manifest=manifest,
-        limits=Limits(tokenizer, min(TEXT_TOKENS, sizes.text)),
+        limits=Limits(tokenizer, settings.engine_config.text_positions(sizes.text)),
         admission=admission,
         metrics=metrics,
         store=store,

@@ -10,6 +10,7 @@ from PIL import Image
 
 from bench.reliability.load import Answer, Clients
 from bench.reliability.running import Verdict, get, sample, service
+from runtime.preprocess import FORMATS
 
 
 def broken_images(long: bool) -> Verdict:
@@ -77,7 +78,7 @@ def mutants(rng: np.random.Generator, count: int) -> Iterator[bytes]:
     """Files of every format, with bytes changed or the end cut off."""
     picture = Image.open(io.BytesIO(sample())).convert("RGB")
     formats = []
-    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
+    for name in FORMATS:
         buffer = io.BytesIO()
         picture.save(buffer, name)
         formats.append(buffer.getvalue())
