@@ -131,6 +131,7 @@ def test_formats_that_are_not_listed_are_not_tried():
         decode(encoded(Image.fromarray(noise(50, 50)), "PPM"))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of TIFF tags
 @pytest.mark.parametrize("kind", FORMATS)
 def test_damaged_files_are_invalid_images_and_nothing_else(kind):
     whole = encoded(Image.fromarray(noise(120, 90)), kind)
