@@ -23,12 +23,15 @@ class CaptionTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._bos = manifest.tokens.bos
+        unknown = getattr(self._tokenizer.model, "unk_token", None)  # a model of bytes has none
+        self._unknown = self._tokenizer.token_to_id(unknown) if unknown else None
 
     def prompt_ids(self, prompt: str | None) -> tuple[int, ...]:
         """What a sequence starts with: the start token, then the prompt without an end token.
 
         This is how GIT was trained to answer questions: the answer goes on where the prompt stops.
-        Raises InvalidRequest for a prompt that is no text, or much too long.
+        Raises InvalidRequest for a prompt that is no text, much too long, or in words of which the
+        model knows none: it would answer as if it had not been asked.
         """
         if not prompt:
             return (self._bos,)
@@ -40,7 +43,10 @@ class CaptionTokenizer:
             prompt.encode()
         except UnicodeEncodeError as cause:
             raise InvalidRequest("the prompt holds half a surrogate pair: send text") from cause
-        return (self._bos, *self._tokenizer.encode(prompt, add_special_tokens=False).ids)
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        if ids and set(ids) == {self._unknown}:
+            raise InvalidRequest("the model knows no word of the prompt: ask in its own language")
+        return (self._bos, *ids)
 
     def text(self, ids: Sequence[int]) -> str:
         """Generated ids as text, without special tokens."""

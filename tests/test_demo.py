@@ -141,8 +141,8 @@ def test_a_question_may_end_with_its_mark(demo):
     assert [caption.text for caption in said] == ["two", "two"]
 
 
-@pytest.mark.parametrize("prompt", ["\ud800", "x" * 5000])
-def test_prompts_that_are_no_text_or_endless_are_refused(demo, prompt):
+@pytest.mark.parametrize("prompt", ["\ud800", "x" * 5000, "那里有几只猫", "\U0001f600"])
+def test_prompts_that_nobody_could_answer_are_refused(demo, prompt):
     with pytest.raises(InvalidRequest, match="the prompt"):
         demo.limits.check(prompt, None)
 

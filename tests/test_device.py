@@ -45,7 +45,7 @@ def captions(it, folder):
     rng = np.random.default_rng(3)
     sizes = it.manifest.sizes
     waiting = [
-        it.submit(generated(rng, sizes), " ".join(["a"] * (n % 3)), 2 + n % 7, ignore_eos=True)
+        it.submit(generated(rng, sizes), " ".join(["w7"] * (n % 3)), 2 + n % 7, ignore_eos=True)
         for n in range(20)
     ]
     bursts = set()
