@@ -37,8 +37,8 @@ help:  ## list the targets
 serve: $(SERVE_READY)  ## start the server (PORT=8000 ENGINE=engines/demo ARGS=...; DEVICE=cuda)
 	@$(SERVE) -m server --engine $(ENGINE) --port $(PORT) $(if $(GPU),--provider $(DEVICE)) $(ARGS)
 
-caption: $(SERVE_READY)  ## caption a folder of images (IMAGES, OUTPUT, ENGINE, ARGS; DEVICE=cuda)
-	@$(SERVE) -m runtime '$(IMAGES)' --output '$(OUTPUT)' --engine $(ENGINE) \
+caption: $(SERVE_READY)  ## caption a folder of images (IMAGES, OUTPUT, ENGINE or URL, ARGS; DEVICE)
+	@$(SERVE) -m runtime '$(IMAGES)' --output '$(OUTPUT)' $(if $(URL),--url $(URL),--engine $(ENGINE)) \
 	  $(if $(GPU),--provider $(DEVICE)) $(ARGS)
 
 test_server:  ## post a sample to a running server (PORT, IMAGE)

@@ -3,5 +3,5 @@
 Reading order: `manifest` (the contract with export/) -> `config` -> `errors` -> `machine` ->
 `plan` -> `gpu` -> `tensorrt` -> `providers` -> `preprocess` -> `tokenizer` -> `request` ->
 `scheduler` -> `pacing` -> `encoder` -> `runner` -> `device_runner` -> `opening` -> `engine` ->
-`bulk` -> `lines` -> `__main__` (files of images to lines of captions, without a server).
+`bulk` -> `remote` -> `lines` -> `__main__` (files of images to lines of captions).
 """

@@ -1,26 +1,30 @@
-"""`python -m runtime`: caption image files into a file of JSON lines, without a server.
+"""`python -m runtime`: caption image files into lines of JSON, here or by a service elsewhere.
 
 A run that was interrupted goes on where it was when the same command is given again.
 """
 
 import argparse
 import logging
+import os
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
 
 from runtime import manifest as manifests
-from runtime.bulk import caption_files
+from runtime.bulk import Outcome, caption_files
 from runtime.config import AUTO, PROVIDERS, EngineConfig
 from runtime.engine import Engine
 from runtime.errors import VignetteError
 from runtime.lines import CaptionLines, opened
 from runtime.preprocess import SUFFIXES
+from runtime.remote import RemoteService, caption_remotely
 from runtime.request import Caption, FinishReason
 
+_KEY = "VIGNETTE_API_KEY"
 _SKIPPED = 5  # kinds of files that are named
 
 
@@ -34,9 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     try:
         files = list(dict.fromkeys(_images(args.images)))
-        with _lines(args, files) as lines:
+        service = RemoteService.at(args.url, os.environ.get(_KEY)) if args.url else None
+        with _lines(args, files, service) as lines:
             left = [file for file in files if str(file) not in lines.done]
-            told = _caption(left, lines, args) if left else Counter()
+            told: Counter[str] = Counter()
+            if left:
+                outcomes = _local(left, args) if service is None else _remote(left, args, service)
+                told = _write(tqdm(outcomes, total=len(left), unit="image"), lines)
     except (VignetteError, OSError) as error:  # of a single image, none gets here
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -62,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--engine", type=Path, default=Path("engines/demo"), help="engine folder (engines/demo)"
+    )
+    parser.add_argument(
+        "--url",
+        help="of a service that is to caption them, such as http://host:8000, instead of an engine "
+        f"here; its key, if it wants one, is taken from ${_KEY}",
     )
     parser.add_argument("--prompt", help="a question about each image, or how its caption begins")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of a caption (20)")
@@ -99,8 +112,10 @@ def _images(given: list[Path]) -> list[Path]:
     return found
 
 
-def _lines(args: argparse.Namespace, files: list[Path]) -> AbstractContextManager[CaptionLines]:
-    about = {"model": manifests.read(args.engine).model}
+def _lines(
+    args: argparse.Namespace, files: list[Path], service: RemoteService | None
+) -> AbstractContextManager[CaptionLines]:
+    about = {"model": service.model if service else manifests.read(args.engine).model}
     if args.prompt is not None:
         about["prompt"] = args.prompt
     if args.output is None:
@@ -108,14 +123,24 @@ def _lines(args: argparse.Namespace, files: list[Path]) -> AbstractContextManage
     return CaptionLines.resume(args.output, about, map(str, files))
 
 
-def _caption(files: list[Path], lines: CaptionLines, args: argparse.Namespace) -> Counter[str]:
-    """Write a line for each file; returns how many were captioned, cut off, or failed."""
-    told: Counter[str] = Counter()
+def _local(files: list[Path], args: argparse.Namespace) -> Iterator[Outcome]:
     config = EngineConfig(slots=args.slots, provider=args.provider, precision=args.precision)
     engine = Engine.open(args.engine, config)
     print(engine.runs_on, file=sys.stderr)
-    outcomes = caption_files(engine, files, args.prompt, args.max_new_tokens)
-    for file, outcome in tqdm(outcomes, total=len(files), unit="image"):
+    return caption_files(engine, files, args.prompt, args.max_new_tokens)
+
+
+def _remote(
+    files: list[Path], args: argparse.Namespace, service: RemoteService
+) -> Iterator[Outcome]:
+    print(f"{service.model} on {service.url}, {service.connections} at a time", file=sys.stderr)
+    return caption_remotely(service, files, args.prompt, args.max_new_tokens)
+
+
+def _write(outcomes: Iterable[Outcome], lines: CaptionLines) -> Counter[str]:
+    """A line for each file; returns how many were captioned, cut off, or failed."""
+    told: Counter[str] = Counter()
+    for file, outcome in outcomes:
         lines.write(file, outcome)
         if isinstance(outcome, Caption):
             told["captioned"] += 1

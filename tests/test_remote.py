@@ -1,0 +1,97 @@
+"""Captions of files by a service elsewhere: all of them, through refusals and restarts."""
+
+import json
+import sys
+import threading
+
+import pytest
+
+from runtime import remote
+from runtime.__main__ import main
+from runtime.config import EngineConfig
+from runtime.remote import NoCaption, RemoteService, ServiceFailed, caption_remotely
+from server import keys
+from tests.fakes import fake_engine, gated
+from tests.live import serve, until
+from tests.test_bulk import small_images
+
+
+def said(files, prompt=None) -> dict:
+    expected = fake_engine().generate([f.read_bytes() for f in files], [prompt] * len(files))
+    return {file: caption.text for file, caption in zip(files, expected, strict=True)}
+
+
+def test_each_file_gets_its_caption(tmp_path):
+    files = small_images(tmp_path, 40)
+    files[7].write_bytes(b"GIF")
+    files.append(tmp_path / "none.png")
+    with serve(lambda: fake_engine(EngineConfig(slots=4)), slots=4) as live:
+        service = RemoteService.at(f"http://127.0.0.1:{live.port}/")
+        assert (service.model, service.connections) == ("fake", 8)
+        outcomes = dict(caption_remotely(service, files, prompt="3", max_new_tokens=4))
+    assert isinstance(outcomes.pop(tmp_path / "none.png"), FileNotFoundError)
+    broken = outcomes.pop(files[7])
+    assert isinstance(broken, NoCaption)
+    assert "not an image" in str(broken)
+    whole = [file for file in files[:40] if file != files[7]]
+    expected = fake_engine().generate([f.read_bytes() for f in whole], ["3"] * 39, 4)
+    assert {f: c.text for f, c in outcomes.items()} == {
+        f: c.text for f, c in zip(whole, expected, strict=True)
+    }
+
+
+def test_what_is_refused_for_now_is_sent_again(tmp_path):
+    files, engine = small_images(tmp_path, 12), gated(slots=1)
+    outcomes = {}
+    with serve(lambda: engine, slots=1, max_queue=1) as live:
+        engine.runner.open.clear()
+        service = RemoteService(f"http://127.0.0.1:{live.port}", None, "fake", 6)
+        asking = threading.Thread(target=lambda: outcomes.update(caption_remotely(service, files)))
+        asking.start()
+        refused = 'vignette_requests_total{outcome="queue_full"}'
+        until(lambda: live.metric(refused) >= 2)
+        engine.runner.open.set()
+        asking.join(60)
+    assert {file: caption.text for file, caption in outcomes.items()} == said(files)
+
+
+def test_a_service_that_is_none_is_told(tmp_path):
+    for url, complaint in (
+        ("example.org", "no URL of a service"),
+        ("http://127.0.0.1:1", "does not answer as a Vignette service"),
+    ):
+        with pytest.raises(ServiceFailed, match=complaint):
+            RemoteService.at(url)
+
+
+def test_a_service_that_went_away_is_told_and_not_waited_for_for_good(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_PATIENCE", 0.5)
+    service = RemoteService("http://127.0.0.1:1", None, "fake", 2)
+    with pytest.raises(ServiceFailed, match=r"for too long.*refused"):
+        list(caption_remotely(service, small_images(tmp_path, 5)))
+
+
+def test_the_command_line_takes_a_service_and_its_key(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["keys", "me"])
+    assert keys.main() == 0
+    made = capsys.readouterr()
+    (tmp_path / "keys").write_text(made.out)
+    files, output = small_images(tmp_path, 3), tmp_path / "captions.jsonl"
+    with serve(fake_engine, api_keys=tmp_path / "keys") as live:
+        arguments = [
+            *map(str, files),
+            "--url",
+            f"http://127.0.0.1:{live.port}",
+            "--output",
+            str(output),
+        ]
+        assert main(arguments) == 1
+        assert "send your key" in capsys.readouterr().err
+        monkeypatch.setenv("VIGNETTE_API_KEY", made.err.rpartition(": ")[2].strip())
+        assert main(arguments) == 0
+        assert main(arguments) == 0
+        assert "0 captioned, 3 before, 0 failed" in capsys.readouterr().err
+    found = {
+        line["file"]: line["caption"] for line in map(json.loads, output.read_text().splitlines())
+    }
+    assert found == {str(file): text for file, text in said(files).items()}
