@@ -53,7 +53,6 @@ class Work:
     urgent: bool = True
     queued_at: float = field(default_factory=time.perf_counter)
     number: int = 0
-    started: bool = False
     suspect: bool = False
     link: "Link | None" = None
     done: "asyncio.Future[Caption]" = field(
@@ -69,6 +68,14 @@ class Pipe(Protocol):
 
     def close(self, linger: int = 0) -> Any:
         """Drop what was not sent."""
+
+
+class Started(Protocol):
+    """For each slot the number of the request that a worker began with there, or 0."""
+
+    def __getitem__(self, slot: int, /) -> Any: ...
+
+    def __setitem__(self, slot: int, number: int, /) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -91,10 +98,10 @@ class Dispatcher:
     Used on the event loop's thread only.
     """
 
-    def __init__(self, hello: Message) -> None:
-        """hello: what every worker is told first."""
+    def __init__(self, hello: Message, started: Started) -> None:
+        """hello: what every worker is told first. started: the store's, which workers write."""
         self.on_refused: Callable[[str], object] = lambda _: None  # told the digest, to pass it on
-        self._hello = hello
+        self._hello, self._started = hello, started
         self._links: dict[tuple[int, int], Link] = {}
         self._pending: deque[Work] = deque()
         self._suspects: deque[Work] = deque()
@@ -168,8 +175,6 @@ class Dispatcher:
         if work is None or work.done.done():
             return  # it was taken back meanwhile
         match message["op"]:
-            case "started":
-                work.started = True
             case "answer":
                 work.done.set_result(_caption(message["caption"]))
             case "expired":
@@ -189,10 +194,10 @@ class Dispatcher:
         work.link = None
         if work.done.done():
             return  # it was answered just before
-        if not work.started:
+        if self._started[work.slot] != work.number:
             bisect.insort(self._pending, work, key=lambda each: each.number)  # where it was
         elif not work.suspect:
-            work.suspect, work.started = True, False
+            work.suspect = True
             self._suspects.append(work)
         else:
             self.refuse(work.digest)
@@ -222,6 +227,7 @@ class Dispatcher:
     def _send(self, work: Work, link: Link) -> None:
         work.link = link
         link.inside[work.number] = work
+        self._started[work.slot] = 0
         link.pipe.send(
             packed(
                 {

@@ -22,7 +22,8 @@ class Workers:
                 "store": str(store.path),
                 "slots": store.slots,
                 "shape": list(store.shape),
-            }
+            },
+            store.started,
         )
         self._readers: dict[tuple[int, int], asyncio.Task[None]] = {}
 

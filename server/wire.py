@@ -1,5 +1,7 @@
 """What the processes say to each other: small JSON messages over ZeroMQ, pixels in shared memory.
 
+There, too, a worker notes what it is about to encode: a message would die with it.
+
 A run has a folder of its own. In it every worker binds `worker-<index>-<epoch>`, to which each
 front-end connects, and the supervisor binds `control`. A worker that is started again takes the
 next epoch, so that nothing that was queued for the dead one reaches it by itself.
@@ -7,7 +9,7 @@ next epoch, so that nothing that was queued for the dead one reaches it by itsel
 | from | to | messages |
 | --- | --- | --- |
 | front-end | worker | hello (its pixel file), caption, cancel |
-| worker | front-end | started (about to be encoded), answer, error, expired, failed (a step) |
+| worker | front-end | answer, error, expired, failed (a step) |
 | worker, front-end | supervisor | beat, ready, failed (to start) |
 | worker | supervisor | found (its engine is whole: the port may open) |
 | front-end | supervisor | refused (an image that killed two workers), drained |
@@ -106,6 +108,8 @@ class PixelStore:
 
     Whoever decodes an image writes it into a slot, the worker reads it there, and the front-end
     that owns the file gives the slot to the next request once the first was answered.
+
+    started: for each slot the number of the request in it that a worker began with, or 0.
     """
 
     def __init__(
@@ -113,7 +117,8 @@ class PixelStore:
     ) -> None:
         """Create the file, or open another process's. Raises NoSharedMemory without room."""
         self.path, self.slots, self.shape = path, slots, shape
-        size = slots * int(np.prod(shape))
+        head = slots * np.dtype(np.int64).itemsize
+        size = head + slots * int(np.prod(shape))
         handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
         try:
             if create:
@@ -126,7 +131,8 @@ class PixelStore:
             ) from cause
         finally:
             os.close(handle)
-        self._all = np.frombuffer(self._map, np.uint8).reshape(slots, *shape)
+        self.started = np.frombuffer(self._map, np.int64, slots)
+        self._all = np.frombuffer(self._map, np.uint8, offset=head).reshape(slots, *shape)
         self._free = list(range(slots))
 
     def __getitem__(self, slot: int) -> np.ndarray:

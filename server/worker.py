@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import zmq
@@ -46,10 +46,11 @@ Owner = bytes  # identity of the front-end that a message came from
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request in the engine: whose it is, and by which number they know it."""
+    """A request in the engine: whose it is, by which number they know it, and its pixels' slot."""
 
     owner: Owner
     number: int
+    slot: int = field(default=-1, compare=False)
 
 
 class Worker:
@@ -100,7 +101,7 @@ class Worker:
                 except (OSError, NoSharedMemory) as cause:  # it has died, and its file is gone
                     log.warning("the pixels of %s can't be opened: %s", owner.decode(), cause)
             case "caption":
-                self._held.append((Job(owner, message["id"]), message))
+                self._held.append((Job(owner, message["id"], message["slot"]), message))
             case "cancel":
                 self._cancel(Job(owner, message["id"]))
 
@@ -151,7 +152,7 @@ class Worker:
     def _step(self) -> None:
         self.step_since = time.monotonic()
         try:
-            finished = self._engine.step(self._tell_started)
+            finished = self._engine.step(self._note_started)
         except Exception:
             log.exception("the engine failed in a step; its requests are tried one by one")
             self._failures += 1
@@ -174,11 +175,11 @@ class Worker:
         for sequence in finished:
             self._answer(sequence)
 
-    def _tell_started(self, sequences: list[Sequence]) -> None:
+    def _note_started(self, sequences: list[Sequence]) -> None:
         """If this process dies now, it is because of one of these."""
         for sequence in sequences:
             job = self._jobs[sequence]
-            self._send(job.owner, {"op": "started", "id": job.number})
+            self._stores[job.owner].started[job.slot] = job.number
 
     def _answer(self, sequence: Sequence) -> None:
         job = self._jobs.pop(sequence)
