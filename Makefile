@@ -15,6 +15,7 @@ WHEELS ?=
 TORCH_INDEX ?=
 
 export TOKENIZERS_PARALLELISM = false
+export ORT_DISABLE_TELEMETRY = 1
 
 GPU = $(if $(filter cuda tensorrt,$(DEVICE)),-gpu)
 SERVE = .venv$(GPU)/bin/python

@@ -5,3 +5,8 @@ Reading order: `checkpoint`, `random_weights` (what to export) -> `split` (GIT a
 -> `greedy`, `verify` (ONNX against PyTorch) -> `variants`, `half`, `gate` (other precisions, and
 which to keep) -> `build` (all of it, in order) -> `tune` (what is fastest here).
 """
+
+import os
+
+# From 1.29 on ONNX Runtime reports to its makers, unless this is said before it is loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -1,6 +1,7 @@
 """Imports run one way, and serving needs neither torch nor transformers nor optimum."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +67,17 @@ def test_four_files_of_the_runtime_know_onnx_runtime():
     users = {p.name for p in files("runtime") if "onnxruntime" in imports(p)}
     assert users == {"providers.py", "encoder.py", "runner.py", "device_runner.py"}
     assert not [p for p in files("server") if "onnxruntime" in imports(p)]
+
+
+@pytest.mark.parametrize("package", ["runtime.opening", "export.greedy"])
+def test_nothing_is_reported_to_the_makers_of_onnx_runtime(package, tmp_path):
+    """It would keep an id of the machine under HOME, and what it has not sent yet."""
+    # Where it sees that it is tested it reports nothing either.
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    code = (
+        f"import {package}, onnxruntime; onnxruntime.InferenceSession('engines/demo/decoder.onnx')"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=kept | {"HOME": str(tmp_path)}, check=True
+    )
+    assert not list(tmp_path.rglob("*onnxruntime*"))
