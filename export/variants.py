@@ -19,6 +19,7 @@ from tqdm import tqdm
 from export.checkpoint import Checkpoint
 from export.graphs import Scales, share_weights, with_int8_cache, with_int8_prefix
 from export.greedy import Arrays, Case, OnnxGraphs, caption
+from export.row_scales import with_row_scales
 from runtime.manifest import Variant
 
 _PRECISIONS = {"encoder": ("fp32", "int8", "int8-static"), "decoder": ("fp32", "int8")}
@@ -99,7 +100,7 @@ def cache_scales(
 
 
 def _quantise_dynamic(folder: Path, graph: str) -> None:
-    """8-bit weights a channel; activations get their scale as they come."""
+    """8-bit weights a channel; each row of activations gets its scale as it comes."""
     output = folder / file_name(graph, "int8", "float32")
     quantize_dynamic(
         folder / file_name(graph, "fp32", "float32"),
@@ -109,6 +110,7 @@ def _quantise_dynamic(folder: Path, graph: str) -> None:
         weight_type=QuantType.QInt8,
         extra_options=_OPTIONS,
     )
+    with_row_scales(output)
     share_weights(output, data_name(graph, "int8"))
 
 
