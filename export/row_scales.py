@@ -17,7 +17,7 @@ import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 _STEP, _LEAST, _UNIT, _MIDDLE = "row.step", "row.least", "row.unit", "row.middle"
-_CONSTANTS = {
+_CONSTANTS: dict[str, np.ndarray] = {
     _STEP: np.array(1 / 127, np.float32),
     _LEAST: np.array(1e-12, np.float32),  # of a row of zeros: it is divided by its scale
     _UNIT: np.array(1, np.float32),

@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -60,6 +61,15 @@ def this_machine() -> Machine:
         cores=min(cores, quota() or cores),
         instructions=tuple(i for i in _INSTRUCTIONS if i in flags),
     )
+
+
+def memory(cgroup: Path = _CGROUP) -> int:
+    """Bytes that this process may use: the machine's, or what a container is allowed of them."""
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            most = min(most, int((cgroup / name).read_text()))
+    return most
 
 
 def quota(cgroup: Path = _CGROUP) -> int:

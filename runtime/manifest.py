@@ -150,6 +150,7 @@ def read(folder: Path) -> Manifest:
         if content.pop("format") != FORMAT:
             raise EngineFolderError(f"{path} was written by another version: export it again")
         manifest = _parsed(content)
+        _check_named(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as cause:
         raise EngineFolderError(f"{path} can't be read: export it again ({cause!r})") from cause
     return manifest
@@ -184,6 +185,16 @@ def _parsed(content: dict[str, Any]) -> Manifest:
         combinations=tuple(Combination(**c) for c in content.pop("combinations")),
         **content,
     )
+
+
+def _check_named(manifest: Manifest) -> None:
+    """Raise ValueError unless all that is read lies in the folder and has its sha256."""
+    used = {TOKENIZER, *(v.file for v in manifest.variants)}
+    used |= {v.data for v in manifest.variants if v.data}
+    if unproven := sorted(used - manifest.files.keys()):
+        raise ValueError(f"it has no sha256 of {unproven[0]!r}")
+    if outside := [name for name in manifest.files if Path(name).name != name]:
+        raise ValueError(f"{outside[0]!r} is no file of the folder")
 
 
 def _check_whole(path: Path, expected: str) -> None:

@@ -4,12 +4,15 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from runtime import manifest as manifests
 from runtime import providers
 from runtime.config import AUTO, EngineConfig
 from runtime.device_runner import DeviceRunner
 from runtime.errors import ProviderError
 from runtime.gpu import Memory, require_gpu
+from runtime.machine import memory
 from runtime.manifest import Manifest
 from runtime.plan import Plan, resolve
 from runtime.runner import Runner
@@ -18,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _SLOTS = 16  # on a processor: more rows make a step no cheaper for each
 _MOST_SLOTS = 64  # on a GPU, unless more are asked for
+_SHARE = 0.8  # of a machine's memory that the slots may take
 _HALF = 2  # bytes
 _ARENA = 2  # ONNX Runtime's allocator for tensors beside a session takes up to twice their size
 _ACTIVATIONS = 24  # of an image in the encoder: tensors of positions x width that are alive at once
@@ -64,14 +68,28 @@ def prepare(folder: Path, config: EngineConfig) -> Prepared:
 
 
 def _fitted(folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) -> Candidate:
-    """The plan with its slots; ProviderError if they don't fit the GPU that holds them."""
+    """The plan with its slots; ProviderError if they don't fit the memory that holds them."""
     if plan.decoder_provider != "cuda":
-        return Candidate(plan, config.slots or _SLOTS)
+        slots = config.slots or _SLOTS
+        most = int(_SHARE * memory() / _slot_bytes(manifest, config, plan))
+        if slots > most:
+            raise ProviderError(
+                f"{slots} slots do not fit the memory of {memory() / 2**30:.1f} GiB here: use "
+                f"{most} (--slots) or fewer"
+            )
+        return Candidate(plan, slots)
     gpu = require_gpu(providers.cuda_major())
     slots, limit = gpu_memory(folder, manifest, config, plan).budget(
         gpu, config.slots, _MOST_SLOTS, plan.encode_batch
     )
     return Candidate(plan, slots, limit)
+
+
+def _slot_bytes(manifest: Manifest, config: EngineConfig, plan: Plan) -> int:
+    """Of one slot's K/V on a processor."""
+    sizes, cache = manifest.sizes, manifest.combination(plan.combination).cache
+    positions = sizes.prefix + config.text_positions(sizes.text)
+    return 2 * sizes.layers * sizes.heads * sizes.head * positions * np.dtype(cache).itemsize
 
 
 def gpu_memory(folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) -> Memory:

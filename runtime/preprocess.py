@@ -37,18 +37,21 @@ def preprocess(data: bytes, how: Preprocessing, max_pixels: int = MAX_PIXELS) ->
     Raises InvalidImage for bytes that can't be decoded, TooManyPixels before decoding more than
     `max_pixels`.
     """
-    image = decode(data, max_pixels, _SPARE * how.shortest_edge)
-    width, height = resized(image.size, how)
-    if width * height > max_pixels:  # a line of pixels grows a thousandfold when it is resized
-        raise TooManyPixels("the image is far longer than wide: crop it to what is to be captioned")
-    return to_pixels(image, how)
+    return prepared(opened(data, max_pixels), how, max_pixels)
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS, least_edge: int | None = None) -> Image.Image:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Encoded image -> upright RGB image (the first frame of an animation).
 
-    least_edge: how small the shortest edge of a JPEG may come out, in pixels; None keeps its size.
     Raises InvalidImage, or TooManyPixels before decoding.
+    """
+    return _upright(opened(data, max_pixels), None)
+
+
+def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Encoded image -> what its head says of it; nothing is decoded yet.
+
+    Raises InvalidImage or TooManyPixels.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -56,6 +59,23 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, least_edge: int | None = N
         raise InvalidImage(_NOT_AN_IMAGE) from cause
     if image.width * image.height > max_pixels:
         raise TooManyPixels(_too_many(max_pixels))
+    return image
+
+
+def prepared(image: Image.Image, how: Preprocessing, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Opened image -> pixels as of `preprocess`. Raises InvalidImage or TooManyPixels."""
+    image = _upright(image, _SPARE * how.shortest_edge)
+    width, height = resized(image.size, how)
+    if width * height > max_pixels:  # a line of pixels grows a thousandfold when it is resized
+        raise TooManyPixels("the image is far longer than wide: crop it to what is to be captioned")
+    return to_pixels(image, how)
+
+
+def _upright(image: Image.Image, least_edge: int | None) -> Image.Image:
+    """Decode an opened image to RGB.
+
+    least_edge: how small the shortest edge of a JPEG may come out, in pixels; None keeps its size.
+    """
     try:
         if least_edge is not None:
             image.draft(None, (least_edge, least_edge))  # does nothing for what is no JPEG

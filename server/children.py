@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from server.wire import Message, process_name
 
 _SILENCE_SECONDS = 3.0  # without a beat: it is stopped, or starved
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -33,6 +35,7 @@ class Child:
     step_since: float | None = None
     start_at: float = 0.0
     failures: int = 0
+    last_end: str | None = None
     facts: Message = field(default_factory=dict)
 
     def start(self) -> None:
@@ -45,6 +48,11 @@ class Child:
         )
         with _environment(self.environment):
             self.process.start()
+
+    def note_end(self, reason: str) -> None:
+        """Remember how this life ended: killed by somebody, stuck, hung, or crashed by itself."""
+        killed = self.process is not None and self.process.exitcode in _FROM_OUTSIDE
+        self.last_end = reason if reason != "ended" else "killed" if killed else "crashed"
 
     def kill(self) -> None:
         """End this life, if there is one, whatever it does."""
@@ -67,6 +75,11 @@ class Child:
         return "stuck" if now - since > step_seconds else None
 
     @property
+    def station(self) -> str:
+        """What it is through all its lives."""
+        return f"{self.kind}-{self.index}"
+
+    @property
     def name(self) -> str:
         """Its identity in this life."""
         return process_name(self.kind, self.index, self.epoch)
@@ -80,6 +93,7 @@ class Child:
             "state": "recovering" if self.state == "down" or self._again else self.state,
             "pid": self.process.pid if self.process else None,
             "restarts": self.epoch - 1,
+            "last_end": self.last_end,
             **{k: v for k, v in known.items() if k != "pid"},
         }
 

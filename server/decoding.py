@@ -1,121 +1,255 @@
-"""Decoding images in processes of their own, under limits on memory and time.
+"""Decoding images in processes of their own, those that are dear behind one another.
 
-Image decoders are C code that is fed whatever strangers send. One that crashes, hangs or unpacks
-to gigabytes takes its process with it and nothing else: the next image finds a new one.
+An image that crashes its decoder, hangs in it or unpacks to gigabytes takes that process with it
+and nothing else: the next image finds a new one.
 
-A front-end and its decoders talk over socket pairs: the head and the bytes of an image there, the
-length of what was wrong with it, and that, back.
+Most images take milliseconds; some files of a few bytes take seconds and a gigabyte. So what an
+image will cost is estimated from its head. Those that take longer than `_QUICK` wait for the one
+process that decodes them, at a lower priority, and the others never wait for any of them. In both
+lanes the clients take turns.
 """
 
 import asyncio
 import json
 import logging
-import multiprocessing
-import resource
-import socket
-import struct
-from collections import deque
-from pathlib import Path
+import math
+import signal
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, replace
 
-from runtime.errors import InvalidImage, TooManyPixels, VignetteError
-from runtime.manifest import Preprocessing
+from runtime.errors import VignetteError
+from server.admission import QueueFull
+from server.bodies import Parts
+from server.cost import TooHard
+from server.decoder import BUG, DEAR, FAILED, PARTS, PIXELS, Decoder, Setup, raised
+from server.remembered import Remembered
+from server.turns import Turns
 
 log = logging.getLogger(__name__)
 
-ENVIRONMENT = {  # of the process that starts decoders, which inherit it before they load anything
-    "OPENBLAS_NUM_THREADS": "1",  # its threads' stacks would count as address space
-    # glibc's allocator keeps what is freed, up to so many bytes, for the next image: pages that the
-    # system gives out anew each time take as long to clear as a small image takes to decode.
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
-}
-_HEAD = struct.Struct("=IIi")  # bytes of the image, slot, frame or -1
-_LENGTH = struct.Struct("=I")
-_READY = b"R"
+_QUICK = 0.15  # estimated seconds of a core: what a camera's 12 megapixels take
+_QUICK_LIMIT = 1.5  # seconds of a core, of an image that was estimated wrongly
+_LOWER = 5  # niceness of the slow lane, beside that of the others
 _START_SECONDS = 60.0
-_ERRORS: dict[str, type[VignetteError]] = {
-    "InvalidImage": InvalidImage,
-    "TooManyPixels": TooManyPixels,
-}
-_CONTEXT = multiprocessing.get_context("spawn")
-_Arguments = tuple[tuple[Path, int, tuple[int, ...]], Preprocessing, int, int]
+_REMEMBERED_SECONDS = 3600.0
+_LONGEST_WAIT = 60  # seconds that a client is told to wait
+_LEARNING = 0.2
+_UNFIT = (
+    "decoding this image crashed, or took too long: save it again with another program, or make it "
+    "smaller"
+)
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 
 
-class TooHard(VignetteError):
-    """Decoding this image took too long, or too much memory."""
+class _Unfit(VignetteError):
+    """An image crashed its decoder."""
+
+
+class _OutOfTime(_Unfit):
+    """An image used up the seconds of a core that it was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Of the images of a request: the client whose turn they take, the digest by which they are
+    known again, and their deadline (`time.perf_counter()`).
+    """
+
+    client: str
+    digest: str
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An image to decode into a slot, of a clip into one of its frames (else -1)."""
+
+    image: bytes
+    slot: int
+    frame: int
+    origin: Origin
 
 
 class Decoders:
-    """A pool of decoder processes. Used on one thread, which has to outlive them."""
+    """The decoder processes of a front-end. Used on one thread, which has to outlive them."""
 
-    def __init__(
-        self,
-        count: int,
-        store: tuple[Path, int, tuple[int, ...]],
-        how: Preprocessing,
-        max_pixels: int,
-        seconds: float,
-        memory: int,
-    ) -> None:
-        """store: path, slots and shape of the PixelStore that they write to.
+    def __init__(self, count: int, setup: Setup, seconds: float) -> None:
+        """count: processes, beside the one for dear images, which is started for the first of them.
 
-        seconds: for one image. memory: bytes of address space that a process may use.
+        seconds: of a core, for one image, after which it is given up.
         """
-        self._arguments: _Arguments = (store, how, max_pixels, memory)
         self._seconds = seconds
-        self._all = {_Decoder(self._arguments) for _ in range(count)}
-        self._idle = deque(self._all)
-        self._free = asyncio.Semaphore(count)  # fair, which an asyncio.Queue is not
+        self._quick = _Lane(setup, count).start(count)
+        self._slow = _Lane(replace(setup, niceness=setup.niceness + _LOWER), 1)
+        self._too_hard = Remembered(_REMEMBERED_SECONDS)
+        self._queued: Counter[str] = Counter()  # estimated ms in the slow lane, by client
+        self._pace = 1.0  # seconds that an estimated one takes there
 
-    async def decode(self, image: bytes, slot: int, frame: int | None) -> None:
-        """Put an image's pixels into a slot of the store, of a clip into one of its frames.
+    async def decode(self, job: Job) -> None:
+        """Put an image's pixels into its slot.
 
-        Raises InvalidImage, TooManyPixels, or TooHard. Cancelled, it ends when nothing writes to
-        the slot any more: at once if the decoding had not begun.
+        Raises InvalidImage, TooManyPixels or TooHard, and QueueFull if more dear images wait than
+        can be decoded until the job's deadline. Cancelled, it ends when nothing writes to the slot
+        any more: at once if the decoding had not begun.
         """
-        await self._free.acquire()
-        job = asyncio.create_task(self._decode(image, slot, frame))
-        cancelled = False
-        while not job.done():
-            try:
-                await asyncio.wait([job])
-            except asyncio.CancelledError:
-                cancelled = True
-        if cancelled:
-            job.exception()  # asked for, or asyncio logs it
-            raise asyncio.CancelledError
-        job.result()
+        if job.origin.digest in self._too_hard:
+            raise TooHard(_UNFIT)
+        try:
+            seconds = await self._decode_quickly(job)
+            if seconds:
+                await self._decode_slowly(job, seconds)
+        except _Unfit as cause:
+            self._too_hard.add(job.origin.digest)
+            raise TooHard(_UNFIT) from cause
 
-    async def _decode(self, image: bytes, slot: int, frame: int | None) -> None:
-        decoder = self._idle.popleft()
+    async def parts(self, body: bytes, client: str) -> Parts:
+        """Take a JSON body apart. Raises InvalidRequest; TooHard if that takes too long."""
+        try:
+            errand = _Errand(PARTS, body, self._seconds, self._seconds)
+            _, answer = await self._quick.ask(client, errand)
+        except _Unfit as cause:
+            raise TooHard("reading this JSON took too long: send less of it") from cause
+        return Parts.unpacked(answer)
+
+    async def _decode_quickly(self, job: Job) -> float:
+        """Decode what takes little, and return 0; of another image the seconds as estimated."""
+        seconds = min(_QUICK_LIMIT, self._seconds)
+        errand = _Errand(PIXELS, job.image, seconds, self._seconds, (job.slot, job.frame), _QUICK)
+        try:
+            kind, answer = await self._quick.ask(job.origin.client, errand)
+        except _OutOfTime:
+            if seconds == self._seconds:
+                raise
+            return self._seconds  # the estimate was wrong
+        return json.loads(answer) if kind == DEAR else 0.0
+
+    async def _decode_slowly(self, job: Job, seconds: float) -> None:
+        """Decode in the slow lane; what would wait there beyond its deadline is refused now."""
+        cost = math.ceil(seconds * 1e3)
+        mine = self._queued[job.origin.client] + cost
+        others = sum(
+            min(q, mine) for client, q in self._queued.items() if client != job.origin.client
+        )
+        started, usual = time.perf_counter(), (mine + others) / 1e3
+        wait = usual * self._pace
+        if wait > job.origin.deadline - started:
+            raise QueueFull(
+                "this image takes long to decode, and others of that kind wait already: send a "
+                "smaller one, or try again later",
+                min(_LONGEST_WAIT, math.ceil(wait)),
+            )
+        errand = _Errand(
+            PIXELS, job.image, self._seconds, job.origin.deadline - started, (job.slot, job.frame)
+        )
+        self._queued[job.origin.client] += cost
+        try:
+            await self._slow.ask(job.origin.client, errand)
+        finally:
+            self._queued[job.origin.client] -= cost
+            self._queued += Counter()  # without those that have nothing there
+        took = (time.perf_counter() - started) / usual
+        self._pace += _LEARNING * (took - self._pace)
+
+    def close(self) -> None:
+        """End all processes."""
+        self._quick.close()
+        self._slow.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of all processes, the one for dear images last, if there is one."""
+        return self._quick.pids + self._slow.pids
+
+
+@dataclass(frozen=True, slots=True)
+class _Errand:
+    """What a process is asked: kind, data, slot and frame; an image only if it is estimated to
+    take at most `most` seconds.
+
+    seconds: of a core. wall: seconds by the clock, after which the process is replaced.
+    """
+
+    what: bytes
+    data: bytes
+    seconds: float
+    wall: float
+    place: tuple[int, int] = (0, -1)
+    most: float = math.inf
+
+
+class _Lane:
+    """Processes of one niceness, and those who wait for one."""
+
+    def __init__(self, setup: Setup, count: int) -> None:
+        self._setup, self._turns = setup, Turns(count)
+        self._idle: deque[Decoder] = deque()
+        self._all: set[Decoder] = set()
+
+    def start(self, count: int) -> "_Lane":
+        """Start processes now; others are when they are needed."""
+        self._idle.extend(self._new() for _ in range(count))
+        return self
+
+    async def ask(self, client: str, errand: _Errand) -> tuple[bytes, bytes]:
+        """Kind and content of the answer.
+
+        Raises what was wrong with the data, and _Unfit or TooHard. Cancelled, it ends when nothing
+        writes to the slot any more: at once if its turn had not come.
+        """
+        await self._turns.take(client)
+        return await _to_the_end(asyncio.create_task(self._ask(errand)))
+
+    async def _ask(self, errand: _Errand) -> tuple[bytes, bytes]:
+        try:
+            found = await self._attempt(errand) or await self._attempt(errand)
+        finally:
+            self._turns.give()
+        if found is None:  # for want of memory, most likely
+            raise TooHard(_UNFIT)
+        kind, answer = found
+        if kind == FAILED:
+            raise raised(answer)
+        if kind == BUG:
+            log.error("an image was refused for an error of ours: %s", answer.decode())
+            raise TooHard(_UNFIT)
+        return found
+
+    async def _attempt(self, errand: _Errand) -> tuple[bytes, bytes] | None:
+        """Ask a process; None if somebody else has killed it meanwhile."""
+        decoder = self._idle.popleft() if self._idle else self._new()
         try:
             if not decoder.process.is_alive():  # it died of something else than this image
                 decoder = self._replaced(decoder)
             async with asyncio.timeout(_START_SECONDS):
                 await decoder.started()
-            async with asyncio.timeout(self._seconds):
-                failure = await decoder.ask(image, slot, frame)
-        except (OSError, EOFError) as cause:  # TimeoutError is an OSError
-            log.warning("a decoder process: %s", str(cause) or type(cause).__name__)
+            async with asyncio.timeout(errand.wall):
+                return await decoder.ask(
+                    errand.what, errand.data, errand.place, errand.seconds, errand.most
+                )
+        except TimeoutError as cause:
             decoder = self._replaced(decoder)
-            raise TooHard(
-                f"decoding this image crashed, or took more than {self._seconds:g} s: "
-                "save it again with another program, or make it smaller"
-            ) from cause
+            raise TooHard(_UNFIT) from cause
+        except (OSError, EOFError) as cause:
+            code = await decoder.death()
+            decoder = self._replaced(decoder)
+            if code in _FROM_OUTSIDE:
+                return None
+            raise (_OutOfTime if code == -signal.SIGPROF else _Unfit)(_UNFIT) from cause
         finally:
             self._idle.append(decoder)
-            self._free.release()
-        if failure is not None:
-            kind, message = failure
-            raise _ERRORS[kind](message)
 
-    def _replaced(self, decoder: "_Decoder") -> "_Decoder":
-        log.warning("decoder process %s is replaced", decoder.process.pid)
+    def _new(self) -> Decoder:
+        decoder = Decoder(self._setup)
+        self._all.add(decoder)
+        return decoder
+
+    def _replaced(self, decoder: Decoder) -> Decoder:
+        process = decoder.process
+        log.warning("decoder %s (exit code %s) is replaced", process.pid, process.exitcode)
         decoder.kill()
         self._all.discard(decoder)
-        new = _Decoder(self._arguments)
-        self._all.add(new)
-        return new
+        return self._new()
 
     def close(self) -> None:
         """End all processes."""
@@ -124,77 +258,19 @@ class Decoders:
 
     @property
     def pids(self) -> list[int]:
-        """Of all processes; for tests."""
+        """Of all processes."""
         return [decoder.process.pid or 0 for decoder in self._all]
 
 
-class _Decoder:
-    """One process, and the socket to it."""
-
-    def __init__(self, arguments: _Arguments) -> None:
-        self._socket, theirs = socket.socketpair()
-        self._socket.setblocking(False)
-        self._started = False
-        with theirs:
-            self.process = _CONTEXT.Process(target=_serve, args=(theirs, *arguments), daemon=True)
-            self.process.start()
-
-    async def started(self) -> None:
-        """Wait until it is there; loading its libraries is not to count as decoding."""
-        if not self._started:
-            await self._read(len(_READY))
-            self._started = True
-
-    async def ask(self, image: bytes, slot: int, frame: int | None) -> tuple[str, str] | None:
-        """Have an image decoded; what was wrong with it, or None. Raises OSError or EOFError."""
-        loop = asyncio.get_running_loop()
-        head = _HEAD.pack(len(image), slot, -1 if frame is None else frame)
-        await loop.sock_sendall(self._socket, head)
-        await loop.sock_sendall(self._socket, image)
-        [length] = _LENGTH.unpack(await self._read(_LENGTH.size))
-        return json.loads(await self._read(length)) if length else None
-
-    async def _read(self, size: int) -> bytes:
-        loop, data = asyncio.get_running_loop(), b""
-        while len(data) < size:
-            part = await loop.sock_recv(self._socket, size - len(data))
-            if not part:
-                raise EOFError("it has ended")
-            data += part
-        return data
-
-    def kill(self) -> None:
-        """End it, whatever it does."""
-        self.process.kill()
-        self._socket.close()
-
-
-def _serve(
-    socket: socket.socket,
-    store: tuple[Path, int, tuple[int, ...]],
-    how: Preprocessing,
-    max_pixels: int,
-    memory: int,
-) -> None:
-    """The decoder process: answers one image after the other."""
-    from runtime.preprocess import preprocess
-    from server.wire import PixelStore, follow_parent, give_way
-
-    follow_parent()
-    give_way()
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    pixels = PixelStore(*store)
-    socket.sendall(_READY)
-    stream = socket.makefile("rb")
-    while head := stream.read(_HEAD.size):
-        size, slot, frame = _HEAD.unpack(head)
-        image = stream.read(size)
+async def _to_the_end(task: "asyncio.Task[tuple[bytes, bytes]]") -> tuple[bytes, bytes]:
+    """The result of a task that goes on while the caller is cancelled, who then waits for it."""
+    cancelled = False
+    while not task.done():
         try:
-            made = preprocess(image, how, max_pixels)
-        except (InvalidImage, TooManyPixels) as error:
-            failure = json.dumps([type(error).__name__, str(error)]).encode()
-            socket.sendall(_LENGTH.pack(len(failure)) + failure)
-            continue
-        pixels[slot][... if frame < 0 else frame] = made
-        socket.sendall(_LENGTH.pack(0))
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        task.exception()  # asked for, or asyncio logs it
+        raise asyncio.CancelledError
+    return task.result()

@@ -3,10 +3,13 @@
 * A request goes to the worker with the fewest in flight. If no worker serves, it waits.
 * A worker that dies was killed by one of the requests that it had started, or by none. Those that
   it had not started are sent to another as if nothing had happened.
-* Those that it had started are suspects: each is sent again once, and alone, so that no other is
-  harmed. (The worker sees to that too, because other front-ends send to it as well.) A suspect that
-  kills again is answered with an error, and its image is refused from then on, by all front-ends.
-* A step that raises is treated alike: its requests are tried again one by one.
+* Those that it had started are suspects: each is sent again, alone, so that no other is harmed.
+  (The worker sees to that too, because other front-ends send to it as well.) A suspect in whose
+  step a worker crashes again is answered with an error, and its image is refused for some minutes,
+  by all front-ends; when it is sent after that it is a suspect from the start.
+* A worker that somebody killed or stopped proves nothing: its suspects get more tries, and what is
+  given up in the end is not refused the next time.
+* A step that raises is treated as a crash: its requests are tried again one by one.
 """
 
 import asyncio
@@ -14,19 +17,23 @@ import bisect
 import itertools
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from runtime.errors import InvalidRequest, VignetteError
 from runtime.request import Caption, FinishReason
+from server.remembered import Remembered
 from server.wire import Message, packed
 
 log = logging.getLogger(__name__)
 
-QUARANTINED = 1024  # images that are remembered
-_DEADLY = "the engine failed on this image twice: it is not tried again"
+QUARANTINE_SECONDS = 600.0
+BLAMED = ("crashed", "stuck")  # ends of a worker that are its own doing, or its request's
+_CRASHES, _LOSSES = 2, 4  # of a worker with a request in it, until that is given up
+_DEADLY = "the engine failed on this image twice: it is not tried again for ten minutes"
+_UNLUCKY = "the engine was killed several times with this request: try again later"
 
 
 class EngineFailed(VignetteError):
@@ -54,6 +61,8 @@ class Work:
     queued_at: float = field(default_factory=time.perf_counter)
     number: int = 0
     suspect: bool = False
+    crashes: int = 0  # of workers that had started it
+    losses: int = 0  # the same, and those that somebody killed
     link: "Link | None" = None
     done: "asyncio.Future[Caption]" = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -100,13 +109,14 @@ class Dispatcher:
 
     def __init__(self, hello: Message, started: Started) -> None:
         """hello: what every worker is told first. started: the store's, which workers write."""
-        self.on_refused: Callable[[str], object] = lambda _: None  # told the digest, to pass it on
+        # Told a digest and until when it is refused, to pass it on.
+        self.on_refused: Callable[[str, float], object] = lambda digest, until: None
         self._hello, self._started = hello, started
         self._links: dict[tuple[int, int], Link] = {}
         self._pending: deque[Work] = deque()
         self._suspects: deque[Work] = deque()
         self._numbers = itertools.count(1)
-        self._quarantine: OrderedDict[str, None] = OrderedDict()
+        self._quarantine = Remembered(QUARANTINE_SECONDS)
 
     @property
     def serving(self) -> bool:
@@ -124,11 +134,9 @@ class Dispatcher:
         if digest in self._quarantine:
             raise EngineFailed(_DEADLY)
 
-    def refuse(self, digest: str) -> None:
-        """Take no image with this digest any more: it killed workers, here or for another."""
-        self._quarantine[digest] = None
-        while len(self._quarantine) > QUARANTINED:
-            self._quarantine.popitem(last=False)
+    def refuse(self, digest: str, until: float | None = None) -> float:
+        """Take no image with this digest until then: it killed workers, here or for another."""
+        return self._quarantine.add(digest, until)
 
     async def caption(self, work: Work) -> Caption:
         """Wait for a request's caption; cancelling the awaiting task takes it back.
@@ -136,7 +144,9 @@ class Dispatcher:
         Raises InvalidRequest, EngineFailed, or Expired when its deadline passes first.
         """
         work.number = next(self._numbers)
-        self._pending.append(work)
+        if self._quarantine.expired(work.digest):
+            work.suspect, work.crashes = True, _CRASHES - 1
+        (self._suspects if work.suspect else self._pending).append(work)
         self._pump()
         try:
             async with asyncio.timeout(max(0.0, work.deadline - time.perf_counter())):
@@ -153,14 +163,14 @@ class Dispatcher:
         self._links[key] = Link(key, pipe)
         self._pump()
 
-    def lost(self, key: tuple[int, int]) -> None:
-        """A worker is gone; what it had is sent again."""
+    def lost(self, key: tuple[int, int], blamed: bool) -> None:
+        """A worker is gone; what it had is sent again. blamed: it crashed by itself."""
         link = self._links.pop(key, None)
         if link is None:
             return
         link.pipe.close(linger=0)
         for work in list(link.inside.values()):
-            self._again(work)
+            self._again(work, blamed)
         self._pump()
 
     @property
@@ -180,15 +190,15 @@ class Dispatcher:
             case "expired":
                 work.done.set_exception(Expired("the deadline passed while it was queued"))
             case "failed":
-                self._again(work)
+                self._again(work, blamed=True)
                 self._pump()
             case "error":
                 known = message["kind"] == "invalid_request"
                 kind = InvalidRequest if known else EngineFailed
                 work.done.set_exception(kind(message["message"]))
 
-    def _again(self, work: Work) -> None:
-        """A worker failed on it, or with it inside."""
+    def _again(self, work: Work, blamed: bool) -> None:
+        """A worker failed on it, or with it inside. blamed: by itself."""
         if work.link is not None:
             work.link.inside.pop(work.number, None)
         work.link = None
@@ -196,14 +206,21 @@ class Dispatcher:
             return  # it was answered just before
         if self._started[work.slot] != work.number:
             bisect.insort(self._pending, work, key=lambda each: each.number)  # where it was
-        elif not work.suspect:
-            work.suspect = True
-            self._suspects.append(work)
-        else:
-            self.refuse(work.digest)
-            self.on_refused(work.digest)
-            log.error("an image that the engine failed on twice is refused from now on")
+            return
+        work.suspect = True
+        work.losses += 1
+        work.crashes += blamed
+        if work.crashes >= _CRASHES:
+            self.on_refused(work.digest, self.refuse(work.digest))
+            log.error(
+                "the engine failed twice on an image, which is refused for %.0f minutes: sha256 %s",
+                QUARANTINE_SECONDS / 60, work.digest,
+            )  # fmt: skip
             work.done.set_exception(EngineFailed(_DEADLY))
+        elif work.losses >= _LOSSES:
+            work.done.set_exception(EngineFailed(_UNLUCKY))
+        else:
+            self._suspects.append(work)
 
     def _pump(self) -> None:
         """Send what can be sent; what turned out to be deadly meanwhile is refused."""

@@ -4,19 +4,19 @@ from dataclasses import dataclass
 
 import tornado.web
 
-from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels
+from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels, VignetteError
 from server.admission import NotServing, QueueFull
-from server.decoding import TooHard
+from server.cost import TooHard
 from server.dispatch import EngineFailed, Expired
 from server.fetching import FetchFailed, ForbiddenUrl
 from server.keys import TooFast, Unauthorised
 
 
-class BodyTooLarge(Exception):
+class BodyTooLarge(VignetteError):
     """The request's body exceeds the limit."""
 
 
-class UnsupportedMediaType(Exception):
+class UnsupportedMediaType(VignetteError):
     """The request's Content-Type is none that /caption takes."""
 
 

@@ -11,16 +11,20 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
+from tornado.iostream import UnsatisfiableReadError
 from tornado.netutil import DefaultLoopResolver, Resolver
 from tornado.simple_httpclient import HTTPTimeoutError, SimpleAsyncHTTPClient
 
 from runtime.errors import InvalidRequest, VignetteError
+from server.bodies import shown
 
 _REDIRECTS = 3
 _CONNECT_SECONDS = 5.0
 # What Python's own list lacks, or lacked until lately: local translators, old site-local addresses,
-# IPv4 written the old way within IPv6.
-_NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("64:ff9b:1::/48", "fec0::/10", "::/96")))
+# IPv4 written the old way within IPv6, or translated (RFC 2765).
+_NOT_PUBLIC = tuple(
+    map(ipaddress.ip_network, ("64:ff9b:1::/48", "fec0::/10", "::/96", "::ffff:0:0:0/96"))
+)
 _MOVED = (301, 302, 303, 307, 308)
 
 
@@ -98,7 +102,7 @@ class Fetcher:
             host == d.lstrip(".") or (d.startswith(".") and host.endswith(d)) for d in self._domains
         )
         if not allowed:
-            raise ForbiddenUrl(f"image_url: {host!a} is not among the allowed domains")
+            raise ForbiddenUrl(f"image_url: {shown(host)} is not among the allowed domains")
 
     async def fetch(self, url: str, seconds: float) -> bytes:
         """The image behind `url`, within so many seconds; raises ForbiddenUrl or FetchFailed."""
@@ -108,7 +112,10 @@ class Fetcher:
             answer = await self._ask(url, end - time.monotonic())
             if answer.code not in _MOVED:
                 return answer.body
-            url = urljoin(url, answer.headers.get("Location", ""))
+            try:
+                url = urljoin(url, answer.headers.get("Location", ""))
+            except ValueError as cause:
+                raise FetchFailed("image_url leads on to what is no URL") from cause
         raise FetchFailed("image_url leads on too often")
 
     async def _ask(self, url: str, seconds: float) -> HTTPResponse:
@@ -123,12 +130,12 @@ class Fetcher:
             raise
         except HTTPTimeoutError as cause:
             raise FetchFailed("image_url did not answer in time") from cause
-        except (OSError, HTTPClientError, ValueError) as cause:
-            raise FetchFailed(f"image_url can't be fetched: {cause}") from cause
+        except (OSError, HTTPClientError, UnsatisfiableReadError, ValueError) as cause:
+            raise FetchFailed(f"image_url can't be fetched: {shown(cause)}") from cause
         if answer.code == 599 or isinstance(answer.error, HTTPTimeoutError):
             if isinstance(answer.error, ForbiddenUrl):
                 raise answer.error
-            raise FetchFailed(f"image_url can't be fetched: {answer.error}")
+            raise FetchFailed(f"image_url can't be fetched: {shown(answer.error)}")
         if answer.code != 200 and answer.code not in _MOVED:
             raise FetchFailed(f"image_url answered {answer.code}")
         return answer

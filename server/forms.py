@@ -1,22 +1,21 @@
-"""The three forms of a caption request: raw image, multipart form, base64 in JSON."""
+"""What a caption request asks for, whichever way it was sent: its fields, checked."""
 
-import base64
-import binascii
-import json
 from dataclasses import dataclass
-from email.message import Message
 from typing import Any
 
 from tornado import httputil
 
 from runtime.errors import InvalidRequest
+from server.bodies import Parts, shown, text
 from server.errors import UnsupportedMediaType
 
+JSON, FORM = "application/json", "multipart/form-data"
 _FIELDS = ("prompt", "max_new_tokens", "timeout_ms", "priority")
 _PRIORITIES = ("interactive", "batch")
 # curl --data-binary says x-www-form-urlencoded unless told otherwise; the body is the image.
 _RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 _DIGITS = 9  # of a number in a form
+_LARGE = 10**_DIGITS  # more than any field may be
 _LEAST_TIMEOUT_MS = 100  # less is spent on the way
 _LONGEST_TIMEOUT_MS = 3_600_000
 
@@ -33,99 +32,43 @@ class Asked:
     image_url: str | None = None
 
 
-def asked(request: httputil.HTTPServerRequest, body: bytes) -> Asked:
-    """What a request asks for; its body apart, because it was streamed.
-
-    Raises UnsupportedMediaType, or InvalidRequest naming what is wrong.
-    """
-    content_type = request.headers.get("Content-Type", "").lower()
-    kind = content_type.partition(";")[0].strip()
-    if kind not in (*_RAW_TYPES, "application/json", "multipart/form-data") and not (
-        kind.startswith("image/")
-    ):
+def check_media_type(kind: str) -> None:
+    """Raise UnsupportedMediaType for what is no image, form or JSON."""
+    if kind not in (*_RAW_TYPES, JSON, FORM) and not kind.startswith("image/"):
         raise UnsupportedMediaType(
-            f"Content-Type {kind} is not taken: send image/*, application/octet-stream, "
+            f"Content-Type {shown(kind)} is not taken: send image/*, application/octet-stream, "
             "multipart/form-data or application/json"
         )
-    if not body:
-        raise InvalidRequest("the body is empty: send an image")
-    if kind == "application/json":
-        return _from_json(body, _query(request))
-    if kind == "multipart/form-data":
-        return _from_form(request, body)
-    return _checked([body], _query(request))
 
 
-def _query(request: httputil.HTTPServerRequest) -> dict[str, Any]:
-    """Fields of the query, and of the headers that stand for some."""
-    fields = {name: _text(name, values[-1]) for name, values in request.query_arguments.items()}
+def query_fields(request: httputil.HTTPServerRequest) -> dict[str, Any]:
+    """Fields of the query, and of the headers that stand for some. Raises InvalidRequest."""
+    fields = {}
+    for name, values in request.query_arguments.items():
+        if len(values) > 1:
+            raise InvalidRequest(f"{shown(name)} is given {len(values)} times: send it once")
+        fields[name] = text(name, values[0])
     for name, header in (("timeout_ms", "X-Timeout-Ms"), ("priority", "X-Priority")):
         if header in request.headers:
             fields.setdefault(name, request.headers[header])
     return fields
 
 
-def _from_json(body: bytes, query: dict[str, Any]) -> Asked:
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as cause:
-        raise InvalidRequest('the body is not JSON: send {"image": "<base64>"} in UTF-8') from cause
-    if not isinstance(fields, dict):
-        raise InvalidRequest('the JSON is not an object: send {"image": "<base64>"}')
-    fields = query | fields
-    url, sent = fields.pop("image_url", None), fields.pop("image", None)
-    if url is not None:
-        if sent is not None or not isinstance(url, str):
-            raise InvalidRequest("send either image or image_url, and the latter as a string")
-        return _checked([], fields, url)
-    images = sent if isinstance(sent, list) else [sent]
-    return _checked([_from_base64(image) for image in images], fields)
+def asked(parts: Parts, query: dict[str, Any]) -> Asked:
+    """What a request asks for; fields of its body count above those of its query.
 
-
-def _from_form(request: httputil.HTTPServerRequest, body: bytes) -> Asked:
-    arguments: dict[str, list[bytes]] = dict(request.query_arguments)
-    files: dict[str, list[httputil.HTTPFile]] = {}
-    head = Message()
-    head["Content-Type"] = request.headers["Content-Type"]
-    try:
-        boundary = (head.get_boundary("") or "").encode("latin-1", "replace")
-        httputil.parse_multipart_form_data(boundary, body, arguments, files)
-    except (httputil.HTTPInputError, ValueError, LookupError) as cause:
-        raise InvalidRequest(
-            "the multipart body can't be read: check its boundary and headers"
-        ) from cause
-    images = [file.body for file in files.pop("image", [])] or arguments.pop("image", [])
-    if files:
-        raise InvalidRequest(f"unknown file field {next(iter(files))!r}: use the field 'image'")
-    if not images:
-        raise InvalidRequest("the form has no field 'image': add the image under that name")
-    fields = {k: _text(k, values[-1]) for k, values in arguments.items()}
-    return _checked(images, _query(request) | fields)
-
-
-def _text(field: str, value: bytes) -> str:
-    try:
-        return value.decode()
-    except UnicodeDecodeError as cause:
-        raise InvalidRequest(f"{field} is not UTF-8") from cause
-
-
-def _from_base64(image: Any) -> bytes:
-    if not isinstance(image, str):
-        raise InvalidRequest("the field 'image' is missing or not a string: send it as base64")
-    if image.startswith("data:"):
-        image = image.partition(",")[2]
-    try:
-        return base64.b64decode(image, validate=True)
-    except (binascii.Error, ValueError) as cause:
-        raise InvalidRequest("the field 'image' is not base64") from cause
-
-
-def _checked(images: list[bytes], fields: dict[str, Any], url: str | None = None) -> Asked:
+    Raises InvalidRequest naming what is wrong.
+    """
+    fields = query | parts.fields
+    url = fields.pop("image_url", None)
+    if url is not None and (parts.images or not isinstance(url, str)):
+        raise InvalidRequest("send either image or image_url, and the latter as a string")
     unknown = sorted(set(fields) - set(_FIELDS))
     if unknown:
-        raise InvalidRequest(f"unknown field {unknown[0]!r}: there are {', '.join(_FIELDS)}")
-    if not all(images):
+        raise InvalidRequest(f"unknown field {shown(unknown[0])}: there are {', '.join(_FIELDS)}")
+    if url is None and not parts.images:
+        raise InvalidRequest("the field 'image' is missing or not a string: send it as base64")
+    if not all(parts.images):
         raise InvalidRequest("the image is empty: send a whole file")
     prompt = fields.get("prompt")
     if not isinstance(prompt, str | None):
@@ -139,7 +82,7 @@ def _checked(images: list[bytes], fields: dict[str, Any], url: str | None = None
             f"timeout_ms must be between {_LEAST_TIMEOUT_MS} and {_LONGEST_TIMEOUT_MS}"
         )
     most = _whole_number("max_new_tokens", fields.get("max_new_tokens"))
-    return Asked(images, prompt, most, timeout, priority == _PRIORITIES[0], url)
+    return Asked(parts.images, prompt, most, timeout, priority == _PRIORITIES[0], url)
 
 
 def _whole_number(name: str, value: Any) -> int | None:
@@ -148,6 +91,8 @@ def _whole_number(name: str, value: Any) -> int | None:
         value = value.strip()
         if value.isascii() and value.isdecimal() and len(value) <= _DIGITS:
             value = int(value)
-    if value is None or value == "" or (isinstance(value, int) and not isinstance(value, bool)):
-        return None if value == "" else value
+    if value is None or value == "":
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return max(-_LARGE, min(value, _LARGE))  # JSON has numbers of any length
     raise InvalidRequest(f"{name} must be a whole number")

@@ -3,13 +3,13 @@
 import asyncio
 import logging
 import os
+import resource
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
-import tornado.httpserver
-import tornado.netutil
+import tornado.web
 import zmq
 import zmq.asyncio
 
@@ -18,7 +18,10 @@ from runtime.errors import VignetteError
 from runtime.tokenizer import CaptionTokenizer
 from server.admission import State
 from server.app import make_app, make_ops_app
+from server.listening import Server
 from server.logs import configure
+from server.metrics import count_as
+from server.ports import Ports
 from server.service import Service, make_service
 from server.settings import Settings
 from server.wire import (
@@ -34,40 +37,37 @@ from server.wire import (
 
 log = logging.getLogger(__name__)
 
-_HEADER_BYTES = 64 * 1024
+_HEADER_BYTES = 32 * 1024
+_READ_BYTES = 64 * 1024  # of a body at a time
 _OTHER_BODY_BYTES = 64 * 1024  # of requests that are not for /caption, which sets its own limit
+_OTHER_FILES = 256  # that are no connections: sockets to the other processes, libraries
 
 
-def main(
-    settings: Settings, folder: Path, port: int, ops_port: int | None, index: int, epoch: int
-) -> None:
+def main(settings: Settings, folder: Path, ports: Ports, index: int, epoch: int) -> None:
     """The process: serve until told to drain."""
     follow_parent()
     name = process_name("front", index, epoch)
     configure(settings)
+    count_as(f"front-{index}")
     try:
-        asyncio.run(_serve(settings, folder, index, epoch, port, ops_port))
+        asyncio.run(_serve(settings, folder, ports, index, epoch))
     except VignetteError as error:
         tell(folder, name, {"op": "failed", "message": str(error)})
         sys.exit(1)
 
 
-async def _serve(
-    settings: Settings, folder: Path, index: int, epoch: int, port: int, ops_port: int | None
-) -> None:
+async def _serve(settings: Settings, folder: Path, ports: Ports, index: int, epoch: int) -> None:
     manifest = manifests.read(settings.engine)
     tokenizer = CaptionTokenizer(settings.engine, manifest)
     service = make_service(settings, manifest, tokenizer, folder, index, epoch)
-    servers = [listen(service, [_bound(settings.host, port)])]
-    if ops_port is not None:
-        ops = tornado.httpserver.HTTPServer(make_ops_app(service))
-        ops.add_sockets([_bound(settings.host, ops_port)])
-        servers.append(ops)
+    servers = [listen(service, make_app(service), ports.public)]
+    if ports.ops:
+        servers.append(listen(service, make_ops_app(service), ports.ops))
     control = zmq.asyncio.Context.instance().socket(zmq.DEALER)
     control.identity = process_name("front", index, epoch).encode()
     control.connect(control_address(folder))
-    service.links.dispatcher.on_refused = lambda digest: control.send(
-        packed({"op": "refused", "digest": digest})
+    service.links.dispatcher.on_refused = lambda digest, until: control.send(
+        packed({"op": "refused", "digest": digest, "until": until})
     )
     await control.send(packed({"op": "ready", "pid": os.getpid()}))
     beat = asyncio.create_task(_beat(control))
@@ -88,29 +88,34 @@ async def _serve(
         control.close(linger=1000)
 
 
-def listen(service: Service, sockets: list[socket.socket]) -> tornado.httpserver.HTTPServer:
+def listen(service: Service, app: tornado.web.Application, sockets: list[socket.socket]) -> Server:
     """Serve on sockets; slow clients are cut off, and hold nothing but their connection."""
-    server = tornado.httpserver.HTTPServer(
-        make_app(service),
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    server = Server(
+        app,
+        most=max(1, min(service.settings.max_connections, files - _OTHER_FILES)),
         idle_connection_timeout=service.settings.header_seconds,
         body_timeout=service.settings.body_seconds,
         max_header_size=_HEADER_BYTES,
         max_body_size=_OTHER_BODY_BYTES,
-        chunk_size=_HEADER_BYTES,
+        chunk_size=_READ_BYTES,
     )
     server.add_sockets(sockets)
     return server
 
 
-def know(service: Service, workers: list[Message], refused: Iterable[str] = ()) -> None:
-    """What the supervisor says of the workers, and of images that killed some."""
+def know(
+    service: Service, workers: list[Message], refused: Mapping[str, float] | None = None
+) -> None:
+    """What the supervisor says of the workers, and of images that killed some (until when)."""
     service.workers = workers
-    for digest in refused:
-        service.links.dispatcher.refuse(digest)
+    for digest, until in (refused or {}).items():
+        service.links.dispatcher.refuse(digest, until)
     for worker in workers:
         service.metrics.restarts.labels(worker["index"]).set(worker["restarts"])
     ready = [w for w in workers if w["state"] == "ready"]
-    service.links.update({(w["index"], w["epoch"]) for w in ready})
+    ends = {w["index"]: w["last_end"] for w in workers}
+    service.links.update({(w["index"], w["epoch"]) for w in ready}, ends)
     if ready:
         slots = sum(w["slots"] for w in ready)
         service.admission.slots = -(-slots // service.settings.front_ends)
@@ -133,11 +138,7 @@ async def _beat(control: zmq.asyncio.Socket) -> None:
         await asyncio.sleep(BEAT_SECONDS)
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    return tornado.netutil.bind_sockets(port, host, backlog=1024, reuse_port=True)[0]
-
-
-async def _drain(service: Service, servers: list[tornado.httpserver.HTTPServer]) -> None:
+async def _drain(service: Service, servers: list[Server]) -> None:
     """Take nothing new, finish what was accepted, then let go."""
     service.admission.state = State.DRAINING
     log.info("draining %d requests", service.admission.inside)

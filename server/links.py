@@ -1,13 +1,15 @@
 """A front-end's sockets to the engine workers."""
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
 import zmq
 import zmq.asyncio
 
-from server.dispatch import Dispatcher
-from server.wire import PixelStore, unpacked, worker_address
+from server.dispatch import BLAMED, Dispatcher
+from server.shared import PixelStore
+from server.wire import unpacked, worker_address
 
 
 class Workers:
@@ -27,10 +29,10 @@ class Workers:
         )
         self._readers: dict[tuple[int, int], asyncio.Task[None]] = {}
 
-    def update(self, serving: set[tuple[int, int]]) -> None:
-        """The workers that serve now, as the supervisor says."""
+    def update(self, serving: set[tuple[int, int]], ends: Mapping[int, str | None]) -> None:
+        """Who serves now, and how each worker's last life ended, as the supervisor says."""
         for key in self.dispatcher.keys - serving:
-            self.dispatcher.lost(key)
+            self.dispatcher.lost(key, blamed=ends.get(key[0]) in BLAMED)
             self._readers.pop(key).cancel()
         for key in serving - self.dispatcher.keys:
             socket = self._context.socket(zmq.DEALER)
@@ -46,5 +48,5 @@ class Workers:
 
     async def close(self) -> None:
         """Let go of all workers."""
-        self.update(set())
+        self.update(set(), {})
         await asyncio.sleep(0)

@@ -1,19 +1,51 @@
 """What the server tells Prometheus.
 
 In a running server several processes count, each into files of the run's folder, and whoever is
-asked adds them up (prometheus_client's multi-process mode, which the supervisor switches on). In
-tests there is one process and one object an app, so that they don't share counts.
+asked adds them up (prometheus_client's multi-process mode, which the supervisor switches on). The
+files are made by the supervisor, with all their room, and a process that is started again goes on
+in those of its former lives. In tests there is one process and one object an app, so that they
+don't share counts.
 """
 
 import os
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector
+
+from server.shared import allocate
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # the variable by which prometheus_client knows the mode
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+_LIVE = "gauge_livesum"  # gauges that end with their process
+_KINDS = ("counter", "histogram", "gauge_max", _LIVE)
+_FILE_BYTES = 64 * 1024  # prometheus_client's own, and several times what is needed
+
+
+def make_files(folder: Path, names: list[str]) -> None:
+    """Files for processes of these names to count into. Raises NoSharedMemory."""
+    folder.mkdir()
+    os.environ[FOLDER] = str(folder)
+    for name in names:
+        for kind in _KINDS:
+            handle = os.open(folder / f"{kind}_{name}.db", os.O_RDWR | os.O_CREAT, 0o600)
+            allocate(handle, _FILE_BYTES, "metrics", "free some of it")
+            os.close(handle)
+
+
+def count_as(name: str) -> None:
+    """This process counts under that name from now on."""
+    values.ValueClass = values.MultiProcessValue(lambda: name)
+
+
+def forget_gauges(name: str) -> None:
+    """The process of that name has died: what it showed leaves the sums; its counts stay."""
+    with (Path(os.environ[FOLDER]) / f"{_LIVE}_{name}.db").open("r+b") as file:
+        file.write(bytes(_FILE_BYTES))
 
 
 class Metrics:

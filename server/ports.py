@@ -1,51 +1,66 @@
-"""The ports of a run, held while front-ends come and go."""
+"""The ports of a run: listened on by the supervisor, accepted from by all front-ends.
 
+One socket for all of them means that nobody else can take the port, that clients can connect while
+a front-end is replaced, and that a front-end takes the next connection when it has time for it.
+"""
+
+import errno
+import os
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-
-import tornado.netutil
 
 from runtime.errors import VignetteError
 from server.settings import Settings
+
+_BACKLOG = 1024
 
 
 class CannotListen(VignetteError):
     """The port can't be opened."""
 
 
-@contextmanager
-def held_ports(settings: Settings) -> Iterator[tuple[int, int | None]]:
-    """Hold the port and, if there is one, the port of metrics and health; nobody else gets them.
+class Ports:
+    """Listening sockets: of the public port and, if there is one, of that for health and metrics.
 
-    Raises CannotListen.
+    It can be given to a process that is started, which then has sockets of its own.
     """
-    with ExitStack() as held:
-        wanted = (
-            [settings.port] if settings.ops_port is None else [settings.port, settings.ops_port]
-        )
-        ports = [
-            held.enter_context(_reserve(settings.host, port)).getsockname()[1] for port in wanted
-        ]
-        yield ports[0], ports[1] if len(ports) > 1 else None
 
+    def __init__(self, settings: Settings) -> None:
+        """Listen. Raises CannotListen."""
+        ops = settings.ops_port
+        self.public = _listen(settings.host, settings.port, "--port")
+        self.ops = [] if ops is None else _listen(settings.host, ops, "--ops-port")
 
-def _reserve(host: str, port: int) -> socket.socket:
-    """A socket that holds a port without listening; CannotListen if somebody else has it."""
-    try:
-        # Without SO_REUSEPORT first: with it, another server's port could be shared unseen.
-        free = tornado.netutil.bind_sockets(port, host, backlog=1)
-        port = free[0].getsockname()[1]
-        for sock in free:
+    @property
+    def number(self) -> int:
+        """Of the public port."""
+        return self.public[0].getsockname()[1]
+
+    def close(self) -> None:
+        """Listen no more."""
+        for sock in [*self.public, *self.ops]:
             sock.close()
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        held = socket.socket(family)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind((host, port))
+
+
+def _listen(host: str, port: int, setting: str) -> list[socket.socket]:
+    """Sockets that listen on a port, one for each address of the host. Raises CannotListen."""
+    found: list[socket.socket] = []
+    try:
+        kinds = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, *_, address in dict.fromkeys(kinds):
+            chosen = found[0].getsockname()[1] if found else port
+            found.append(
+                socket.create_server((address[0], chosen), family=family, backlog=_BACKLOG)
+            )
     except OSError as cause:
-        raise CannotListen(
-            f"can't listen on {host}:{port} ({cause.strerror}): choose another with --port, or "
-            "stop what uses it"
-        ) from cause
-    return held
+        for sock in found:
+            sock.close()
+        reason = os.strerror(cause.errno or 0)
+        if isinstance(cause, socket.gaierror) or cause.errno == errno.EADDRNOTAVAIL:
+            problem = f"--host {host} is no address of this machine"
+        else:
+            problem = (
+                f"can't listen on {host}:{port} ({reason}): choose another with {setting}, "
+                "or stop what uses it"
+            )
+        raise CannotListen(problem) from cause
+    return found

@@ -13,8 +13,10 @@ from runtime.limits import Limits, Prompts
 from runtime.manifest import Manifest
 from runtime.request import Caption
 from server.admission import Admission
+from server.bodies import Parts
 from server.cache import CaptionCache
-from server.decoding import Decoders
+from server.decoder import Setup
+from server.decoding import Decoders, Job, Origin
 from server.dispatch import Expired, Work
 from server.fetching import Fetcher
 from server.forms import Asked
@@ -22,8 +24,9 @@ from server.keys import Keys
 from server.links import Workers
 from server.metrics import Metrics
 from server.settings import Settings
+from server.shared import PixelStore
 from server.tracing import Tracer
-from server.wire import Message, PixelStore, process_name
+from server.wire import NICENESS, Message, process_name
 
 _LARGE = 256 * 1024  # bytes that are not hashed on the event loop: a third of a millisecond
 SLOTS = 64  # most that a worker chooses by itself: pixels are kept for as many beside the queue
@@ -53,8 +56,14 @@ class Service:
         """Whether any worker can take a request now."""
         return self.links.dispatcher.serving
 
-    async def caption(self, asked: Asked) -> tuple[Caption, float]:
+    async def parts(self, body: bytes, client: str) -> Parts:
+        """A large JSON body taken apart, in another process. Raises InvalidRequest or TooHard."""
+        return await self.decoders.parts(body, client)
+
+    async def caption(self, asked: Asked, client: str) -> tuple[Caption, float]:
         """A request's caption, and the seconds that decoding its images took.
+
+        client: with whose other requests this one waits for a decoder.
 
         Raises what `limits`, the decoders and the dispatcher raise, and Expired.
         """
@@ -66,23 +75,23 @@ class Service:
                 large = sum(map(len, images)) > _LARGE
                 digest = await asyncio.to_thread(_digest, images) if large else _digest(images)
                 self.links.dispatcher.check(digest)
-                return await self._known_or_run(asked, images, digest, deadline)
+                return await self._known_or_run(asked, images, Origin(client, digest, deadline))
         except TimeoutError:
             raise Expired("the deadline passed before the caption was there") from None
 
     async def _known_or_run(
-        self, asked: Asked, images: list[bytes], digest: str, deadline: float
+        self, asked: Asked, images: list[bytes], origin: Origin
     ) -> tuple[Caption, float]:
         if self.cache is None:
-            return await self._run(asked, images, digest, deadline)
+            return await self._run(asked, images, origin)
         made: list[bool] = []
 
         async def make() -> tuple[Caption, float]:
             made.append(True)
-            self.links.dispatcher.check(digest)  # another's flight may have found it deadly
-            return await self._run(asked, images, digest, deadline)
+            self.links.dispatcher.check(origin.digest)  # another's flight may have found it deadly
+            return await self._run(asked, images, origin)
 
-        found = await self.cache.get((digest, asked.prompt, asked.max_new_tokens), make)
+        found = await self.cache.get((origin.digest, asked.prompt, asked.max_new_tokens), make)
         if not made:
             self.metrics.cache_hits.inc()
         return found
@@ -106,7 +115,7 @@ class Service:
             self.admission.let_go(held)
 
     async def _run(
-        self, asked: Asked, images: list[bytes], digest: str, deadline: float
+        self, asked: Asked, images: list[bytes], origin: Origin
     ) -> tuple[Caption, float]:
         frames = self.manifest.sizes.frames
         if len(images) != (frames or 1):
@@ -115,7 +124,7 @@ class Service:
             )
         slot = await self._slot()
         jobs = [
-            asyncio.create_task(self.decoders.decode(image, slot, n if frames else None))
+            asyncio.create_task(self.decoders.decode(Job(image, slot, n if frames else -1, origin)))
             for n, image in enumerate(images)
         ]
         try:
@@ -125,8 +134,8 @@ class Service:
                 raise error
             decoded = time.perf_counter()
             work = Work(
-                slot, asked.prompt, asked.max_new_tokens, digest, deadline, asked.urgent,
-                queued_at=decoded,
+                slot, asked.prompt, asked.max_new_tokens, origin.digest, origin.deadline,
+                asked.urgent, queued_at=decoded,
             )  # fmt: skip
             return await self.links.dispatcher.caption(work), decoded - started
         finally:
@@ -197,11 +206,14 @@ def make_service(
         store=store,
         decoders=Decoders(
             settings.decoders,
-            (store.path, store.slots, store.shape),
-            manifest.preprocessing,
-            settings.max_pixels,
+            Setup(
+                (store.path, store.slots, store.shape),
+                manifest.preprocessing,
+                settings.max_pixels,
+                settings.decode_memory_mb * 2**20,
+                NICENESS,
+            ),
             settings.decode_seconds,
-            settings.decode_memory_mb * 2**20,
         ),
         links=links,
         keys=Keys.open(keys, folder, settings.front_ends, index) if keys else None,

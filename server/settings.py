@@ -56,14 +56,14 @@ class Settings(BaseSettings):
     ] = "auto"  # fmt: skip
     slots: Annotated[
         int | None,
-        Field(ge=1, description="sequences that decode together: more raise throughput, and each "
-              "takes one piece of the K/V arena (the start-up line says how much); left out, 16, "
-              "or on a GPU what fits its memory, at most 64"),
+        Field(ge=1, le=4096, description="sequences that decode together: more raise throughput, "
+              "and each takes one piece of the K/V arena (the start-up line says how much); left "
+              "out, 16, or on a GPU what fits its memory, at most 64"),
     ] = None  # fmt: skip
     encode_batch: Annotated[
         int | None,
-        Field(ge=1, description="most images to encode between two decode steps: more may be "
-              "encoded faster together, but running captions wait for them; left out, the plan's"),
+        Field(ge=1, le=4096, description="most images to encode between two decode steps: more may "
+              "be encoded faster together, but running captions wait; left out, the plan's"),
     ] = None  # fmt: skip
     cuda_graphs: Annotated[
         bool,
@@ -72,8 +72,8 @@ class Settings(BaseSettings):
     ] = True  # fmt: skip
     threads: Annotated[
         int,
-        Field(ge=0, description="operator threads of each graph; 0 shares all cores among the "
-              "workers"),
+        Field(ge=0, le=1024, description="operator threads of each graph; 0 shares all cores among "
+              "the workers"),
     ] = 0  # fmt: skip
     workers: Annotated[
         int | None,
@@ -87,27 +87,35 @@ class Settings(BaseSettings):
     ] = max(1, _CORES // 4)  # fmt: skip
     decoders: Annotated[
         int,
-        Field(ge=1, description="processes of each front-end that decode and resize images"),
+        Field(ge=1, le=256, description="processes of each front-end that decode and resize "
+              "images; one more, of a lower priority, decodes those that take long"),
     ] = max(1, _CORES // max(1, _CORES // 4))  # fmt: skip
     decode_seconds: Annotated[
         float,
-        Field(gt=0, description="for decoding one image; a decoder that takes longer is replaced"),
+        Field(gt=0, le=3600, description="of a core, for decoding one image; what takes longer is "
+              "refused"),
     ] = 10.0  # fmt: skip
     decode_memory_mb: Annotated[
         int,
-        Field(ge=512, description="MiB of address space of a decoder process; an image that needs "
-              "more is refused and harms nobody"),
+        Field(ge=512, le=2**20, description="MiB that a decoder process may take; an image that is "
+              "estimated to need more is refused. Usual images take 150 at most, and of those that "
+              "take more each front-end decodes one at a time"),
     ] = 2048  # fmt: skip
     max_queue: Annotated[
         int,
-        Field(ge=1, description="requests that may wait for a slot; the next is answered 429 at "
-              "once, which is kinder than a time-out"),
+        Field(ge=1, le=100_000, description="requests that may wait for a slot; the next is "
+              "answered 429 at once, which is kinder than a time-out"),
     ] = 256  # fmt: skip
     max_queue_bytes: Annotated[
         int,
         Field(ge=1024, description="bytes of all bodies that are inside or coming in; the next "
               "one is answered 429"),
     ] = 512_000_000  # fmt: skip
+    max_connections: Annotated[
+        int,
+        Field(ge=16, le=65536, description="connections of each front-end, fewer if the system "
+              "allows it fewer files; the oldest idle ones are closed for new ones"),
+    ] = 4096  # fmt: skip
     timeout_seconds: Annotated[
         float,
         Field(gt=0, description="deadline of a request that names none (timeout_ms): past it, it "
@@ -118,7 +126,9 @@ class Settings(BaseSettings):
         Field(gt=0, description="for the head of a request, and how long a connection may idle; "
               "longer than a proxy in front keeps one, which is a minute mostly"),
     ] = 75.0  # fmt: skip
-    body_seconds: Annotated[float, Field(gt=0, description="for the body of a request")] = 30.0
+    body_seconds: Annotated[
+        float, Field(gt=0, description="for the body of a request, and for its answer to be taken")
+    ] = 30.0
     step_seconds: Annotated[
         float,
         Field(gt=0, description="an engine worker that is in one step for longer is replaced; best "

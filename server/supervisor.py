@@ -7,26 +7,25 @@ that fails as it starts after a pause that doubles.
 
 import asyncio
 import logging
-import os
-import shutil
 import signal
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import zmq
 import zmq.asyncio
-from prometheus_client.multiprocess import mark_process_dead
 
 from runtime.errors import VignetteError
-from server import decoding, frontend, metrics
+from server import decoder, frontend, metrics
 from server.children import Child
-from server.dispatch import QUARANTINED
-from server.ports import held_ports
+from server.dispatch import QUARANTINE_SECONDS
+from server.logs import flush
+from server.ports import Ports
+from server.remembered import Remembered
 from server.settings import Settings
-from server.wire import Message, control_address, new_run_folder, packed, unpacked
+from server.shared import RunFolder
+from server.wire import OPERATORS_SIGNALS, Message, control_address, packed, unpacked
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +33,7 @@ _WATCH_SECONDS = 0.1
 _FROZEN_SECONDS = 1.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _STOP_SECONDS = 5.0
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
 class CannotStart(VignetteError):
@@ -44,56 +44,66 @@ class Supervisor:
     """One run of the service."""
 
     def __init__(self, settings: Settings, worker_main: Callable[..., Any], devices: list[str]):
-        """devices: CUDA_VISIBLE_DEVICES of each worker; an empty string changes nothing."""
+        """devices: CUDA_VISIBLE_DEVICES of each worker; an empty string changes nothing.
+
+        Raises CannotListen.
+        """
         self._settings, self._draining, self._over = settings, False, asyncio.Event()
         self._failure: str | None = None
         self._announced = False
-        self._folder = new_run_folder()
+        self._ports = Ports(settings)
+        self._run = RunFolder()
+        self._folder = self._run.path
         self._workers = [
             Child("worker", index, partial(worker_main, settings, self._folder), _variables(device))
             for index, device in enumerate(devices)
         ]
-        self._front_ends: list[Child] = []
-        self._refused: deque[str] = deque(maxlen=QUARANTINED)
-        counts = self._folder / "metrics"
-        counts.mkdir()
-        os.environ[metrics.FOLDER] = str(counts)
+        main = partial(frontend.main, settings, self._folder, self._ports)
+        self._later = [
+            Child("front", index, main, decoder.ENVIRONMENT) for index in range(settings.front_ends)
+        ]
+        self._front_ends: list[Child] = []  # those, once the engine is whole
+        self._refused = Remembered(QUARANTINE_SECONDS)
         self._control = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
 
     async def run(self) -> None:
-        """Serve until told to stop. Raises CannotListen or CannotStart."""
-        with held_ports(self._settings) as (port, ops_port):
+        """Serve until told to stop. Raises NoSharedMemory or CannotStart."""
+        try:
+            names = [child.station for child in [*self._workers, *self._later]]
+            metrics.make_files(self._folder / "metrics", names)
             self._control.bind(control_address(self._folder))
-            stop = _stop_event()
-            for child in self._workers:
-                child.start()
-            hearing = asyncio.create_task(self._hear(port, ops_port))
-            watching = asyncio.create_task(self._watch())
-            stopping = asyncio.create_task(stop.wait())
-            over = asyncio.create_task(self._over.wait())
-            try:
-                await asyncio.wait(
-                    {stopping, over, hearing, watching}, return_when=asyncio.FIRST_COMPLETED
-                )
-                for failed in (hearing, watching):
-                    if failed.done():
-                        failed.result()
-                if self._failure is not None:
-                    raise CannotStart(self._failure)
-                await self._drain()
-            finally:
-                for task in (hearing, watching, stopping, over):
-                    task.cancel()
-                self._kill_all()
-                self._control.close(linger=0)
-                shutil.rmtree(self._folder, ignore_errors=True)
+            await self._serve(_stop_event())
+        finally:
+            self._kill_all()
+            self._control.close(linger=0)
+            self._ports.close()
+            self._run.remove()
+
+    async def _serve(self, stop: asyncio.Event) -> None:
+        for child in self._workers:
+            child.start()
+        hearing = asyncio.create_task(self._hear())
+        watching = asyncio.create_task(self._watch())
+        stopping = asyncio.create_task(stop.wait())
+        over = asyncio.create_task(self._over.wait())
+        try:
+            await asyncio.wait(
+                {stopping, over, hearing, watching}, return_when=asyncio.FIRST_COMPLETED
+            )
+            for failed in (hearing, watching):
+                if failed.done():
+                    failed.result()
+            if self._failure is not None:
+                raise CannotStart(self._failure)
+            await self._drain()
+        finally:
+            for task in (hearing, watching, stopping, over):
+                task.cancel()
 
     # --- Lives ------------------------------------------------------------------------------------
 
-    def _open_front_ends(self, port: int, ops_port: int | None) -> None:
-        main = partial(frontend.main, self._settings, self._folder, port, ops_port)
-        count = self._settings.front_ends
-        self._front_ends = [Child("front", n, main, decoding.ENVIRONMENT) for n in range(count)]
+    def _open_front_ends(self) -> None:
+        self._front_ends = self._later
         for child in self._front_ends:
             child.start()
 
@@ -120,9 +130,9 @@ class Supervisor:
         assert child.process is not None
         served = child.state == "ready"
         pid, code = child.process.pid, child.process.exitcode
+        child.note_end(reason)
         child.kill()
-        if pid is not None:
-            mark_process_dead(pid)  # its gauges leave the sums; what it counted stays
+        metrics.forget_gauges(child.station)
         if child.kind == "front":
             (self._folder / f"{child.name}.pixels").unlink(missing_ok=True)
             for worker in self._workers:
@@ -143,7 +153,7 @@ class Supervisor:
 
     # --- Messages ---------------------------------------------------------------------------------
 
-    async def _hear(self, port: int, ops_port: int | None) -> None:
+    async def _hear(self) -> None:
         while True:
             sender, data = await self._control.recv_multipart()
             message = unpacked(data)
@@ -155,7 +165,7 @@ class Supervisor:
                 case "failed":
                     log.error("%s: %s", sender.decode(), message["message"])
                 case "found" if not self._front_ends:  # the engine is whole: the port may open
-                    self._open_front_ends(port, ops_port)
+                    self._open_front_ends()
                 case "ready" if child in self._front_ends and self._draining:
                     assert child is not None
                     child.kill()  # it would take requests that nobody drains
@@ -163,11 +173,11 @@ class Supervisor:
                     child.state, child.heard_at = "ready", time.monotonic()
                     child.facts |= message
                     await self._tell_front_ends()
-                    self._announce(port)
+                    self._announce()
                 case "beat" if child is not None:
                     child.heard_at, child.step_since = time.monotonic(), message["step_since"]
                 case "refused":
-                    self._refused.append(message["digest"])
+                    self._refused.add(message["digest"], message["until"])
                     await self._tell_front_ends()
                 case "drained" if child is not None:
                     child.state = "over"
@@ -181,13 +191,13 @@ class Supervisor:
         workers = [child.public() for child in self._workers]
         for child in self._front_ends:
             if child.state == "ready":
-                message = {"op": "workers", "workers": workers, "refused": list(self._refused)}
+                message = {"op": "workers", "workers": workers, "refused": self._refused.items()}
                 await self._send(child, message)
 
     async def _send(self, child: Child, message: Message) -> None:
         await self._control.send_multipart([child.name.encode(), packed(message)])
 
-    def _announce(self, port: int) -> None:
+    def _announce(self) -> None:
         ready = [w for w in self._workers if w.state == "ready"]
         up = self._front_ends and all(f.state == "ready" for f in self._front_ends)
         if self._announced or not ready or not up:
@@ -195,12 +205,13 @@ class Supervisor:
         self._announced = True
         for worker in ready:
             log.info("model %s, %s", worker.facts["model"], worker.facts["runs_on"])
-        host = self._settings.host
+        host, port = self._settings.host, self._ports.number
         shown = "localhost" if host in ("0.0.0.0", "127.0.0.1", "::", "::1") else host
         shown = f"[{shown}]" if ":" in shown else shown
         if self._settings.log_format == "json":  # whoever reads that wants nothing else
             log.info("ready on http://%s:%d", shown, port)
             return
+        flush()
         print(
             f"\nVignette is ready on http://{shown}:{port} - try:\n\n"
             f"  curl --data-binary @demo/samples/owl.png http://{shown}:{port}/caption\n",
@@ -241,7 +252,10 @@ def _variables(device: str) -> dict[str, str]:
 
 
 def _stop_event() -> asyncio.Event:
-    """Set by the first SIGTERM or SIGINT; the second takes its default course, at once."""
+    """Set by the first signal that asks to end; the second takes its default course, at once.
+
+    The other signals of an operator do nothing.
+    """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def on_signal(number: signal.Signals) -> None:
@@ -249,6 +263,9 @@ def _stop_event() -> asyncio.Event:
         signal.signal(number, signal.SIG_DFL)
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+    for number in OPERATORS_SIGNALS:
+        if number in _ENDING:
+            loop.add_signal_handler(number, on_signal, number)
+        else:
+            loop.add_signal_handler(number, log.warning, "%s does nothing here", number.name)
     return stop

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from server.shared import allocate
+
 
 class Usage:
     """A record for each key: `tokens` and `filled_at` of its bucket (in seconds of
@@ -23,7 +25,7 @@ class Usage:
             [("tokens", float), ("filled_at", float), ("inside", np.int64, (front_ends,))]
         )
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        os.posix_fallocate(self._file, 0, keys * record.itemsize)
+        allocate(self._file, keys * record.itemsize, "API keys' use", "free some of it")
         self._records = np.memmap(path, record, "r+", shape=(keys,))
         self._index = index
         with self.held():

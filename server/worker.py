@@ -21,13 +21,12 @@ from runtime.engine import Engine
 from runtime.errors import InvalidRequest, VignetteError
 from runtime.request import Sequence, Terms
 from server.logs import configure
-from server.metrics import WorkerMetrics
+from server.metrics import WorkerMetrics, count_as
 from server.settings import Settings
+from server.shared import NoSharedMemory, PixelStore
 from server.wire import (
     BEAT_SECONDS,
     Message,
-    NoSharedMemory,
-    PixelStore,
     control_address,
     follow_parent,
     give_way,
@@ -253,6 +252,7 @@ def main(settings: Settings, folder: Path, index: int, epoch: int) -> None:
     follow_parent()
     give_way()
     configure(settings)
+    count_as(f"worker-{index}")
     from runtime.opening import prepare  # here, so that the supervisor loads no ONNX Runtime
 
     def open_engine() -> Engine:

@@ -21,6 +21,7 @@ import zmq
 from PIL import Image
 
 from runtime.engine import Engine
+from server.app import make_app
 from server.frontend import know, listen
 from server.metrics import WorkerMetrics
 from server.service import Service, make_service
@@ -93,7 +94,7 @@ def serve(
         given = Settings(_env_file=None, decoders=1, front_ends=1, **settings)
         service = make_service(given, manifest, FakeTokenizer(), folder, 0, 0)
         sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
-        server = listen(service, sockets)
+        server = listen(service, make_app(service), sockets)
         stop.append(asyncio.Event())
         loop = asyncio.get_running_loop()
         live.append(Live(service, sockets[0].getsockname()[1], loop))
@@ -138,7 +139,7 @@ class _WorkerThread(threading.Thread):
         service = self._live.service
         self._worker = Worker(engine, router, WorkerMetrics(service.metrics.registry))
         facts = {"index": 0, "epoch": 1, "state": "ready", "slots": engine.config.slots,
-                 "pid": 1, "restarts": 0}  # fmt: skip
+                 "pid": 1, "restarts": 0, "last_end": None}  # fmt: skip
         self._live.loop.call_soon_threadsafe(know, service, [facts])
         self._worker.run()
         router.close(linger=0)

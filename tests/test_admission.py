@@ -355,10 +355,10 @@ def test_health_and_metrics_can_have_a_port_of_their_own():
             assert live.request("GET", path).status == 404
 
 
-def test_the_log_can_be_one_json_object_a_line(capsys):
+def test_the_log_can_be_one_json_object_a_line(capfd):
     import logging
 
-    from server.logs import configure, request_id
+    from server.logs import configure, flush, request_id
     from server.settings import Settings
 
     before = logging.getLogger().handlers[:]
@@ -367,7 +367,8 @@ def test_the_log_can_be_one_json_object_a_line(capsys):
         token = request_id.set("abc")
         logging.getLogger("server.x").warning("a %s", "word")
         request_id.reset(token)
-        said = json.loads(capsys.readouterr().err)
+        flush()
+        said = json.loads(capfd.readouterr().err)
     finally:
         logging.basicConfig(handlers=before, force=True)
     assert said["message"] == "a word"

@@ -1,19 +1,27 @@
 """Decoder processes: a crash, a hang or a bomb costs the one image and nothing else."""
 
 import asyncio
+import base64
+import hashlib
+import io
 import os
 import signal
+import struct
 import threading
 import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from runtime.errors import InvalidImage, TooManyPixels
+from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels
 from runtime.manifest import Preprocessing
 from runtime.preprocess import preprocess
-from server.decoding import Decoders, TooHard
-from server.wire import NoSharedMemory, PixelStore
+from server.admission import QueueFull
+from server.cost import TooHard, estimate
+from server.decoder import Setup
+from server.decoding import Decoders, Job, Origin
+from server.shared import NoSharedMemory, PixelStore
 from tests.live import png
 
 HOW = Preprocessing(32, 32, 3)
@@ -24,13 +32,20 @@ def store(tmp_path):
     return PixelStore(tmp_path / "pixels", 4, (3, 32, 32), create=True)
 
 
-def pool(store, seconds=20.0, memory=2048, count=1):
-    arguments = (store.path, store.slots, store.shape)
-    return Decoders(count, arguments, HOW, 1_000_000, seconds, memory * 2**20)
+def pool(store, seconds=20.0, memory=2048, count=1, pixels=1_000_000):
+    setup = Setup((store.path, store.slots, store.shape), HOW, pixels, memory * 2**20, 0)
+    return Decoders(count, setup, seconds)
 
 
-def decode(decoders, image, slot=0):
-    asyncio.run(decoders.decode(image, slot, None))
+def job(image, slot=0, client="somebody", seconds=30.0, digest=""):
+    origin = Origin(
+        client, digest or hashlib.sha256(image).hexdigest(), time.perf_counter() + seconds
+    )
+    return Job(image, slot, -1, origin)
+
+
+def decode(decoders, image, slot=0, **options):
+    asyncio.run(decoders.decode(job(image, slot, **options)))
 
 
 def test_pixels_land_in_the_slot_as_preprocess_makes_them(store):
@@ -64,15 +79,153 @@ def test_a_decoder_that_died_idle_is_replaced_and_nobody_blamed(store):
     decoders.close()
 
 
-def test_an_image_that_kills_its_decoder_is_named_and_the_next_is_decoded(store):
+def kill_in_its_work(decoders, number, after=0.3):
+    [pid] = decoders.pids
+    os.kill(pid, signal.SIGSTOP)
+
+    def end():
+        os.kill(pid, number)
+        os.kill(pid, signal.SIGCONT)
+
+    threading.Timer(after, end).start()
+
+
+def test_an_image_that_crashes_its_decoder_is_refused_from_then_on(store):
     decoders = pool(store)
     decode(decoders, png())
-    [before] = decoders.pids
-    os.kill(before, signal.SIGSTOP)
-    threading.Timer(0.3, os.kill, (before, signal.SIGKILL)).start()
+    kill_in_its_work(decoders, signal.SIGSEGV)
     with pytest.raises(TooHard, match="crashed"):
         decode(decoders, png())
+    before = decoders.pids
+    with pytest.raises(TooHard, match="crashed"):
+        decode(decoders, png())
+    assert decoders.pids == before, "it was not decoded again"
+    decode(decoders, png((1, 2, 3)))
+    decoders.close()
+
+
+def test_a_decoder_that_somebody_kills_costs_nobody_anything(store):
+    decoders = pool(store)
     decode(decoders, png())
+    kill_in_its_work(decoders, signal.SIGKILL)
+    decode(decoders, png((7, 7, 7)), 2)
+    assert store[2][0, 0, 0] == 7
+    decoders.close()
+
+
+def dear(side=1500):
+    """A few bytes that take long to decode."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side)).save(buffer, "WEBP", lossless=True, method=0)
+    return buffer.getvalue()
+
+
+def test_dear_images_wait_for_one_another_and_nobody_for_them(store):
+    decoders = pool(store, pixels=20_000_000)
+    decode(decoders, png())
+    order = []
+
+    async def one(image, slot, name, client="somebody"):
+        await decoders.decode(job(image, slot, client))
+        order.append(name)
+
+    async def run():
+        slow = [asyncio.create_task(one(dear(3500 + n), 0, "dear")) for n in range(3)]
+        await asyncio.sleep(0.2)
+        await asyncio.gather(*(one(png((n, n, n)), 1, "usual") for n in range(5)))
+        await asyncio.gather(*slow)
+
+    asyncio.run(run())
+    assert order == ["usual"] * 5 + ["dear"] * 3
+    decoders.close()
+
+
+def test_clients_take_turns(store):
+    decoders = pool(store)
+    decode(decoders, png())
+    order = []
+
+    async def one(client, number):
+        await decoders.decode(job(png((number, 1, 1)), 0, client))
+        order.append(client)
+
+    async def run():
+        many = [asyncio.create_task(one("many", n)) for n in range(6)]
+        await asyncio.sleep(0)
+        await one("few", 100)
+        await asyncio.gather(*many)
+
+    asyncio.run(run())
+    assert order.index("few") <= 2
+    decoders.close()
+
+
+def test_dear_images_that_can_not_be_decoded_in_time_are_refused_at_once(store):
+    decoders = pool(store, pixels=20_000_000)
+    with pytest.raises(QueueFull) as full:
+        decode(decoders, dear(4000), seconds=0.25)
+    assert full.value.retry_after >= 1
+    decoders.close()
+
+
+def test_an_image_that_takes_too_long_is_remembered(store):
+    decoders = pool(store, seconds=0.05, pixels=20_000_000)
+    with pytest.raises(TooHard, match="took too long"):
+        decode(decoders, dear(4000))
+    before = decoders.pids
+    with pytest.raises(TooHard, match="took too long"):
+        decode(decoders, dear(4000))
+    assert decoders.pids == before, "it was not tried again"
+    decoders.close()
+
+
+def test_a_jpeg_with_hundreds_of_scans_is_refused_by_its_head(store):
+    decoders = pool(store)
+    with pytest.raises(InvalidImage, match="120 scans"):
+        decode(decoders, scans(120))
+    decode(decoders, scans(9))
+    decoders.close()
+
+
+def scans(count):
+    """A progressive JPEG whose last scan comes again and again."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (9, 9, 9)).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    last = data.rindex(b"\xff\xda")
+    more = count - data.count(b"\xff\xda")
+    return data[:-2] + data[last:-2] * max(0, more) + data[-2:]
+
+
+def test_what_an_image_costs_is_seen_in_its_head():
+    def seconds(image):
+        return estimate(Image.open(io.BytesIO(image)), image).seconds
+
+    photo = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    Image.fromarray(noise).resize((4000, 3000)).save(photo, "JPEG")
+    assert seconds(photo.getvalue()) < 0.15, "a camera's picture is a usual one"
+    assert seconds(dear(4000)) > 0.15
+    assert len(dear(4000)) < 100
+
+
+def test_what_a_library_says_of_an_image_reaches_no_log(store, capfd):
+    decoders = pool(store)
+    tags = b"".join(struct.pack("<HHII", 60_000, 2, 9, 8) for _ in range(3000))
+    tiff = b"II*\0\x08\0\0\0" + struct.pack("<H", 3000) + tags + bytes(4)
+    with pytest.raises(InvalidImage):
+        decode(decoders, tiff)
+    decoders.close()
+    assert len(capfd.readouterr().err) < 2000
+
+
+def test_a_json_body_is_taken_apart_by_a_decoder(store):
+    decoders = pool(store)
+    body = b'{"image": "%s", "prompt": "3"}' % base64.b64encode(b"x" * 100_000)
+    parts = asyncio.run(decoders.parts(body, "somebody"))
+    assert (parts.images, parts.fields) == ([b"x" * 100_000], {"prompt": "3"})
+    with pytest.raises(InvalidRequest, match="not JSON"):
+        asyncio.run(decoders.parts(b"{", "somebody"))
     decoders.close()
 
 
@@ -82,7 +235,7 @@ def test_images_are_decoded_in_their_order(store):
     order = []
 
     async def one(number):
-        await decoders.decode(png(), 0, None)
+        await decoders.decode(job(png()))
         order.append(number)
 
     async def run():
@@ -102,11 +255,11 @@ def test_a_decoder_that_hangs_is_replaced_in_time(store):
     decoders._seconds = 0.5
     os.kill(decoders.pids[0], signal.SIGSTOP)
     start = time.perf_counter()
-    with pytest.raises(TooHard, match=r"0\.5 s"):
+    with pytest.raises(TooHard, match="took too long"):
         decode(decoders, png())
     assert time.perf_counter() - start < 5
     decoders._seconds = 20.0
-    decode(decoders, png())
+    decode(decoders, png((4, 5, 6)))
     decoders.close()
 
 
@@ -131,9 +284,8 @@ def test_a_request_that_gives_up_does_not_free_a_slot_that_is_written_to():
 
 def test_memory_is_limited(tmp_path, store):
     """An image within the limit of pixels that needs more memory than the process may take."""
-    arguments = (store.path, store.slots, store.shape)
-    decoders = Decoders(1, arguments, HOW, 400_000_000, 60.0, 700 * 2**20)
-    with pytest.raises((InvalidImage, TooHard)):
+    decoders = pool(store, 60.0, 700, pixels=400_000_000)
+    with pytest.raises(TooHard, match="would take 6885 MiB, and there are 700"):
         decode(decoders, png(size=(19_000, 19_000)))
     decode(decoders, png())
     decoders.close()

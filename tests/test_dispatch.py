@@ -70,8 +70,8 @@ class World:
         for slot in slots:
             self.started[slot] = pipe.ids(slot)[-1]
 
-    async def lose(self, key) -> None:
-        self.dispatcher.lost(key)
+    async def lose(self, key, blamed: bool = True) -> None:
+        self.dispatcher.lost(key, blamed)
         await settle()
 
 
@@ -138,7 +138,7 @@ async def test_what_killed_for_another_front_end_is_refused_here_too(world):
 @scenario
 async def test_what_kills_twice_is_answered_alone_and_refused_from_then_on(world):
     told = []
-    world.dispatcher.on_refused = told.append
+    world.dispatcher.on_refused = lambda digest, until: told.append(digest)
     key, pipe = world.worker()
     await world.ask(1, 2)
     await world.start(key, pipe, 1, 2)
@@ -159,13 +159,54 @@ async def test_what_kills_twice_is_answered_alone_and_refused_from_then_on(world
 
 
 @scenario
+async def test_a_worker_that_somebody_kills_proves_nothing(world):
+    await world.ask(1)
+    for _ in range(3):
+        key, pipe = world.worker()
+        await world.start(key, pipe, 1)
+        await world.lose(key, blamed=False)
+    key, pipe = world.worker()
+    await world.start(key, pipe, 1)
+    await world.answer(key, pipe, 1)
+    assert world.tasks[1].result().text == "a"
+
+
+@scenario
+async def test_a_request_is_given_up_and_not_refused_when_its_worker_is_killed_too_often(world):
+    await world.ask(1)
+    for _ in range(4):
+        key, pipe = world.worker()
+        await world.start(key, pipe, 1)
+        await world.lose(key, blamed=False)
+    with pytest.raises(EngineFailed, match="try again later"):
+        world.tasks[1].result()
+    world.dispatcher.check("image 1")
+
+
+@scenario
+async def test_after_some_minutes_an_image_that_was_refused_is_tried_again_alone(world):
+    world.dispatcher.refuse("image 1", time.monotonic() - 1)
+    key, pipe = world.worker()
+    await world.ask(2, 1, 3)
+    assert pipe.captions == [2], "the suspect waits until the worker is empty, the others for it"
+    await world.answer(key, pipe, 2)
+    assert pipe.captions == [2, 1]
+    await world.start(key, pipe, 1)
+    await world.lose(key)
+    with pytest.raises(EngineFailed, match="twice"):
+        world.tasks[1].result()
+    with pytest.raises(EngineFailed):
+        world.dispatcher.check("image 1")
+
+
+@scenario
 async def test_an_answer_that_came_just_before_the_end_counts(world):
     key, pipe = world.worker()
     await world.ask(1)
     await world.start(key, pipe, 1)
     number = pipe.ids(1)[0]
     world.dispatcher.received(key, {"op": "answer", "id": number, "caption": CAPTION})
-    world.dispatcher.lost(key)  # before the waiting task has run
+    world.dispatcher.lost(key, blamed=True)  # before the waiting task has run
     _, fresh = world.worker()
     await settle()
     assert world.tasks[1].result().text == "a"

@@ -177,7 +177,7 @@ def test_settings_come_from_flags_and_variables():
         (("--precision", "int2/int2/int2"), "has no combination int2/int2/int2: use one of fp32/"),
         (("--slots", "0"), "--slots: "),
         (("--slots", "many"), "(got 'many')"),
-        (("--host", "192.0.2.1"), "can't listen on 192.0.2.1"),
+        (("--host", "192.0.2.1"), "--host 192.0.2.1 is no address of this machine"),
     ],
 )
 def test_a_server_that_cannot_start_says_why(arguments, message):

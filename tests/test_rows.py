@@ -55,7 +55,9 @@ def test_every_row_of_the_8_bit_graphs_is_computed_as_if_alone(pictures, cache):
         for graph in ("encoder", "decoder")
     )
     rng = np.random.default_rng(0)
-    pixels = np.stack([*pictures, *(rng.integers(0, 256, (4, *pictures[0].shape)))]).astype(np.uint8)
+    pixels = np.stack([*pictures, *(rng.integers(0, 256, (4, *pictures[0].shape)))]).astype(
+        np.uint8
+    )
     names = [output.name for output in encoder.get_outputs()]
 
     def prefix(rows):

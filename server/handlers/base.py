@@ -1,5 +1,6 @@
-"""What all handlers share: the service, and errors in one JSON shape."""
+"""What all handlers share: the service, errors in one JSON shape, and patience with its end."""
 
+import asyncio
 import json
 import logging
 import re
@@ -15,9 +16,11 @@ from server.service import Service
 
 log = logging.getLogger(__name__)
 
+_LOOK_SECONDS = 0.2
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
+@tornado.web.stream_request_body  # or Tornado would parse bodies that nobody asked for
 class Handler(tornado.web.RequestHandler):
     """Base of our handlers."""
 
@@ -42,6 +45,29 @@ class Handler(tornado.web.RequestHandler):
     def head(self) -> None:
         """Where there is something to get: the same without the body, which Tornado leaves out."""
         self.get()
+
+    def data_received(self, chunk: bytes) -> None:
+        """A body is dropped as it comes, where none is wanted."""
+
+    def finish(self, chunk: str | bytes | dict | None = None) -> "asyncio.Future[None]":
+        """Answer; a client that does not take its answer is cut off, and counts until then."""
+        written = super().finish(chunk)
+        stream = self.request.connection.stream  # type: ignore[union-attr]
+        if chunk and stream.writing():
+            loop, admission, size = asyncio.get_running_loop(), self.service.admission, len(chunk)
+            end = loop.time() + self.service.settings.body_seconds
+            admission.held_bytes += size
+
+            def look() -> None:
+                if stream.writing() and loop.time() < end:
+                    loop.call_later(_LOOK_SECONDS, look)
+                    return
+                if stream.writing():
+                    stream.close()
+                admission.let_go(size)
+
+            loop.call_later(_LOOK_SECONDS, look)
+        return written
 
     def write_json(self, content: dict[str, Any]) -> None:
         """Answer with JSON that people can read, UTF-8 as it is."""

@@ -1,26 +1,23 @@
 """POST /caption: an image in, its caption out."""
 
 import asyncio
-import contextlib
 import re
 import time
+from contextlib import ExitStack
 
-import tornado.web
-
+from runtime.errors import InvalidRequest, VignetteError
 from runtime.request import Caption
-from server.admission import QueueFull
+from server.bodies import PIECE, Parts, json_parts, media_type, read_form
 from server.errors import BodyTooLarge
-from server.forms import Asked, asked
+from server.forms import FORM, JSON, Asked, asked, check_media_type, query_fields
 from server.handlers.base import Handler
 from server.service import Service
 
 _DRAINED = 4  # times the body limit
-_CHUNK = 64 * 1024  # of a body, as Tornado reads it
+_DIGITS = 15  # of a Content-Length
 _WEIGHT = re.compile(r"[01](\.[0-9]{0,3})?")
-_LARGE = 256 * 1024  # a body that is not taken apart on the event loop
 
 
-@tornado.web.stream_request_body
 class CaptionHandler(Handler):
     """Takes the image as raw body, as multipart form or as base64 in JSON."""
 
@@ -33,52 +30,68 @@ class CaptionHandler(Handler):
         self._task: asyncio.Task | None = None
         self._gone = False
         self._seconds: dict[str, float] = {}
-        self._full: QueueFull | None = None
+        self._refused: VignetteError | None = None
+        self._place = ExitStack()  # among the requests of its key
 
     def prepare(self) -> None:
-        """Refuse what says that it is too large before it is sent, if the client waits for that."""
+        """Refuse what can be refused by its head, before anything of the body is kept or read.
+
+        A client that is still sending would lose an early answer with its connection, so the body
+        is read and dropped first, unless the client waits for the answer, or sends far too much.
+        """
         super().prepare()
-        # Before the body comes in: strangers must not fill the memory that others need.
-        if self.service.keys is not None:
-            self.service.keys.check(self._key())
-        # A client that is still sending would lose an early answer with its connection, so up to
-        # here a body that is too large is read and dropped.
         most = _DRAINED * self._limit
-        self.request.connection.set_max_body_size(most + _CHUNK)  # type: ignore[union-attr]
+        self.request.connection.set_max_body_size(most + PIECE)  # type: ignore[union-attr]
         declared = self.request.headers.get("Content-Length", "0")
-        if declared.isdecimal() and int(declared) > self._limit:
+        length = int(declared) if declared.isdecimal() and len(declared) <= _DIGITS else most + 1
+        try:
+            self.client = self.request.remote_ip or ""
+            if self.service.keys is not None:
+                self.client = self._place.enter_context(self.service.keys.enter(self._key()))
+            self._kind, self._boundary = media_type(self.request.headers.get("Content-Type", ""))
+            check_media_type(self._kind)
+            if length > self._limit:
+                raise self._too_large()
+        except VignetteError as error:
             waits = self.request.headers.get("Expect", "").lower() == "100-continue"
-            if waits or int(declared) > most:
-                self._refuse_body()
+            if waits or length > most:
+                self._refuse_now(error)
+            else:
+                self._refused = error
 
     def data_received(self, chunk: bytes) -> None:
         """Gather the body; a chunked one tells its length only as it comes."""
         if self._finished:
             return
         self._received += len(chunk)
-        if self._received > self._limit or self._full is not None:
-            self._drop_body()  # the rest is read and dropped, so that the answer arrives
-            if self._received > _DRAINED * self._limit:
-                self._refuse_body()
+        if self._received > _DRAINED * self._limit:
+            self._refuse_now(self._refused or self._too_large())
             return
-        try:
-            self.service.admission.hold(len(chunk))
-        except QueueFull as full:
-            self._full = full
-            self._drop_body()
-        else:
-            self._held += len(chunk)
-            self._body += chunk
+        if self._refused is None:
+            try:
+                if self._received > self._limit:
+                    raise self._too_large()
+                self._hold(len(chunk))
+            except VignetteError as error:
+                self._refused = error
+                self._drop_body()
+            else:
+                self._body += chunk
+
+    def _hold(self, size: int) -> None:
+        """Count bytes of this request among those inside. Raises QueueFull."""
+        self.service.admission.hold(size)
+        self._held += size
 
     def _drop_body(self) -> None:
         self._body = bytearray()
         self.service.admission.let_go(self._held)
         self._held = 0
 
-    def _refuse_body(self) -> None:
-        """Answer now, and close, with the body still coming."""
+    def _refuse_now(self, error: VignetteError) -> None:
+        """Answer, and close, with the body still coming."""
         self._drop_body()
-        self.send_error(413, exc_info=(BodyTooLarge, self._too_large(), None))
+        self.send_error(exc_info=(type(error), error, None))
 
     def _too_large(self) -> BodyTooLarge:
         limit = f"{self._limit / 1e6:g} MB"
@@ -88,20 +101,13 @@ class CaptionHandler(Handler):
         """Answer with the caption, as JSON or, for `Accept: text/plain`, as it is."""
         if self._finished:
             return
-        if self._received > self._limit:
-            raise self._too_large()
-        if self._full is not None:
-            raise self._full
+        if self._refused is not None:
+            raise self._refused
         self._task = asyncio.current_task()
         started = time.perf_counter()
-        keys = self.service.keys
-        with (
-            keys.enter(self._key()) if keys else contextlib.nullcontext(),
-            self.service.admission.enter(),
-            self.service.metrics.inside.track_inprogress(),
-        ):
+        with self.service.admission.enter(), self.service.metrics.inside.track_inprogress():
             request = await self._asked()
-            caption, decoding = await self.service.caption(request)
+            caption, decoding = await self.service.caption(request, self.client)
         seconds = {
             "queue": caption.queue_s,
             "preprocess": decoding,
@@ -117,12 +123,24 @@ class CaptionHandler(Handler):
         self._answer(caption, seconds)
 
     async def _asked(self) -> Asked:
-        """What the body asks for; a large one is taken apart off the event loop."""
+        """What the request asks for. Its body is taken apart in pieces, or by another process."""
+        query = query_fields(self.request)
         body = bytes(self._body)
         self._body = bytearray()
-        if len(body) < _LARGE:
-            return asked(self.request, body)
-        return await asyncio.to_thread(asked, self.request, body)
+        if not body:
+            raise InvalidRequest("the body is empty: send an image")
+        if self._kind in (JSON, FORM):
+            self._hold(len(body))  # the images are copied from it
+        if self._kind == FORM:
+            parts = Parts()
+            for _ in read_form(body, self._boundary, parts):
+                await asyncio.sleep(0)
+        elif self._kind == JSON:
+            short = len(body) <= PIECE
+            parts = json_parts(body) if short else await self.service.parts(body, self.client)
+        else:
+            parts = Parts(images=[body])
+        return asked(parts, query)
 
     def _key(self) -> str | None:
         scheme, _, token = self.request.headers.get("Authorization", "").partition(" ")
@@ -157,14 +175,17 @@ class CaptionHandler(Handler):
                 self.service.tracer.record(self.request.headers, code, seconds, self.name)
 
     def on_finish(self) -> None:
-        """The bytes of the body are free again."""
+        """The bytes of the body are free again, and the place of its key."""
         self._drop_body()
+        self._place.close()
 
     def on_connection_close(self) -> None:
         """The client has gone: take its request out of queue or batch."""
         super().on_connection_close()  # wakes those who wait for the rest of the body
         self._drop_body()
-        if self._task is not None and not self._task.done():
+        if self._task is None or self._task.done():
+            self._place.close()
+        else:  # it is closed when the task has ended
             self.outcome("cancelled")
             self._gone = True
             self._task.cancel()

@@ -32,10 +32,11 @@ class OpenApiHandler(Handler):
 class NotFoundHandler(Handler):
     """Any other path, whatever the method."""
 
-    def prepare(self) -> None:
-        """404 before the method is looked at."""
-        super().prepare()
+    def get(self) -> None:
+        """404."""
         raise tornado.web.HTTPError(404)
+
+    post = put = patch = delete = options = head = get
 
 
 @cache

@@ -1,0 +1,201 @@
+"""Bodies of requests taken apart: multipart forms and JSON, within bounds on what they may hold.
+
+Only an image may be large. Of JSON that is made sure before an object is built of it: its strings
+are found first, and long ones are left where they are and stand for themselves in what is parsed.
+"""
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
+
+from runtime.errors import InvalidRequest
+
+PIECE = 64 * 1024  # bytes of a form that are parsed at a time: a millisecond at most
+_CONTENT_TYPE = 512  # characters of the header
+_BOUNDARY = 70  # characters, by RFC 2046
+_PARTS = 64  # of a form
+_SHOWN = 100  # characters of what a client sent that may come back in a message
+_TEXT = 16 * 1024  # bytes of a field that is no image, and of all that is no string in JSON
+_STRINGS = 256  # of a JSON document, the names of its fields among them
+_DEPTH = 8
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_NO_OBJECT = 'send {"image": "<base64>"} in UTF-8'
+
+
+def shown(text: object) -> str:
+    """What a client sent, as it may be repeated in a message: on one line, and short."""
+    text = str(text)
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…")
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a body holds: texts and numbers by name, and encoded images."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    images: list[bytes] = field(default_factory=list)
+
+    def packed(self) -> bytes:
+        """As bytes; `unpacked` reads them."""
+        head = json.dumps([self.fields, [len(image) for image in self.images]]).encode()
+        return b"".join([len(head).to_bytes(4, "big"), head, *self.images])
+
+    @classmethod
+    def unpacked(cls, data: bytes) -> "Parts":
+        """What `packed` made."""
+        start = 4 + int.from_bytes(data[:4], "big")
+        fields, lengths = json.loads(data[4:start])
+        images = []
+        for length in lengths:
+            images.append(data[start : start + length])
+            start += length
+        return cls(fields, images)
+
+
+def media_type(header: str) -> tuple[str, str]:
+    """A Content-Type in lower case, and the boundary if it is a form. Raises InvalidRequest."""
+    if len(header) > _CONTENT_TYPE:
+        raise InvalidRequest(f"Content-Type is longer than {_CONTENT_TYPE} characters")
+    kind, options = parse_options_header(header)
+    boundary = str(options.get("boundary", ""))
+    if kind == "multipart/form-data" and not (
+        0 < len(boundary) <= _BOUNDARY and boundary.isascii() and boundary.isprintable()
+    ):
+        raise InvalidRequest(
+            f"the multipart body can't be read: its Content-Type needs a boundary of 1 to "
+            f"{_BOUNDARY} ASCII characters"
+        )
+    return kind, boundary
+
+
+def read_form(body: bytes, boundary: str, found: Parts) -> Iterator[None]:
+    """Add the parts of a form to `found`, a piece at a time, so that others get their turn.
+
+    Raises InvalidRequest naming what is wrong.
+    """
+    parser = PushMultipartParser(boundary, max_segment_count=_PARTS)
+    segment: MultipartSegment | None = None
+    content: list[bytes] = []
+    try:
+        with parser:
+            for start in range(0, len(body), PIECE):
+                for event in parser.parse(body[start : start + PIECE]):
+                    if isinstance(event, MultipartSegment):
+                        segment, content = event, []
+                    elif event is None:
+                        assert segment is not None
+                        _keep(found, segment, b"".join(content))
+                    else:
+                        content.append(event)
+                yield
+    except (MultipartError, UnicodeError) as cause:
+        raise InvalidRequest(
+            f"the multipart body can't be read, check its boundary and headers ({cause})"
+        ) from cause
+    if not found.images:
+        raise InvalidRequest("the form has no field 'image': add the image under that name")
+
+
+def _keep(found: Parts, segment: MultipartSegment, content: bytes) -> None:
+    name = segment.name
+    if name == "image":
+        found.images.append(content)
+        return
+    if segment.filename is not None:
+        raise InvalidRequest(f"unknown file field {shown(name)}: use the field 'image'")
+    if len(content) > _TEXT:
+        raise InvalidRequest(f"the field {shown(name)} is longer than {_TEXT} bytes")
+    found.fields[name] = text(name, content)
+
+
+def text(name: str, value: bytes) -> str:
+    """A field's value. Raises InvalidRequest."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError as cause:
+        raise InvalidRequest(f"{shown(name)} is not UTF-8") from cause
+
+
+def json_parts(body: bytes) -> Parts:
+    """The fields of a JSON object, with `image` (a string in base64, or a list of them) decoded.
+
+    Raises InvalidRequest naming what is wrong.
+    """
+    outline, long = _outline(body)
+    try:
+        fields = json.loads(outline)
+    except (ValueError, RecursionError) as cause:
+        raise InvalidRequest(f"the body is not JSON: {_NO_OBJECT}") from cause
+    if not isinstance(fields, dict):
+        raise InvalidRequest(f"the JSON is not an object: {_NO_OBJECT}")
+    sent = fields.pop("image", None)
+    _check_short(fields)
+    if sent is None:
+        return Parts(fields)
+    several = sent if isinstance(sent, list) else [sent]
+    return Parts(fields, [_from_base64(image, long) for image in several])
+
+
+def _outline(body: bytes) -> tuple[bytes, list[bytes]]:
+    """A JSON text with marks in place of its long strings, and those strings as they are written.
+
+    A mark is a string of a zero byte and a number, which no field of ours may begin with.
+    """
+    pieces: list[bytes] = []
+    long: list[bytes] = []
+    end = outside = 0
+    for count, match in enumerate(_STRING.finditer(body)):
+        start = match.start()
+        outside += start - end
+        if count == _STRINGS or outside > _TEXT:
+            break
+        pieces.append(body[end:start])
+        end = match.end()
+        if end - start > _TEXT:
+            pieces.append(b'"\\u0000%d"' % len(long))
+            long.append(body[start:end])
+        else:
+            pieces.append(body[start:end])
+    outside += len(body) - end
+    if outside > _TEXT:
+        raise InvalidRequest(
+            f"the JSON is too large without its image: send at most {_STRINGS} strings, and "
+            f"{_TEXT // 1024} KiB beside them"
+        )
+    return b"".join([*pieces, body[end:]]), long
+
+
+def _check_short(value: Any, depth: int = 1) -> None:
+    """Raise InvalidRequest for what is nested deeply, or a long string that is no image."""
+    if depth > _DEPTH:
+        raise InvalidRequest(f"the JSON is nested more than {_DEPTH} deep: {_NO_OBJECT}")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_short(name, depth)
+            _check_short(inner, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_short(inner, depth + 1)
+    elif isinstance(value, str) and value.startswith("\0"):
+        raise InvalidRequest(f"the JSON holds a text of more than {_TEXT // 1024} KiB")
+
+
+def _from_base64(image: Any, long: list[bytes]) -> bytes:
+    """An image of a JSON body. Raises InvalidRequest."""
+    if not isinstance(image, str):
+        raise InvalidRequest("the field 'image' is missing or not a string: send it as base64")
+    try:
+        if image.startswith("\0"):
+            written = long[int(image[1:])]
+            image = json.loads(written) if b"\\" in written else written[1:-1].decode()
+        if image.startswith("data:"):
+            image = image.partition(",")[2]
+        return base64.b64decode(image, validate=True)
+    except (binascii.Error, ValueError, IndexError) as cause:
+        raise InvalidRequest("the field 'image' is not base64") from cause

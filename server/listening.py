@@ -1,0 +1,188 @@
+"""The HTTP server of a front-end: accepts connections, and bounds how many are open.
+
+All front-ends accept from the same sockets, which the supervisor listens on. A connection that does
+not wait for an answer holds nothing but its place, and gives that up when a new one needs it: the
+oldest of the address that has the most of them.
+"""
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from tornado.http1connection import HTTP1ServerConnection
+from tornado.httpserver import HTTPServer
+from tornado.httputil import (
+    HTTPConnection,
+    HTTPHeaders,
+    HTTPMessageDelegate,
+    RequestStartLine,
+    ResponseStartLine,
+)
+from tornado.iostream import IOStream
+
+from server.logs import Seldom
+
+log = logging.getLogger(__name__)
+
+_FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_PAUSE_SECONDS = 0.5  # without accepting, when the system has no room for another connection
+
+
+class Server(HTTPServer):
+    """Tornado's, with a bound on connections. Used on the event loop's thread only."""
+
+    def initialize(self, app: Any, most: int, **options: Any) -> None:  # type: ignore[override]
+        """most: connections that may be open. options: of Tornado's server."""
+        super().initialize(app, **options)
+        self._most = most
+        self._open: set[object] = set()
+        self._idle: dict[str, dict[HTTP1ServerConnection, None]] = {}  # by address, oldest first
+        self._seldom = Seldom(log)
+
+    # --- Accepting --------------------------------------------------------------------------------
+
+    def add_sockets(self, sockets: Iterable[socket.socket]) -> None:
+        """Accept from these sockets, one connection at a time, so that others get some, too."""
+        loop = asyncio.get_running_loop()
+        for sock in sockets:
+            sock.setblocking(False)
+            self._sockets[sock.fileno()] = sock
+            self._handlers[sock.fileno()] = partial(self._stop_accepting, sock)
+            loop.add_reader(sock, self._accept, sock)
+
+    def _stop_accepting(self, sock: socket.socket) -> None:
+        asyncio.get_running_loop().remove_reader(sock)
+
+    def _accept(self, sock: socket.socket) -> None:
+        try:
+            connection, address = sock.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # another front-end has taken it, or it has gone
+        except OSError as cause:
+            if cause.errno not in _FULL:
+                raise
+            self._seldom.warning("no room for another connection (%s)", cause.strerror)
+            self._make_room()
+            self._stop_accepting(sock)
+            asyncio.get_running_loop().call_later(_PAUSE_SECONDS, self._resume, sock)
+            return
+        if len(self._open) >= self._most and not self._make_room():
+            connection.close()
+            return
+        self.handle_stream(
+            _Stream(
+                connection,
+                max_buffer_size=self.max_buffer_size,
+                read_chunk_size=self.read_chunk_size,
+            ),
+            address,
+        )
+
+    def _resume(self, sock: socket.socket) -> None:
+        if sock.fileno() in self._sockets:  # it is -1 once the server has stopped
+            asyncio.get_running_loop().add_reader(sock, self._accept, sock)
+
+    def _make_room(self) -> bool:
+        """Close the oldest idle connection of the address with the most; whether there was one."""
+        self._seldom.warning(
+            "%d connections are open, the most that may be: idle ones are closed for new ones",
+            len(self._open),
+        )
+        if not self._idle:
+            return False
+        address = max(self._idle, key=lambda each: len(self._idle[each]))
+        victim = next(iter(self._idle[address]))
+        self._forget(victim)
+        victim.stream.close()
+        return True
+
+    # --- What connections do ----------------------------------------------------------------------
+
+    def start_request(
+        self, server_conn: object, request_conn: HTTPConnection
+    ) -> HTTPMessageDelegate:
+        """A connection waits for its next request, or the rest of one."""
+        assert isinstance(server_conn, HTTP1ServerConnection)
+        stream = server_conn.stream
+        assert isinstance(stream, _Stream)
+        self._open.add(server_conn)
+        self._idle.setdefault(_address(server_conn), {})[server_conn] = None
+        delegate = super().start_request(server_conn, request_conn)
+        return _Watched(delegate, stream, lambda: self._busy(server_conn))
+
+    def on_close(self, server_conn: object) -> None:
+        """A connection is gone."""
+        super().on_close(server_conn)
+        assert isinstance(server_conn, HTTP1ServerConnection)
+        self._forget(server_conn)
+
+    def _busy(self, connection: HTTP1ServerConnection) -> None:
+        """It has sent its request, and waits for the answer."""
+        address = _address(connection)
+        idle = self._idle.get(address, {})
+        idle.pop(connection, None)
+        if not idle:
+            self._idle.pop(address, None)
+
+    def _forget(self, connection: HTTP1ServerConnection) -> None:
+        self._busy(connection)
+        self._open.discard(connection)
+
+
+def _address(connection: HTTP1ServerConnection) -> str:
+    return str(getattr(connection.context, "remote_ip", ""))
+
+
+class _Stream(IOStream):
+    """A connection whose client may end its side of it and still wait for the answer.
+
+    last: the client has said that it sends no other request (Connection: close), and the one it
+    sent is here. That nothing more comes then says nothing; otherwise it says that the client has
+    gone.
+    """
+
+    last = False
+    _ended = False
+
+    def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
+        """Bytes that were read; None if there are none now, 0 if there won't be any."""
+        count = super().read_from_fd(buf)
+        if count != 0 or not self.last:
+            return count
+        if self._ended:
+            return None
+        # A byte that is never looked at: with one in the buffer Tornado doesn't wait for others.
+        self._ended = True
+        buf[:1] = b"\n"
+        return 1
+
+
+class _Watched(HTTPMessageDelegate):
+    """Tells when a request has come in whole."""
+
+    def __init__(
+        self, delegate: HTTPMessageDelegate, stream: _Stream, whole: Callable[[], None]
+    ) -> None:
+        self._delegate, self._stream, self._whole = delegate, stream, whole
+        self._last = False
+
+    def headers_received(
+        self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
+    ) -> Any:
+        self._last = headers.get("Connection", "").lower() == "close"
+        return self._delegate.headers_received(start_line, headers)
+
+    def data_received(self, chunk: bytes) -> Any:
+        return self._delegate.data_received(chunk)
+
+    def finish(self) -> None:
+        self._whole()
+        self._stream.last = self._last
+        self._delegate.finish()
+
+    def on_connection_close(self) -> None:
+        self._delegate.on_connection_close()

@@ -1,0 +1,304 @@
+"""What one request or one client may not do to the others: bodies, answers, connections, logs."""
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+
+import pytest
+
+from runtime.errors import InvalidRequest
+from server.bodies import Parts, json_parts, media_type, read_form
+from server.fetching import is_public
+from server.listening import Server
+from server.logs import Seldom, configure, plain
+from server.metrics import Metrics, count_as, forget_gauges, make_files
+from server.ports import CannotListen, Ports
+from server.settings import Settings
+from server.shared import NoSharedMemory, PixelStore, RunFolder
+from tests.fakes import fake_engine
+from tests.live import as_json, b64, fetch, png, serve, until
+
+JSON = {"Content_Type": "application/json"}
+
+
+# --- Bodies ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "multipart/form-data; boundary=x" + "-" * 60_000,
+        "multipart/form-data; boundary=" + "x" * 71,
+        "multipart/form-data; boundary=",
+        "multipart/form-data",
+        'multipart/form-data; a="' + ";" * 65_000,
+    ],
+)
+def test_a_content_type_is_bounded_before_it_is_parsed(header):
+    with pytest.raises(InvalidRequest, match="Content-Type"):
+        media_type(header)
+
+
+def test_a_form_is_read_in_pieces_and_has_few_parts():
+    part = b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\n%s\r\n'
+    form = part % (b"\r\n-" * 200_000) + b"--b--\r\n"
+    found = Parts()
+    assert len(list(read_form(form, "b", found))) > 5
+    assert found.images == [b"\r\n-" * 200_000]
+    with pytest.raises(InvalidRequest, match="multipart"):
+        list(read_form(part % b"x" * 100 + b"--b--\r\n", "b", Parts()))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"{%s}" % b",".join(b'"%d":1' % n for n in range(100_000)), "too large without its image"),
+        (b'{"image": [%s"x"]}' % (b'"x",' * 100_000), "too large without its image"),
+        (b'{"a": %s1%s}' % (b"[" * 20, b"]" * 20), "nested"),
+        (b'{"a": %s}' % (b" " * 20_000), "too large without its image"),
+        (b'{"prompt": "%s"}' % (b"x" * 20_000), "more than 16 KiB"),
+        (b'{"%s": 1}' % (b"x" * 20_000), "more than 16 KiB"),
+        (b'{"image": "%s"}' % (b"\xf0\x9f\x98\x80" * 20_000), "not base64"),
+        (b'{"image": "\\u0000 99"}', "not base64"),
+        (b'{"image": "%s' % (b"x" * 20_000), "too large without its image"),
+    ],
+)
+def test_json_is_bounded_before_it_is_built(body, message):
+    with pytest.raises(InvalidRequest, match=message):
+        json_parts(body)
+
+
+def test_a_large_image_in_json_may_be_written_as_clients_do():
+    image = os.urandom(60_000)
+    written = b64(image)
+    php = written.replace("/", r"\/")
+    dotnet = written.replace("+", r"\u002B")
+    for text in (written, php, dotnet, "data:image/png;base64," + written):
+        parts = json_parts(b'{"prompt": "3 4", "image": "%s"}' % text.encode())
+        assert parts == Parts({"prompt": "3 4"}, [image])
+    assert Parts.unpacked(Parts({"a": 1}, [image, b""]).packed()) == Parts({"a": 1}, [image, b""])
+
+
+def test_nothing_that_a_client_sends_comes_back_in_full():
+    with serve(fake_engine, max_body_bytes=2_000_000) as live:
+        name = "\x7f" * 6_000
+        replies = [
+            live.caption(as_json(image=b64(png()), **{name: 1}), **JSON),
+            live.caption(png(), f"?{name}=1".replace("\x7f", "%7F")),
+            live.caption(png(), Content_Type="text/" + "x" * 400),
+            live.caption(as_json(image=b64(png()), max_new_tokens=10**4000), **JSON),
+        ]
+    assert all(400 <= r.status < 500 and len(r.body) < 1000 for r in replies)
+
+
+def test_a_large_json_body_is_taken_apart_elsewhere_and_captioned():
+    with serve(fake_engine) as live:
+        padded = png() + bytes(200_000)
+        reply = live.caption(as_json(image=b64(padded), prompt="3"), **JSON)
+        assert reply.json["caption"] == live.caption(png(), "?prompt=3").json["caption"]
+        until(lambda: live.service.admission.held_bytes == 0)
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "-1", "x"])
+def test_a_content_length_that_is_none_is_the_clients_fault(length):
+    with serve(fake_engine) as live:
+        with socket.create_connection(("127.0.0.1", live.port)) as client:
+            client.sendall(
+                f"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\nx".encode()
+            )
+            assert client.recv(100).split()[1].startswith(b"4")
+        assert live.caption(png()).status == 200
+
+
+def test_bodies_are_not_parsed_where_none_is_wanted():
+    kind = "multipart/form-data; boundary=x" + "-" * 20_000
+    with serve(fake_engine) as live:
+        assert live.request("POST", "/", b"-" * 60_000, Content_Type=kind).status == 405
+        assert live.request("POST", "/nope", b"-" * 60_000, Content_Type=kind).status == 404
+
+
+# --- Answers and connections ----------------------------------------------------------------------
+
+
+def test_an_answer_that_is_not_read_counts_and_is_given_up():
+    with serve(fake_engine, body_seconds=1.0) as live:
+        live.service.metrics.render = lambda: b"x" * 30_000_000
+        with socket.create_connection(("127.0.0.1", live.port)) as client:
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            until(lambda: live.service.admission.held_bytes == 30_000_000)
+            until(lambda: live.service.admission.held_bytes == 0)
+            with contextlib.suppress(ConnectionError):
+                while client.recv(2**20):
+                    pass
+
+
+def test_idle_connections_make_room_for_new_ones():
+    with serve(fake_engine, max_connections=16) as live:
+        idle = [socket.create_connection(("127.0.0.1", live.port)) for _ in range(40)]
+        for _ in range(3):
+            assert live.caption(png()).status == 200
+        closed = 0
+        for client in idle:
+            client.settimeout(0.05)
+            with contextlib.suppress(TimeoutError):
+                closed += client.recv(1) == b""
+            client.close()
+        assert 24 <= closed <= 30
+
+
+def test_a_request_keeps_its_connection_whoever_comes():
+    from tests.fakes import gated
+
+    engine = gated()
+    with serve(lambda: engine, max_connections=16) as live:
+        engine.runner.open.clear()
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(live.caption(png())))
+        asking.start()
+        until(lambda: live.service.admission.inside)
+        crowd = [socket.create_connection(("127.0.0.1", live.port)) for _ in range(60)]
+        time.sleep(0.2)
+        engine.runner.open.set()
+        asking.join(30)
+        assert answers[0].status == 200
+        for client in crowd:
+            client.close()
+
+
+def test_a_server_without_files_left_pauses_and_says_so_once(monkeypatch, caplog):
+    with serve(fake_engine) as live:
+        real, failures = socket.socket.accept, []
+
+        def accept(sock):
+            if len(failures) < 3:
+                failures.append(1)
+                raise OSError(24, "Too many open files")
+            return real(sock)
+
+        monkeypatch.setattr(socket.socket, "accept", accept)
+        assert live.caption(png()).status == 200
+    assert len(failures) == 3
+    assert caplog.text.count("Too many open files") == 1
+    assert issubclass(Server, object)
+
+
+# --- Logs -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root_logging():
+    before = logging.getLogger().handlers[:]
+    yield
+    logging.basicConfig(handlers=before, force=True)
+
+
+def test_logging_never_blocks(root_logging, monkeypatch):
+    read, write = os.pipe()
+    monkeypatch.setattr("server.logs._FILE", write)
+    configure(Settings(_env_file=None))
+    for _ in range(5000):
+        logging.getLogger("server.x").warning("x" * 1000)
+    said = b""
+    while b"lines were dropped" not in said:
+        said += os.read(read, 65536)
+        logging.getLogger("server.x").warning("y")
+
+
+def test_what_clients_sent_is_on_one_line_and_short():
+    assert plain("a\nb\x85c\u2028d\x1b[0m\ud800", 100) == r"a\nb\x85c\u2028d\x1b[0m\ud800"
+    assert len(plain("x" * 5000, 100)) == 101
+
+
+def test_a_message_is_said_once_a_minute(caplog):
+    now = [0.0]
+    seldom = Seldom(logging.getLogger("server.x"), lambda: now[0])
+    for now[0] in (0.0, 30.0, 61.0):
+        seldom.warning("again %d", now[0])
+    assert [r.getMessage() for r in caplog.records] == ["again 0", "again 61"]
+
+
+# --- Ports, folders, memory -----------------------------------------------------------------------
+
+
+def test_a_port_is_taken_from_the_first_moment(tmp_path):
+    first = Ports(Settings(_env_file=None, port=0))
+    number = first.number
+    try:
+        with pytest.raises(CannotListen, match="choose another with --port"):
+            Ports(Settings(_env_file=None, port=number))
+    finally:
+        first.close()
+    Ports(Settings(_env_file=None, port=number)).close()
+
+
+def test_a_host_that_is_none_is_named():
+    for host in ("no.such.host.invalid", "192.0.2.1"):
+        with pytest.raises(CannotListen, match="--host"):
+            Ports(Settings(_env_file=None, port=0, host=host))
+
+
+def test_a_run_keeps_its_folder_whoever_starts(monkeypatch, tmp_path):
+    first, second = RunFolder(), RunFolder()
+    assert first.path.exists() and second.path.exists()
+    os.close(first._lock)  # it dies
+    third = RunFolder()
+    assert not first.path.exists() and second.path.exists()
+    second.remove()
+    third.remove()
+
+
+def test_metrics_have_their_room_from_the_start(tmp_path, monkeypatch):
+    from prometheus_client import values
+
+    before = values.ValueClass
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "to be restored")
+    try:
+        make_files(tmp_path / "m", ["front-0"])
+        sizes = {path.name: path.stat() for path in (tmp_path / "m").iterdir()}
+        assert all(s.st_blocks * 512 >= s.st_size == 64 * 1024 for s in sizes.values())
+        for life in (1, 2):
+            count_as("front-0")
+            metrics = Metrics()
+            metrics.requests.labels("ok").inc()
+            metrics.inside.set(5)
+            assert f'vignette_requests_total{{outcome="ok"}} {life}.0' in metrics.render().decode()
+            assert "vignette_requests_inside 5.0" in metrics.render().decode()
+            forget_gauges("front-0")
+            assert "vignette_requests_inside 5.0" not in metrics.render().decode()
+        assert {path.name for path in (tmp_path / "m").iterdir()} == set(sizes)
+    finally:
+        values.ValueClass = before
+
+
+def test_full_shared_memory_is_a_message(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "to be restored")
+    with pytest.raises(NoSharedMemory, match="MiB of metrics"):
+        make_files(tmp_path / "m", ["front-0"])
+    with pytest.raises(NoSharedMemory, match="--shm-size"):
+        PixelStore(tmp_path / "p", 4, (3, 8, 8), create=True)
+
+
+@pytest.mark.parametrize(
+    "address", ["::ffff:0:127.0.0.1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "::127.0.0.1"]
+)
+def test_private_addresses_in_disguise_are_not_public(address):
+    assert not is_public(address)
+
+
+def test_a_client_that_says_no_more_still_gets_its_answer():
+    with serve(fake_engine) as live:
+        with socket.create_connection(("127.0.0.1", live.port)) as client:
+            head = f"Host: x\r\nConnection: close\r\nContent-Length: {len(png())}\r\n\r\n"
+            client.sendall(b"POST /caption HTTP/1.1\r\n" + head.encode() + png())
+            client.shutdown(socket.SHUT_WR)
+            client.settimeout(10)
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+        assert fetch(live.port, "GET", "/health/live").status == 200
