@@ -30,7 +30,7 @@ PIP = -m pip install --quiet --disable-pip-version-check --constraint constraint
 .DEFAULT_GOAL := help
 .PHONY: help serve caption export tune check_export evaluate demo-model demo-engine \
   baseline benchmark batch_performance build run_docker test_container \
-  test lint format test_server gpu-check chaos soak clean
+  test lint format test_server gpu-check chaos soak siege clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -107,7 +107,10 @@ test_container:  ## build the CPU image and see it work (docker, or podman and b
 	@$(PYTHON) docker/check.py $(if $(GPU_IMAGE),gpu)
 
 chaos: engines/random-git-base/manifest.json  ## kill, stop, overload and fuzz a running server (half an hour)
-	@$(DEV) -m bench.reliability $(ARGS) --without 16
+	@$(DEV) -m bench.reliability $(ARGS) --without 16 30
+
+siege: .venv-dev/ready  ## two hours of attacks from 1, 8 and 32 senders beside honest clients
+	@$(DEV) -m bench.reliability 30 $(ARGS)
 
 soak: .venv-dev/ready  ## an hour of mixed load, good and bad
 	@$(DEV) -m bench.reliability 16 $(ARGS)

@@ -29,6 +29,23 @@ def pss(pid: int) -> int:
     return int(match.group(1)) * 1024 if match else 0
 
 
+def command(pid: int) -> str:
+    """Its command line; nothing if it has ended."""
+    return _read(pid, "cmdline")
+
+
+def runs_engine(pid: int) -> bool:
+    """Whether it has loaded ONNX Runtime: an engine worker."""
+    return "onnxruntime" in _read(pid, "maps")
+
+
+def _read(pid: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except OSError:
+        return ""
+
+
 def open_files(pid: int) -> int:
     """Of a process and all that it started."""
     return sum(len(list(Path(f"/proc/{p}/fd").iterdir())) for p in family(pid))

@@ -7,7 +7,6 @@ are found first, and long ones are left where they are and stand for themselves 
 import base64
 import binascii
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +21,9 @@ _BOUNDARY = 70  # characters, by RFC 2046
 _PARTS = 64  # of a form
 _SHOWN = 100  # characters of what a client sent that may come back in a message
 _TEXT = 16 * 1024  # bytes of a field that is no image, and of all that is no string in JSON
-_STRINGS = 256  # of a JSON document, the names of its fields among them
+_QUOTES = 1024  # that end a string of a JSON document, or are escaped within one
 _DEPTH = 8
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_UNESCAPED = 16  # characters of an image for each escape: some programs escape each "/" or "+"
 _NO_OBJECT = 'send {"image": "<base64>"} in UTF-8'
 
 
@@ -149,26 +148,36 @@ def _outline(body: bytes) -> tuple[bytes, list[bytes]]:
     """
     pieces: list[bytes] = []
     long: list[bytes] = []
-    end = outside = 0
-    for count, match in enumerate(_STRING.finditer(body)):
-        start = match.start()
+    end = outside = quotes = 0
+    while (start := body.find(b'"', end)) >= 0:
         outside += start - end
-        if count == _STRINGS or outside > _TEXT:
+        close = start
+        while quotes < _QUOTES:
+            quotes += 1
+            close = body.find(b'"', close + 1)
+            if close < 0 or not _escaped(body, close):
+                break
+        if outside > _TEXT or quotes == _QUOTES or close < 0:
             break
         pieces.append(body[end:start])
-        end = match.end()
+        end = close + 1
         if end - start > _TEXT:
             pieces.append(b'"\\u0000%d"' % len(long))
             long.append(body[start:end])
         else:
             pieces.append(body[start:end])
-    outside += len(body) - end
-    if outside > _TEXT:
+    if outside + len(body) - end > _TEXT:
         raise InvalidRequest(
-            f"the JSON is too large without its image: send at most {_STRINGS} strings, and "
+            f"the JSON is too large without its image: send at most {_QUOTES} strings, and "
             f"{_TEXT // 1024} KiB beside them"
         )
     return b"".join([*pieces, body[end:]]), long
+
+
+def _escaped(body: bytes, quote: int) -> bool:
+    """Whether an odd number of backslashes stands before a quote; 16 are looked at."""
+    before = body[max(0, quote - 16) : quote]
+    return (len(before) - len(before.rstrip(b"\\"))) % 2 == 1
 
 
 def _check_short(value: Any, depth: int = 1) -> None:
@@ -193,6 +202,8 @@ def _from_base64(image: Any, long: list[bytes]) -> bytes:
     try:
         if image.startswith("\0"):
             written = long[int(image[1:])]
+            if written.count(b"\\") > len(written) // _UNESCAPED:
+                raise ValueError("it is mostly escapes")
             image = json.loads(written) if b"\\" in written else written[1:-1].decode()
         if image.startswith("data:"):
             image = image.partition(",")[2]

@@ -20,9 +20,11 @@ from server.decoding import Decoders, Job, Origin
 from server.dispatch import Expired, Work
 from server.fetching import Fetcher
 from server.forms import Asked
+from server.intake import Intake
 from server.keys import Keys
 from server.links import Workers
 from server.metrics import Metrics
+from server.refusals import Refusals
 from server.settings import Settings
 from server.shared import PixelStore
 from server.tracing import Tracer
@@ -48,6 +50,8 @@ class Service:
     cache: CaptionCache | None
     fetcher: Fetcher | None
     tracer: Tracer | None
+    intake: Intake = field(default_factory=Intake)
+    refusals: Refusals = field(default_factory=Refusals)
     workers: list[Message] = field(default_factory=list)
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 

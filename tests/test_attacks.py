@@ -1,6 +1,8 @@
 """What one request or one client may not do to the others: bodies, answers, connections, logs."""
 
+import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import socket
@@ -12,10 +14,12 @@ import pytest
 from runtime.errors import InvalidRequest
 from server.bodies import Parts, json_parts, media_type, read_form
 from server.fetching import is_public
-from server.listening import Server
+from server.intake import Intake
 from server.logs import Seldom, configure, plain
 from server.metrics import Metrics, count_as, forget_gauges, make_files
 from server.ports import CannotListen, Ports
+from server.refusals import Refusals
+from server.remembered import Remembered
 from server.settings import Settings
 from server.shared import NoSharedMemory, PixelStore, RunFolder
 from tests.fakes import fake_engine
@@ -63,6 +67,8 @@ def test_a_form_is_read_in_pieces_and_has_few_parts():
         (b'{"%s": 1}' % (b"x" * 20_000), "more than 16 KiB"),
         (b'{"image": "%s"}' % (b"\xf0\x9f\x98\x80" * 20_000), "not base64"),
         (b'{"image": "\\u0000 99"}', "not base64"),
+        (b'{"image": "%s"}' % (b"\\u0041" * 20_000), "not base64"),
+        (b'{"image": "%s"}' % (b'\\"' * 20_000), "too large without its image"),
         (b'{"image": "%s' % (b"x" * 20_000), "too large without its image"),
     ],
 )
@@ -118,6 +124,59 @@ def test_bodies_are_not_parsed_where_none_is_wanted():
     with serve(fake_engine) as live:
         assert live.request("POST", "/", b"-" * 60_000, Content_Type=kind).status == 405
         assert live.request("POST", "/nope", b"-" * 60_000, Content_Type=kind).status == 404
+
+
+@pytest.mark.parametrize("head", [{}, {"Expect": "100-continue"}])
+def test_a_stranger_is_refused_before_the_body_is_kept_however_often(tmp_path, head):
+    (tmp_path / "keys").write_text(f"one {hashlib.sha256(b'secret').hexdigest()} 0 0\n")
+    with serve(fake_engine, api_keys=tmp_path / "keys") as live:
+        live.service.refusals._change("127.0.0.1", -120.0)  # it has to wait for its refusals
+        reply = live.caption(png(), **head)
+        assert (reply.status, reply.error) == (401, "unauthorised")
+        assert live.metric('vignette_requests_total{outcome="ok"}') == 0
+        assert live.caption(png(), X_API_Key="secret").status == 200
+
+
+def test_who_sends_nothing_but_errors_waits_for_them_and_nobody_else():
+    now = [0.0]
+    refusals = Refusals(lambda: now[0])
+    assert not any(refusals.wait("bad") for _ in range(100))
+    assert 0 < refusals.wait("bad") < refusals.wait("bad") < 0.1
+    assert refusals.wait("good") == 0
+    for _ in range(1000):
+        refusals.wait("bad")
+    assert refusals.wait("bad") == 5.0
+    now[0] += 60
+    assert refusals.wait("bad") == 0
+    for _ in range(200):
+        refusals.served("served")
+        assert refusals.wait("served") == 0
+
+
+def test_large_bodies_come_in_no_faster_than_they_may():
+    async def run():
+        intake = Intake(rate=50e6, burst=1e6)
+        loop = asyncio.get_running_loop()
+        await intake.take(100_000, 100_000)
+        start = loop.time()
+        for received in range(1_000_000, 11_000_000, 1_000_000):
+            await intake.take(received, 1_000_000)
+        return loop.time() - start
+
+    assert asyncio.run(run()) > 0.1, "ten megabytes at fifty a second, less what is at once"
+
+
+def test_digests_are_remembered_for_a_while():
+    now = [0.0]
+    kept = Remembered(10.0, lambda: now[0])
+    until = kept.add("a")
+    assert "a" in kept and kept.items() == {"a": until} and not kept.expired("a")
+    now[0] = 11.0
+    assert "a" not in kept and kept.items() == {} and kept.expired("a")
+    assert not kept.expired("a")
+    for n in range(3000):
+        kept.add(str(n))
+    assert len(kept.items()) == 1024
 
 
 # --- Answers and connections ----------------------------------------------------------------------
@@ -182,7 +241,6 @@ def test_a_server_without_files_left_pauses_and_says_so_once(monkeypatch, caplog
         assert live.caption(png()).status == 200
     assert len(failures) == 3
     assert caplog.text.count("Too many open files") == 1
-    assert issubclass(Server, object)
 
 
 # --- Logs -----------------------------------------------------------------------------------------

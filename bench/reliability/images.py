@@ -92,6 +92,17 @@ def mutants(rng: np.random.Generator, count: int) -> Iterator[bytes]:
         yield bytes(data)
 
 
+def ambiguous(rng: np.random.Generator) -> bytes:
+    """A blend of two of the samples, where a small change sways the caption."""
+    one, other = (
+        Image.open(io.BytesIO(sample(str(name)))).convert("RGB")
+        for name in rng.choice(["owl.png", "eagle-shark.png", "donuts.png", "cats.png"], 2, False)
+    )
+    buffer = io.BytesIO()
+    Image.blend(one, other.resize(one.size), rng.uniform(0.3, 0.7)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def odd_images() -> list[bytes]:
     """Whole images of unusual kinds."""
     picture = Image.open(io.BytesIO(sample())).convert("RGB")

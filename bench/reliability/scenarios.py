@@ -2,7 +2,16 @@
 
 from collections.abc import Callable
 
-from bench.reliability import admission, clients, endurance, images, processes, urls
+from bench.reliability import (
+    admission,
+    beside,
+    clients,
+    endurance,
+    images,
+    processes,
+    surroundings,
+    urls,
+)
 from bench.reliability.running import Verdict
 
 SCENARIOS: dict[str, tuple[int, Callable[[bool], Verdict]]] = {
@@ -22,4 +31,18 @@ SCENARIOS: dict[str, tuple[int, Callable[[bool], Verdict]]] = {
     "starts that can't succeed": (14, processes.bad_starts),
     "schemathesis": (15, endurance.fuzzing),
     "mixed load for an hour": (16, endurance.soak),
+    "Content-Types and forms that take long to read": (17, beside.content_types),
+    "JSON that takes long to read": (18, beside.large_json),
+    "answers that nobody reads": (19, beside.unread_answers),
+    "images that take long to decode": (20, beside.dear_images),
+    "idle connections": (21, surroundings.idle_connections),
+    "a second instance in another container": (22, surroundings.second_instance),
+    "a worker that somebody kills": (23, surroundings.killed_while_asked),
+    "two servers on one port": (24, surroundings.same_port),
+    "a log that nobody reads": (25, surroundings.unread_log),
+    "shared memory that is full": (26, surroundings.full_memory),
+    "settings without room for them": (27, surroundings.wild_settings),
+    "ambiguous images among others": (28, surroundings.neighbours),
+    "signals, heads, decoders": (29, surroundings.small_ones),
+    "all attacks for two hours": (30, beside.siege),
 }

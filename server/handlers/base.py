@@ -5,6 +5,8 @@ import json
 import logging
 import re
 import uuid
+from collections.abc import Awaitable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +30,8 @@ class Handler(tornado.web.RequestHandler):
         """Tornado passes the service of the app here."""
         self.service = service
         self.name = ""
+        self.client = self.request.remote_ip or ""
+        self._refusing = False
 
     def set_default_headers(self) -> None:
         """Nothing that is answered is to be guessed at or kept."""
@@ -46,8 +50,9 @@ class Handler(tornado.web.RequestHandler):
         """Where there is something to get: the same without the body, which Tornado leaves out."""
         self.get()
 
-    def data_received(self, chunk: bytes) -> None:
+    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         """A body is dropped as it comes, where none is wanted."""
+        return None
 
     def finish(self, chunk: str | bytes | dict | None = None) -> "asyncio.Future[None]":
         """Answer; a client that does not take its answer is cut off, and counts until then."""
@@ -73,6 +78,18 @@ class Handler(tornado.web.RequestHandler):
         """Answer with JSON that people can read, UTF-8 as it is."""
         self.set_header("Content-Type", "application/json; charset=utf-8")
         self.finish(json.dumps(content, ensure_ascii=False) + "\n")
+
+    def send_error(self, status_code: int = 500, **kwargs: Any) -> None:
+        """Answer an error, at once or when it is this client's turn to be refused."""
+        if self._refusing or self._finished:
+            return
+        self._refusing = True
+        wait = self.service.refusals.wait(self.client)
+        answer = partial(super().send_error, status_code, **kwargs)
+        if wait:
+            asyncio.get_running_loop().call_later(wait, answer)
+        else:
+            answer()
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Answer any error, ours or Tornado's, by the table in `server.errors`."""

@@ -45,7 +45,6 @@ class CaptionHandler(Handler):
         declared = self.request.headers.get("Content-Length", "0")
         length = int(declared) if declared.isdecimal() and len(declared) <= _DIGITS else most + 1
         try:
-            self.client = self.request.remote_ip or ""
             if self.service.keys is not None:
                 self.client = self._place.enter_context(self.service.keys.enter(self._key()))
             self._kind, self._boundary = media_type(self.request.headers.get("Content-Type", ""))
@@ -59,11 +58,12 @@ class CaptionHandler(Handler):
             else:
                 self._refused = error
 
-    def data_received(self, chunk: bytes) -> None:
+    async def data_received(self, chunk: bytes) -> None:
         """Gather the body; a chunked one tells its length only as it comes."""
         if self._finished:
             return
         self._received += len(chunk)
+        await self.service.intake.take(self._received, len(chunk))
         if self._received > _DRAINED * self._limit:
             self._refuse_now(self._refused or self._too_large())
             return
@@ -90,6 +90,7 @@ class CaptionHandler(Handler):
 
     def _refuse_now(self, error: VignetteError) -> None:
         """Answer, and close, with the body still coming."""
+        self._refused = error  # should the rest of the body be here before the answer is due
         self._drop_body()
         self.send_error(exc_info=(type(error), error, None))
 
@@ -119,6 +120,7 @@ class CaptionHandler(Handler):
             if value:  # else it was gone through for an earlier request: the caption was known
                 self.service.metrics.stage.labels(stage).observe(value)
         self._seconds = seconds
+        self.service.refusals.served(self.client)
         self.outcome("ok")
         self._answer(caption, seconds)
 

@@ -1,0 +1,96 @@
+"""Scenarios: attacks beside honest clients, who keep their rate and their captions."""
+
+import asyncio
+import statistics
+import time
+from dataclasses import dataclass
+
+from bench.arithmetic import percentile
+from bench.reliability.load import Answer, Clients, after
+from bench.reliability.running import Service, Verdict, said, sample, service
+from bench.reliability.senders import SENDERS, assault
+
+_HONEST = 8
+_GROWN = 1200  # MiB of all processes: one image of 50 Mpx is being decoded, and bodies come in
+
+_KEPT = 400  # MiB: what decoders keep for the next image, and the one for dear images
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """What honest clients saw for some seconds."""
+
+    rate: float
+    p99: float
+    wrong: int
+
+
+def _honest(it: Service, seconds: float) -> Period:
+    async def run() -> list[Answer]:
+        return await Clients(it.url).closed_loop(sample(), _HONEST, after(seconds))
+
+    answers = asyncio.run(run())
+    wrong = sum(a.caption != said() for a in answers)
+    return Period(len(answers) / seconds, percentile([a.seconds for a in answers], 0.99), wrong)
+
+
+def _replaced(it: Service) -> int:
+    """Processes other than decoders that were killed and started again."""
+    return sum("it is replaced" in line for line in it.log().splitlines())
+
+
+def beside(names: list[str], senders: tuple[int, ...], seconds: float) -> Verdict:
+    """Attacks of these names, from each number of senders, beside honest clients."""
+    with service("--precision", "fp32/fp32/float32") as it:
+        _honest(it, 2)
+        usual = _honest(it, min(30, seconds))
+        before = it.resident()
+        during, peak = [], 0
+        for count in senders:
+            with assault(names, it.port, count):
+                end = time.monotonic() + seconds
+                while time.monotonic() < end:
+                    during.append(_honest(it, min(10, seconds)))
+                    peak = max(peak, it.resident() - before)
+        replaced, grown = _replaced(it), peak / 2**20
+        rate = statistics.median(p.rate for p in during)
+        p99 = statistics.median(p.p99 for p in during)
+        wrong = sum(p.wrong for p in during)
+        _honest(it, 5)
+        kept = (it.resident() - before) / 2**20
+        return Verdict(
+            f"{'/'.join(map(str, senders))} senders: honest {rate / usual.rate:.0%} of "
+            f"{usual.rate:.1f}/s, p99 {p99:.2f} s instead of {usual.p99:.2f}, {wrong} wrong; "
+            f"{replaced} processes replaced, {grown:+.0f} MiB during, {kept:+.0f} after",
+            not wrong and not replaced and grown < _GROWN and kept < _KEPT,
+            rate >= 0.5 * usual.rate and p99 <= 4 * usual.p99,
+        )
+
+
+def _short(names: list[str], long: bool) -> Verdict:
+    return beside(names, (1, 8, 32) if long else (4,), 30 if long else 4)
+
+
+def content_types(long: bool) -> Verdict:
+    """17: boundaries and header parameters that take quadratic time to read, and forms."""
+    return _short(["boundary", "parameters", "form"], long)
+
+
+def large_json(long: bool) -> Verdict:
+    """18: JSON of a million keys, of 1.6 million strings, of escapes alone."""
+    return _short(["keys", "strings", "escapes"], long)
+
+
+def unread_answers(long: bool) -> Verdict:
+    """19: a field's name of ten megabytes, and answers that nobody reads."""
+    return _short(["unread"], long)
+
+
+def dear_images(long: bool) -> Verdict:
+    """20: images of a few bytes that take seconds and a gigabyte to decode."""
+    return _short(["700 scans", "90 scans", "unpacking", "tags"], long)
+
+
+def siege(long: bool) -> Verdict:
+    """30: all of these together, from 1, 8 and 32 senders, for two hours."""
+    return beside(list(SENDERS), (1, 8, 32) if long else (8,), 2400 if long else 6)

@@ -1,0 +1,164 @@
+"""What attackers send, from a process of their own: one function for each kind of attack."""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from multiprocessing.synchronize import Event
+
+from PIL import Image
+
+_NICENESS = 10  # real attackers have processors of their own
+_READY_SECONDS = 120
+_IMAGE_HEAD = b"Content-Type: image/jpeg"
+_JSON_HEAD = b"Content-Type: application/json"
+_LARGE = 9_800_000  # bytes, just below the limit
+
+
+def post(port: int, head: bytes, body: bytes, read: bool = True, wait: float = 60) -> bytes:
+    """Send one request by hand; the head of its answer, or nothing if it was cut off.
+
+    read: take the answer; if not, leave it for five seconds and go.
+    """
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as client:
+        client.settimeout(wait)
+        with contextlib.suppress(OSError):
+            client.sendall(
+                b"POST /caption HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s\r\n"
+                b"Content-Length: %d\r\n\r\n" % (head, len(body)) + body
+            )
+        if not read:
+            time.sleep(5)
+            return b""
+        answer = client.recv(2**16)
+        while client.recv(2**20):
+            pass
+        return answer
+    return b""
+
+
+def _boundary(port: int) -> None:
+    post(port, b"Content-Type: multipart/form-data; boundary=x" + b"-" * 30_000, b"-" * 250_000)
+
+
+def _parameters(port: int) -> None:
+    post(port, b'Content-Type: multipart/form-data; a="' + b";" * 30_000, b"x")
+
+
+def _form(port: int) -> None:
+    kind = b"Content-Type: multipart/form-data; boundary=" + b"-" * 70
+    post(port, kind, (b"\r\n--" + b"-" * 69) * (_LARGE // 73))
+
+
+@cache
+def _many_keys() -> bytes:
+    return b"{%s}" % b",".join(b'"%d":1' % n for n in range(900_000))
+
+
+@cache
+def _many_strings() -> bytes:
+    return b'{"image":[%s""]}' % (b'"abc",' * (_LARGE // 6 - 10))
+
+
+@cache
+def _escapes() -> bytes:
+    return b'{"image":"%s"}' % (b"\\u0041" * (_LARGE // 6 - 10))
+
+
+@cache
+def _long_key() -> bytes:
+    return json.dumps({"\x7f" * _LARGE: 1}, ensure_ascii=False).encode()
+
+
+def scans(count: int, side: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    buffer = io.BytesIO()
+    Image.new("L", (side, side), 9).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    last = data.rindex(b"\xff\xda")
+    more = count - data.count(b"\xff\xda")
+    return data[:-2] + data[last:-2] * more + data[-2:]
+
+
+@cache
+def _too_many_scans() -> bytes:
+    return scans(700, 2000)
+
+
+@cache
+def _many_scans() -> bytes:
+    return scans(90, 5000)
+
+
+@cache
+def unpacking(side: int = 7071) -> bytes:
+    """A lossless WebP of 34 bytes that unpacks to a gigabyte."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side)).save(buffer, "WEBP", lossless=True, quality=0, method=0)
+    return buffer.getvalue()
+
+
+@cache
+def tags() -> bytes:
+    """A TIFF of 65,535 tags, none of which is known."""
+    entry = b"\x60\xea\x02\x00\x09\x00\x00\x00\x08\x00\x00\x00"
+    return b"II*\x00\x08\x00\x00\x00\xff\xff" + entry * 65_535 + bytes(4)
+
+
+SENDERS: dict[str, Callable[[int], object]] = {
+    "boundary": _boundary,
+    "parameters": _parameters,
+    "form": _form,
+    "keys": lambda port: post(port, _JSON_HEAD, _many_keys()),
+    "strings": lambda port: post(port, _JSON_HEAD, _many_strings()),
+    "escapes": lambda port: post(port, _JSON_HEAD, _escapes()),
+    "unread": lambda port: post(port, _JSON_HEAD, _long_key(), read=False),
+    "700 scans": lambda port: post(port, _IMAGE_HEAD, _too_many_scans()),
+    "90 scans": lambda port: post(port, _IMAGE_HEAD, _many_scans()),
+    "unpacking": lambda port: post(port, _IMAGE_HEAD, unpacking()),
+    "tags": lambda port: post(port, _IMAGE_HEAD, tags()),
+}
+_MADE = (_many_keys, _many_strings, _escapes, _long_key, _too_many_scans, _many_scans, unpacking,
+         tags)  # fmt: skip
+
+
+def _assault(names: list[str], port: int, count: int, ready: Event, over: Event) -> None:
+    """The attackers' process: `count` senders, each taking the attacks in turn."""
+    os.nice(_NICENESS)
+    for make in _MADE:
+        make()
+
+    def send(first: int) -> None:
+        number = first
+        while not over.is_set():
+            SENDERS[names[number % len(names)]](port)
+            number += 1
+
+    for first in range(count):
+        threading.Thread(target=send, args=(first,), daemon=True).start()
+    ready.set()
+    over.wait()
+    os._exit(0)  # what is still being sent is nobody's
+
+
+@contextmanager
+def assault(names: list[str], port: int, count: int) -> Iterator[None]:
+    """Attackers in a process of their own, until the block is over."""
+    context = multiprocessing.get_context("spawn")
+    ready, over = context.Event(), context.Event()
+    process = context.Process(target=_assault, args=(names, port, count, ready, over), daemon=True)
+    process.start()
+    assert ready.wait(_READY_SECONDS), "the attackers did not start"
+    try:
+        yield
+    finally:
+        over.set()
+        process.join(10)
+        process.kill()
