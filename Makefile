@@ -4,7 +4,7 @@
 
 PORT ?= $(or $(VIGNETTE_PORT),8000)
 ENGINE ?= $(or $(VIGNETTE_ENGINE),engines/demo)
-NAME = $(notdir $(MODEL:/=))
+NAME ?=
 IMAGE ?= demo/samples/owl.png
 IMAGES ?= demo/samples
 OUTPUT ?= captions.jsonl
@@ -14,6 +14,8 @@ DEVICE ?= cpu
 WHEELS ?=
 TORCH_INDEX ?=
 
+# Recipes read these from their environment, whatever is in them: blanks, quotes, dollars.
+export PORT ENGINE MODEL NAME IMAGE IMAGES OUTPUT URL DEVICE
 export TOKENIZERS_PARALLELISM = false
 export ORT_DISABLE_TELEMETRY = 1
 
@@ -36,26 +38,27 @@ help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 serve: $(SERVE_READY)  ## start the server (PORT=8000 ENGINE=engines/demo ARGS=...; DEVICE=cuda)
-	@$(SERVE) -m server --engine $(ENGINE) --port $(PORT) $(if $(GPU),--provider $(DEVICE)) $(ARGS)
+	@$(SERVE) -P -m server --engine "$$ENGINE" --port "$$PORT" $(if $(GPU),--provider $(DEVICE)) $(ARGS)
 
 caption: $(SERVE_READY)  ## caption a folder of images (IMAGES, OUTPUT, ENGINE or URL, ARGS; DEVICE)
-	@$(SERVE) -m runtime '$(IMAGES)' --output '$(OUTPUT)' $(if $(URL),--url $(URL),--engine $(ENGINE)) \
+	@$(SERVE) -P -m runtime "$$IMAGES" --output "$$OUTPUT" $(if $(URL),--url "$$URL",--engine "$$ENGINE") \
 	  $(if $(GPU),--provider $(DEVICE)) $(ARGS)
 
 test_server:  ## post a sample to a running server (PORT, IMAGE)
 	@curl --fail-with-body --silent --show-error --write-out 'total request time=%{time_total}s\n' \
-	  --data-binary @$(IMAGE) http://localhost:$(PORT)/caption
+	  --data-binary "@$$IMAGE" "http://localhost:$$PORT/caption"
 
 EXPORT = $(if $(filter tensorrt,$(TARGET)),.venv-gpu-dev,.venv-dev)
+EXPORT_PYTHON = $(EXPORT)/bin/python
 export: $(EXPORT)/ready$(if $(filter tensorrt,$(TARGET)),-tensorrt)  ## MODEL=<hub id or folder> to engines/<name> (NAME, ARGS; TARGET=cuda, tensorrt)
 	@test '$(origin TARGET)' != 'command line' -o -n '$(filter cuda tensorrt,$(TARGET))' || \
 	  { echo 'TARGET is cuda or tensorrt; leave it out for processors'; exit 2; }
-	@test -n "$(MODEL)" || { echo 'say which: make export MODEL=microsoft/git-base-textcaps'; exit 2; }
-	@$(EXPORT)/bin/python -m export $(MODEL) --output engines/$(NAME) \
+	@test -n "$$MODEL" || { echo 'say which: make export MODEL=microsoft/git-base-textcaps'; exit 2; }
+	@$(EXPORT_PYTHON) -P -m export "$$MODEL" --output "engines/$${NAME:-$$(basename -- "$$MODEL")}" \
 	  $(if $(filter cuda tensorrt,$(TARGET)),--target $(TARGET)) $(ARGS)
 
 tune: .venv/ready  ## measure ENGINE on this machine's processors and write its plan.json
-	@$(SERVE) -m export tune $(ENGINE) $(ARGS)
+	@$(SERVE) -P -m export tune "$$ENGINE" $(ARGS)
 
 check_export: .venv-dev/ready  ## export git-base at full size with random weights and verify it
 	@$(DEV) -m export --random-weights git-base --output engines/random-git-base $(ARGS)
@@ -70,7 +73,7 @@ demo-engine: .venv-dev/ready  ## rebuild engines/demo from the committed weights
 	  --verify-images 64 --target cuda --output engines/demo
 
 evaluate: .venv-dev/ready  ## score engines/demo on 1,000 held-out scenes of each kind
-	@$(DEV) -m demo evaluate --engine $(ENGINE) $(ARGS)
+	@$(DEV) -m demo evaluate --engine "$$ENGINE" $(ARGS)
 
 baseline: engines/random-git-base/manifest.json  ## PyTorch servers under ApacheBench (QUICK=1)
 	@$(BENCH) --baseline --output bench/runs/baseline --called '$(CALLED)' http $(ARGS)
@@ -100,7 +103,7 @@ build:  ## build the GPU image (TARGET=cpu or export for the others)
 run_docker:  ## run it on all GPUs (PORT, ENGINE, ARGS; TARGET=cpu without a GPU)
 	docker run --rm --shm-size 512m --stop-timeout 40 --publish $(PORT):8000 $(if $(filter cpu,$(TARGET)),,--gpus all) \
 	  --read-only --tmpfs /tmp --cap-drop=all --security-opt no-new-privileges \
-	  --volume $(CURDIR)/engines:/app/engines:ro --env VIGNETTE_ENGINE=$(ENGINE) \
+	  --volume "$(CURDIR)/engines:/app/engines:ro" --env VIGNETTE_ENGINE="$$ENGINE" \
 	  vignette:$(TARGET) $(ARGS)
 
 test_container:  ## build the CPU image and see it work (docker, or podman and buildah; GPU_IMAGE=1)

@@ -71,6 +71,7 @@ class _Runner:
     burst: int = 1
     on_gpu: bool = False
     provider: str = "replay"
+    precision: str = "replay"
     runs_on: str = "replay"
     _token: int = field(default=0)
 

@@ -3,6 +3,7 @@
 import errno
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -62,8 +63,13 @@ class Checkpoint:
 def load(model: str, revision: str | None = None) -> Checkpoint:
     """Load a GIT checkpoint from a folder or from the hub.
 
-    Raises ExportError for an unknown model, one that is not GIT, and a hub that can't be reached.
+    Raises ExportError for an unknown model, one that is not GIT or not whole, and a hub that can't
+    be reached.
     """
+    if model.startswith((".", "/", "~")) and not Path(model).exists():
+        raise ExportError(
+            f"{model} does not exist: name a checkpoint's folder, or a model on the hub"
+        )
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise ExportError(f"{model} can't be loaded as a checkpoint: it has no config.json")
     try:
@@ -74,15 +80,14 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
                 "family, such as microsoft/git-base-textcaps"
             )
         weights, found = GitForCausalLM.from_pretrained(
-            model, revision=revision, dtype=torch.float32, output_loading_info=True
+            model,
+            revision=revision,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, with their names
         )
-        if found["missing_keys"] or found["mismatched_keys"]:
-            lacking = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
-            raise ExportError(
-                f"{model} lacks {len(lacking)} of GIT's weights, such as {lacking[0]}, which would "
-                "be made up at random: give a whole GitForCausalLM checkpoint"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+        _check_whole(model, weights, found)
+        tokenizer_json = _tokenizer(model, revision, config.vocab_size)
         processor, _ = ImageProcessingMixin.get_image_processor_dict(model, revision=revision)
     except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
         raise ExportError(_why_not(model, cause)) from cause
@@ -90,12 +95,54 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
         name=Path(model).resolve().name if Path(model).is_dir() else model,
         revision=getattr(config, "_commit_hash", None) or revision,
         model=weights.eval(),
-        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
+        tokenizer_json=tokenizer_json,
         preprocessing=_preprocessing(model, processor, config.vision_config.image_size),
         normalisation=Normalisation(
             processor["rescale_factor"], processor["image_mean"], processor["image_std"]
         ),
     )
+
+
+def _check_whole(model: str, weights: GitForCausalLM, found: dict[str, Any]) -> None:
+    """Raise ExportError unless every weight was read, in its shape, and is a number."""
+    if found["mismatched_keys"]:
+        name, stored, wanted = min(found["mismatched_keys"])
+        raise ExportError(
+            f"{model}: {name} is {list(stored)} in the weights and {list(wanted)} by config.json: "
+            "take both from the same checkpoint"
+        )
+    if lacking := sorted(found["missing_keys"]):
+        raise ExportError(
+            f"{model} lacks {len(lacking)} of GIT's weights, such as {lacking[0]}, which would "
+            "be made up at random: give a whole GitForCausalLM checkpoint"
+        )
+    for name, values in weights.named_parameters():
+        if not torch.isfinite(values).all():
+            raise ExportError(
+                f"{model}: {name} holds values that are no numbers (NaN or infinite): the "
+                "checkpoint is damaged, or its training failed"
+            )
+
+
+def _tokenizer(model: str, revision: str | None, vocabulary: int) -> str:
+    """tokenizer.json of a checkpoint. Raises ExportError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+        written = tokenizer.backend_tokenizer.to_str()
+    # transformers raises whatever its first attempt to read a missing file runs into
+    except Exception as cause:
+        if not Path(model).is_dir():
+            raise
+        raise ExportError(
+            f"{model} has no tokenizer that can be read: put tokenizer.json and "
+            f"tokenizer_config.json beside its weights ({_first_line(cause)})"
+        ) from cause
+    if len(tokenizer) > vocabulary:
+        raise ExportError(
+            f"{model}: its tokenizer knows {len(tokenizer)} tokens, and the model {vocabulary}: "
+            "take both from the same checkpoint"
+        )
+    return written
 
 
 def _why_not(model: str, cause: Exception) -> str:

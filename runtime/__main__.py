@@ -1,6 +1,8 @@
 """`python -m runtime`: caption image files into lines of JSON, here or by a service elsewhere.
 
-A run that was interrupted goes on where it was when the same command is given again.
+A run that was interrupted goes on where it was when the same command is given again. The exit
+status is 0 if all files have captions, 1 if any has none, 2 for a wrong argument, 130 if
+interrupted.
 """
 
 import argparse
@@ -8,24 +10,26 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime import manifest as manifests
 from runtime.bulk import Outcome, caption_files
 from runtime.config import AUTO, PROVIDERS, EngineConfig
 from runtime.engine import Engine
 from runtime.errors import VignetteError
-from runtime.lines import CaptionLines, opened
+from runtime.lines import About, CaptionLines, NotOurs, opened, plain
 from runtime.preprocess import SUFFIXES
 from runtime.remote import RemoteService, caption_remotely
 from runtime.request import Caption, FinishReason
 
 _KEY = "VIGNETTE_API_KEY"
 _SKIPPED = 5  # kinds of files that are named
+_OTHER_FORMATS = (".csv", ".tsv", ".parquet", ".xlsx", ".arrow")
 
 
 class NoImages(VignetteError):
@@ -38,12 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     try:
         files = list(dict.fromkeys(_images(args.images)))
-        service = RemoteService.at(args.url, os.environ.get(_KEY)) if args.url else None
-        with _lines(args, files, service) as lines:
-            left = [file for file in files if str(file) not in lines.done]
+        captioner = _remote(args) if args.url else _local(args)
+        with _lines(args, files, captioner.about) as lines:
+            left = [file for file in files if plain(file) not in lines.done]
             told: Counter[str] = Counter()
             if left:
-                outcomes = _local(left, args) if service is None else _remote(left, args, service)
+                print(captioner.where, file=sys.stderr)
+                outcomes = captioner.caption(left, args.prompt, args.max_new_tokens)
                 told = _write(tqdm(outcomes, total=len(left), unit="image"), lines)
     except (VignetteError, OSError) as error:  # of a single image, none gets here
         print(f"error: {error}", file=sys.stderr)
@@ -62,11 +67,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
     parser.add_argument(
         "images", type=Path, nargs="+",
-        help="image files, and folders that hold some, at any depth",
+        help="image files, and folders that hold some, at any depth; hidden ones are left out",
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, metavar="FILE",
         help="write here, and go on from what is there; left out, standard output",
+    )  # fmt: skip
+    parser.add_argument(
+        "--again", action="store_true",
+        help="caption anew what the output has from other settings, or of files that changed since",
     )  # fmt: skip
     parser.add_argument(
         "--engine", type=Path, default=Path("engines/demo"), help="engine folder (engines/demo)"
@@ -98,6 +107,8 @@ def _images(given: list[Path]) -> list[Path]:
             found.append(path)
             continue
         for file in sorted(path.rglob("*")):
+            if any(part.startswith(".") for part in file.relative_to(path).parts):
+                continue  # previews, caches, versions: not what somebody sees there
             if file.suffix.lower() not in SUFFIXES:
                 skipped[file.suffix.lower() or file.name] += file.is_file()
             elif file.is_file() or file.is_symlink():  # one that leads nowhere is told as such
@@ -112,29 +123,37 @@ def _images(given: list[Path]) -> list[Path]:
     return found
 
 
-def _lines(
-    args: argparse.Namespace, files: list[Path], service: RemoteService | None
-) -> AbstractContextManager[CaptionLines]:
-    about = {"model": service.model if service else manifests.read(args.engine).model}
-    if args.prompt is not None:
-        about["prompt"] = args.prompt
-    if args.output is None:
-        return nullcontext(CaptionLines(opened(sys.stdout.fileno(), "a"), about))
-    return CaptionLines.resume(args.output, about, map(str, files))
+@dataclass(frozen=True, slots=True)
+class _Captioner:
+    """Who captions: what decides what they say, where that is for people, and how to ask."""
+
+    about: About
+    where: str
+    caption: Callable[[list[Path], str | None, int | None], Iterator[Outcome]]
 
 
-def _local(files: list[Path], args: argparse.Namespace) -> Iterator[Outcome]:
+def _local(args: argparse.Namespace) -> _Captioner:
     config = EngineConfig(slots=args.slots, provider=args.provider, precision=args.precision)
     engine = Engine.open(args.engine, config)
-    print(engine.runs_on, file=sys.stderr)
-    return caption_files(engine, files, args.prompt, args.max_new_tokens)
+    return _Captioner(engine.identity, engine.runs_on, partial(caption_files, engine))
 
 
-def _remote(
-    files: list[Path], args: argparse.Namespace, service: RemoteService
-) -> Iterator[Outcome]:
-    print(f"{service.model} on {service.url}, {service.connections} at a time", file=sys.stderr)
-    return caption_remotely(service, files, args.prompt, args.max_new_tokens)
+def _remote(args: argparse.Namespace) -> _Captioner:
+    service = RemoteService.at(args.url, os.environ.get(_KEY))
+    where = f"{service.model} on {service.url}, {service.connections} at a time"
+    return _Captioner(service.identity, where, partial(caption_remotely, service))
+
+
+def _lines(
+    args: argparse.Namespace, files: list[Path], about: About
+) -> AbstractContextManager[CaptionLines]:
+    asked = {"prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
+    about = about | {name: value for name, value in asked.items() if value is not None}
+    if args.output is None:
+        return nullcontext(CaptionLines(opened(sys.stdout.fileno(), "a"), about))
+    if args.output.suffix.lower() in _OTHER_FORMATS:
+        raise NotOurs(f"{args.output}: only lines of JSON are written: name it .jsonl")
+    return CaptionLines.resume(args.output, about, files, args.again)
 
 
 def _write(outcomes: Iterable[Outcome], lines: CaptionLines) -> Counter[str]:

@@ -28,7 +28,7 @@ _UNREADABLE = (InvalidImage, TooManyPixels, OSError)
 
 def caption_files(
     engine: Engine,
-    files: Iterable[Path],
+    files: Iterable[Path | str],
     prompt: str | None = None,
     max_new_tokens: int | None = None,
 ) -> Iterator[Outcome]:
@@ -40,7 +40,7 @@ def caption_files(
     if engine.manifest.sizes.frames:
         raise InvalidRequest("a video model takes several frames a caption: send them to a server")
     how, slots = engine.manifest.preprocessing, engine.config.slots or 1
-    remaining = iter(files)
+    remaining = map(Path, files)
     decoding: deque[tuple[Path, Future[np.ndarray]]] = deque()
     running: dict[Sequence, Path] = {}
     with ThreadPoolExecutor(this_machine().cores, "decode") as pool:

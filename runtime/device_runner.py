@@ -178,6 +178,11 @@ class DeviceRunner:
         return self._device != "cpu"
 
     @property
+    def precision(self) -> str:
+        """The combination of the manifest."""
+        return self.plan.combination
+
+    @property
     def runs_on(self) -> str:
         """For people: providers and precisions, and the memory that the slots take."""
         arena = sum(cache.nbytes for cache in self._arena)

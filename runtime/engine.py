@@ -1,8 +1,10 @@
 """One model, ready to caption: `submit` requests, `step` until they finish. `generate` does both.
 
-An engine belongs to one thread. Servers call `submit`, `cancel` and `step` from that thread only.
+Any thread may call `generate`, and what several want at a time is captioned together. `submit`,
+`cancel` and `step` are for one thread alone, such as a server's.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as ListLike
@@ -12,12 +14,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from runtime.callers import Callers
 from runtime.config import EngineConfig
-from runtime.errors import ComputationFailed, InvalidRequest
+from runtime.errors import ComputationFailed, InvalidRequest, WrongThread
+from runtime.images import AnyImage, pixels_of
 from runtime.limits import Limits
 from runtime.manifest import Manifest
 from runtime.pacing import Pacing
-from runtime.preprocess import preprocess
 from runtime.request import Caption, FinishReason, Request, Sequence, Terms
 from runtime.scheduler import Scheduler
 from runtime.tokenizer import CaptionTokenizer
@@ -37,6 +40,10 @@ class Phases(Protocol):
     @property
     def provider(self) -> str:
         """Execution provider of the encoder."""
+
+    @property
+    def precision(self) -> str:
+        """The combination of encoder, decoder and cache, as the manifest names it."""
 
     @property
     def on_gpu(self) -> bool:
@@ -90,6 +97,8 @@ class Engine:
         self._pacing = Pacing(config.patience)
         self.scheduler = self._new_scheduler()
         self.last_step = StepReport()
+        self._owner: int | None = None  # the thread that called `submit` or `step`
+        self._callers = Callers(self._add, self._step, self.abandon)
 
     @classmethod
     def open(cls, folder: Path | str, config: EngineConfig | None = None) -> "Engine":
@@ -115,6 +124,15 @@ class Engine:
         return cls(prepared.manifest, tokenizer, runner, config)
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What decides its captions: the model, its export, and the precision it runs in."""
+        return {
+            "model": self.manifest.model,
+            "engine": self.manifest.fingerprint,
+            "precision": self.runner.precision,
+        }
+
+    @property
     def runs_on(self) -> str:
         """For people: providers and precisions of both graphs, and what the slots take."""
         return self.runner.runs_on
@@ -130,22 +148,52 @@ class Engine:
         """Queue one image: uint8 pixels as `preprocess` makes them, stacked for video checkpoints.
 
         terms: when it may be admitted; `step` hands out too what expired before.
-        Raises InvalidRequest when shape, prompt or limit can never be served.
+        Raises InvalidRequest when shape, prompt or limit can never be served, WrongThread when
+        another thread uses the engine.
         """
+        self._claim()
+        return self._add(self._request(pixels, prompt, max_new_tokens, ignore_eos, terms))
+
+    def _add(self, request: Request) -> Sequence:
+        return self.scheduler.add(request)
+
+    def _request(
+        self,
+        pixels: np.ndarray,
+        prompt: str | None,
+        max_new_tokens: int | None,
+        ignore_eos: bool,
+        terms: Terms,
+    ) -> Request:
         if pixels.dtype != np.uint8 or pixels.shape != self.runner.pixels_shape:
             raise InvalidRequest(
                 f"pixels must be uint8 of shape {list(self.runner.pixels_shape)}, "
                 f"not {pixels.dtype} of {list(pixels.shape)}"
             )
         prompt_ids, most = self.limits.check(prompt, max_new_tokens)
-        return self.scheduler.add(Request(pixels, prompt_ids, most, ignore_eos, terms))
+        return Request(pixels, prompt_ids, most, ignore_eos, terms)
+
+    def _claim(self) -> None:
+        """From now on this thread steps the engine. Raises WrongThread if another one does."""
+        me = threading.get_ident()
+        if (self._owner or self._callers.stepped_by or me) != me:
+            raise WrongThread(
+                "another thread uses this engine: call `generate`, which any thread may, or "
+                "`submit` and `step` always from the same one"
+            )
+        self._owner = me
 
     def cancel(self, sequence: Sequence) -> bool:
         """Take a sequence back and free its slot at once; False if it had ended already."""
+        self._claim()
         return self.scheduler.cancel(sequence)
 
     def abandon(self) -> None:
-        """Forget all sequences, after a step that raised: what it left in the slots is unknown."""
+        """Forget all sequences, after a step that raised: what it left in the slots is unknown.
+
+        Any thread may use the engine then.
+        """
+        self._owner = None
         self.scheduler = self._new_scheduler()
 
     def _new_scheduler(self) -> Scheduler:
@@ -156,8 +204,12 @@ class Engine:
         """Admit and encode what fits, feed every running row, return what ended.
 
         A row is fed one token, or on a device as many as can follow one another there.
-        starting: told which sequences are about to be encoded.
+        starting: told which sequences are about to be encoded. Raises WrongThread.
         """
+        self._claim()
+        return self._step(starting)
+
+    def _step(self, starting: Callable[[list[Sequence]], None] | None = None) -> list[Sequence]:
         expired = self.scheduler.expire(self._clock())
         admitted = self._admit()
         if starting is not None and admitted:
@@ -206,33 +258,27 @@ class Engine:
 
     def generate(
         self,
-        images: ListLike[bytes | np.ndarray],
+        images: ListLike[AnyImage],
         prompts: ListLike[str | None] | None = None,
         max_new_tokens: int | None = None,
         ignore_eos: bool = False,
     ) -> list[Caption]:
-        """Caption all images (encoded bytes, or pixels as for `submit`), in their order.
+        """Caption all images (see `runtime.images.pixels_of`), in their order, on any thread.
 
-        Raises what `preprocess`, `submit` and `caption` raise for the first one that can't be
+        Raises what `pixels_of`, `submit` and `caption` raise for the first one that can't be
         captioned; none is then.
         """
+        if self._owner not in (None, threading.get_ident()):
+            self._claim()  # it says what is wrong
         prompts = prompts or [None] * len(images)
-        try:
-            sequences = [
-                self.submit(self._pixels(image), prompt, max_new_tokens, ignore_eos)
-                for image, prompt in zip(images, prompts, strict=True)
-            ]
-            while not self.scheduler.idle:
-                self.step()
-        except BaseException:
-            self.abandon()
-            raise
+        requests = [
+            self._request(
+                pixels_of(image, self.manifest, place), prompt, max_new_tokens, ignore_eos, Terms()
+            )
+            for place, (image, prompt) in enumerate(zip(images, prompts, strict=True), 1)
+        ]
+        sequences = self._callers.run(requests) if requests else []
         return [self.caption(sequence) for sequence in sequences]
-
-    def _pixels(self, image: bytes | np.ndarray) -> np.ndarray:
-        if isinstance(image, np.ndarray):
-            return image
-        return preprocess(image, self.manifest.preprocessing)
 
     def caption(self, sequence: Sequence) -> Caption:
         """What a finished sequence says. Raises ComputationFailed if its numbers broke down."""

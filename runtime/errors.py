@@ -20,6 +20,10 @@ class InvalidRequest(VignetteError):
     """A request that can never be served: empty limits, or a prompt that doesn't fit."""
 
 
+class WrongThread(VignetteError):
+    """A thread that an engine does not belong to."""
+
+
 class ComputationFailed(VignetteError):
     """The model's numbers broke down on one image; others are not affected."""
 

@@ -10,6 +10,9 @@ from typing import IO, Any
 from runtime.errors import VignetteError
 from runtime.request import Caption
 
+About = dict[str, Any]
+_DECIDE = ("model", "engine", "precision", "prompt", "max_new_tokens")  # what a caption says
+
 
 class NotOurs(VignetteError):
     """The file holds something else, or another run writes to it."""
@@ -18,25 +21,27 @@ class NotOurs(VignetteError):
 class CaptionLines:
     """Appends outcomes. `done` are the files that have a caption already."""
 
-    def __init__(self, stream: IO[str], about: dict[str, str], done: Iterable[str] = ()) -> None:
-        """about: what all lines say, such as the model."""
+    def __init__(self, stream: IO[str], about: About, done: Iterable[str] = ()) -> None:
+        """about: what all lines say: the model, and what else decides a caption."""
         self._stream, self._about, self.done = stream, about, frozenset(done)
 
     @classmethod
     @contextmanager
     def resume(
-        cls, path: Path, about: dict[str, str], files: Iterable[str]
+        cls, path: Path, about: About, files: Iterable[Path], again: bool = False
     ) -> "Iterator[CaptionLines]":
         """Go on with what is in `path`, where failures of `files` are taken out, to be tried again.
 
-        Raises NotOurs, with the file as it was, when it holds anything but lines about the same.
+        again: captions that were made otherwise, or of a file that has changed since, are taken
+        out, too. Raises NotOurs, with the file as it was, for those without it, and when it holds
+        anything but captions.
         """
         path = path.resolve()  # what is replaced is the file, not a link to it
         with ExitStack() as held:
             stream = held.enter_context(_locked(path))
             stream.seek(0)
             lines = stream.readlines()
-            done, kept = _sorted(lines, path, about, set(files))
+            done, kept = _sorted(lines, path, about, {plain(file): file for file in files}, again)
             if len(kept) < len(lines):
                 partial = path.with_name(f".{path.name}.partial")
                 stream = held.enter_context(_locked(partial))
@@ -48,18 +53,38 @@ class CaptionLines:
 
     def write(self, file: Path, outcome: Caption | Exception) -> None:
         """Add a line, at once."""
-        line: dict[str, Any] = {"file": str(file), **self._about}
+        line: dict[str, Any] = {"file": plain(file), **self._about}
         if isinstance(outcome, Caption):
+            line |= state(file)
             line |= {"caption": outcome.text, "finish_reason": outcome.finish_reason}
         else:
-            line["error"] = str(outcome)
+            line["error"] = str(outcome).encode("utf-8", "backslashreplace").decode()
         print(json.dumps(line, ensure_ascii=False), file=self._stream, flush=True)
 
 
+def plain(file: Path) -> str:
+    """A file's name as UTF-8. A byte that is none is written \\xNN, and a backslash \\\\ then,
+    so that `bytes(name, "latin-1", "backslashreplace").decode("unicode_escape")` finds it again.
+    """
+    name = str(file)
+    if name.isprintable() or not any("\udc80" <= c <= "\udcff" for c in name):
+        return name
+    escaped = name.replace("\\", "\\\\")
+    return "".join(f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c for c in escaped)
+
+
+def state(file: Path) -> About:
+    """By which a file is known again: its size in bytes, and when it was changed (ns)."""
+    try:
+        found = file.stat()
+    except OSError:
+        return {}
+    return {"size": found.st_size, "modified": found.st_mtime_ns}
+
+
 def opened(file: Path | int, mode: str) -> IO[str]:
-    """Text whose file names need not be UTF-8: they are written as they are."""
-    kept = isinstance(file, Path)
-    return open(file, mode, encoding="utf-8", errors="surrogateescape", closefd=kept)
+    """A text file in UTF-8; a number stays open."""
+    return open(file, mode, encoding="utf-8", closefd=isinstance(file, Path))
 
 
 def _locked(path: Path) -> IO[str]:
@@ -73,7 +98,7 @@ def _locked(path: Path) -> IO[str]:
 
 
 def _sorted(
-    lines: list[str], path: Path, about: dict[str, str], files: set[str]
+    lines: list[str], path: Path, about: About, files: dict[str, Path], again: bool
 ) -> tuple[set[str], list[str]]:
     """Files that have a caption, and the lines to keep."""
     done, kept = set(), []
@@ -81,17 +106,33 @@ def _sorted(
         if not line.endswith("\n"):
             break  # the last run was killed while it wrote this
         entry = _entry(line, f"{path}, line {number},")
-        for key in ("model", "prompt"):
-            if entry.get(key) != about.get(key):
-                raise NotOurs(f"{path} was made with another {key}: name another output")
+        name = entry["file"]
         if "caption" in entry:
-            done.add(entry["file"])
-        if "caption" in entry or entry["file"] not in files:
+            other = _difference(entry, about, files.get(name))
+            if other and not again:
+                raise NotOurs(
+                    f"{path}, line {number}: {name} was captioned with another {other}: name "
+                    "another output, or caption such files anew with --again"
+                )
+            if other and name in files:
+                continue
+            done.add(name)
+        if "caption" in entry or name not in files:
             kept.append(line)
     return done, kept
 
 
-def _entry(line: str, where: str) -> dict[str, str]:
+def _difference(entry: About, about: About, file: Path | None) -> str | None:
+    """What about a caption is not as it would be made now, or None."""
+    for key in (*_DECIDE, *about.keys() - set(_DECIDE)):
+        if entry.get(key) != about.get(key):
+            return key
+    if file is not None and (now := state(file)) and now != {k: entry.get(k) for k in now}:
+        return "content"
+    return None
+
+
+def _entry(line: str, where: str) -> About:
     try:
         entry = json.loads(line)
     except ValueError:

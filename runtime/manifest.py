@@ -116,6 +116,11 @@ class Manifest:
     verification: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits by which this export is told from others: of its files' sha256."""
+        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()[:12]
+
     def combination(self, name: str) -> Combination:
         """The combination of that name; EngineFolderError names those that there are instead."""
         for candidate in self.combinations:

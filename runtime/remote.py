@@ -22,6 +22,7 @@ from runtime.request import Caption, FinishReason
 _MOST_CONNECTIONS = 256
 _SECONDS = 120.0  # for one answer
 _PATIENCE = 300.0  # seconds without an answer of any use, before all is given up
+_IDENTITY = ("model", "engine", "precision")
 _LATER = (429, 503, 504)
 _WRONG_SERVICE = (401, 404, 405)  # whatever is sent, it will answer that
 
@@ -36,12 +37,17 @@ class NoCaption(VignetteError):
 
 @dataclass(frozen=True, slots=True)
 class RemoteService:
-    """A service by its URL. `model` captions; `connections` keep it busy."""
+    """A service by its URL. `connections` keep it busy; `identity` decides what it says."""
 
     url: str
     key: str | None
-    model: str
+    identity: dict[str, str]
     connections: int
+
+    @property
+    def model(self) -> str:
+        """Which captions there."""
+        return self.identity["model"]
 
     @classmethod
     def at(cls, url: str, key: str | None = None) -> "RemoteService":
@@ -53,14 +59,15 @@ class RemoteService:
             try:
                 status, _, answer = connection.ask("GET", "/health/ready")
                 slots = sum(worker.get("slots", 0) for worker in answer["workers"])
-                model = answer["model"]
+                ready = [w for w in answer["workers"] if w["state"] == "ready"]
+                identity = [{name: w[name] for name in _IDENTITY} for w in ready]
             except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as cause:
                 raise ServiceFailed(
                     f"{url}/health/ready does not answer as a Vignette service does ({cause!r})"
                 ) from cause
-        if status != 200:
+        if status != 200 or not identity:
             raise ServiceFailed(f"{url} is not ready: {answer['status']}")
-        return cls(url, key, model, max(1, min(_MOST_CONNECTIONS, 2 * slots)))
+        return cls(url, key, identity[0], max(1, min(_MOST_CONNECTIONS, 2 * slots)))
 
 
 def caption_remotely(

@@ -83,6 +83,11 @@ class Runner:
         return self.plan.encoder_provider
 
     @property
+    def precision(self) -> str:
+        """The combination of the manifest."""
+        return self.plan.combination
+
+    @property
     def runs_on(self) -> str:
         """For people: providers and precisions, and the memory that the slots take."""
         return self.plan.describe(len(self._tokens), sum(c.nbytes for c in self._arena))

@@ -10,7 +10,7 @@ from enum import StrEnum
 from runtime.errors import VignetteError
 
 _RECENT = 64  # completions that the drain rate is taken from
-_ENOUGH = 16  # to go by
+_ENOUGH = 4  # to go by
 _IN_TIME = 0.9  # of the deadline: the last in the queue must make it, too
 _LONGEST_WAIT = 60  # seconds that a client is told to wait
 
@@ -40,6 +40,7 @@ class DrainRate:
 
     def __init__(self) -> None:
         self._seconds: deque[float] = deque(maxlen=_RECENT)
+        self.expected: float | None = None  # as measured before the first request
         self._since: float | None = None  # when the last one was completed, or waiting began
 
     def waiting(self, now: float) -> None:
@@ -59,9 +60,9 @@ class DrainRate:
 
     @property
     def seconds(self) -> float | None:
-        """For each request; None while too few have been seen."""
+        """For each request; as expected while too few have been seen, or None."""
         if len(self._seconds) < _ENOUGH:
-            return None
+            return self.expected
         return sum(self._seconds) / len(self._seconds)
 
 
@@ -114,6 +115,20 @@ class Admission:
         each = self._rate.seconds
         in_time = math.inf if not each else _IN_TIME * self._deadline / each
         return int(min(self.slots + self._queue, max(2 * self.slots, in_time)))
+
+    def expect(self, seconds: float) -> None:
+        """A request takes about so long while others wait, until more is known."""
+        self._rate.expected = seconds
+
+    def check_in_time(self, seconds: float) -> None:
+        """Raise QueueFull if the requests inside take longer than one has that was just let in."""
+        each, ahead = self._rate.seconds, self.inside - 1
+        if each and ahead >= self.slots and each * ahead > seconds:
+            raise QueueFull(
+                f"the requests before this one take about {each * ahead:.0f} s, longer than its "
+                "deadline: try again later, or give it more (timeout_ms)",
+                self._seconds_to_drain(),
+            )
 
     def hold(self, size: int) -> None:
         """Count bytes of a body in; raises QueueFull if there are too many already."""

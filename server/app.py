@@ -7,8 +7,10 @@ import tornado.web
 
 from server.handlers import caption, health, metrics, page
 from server.handlers.base import Handler
+from server.logs import plain
 from server.service import Service
 
+_PATH = 200  # characters of one that are logged
 log = logging.getLogger(__name__)
 
 _OPS: list[tuple[str, type[Handler]]] = [
@@ -44,9 +46,22 @@ def _app(service: Service, routes: list[tuple[str, type[Handler]]]) -> tornado.w
 
 
 def _log(handler: tornado.web.RequestHandler) -> None:
-    request = handler.request
+    """A line for a request, with the same as fields for those who read JSON."""
+    ours, request = cast(Handler, handler), handler.request
+    fields = {
+        "method": request.method,
+        "path": plain((request.path or "")[:_PATH], _PATH),
+        "status": handler.get_status(),
+        "duration_ms": round(request.request_time() * 1e3, 1),
+        "client": ours.address,
+        "key": ours.key,
+        "code": ours.code,
+        "model": ours.service.manifest.model,
+        "request_id": ours.name,
+    }
     log.info(
-        "%s %s %d %.1f ms, from %s, request %s",
-        request.method, request.path, handler.get_status(), request.request_time() * 1e3,
-        request.remote_ip, cast(Handler, handler).name,
-    )  # fmt: skip
+        "%(method)s %(path)s %(status)d %(duration_ms).1f ms, %(code)s, from %(client)s, key "
+        "%(key)s, request %(request_id)s",
+        fields,
+        extra={"fields": fields},
+    )

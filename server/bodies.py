@@ -24,6 +24,7 @@ _TEXT = 16 * 1024  # bytes of a field that is no image, and of all that is no st
 _QUOTES = 1024  # that end a string of a JSON document, or are escaped within one
 _DEPTH = 8
 _UNESCAPED = 16  # characters of an image for each escape: some programs escape each "/" or "+"
+_WHITESPACE = str.maketrans("", "", " \t\r\n")
 _NO_OBJECT = 'send {"image": "<base64>"} in UTF-8'
 
 
@@ -207,6 +208,7 @@ def _from_base64(image: Any, long: list[bytes]) -> bytes:
             image = json.loads(written) if b"\\" in written else written[1:-1].decode()
         if image.startswith("data:"):
             image = image.partition(",")[2]
-        return base64.b64decode(image, validate=True)
+        image = image.translate(_WHITESPACE)  # of programs that break lines, as MIME has it
+        return base64.b64decode(image + "=" * (-len(image) % 4), validate=True)
     except (binascii.Error, ValueError, IndexError) as cause:
         raise InvalidRequest("the field 'image' is not base64") from cause

@@ -10,10 +10,11 @@ from server.bodies import Parts, shown, text
 from server.errors import UnsupportedMediaType
 
 JSON, FORM = "application/json", "multipart/form-data"
+URLENCODED = "application/x-www-form-urlencoded"
 _FIELDS = ("prompt", "max_new_tokens", "timeout_ms", "priority")
 _PRIORITIES = ("interactive", "batch")
 # curl --data-binary says x-www-form-urlencoded unless told otherwise; the body is the image.
-_RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
+_RAW_TYPES = ("", "application/octet-stream", URLENCODED)
 _DIGITS = 9  # of a number in a form
 _LARGE = 10**_DIGITS  # more than any field may be
 _LEAST_TIMEOUT_MS = 100  # less is spent on the way

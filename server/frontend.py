@@ -105,10 +105,17 @@ def listen(service: Service, app: tornado.web.Application, sockets: list[socket.
 
 
 def know(
-    service: Service, workers: list[Message], refused: Mapping[str, float] | None = None
+    service: Service,
+    workers: list[Message],
+    refused: Mapping[str, float] | None = None,
+    reading: int = 0,
 ) -> None:
-    """What the supervisor says of the workers, and of images that killed some (until when)."""
+    """What the supervisor says of the workers, and of images that killed some (until when).
+
+    reading: how often the file of API keys was to be read again.
+    """
     service.workers = workers
+    service.read_keys(reading)
     for digest, until in (refused or {}).items():
         service.links.dispatcher.refuse(digest, until)
     for worker in workers:
@@ -119,6 +126,8 @@ def know(
     if ready:
         slots = sum(w["slots"] for w in ready)
         service.admission.slots = -(-slots // service.settings.front_ends)
+        if known := [w["seconds"] for w in ready if w.get("seconds")]:
+            service.admission.expect(service.settings.front_ends * min(known) / len(ready))
         if service.admission.state is State.STARTING:
             service.admission.state = State.READY
 
@@ -129,7 +138,7 @@ async def _hear(control: zmq.asyncio.Socket, service: Service) -> None:
         message = unpacked(await control.recv())
         if message["op"] == "drain":
             return
-        know(service, message["workers"], message["refused"])
+        know(service, message["workers"], message["refused"], message["reading"])
 
 
 async def _beat(control: zmq.asyncio.Socket) -> None:

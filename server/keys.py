@@ -51,14 +51,18 @@ class Client:
 class Keys:
     """The keys that a front-end takes. Its limits are those of all front-ends together."""
 
-    def __init__(self, clients: list[Client], usage: Usage) -> None:
-        self._clients, self._usage = clients, usage
+    def __init__(self, clients: list[Client], usage: Usage, reading: int = 0) -> None:
+        """reading: how often the file was read again; each has counts of its own."""
+        self._clients, self._usage, self.reading = clients, usage, reading
 
     @classmethod
-    def open(cls, path: Path, folder: Path, front_ends: int = 1, index: int = 0) -> "Keys":
+    def open(
+        cls, path: Path, folder: Path, front_ends: int = 1, index: int = 0, reading: int = 0
+    ) -> "Keys":
         """For front-end `index`, counting in the run's `folder`. Raises InvalidKeys."""
         clients = read(path)
-        return cls(clients, Usage(folder / "usage", len(clients), front_ends, index))
+        usage = Usage(folder / f"usage-{reading}", len(clients), front_ends, index)
+        return cls(clients, usage, reading)
 
     @contextmanager
     def enter(self, key: str | None) -> Iterator[str]:
@@ -74,10 +78,6 @@ class Keys:
         finally:
             with self._usage.held():
                 self._usage.count(index, -1)
-
-    def check(self, key: str | None) -> None:
-        """Raise Unauthorised for a key that is not in the file; nothing is counted."""
-        self._find(key)
 
     def _admit(self, index: int, now: float) -> None:
         client, usage = self._clients[index], self._usage

@@ -56,6 +56,7 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "message": plain(record.getMessage(), _MESSAGE),
         }
+        line |= getattr(record, "fields", {})
         if (current := request_id.get()) is not None:
             line["request_id"] = current
         if record.exc_info:

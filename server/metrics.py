@@ -23,17 +23,21 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 _LIVE = "gauge_livesum"  # gauges that end with their process
 _KINDS = ("counter", "histogram", "gauge_max", _LIVE)
+_KEY_BYTES = 20 * 160  # outcomes, and what each takes
 _FILE_BYTES = 64 * 1024  # prometheus_client's own, and several times what is needed
 
 
-def make_files(folder: Path, names: list[str]) -> None:
-    """Files for processes of these names to count into. Raises NoSharedMemory."""
+def make_files(folder: Path, names: list[str], keys: int = 0) -> None:
+    """Files for processes of these names to count into. Raises NoSharedMemory.
+
+    keys: how many API keys there are.
+    """
     folder.mkdir()
     os.environ[FOLDER] = str(folder)
     for name in names:
         for kind in _KINDS:
             handle = os.open(folder / f"{kind}_{name}.db", os.O_RDWR | os.O_CREAT, 0o600)
-            allocate(handle, _FILE_BYTES, "metrics", "free some of it")
+            allocate(handle, _FILE_BYTES + 2 * keys * _KEY_BYTES, "metrics", "free some of it")
             os.close(handle)
 
 
@@ -45,7 +49,7 @@ def count_as(name: str) -> None:
 def forget_gauges(name: str) -> None:
     """The process of that name has died: what it showed leaves the sums; its counts stay."""
     with (Path(os.environ[FOLDER]) / f"{_LIVE}_{name}.db").open("r+b") as file:
-        file.write(bytes(_FILE_BYTES))
+        file.write(bytes(Path(file.name).stat().st_size))
 
 
 class Metrics:
@@ -57,6 +61,12 @@ class Metrics:
             "vignette_requests",
             "Caption requests by outcome: ok, cancelled, or the error code of the answer",
             ["outcome"],
+            registry=registry,
+        )
+        self.by_key = Counter(
+            "vignette_key_requests",
+            "Caption requests by the name of their API key, and outcome",
+            ["key", "outcome"],
             registry=registry,
         )
         self.inside = Gauge(

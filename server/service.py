@@ -2,13 +2,14 @@
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime.errors import InvalidRequest
+from runtime.errors import InvalidRequest, VignetteError
 from runtime.limits import Limits, Prompts
 from runtime.manifest import Manifest
 from runtime.request import Caption
@@ -24,11 +25,14 @@ from server.intake import Intake
 from server.keys import Keys
 from server.links import Workers
 from server.metrics import Metrics
+from server.origins import Network, networks
 from server.refusals import Refusals
 from server.settings import Settings
 from server.shared import PixelStore
 from server.tracing import Tracer
 from server.wire import NICENESS, Message, process_name
+
+log = logging.getLogger(__name__)
 
 _LARGE = 256 * 1024  # bytes that are not hashed on the event loop: a third of a millisecond
 SLOTS = 64  # most that a worker chooses by itself: pixels are kept for as many beside the queue
@@ -50,6 +54,8 @@ class Service:
     cache: CaptionCache | None
     fetcher: Fetcher | None
     tracer: Tracer | None
+    index: int
+    proxies: list[Network]
     intake: Intake = field(default_factory=Intake)
     refusals: Refusals = field(default_factory=Refusals)
     workers: list[Message] = field(default_factory=list)
@@ -59,6 +65,18 @@ class Service:
     def serves(self) -> bool:
         """Whether any worker can take a request now."""
         return self.links.dispatcher.serving
+
+    def read_keys(self, reading: int) -> None:
+        """Take the keys that the file has now; a wrong file is logged. Who was let in goes on."""
+        path = self.settings.api_keys
+        if self.keys is None or path is None or self.keys.reading == reading:
+            return
+        try:
+            self.keys = Keys.open(
+                path, self.store.path.parent, self.settings.front_ends, self.index, reading
+            )
+        except VignetteError as error:
+            log.error("the API keys stay as they were: %s", error)
 
     async def parts(self, body: bytes, client: str) -> Parts:
         """A large JSON body taken apart, in another process. Raises InvalidRequest or TooHard."""
@@ -74,6 +92,7 @@ class Service:
         wait = (asked.timeout_ms or self.settings.timeout_seconds * 1e3) / 1e3
         deadline = time.perf_counter() + wait
         self.limits.check(asked.prompt, asked.max_new_tokens)
+        self.admission.check_in_time(wait)
         try:
             async with asyncio.timeout(wait), self._images(asked, deadline) as images:
                 large = sum(map(len, images)) > _LARGE
@@ -224,4 +243,6 @@ def make_service(
         cache=CaptionCache(settings.cache_mb * 2**20) if settings.cache_mb else None,
         fetcher=Fetcher(domains, settings.max_body_bytes) if domains else None,
         tracer=Tracer(settings.traces) if settings.traces else None,
+        index=index,
+        proxies=networks(settings.trusted_proxies),
     )

@@ -1,6 +1,7 @@
 """Every setting of the server, once: a flag, a `VIGNETTE_*` variable, its default, its reason."""
 
 import difflib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -156,6 +157,16 @@ class Settings(BaseSettings):
         Field(description="domains that image_url may name, .example.org for those below it too; "
               "none switches image_url off"),
     ] = ()  # fmt: skip
+    cors_origins: Annotated[
+        tuple[str, ...],
+        Field(description="origins whose pages may use the service from a browser, such as "
+              "https://example.org, or *; none keeps to its own page"),
+    ] = ()  # fmt: skip
+    trusted_proxies: Annotated[
+        tuple[str, ...],
+        Field(description="addresses or networks of proxies whose X-Forwarded-For is believed, "
+              "such as 10.0.0.0/8"),
+    ] = ()  # fmt: skip
     ops_port: Annotated[
         int | None,
         Field(ge=0, le=65535, description="serve health and metrics on this port instead, and not "
@@ -163,8 +174,8 @@ class Settings(BaseSettings):
     ] = None  # fmt: skip
     traces: Annotated[
         str | None,
-        Field(description="OTLP/HTTP endpoint of an OpenTelemetry collector, such as "
-              "http://localhost:4318/v1/traces; needs the otel extra"),
+        Field(pattern="^https?://[^/]", description="OTLP/HTTP endpoint of an OpenTelemetry "
+              "collector, such as http://localhost:4318/v1/traces; needs the otel extra"),
     ] = None  # fmt: skip
     log_format: Annotated[
         str, Field(pattern="^(text|json)$", description="text for people, json for machines")
@@ -199,9 +210,14 @@ class Settings(BaseSettings):
         )
 
 
+def _names() -> list[str]:
+    """Of the settings as variables have them, without the prefix."""
+    return [field.upper() for field in Settings.model_fields]
+
+
 def unknown_variables(environment: Iterable[str]) -> list[str]:
     """What to say of each variable that looks like a setting, and is none."""
-    known = [field.upper() for field in Settings.model_fields]
+    known = _names()
     said = []
     for variable in sorted(environment):
         name = variable.removeprefix(_PREFIX)
@@ -215,11 +231,17 @@ def unknown_variables(environment: Iterable[str]) -> list[str]:
 
 def from_command_line(arguments: list[str] | None = None) -> Settings:
     """Settings from flags, then variables, then defaults; InvalidSettings names the wrong ones."""
+    for name, value in os.environ.items():
+        if name.startswith(_PREFIX) and not value and name.removeprefix(_PREFIX) in _names():
+            raise InvalidSettings(f"{name} is empty: give it a value, or unset it")
     try:
-        return Settings(_cli_parse_args=True if arguments is None else arguments)  # type: ignore[call-arg]
+        settings = Settings(_cli_parse_args=True if arguments is None else arguments)  # type: ignore[call-arg]
     except ValidationError as cause:
         problems = "; ".join(
             f"--{'-'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']} (got {e['input']!r})"
             for e in cause.errors()
         )
         raise InvalidSettings(f"{problems}. See python -m server --help") from cause
+    if settings.ops_port and settings.ops_port == settings.port:
+        raise InvalidSettings(f"--ops-port {settings.ops_port} is the port itself: choose another")
+    return settings

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import zmq
 import zmq.asyncio
 
 from runtime.errors import VignetteError
-from server import decoder, frontend, metrics
+from server import decoder, frontend, keys, metrics
 from server.children import Child
 from server.dispatch import QUARANTINE_SECONDS
 from server.logs import flush
@@ -50,7 +50,8 @@ class Supervisor:
         """
         self._settings, self._draining, self._over = settings, False, asyncio.Event()
         self._failure: str | None = None
-        self._announced = False
+        self._reading = 0  # how often the API keys were read again
+        self._announced = self._stopping = False
         self._ports = Ports(settings)
         self._run = RunFolder()
         self._folder = self._run.path
@@ -70,9 +71,11 @@ class Supervisor:
         """Serve until told to stop. Raises NoSharedMemory or CannotStart."""
         try:
             names = [child.station for child in [*self._workers, *self._later]]
-            metrics.make_files(self._folder / "metrics", names)
+            path = self._settings.api_keys
+            known = len(keys.read(path)) if path else 0
+            metrics.make_files(self._folder / "metrics", names, known)
             self._control.bind(control_address(self._folder))
-            await self._serve(_stop_event())
+            await self._serve(_stop_event(self._read_keys))
         finally:
             self._kill_all()
             self._control.close(linger=0)
@@ -118,7 +121,10 @@ class Supervisor:
                     child.step_since = None
             last = now
             for child in [*self._workers, *self._front_ends]:
-                if child.state == "down":
+                if self._stopping and child.kind == "worker":
+                    if child.ailing(now, self._settings.step_seconds):
+                        child.kill()  # nobody waits for it any more
+                elif child.state == "down":
                     if now >= child.start_at:
                         child.start()
                 elif child.state != "over" and (
@@ -150,6 +156,21 @@ class Supervisor:
         if not self._announced and child.failures > 1:
             self._failure = self._failure or f"no {child.kind} process stays up: see the log"
             self._over.set()
+
+    async def _read_keys(self) -> None:
+        """Have all front-ends read the file of API keys again, if it can be used."""
+        path = self._settings.api_keys
+        if path is None:
+            log.warning("SIGHUP reads the API keys again, and there are none (--api-keys)")
+            return
+        try:
+            clients = keys.read(path)
+        except VignetteError as error:
+            log.error("the API keys stay as they were: %s", error)
+            return
+        self._reading += 1
+        log.info("%s was read again: %d API keys", path, len(clients))
+        await self._tell_front_ends()
 
     # --- Messages ---------------------------------------------------------------------------------
 
@@ -191,7 +212,12 @@ class Supervisor:
         workers = [child.public() for child in self._workers]
         for child in self._front_ends:
             if child.state == "ready":
-                message = {"op": "workers", "workers": workers, "refused": self._refused.items()}
+                message = {
+                    "op": "workers",
+                    "workers": workers,
+                    "refused": self._refused.items(),
+                    "reading": self._reading,
+                }
                 await self._send(child, message)
 
     async def _send(self, child: Child, message: Message) -> None:
@@ -236,7 +262,7 @@ class Supervisor:
                 await self._send(child, {"op": "stop"})
             else:
                 child.kill()
-            child.state = "over"
+        self._stopping = True
         while any(c.alive for c in self._workers) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
@@ -251,12 +277,13 @@ def _variables(device: str) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": device} if device else {}
 
 
-def _stop_event() -> asyncio.Event:
+def _stop_event(on_hangup: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Event:
     """Set by the first signal that asks to end; the second takes its default course, at once.
 
-    The other signals of an operator do nothing.
+    on_hangup: what SIGHUP does. The other signals of an operator do nothing.
     """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    running: set[asyncio.Task[None]] = set()  # or they could be collected before they end
 
     def on_signal(number: signal.Signals) -> None:
         loop.remove_signal_handler(number)
@@ -266,6 +293,8 @@ def _stop_event() -> asyncio.Event:
     for number in OPERATORS_SIGNALS:
         if number in _ENDING:
             loop.add_signal_handler(number, on_signal, number)
+        elif number is signal.SIGHUP:
+            loop.add_signal_handler(number, lambda: running.add(loop.create_task(on_hangup())))
         else:
             loop.add_signal_handler(number, log.warning, "%s does nothing here", number.name)
     return stop

@@ -282,7 +282,7 @@ def serve(open_engine: Callable[[], Engine], folder: Path, index: int, epoch: in
         worker,
         {
             "pid": os.getpid(),
-            "model": engine.manifest.model,
+            **engine.identity,
             "runs_on": engine.runs_on,
             "provider": engine.runner.provider,
             "device": _device(engine),

@@ -31,7 +31,7 @@ class FakeRunner:
 
     text_tokens = 32
     pixels_shape = (3, 4, 4)
-    runs_on = provider = "fake"
+    runs_on = provider = precision = "fake"
     on_gpu = False
 
     def __init__(self, burst: int = 1) -> None:

@@ -139,7 +139,7 @@ class _WorkerThread(threading.Thread):
         service = self._live.service
         self._worker = Worker(engine, router, WorkerMetrics(service.metrics.registry))
         facts = {"index": 0, "epoch": 1, "state": "ready", "slots": engine.config.slots,
-                 "pid": 1, "restarts": 0, "last_end": None}  # fmt: skip
+                 "pid": 1, "restarts": 0, "last_end": None, **engine.identity}  # fmt: skip
         self._live.loop.call_soon_threadsafe(know, service, [facts])
         self._worker.run()
         router.close(linger=0)

@@ -13,7 +13,8 @@ from runtime.__main__ import main
 from runtime.bulk import caption_files
 from runtime.config import EngineConfig
 from runtime.errors import InvalidRequest
-from runtime.lines import CaptionLines
+from runtime.lines import CaptionLines, state
+from runtime.manifest import EXACT, read
 from tests.conftest import DEMO, SAMPLES
 from tests.fakes import FakeRunner, fake_engine
 
@@ -21,7 +22,9 @@ SAID = {
     name: said["caption"]
     for name, said in json.loads((SAMPLES / "captions.json").read_text()).items()
 }
-MADE_BY = {"model": "vignette-demo"}
+MADE_BY = {
+    "model": "vignette-demo", "engine": read(DEMO).fingerprint, "precision": "fp32/fp32/float32",
+}  # fmt: skip
 PHOTOS = {"owl.png", "cats.png", "donuts.png", "umbrella.png"}
 
 
@@ -38,7 +41,8 @@ def photos(tmp_path) -> Path:
 
 
 def run(*arguments: Path | str) -> int:
-    return main([*map(str, arguments), "--engine", str(DEMO), "--provider", "cpu"])
+    given = [*map(str, arguments), "--engine", str(DEMO), "--provider", "cpu"]
+    return main([*given, "--precision", EXACT])
 
 
 def entries(output: Path) -> dict[str, dict[str, str]]:
@@ -76,8 +80,9 @@ def test_a_file_that_is_no_image_fails_alone(photos, tmp_path, capfd):
 
 def test_the_same_command_goes_on_after_a_kill(photos, tmp_path, capfd):
     output = tmp_path / "captions.jsonl"
+    cats = photos / "cats.png"
     lines = (
-        {"file": str(photos / "cats.png"), "caption": "kept as it is"},
+        {"file": str(cats), "caption": "kept as it is", **state(cats)},
         {"file": "elsewhere.png", "error": "not of this run"},
         {"file": str(photos / "donuts.png"), "error": "tried again"},
         {"file": str(photos / "umbrella.png"), "caption": "cut off"},
@@ -99,14 +104,19 @@ def test_the_same_command_goes_on_after_a_kill(photos, tmp_path, capfd):
     ("content", "complaint"),
     [
         ("file,caption\na.png,an owl\n", "line 1, is no caption"),
-        (json.dumps({"file": "a", "prompt": "how many"} | MADE_BY) + "\n", "another prompt"),
         ('{"file": "a.png", "model": "git-base", "caption": "a cat"}\n', "another model"),
+        *(
+            (json.dumps(MADE_BY | {"file": "a", "caption": "b", key: value}) + "\n",
+             f"another {key}")
+            for key, value in (("prompt", "how many"), ("max_new_tokens", 3), ("engine", "x"),
+                               ("precision", "int8/int8/int8"))
+        ),
     ],
-)
+)  # fmt: skip
 def test_a_file_that_holds_something_else_is_left_alone(
     content, complaint, photos, tmp_path, capfd
 ):
-    output = tmp_path / "precious.csv"
+    output = tmp_path / "precious.jsonl"
     output.write_text(content)
     assert run(photos, "--output", output) == 1
     assert complaint in capfd.readouterr().err
@@ -174,8 +184,42 @@ def test_names_need_not_be_utf_8(tmp_path):
     output = tmp_path / "captions.jsonl"
     for _ in range(2):  # the second finds it done
         assert run(tmp_path / name, "--output", output) == 0
-        [line] = output.read_bytes().splitlines()
-        assert b"\xe9t\xe9.png" in line
+        [line] = output.read_text("utf-8").splitlines()
+        written = json.loads(line)["file"]
+        back = written.encode("latin-1", "backslashreplace").decode("unicode_escape")
+        assert os.fsencode(str(tmp_path / name)).endswith(back.encode("latin-1")[-9:])
+        assert written.endswith(r"\xe9t\xe9.png")
+
+
+def test_a_caption_is_for_one_content_and_one_way_of_making_it(photos, tmp_path, capfd):
+    output = tmp_path / "captions.jsonl"
+    assert run(photos, "--output", output) == 0
+    shutil.copy(photos / "donuts.png", photos / "cats.png")
+    capfd.readouterr()
+    assert run(photos, "--output", output) == 1
+    assert "cats.png was captioned with another content" in capfd.readouterr().err
+    assert run(photos, "--output", output, "--again") == 0
+    assert "1 captioned, 3 before" in capfd.readouterr().err
+    assert entries(output)["cats.png"]["caption"] == SAID["donuts.png"]
+    assert run(photos, "--output", output, "--max-new-tokens", "2") == 1
+    assert run(photos, "--output", output, "--max-new-tokens", "2", "--again") == 0
+    assert {line["finish_reason"] for line in entries(output).values()} == {"length"}
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.parquet"])
+def test_what_is_not_written_is_refused(name, photos, tmp_path, capfd):
+    assert run(photos, "--output", tmp_path / name) == 1
+    assert "only lines of JSON" in capfd.readouterr().err
+
+
+def test_hidden_folders_are_left_out(photos, tmp_path):
+    hidden = photos / ".thumbnails"
+    hidden.mkdir()
+    shutil.copy(photos / "cats.png", hidden / "small.png")
+    shutil.copy(photos / "cats.png", photos / "._cats.png")
+    output = tmp_path / "captions.jsonl"
+    assert run(photos, "--output", output) == 0
+    assert set(entries(output)) == PHOTOS
 
 
 def small_images(folder: Path, count: int) -> list[Path]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.config import EngineConfig
-from runtime.errors import InvalidRequest
+from runtime.errors import InvalidImage, InvalidRequest
 from runtime.request import FinishReason
 from tests.fakes import EOS, fake_engine, image
 
@@ -132,6 +132,6 @@ def test_a_caption_of_an_unfinished_sequence_is_an_error():
 
 def test_generate_leaves_nothing_behind_when_one_image_is_bad():
     engine = fake_engine()
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InvalidImage, match="image 2"):
         engine.generate([image(1), np.zeros(3, np.uint8)])
     assert engine.scheduler.idle

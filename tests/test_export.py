@@ -199,6 +199,52 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
         load(str(saved))
 
 
+def _no_tokenizer(folder, weights):
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _other_shape(folder, weights):
+    name = next(name for name in weights if "visual_projection" in name and "weight" in name)
+    weights[name] = torch.zeros(3, *weights[name].shape[1:])
+
+
+def _not_a_number(folder, weights):
+    name = next(name for name in weights if "visual_projection" in name)
+    weights[name] = weights[name] * float("nan")
+
+
+def _small_vocabulary(folder, weights):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {f"more{n}": len(vocabulary) + n for n in range(5000)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_no_tokenizer, "has no tokenizer that can be read: put tokenizer.json"),
+        (_other_shape, r"visual_projection.* is \[3.* in the weights and .* by config.json"),
+        (_not_a_number, "visual_projection.* are no numbers"),
+        (_small_vocabulary, "its tokenizer knows .* tokens, and the model"),
+    ],
+)
+def test_what_is_wrong_with_a_checkpoint_is_named(change, message, tmp_path):
+    saved = tmp_path / "saved"
+    shutil.copytree(ROOT / "demo" / "model", saved)
+    weights = load_file(saved / "model.safetensors")
+    change(saved, weights)
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=message):
+        load(str(saved))
+
+
+def test_a_folder_that_is_not_there_is_no_name_on_the_hub():
+    with pytest.raises(ExportError, match=r"/no/such/folder does not exist"):
+        load("/no/such/folder")
+
+
 def test_random_weights_that_say_the_same_for_all_images_prove_nothing(tmp_path):
     checkpoint = from_config("x", SHAPES["base"])
     with torch.no_grad():

@@ -29,6 +29,7 @@ class Clients:
 
     def __init__(self, url: str, at_once: int = 4096) -> None:
         self._url = url
+        self.headers = {"Content-Type": "image/png"}
         self._http: AsyncHTTPClient = SimpleAsyncHTTPClient(
             force_instance=True, max_clients=at_once
         )
@@ -40,7 +41,7 @@ class Clients:
             response: HTTPResponse = await self._http.fetch(
                 f"{self._url}/caption{query}", method="POST", body=image, raise_error=False,
                 request_timeout=seconds, connect_timeout=seconds,
-                headers={"Content-Type": "image/png"},
+                headers=self.headers,
             )  # fmt: skip
         except (OSError, HTTPTimeoutError, HTTPClientError):
             return Answer(0, time.perf_counter() - start)

@@ -14,6 +14,7 @@ import tornado.web
 
 from server.errors import INTERNAL, answer_to
 from server.logs import request_id
+from server.origins import PREFLIGHT, address_of, cors_headers
 from server.service import Service
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,10 @@ class Handler(tornado.web.RequestHandler):
         """Tornado passes the service of the app here."""
         self.service = service
         self.name = ""
-        self.client = self.request.remote_ip or ""
+        self.code = "ok"  # or of the error that is answered
+        self.key: str | None = None  # the name of the client's API key
+        peer = self.request.remote_ip or ""
+        self.address = address_of(peer, self.request.headers, service.proxies)
         self._refusing = False
 
     def set_default_headers(self) -> None:
@@ -44,7 +48,29 @@ class Handler(tornado.web.RequestHandler):
         given = self.request.headers.get("X-Request-Id", "")
         self.name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         request_id.set(self.name)
-        self.set_header("X-Request-Id", self.name)
+        self._set_common_headers()
+
+    @property
+    def client(self) -> str:
+        """With whom the request shares its turns: all of one key, or of one address."""
+        return self.key or self.address
+
+    def _set_common_headers(self) -> None:
+        """Tornado forgets all headers before it answers an error."""
+        if self.name:
+            self.set_header("X-Request-Id", self.name)
+        allowed = self.service.settings.cors_origins
+        for name, value in cors_headers(self.request.headers.get("Origin"), allowed).items():
+            self.set_header(name, value)
+
+    def options(self) -> None:
+        """What a browser asks before a page of another origin may send its request."""
+        if not self.service.settings.cors_origins:
+            raise tornado.web.HTTPError(405)
+        for name, value in PREFLIGHT.items():
+            self.set_header(name, value)
+        self.set_status(204)
+        self.finish()
 
     def head(self) -> None:
         """Where there is something to get: the same without the body, which Tornado leaves out."""
@@ -96,8 +122,7 @@ class Handler(tornado.web.RequestHandler):
         error = kwargs.get("exc_info", (None, None, None))[1]
         answer = answer_to(error, status_code)
         self.set_status(answer.status)
-        if self.name:  # Tornado forgets all headers before it comes here
-            self.set_header("X-Request-Id", self.name)
+        self._set_common_headers()
         retry_after = getattr(error, "retry_after", None)
         if retry_after is not None:
             self.set_header("Retry-After", str(retry_after))
@@ -107,6 +132,7 @@ class Handler(tornado.web.RequestHandler):
             self.set_header("WWW-Authenticate", "Bearer")
         if answer.status == 405:
             self.set_header("Allow", self.allowed())
+        self.code = answer.code
         self.outcome(answer.code)
         message = answer.message or str(error)
         self.write_json({"error": {"code": answer.code, "message": message}})

@@ -7,13 +7,13 @@ from contextlib import ExitStack
 
 from runtime.errors import InvalidRequest, VignetteError
 from runtime.request import Caption
-from server.bodies import PIECE, Parts, json_parts, media_type, read_form
-from server.errors import BodyTooLarge
-from server.forms import FORM, JSON, Asked, asked, check_media_type, query_fields
+from server.bodies import PIECE, Parts, json_parts, media_type, read_form, shown
+from server.errors import BodyTooLarge, UnsupportedMediaType
+from server.forms import FORM, JSON, URLENCODED, Asked, asked, check_media_type, query_fields
 from server.handlers.base import Handler
 from server.service import Service
 
-_DRAINED = 4  # times the body limit
+_DRAINED = 20  # times the body limit
 _DIGITS = 15  # of a Content-Length
 _WEIGHT = re.compile(r"[01](\.[0-9]{0,3})?")
 
@@ -40,15 +40,22 @@ class CaptionHandler(Handler):
         is read and dropped first, unless the client waits for the answer, or sends far too much.
         """
         super().prepare()
+        if self.request.method == "OPTIONS":
+            return
         most = _DRAINED * self._limit
         self.request.connection.set_max_body_size(most + PIECE)  # type: ignore[union-attr]
         declared = self.request.headers.get("Content-Length", "0")
         length = int(declared) if declared.isdecimal() and len(declared) <= _DIGITS else most + 1
         try:
             if self.service.keys is not None:
-                self.client = self._place.enter_context(self.service.keys.enter(self._key()))
+                self.key = self._place.enter_context(self.service.keys.enter(self._key()))
             self._kind, self._boundary = media_type(self.request.headers.get("Content-Type", ""))
             check_media_type(self._kind)
+            encoding = self.request.headers.get("Content-Encoding", "identity")
+            if encoding.lower() != "identity":
+                raise UnsupportedMediaType(
+                    f"Content-Encoding {shown(encoding)} is not taken: send the body as it is"
+                )
             if length > self._limit:
                 raise self._too_large()
         except VignetteError as error:
@@ -141,6 +148,11 @@ class CaptionHandler(Handler):
             short = len(body) <= PIECE
             parts = json_parts(body) if short else await self.service.parts(body, self.client)
         else:
+            if self._kind == URLENCODED and body.startswith(b"image="):
+                raise InvalidRequest(
+                    "this is an urlencoded form: send the file itself (curl --data-binary @FILE), "
+                    "or a multipart form (curl -F image=@FILE)"
+                )
             parts = Parts(images=[body])
         return asked(parts, query)
 
@@ -172,6 +184,8 @@ class CaptionHandler(Handler):
         """Count how the request ended; what is answered to a client that has gone is nothing."""
         if not self._gone:
             self.service.metrics.requests.labels(code).inc()
+            if self.key is not None:
+                self.service.metrics.by_key.labels(self.key, code).inc()
             if self.service.tracer is not None:
                 seconds = self._seconds or {"total": self.request.request_time()}
                 self.service.tracer.record(self.request.headers, code, seconds, self.name)

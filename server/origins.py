@@ -1,0 +1,73 @@
+"""Where a request comes from: its address, also behind proxies, and a browser's page."""
+
+import ipaddress
+from collections.abc import Mapping
+
+from runtime.errors import VignetteError
+
+_FORWARDED = 2000  # characters of X-Forwarded-For that are looked at, the last ones
+_METHODS = "GET, HEAD, POST"
+_REQUEST_HEADERS = (
+    "Accept, Authorization, Content-Type, X-API-Key, X-Priority, X-Request-Id, X-Timeout-Ms"
+)
+_ANSWER_HEADERS = "Retry-After, X-Request-Id"
+_PREFLIGHT_SECONDS = 600
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class InvalidProxies(VignetteError):
+    """A setting that names no network."""
+
+
+def networks(names: tuple[str, ...]) -> list[Network]:
+    """Addresses and networks by their names. Raises InvalidProxies."""
+    try:
+        return [ipaddress.ip_network(name) for name in names]
+    except ValueError as cause:
+        raise InvalidProxies(f"--trusted-proxies: {cause}") from cause
+
+
+def address_of(peer: str, headers: Mapping[str, str], proxies: list[Network]) -> str:
+    """Whom a request is from: its peer, or whom a trusted proxy says that it had it from."""
+    said = headers.get("X-Forwarded-For", "")[-_FORWARDED:].split(",")
+    while proxies and said and _within(peer, proxies):
+        before = said.pop().strip()
+        if not _is_address(before):
+            break
+        peer = before
+    return peer
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _within(address: str, proxies: list[Network]) -> bool:
+    if not _is_address(address):
+        return False
+    ip = ipaddress.ip_address(address)
+    return any(ip in network for network in proxies)
+
+
+def cors_headers(origin: str | None, allowed: tuple[str, ...]) -> dict[str, str]:
+    """What lets a page of another origin read an answer (Fetch standard, 3.2), if it may."""
+    if not allowed:
+        return {}
+    if origin is None or (origin not in allowed and "*" not in allowed):
+        return {"Vary": "Origin"}
+    return {
+        "Vary": "Origin",
+        "Access-Control-Allow-Origin": origin,
+        "Access-Control-Expose-Headers": _ANSWER_HEADERS,
+    }
+
+
+PREFLIGHT = {
+    "Access-Control-Allow-Methods": _METHODS,
+    "Access-Control-Allow-Headers": _REQUEST_HEADERS,
+    "Access-Control-Max-Age": str(_PREFLIGHT_SECONDS),
+}
