@@ -106,10 +106,11 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
 def _check_whole(model: str, weights: GitForCausalLM, found: dict[str, Any]) -> None:
     """Raise ExportError unless every weight was read, in its shape, and is a number."""
     if found["mismatched_keys"]:
-        name, stored, wanted = min(found["mismatched_keys"])
+        name = min(found["mismatched_keys"])
+        wanted = list(weights.get_parameter(name).shape)
         raise ExportError(
-            f"{model}: {name} is {list(stored)} in the weights and {list(wanted)} by config.json: "
-            "take both from the same checkpoint"
+            f"{model}: {name} has another shape than config.json asks for ({wanted}): take both "
+            "from the same checkpoint"
         )
     if lacking := sorted(found["missing_keys"]):
         raise ExportError(

@@ -80,6 +80,7 @@ class Decoders:
         seconds: of a core, for one image, after which it is given up.
         """
         self._seconds = seconds
+        self._wall = 2 * seconds + 1  # by the clock: by then it is not the processor that it lacks
         self._quick = _Lane(setup, count).start(count)
         self._slow = _Lane(replace(setup, niceness=setup.niceness + _LOWER), 1)
         self._too_hard = Remembered(_REMEMBERED_SECONDS)
@@ -106,7 +107,7 @@ class Decoders:
     async def parts(self, body: bytes, client: str) -> Parts:
         """Take a JSON body apart. Raises InvalidRequest; TooHard if that takes too long."""
         try:
-            errand = _Errand(PARTS, body, self._seconds, self._seconds)
+            errand = _Errand(PARTS, body, self._seconds, self._wall)
             _, answer = await self._quick.ask(client, errand)
         except _Unfit as cause:
             raise TooHard("reading this JSON took too long: send less of it") from cause
@@ -115,7 +116,7 @@ class Decoders:
     async def _decode_quickly(self, job: Job) -> float:
         """Decode what takes little, and return 0; of another image the seconds as estimated."""
         seconds = min(_QUICK_LIMIT, self._seconds)
-        errand = _Errand(PIXELS, job.image, seconds, self._seconds, (job.slot, job.frame), _QUICK)
+        errand = _Errand(PIXELS, job.image, seconds, self._wall, (job.slot, job.frame), _QUICK)
         try:
             kind, answer = await self._quick.ask(job.origin.client, errand)
         except _OutOfTime:

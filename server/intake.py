@@ -1,6 +1,7 @@
 """How fast large bodies are taken in, so that receiving them leaves time for captioning."""
 
 import asyncio
+from collections.abc import Awaitable
 
 _FREE = 256 * 1024  # bytes of each body, which most images do not reach
 _RATE = 100e6  # bytes a second beyond that, of all bodies together: a quarter of a slow core
@@ -15,12 +16,15 @@ class Intake:
         self._rate, self._burst = rate, burst
         self._credit, self._at = burst, 0.0
 
-    async def take(self, received: int, size: int) -> None:
-        """Wait until `size` bytes more of a body may follow, of which `received` are here."""
+    def take(self, received: int, size: int) -> Awaitable[None] | None:
+        """What to wait for before more of a body is read than the `received` bytes that are here.
+
+        size: of those that came last.
+        """
         if received <= _FREE:
-            return
+            return None
         now = asyncio.get_running_loop().time()
         self._credit = min(self._burst, self._credit + (now - self._at) * self._rate) - size
         self._at = now
-        if self._credit < -_STEP:
-            await asyncio.sleep(-self._credit / self._rate)
+        late = self._credit < -_STEP
+        return asyncio.sleep(-self._credit / self._rate) if late else None

@@ -9,7 +9,7 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from server.logs import Seldom
 log = logging.getLogger(__name__)
 
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_CHUNKS, _CHUNK = 256, 512  # of a connection whatever their size, and bytes of the others
 _PAUSE_SECONDS = 0.5  # without accepting, when the system has no room for another connection
 
 
@@ -140,6 +141,8 @@ def _address(connection: HTTP1ServerConnection) -> str:
 class _Stream(IOStream):
     """A connection whose client may end its side of it and still wait for the answer.
 
+    One that sends a body in chunks of a few bytes is hung up on: each takes as long as a large one.
+
     last: the client has said that it sends no other request (Connection: close), and the one it
     sent is here. That nothing more comes then says nothing; otherwise it says that the client has
     gone.
@@ -147,10 +150,12 @@ class _Stream(IOStream):
 
     last = False
     _ended = False
+    _received = _chunks = 0
 
     def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
         """Bytes that were read; None if there are none now, 0 if there won't be any."""
         count = super().read_from_fd(buf)
+        self._received += count or 0
         if count != 0 or not self.last:
             return count
         if self._ended:
@@ -159,6 +164,13 @@ class _Stream(IOStream):
         self._ended = True
         buf[:1] = b"\n"
         return 1
+
+    def read_until(self, delimiter: bytes, max_bytes: int | None = None) -> Awaitable[bytes]:
+        """Bytes up to a delimiter: the length of the next chunk, in Tornado's server."""
+        self._chunks += 1
+        if self._chunks > _CHUNKS + self._received / _CHUNK:
+            self.close()
+        return super().read_until(delimiter, max_bytes)
 
 
 class _Watched(HTTPMessageDelegate):

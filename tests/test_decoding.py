@@ -252,13 +252,13 @@ def test_images_are_decoded_in_their_order(store):
 def test_a_decoder_that_hangs_is_replaced_in_time(store):
     decoders = pool(store)
     decode(decoders, png())
-    decoders._seconds = 0.5
+    decoders._wall = 0.5
     os.kill(decoders.pids[0], signal.SIGSTOP)
     start = time.perf_counter()
     with pytest.raises(TooHard, match="took too long"):
         decode(decoders, png())
     assert time.perf_counter() - start < 5
-    decoders._seconds = 20.0
+    decoders._wall = 20.0
     decode(decoders, png((4, 5, 6)))
     decoders.close()
 

@@ -73,7 +73,7 @@ def _short(names: list[str], long: bool) -> Verdict:
 
 def content_types(long: bool) -> Verdict:
     """17: boundaries and header parameters that take quadratic time to read, and forms."""
-    return _short(["boundary", "parameters", "form"], long)
+    return _short(["boundary", "parameters", "form", "tiny chunks"], long)
 
 
 def large_json(long: bool) -> Verdict:

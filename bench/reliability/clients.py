@@ -126,7 +126,7 @@ def oversized(long: bool) -> Verdict:
         statuses.append(_raw(it.port, chunked))
         time.sleep(0.5)
         grown = (it.resident() - before) / 2**20 / (len(statuses) / 100)
-        # Far beyond the limit the server hangs up, and the client may see that before the answer.
+        # On a body of single bytes the server hangs up.
         fine = all(400 <= status < 500 for status in statuses[:-1]) and statuses[-1] in (0, 413)
         good = asyncio.run(one_caption(it)).caption == said()
         return Verdict(

@@ -57,6 +57,14 @@ def _form(port: int) -> None:
     post(port, kind, (b"\r\n--" + b"-" * 69) * (_LARGE // 73))
 
 
+def _tiny_chunks(port: int) -> None:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as client:
+        client.settimeout(60)
+        head = b"POST /caption HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        client.sendall(head + b"1\r\nx\r\n" * 200_000)
+        client.recv(1000)
+
+
 @cache
 def _many_keys() -> bytes:
     return b"{%s}" % b",".join(b'"%d":1' % n for n in range(900_000))
@@ -116,6 +124,7 @@ SENDERS: dict[str, Callable[[int], object]] = {
     "boundary": _boundary,
     "parameters": _parameters,
     "form": _form,
+    "tiny chunks": _tiny_chunks,
     "keys": lambda port: post(port, _JSON_HEAD, _many_keys()),
     "strings": lambda port: post(port, _JSON_HEAD, _many_strings()),
     "escapes": lambda port: post(port, _JSON_HEAD, _escapes()),

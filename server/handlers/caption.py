@@ -3,6 +3,7 @@
 import asyncio
 import re
 import time
+from collections.abc import Awaitable
 from contextlib import ExitStack
 
 from runtime.errors import InvalidRequest, VignetteError
@@ -65,15 +66,14 @@ class CaptionHandler(Handler):
             else:
                 self._refused = error
 
-    async def data_received(self, chunk: bytes) -> None:
+    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         """Gather the body; a chunked one tells its length only as it comes."""
         if self._finished:
-            return
+            return None
         self._received += len(chunk)
-        await self.service.intake.take(self._received, len(chunk))
         if self._received > _DRAINED * self._limit:
             self._refuse_now(self._refused or self._too_large())
-            return
+            return None
         if self._refused is None:
             try:
                 if self._received > self._limit:
@@ -84,6 +84,7 @@ class CaptionHandler(Handler):
                 self._drop_body()
             else:
                 self._body += chunk
+        return self.service.intake.take(self._received, len(chunk))
 
     def _hold(self, size: int) -> None:
         """Count bytes of this request among those inside. Raises QueueFull."""
