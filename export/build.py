@@ -30,6 +30,7 @@ from export.greedy import Case
 from export.half import build_half
 from export.onnx_config import OPSET, GitDecoderOnnxConfig, GitEncoderOnnxConfig
 from export.pictures import LEAST_PICTURES, rows
+from export.self_test import choose
 from export.split import ImagePrefix, TextDecoder
 from export.variants import build_variants, data_name, file_name, variant
 from export.verify import verify
@@ -78,9 +79,12 @@ def build(checkpoint: Checkpoint, output: Path, proof: Proof | None = None) -> M
         print("running ONNX, then PyTorch on the same images", flush=True)
         found = verify(checkpoint, folder, proof.images, proof.new_tokens, list(proof.pixels))
         fast, fp32_nodes = _fast_ones(checkpoint, folder, proof)
-        manifest = _describe(checkpoint, folder, [exact(found.images), *fast])
-        measured = asdict(found) | {"fp32_nodes": fp32_nodes}
-        manifest = replace(manifest, verification=measured)
+        kept = [exact(found.images), *fast]
+        manifest = replace(
+            _describe(checkpoint, folder, kept),
+            self_test=choose(checkpoint, folder, kept),
+            verification=asdict(found) | {"fp32_nodes": fp32_nodes},
+        )
         manifest.save(folder)
     return manifest
 

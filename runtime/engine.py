@@ -97,6 +97,7 @@ class Engine:
         self._pacing = Pacing(config.patience)
         self.scheduler = self._new_scheduler()
         self.last_step = StepReport()
+        self.seconds: float | None = None  # of a caption of the self-test, if it was opened
         self._owner: int | None = None  # the thread that called `submit` or `step`
         self._callers = Callers(self._add, self._step, self.abandon)
 
@@ -116,12 +117,15 @@ class Engine:
         """Load and warm up what `runtime.opening.prepare` found whole; raises ProviderError."""
         from runtime.opening import open_runner
 
-        runner, slots = open_runner(prepared)
+        opened = open_runner(prepared)
+        runner, slots = opened.runner, opened.slots
         config = replace(
             prepared.config, encode_batch=min(runner.plan.encode_batch, slots), slots=slots
         )
         tokenizer = CaptionTokenizer(prepared.folder, prepared.manifest)
-        return cls(prepared.manifest, tokenizer, runner, config)
+        engine = cls(prepared.manifest, tokenizer, runner, config)
+        engine.seconds = opened.seconds
+        return engine
 
     @property
     def identity(self) -> dict[str, str]:
@@ -134,8 +138,13 @@ class Engine:
 
     @property
     def runs_on(self) -> str:
-        """For people: providers and precisions of both graphs, and what the slots take."""
-        return self.runner.runs_on
+        """For people: providers and precisions, what the slots take, and the self-test."""
+        return f"{self.runner.runs_on}; self-test {self.self_test}"
+
+    @property
+    def self_test(self) -> str:
+        """For people: whether it says what PyTorch said; an engine that doesn't is never opened."""
+        return "passed" if self.manifest.self_test else "none in this export"
 
     def submit(
         self,

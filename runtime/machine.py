@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +20,12 @@ _INSTRUCTIONS = (
     "avx512_bf16",
     "amx_bf16",
     "amx_int8",
+    "asimddp",
+    "i8mm",
 )
+
+_INT8_DOT = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+_APPLE = {"asimddp"}  # all processors of theirs that are called arm64
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +39,7 @@ class Machine:
     @property
     def has_int8_dot(self) -> bool:
         """8-bit products are summed in 32 bits without saturating on the way, and fast."""
-        return any(i in self.instructions for i in ("avx_vnni", "avx512_vnni", "amx_int8"))
+        return any(i in self.instructions for i in _INT8_DOT)
 
     @property
     def has_amx(self) -> bool:
@@ -47,7 +53,7 @@ class Machine:
 
 @cache
 def this_machine() -> Machine:
-    """The machine that this process runs on; outside Linux no instruction set is known."""
+    """The machine that this process runs on; outside Linux few instruction sets are known."""
     fields: dict[str, str] = {}
     if _CPUINFO.is_file():
         for line in _CPUINFO.read_text().partition("\n\n")[0].splitlines():
@@ -55,7 +61,9 @@ def this_machine() -> Machine:
             fields[name.strip()] = value.strip()
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    flags = set(fields.get("flags", "").split())
+    flags = set(f"{fields.get('flags', '')} {fields.get('Features', '')}".split())  # x86, ARM
+    if (sys.platform, platform.machine()) == ("darwin", "arm64"):
+        flags |= _APPLE
     return Machine(
         cpu=fields.get("model name") or platform.processor() or platform.machine(),
         cores=min(cores, quota() or cores),
@@ -65,7 +73,8 @@ def this_machine() -> Machine:
 
 def memory(cgroup: Path = _CGROUP) -> int:
     """Bytes that this process may use: the machine's, or what a container is allowed of them."""
-    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    known = "SC_PHYS_PAGES" in os.sysconf_names
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else sys.maxsize
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # no such file, or "max"
             most = min(most, int((cgroup / name).read_text()))

@@ -98,6 +98,14 @@ class Combination:
         return f"{self.encoder}/{self.decoder}/{self.cache}"
 
 
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """Pictures by seed (`runtime.self_test`), and token ids that PyTorch and all variants say."""
+
+    seeds: tuple[int, ...]
+    tokens: tuple[tuple[int, ...], ...]
+
+
 EXACT = "fp32/fp32/float32"  # the combination that every engine has, equal to PyTorch
 
 
@@ -113,6 +121,7 @@ class Manifest:
     files: dict[str, str]  # name -> sha256 of everything beside the manifest
     variants: tuple[Variant, ...]
     combinations: tuple[Combination, ...]
+    self_test: SelfTest | None = None  # none for random weights
     verification: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -182,12 +191,14 @@ def sha256(path: Path) -> str:
 
 
 def _parsed(content: dict[str, Any]) -> Manifest:
+    test = content.pop("self_test", None)
     return Manifest(
         sizes=Sizes(**content.pop("sizes")),
         tokens=SpecialTokens(**content.pop("tokens")),
         preprocessing=Preprocessing(**content.pop("preprocessing")),
         variants=tuple(Variant(**variant) for variant in content.pop("variants")),
         combinations=tuple(Combination(**c) for c in content.pop("combinations")),
+        self_test=test and SelfTest(tuple(test["seeds"]), tuple(map(tuple, test["tokens"]))),
         **content,
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime import manifest as manifests
-from runtime import providers
+from runtime import providers, self_test
 from runtime.config import AUTO, EngineConfig
 from runtime.device_runner import DeviceRunner
 from runtime.errors import ProviderError
@@ -106,8 +106,17 @@ def gpu_memory(folder: Path, manifest: Manifest, config: EngineConfig, plan: Pla
     )
 
 
-def open_runner(engine: Prepared) -> tuple[Runner | DeviceRunner, int]:
-    """A warm runner on the first plan that works here, and its slots.
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A warm runner, its slots, and the seconds that it took for a caption of the self-test."""
+
+    runner: Runner | DeviceRunner
+    slots: int
+    seconds: float
+
+
+def open_runner(engine: Prepared) -> Opened:
+    """A warm runner on the first plan that works here, and passes the self-test.
 
     With several plans, each that doesn't work is logged. Raises ProviderError when the last can't
     run either.
@@ -122,7 +131,7 @@ def open_runner(engine: Prepared) -> tuple[Runner | DeviceRunner, int]:
     return _opened(engine, last)
 
 
-def _opened(engine: Prepared, candidate: Candidate) -> tuple[Runner | DeviceRunner, int]:
+def _opened(engine: Prepared, candidate: Candidate) -> Opened:
     config = replace(engine.config, slots=candidate.slots)
     runner: Runner | DeviceRunner
     if candidate.plan.decoder_provider == "cuda":
@@ -132,4 +141,6 @@ def _opened(engine: Prepared, candidate: Candidate) -> tuple[Runner | DeviceRunn
     else:
         runner = Runner(engine.folder, engine.manifest, config, candidate.plan)
     runner.warm_up()
-    return runner, candidate.slots
+    manifest = engine.manifest
+    seconds = self_test.check(runner, manifest.sizes, manifest.tokens, manifest.self_test)
+    return Opened(runner, candidate.slots, seconds)

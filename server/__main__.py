@@ -14,6 +14,7 @@ from server import keys, worker
 from server.logs import configure
 from server.settings import Settings, from_command_line, unknown_variables
 from server.supervisor import Supervisor
+from server.system import raise_file_limit
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ def main() -> int:
         configure(settings)
         for unknown in unknown_variables(os.environ):
             log.warning(unknown)
+        raise_file_limit()
         asyncio.run(_supervise(settings))
     except VignetteError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,7 +8,6 @@ import asyncio
 import json
 import multiprocessing
 import os
-import resource
 import signal
 import socket
 import struct
@@ -22,7 +21,7 @@ from runtime.preprocess import opened, prepared
 from server.bodies import json_parts
 from server.cost import TooHard, estimate
 from server.shared import PixelStore
-from server.wire import follow_parent
+from server.system import follow_parent, give_way, limit_memory
 
 ENVIRONMENT = {  # of the process that starts decoders, which inherit it before they load anything
     "OPENBLAS_NUM_THREADS": "1",  # its threads' stacks would count as address space
@@ -120,11 +119,9 @@ def raised(payload: bytes) -> VignetteError:
 def _serve(socket: socket.socket, setup: Setup) -> None:
     """The decoder process: answers one request after the other."""
     follow_parent()
-    os.nice(setup.niceness)
+    give_way(setup.niceness)
     pixels = PixelStore(*setup.store)
-    memory = setup.memory + pixels.size
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_memory(setup.memory + pixels.size)
     socket.sendall(_READY)
     # Libraries write there what strangers make them complain of, as much as they like.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

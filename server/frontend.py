@@ -24,11 +24,11 @@ from server.metrics import count_as
 from server.ports import Ports
 from server.service import Service, make_service
 from server.settings import Settings
+from server.system import follow_parent
 from server.wire import (
     BEAT_SECONDS,
     Message,
     control_address,
-    follow_parent,
     packed,
     process_name,
     tell,

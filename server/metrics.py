@@ -13,7 +13,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from server.shared import allocate
+from server.shared import reserve
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # the variable by which prometheus_client knows the mode
@@ -37,7 +37,7 @@ def make_files(folder: Path, names: list[str], keys: int = 0) -> None:
     for name in names:
         for kind in _KINDS:
             handle = os.open(folder / f"{kind}_{name}.db", os.O_RDWR | os.O_CREAT, 0o600)
-            allocate(handle, _FILE_BYTES + 2 * keys * _KEY_BYTES, "metrics", "free some of it")
+            reserve(handle, _FILE_BYTES + 2 * keys * _KEY_BYTES, "metrics", "free some of it")
             os.close(handle)
 
 

@@ -29,8 +29,9 @@ from server.origins import Network, networks
 from server.refusals import Refusals
 from server.settings import Settings
 from server.shared import PixelStore
+from server.system import NICENESS
 from server.tracing import Tracer
-from server.wire import NICENESS, Message, process_name
+from server.wire import Message, process_name
 
 log = logging.getLogger(__name__)
 

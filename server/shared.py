@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.errors import VignetteError
+from server.system import allocate
 
 _PREFIX, _LOCK = "vignette-", "lock"
 _FRESH_SECONDS = 60.0  # a folder without a lock is being made
@@ -23,13 +24,10 @@ class NoSharedMemory(VignetteError):
     """There is no room in shared memory for what a run needs."""
 
 
-def allocate(handle: int, size: int, what: str, remedy: str) -> None:
-    """Give a file its size and its room, because later there would be no error but a SIGBUS.
-
-    Raises NoSharedMemory, which says what had no room, and the remedy.
-    """
+def reserve(handle: int, size: int, what: str, remedy: str) -> None:
+    """Give a file its room. Raises NoSharedMemory, which says what has none, and the remedy."""
     try:
-        os.posix_fallocate(handle, 0, size)
+        allocate(handle, size)
     except OSError as cause:
         raise NoSharedMemory(
             f"shared memory has no room for {size / 2**20:.1f} MiB of {what} ({cause.strerror}): "
@@ -58,7 +56,7 @@ class PixelStore:
         remedy = "give the container more (--shm-size), or use a smaller --max-queue"
         try:
             if create:
-                allocate(handle, self.size, "pixels", remedy)
+                reserve(handle, self.size, "pixels", remedy)
             self._map = mmap.mmap(handle, self.size)
         finally:
             os.close(handle)

@@ -25,7 +25,8 @@ from server.ports import Ports
 from server.remembered import Remembered
 from server.settings import Settings
 from server.shared import RunFolder
-from server.wire import OPERATORS_SIGNALS, Message, control_address, packed, unpacked
+from server.system import OPERATORS_SIGNALS
+from server.wire import Message, control_address, packed, unpacked
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from server.shared import allocate
+from server.shared import reserve
 
 
 class Usage:
@@ -25,7 +25,7 @@ class Usage:
             [("tokens", float), ("filled_at", float), ("inside", np.int64, (front_ends,))]
         )
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        allocate(self._file, keys * record.itemsize, "API keys' use", "free some of it")
+        reserve(self._file, keys * record.itemsize, "API keys' use", "free some of it")
         self._records = np.memmap(path, record, "r+", shape=(keys,))
         self._index = index
         with self.held():

@@ -16,10 +16,6 @@ next epoch, so that nothing that was queued for the dead one reaches it by itsel
 """
 
 import json
-import multiprocessing
-import os
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +23,6 @@ import zmq
 
 Message = dict[str, Any]
 BEAT_SECONDS = 0.5
-OPERATORS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1,
-                     signal.SIGUSR2)  # fmt: skip
-NICENESS = 5  # of workers and decoders
 
 
 def packed(message: Message) -> bytes:
@@ -64,29 +57,3 @@ def tell(folder: Path, name: str, message: Message) -> None:
     socket.connect(control_address(folder))
     socket.send(packed(message))
     socket.close(linger=2000)
-
-
-def give_way() -> None:
-    """Let front-ends go first: what they do is short, and somebody waits for each of it.
-
-    Without it a server whose cores are all busy takes long to say that it is full.
-    """
-    os.nice(NICENESS)
-
-
-def follow_parent() -> None:
-    """Die with the process that started this one, and leave signals to it.
-
-    A terminal's Ctrl-C and some service managers signal a whole group; what to do then, and in
-    which order, is the supervisor's business.
-    """
-    for number in OPERATORS_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        import ctypes
-
-        parent_death = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(parent_death, signal.SIGKILL)
-        parent = multiprocessing.parent_process()
-        if parent is not None and not parent.is_alive():  # it died before that was in force
-            os._exit(1)

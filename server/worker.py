@@ -24,12 +24,11 @@ from server.logs import configure
 from server.metrics import WorkerMetrics, count_as
 from server.settings import Settings
 from server.shared import NoSharedMemory, PixelStore
+from server.system import follow_parent, give_way
 from server.wire import (
     BEAT_SECONDS,
     Message,
     control_address,
-    follow_parent,
-    give_way,
     packed,
     process_name,
     tell,
@@ -285,6 +284,8 @@ def serve(open_engine: Callable[[], Engine], folder: Path, index: int, epoch: in
             **engine.identity,
             "runs_on": engine.runs_on,
             "provider": engine.runner.provider,
+            "self_test": engine.self_test,
+            "seconds": engine.seconds,
             "device": _device(engine),
             "slots": engine.config.slots,
         },

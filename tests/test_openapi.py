@@ -1,7 +1,12 @@
 """openapi.json says what the handlers do: routes, fields, error codes."""
 
+import base64
+import importlib
+import io
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -43,7 +48,7 @@ def test_every_error_is_documented(document):
 def test_every_field_is_documented(document):
     content = document["paths"]["/caption"]["post"]["requestBody"]["content"]
     form = content["multipart/form-data"]["schema"]["properties"]
-    body = content["application/json"]["schema"]["properties"]
+    body = document["components"]["schemas"]["CaptionRequest"]["properties"]
     assert set(form) == {"image", *_FIELDS}
     assert set(body) == {"image", "image_url", *_FIELDS}
     query = document["paths"]["/caption"]["post"]["parameters"]
@@ -66,3 +71,37 @@ def test_references_lead_somewhere(document):
         for name in reference.split("/"):
             part = part[name]
     assert json.loads(text) == document
+
+
+def test_a_client_that_is_generated_from_it_can_call(live, tmp_path, monkeypatch):
+    document = tmp_path / "openapi.json"
+    document.write_bytes(live.request("GET", "/openapi.json").body)
+    config = tmp_path / "config.yml"
+    config.write_text("post_hooks: []\n")  # it would want ruff on the PATH
+    tool = [sys.executable, "-m", "openapi_python_client", "generate", "--path", str(document)]
+    output = ["--meta", "none", "--output-path", str(tmp_path / "vignette_client")]
+    done = subprocess.run(
+        [*tool, *output, "--config", str(config)], capture_output=True, text=True, check=True
+    )
+    assert "arning" not in done.stdout + done.stderr
+    monkeypatch.syspath_prepend(str(tmp_path))
+    client = importlib.import_module("vignette_client").Client(f"http://127.0.0.1:{live.port}")
+    caption = importlib.import_module("vignette_client.api.default.caption")
+    models = importlib.import_module("vignette_client.models")
+    file = importlib.import_module("vignette_client.types").File
+    expected = live.caption(png(), "?max_new_tokens=5").json["caption"]
+    image = base64.b64encode(png()).decode()
+    answers = [
+        caption.sync(client=client, body=file(io.BytesIO(png())), max_new_tokens=5),
+        caption.sync(client=client, body=models.CaptionRequest(image=image, max_new_tokens=5)),
+        caption.sync(
+            client=client,
+            body=models.CaptionFilesBody(
+                image=file(io.BytesIO(png()), "x.png", "image/png"), max_new_tokens=5
+            ),
+        ),
+    ]
+    assert [answer.caption for answer in answers] == [expected] * 3
+    refused = caption.sync(client=client, body=file(io.BytesIO(b"?")))
+    assert refused.error.code == "invalid_image"
+    client.get_httpx_client().close()

@@ -1,0 +1,49 @@
+"""Chooses what every start of an engine has to say (`runtime.self_test`)."""
+
+from pathlib import Path
+
+import numpy as np
+
+from export.checkpoint import Checkpoint
+from export.greedy import Answer, Case, OnnxGraphs, TorchGraphs, caption
+from export.variants import file_name
+from runtime.manifest import Combination, SelfTest
+from runtime.self_test import PICTURES, TOKENS, picture
+
+_TRIED = 24  # pictures: those are taken of which PyTorch is the surest
+
+
+def choose(
+    checkpoint: Checkpoint, folder: Path, combinations: list[Combination]
+) -> SelfTest | None:
+    """Pictures of which all combinations in `folder` say what PyTorch says.
+
+    None for random weights, which small changes sway, and if there are no such pictures.
+    """
+    if not checkpoint.trained:
+        print("random weights: the engine has no self-test")
+        return None
+    sizes, special = checkpoint.sizes, checkpoint.tokens
+    cases = [Case(picture(seed, sizes), [special.bos]) for seed in range(_TRIED)]
+    answers = list(caption(TorchGraphs(checkpoint), sizes, special, cases, TOKENS))
+    seeds = sorted(range(_TRIED), key=lambda seed: -_margin(answers[seed]))
+    for candidate in combinations:
+        files = (
+            folder / file_name(graph, precision, candidate.cache)
+            for graph, precision in (("encoder", candidate.encoder), ("decoder", candidate.decoder))
+        )
+        found = caption(OnnxGraphs(*files), sizes, special, [cases[seed] for seed in seeds], TOKENS)
+        agreed = [a.tokens == answers[s].tokens for s, a in zip(seeds, found, strict=True)]
+        seeds = [seed for seed, same in zip(seeds, agreed, strict=True) if same]
+        if not seeds:
+            print(f"no self-test: {candidate.name} says something else of each of its pictures")
+            return None
+    different = {tuple(answers[seed].tokens): seed for seed in reversed(seeds)}
+    chosen = sorted(different.values(), key=seeds.index)[:PICTURES]
+    return SelfTest(tuple(chosen), tuple(tuple(answers[seed].tokens) for seed in chosen))
+
+
+def _margin(answer: Answer) -> float:
+    """By how much the likeliest token was ahead where that was least."""
+    first, second = np.sort(answer.logits, axis=-1)[:, -1], np.sort(answer.logits, axis=-1)[:, -2]
+    return float((first - second).min())

@@ -1,0 +1,91 @@
+"""What every start has to say: who computes something else is found before it serves."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from runtime import manifest as manifests
+from runtime import opening, self_test
+from runtime.config import EngineConfig
+from runtime.engine import Engine
+from runtime.errors import ProviderError
+from runtime.opening import Candidate, prepare
+from runtime.runner import Runner
+from tests.conftest import DEMO
+
+CPU = EngineConfig(provider="cpu", precision="fp32/fp32/float32", slots=2)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(DEMO, tmp_path / "engine")
+    return tmp_path / "engine"
+
+
+@pytest.mark.parametrize("combination", [c.name for c in manifests.load(DEMO).combinations])
+def test_every_combination_passes(combination):
+    engine = Engine.open(DEMO, EngineConfig(provider="cpu", precision=combination, slots=2))
+    assert engine.self_test == "passed" and "self-test passed" in engine.runs_on
+    assert engine.seconds > 0
+
+
+def test_the_stored_captions_differ_from_one_another():
+    test = manifests.load(DEMO).self_test
+    assert len(test.seeds) == len(set(test.tokens)) == self_test.PICTURES
+    assert all(len(tokens) > 2 for tokens in test.tokens)
+
+
+def test_a_picture_depends_on_its_seed_alone():
+    sizes = manifests.load(DEMO).sizes
+    first = self_test.picture(3, sizes)
+    assert first.dtype == np.uint8 and first.shape == sizes.pixels
+    assert np.array_equal(first, self_test.picture(3, sizes))
+    assert not np.array_equal(first, self_test.picture(4, sizes))
+    clip = self_test.picture(3, replace(sizes, frames=2))
+    assert clip.shape == (2, *sizes.pixels)
+    assert int(first.astype(int).sum()) == 3115936
+
+
+def test_a_provider_that_computes_something_else_is_refused_when_it_is_named(monkeypatch):
+    real = Runner.decode
+
+    def wrong(self, tokens, fed, steps=1):
+        return real(self, tokens, fed, steps) + (fed[0] == 2)
+
+    monkeypatch.setattr(Runner, "decode", wrong)
+    with pytest.raises(ProviderError, match=r"self-test failed: picture 1 of 2.* try another"):
+        Engine.open(DEMO, CPU)
+
+
+def test_auto_leaves_out_a_provider_that_computes_something_else(monkeypatch, caplog):
+    real, tried = self_test.check, []
+
+    def check(runner, *arguments):
+        tried.append(runner)
+        if len(tried) == 1:
+            raise ProviderError("the self-test failed: nonsense")
+        return real(runner, *arguments)
+
+    monkeypatch.setattr(opening.self_test, "check", check)
+    prepared = prepare(DEMO, CPU)
+    [candidate] = prepared.candidates
+    two = replace(prepared, candidates=(candidate, Candidate(candidate.plan, 3)))
+    assert Engine.start(two).config.slots == 3
+    assert "tried and left out: the self-test failed" in caplog.text
+
+
+def test_weights_that_say_something_else_are_found(folder):
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    content["self_test"]["tokens"][1][0] += 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(ProviderError, match="picture 2 of 2"):
+        Engine.open(folder, CPU)
+
+
+def test_random_weights_have_none_and_say_so(small):
+    engine = Engine.open(small[1], EngineConfig(provider="cpu"))
+    assert "self-test none" in engine.runs_on
