@@ -67,10 +67,11 @@ demo-model: .venv-dev/ready  ## train the demo model and export it (an hour or m
 	@$(DEV) -m demo train $(ARGS)
 	@$(MAKE) --no-print-directory demo-engine
 
+ABOUT = The demo model knows 112 things, drawn as emoji, up to three of a kind or two side by side, on seven backgrounds. Photographs are beyond it.
 demo-engine: .venv-dev/ready  ## rebuild engines/demo from the committed weights and verify it
 	@$(DEV) -m demo pictures demo/.cache/pictures
 	@$(DEV) -m export demo/model --name vignette-demo --images demo/.cache/pictures \
-	  --verify-images 64 --target cuda --output engines/demo
+	  --verify-images 64 --target cuda --output engines/demo --about '$(ABOUT)'
 
 evaluate: .venv-dev/ready  ## score engines/demo on 1,000 held-out scenes of each kind
 	@$(DEV) -m demo evaluate --engine "$$ENGINE" $(ARGS)

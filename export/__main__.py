@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, required=True, help="engine folder to write")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--about", default="", help="a line for the page: what the model knows")
     parser.add_argument("--name", help="what the service calls the model (default: MODEL)")
     parser.add_argument(
         "--images", type=Path, metavar="FOLDER",
@@ -112,7 +113,7 @@ def _export(args: argparse.Namespace) -> None:
     else:
         print(f"loading {args.model}", flush=True)
         source = checkpoint.load(args.model, args.revision)
-    source = replace(source, name=args.name or source.name)
+    source = replace(source, name=args.name or source.name, about=args.about)
     pixels = (
         pictures.from_folder(args.images, source.preprocessing, source.sizes) if args.images else []
     )

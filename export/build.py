@@ -236,6 +236,7 @@ def _describe(checkpoint: Checkpoint, folder: Path, combinations: list[Combinati
     return Manifest(
         model=checkpoint.name,
         revision=checkpoint.revision,
+        about=checkpoint.about,
         sizes=checkpoint.sizes,
         tokens=checkpoint.tokens,
         preprocessing=checkpoint.preprocessing,

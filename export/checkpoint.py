@@ -34,6 +34,7 @@ class Checkpoint:
     preprocessing: Preprocessing
     normalisation: Normalisation
     trained: bool = True
+    about: str = ""
 
     @property
     def sizes(self) -> Sizes:

@@ -122,6 +122,7 @@ class Manifest:
     variants: tuple[Variant, ...]
     combinations: tuple[Combination, ...]
     self_test: SelfTest | None = None  # none for random weights
+    about: str = ""  # a line for people: what the model knows
     verification: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 

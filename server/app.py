@@ -25,6 +25,7 @@ def make_app(service: Service) -> tornado.web.Application:
     routes: list[tuple[str, type[Handler]]] = [
         (r"/", page.PageHandler),
         (r"/openapi.json", page.OpenApiHandler),
+        (r"/samples/([a-z-]+\.png)", page.SampleHandler),
         (r"/caption", caption.CaptionHandler),
     ]
     return _app(service, routes if service.settings.ops_port is not None else routes + _OPS)

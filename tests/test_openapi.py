@@ -30,7 +30,8 @@ def document(live):
 
 
 def test_every_route_is_documented(live, document):
-    routes = {rule.matcher._path for rule in make_app(live.service).wildcard_router.rules}
+    rules = make_app(live.service).wildcard_router.rules
+    routes = {rule.matcher._path for rule in rules} - {"/samples/%s"}  # a part of the page
     assert set(document["paths"]) == routes
     for path, item in document["paths"].items():
         for method in item:

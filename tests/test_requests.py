@@ -199,3 +199,19 @@ def test_metrics_tell_stages_and_batches(live):
     assert live.metric("vignette_queue_length") == 0
     assert live.metric("vignette_running_rows") == 0
     assert fetch(live.port, "GET", "/metrics").headers["Content-Type"].startswith("text/plain")
+
+
+def test_the_page_of_the_demo_model_says_what_it_knows_and_offers_samples():
+    manifest = replace(MANIFEST, model="vignette-demo", about="It knows </script> owls.")
+    with serve(fake_engine, manifest=manifest) as live:
+        page = live.request("GET", "/").body.decode()
+        assert "It knows \\u003c/script> owls." in page and "owl.png" in page
+        sample = live.request("GET", "/samples/owl.png")
+        assert sample.headers["Content-Type"] == "image/png"
+        assert live.caption(sample.body).status == 200
+        assert live.request("GET", "/samples/none.png").status == 404
+
+
+def test_another_model_has_no_samples(live):
+    assert b"owl.png" not in live.request("GET", "/").body
+    assert live.request("GET", "/samples/owl.png").status == 404
