@@ -36,6 +36,9 @@ PODMAN_RUN = ["--log-driver", "k8s-file", "--cgroup-parent", "vignette", "--cgro
 
 def main() -> int:
     """Build, run, ask, stop; 0 when everything was as it should be, 2 where it can't be done."""
+    if sys.argv[1:] not in ([], ["gpu"]):
+        print(f"usage: {sys.argv[0]} [gpu]\n\n{__doc__}")
+        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
     target = "gpu" if sys.argv[1:] == ["gpu"] else "cpu"
     docker, image = has_docker(), f"vignette:{target}"
     if not docker and not (shutil.which("podman") and shutil.which("buildah")):

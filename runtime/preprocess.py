@@ -28,7 +28,7 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns where ours refuses, an
 # What Pillow's decoders raise on damaged files; anything else is a bug and must show.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
            OverflowError, MemoryError, RuntimeError, struct.error)  # fmt: skip
-_NOT_AN_IMAGE = f"not an image: send a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
+_NOT_AN_IMAGE = f"not an image: it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
 
 
 def preprocess(data: bytes, how: Preprocessing, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -82,7 +82,7 @@ def _upright(image: Image.Image, least_edge: int | None) -> Image.Image:
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
     except _DAMAGE as cause:
-        raise InvalidImage(f"a damaged {image.format} image: send it again, whole") from cause
+        raise InvalidImage(f"a damaged {image.format} image: its end is missing, or bytes were changed") from cause
 
 
 def _too_many(limit: int) -> str:
