@@ -229,6 +229,10 @@ class DeviceRunner:
         blank = [self._blank] * len(self._names)
         self._copy(blank, 0, 1, self._slot_places, np.array([slot], np.int64))
 
+    def bucket(self, rows: int) -> int:
+        """Steps are captured for a few numbers of rows."""
+        return bucket(rows, self._buckets)
+
     def move(self, source: int, target: int) -> None:
         """Copy a sequence's cache from one slot to another, on the device."""
         self._copy(self._arena, source, 1, self._slot_places, np.array([target], np.int64))

@@ -63,6 +63,9 @@ class Phases(Protocol):
     def decode(self, tokens: ListLike[int], fed: ListLike[int], steps: int = 1) -> np.ndarray:
         """Feed a token to each leading row, and what follows -> int64 `[steps, rows]`."""
 
+    def bucket(self, rows: int) -> int:
+        """Rows that a step works on if it is fed so many leading ones."""
+
     def move(self, source: int, target: int) -> None:
         """Copy a sequence's cache from one slot to another."""
 
@@ -224,21 +227,27 @@ class Engine:
         if starting is not None and admitted:
             starting(admitted)
         self._encode(admitted)
-        for move in self.scheduler.compact():
+        for move in self.scheduler.compact(self.runner.bucket):
             self.runner.move(move.source, move.target)
         running = self.scheduler.running
         if running:
-            started = self._clock()
-            predicted = self.runner.decode(
-                [s.next_token for s in running], [s.fed for s in running], self._burst(running)
-            )
-            self._pacing.decoded(self._clock() - started)
-            for row in predicted.tolist():
-                for sequence, token in zip(running, row, strict=True):
-                    if sequence.finish_reason is None:  # else it ended earlier in this burst
-                        sequence.advance(token, self.manifest.tokens.eos)
+            self._decode(running)
         self.last_step = StepReport(len(admitted), len(running))
         return expired + self.scheduler.release_finished()
+
+    def _decode(self, running: list[Sequence]) -> None:
+        """Feed every running row; what is computed in holes between them is nobody's."""
+        slots = [s.slot for s in running if s.slot is not None]
+        tokens, fed = ([0] * (slots[-1] + 1) for _ in range(2))
+        for slot, sequence in zip(slots, running, strict=True):
+            tokens[slot], fed[slot] = sequence.next_token, sequence.fed
+        started = self._clock()
+        predicted = self.runner.decode(tokens, fed, self._burst(running))
+        self._pacing.decoded(self._clock() - started)
+        for step in predicted.tolist():
+            for slot, sequence in zip(slots, running, strict=True):
+                if sequence.finish_reason is None:  # else it ended earlier in this burst
+                    sequence.advance(step[slot], self.manifest.tokens.eos)
 
     def _burst(self, running: list[Sequence]) -> int:
         """Steps that need nothing from here: no forced token, no row that is sure to be over."""

@@ -82,7 +82,9 @@ def _upright(image: Image.Image, least_edge: int | None) -> Image.Image:
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
     except _DAMAGE as cause:
-        raise InvalidImage(f"a damaged {image.format} image: its end is missing, or bytes were changed") from cause
+        raise InvalidImage(
+            f"a damaged {image.format} image: its end is missing, or bytes were changed"
+        ) from cause
 
 
 def _too_many(limit: int) -> str:

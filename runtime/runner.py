@@ -120,6 +120,10 @@ class Runner:
         self._decoder.run_with_iobinding(step.binding)
         return step.next_ids[None]
 
+    def bucket(self, rows: int) -> int:
+        """Each row costs."""
+        return rows
+
     def move(self, source: int, target: int) -> None:
         """Copy a sequence's cache from one slot to another."""
         for cache in self._arena:

@@ -2,7 +2,7 @@
 
 Slots are the equal pieces of the K/V arena. A decode step works on the rows `0 .. rows - 1`, so the
 running sequences are kept at the low end: new ones take the lowest free slot, and `compact` moves
-the highest one down into a hole that nobody waits for.
+the highest one down into a hole that nobody waits for, if that lets the runner work on fewer rows.
 """
 
 import heapq
@@ -101,10 +101,14 @@ class Scheduler:
             admitted.append(sequence)
         return admitted
 
-    def compact(self) -> list[Move]:
-        """Close holes below the highest running slot; the caller copies the caches it names."""
+    def compact(self, bucket: Callable[[int], int] = lambda rows: rows) -> list[Move]:
+        """Close holes as far as that makes a step smaller; the caller copies the caches it names.
+
+        bucket: the rows that a step works on for so many leading ones.
+        """
         moves: list[Move] = []
-        while self._free and self._running and self._free[0] < (source := max(self._running)):
+        while self._running and bucket(max(self._running) + 1) > bucket(len(self._running)):
+            source = max(self._running)
             target = heapq.heapreplace(self._free, source)
             sequence = self._running.pop(source)
             sequence.slot = target

@@ -40,6 +40,7 @@ class FakeRunner:
         self.steps: list[int] = []  # rows of each decode step
         self.encoded: list[int] = []  # images of each encoder call
         self.seen: list[int] = []  # sums of the images, in the order they were encoded
+        self.moves = 0
         self.fail_next: Exception | None = None
 
     def encode(self, pixels: ListLike[np.ndarray], slots: ListLike[int]) -> None:
@@ -67,7 +68,11 @@ class FakeRunner:
         texts.append(token)
         return hash((image, *texts)) % 12  # EOS about every twelfth token
 
+    def bucket(self, rows: int) -> int:
+        return rows
+
     def move(self, source: int, target: int) -> None:
+        self.moves += 1
         self.cache[target] = (self.cache[source][0], list(self.cache[source][1]))
 
 

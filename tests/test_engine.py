@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from runtime.config import EngineConfig
 from runtime.errors import InvalidImage, InvalidRequest
 from runtime.request import FinishReason
-from tests.fakes import EOS, fake_engine, image
+from tests.fakes import EOS, FakeRunner, fake_engine, image
 
 REQUESTS = st.lists(
     st.tuples(
@@ -52,6 +52,43 @@ def test_any_order_of_arrival_says_what_each_request_alone_says(requests, config
             finished[sequence] = engine.caption(sequence).token_ids
         step += 1
     assert finished == expected
+
+
+class Buckets(FakeRunner):
+    """Steps of 1, 2, 4 or 8 rows, as a device has them captured."""
+
+    def bucket(self, rows):
+        return 1 << (rows - 1).bit_length()
+
+
+@settings(deadline=None, max_examples=100)
+@given(REQUESTS, st.integers(1, 8), st.integers(1, 4))
+def test_holes_change_nothing_and_are_closed_only_for_a_smaller_bucket(requests, slots, burst):
+    engine = fake_engine(EngineConfig(slots=slots, patience=0))
+    engine.runner = runner = Buckets(burst)
+    expected, rows = {}, []
+    for number, words, most, _ in requests:
+        expected[engine.submit(image(number), prompt(words), most)] = alone(number, words, most)
+    finished = {}
+    while not engine.scheduler.idle:
+        for sequence in engine.step():
+            finished[sequence] = engine.caption(sequence).token_ids
+        rows.append((engine.last_step.rows, runner.steps[-1] if runner.steps else 0))
+    assert finished == expected
+    assert all(runner.bucket(fed) == runner.bucket(run) for run, fed in rows if run)
+
+
+def test_a_sequence_is_not_moved_where_that_saves_nothing():
+    moves = {}
+    for kind in (FakeRunner, Buckets):
+        engine = fake_engine(EngineConfig(slots=8, patience=0))
+        engine.runner = kind()
+        for number in range(40):
+            engine.submit(image(number % 10), None, 3 + number % 7, ignore_eos=True)
+        while not engine.scheduler.idle:
+            engine.step()
+        moves[kind] = engine.runner.moves
+    assert moves[Buckets] < moves[FakeRunner] / 2
 
 
 @settings(deadline=None, max_examples=60)
