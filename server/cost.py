@@ -13,6 +13,7 @@ from runtime.errors import InvalidImage, VignetteError
 _BYTES = 20  # of a pixel while it is decoded and converted: the decoder's, Pillow's, and a copy
 _SCANS = 100  # of a JPEG; cameras and programs write about ten, libjpeg itself takes 500
 _SCAN = 0.6  # ns for a pixel and scan: coefficients are visited again in each
+_PLAIN_SCANS = 6  # of a picture that is not progressive: four colours at most, and thumbnails
 _START_OF_SCAN = b"\xff\xda"
 
 
@@ -31,8 +32,9 @@ class Rates:
     most: float
 
 
+_JPEG = ("JPEG", "MPO")  # MPO is several JPEGs in one file, of which the first is decoded
 _FORMATS = {
-    "JPEG": Rates(2, 25, 12),
+    **dict.fromkeys(_JPEG, Rates(2, 25, 12)),
     "PNG": Rates(24, 40, 50),
     "WEBP": Rates(20, 350, 70),
     "AVIF": Rates(18, 330, 75),
@@ -58,11 +60,12 @@ def estimate(image: Image.Image, data: bytes) -> Cost:
     pixels = image.width * image.height
     rates = _FORMATS[str(image.format)]
     spent = pixels * rates.pixel + min(len(data) * rates.byte, pixels * rates.most)
-    if image.format == "JPEG" and "progressive" in image.info:
-        scans = data.count(_START_OF_SCAN)
+    if image.format in _JPEG:
+        scans = data.count(_START_OF_SCAN)  # a thumbnail in it has some, too
         if scans > _SCANS:
             raise InvalidImage(
                 f"this JPEG has {scans} scans, and at most {_SCANS} are decoded: save it again"
             )
-        spent += pixels * scans * _SCAN
+        if "progressive" in image.info or scans > _PLAIN_SCANS:
+            spent += pixels * scans * _SCAN
     return Cost(spent / 1e9, pixels * _BYTES)

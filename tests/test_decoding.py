@@ -197,6 +197,16 @@ def scans(count):
     return data[:-2] + data[last:-2] * max(0, more) + data[-2:]
 
 
+def test_a_telephones_picture_with_another_in_it_is_a_usual_one(store):
+    buffer = io.BytesIO()
+    picture = Image.new("RGB", (400, 300), (9, 8, 7))
+    picture.save(buffer, "MPO", save_all=True, append_images=[picture.resize((100, 75))])
+    decoders = pool(store)
+    decode(decoders, buffer.getvalue(), 1)
+    assert store[1][0, 0, 0] == 9
+    decoders.close()
+
+
 def test_what_an_image_costs_is_seen_in_its_head():
     def seconds(image):
         return estimate(Image.open(io.BytesIO(image)), image).seconds
