@@ -2,10 +2,11 @@
 
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from typing import Protocol
 
 from runtime.errors import VignetteError
 
@@ -13,6 +14,7 @@ _RECENT = 64  # completions that the drain rate is taken from
 _ENOUGH = 4  # to go by
 _IN_TIME = 0.9  # of the deadline: the last in the queue must make it, too
 _LONGEST_WAIT = 60  # seconds that a client is told to wait
+ASIDE = 32  # requests that may wait for something else than the engine, half of them one client's
 
 
 class State(StrEnum):
@@ -66,6 +68,14 @@ class DrainRate:
         return sum(self._seconds) / len(self._seconds)
 
 
+class Aside(Hashable, Protocol):
+    """What is told of a request that steps aside."""
+
+    @property
+    def client(self) -> str:
+        """Whose it is."""
+
+
 class Admission:
     """Counts the requests that are inside. Used on the event loop's thread only."""
 
@@ -85,6 +95,8 @@ class Admission:
         self.inside = 0
         self.slots = 0
         self.held_bytes = 0
+        self._aside: Counter[Aside] = Counter()
+        self._bytes: Counter[str] = Counter()  # by client
         self._queue, self._most_bytes, self._deadline = queue, most_bytes, deadline
         self._clock, self._rate = clock, DrainRate()
 
@@ -95,16 +107,48 @@ class Admission:
             raise NotServing(f"the server is {self.state}: try again soon, or another instance")
         if self.inside >= self._most:
             raise QueueFull("the queue is full: try again later", self._seconds_to_drain())
-        self.inside += 1
-        if self.inside > self.slots:
-            self._rate.waiting(self._clock())
+        self._come_in()
         try:
             yield
             self._rate.completed(self._clock())
         finally:
-            self.inside -= 1
-            if self.inside <= self.slots:
-                self._rate.idle()
+            self._leave()
+
+    @contextmanager
+    def aside(self, request: Aside) -> Iterator[None]:
+        """A request that was let in waits for something else than the engine: it is not inside.
+
+        Raises QueueFull if too many do, of all clients or of its own. It may be given several times
+        at once, for each frame of a clip.
+        """
+        first = request not in self._aside
+        of_client = sum(other.client == request.client for other in self._aside)
+        if first and (len(self._aside) >= ASIDE or of_client >= ASIDE // 2):
+            raise QueueFull(
+                "too many images that take long to decode are waiting: send smaller ones, or try "
+                "again later",
+                self._seconds_to_drain(),
+            )
+        self._aside[request] += 1
+        if first:
+            self._leave()
+        try:
+            yield
+        finally:
+            self._aside[request] -= 1
+            if not self._aside[request]:
+                del self._aside[request]
+                self._come_in()
+
+    def _come_in(self) -> None:
+        self.inside += 1
+        if self.inside > self.slots:
+            self._rate.waiting(self._clock())
+
+    def _leave(self) -> None:
+        self.inside -= 1
+        if self.inside <= self.slots:
+            self._rate.idle()
 
     @property
     def _most(self) -> int:
@@ -130,17 +174,29 @@ class Admission:
                 self._seconds_to_drain(),
             )
 
-    def hold(self, size: int) -> None:
-        """Count bytes of a body in; raises QueueFull if there are too many already."""
-        if self.held_bytes + size > self._most_bytes:
+    def hold(self, size: int, client: str) -> None:
+        """Count bytes of a body in.
+
+        Raises QueueFull if there are too many already; half of them may be one client's.
+        """
+        of_client = self._bytes[client] + size
+        if self.held_bytes + size > self._most_bytes or of_client > self._most_bytes // 2:
             raise QueueFull(
                 "too many bytes are being sent at once: try again later", self._seconds_to_drain()
             )
-        self.held_bytes += size
+        self.owe(size, client)
 
-    def let_go(self, size: int) -> None:
+    def owe(self, size: int, client: str) -> None:
+        """Count bytes of an answer in, which can't be refused any more."""
+        self.held_bytes += size
+        self._bytes[client] += size
+
+    def let_go(self, size: int, client: str) -> None:
         """Count them out again."""
         self.held_bytes -= size
+        self._bytes[client] -= size
+        if not self._bytes[client]:
+            del self._bytes[client]
 
     def _seconds_to_drain(self) -> int:
         """How long the requests inside will take, from 1 to a minute."""

@@ -10,7 +10,7 @@ from server.handlers.base import Handler
 from server.logs import plain
 from server.service import Service
 
-_PATH = 200  # characters of one that are logged
+_PATH, _METHOD = 200, 20  # characters that are logged
 log = logging.getLogger(__name__)
 
 _OPS: list[tuple[str, type[Handler]]] = [
@@ -50,7 +50,7 @@ def _log(handler: tornado.web.RequestHandler) -> None:
     """A line for a request, with the same as fields for those who read JSON."""
     ours, request = cast(Handler, handler), handler.request
     fields = {
-        "method": request.method,
+        "method": plain(request.method or "", _METHOD),
         "path": plain((request.path or "")[:_PATH], _PATH),
         "status": handler.get_status(),
         "duration_ms": round(request.request_time() * 1e3, 1),

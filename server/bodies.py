@@ -21,6 +21,7 @@ _BOUNDARY = 70  # characters, by RFC 2046
 _PARTS = 64  # of a form
 _SHOWN = 100  # characters of what a client sent that may come back in a message
 _TEXT = 16 * 1024  # bytes of a field that is no image, and of all that is no string in JSON
+_OUTLINE = 64 * 1024  # bytes of a JSON document without its image
 _QUOTES = 1024  # that end a string of a JSON document, or are escaped within one
 _DEPTH = 8
 _UNESCAPED = 16  # characters of an image for each escape: some programs escape each "/" or "+"
@@ -43,14 +44,15 @@ class Parts:
 
     def packed(self) -> bytes:
         """As bytes; `unpacked` reads them."""
-        head = json.dumps([self.fields, [len(image) for image in self.images]]).encode()
+        text = json.dumps([self.fields, [len(image) for image in self.images]], ensure_ascii=False)
+        head = text.encode("utf-8", "surrogatepass")
         return b"".join([len(head).to_bytes(4, "big"), head, *self.images])
 
     @classmethod
     def unpacked(cls, data: bytes) -> "Parts":
         """What `packed` made."""
         start = 4 + int.from_bytes(data[:4], "big")
-        fields, lengths = json.loads(data[4:start])
+        fields, lengths = json.loads(data[4:start].decode("utf-8", "surrogatepass"))
         images = []
         for length in lengths:
             images.append(data[start : start + length])
@@ -167,12 +169,13 @@ def _outline(body: bytes) -> tuple[bytes, list[bytes]]:
             long.append(body[start:end])
         else:
             pieces.append(body[start:end])
-    if outside + len(body) - end > _TEXT:
+    outline = b"".join([*pieces, body[end:]])
+    if outside + len(body) - end > _TEXT or len(outline) > _OUTLINE:
         raise InvalidRequest(
-            f"the JSON is too large without its image: send at most {_QUOTES} strings, and "
-            f"{_TEXT // 1024} KiB beside them"
+            f"the JSON is too large without its image: send at most {_QUOTES} strings of together "
+            f"{_OUTLINE // 1024} KiB, and {_TEXT // 1024} KiB beside them"
         )
-    return b"".join([*pieces, body[end:]]), long
+    return outline, long
 
 
 def _escaped(body: bytes, quote: int) -> bool:

@@ -12,6 +12,7 @@ from runtime.request import Caption
 
 Key = tuple[str, str | None, int | None]  # digest of the images, prompt, most new tokens
 Found = tuple[Caption, float]
+_PATIENCE_SECONDS = 2.0  # with another's flight, before one starts one's own
 _ENTRY_BYTES = 600  # of an entry without its texts: measured as tuples, ints and the dict's share
 
 
@@ -38,7 +39,9 @@ class CaptionCache:
                 return replace(known, queue_s=0.0, encode_s=0.0, decode_s=0.0), 0.0
             if key not in self._flights:
                 return await self._fly(key, make)
-            await asyncio.wait([self._flights[key]])
+            landed, _ = await asyncio.wait([self._flights[key]], timeout=_PATIENCE_SECONDS)
+            if not landed:  # it waits for its own client's turn, or has less of a hurry
+                return await make()
 
     async def _fly(self, key: Key, make: Callable[[], Awaitable[Found]]) -> Found:
         landed: asyncio.Future[Found] = asyncio.get_running_loop().create_future()

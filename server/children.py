@@ -1,14 +1,13 @@
 """A process that the supervisor keeps alive: what is known of it, and whether it is well."""
 
 import multiprocessing
-import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 
+from server.system import environment
 from server.wire import Message, process_name
 
 _SILENCE_SECONDS = 3.0  # without a beat: it is stopped, or starved
@@ -46,7 +45,7 @@ class Child:
         self.process = _CONTEXT.Process(
             target=self.main, args=(self.index, self.epoch), name=self.name
         )
-        with _environment(self.environment):
+        with environment(self.environment):
             self.process.start()
 
     def note_end(self, reason: str) -> None:
@@ -100,18 +99,3 @@ class Child:
     @property
     def _again(self) -> bool:
         return self.state == "starting" and self.epoch > 1
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Let a child that is started meanwhile see other variables."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ |= variables
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

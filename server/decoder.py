@@ -6,6 +6,7 @@ and on its time, and no say in anything. It answers with data, never with object
 
 import asyncio
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -18,12 +19,13 @@ from pathlib import Path
 from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels, VignetteError
 from runtime.manifest import Preprocessing
 from runtime.preprocess import opened, prepared
+from server import heads
 from server.bodies import json_parts
 from server.cost import TooHard, estimate
 from server.shared import PixelStore
-from server.system import follow_parent, give_way, limit_memory
+from server.system import environment, follow_parent, give_way, limit_memory
 
-ENVIRONMENT = {  # of the process that starts decoders, which inherit it before they load anything
+_ENVIRONMENT = {  # which the process has before it loads anything
     "OPENBLAS_NUM_THREADS": "1",  # its threads' stacks would count as address space
     # glibc's allocator keeps what is freed, up to so many bytes, for the next image: pages that the
     # system gives out anew each time take as long to clear as a small image takes to decode.
@@ -37,6 +39,7 @@ _HEAD = struct.Struct("=cIIidd")
 _ANSWER = struct.Struct("=cI")  # what, bytes that follow
 _READY = b"R"
 _PIECE = 2**20
+_USUAL_MEMORY = 256 * 2**20  # that an image may take beside others
 _ERRORS = {kind.__name__: kind for kind in (InvalidImage, InvalidRequest, TooManyPixels, TooHard)}
 _CONTEXT = multiprocessing.get_context("spawn")
 
@@ -65,7 +68,8 @@ class Decoder:
         self._started = False
         with theirs:
             self.process = _CONTEXT.Process(target=_serve, args=(theirs, setup), daemon=True)
-            self.process.start()
+            with environment(_ENVIRONMENT):
+                self.process.start()
 
     async def started(self) -> None:
         """Wait until it is there; loading its libraries is not to count as decoding."""
@@ -146,15 +150,16 @@ def _pixels(
     data: bytes, setup: Setup, store: PixelStore, place: tuple[int, int], most: float
 ) -> tuple[bytes, bytes]:
     """An image's pixels into a slot of the store, of a clip into one of its frames."""
+    heads.check(data)
     image = opened(data, setup.max_pixels)
-    cost = estimate(image, data)
+    cost = estimate(image, data, setup.how)
+    if cost.seconds > most or (most < math.inf and cost.memory > _USUAL_MEMORY):
+        return DEAR, json.dumps(cost.seconds).encode()
     if cost.memory > setup.memory:
         raise TooHard(
             f"decoding this image would take {cost.memory // 2**20} MiB, and there are "
             f"{setup.memory // 2**20}: make it smaller"
         )
-    if cost.seconds > most:
-        return DEAR, json.dumps(cost.seconds).encode()
     slot, frame = place
     store[slot][... if frame < 0 else frame] = prepared(image, setup.how, setup.max_pixels)
     return DONE, b""

@@ -16,6 +16,8 @@ import math
 import signal
 import time
 from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from runtime.errors import VignetteError
@@ -29,12 +31,13 @@ from server.turns import Turns
 log = logging.getLogger(__name__)
 
 _QUICK = 0.15  # estimated seconds of a core: what a camera's 12 megapixels take
-_QUICK_LIMIT = 1.5  # seconds of a core, of an image that was estimated wrongly
+_QUICK_LIMIT = 0.6  # seconds of a core, of an image that was estimated wrongly
+_QUICK_MEMORY = 768 * 2**20  # of a process that decodes usual images, its libraries included
 _LOWER = 5  # niceness of the slow lane, beside that of the others
 _START_SECONDS = 60.0
 _REMEMBERED_SECONDS = 3600.0
 _LONGEST_WAIT = 60  # seconds that a client is told to wait
-_LEARNING = 0.2
+_LEARNING, _SLOWEST = 0.2, 4.0  # of the pace: how fast it is learnt, and the most that it becomes
 _UNFIT = (
     "decoding this image crashed, or took too long: save it again with another program, or make it "
     "smaller"
@@ -71,17 +74,31 @@ class Job:
     origin: Origin
 
 
+@dataclass(frozen=True, slots=True)
+class Queueing:
+    """How dear images wait. aside: entered meanwhile. seconds: the most that they wait, whatever
+    their deadline.
+    """
+
+    aside: Callable[[Origin], AbstractContextManager[None]] = lambda origin: nullcontext()
+    seconds: float = 30.0
+
+
 class Decoders:
     """The decoder processes of a front-end. Used on one thread, which has to outlive them."""
 
-    def __init__(self, count: int, setup: Setup, seconds: float) -> None:
+    def __init__(
+        self, count: int, setup: Setup, seconds: float, queueing: Queueing | None = None
+    ) -> None:
         """count: processes, beside the one for dear images, which is started for the first of them.
 
         seconds: of a core, for one image, after which it is given up.
         """
+        self._queueing = queueing or Queueing()
         self._seconds = seconds
         self._wall = 2 * seconds + 1  # by the clock: by then it is not the processor that it lacks
-        self._quick = _Lane(setup, count).start(count)
+        quick = replace(setup, memory=min(setup.memory, _QUICK_MEMORY))
+        self._quick = _Lane(quick, count).start(count)
         self._slow = _Lane(replace(setup, niceness=setup.niceness + _LOWER), 1)
         self._too_hard = Remembered(_REMEMBERED_SECONDS)
         self._queued: Counter[str] = Counter()  # estimated ms in the slow lane, by client
@@ -134,23 +151,23 @@ class Decoders:
         )
         started, usual = time.perf_counter(), (mine + others) / 1e3
         wait = usual * self._pace
-        if wait > job.origin.deadline - started:
+        left = min(job.origin.deadline - started, self._queueing.seconds)
+        if wait > left:
             raise QueueFull(
                 "this image takes long to decode, and others of that kind wait already: send a "
                 "smaller one, or try again later",
                 min(_LONGEST_WAIT, math.ceil(wait)),
             )
-        errand = _Errand(
-            PIXELS, job.image, self._seconds, job.origin.deadline - started, (job.slot, job.frame)
-        )
+        errand = _Errand(PIXELS, job.image, self._seconds, left, (job.slot, job.frame))
         self._queued[job.origin.client] += cost
         try:
-            await self._slow.ask(job.origin.client, errand)
+            with self._queueing.aside(job.origin):
+                await self._slow.ask(job.origin.client, errand)
         finally:
             self._queued[job.origin.client] -= cost
             self._queued += Counter()  # without those that have nothing there
         took = (time.perf_counter() - started) / usual
-        self._pace += _LEARNING * (took - self._pace)
+        self._pace += _LEARNING * (min(took, _SLOWEST) - self._pace)
 
     def close(self) -> None:
         """End all processes."""

@@ -4,21 +4,26 @@ Each name is looked up once and the connection goes to the very address that was
 second answer of the name server changes nothing. Every redirect is checked like the first URL.
 """
 
+import asyncio
 import ipaddress
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
 from tornado.iostream import UnsatisfiableReadError
-from tornado.netutil import DefaultLoopResolver, Resolver
+from tornado.netutil import Resolver
 from tornado.simple_httpclient import HTTPTimeoutError, SimpleAsyncHTTPClient
 
 from runtime.errors import InvalidRequest, VignetteError
 from server.bodies import shown
+from server.turns import Turns
 
 _REDIRECTS = 3
+_LOOKUPS, _FETCHES = 8, 32  # at a time
 _CONNECT_SECONDS = 5.0
 # What Python's own list lacks, or lacked until lately: local translators, old site-local addresses,
 # IPv4 written the old way within IPv6, or translated (RFC 2765).
@@ -36,12 +41,27 @@ class FetchFailed(VignetteError):
     """The other server did not give the image."""
 
 
+class _Lookups(Resolver):
+    """Asks the name server on threads of its own: one that hangs holds up nothing but look-ups."""
+
+    def initialize(self) -> None:
+        self._threads = ThreadPoolExecutor(_LOOKUPS, "lookup")
+
+    async def resolve(
+        self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[tuple[int, Any]]:
+        found = await asyncio.get_running_loop().run_in_executor(
+            self._threads, partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM)
+        )
+        return [(kind, address) for kind, _, _, _, address in found]
+
+
 class PublicResolver(Resolver):
     """Looks names up, and knows public addresses only."""
 
     def initialize(self, inner: Resolver | None = None) -> None:
         """inner: who asks the name server; tests put their own in."""
-        self._inner = inner or DefaultLoopResolver()
+        self._inner = inner or _Lookups()
 
     async def resolve(
         self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -81,8 +101,9 @@ class Fetcher:
             resolver=resolver or PublicResolver(),
             max_body_size=limit,
             max_buffer_size=limit + 64 * 1024,
-            max_clients=64,
+            max_clients=_FETCHES,
         )
+        self._turns = Turns(_FETCHES)
         self._client = client
 
     def check(self, url: str) -> None:
@@ -104,9 +125,25 @@ class Fetcher:
         if not allowed:
             raise ForbiddenUrl(f"image_url: {shown(host)} is not among the allowed domains")
 
-    async def fetch(self, url: str, seconds: float) -> bytes:
-        """The image behind `url`, within so many seconds; raises ForbiddenUrl or FetchFailed."""
+    async def fetch(self, url: str, seconds: float, client: str) -> bytes:
+        """The image behind `url`, within so many seconds; raises ForbiddenUrl or FetchFailed.
+
+        client: with whose other fetches this one waits for its turn.
+        """
         end = time.monotonic() + seconds
+        self.check(url)
+        await self._turns.take(client)
+        fetching = asyncio.create_task(self._follow(url, end))
+        fetching.add_done_callback(self._ended)
+        # Cancelled, the client would log what comes of it all the same; it ends by its deadline.
+        return await asyncio.shield(fetching)
+
+    def _ended(self, fetching: "asyncio.Task[bytes]") -> None:
+        self._turns.give()
+        if not fetching.cancelled():
+            fetching.exception()  # asked for, or asyncio logs it if nobody waits any more
+
+    async def _follow(self, url: str, end: float) -> bytes:
         for _ in range(_REDIRECTS + 1):
             self.check(url)
             answer = await self._ask(url, end - time.monotonic())

@@ -93,6 +93,7 @@ def listen(service: Service, app: tornado.web.Application, sockets: list[socket.
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     server = Server(
         app,
+        late=service.late,
         most=max(1, min(service.settings.max_connections, files - _OTHER_FILES)),
         idle_connection_timeout=service.settings.header_seconds,
         body_timeout=service.settings.body_seconds,

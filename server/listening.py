@@ -22,13 +22,14 @@ from tornado.httputil import (
     RequestStartLine,
     ResponseStartLine,
 )
-from tornado.iostream import IOStream
+from tornado.iostream import IOStream, StreamClosedError
 
 from server.logs import Seldom
 
 log = logging.getLogger(__name__)
 
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_HEADERS = 200  # lines of a head: each takes a while to parse
 _CHUNKS, _CHUNK = 256, 512  # of a connection whatever their size, and bytes of the others
 _PAUSE_SECONDS = 0.5  # without accepting, when the system has no room for another connection
 
@@ -36,8 +37,13 @@ _PAUSE_SECONDS = 0.5  # without accepting, when the system has no room for anoth
 class Server(HTTPServer):
     """Tornado's, with a bound on connections. Used on the event loop's thread only."""
 
-    def initialize(self, app: Any, most: int, **options: Any) -> None:  # type: ignore[override]
-        """most: connections that may be open. options: of Tornado's server."""
+    def initialize(  # type: ignore[override]
+        self, app: Any, most: int, late: dict[IOStream, None], **options: Any
+    ) -> None:
+        """most: connections that may be open. late: those that wait for nothing but a refusal,
+        which make room first. options: of Tornado's server.
+        """
+        self._late = late
         super().initialize(app, **options)
         self._most = most
         self._open: set[object] = set()
@@ -93,6 +99,11 @@ class Server(HTTPServer):
             "%d connections are open, the most that may be: idle ones are closed for new ones",
             len(self._open),
         )
+        while self._late:
+            stream, _ = self._late.popitem()
+            if not stream.closed():
+                stream.close()
+                return True
         if not self._idle:
             return False
         address = max(self._idle, key=lambda each: len(self._idle[each]))
@@ -164,6 +175,14 @@ class _Stream(IOStream):
         self._ended = True
         buf[:1] = b"\n"
         return 1
+
+    async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
+        """Bytes up to a pattern: the head of the next request, in Tornado's server."""
+        head = await super().read_until_regex(regex, max_bytes)
+        if head.count(b"\n") > _HEADERS:
+            self.close()
+            raise StreamClosedError
+        return head
 
     def read_until(self, delimiter: bytes, max_bytes: int | None = None) -> Awaitable[bytes]:
         """Bytes up to a delimiter: the length of the next chunk, in Tornado's server."""

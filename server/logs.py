@@ -126,3 +126,5 @@ def configure(settings: Settings) -> None:
     handler = _Unblocked(_FILE)
     handler.setFormatter(_Json() if settings.log_format == "json" else _Text(_TEXT))
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
+    if settings.log_level != "DEBUG":  # it has a line for each request that is not HTTP
+        logging.getLogger("tornado.general").setLevel("WARNING")

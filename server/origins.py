@@ -38,12 +38,19 @@ def address_of(peer: str, headers: Mapping[str, str], proxies: list[Network]) ->
     return peer
 
 
+def group_of(address: str) -> str:
+    """Whom an address stands for: in IPv6 everybody has at least 64 bits of them."""
+    if ":" not in address or not _is_address(address):
+        return address
+    return str(ipaddress.ip_network(f"{address}/64", strict=False))
+
+
 def _is_address(text: str) -> bool:
     try:
         ipaddress.ip_address(text)
     except ValueError:
         return False
-    return True
+    return "%" not in text  # behind it anything may stand
 
 
 def _within(address: str, proxies: list[Network]) -> bool:

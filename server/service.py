@@ -9,15 +9,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tornado.iostream import IOStream
+
 from runtime.errors import InvalidRequest, VignetteError
 from runtime.limits import Limits, Prompts
 from runtime.manifest import Manifest
 from runtime.request import Caption
-from server.admission import Admission
+from server.admission import ASIDE, Admission
 from server.bodies import Parts
 from server.cache import CaptionCache
 from server.decoder import Setup
-from server.decoding import Decoders, Job, Origin
+from server.decoding import Decoders, Job, Origin, Queueing
 from server.dispatch import Expired, Work
 from server.fetching import Fetcher
 from server.forms import Asked
@@ -59,6 +61,7 @@ class Service:
     proxies: list[Network]
     intake: Intake = field(default_factory=Intake)
     refusals: Refusals = field(default_factory=Refusals)
+    late: dict[IOStream, None] = field(default_factory=dict)  # connections that wait for a refusal
     workers: list[Message] = field(default_factory=list)
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -95,7 +98,7 @@ class Service:
         self.limits.check(asked.prompt, asked.max_new_tokens)
         self.admission.check_in_time(wait)
         try:
-            async with asyncio.timeout(wait), self._images(asked, deadline) as images:
+            async with asyncio.timeout(wait), self._images(asked, deadline, client) as images:
                 large = sum(map(len, images)) > _LARGE
                 digest = await asyncio.to_thread(_digest, images) if large else _digest(images)
                 self.links.dispatcher.check(digest)
@@ -121,7 +124,9 @@ class Service:
         return found
 
     @asynccontextmanager
-    async def _images(self, asked: Asked, deadline: float) -> AsyncIterator[list[bytes]]:
+    async def _images(
+        self, asked: Asked, deadline: float, client: str
+    ) -> AsyncIterator[list[bytes]]:
         """The images, sent or fetched; what is fetched counts among the bytes that are inside."""
         if asked.image_url is None:
             yield asked.images
@@ -129,14 +134,15 @@ class Service:
         if self.fetcher is None:
             raise InvalidRequest("image_url is switched off here: send the image itself")
         held = self.settings.max_body_bytes  # it may become as large
-        self.admission.hold(held)
+        self.admission.hold(held, client)
         try:
-            image = await self.fetcher.fetch(asked.image_url, deadline - time.perf_counter())
-            self.admission.let_go(held - len(image))
+            left = deadline - time.perf_counter()
+            image = await self.fetcher.fetch(asked.image_url, left, client)
+            self.admission.let_go(held - len(image), client)
             held = len(image)
             yield [image]
         finally:
-            self.admission.let_go(held)
+            self.admission.let_go(held, client)
 
     async def _run(
         self, asked: Asked, images: list[bytes], origin: Origin
@@ -213,7 +219,7 @@ def make_service(
     sizes = manifest.sizes
     share = -(-settings.max_queue // settings.front_ends)
     # Decodings may outlast requests that gave up.
-    places = (settings.slots or SLOTS) * (settings.workers or 1) + share + settings.decoders
+    places = (settings.slots or SLOTS) * (settings.workers or 1) + share + settings.decoders + ASIDE
     store = PixelStore(folder / f"{name}.pixels", places, sizes.pixels, create=True)
     metrics = Metrics()
     admission = Admission(
@@ -238,6 +244,7 @@ def make_service(
                 NICENESS,
             ),
             settings.decode_seconds,
+            Queueing(admission.aside, settings.timeout_seconds),
         ),
         links=links,
         keys=Keys.open(keys, folder, settings.front_ends, index) if keys else None,

@@ -17,7 +17,7 @@ import zmq
 import zmq.asyncio
 
 from runtime.errors import VignetteError
-from server import decoder, frontend, keys, metrics
+from server import frontend, keys, metrics
 from server.children import Child
 from server.dispatch import QUARANTINE_SECONDS
 from server.logs import flush
@@ -61,9 +61,7 @@ class Supervisor:
             for index, device in enumerate(devices)
         ]
         main = partial(frontend.main, settings, self._folder, self._ports)
-        self._later = [
-            Child("front", index, main, decoder.ENVIRONMENT) for index in range(settings.front_ends)
-        ]
+        self._later = [Child("front", index, main) for index in range(settings.front_ends)]
         self._front_ends: list[Child] = []  # those, once the engine is whole
         self._refused = Remembered(QUARANTINE_SECONDS)
         self._control = zmq.asyncio.Context.instance().socket(zmq.ROUTER)

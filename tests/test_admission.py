@@ -82,7 +82,7 @@ def test_the_batch_class_waits_for_the_interactive_one():
 def test_bodies_are_bounded_together():
     engine = gated(slots=1)
     image = png(size=(90, 90)) + b" " * 5000
-    with serve(lambda: engine, slots=1, max_queue_bytes=len(image) + 1000) as live:
+    with serve(lambda: engine, slots=1, max_queue_bytes=2 * len(image) + 2000) as live:
         slow = socket.create_connection(("127.0.0.1", live.port))
         head = f"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: {len(image)}\r\n\r\n"
         slow.sendall(head.encode() + image[:-1])

@@ -3,16 +3,27 @@
 import asyncio
 import contextlib
 import hashlib
+import io
 import logging
 import os
 import socket
+import struct
 import threading
 import time
+import zlib
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from runtime.errors import InvalidRequest
+from runtime.errors import InvalidImage, InvalidRequest
+from runtime.manifest import Preprocessing
+from runtime.preprocess import FORMATS
+from server import heads
+from server.admission import Admission, QueueFull, State
 from server.bodies import Parts, json_parts, media_type, read_form
+from server.cost import estimate
 from server.fetching import is_public
 from server.intake import Intake
 from server.logs import Seldom, configure, plain
@@ -22,6 +33,7 @@ from server.refusals import Refusals
 from server.remembered import Remembered
 from server.settings import Settings
 from server.shared import NoSharedMemory, PixelStore, RunFolder
+from tests.conftest import SAMPLES
 from tests.fakes import fake_engine
 from tests.live import as_json, b64, fetch, png, serve, until
 
@@ -374,3 +386,131 @@ def test_a_client_that_says_no_more_still_gets_its_answer():
             client.settimeout(10)
             assert client.recv(100).startswith(b"HTTP/1.1 200")
         assert fetch(live.port, "GET", "/health/live").status == 200
+
+
+# --- What a second attack found -------------------------------------------------------------------
+
+
+def test_short_strings_of_json_are_bounded_together():
+    pair = b'"%s":"%s"' % (b"\x7f" * 15_900, b"\x7f" * 15_900)
+    with pytest.raises(InvalidRequest, match="too large without its image"):
+        json_parts(b"{%s}" % b",".join([pair] * 3))
+
+
+@dataclass(frozen=True)
+class Slow:
+    client: str
+    number: int
+
+
+def test_who_waits_for_a_decoder_keeps_nobody_from_the_engine():
+    now = [0.0]
+    admission = Admission(16, 10**9, 30.0, lambda: now[0])
+    admission.state, admission.slots = State.READY, 2
+    with contextlib.ExitStack() as held:
+        for number in range(16):
+            held.enter_context(admission.enter())
+            held.enter_context(admission.aside(Slow("bad", number)))
+        assert admission.inside == 0
+        with admission.enter(), pytest.raises(QueueFull):
+            held.enter_context(admission.aside(Slow("bad", 99)))
+        for number in range(16):
+            held.enter_context(admission.enter())
+            held.enter_context(admission.aside(Slow("good", number)))
+        for _ in range(20):  # one now and then: the time between them is no time that one takes
+            now[0] += 10
+            with admission.enter():
+                admission.check_in_time(1.0)
+        assert admission.inside == 0
+    assert admission.inside == 0
+
+
+def test_a_client_holds_at_most_half_of_the_bytes():
+    admission = Admission(16, 1000, 30.0)
+    admission.hold(500, "bad")
+    with pytest.raises(QueueFull):
+        admission.hold(1, "bad")
+    admission.hold(500, "good")
+    admission.let_go(500, "bad")
+    admission.let_go(500, "good")
+    assert admission.held_bytes == 0 and not admission._bytes
+
+
+def test_connections_that_wait_for_a_refusal_make_room():
+    with serve(fake_engine, max_connections=16) as live:
+        live.service.refusals._change("127.0.0.1", -300.0)
+        waiting = []
+        for _ in range(16):
+            client = socket.create_connection(("127.0.0.1", live.port))
+            client.sendall(b"GET /nope HTTP/1.1\r\nHost: x\r\n\r\n")
+            waiting.append(client)
+        until(lambda: len(live.service.late) >= 14)
+        for _ in range(4):
+            assert live.caption(png()).status == 200
+        for client in waiting:
+            client.close()
+        until(lambda: not live.service.late)
+
+
+def test_a_head_of_thousands_of_lines_is_hung_up_on():
+    with serve(fake_engine) as live:
+        with socket.create_connection(("127.0.0.1", live.port)) as client:
+            client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n" + b"a:\r\n" * 3000 + b"\r\n")
+            with contextlib.suppress(ConnectionError):
+                assert client.recv(100) == b""
+        assert live.request("GET", "/health/live").status == 200
+
+
+def _saved(kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+JPEG, PNG, GIF = _saved("JPEG"), _saved("PNG"), _saved("GIF")
+TABLE = 13 + (3 << ((GIF[10] & 7) + 1) if GIF[10] & 0x80 else 0)  # behind the colours
+CHUNK = struct.pack(">I", 0) + b"abCd" + struct.pack(">I", zlib.crc32(b"abCd"))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        JPEG[:2] + b"\xff\xed\x00\x02" * 50_000 + JPEG[2:],
+        JPEG[:2] + b"\xff" * 100_000 + JPEG[2:],
+        PNG[:33] + CHUNK * 50_000 + PNG[33:],
+        GIF[:TABLE] + b"\x21\xfe\x01a\x00" * 50_000 + GIF[TABLE:],
+        GIF[:TABLE] + b"\x21\xfe" + b"\x01a" * 50_000 + b"\x00" + GIF[TABLE:],
+    ],
+)
+def test_an_image_of_thousands_of_parts_is_refused_unopened(image):
+    with pytest.raises(InvalidImage, match="parts"):
+        heads.check(image)
+
+
+def test_images_as_programs_write_them_have_few_parts():
+    noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3), np.uint8)
+    for kind in FORMATS:
+        buffer = io.BytesIO()
+        Image.fromarray(noise).save(buffer, kind)
+        heads.check(buffer.getvalue())
+    for path in SAMPLES.glob("*.png"):
+        heads.check(path.read_bytes())
+    heads.check(JPEG[:20])
+    heads.check(b"")
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "options"),
+    [("PNG", (1, 990), {}), ("TIFF", (16, 16), {"tiffinfo": {322: 4000, 323: 4000}})],
+)
+def test_what_a_small_image_becomes_is_estimated_too(kind, size, options):
+    how = Preprocessing(224, 224, 3)
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, kind)
+    image = Image.open(io.BytesIO(buffer.getvalue()))
+    if options:
+        image.tag_v2[322] = image.tag_v2[323] = 4000
+        with pytest.raises(InvalidImage, match="tiles far larger"):
+            estimate(image, buffer.getvalue(), how)
+        image.tag_v2[322] = image.tag_v2[323] = 1000
+    assert estimate(image, buffer.getvalue(), how).seconds > 0.015

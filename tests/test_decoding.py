@@ -209,7 +209,7 @@ def test_a_telephones_picture_with_another_in_it_is_a_usual_one(store):
 
 def test_what_an_image_costs_is_seen_in_its_head():
     def seconds(image):
-        return estimate(Image.open(io.BytesIO(image)), image).seconds
+        return estimate(Image.open(io.BytesIO(image)), image, HOW).seconds
 
     photo = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)

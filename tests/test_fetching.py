@@ -73,7 +73,7 @@ def test_an_allowed_name_that_leads_to_a_private_address_is_refused():
     async def run():
         fetcher = Fetcher(("ok.example",), 1000, PublicResolver(inner=Names(answers=["10.0.0.1"])))
         with pytest.raises(ForbiddenUrl, match="not a public address"):
-            await fetcher.fetch("https://ok.example/x.png", 5)
+            await fetcher.fetch("https://ok.example/x.png", 5, "somebody")
 
     asyncio.run(run())
 
@@ -128,7 +128,7 @@ def test_a_real_server_is_asked_and_each_hop_checked(tmp_path):
         def fetch(path, *answers, limit=1000):
             names = Names(answers=answers or ["93.184.216.34"])
             fetcher = Fetcher(("ok.example",), limit, Local(names, port), validate_cert=False)
-            return fetcher.fetch(f"https://ok.example/{path}", 5)
+            return fetcher.fetch(f"https://ok.example/{path}", 5, "somebody")
 
         assert await fetch("image") == b"the image"
         assert await fetch("on") == b"the image"

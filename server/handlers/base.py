@@ -14,13 +14,20 @@ import tornado.web
 
 from server.errors import INTERNAL, answer_to
 from server.logs import request_id
-from server.origins import PREFLIGHT, address_of, cors_headers
+from server.origins import PREFLIGHT, address_of, cors_headers, group_of
 from server.service import Service
 
 log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.2
+_LATE = 64  # refusals that wait
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+
+def _bare(error: BaseException) -> BaseException:
+    """An error without what led to it."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
 
 
 @tornado.web.stream_request_body  # or Tornado would parse bodies that nobody asked for
@@ -36,6 +43,7 @@ class Handler(tornado.web.RequestHandler):
         peer = self.request.remote_ip or ""
         self.address = address_of(peer, self.request.headers, service.proxies)
         self._refusing = False
+        self._timer: asyncio.TimerHandle | None = None  # of a refusal that waits
 
     def set_default_headers(self) -> None:
         """Nothing that is answered is to be guessed at or kept."""
@@ -53,7 +61,7 @@ class Handler(tornado.web.RequestHandler):
     @property
     def client(self) -> str:
         """With whom the request shares its turns: all of one key, or of one address."""
-        return self.key or self.address
+        return self.key or group_of(self.address)
 
     def _set_common_headers(self) -> None:
         """Tornado forgets all headers before it answers an error."""
@@ -72,9 +80,9 @@ class Handler(tornado.web.RequestHandler):
         self.set_status(204)
         self.finish()
 
-    def head(self) -> None:
+    def head(self) -> Awaitable[None] | None:
         """Where there is something to get: the same without the body, which Tornado leaves out."""
-        self.get()
+        return self.get()
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         """A body is dropped as it comes, where none is wanted."""
@@ -87,7 +95,7 @@ class Handler(tornado.web.RequestHandler):
         if chunk and stream.writing():
             loop, admission, size = asyncio.get_running_loop(), self.service.admission, len(chunk)
             end = loop.time() + self.service.settings.body_seconds
-            admission.held_bytes += size
+            admission.owe(size, self.client)
 
             def look() -> None:
                 if stream.writing() and loop.time() < end:
@@ -95,7 +103,7 @@ class Handler(tornado.web.RequestHandler):
                     return
                 if stream.writing():
                     stream.close()
-                admission.let_go(size)
+                admission.let_go(size, self.client)
 
             loop.call_later(_LOOK_SECONDS, look)
         return written
@@ -111,11 +119,32 @@ class Handler(tornado.web.RequestHandler):
             return
         self._refusing = True
         wait = self.service.refusals.wait(self.client)
+        if not wait:
+            super().send_error(status_code, **kwargs)
+            return
+        stream, late = self.request.connection.stream, self.service.late  # type: ignore[union-attr]
+        if len(late) >= _LATE:
+            stream.close()  # this client gets more than it can be refused
+            return
+        if error := kwargs.get("exc_info", (None, None, None))[1]:
+            # Its frames hold the body and the images, and it was logged.
+            kwargs["exc_info"] = (type(error), _bare(error), None)
+        late[stream] = None
         answer = partial(super().send_error, status_code, **kwargs)
-        if wait:
-            asyncio.get_running_loop().call_later(wait, answer)
-        else:
-            answer()
+
+        def send() -> None:
+            late.pop(stream, None)
+            if not stream.closed():
+                answer()
+
+        self._timer = asyncio.get_running_loop().call_later(wait, send)
+
+    def on_connection_close(self) -> None:
+        """Nobody waits for a refusal any more."""
+        super().on_connection_close()
+        if self._timer is not None:
+            self._timer.cancel()
+            self.service.late.pop(self.request.connection.stream, None)  # type: ignore[union-attr]
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Answer any error, ours or Tornado's, by the table in `server.errors`."""

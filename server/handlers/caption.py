@@ -31,6 +31,7 @@ class CaptionHandler(Handler):
         self._task: asyncio.Task | None = None
         self._gone = False
         self._seconds: dict[str, float] = {}
+        self._payer = self.client  # for the bytes of the body
         self._refused: VignetteError | None = None
         self._place = ExitStack()  # among the requests of its key
 
@@ -50,6 +51,7 @@ class CaptionHandler(Handler):
         try:
             if self.service.keys is not None:
                 self.key = self._place.enter_context(self.service.keys.enter(self._key()))
+            self._payer = self.client
             self._kind, self._boundary = media_type(self.request.headers.get("Content-Type", ""))
             check_media_type(self._kind)
             encoding = self.request.headers.get("Content-Encoding", "identity")
@@ -88,12 +90,13 @@ class CaptionHandler(Handler):
 
     def _hold(self, size: int) -> None:
         """Count bytes of this request among those inside. Raises QueueFull."""
-        self.service.admission.hold(size)
+        self.service.admission.hold(size, self._payer)
         self._held += size
 
     def _drop_body(self) -> None:
         self._body = bytearray()
-        self.service.admission.let_go(self._held)
+        if self._held:
+            self.service.admission.let_go(self._held, self._payer)
         self._held = 0
 
     def _refuse_now(self, error: VignetteError) -> None:

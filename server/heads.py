@@ -1,0 +1,83 @@
+"""A look at an image's parts before a library reads them: there may be only so many.
+
+Pillow walks through the parts of a file one by one, in Python, before anything is known of the
+image: a file of millions of empty ones takes many seconds to open.
+"""
+
+from runtime.errors import InvalidImage
+
+_PARTS = 1000  # before the image itself, and in PNG beside so much for each of its pieces
+_PIECE = 2048  # bytes of a PNG for which it may have another chunk
+_PADDING = 64  # bytes of 0xFF before a JPEG's marker
+_JPEG, _PNG, _GIF = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", (b"GIF87a", b"GIF89a")
+_SCAN, _END, _ALONE = 0xDA, 0xD9, (0x01, *range(0xD0, 0xD9))  # markers of JPEG
+
+
+def check(data: bytes) -> None:
+    """Raise InvalidImage for a file that has far more parts than any program writes.
+
+    What is damaged otherwise is left to the library.
+    """
+    if data.startswith(_JPEG):
+        _check_jpeg(data)
+    elif data.startswith(_PNG):
+        _check_png(data)
+    elif data.startswith(_GIF):
+        _check_gif(data)
+
+
+def _too_many() -> InvalidImage:
+    return InvalidImage("an image of thousands of parts, such as comments: save it again")
+
+
+def _check_jpeg(data: bytes) -> None:
+    """ITU-T T.81, annex B: segments of a marker and a length, up to the first scan."""
+    place = 2
+    for _ in range(_PARTS):
+        padding = data[place : place + _PADDING]
+        place += len(padding) - len(padding.lstrip(b"\xff"))
+        marker = data[place : place + 1]
+        if not marker or marker[0] in (_SCAN, _END):
+            return
+        if marker == b"\xff":
+            break
+        place += 1
+        if marker[0] not in _ALONE:
+            place += int.from_bytes(data[place : place + 2], "big")
+        if data[place : place + 1] != b"\xff":
+            found = data.find(b"\xff", place, place + _PIECE)  # as Pillow does, skip what is none
+            if found < 0:
+                return
+            place = found
+    raise _too_many()
+
+
+def _check_png(data: bytes) -> None:
+    """ISO/IEC 15948, 5.3: chunks of a length, a type, data and a checksum, up to the end."""
+    place = len(_PNG)
+    for _ in range(_PARTS + len(data) // _PIECE):
+        head = data[place : place + 8]
+        if len(head) < 8 or head[4:] == b"IEND":
+            return
+        place += 12 + int.from_bytes(head[:4], "big")
+    raise _too_many()
+
+
+def _check_gif(data: bytes) -> None:
+    """GIF89a, 15 to 26: extensions of blocks with a length each, up to the first image."""
+    place = 13
+    if data[10:11] and data[10] & 0x80:
+        place += 3 << ((data[10] & 7) + 1)
+    for _ in range(_PARTS):
+        if data[place : place + 1] != b"!":
+            return
+        place += 2
+        for _ in range(_PARTS):
+            size = data[place : place + 1]
+            place += 1
+            if not size or not size[0]:
+                break
+            place += size[0]
+        else:
+            break
+    raise _too_many()
