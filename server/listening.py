@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _HEADERS = 200  # lines of a head: each takes a while to parse
 _CHUNKS, _CHUNK = 256, 512  # of a connection whatever their size, and bytes of the others
+_HANG_UP_SECONDS = 2.0
 _PAUSE_SECONDS = 0.5  # without accepting, when the system has no room for another connection
 
 
@@ -180,15 +181,20 @@ class _Stream(IOStream):
         """Bytes up to a pattern: the head of the next request, in Tornado's server."""
         head = await super().read_until_regex(regex, max_bytes)
         if head.count(b"\n") > _HEADERS:
-            self.close()
-            raise StreamClosedError
+            await self._hang_up()
         return head
+
+    async def _hang_up(self) -> bytes:
+        """End a connection after a while, for a client that would come again at once."""
+        await asyncio.sleep(_HANG_UP_SECONDS)
+        self.close()
+        raise StreamClosedError
 
     def read_until(self, delimiter: bytes, max_bytes: int | None = None) -> Awaitable[bytes]:
         """Bytes up to a delimiter: the length of the next chunk, in Tornado's server."""
         self._chunks += 1
         if self._chunks > _CHUNKS + self._received / _CHUNK:
-            self.close()
+            return asyncio.ensure_future(self._hang_up())
         return super().read_until(delimiter, max_bytes)
 
 

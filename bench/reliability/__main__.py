@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bench.machine import about
+from bench.reliability import beside
 from bench.reliability.running import Verdict
 from bench.reliability.scenarios import SCENARIOS
 from bench.reliability.table import Row, keep
@@ -17,6 +18,7 @@ def main() -> int:
     parser.add_argument("numbers", nargs="*", type=int, help="of scenarios (default: all)")
     parser.add_argument("--without", type=int, nargs="*", default=[], help="numbers to leave out")
     parser.add_argument("--short", action="store_true", help="the short forms, as in make test")
+    parser.add_argument("--minutes", type=float, default=120, help="of the siege (120)")
     parser.add_argument("--output", type=Path, default=Path("bench/results"))
     args = parser.parse_args()
     facts, failed = about(), False
@@ -24,7 +26,8 @@ def main() -> int:
         if number in args.without or (args.numbers and number not in args.numbers):
             continue
         try:
-            verdict = scenario(not args.short)
+            siege = {"minutes": args.minutes} if scenario is beside.siege else {}
+            verdict = scenario(not args.short, **siege)
         except Exception as error:  # of any kind: the other scenarios are still worth running
             verdict = Verdict(f"{type(error).__name__}: {error}", False)
         row = Row(

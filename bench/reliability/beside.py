@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bench.arithmetic import percentile
 from bench.reliability.load import Answer, Clients, after
 from bench.reliability.running import Service, Verdict, said, sample, service
-from bench.reliability.senders import SENDERS, assault
+from bench.reliability.senders import ATTACKS, assault
 
 _HONEST = 8
 _GROWN = 1200  # MiB of all processes: one image of 50 Mpx is being decoded, and bodies come in
@@ -56,10 +56,10 @@ def beside(names: list[str], senders: tuple[int, ...], seconds: float) -> Verdic
         rate = statistics.median(p.rate for p in during)
         p99 = statistics.median(p.p99 for p in during)
         wrong = sum(p.wrong for p in during)
-        _honest(it, 5)
+        _honest(it, min(5, seconds))
         kept = (it.resident() - before) / 2**20
         return Verdict(
-            f"{'/'.join(map(str, senders))} senders: honest {rate / usual.rate:.0%} of "
+            f"{'/'.join(map(str, senders))} senders for {seconds / 60:.1f} minutes each: honest {rate / usual.rate:.0%} of "
             f"{usual.rate:.1f}/s, p99 {p99:.2f} s instead of {usual.p99:.2f}, {wrong} wrong; "
             f"{replaced} processes replaced, {grown:+.0f} MiB during, {kept:+.0f} after",
             not wrong and not replaced and grown < _GROWN and kept < _KEPT,
@@ -68,7 +68,7 @@ def beside(names: list[str], senders: tuple[int, ...], seconds: float) -> Verdic
 
 
 def _short(names: list[str], long: bool) -> Verdict:
-    return beside(names, (1, 8, 32) if long else (4,), 30 if long else 4)
+    return beside(names, (1, 8, 32) if long else (4,), 30 if long else 3)
 
 
 def content_types(long: bool) -> Verdict:
@@ -91,6 +91,7 @@ def dear_images(long: bool) -> Verdict:
     return _short(["700 scans", "90 scans", "unpacking", "tags"], long)
 
 
-def siege(long: bool) -> Verdict:
+def siege(long: bool, minutes: float = 120) -> Verdict:
     """30: all of these together, from 1, 8 and 32 senders, for two hours."""
-    return beside(list(SENDERS), (1, 8, 32) if long else (8,), 2400 if long else 6)
+    senders = (1, 8, 32) if long else (8,)
+    return beside(list(ATTACKS), senders, 60 * minutes / len(senders) if long else 3)

@@ -14,7 +14,7 @@ from bench.reliability import (
 )
 from bench.reliability.running import Verdict
 
-SCENARIOS: dict[str, tuple[int, Callable[[bool], Verdict]]] = {
+SCENARIOS: dict[str, tuple[int, Callable[..., Verdict]]] = {
     "twice the capacity, open loop": (1, admission.overload),
     "a full queue": (2, admission.full_queue),
     "a deadline in the queue": (3, admission.deadline_in_the_queue),
