@@ -452,6 +452,24 @@ def test_connections_that_wait_for_a_refusal_make_room():
         until(lambda: not live.service.late)
 
 
+def test_a_client_without_credit_that_leaves_gets_its_place_back(tmp_path):
+    from tests.fakes import gated
+
+    (tmp_path / "keys").write_text(f"one {hashlib.sha256(b'secret').hexdigest()} 0 1\n")
+    engine = gated()
+    with serve(lambda: engine, api_keys=tmp_path / "keys") as live:
+        engine.runner.open.clear()
+        live.service.refusals._change("one", -150.0)
+        head = f"Host: x\r\nX-API-Key: secret\r\nContent-Length: {len(png())}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", live.port)) as client:
+            client.sendall(b"POST /caption HTTP/1.1\r\n" + head.encode() + png())
+            until(lambda: live.service.admission.inside)
+        until(lambda: not live.service.admission.inside)
+        engine.runner.open.set()
+        until(lambda: live.caption(png(), X_API_Key="secret").status == 200)
+        assert not live.service.late
+
+
 def test_a_head_of_thousands_of_lines_is_hung_up_on():
     with serve(fake_engine) as live:
         with socket.create_connection(("127.0.0.1", live.port)) as client:

@@ -60,7 +60,8 @@ def beside(names: list[str], senders: tuple[int, ...], seconds: float) -> Verdic
         kept = (it.resident() - before) / 2**20
         return Verdict(
             f"{'/'.join(map(str, senders))} senders for {seconds / 60:.1f} minutes each: honest "
-            f"{rate / usual.rate:.0%} of {usual.rate:.1f}/s, p99 {p99:.2f} s instead of {usual.p99:.2f}, {wrong} wrong; "
+            f"{rate / usual.rate:.0%} of {usual.rate:.1f}/s, p99 {p99:.2f} s instead of "
+            f"{usual.p99:.2f}, {wrong} wrong; "
             f"{replaced} processes replaced, {grown:+.0f} MiB during, {kept:+.0f} after",
             not wrong and not replaced and grown < _GROWN and kept < _KEPT,
             rate >= 0.5 * usual.rate and p99 <= 4 * usual.p99,

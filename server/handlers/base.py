@@ -118,33 +118,34 @@ class Handler(tornado.web.RequestHandler):
         if self._refusing or self._finished:
             return
         self._refusing = True
-        wait = self.service.refusals.wait(self.client)
-        if not wait:
-            super().send_error(status_code, **kwargs)
-            return
         stream, late = self.request.connection.stream, self.service.late  # type: ignore[union-attr]
-        if len(late) >= _LATE:
+        wait = 0.0 if stream.closed() else self.service.refusals.wait(self.client)
+        if wait and len(late) >= _LATE:
             stream.close()  # this client gets more than it can be refused
-            return
-        if error := kwargs.get("exc_info", (None, None, None))[1]:
-            # Its frames hold the body and the images, and it was logged.
-            kwargs["exc_info"] = (type(error), _bare(error), None)
-        late[stream] = None
-        answer = partial(super().send_error, status_code, **kwargs)
+            wait = 0.0
+        if wait:
+            if error := kwargs.get("exc_info", (None, None, None))[1]:
+                # Its frames hold the body and the images, and it was logged.
+                kwargs["exc_info"] = (type(error), _bare(error), None)
+            late[stream] = None
+        self._answer_error = partial(super().send_error, status_code, **kwargs)
+        if wait:
+            self._timer = asyncio.get_running_loop().call_later(wait, self._refuse)
+        else:
+            self._answer_error()
 
-        def send() -> None:
-            late.pop(stream, None)
-            if not stream.closed():
-                answer()
-
-        self._timer = asyncio.get_running_loop().call_later(wait, send)
+    def _refuse(self) -> None:
+        """Answer a refusal that waited; to a client that has gone, so that all is given back."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self.service.late.pop(self.request.connection.stream, None)  # type: ignore[union-attr]
+            if not self._finished:
+                self._answer_error()
 
     def on_connection_close(self) -> None:
         """Nobody waits for a refusal any more."""
         super().on_connection_close()
-        if self._timer is not None:
-            self._timer.cancel()
-            self.service.late.pop(self.request.connection.stream, None)  # type: ignore[union-attr]
+        self._refuse()
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Answer any error, ours or Tornado's, by the table in `server.errors`."""
