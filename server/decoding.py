@@ -158,7 +158,8 @@ class Decoders:
                 "smaller one, or try again later",
                 min(_LONGEST_WAIT, math.ceil(wait)),
             )
-        errand = _Errand(PIXELS, job.image, self._seconds, left, (job.slot, job.frame))
+        place = (job.slot, job.frame)
+        errand = _Errand(PIXELS, job.image, self._seconds, left, place, until=started + left)
         self._queued[job.origin.client] += cost
         try:
             with self._queueing.aside(job.origin):
@@ -185,7 +186,8 @@ class _Errand:
     """What a process is asked: kind, data, slot and frame; an image only if it is estimated to
     take at most `most` seconds.
 
-    seconds: of a core. wall: seconds by the clock, after which the process is replaced.
+    seconds: of a core. wall: seconds by the clock, after which the process is replaced; until:
+    the same as a time of `perf_counter`.
     """
 
     what: bytes
@@ -194,6 +196,7 @@ class _Errand:
     wall: float
     place: tuple[int, int] = (0, -1)
     most: float = math.inf
+    until: float = math.inf
 
 
 class _Lane:
@@ -241,7 +244,7 @@ class _Lane:
                 decoder = self._replaced(decoder)
             async with asyncio.timeout(_START_SECONDS):
                 await decoder.started()
-            async with asyncio.timeout(errand.wall):
+            async with asyncio.timeout(min(errand.wall, errand.until - time.perf_counter())):
                 return await decoder.ask(
                     errand.what, errand.data, errand.place, errand.seconds, errand.most
                 )
