@@ -294,4 +294,7 @@ async def _to_the_end(task: "asyncio.Task[tuple[bytes, bytes]]") -> tuple[bytes,
     if cancelled:
         task.exception()  # asked for, or asyncio logs it
         raise asyncio.CancelledError
-    return task.result()
+    try:
+        return task.result()
+    finally:
+        del task  # its error would hold this frame, and this frame the error, with an image in it

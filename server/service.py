@@ -160,8 +160,7 @@ class Service:
         try:
             started = time.perf_counter()
             await asyncio.wait(jobs)
-            for error in filter(None, [job.exception() for job in jobs]):
-                raise error
+            _raise_first(jobs)
             decoded = time.perf_counter()
             work = Work(
                 slot, asked.prompt, asked.max_new_tokens, origin.digest, origin.deadline,
@@ -170,6 +169,7 @@ class Service:
             return await self.links.dispatcher.caption(work), decoded - started
         finally:
             self._give_back(slot, jobs)
+            jobs.clear()  # their errors would hold this frame, and this frame them, with the images
 
     async def _slot(self) -> int:
         """A free slot; there may be none for a moment, while decodings outlast their requests."""
@@ -201,6 +201,17 @@ class Service:
         for job in running:
             job.add_done_callback(ended)
             job.cancel()
+
+
+def _raise_first(jobs: "list[asyncio.Task[None]]") -> None:
+    """Raise what the first of some tasks raised, all of which have ended."""
+    for job in jobs:
+        job.exception()  # asked for, or asyncio logs it
+    try:
+        for job in jobs:
+            job.result()
+    finally:
+        del job, jobs  # as above
 
 
 def _digest(images: list[bytes]) -> str:

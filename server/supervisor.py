@@ -34,6 +34,7 @@ _WATCH_SECONDS = 0.1
 _FROZEN_SECONDS = 1.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _STOP_SECONDS = 5.0
+_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # large bodies go back to the system at once
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
@@ -61,7 +62,7 @@ class Supervisor:
             for index, device in enumerate(devices)
         ]
         main = partial(frontend.main, settings, self._folder, self._ports)
-        self._later = [Child("front", index, main) for index in range(settings.front_ends)]
+        self._later = [Child("front", index, main, _MEMORY) for index in range(settings.front_ends)]
         self._front_ends: list[Child] = []  # those, once the engine is whole
         self._refused = Remembered(QUARANTINE_SECONDS)
         self._control = zmq.asyncio.Context.instance().socket(zmq.ROUTER)

@@ -123,16 +123,15 @@ class Handler(tornado.web.RequestHandler):
         if wait and len(late) >= _LATE:
             stream.close()  # this client gets more than it can be refused
             wait = 0.0
-        if wait:
-            if error := kwargs.get("exc_info", (None, None, None))[1]:
-                # Its frames hold the body and the images, and it was logged.
-                kwargs["exc_info"] = (type(error), _bare(error), None)
-            late[stream] = None
+        if not wait:
+            super().send_error(status_code, **kwargs)
+            return
+        if error := kwargs.get("exc_info", (None, None, None))[1]:
+            # Its frames hold the body and the images, and it was logged.
+            kwargs["exc_info"] = (type(error), _bare(error), None)
+        late[stream] = None
         self._answer_error = partial(super().send_error, status_code, **kwargs)
-        if wait:
-            self._timer = asyncio.get_running_loop().call_later(wait, self._refuse)
-        else:
-            self._answer_error()
+        self._timer = asyncio.get_running_loop().call_later(wait, self._refuse)
 
     def _refuse(self) -> None:
         """Answer a refusal that waited; to a client that has gone, so that all is given back."""

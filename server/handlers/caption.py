@@ -114,7 +114,8 @@ class CaptionHandler(Handler):
         if self._finished:
             return
         if self._refused is not None:
-            raise self._refused
+            refused, self._refused = self._refused, None  # or its frames would hold this for long
+            raise refused
         self._task = asyncio.current_task()
         started = time.perf_counter()
         with self.service.admission.enter(), self.service.metrics.inside.track_inprogress():
