@@ -95,3 +95,17 @@ def test_the_probe_asks_where_health_is_served(monkeypatch, capsys):
 @pytest.mark.parametrize("target", ["cpu", "gpu", "export"])
 def test_every_target_that_is_promised_is_there(target):
     assert re.search(rf"^FROM \S+ AS {target}$", DOCKERFILE, re.MULTILINE)
+
+
+def test_the_check_explains_itself_before_it_builds_anything():
+    for argument, status in (("--help", 0), ("nonsense", 2)):
+        command = [sys.executable, str(DOCKER / "check.py"), argument]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+        assert done.returncode == status
+        assert "usage" in done.stdout and "make test_container" in done.stdout
+
+
+def test_the_unit_starts_and_reloads_what_there_is():
+    unit = (DOCKER / "vignette.service").read_text()
+    assert "python -P -m server" in unit and "ExecReload=/bin/kill -HUP" in unit
+    assert "KillMode=mixed" in unit  # the supervisor alone gets SIGTERM
