@@ -257,6 +257,7 @@ class Supervisor:
         deadline = time.monotonic() + self._settings.drain_seconds + _STOP_SECONDS
         while any(c.state != "over" for c in self._front_ends) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
+        self._ports.close()  # who comes now is told at once that nobody serves
         for child in self._workers:
             if child.state == "ready":
                 await self._send(child, {"op": "stop"})

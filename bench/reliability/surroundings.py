@@ -143,6 +143,8 @@ def unread_log(long: bool) -> Verdict:
 
 def full_memory(long: bool) -> Verdict:
     """26: shared memory is full while the service runs, and its worker dies."""
+    if subprocess.run([*_OWN_ROOM, "true"], capture_output=True, check=False).returncode:
+        return Verdict("not tried: this system lets nobody have a /dev/shm of their own", True)
     port = free_port()
     inside = (
         "mount -t tmpfs -o size=96m tmpfs /dev/shm && "
