@@ -37,7 +37,7 @@ from server.wire import (
 
 log = logging.getLogger(__name__)
 
-_HEADER_BYTES = 16 * 1024  # a slow core reads the shortest lines of them in 25 ms
+_HEADER_BYTES = 56 * 1024  # a prompt of 4,096 characters takes 48 KiB in a query
 _READ_BYTES = 64 * 1024  # of a body at a time
 _OTHER_BODY_BYTES = 64 * 1024  # of requests that are not for /caption, which sets its own limit
 _OTHER_FILES = 256  # that are no connections: sockets to the other processes, libraries

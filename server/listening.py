@@ -29,7 +29,7 @@ from server.logs import Seldom
 log = logging.getLogger(__name__)
 
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_HEADERS = 200  # lines of a head: each takes a while to parse
+_HEADERS, _FIELDS = 200, 1000  # lines of a head, and fields of a query: each takes a while to parse
 _CHUNKS, _CHUNK = 256, 512  # of a connection whatever their size, and bytes of the others
 _HANG_UP_SECONDS = 2.0
 _PAUSE_SECONDS = 0.5  # without accepting, when the system has no room for another connection
@@ -180,7 +180,7 @@ class _Stream(IOStream):
     async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
         """Bytes up to a pattern: the head of the next request, in Tornado's server."""
         head = await super().read_until_regex(regex, max_bytes)
-        if head.count(b"\n") > _HEADERS:
+        if head.count(b"\n") > _HEADERS or head.count(b"&") > _FIELDS:
             await self._hang_up()
         return head
 

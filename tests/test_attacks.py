@@ -470,10 +470,12 @@ def test_a_client_without_credit_that_leaves_gets_its_place_back(tmp_path):
         assert not live.service.late
 
 
-def test_a_head_of_thousands_of_lines_is_hung_up_on():
+@pytest.mark.parametrize(("query", "lines"), [(b"", b"a:\r\n" * 3000), (b"?" + b"a&" * 3000, b"")])
+def test_a_head_of_thousands_of_parts_is_hung_up_on(query, lines):
     with serve(fake_engine) as live:
         with socket.create_connection(("127.0.0.1", live.port)) as client:
-            client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n" + b"a:\r\n" * 3000 + b"\r\n")
+            start = b"GET /health/live" + query + b" HTTP/1.1\r\nHost: x\r\n"
+            client.sendall(start + lines + b"\r\n")
             with contextlib.suppress(ConnectionError):
                 assert client.recv(100) == b""
         assert live.request("GET", "/health/live").status == 200
