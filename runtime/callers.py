@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 
+from runtime.errors import WrongThread
 from runtime.request import Request, Sequence
 
 
@@ -35,17 +36,36 @@ class Callers:
         self._changed = threading.Condition()
         self._new: list[Call] = []
         self._running: list[Call] = []
-        self._stepped_by: int | None = None
+        self._stepped_by: int | None = None  # a thread that steps for all callers
+        self._owner: int | None = None  # a thread that steps by itself
 
-    @property
-    def stepped_by(self) -> int | None:
-        """The thread that steps now, by `threading.get_ident()`."""
-        return self._stepped_by
+    def claim(self) -> None:
+        """This thread, and no other, steps by itself from now on. Raises WrongThread."""
+        with self._changed:
+            self._check(self._owner, self._stepped_by)
+            self._owner = threading.get_ident()
+
+    def release(self) -> None:
+        """Any thread may step, or call, again."""
+        self._owner = None
+
+    @staticmethod
+    def _check(*threads: int | None) -> None:
+        """Raise WrongThread if one of these is another."""
+        if {*threads} - {None, threading.get_ident()}:
+            raise WrongThread(
+                "another thread uses this engine: call `generate`, which any thread may, or "
+                "`submit` and `step` always from the same one"
+            )
 
     def run(self, requests: list[Request]) -> list[Sequence]:
-        """The sequences of some requests, once all have ended. Raises what a step raised."""
+        """The sequences of some requests, once all have ended.
+
+        Raises what a step raised, and WrongThread if another thread steps by itself.
+        """
         call = Call(requests)
         with self._changed:
+            self._check(self._owner)
             self._new.append(call)
             self._changed.wait_for(lambda: call.over or self._stepped_by is None)
             steps = not call.over

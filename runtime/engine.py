@@ -4,23 +4,23 @@ Any thread may call `generate`, and what several want at a time is captioned tog
 `cancel` and `step` are for one thread alone, such as a server's.
 """
 
-import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from runtime.callers import Callers
 from runtime.config import EngineConfig
-from runtime.errors import ComputationFailed, InvalidRequest, WrongThread
+from runtime.errors import ComputationFailed, InvalidRequest
 from runtime.images import AnyImage, pixels_of
 from runtime.limits import Limits
 from runtime.manifest import Manifest
 from runtime.pacing import Pacing
+from runtime.phases import Phases
 from runtime.request import Caption, FinishReason, Request, Sequence, Terms
 from runtime.scheduler import Scheduler
 from runtime.tokenizer import CaptionTokenizer
@@ -29,45 +29,6 @@ if TYPE_CHECKING:
     from runtime.opening import Prepared
 
 _ENCODE_BATCH = 4  # of an engine that was put together without a plan
-
-
-class Phases(Protocol):
-    """What an engine needs of a runner; tests put a model in its place that needs no graphs."""
-
-    text_tokens: int
-    burst: int  # most decode steps of one call
-
-    @property
-    def provider(self) -> str:
-        """Execution provider of the encoder."""
-
-    @property
-    def precision(self) -> str:
-        """The combination of encoder, decoder and cache, as the manifest names it."""
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether all state is on a GPU."""
-
-    @property
-    def runs_on(self) -> str:
-        """For people: what runs where."""
-
-    @property
-    def pixels_shape(self) -> tuple[int, ...]:
-        """Shape of one request's pixels."""
-
-    def encode(self, pixels: ListLike[np.ndarray], slots: ListLike[int]) -> None:
-        """Put the image K/V of each of `pixels` into its slot."""
-
-    def decode(self, tokens: ListLike[int], fed: ListLike[int], steps: int = 1) -> np.ndarray:
-        """Feed a token to each leading row, and what follows -> int64 `[steps, rows]`."""
-
-    def bucket(self, rows: int) -> int:
-        """Rows that a step works on if it is fed so many leading ones."""
-
-    def move(self, source: int, target: int) -> None:
-        """Copy a sequence's cache from one slot to another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +49,13 @@ class Engine:
         runner: Phases,
         config: EngineConfig,
         clock: Callable[[], float] = time.perf_counter,
+        seconds: float | None = None,
     ) -> None:
-        """clock: seconds, of whatever time the runner's calls take."""
-        self._clock = clock
+        """clock: seconds, of whatever time the runner's calls take.
+
+        seconds: that a caption of the self-test took, if there was any.
+        """
+        self._clock, self.seconds = clock, seconds
         self.manifest = manifest
         self.config = config
         self.tokenizer = tokenizer
@@ -100,8 +65,6 @@ class Engine:
         self._pacing = Pacing(config.patience)
         self.scheduler = self._new_scheduler()
         self.last_step = StepReport()
-        self.seconds: float | None = None  # of a caption of the self-test, if it was opened
-        self._owner: int | None = None  # the thread that called `submit` or `step`
         self._callers = Callers(self._add, self._step, self.abandon)
 
     @classmethod
@@ -126,9 +89,7 @@ class Engine:
             prepared.config, encode_batch=min(runner.plan.encode_batch, slots), slots=slots
         )
         tokenizer = CaptionTokenizer(prepared.folder, prepared.manifest)
-        engine = cls(prepared.manifest, tokenizer, runner, config)
-        engine.seconds = opened.seconds
-        return engine
+        return cls(prepared.manifest, tokenizer, runner, config, seconds=opened.seconds)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -163,7 +124,7 @@ class Engine:
         Raises InvalidRequest when shape, prompt or limit can never be served, WrongThread when
         another thread uses the engine.
         """
-        self._claim()
+        self._callers.claim()
         return self._add(self._request(pixels, prompt, max_new_tokens, ignore_eos, terms))
 
     def _add(self, request: Request) -> Sequence:
@@ -185,19 +146,9 @@ class Engine:
         prompt_ids, most = self.limits.check(prompt, max_new_tokens)
         return Request(pixels, prompt_ids, most, ignore_eos, terms)
 
-    def _claim(self) -> None:
-        """From now on this thread steps the engine. Raises WrongThread if another one does."""
-        me = threading.get_ident()
-        if (self._owner or self._callers.stepped_by or me) != me:
-            raise WrongThread(
-                "another thread uses this engine: call `generate`, which any thread may, or "
-                "`submit` and `step` always from the same one"
-            )
-        self._owner = me
-
     def cancel(self, sequence: Sequence) -> bool:
         """Take a sequence back and free its slot at once; False if it had ended already."""
-        self._claim()
+        self._callers.claim()
         return self.scheduler.cancel(sequence)
 
     def abandon(self) -> None:
@@ -205,7 +156,7 @@ class Engine:
 
         Any thread may use the engine then.
         """
-        self._owner = None
+        self._callers.release()
         self.scheduler = self._new_scheduler()
 
     def _new_scheduler(self) -> Scheduler:
@@ -218,7 +169,7 @@ class Engine:
         A row is fed one token, or on a device as many as can follow one another there.
         starting: told which sequences are about to be encoded. Raises WrongThread.
         """
-        self._claim()
+        self._callers.claim()
         return self._step(starting)
 
     def _step(self, starting: Callable[[list[Sequence]], None] | None = None) -> list[Sequence]:
@@ -286,8 +237,6 @@ class Engine:
         Raises what `pixels_of`, `submit` and `caption` raise for the first one that can't be
         captioned; none is then.
         """
-        if self._owner not in (None, threading.get_ident()):
-            self._claim()  # it says what is wrong
         prompts = prompts or [None] * len(images)
         requests = [
             self._request(

@@ -83,8 +83,9 @@ def state(file: Path) -> About:
 
 
 def opened(file: Path | int, mode: str) -> IO[str]:
-    """A text file in UTF-8; a number stays open."""
-    return open(file, mode, encoding="utf-8", closefd=isinstance(file, Path))
+    """A text file in UTF-8, where older lines may hold other bytes; a number stays open."""
+    kept = isinstance(file, Path)
+    return open(file, mode, encoding="utf-8", errors="surrogateescape", closefd=kept)
 
 
 def _locked(path: Path) -> IO[str]:

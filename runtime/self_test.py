@@ -6,27 +6,16 @@ driver, a kernel that another version of a library computes otherwise.
 
 import random
 import time
-from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
 from runtime.errors import ProviderError
 from runtime.manifest import SelfTest, Sizes, SpecialTokens
+from runtime.phases import Phases
 
 PICTURES, TOKENS = 2, 8  # of them, and most new tokens for each: a tenth of a second on a processor
 _CELLS = 4  # a picture is so many coloured blocks wide and high
 _NOISE = 15
-
-
-class Phases(Protocol):
-    """The part of a runner that is needed."""
-
-    def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[int]) -> None:
-        """Put image K/V into slots."""
-
-    def decode(self, tokens: Sequence[int], fed: Sequence[int], steps: int = 1) -> np.ndarray:
-        """Feed a token to each leading row -> int64 `[steps, rows]`."""
 
 
 def picture(seed: int, sizes: Sizes) -> np.ndarray:

@@ -98,7 +98,7 @@ def read_form(body: bytes, boundary: str, found: Parts) -> Iterator[None]:
                 yield
     except (MultipartError, UnicodeError) as cause:
         raise InvalidRequest(
-            f"the multipart body can't be read, check its boundary and headers ({cause})"
+            f"the multipart body can't be read, check its boundary and headers: {shown(cause)}"
         ) from cause
     if not found.images:
         raise InvalidRequest("the form has no field 'image': add the image under that name")
@@ -111,6 +111,8 @@ def _keep(found: Parts, segment: MultipartSegment, content: bytes) -> None:
         return
     if segment.filename is not None:
         raise InvalidRequest(f"unknown file field {shown(name)}: use the field 'image'")
+    if name in found.fields:
+        raise InvalidRequest(f"the field {shown(name)} is given twice: send it once")
     if len(content) > _TEXT:
         raise InvalidRequest(f"the field {shown(name)} is longer than {_TEXT} bytes")
     found.fields[name] = text(name, content)
@@ -157,8 +159,8 @@ def _outline(body: bytes) -> tuple[bytes, list[bytes]]:
         close = start
         while quotes < _QUOTES:
             quotes += 1
-            close = body.find(b'"', close + 1)
-            if close < 0 or not _escaped(body, close):
+            before, close = close, body.find(b'"', close + 1)
+            if close < 0 or not _ends_escaping(body[before + 1 : close]):
                 break
         if outside > _TEXT or quotes == _QUOTES or close < 0:
             break
@@ -178,10 +180,9 @@ def _outline(body: bytes) -> tuple[bytes, list[bytes]]:
     return outline, long
 
 
-def _escaped(body: bytes, quote: int) -> bool:
-    """Whether an odd number of backslashes stands before a quote; 16 are looked at."""
-    before = body[max(0, quote - 16) : quote]
-    return (len(before) - len(before.rstrip(b"\\"))) % 2 == 1
+def _ends_escaping(text: bytes) -> bool:
+    """Whether a text ends with an odd number of backslashes: what follows it is escaped."""
+    return (len(text) - len(text.rstrip(b"\\"))) % 2 == 1
 
 
 def _check_short(value: Any, depth: int = 1) -> None:

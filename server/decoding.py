@@ -25,6 +25,7 @@ from server.admission import QueueFull
 from server.bodies import Parts
 from server.cost import TooHard
 from server.decoder import BUG, DEAR, FAILED, PARTS, PIXELS, Decoder, Setup, raised
+from server.logs import Seldom
 from server.remembered import Remembered
 from server.turns import Turns
 
@@ -41,6 +42,10 @@ _LEARNING, _SLOWEST = 0.2, 4.0  # of the pace: how fast it is learnt, and the mo
 _UNFIT = (
     "decoding this image crashed, or took too long: save it again with another program, or make it "
     "smaller"
+)
+_WAITING = (
+    "this image takes long to decode, and others of that kind wait already: send a smaller one, or "
+    "try again later"
 )
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 
@@ -153,17 +158,15 @@ class Decoders:
         wait = usual * self._pace
         left = min(job.origin.deadline - started, self._queueing.seconds)
         if wait > left:
-            raise QueueFull(
-                "this image takes long to decode, and others of that kind wait already: send a "
-                "smaller one, or try again later",
-                min(_LONGEST_WAIT, math.ceil(wait)),
-            )
+            raise QueueFull(_WAITING, min(_LONGEST_WAIT, math.ceil(wait)))
         place = (job.slot, job.frame)
         errand = _Errand(PIXELS, job.image, self._seconds, left, place, until=started + left)
         self._queued[job.origin.client] += cost
         try:
             with self._queueing.aside(job.origin):
                 await self._slow.ask(job.origin.client, errand)
+        except TimeoutError:
+            raise QueueFull(_WAITING, _LONGEST_WAIT) from None
         finally:
             self._queued[job.origin.client] -= cost
             self._queued += Counter()  # without those that have nothing there
@@ -205,6 +208,7 @@ class _Lane:
     def __init__(self, setup: Setup, count: int) -> None:
         self._setup, self._turns = setup, Turns(count)
         self._idle: deque[Decoder] = deque()
+        self._seldom = Seldom(log)
         self._all: set[Decoder] = set()
 
     def start(self, count: int) -> "_Lane":
@@ -215,10 +219,13 @@ class _Lane:
     async def ask(self, client: str, errand: _Errand) -> tuple[bytes, bytes]:
         """Kind and content of the answer.
 
-        Raises what was wrong with the data, and _Unfit or TooHard. Cancelled, it ends when nothing
+        Raises what was wrong with the data, _Unfit or TooHard, and TimeoutError if its turn did not
+        come in time. Cancelled, it ends when nothing
         writes to the slot any more: at once if its turn had not come.
         """
-        await self._turns.take(client)
+        left = None if errand.until == math.inf else errand.until - time.perf_counter()
+        async with asyncio.timeout(left):
+            await self._turns.take(client)
         return await _to_the_end(asyncio.create_task(self._ask(errand)))
 
     async def _ask(self, errand: _Errand) -> tuple[bytes, bytes]:
@@ -232,7 +239,7 @@ class _Lane:
         if kind == FAILED:
             raise raised(answer)
         if kind == BUG:
-            log.error("an image was refused for an error of ours: %s", answer.decode())
+            self._seldom.warning("an image was refused for an error of ours: %s", answer.decode())
             raise TooHard(_UNFIT)
         return found
 

@@ -18,17 +18,16 @@ from runtime.request import Caption
 from server.admission import ASIDE, Admission
 from server.bodies import Parts
 from server.cache import CaptionCache
+from server.credit import Credit
 from server.decoder import Setup
 from server.decoding import Decoders, Job, Origin, Queueing
 from server.dispatch import Expired, Work
 from server.fetching import Fetcher
 from server.forms import Asked
-from server.intake import Intake
 from server.keys import Keys
 from server.links import Workers
 from server.metrics import Metrics
 from server.origins import Network, networks
-from server.refusals import Refusals
 from server.settings import Settings
 from server.shared import PixelStore
 from server.system import NICENESS
@@ -38,6 +37,8 @@ from server.wire import Message, process_name
 log = logging.getLogger(__name__)
 
 _LARGE = 256 * 1024  # bytes that are not hashed on the event loop: a third of a millisecond
+_BYTES = 100e6, 64e6  # of large bodies, a second and at once: a quarter of a slow core
+_REFUSALS = 50.0, 100.0
 SLOTS = 64  # most that a worker chooses by itself: pixels are kept for as many beside the queue
 
 
@@ -59,9 +60,9 @@ class Service:
     tracer: Tracer | None
     index: int
     proxies: list[Network]
-    intake: Intake = field(default_factory=Intake)
-    refusals: Refusals = field(default_factory=Refusals)
-    late: dict[IOStream, None] = field(default_factory=dict)  # connections that wait for a refusal
+    intake: Credit = field(default_factory=lambda: Credit(*_BYTES))
+    refusals: Credit = field(default_factory=lambda: Credit(*_REFUSALS))
+    late: dict[IOStream, None] = field(default_factory=dict)  # connections that wait for no caption
     workers: list[Message] = field(default_factory=list)
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -83,8 +84,16 @@ class Service:
             log.error("the API keys stay as they were: %s", error)
 
     async def parts(self, body: bytes, client: str) -> Parts:
-        """A large JSON body taken apart, in another process. Raises InvalidRequest or TooHard."""
-        return await self.decoders.parts(body, client)
+        """A large JSON body taken apart, in another process.
+
+        Raises InvalidRequest or TooHard, and Expired after the usual deadline: the request's own
+        may stand in the body.
+        """
+        try:
+            async with asyncio.timeout(self.settings.timeout_seconds):
+                return await self.decoders.parts(body, client)
+        except TimeoutError:
+            raise Expired("the deadline passed before the body was read") from None
 
     async def caption(self, asked: Asked, client: str) -> tuple[Caption, float]:
         """A request's caption, and the seconds that decoding its images took.

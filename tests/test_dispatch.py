@@ -70,6 +70,13 @@ class World:
         for slot in slots:
             self.started[slot] = pipe.ids(slot)[-1]
 
+    async def kill(self, slot: int, times: int) -> None:
+        """Somebody kills workers that have begun with a request."""
+        for _ in range(times):
+            key, pipe = self.worker()
+            await self.start(key, pipe, slot)
+            await self.lose(key, blamed=False)
+
     async def lose(self, key, blamed: bool = True) -> None:
         self.dispatcher.lost(key, blamed)
         await settle()
@@ -161,10 +168,7 @@ async def test_what_kills_twice_is_answered_alone_and_refused_from_then_on(world
 @scenario
 async def test_a_worker_that_somebody_kills_proves_nothing(world):
     await world.ask(1)
-    for _ in range(3):
-        key, pipe = world.worker()
-        await world.start(key, pipe, 1)
-        await world.lose(key, blamed=False)
+    await world.kill(1, times=3)
     key, pipe = world.worker()
     await world.start(key, pipe, 1)
     await world.answer(key, pipe, 1)
@@ -174,10 +178,7 @@ async def test_a_worker_that_somebody_kills_proves_nothing(world):
 @scenario
 async def test_a_request_is_given_up_and_not_refused_when_its_worker_is_killed_too_often(world):
     await world.ask(1)
-    for _ in range(4):
-        key, pipe = world.worker()
-        await world.start(key, pipe, 1)
-        await world.lose(key, blamed=False)
+    await world.kill(1, times=4)
     with pytest.raises(EngineFailed, match="try again later"):
         world.tasks[1].result()
     world.dispatcher.check("image 1")

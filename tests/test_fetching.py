@@ -146,3 +146,10 @@ def test_a_real_server_is_asked_and_each_hop_checked(tmp_path):
         server.stop()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "address", ["::ffff:0:127.0.0.1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "::127.0.0.1"]
+)
+def test_private_addresses_in_disguise_are_not_public(address):
+    assert not is_public(address)

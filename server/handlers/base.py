@@ -20,7 +20,7 @@ from server.service import Service
 log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.2
-_LATE = 64  # refusals that wait
+_LATE = 64  # connections that wait for no caption
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -119,7 +119,7 @@ class Handler(tornado.web.RequestHandler):
             return
         self._refusing = True
         stream, late = self.request.connection.stream, self.service.late  # type: ignore[union-attr]
-        wait = 0.0 if stream.closed() else self.service.refusals.wait(self.client)
+        wait = 0.0 if stream.closed() else self.service.refusals.spend(self.client, 1)
         if wait and len(late) >= _LATE:
             stream.close()  # this client gets more than it can be refused
             wait = 0.0
@@ -132,6 +132,19 @@ class Handler(tornado.web.RequestHandler):
         late[stream] = None
         self._answer_error = partial(super().send_error, status_code, **kwargs)
         self._timer = asyncio.get_running_loop().call_later(wait, self._refuse)
+
+    async def paced(self) -> None:
+        """Wait until this client may have what costs as much as a caption and is none."""
+        stream, late = self.request.connection.stream, self.service.late  # type: ignore[union-attr]
+        if not (wait := self.service.refusals.spend(self.client, 1)):
+            return
+        if len(late) >= _LATE:
+            stream.close()
+        late[stream] = None  # it makes room for others
+        try:
+            await asyncio.sleep(wait)
+        finally:
+            late.pop(stream, None)
 
     def _refuse(self) -> None:
         """Answer a refusal that waited; to a client that has gone, so that all is given back."""

@@ -15,6 +15,8 @@ from server.handlers.base import Handler
 from server.service import Service
 
 _DRAINED = 20  # times the body limit
+_FREE = 256 * 1024  # bytes of each body that are not paced: most images are no larger
+_STEP_SECONDS = 0.02  # shorter waits are put off
 _DIGITS = 15  # of a Content-Length
 _WEIGHT = re.compile(r"[01](\.[0-9]{0,3})?")
 
@@ -86,7 +88,10 @@ class CaptionHandler(Handler):
                 self._drop_body()
             else:
                 self._body += chunk
-        return self.service.intake.take(self._received, len(chunk))
+        if self._received <= _FREE:
+            return None
+        wait = self.service.intake.spend(self.client, len(chunk))
+        return asyncio.sleep(wait) if wait > _STEP_SECONDS else None
 
     def _hold(self, size: int) -> None:
         """Count bytes of this request among those inside. Raises QueueFull."""
@@ -132,7 +137,7 @@ class CaptionHandler(Handler):
             if value:  # else it was gone through for an earlier request: the caption was known
                 self.service.metrics.stage.labels(stage).observe(value)
         self._seconds = seconds
-        self.service.refusals.served(self.client)
+        self.service.refusals.earn(self.client, 1)
         self.outcome("ok")
         self._answer(caption, seconds)
 

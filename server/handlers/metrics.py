@@ -1,7 +1,5 @@
 """GET /metrics for Prometheus."""
 
-import asyncio
-
 from server.handlers.base import Handler
 from server.metrics import CONTENT_TYPE
 
@@ -12,6 +10,5 @@ class MetricsHandler(Handler):
     async def get(self) -> None:
         """Text in Prometheus' format."""
         self.set_header("Content-Type", CONTENT_TYPE)
-        # Adding up the files takes milliseconds: who asks all the time is paced.
-        await asyncio.sleep(self.service.refusals.wait(self.client))
+        await self.paced()  # adding up the files takes milliseconds
         self.finish(self.service.metrics.render())

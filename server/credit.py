@@ -1,0 +1,38 @@
+"""What a client may use of something that others need, too: so much at once, and so much a second.
+
+It is for costs that can't be refused: bytes of bodies that come in, and refusals themselves, each
+of which takes a front-end as long as a request that is served.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from time import monotonic
+
+_LONGEST_SECONDS = 5.0  # that a client is let wait
+_CLIENTS = 1024  # that are remembered
+
+
+class Credit:
+    """Of each client. Used on the event loop's thread only."""
+
+    def __init__(self, rate: float, burst: float, clock: Callable[[], float] = monotonic) -> None:
+        """rate: what a client gains a second, up to `burst`, with which it begins."""
+        self._rate, self._burst, self._clock = rate, burst, clock
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # and when that was
+
+    def spend(self, client: str, amount: float) -> float:
+        """Use so much; returns the seconds that the client has to wait for it."""
+        return min(_LONGEST_SECONDS, max(0.0, -self._change(client, -amount) / self._rate))
+
+    def earn(self, client: str, amount: float) -> None:
+        """Give so much back."""
+        self._change(client, amount)
+
+    def _change(self, client: str, change: float) -> float:
+        now = self._clock()
+        left, at = self._left.pop(client, (self._burst, now))
+        left = min(self._burst, left + (now - at) * self._rate + change)
+        self._left[client] = max(left, -_LONGEST_SECONDS * self._rate), now
+        if len(self._left) > _CLIENTS:
+            self._left.popitem(last=False)
+        return left

@@ -1,0 +1,127 @@
+"""What a body may hold, and what reading it costs others: bounded before it is parsed."""
+
+import os
+import socket
+
+import pytest
+
+from runtime.errors import InvalidRequest
+from server.bodies import Parts, json_parts, media_type, read_form
+from tests.fakes import fake_engine
+from tests.live import as_json, b64, png, serve, until
+
+JSON = {"Content_Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "multipart/form-data; boundary=x" + "-" * 60_000,
+        "multipart/form-data; boundary=" + "x" * 71,
+        "multipart/form-data; boundary=",
+        "multipart/form-data",
+        'multipart/form-data; a="' + ";" * 65_000,
+    ],
+)
+def test_a_content_type_is_bounded_before_it_is_parsed(header):
+    with pytest.raises(InvalidRequest, match="Content-Type"):
+        media_type(header)
+
+
+def test_a_form_is_read_in_pieces_and_has_few_parts():
+    part = b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\n%s\r\n'
+    form = part % (b"\r\n-" * 200_000) + b"--b--\r\n"
+    found = Parts()
+    assert len(list(read_form(form, "b", found))) > 5
+    assert found.images == [b"\r\n-" * 200_000]
+    with pytest.raises(InvalidRequest, match="multipart"):
+        list(read_form(part % b"x" * 100 + b"--b--\r\n", "b", Parts()))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"{%s}" % b",".join(b'"%d":1' % n for n in range(100_000)), "too large without its image"),
+        (b'{"image": [%s"x"]}' % (b'"x",' * 100_000), "too large without its image"),
+        (b'{"a": %s1%s}' % (b"[" * 20, b"]" * 20), "nested"),
+        (b'{"a": %s}' % (b" " * 20_000), "too large without its image"),
+        (b'{"prompt": "%s"}' % (b"x" * 20_000), "more than 16 KiB"),
+        (b'{"%s": 1}' % (b"x" * 20_000), "more than 16 KiB"),
+        (b'{"image": "%s"}' % (b"\xf0\x9f\x98\x80" * 20_000), "not base64"),
+        (b'{"image": "\\u0000 99"}', "not base64"),
+        (b'{"image": "%s"}' % (b"\\u0041" * 20_000), "not base64"),
+        (b'{"image": "%s"}' % (b'\\"' * 20_000), "too large without its image"),
+        (b'{"prompt": "%s"}' % (b"\\\\" * 20_000), "more than 16 KiB"),
+        (b'{"image": "%s' % (b"x" * 20_000), "too large without its image"),
+    ],
+)
+def test_json_is_bounded_before_it_is_built(body, message):
+    with pytest.raises(InvalidRequest, match=message):
+        json_parts(body)
+
+
+def test_quotes_behind_any_number_of_backslashes_end_what_they_end():
+    for count in range(40):
+        prompt = "\\" * count + '"' + "x"
+        assert json_parts(as_json(prompt=prompt, image="")) == Parts({"prompt": prompt}, [b""])
+
+
+def test_a_field_of_a_form_is_given_once():
+    part = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n3\r\n'
+    with pytest.raises(InvalidRequest, match="given twice"):
+        list(read_form(part * 2 + b"--b--\r\n", "b", Parts()))
+
+
+def test_a_large_image_in_json_may_be_written_as_clients_do():
+    image = os.urandom(60_000)
+    written = b64(image)
+    php = written.replace("/", r"\/")
+    dotnet = written.replace("+", r"\u002B")
+    for text in (written, php, dotnet, "data:image/png;base64," + written):
+        parts = json_parts(b'{"prompt": "3 4", "image": "%s"}' % text.encode())
+        assert parts == Parts({"prompt": "3 4"}, [image])
+    assert Parts.unpacked(Parts({"a": 1}, [image, b""]).packed()) == Parts({"a": 1}, [image, b""])
+
+
+def test_nothing_that_a_client_sends_comes_back_in_full():
+    with serve(fake_engine, max_body_bytes=2_000_000) as live:
+        name = "\x7f" * 4_000
+        replies = [
+            live.caption(as_json(image=b64(png()), **{name: 1}), **JSON),
+            live.caption(png(), f"?{name}=1".replace("\x7f", "%7F")),
+            live.caption(png(), Content_Type="text/" + "x" * 400),
+            live.caption(as_json(image=b64(png()), max_new_tokens=10**4000), **JSON),
+        ]
+    assert all(400 <= r.status < 500 and len(r.body) < 1000 for r in replies)
+
+
+def test_a_large_json_body_is_taken_apart_elsewhere_and_captioned():
+    with serve(fake_engine) as live:
+        padded = png() + bytes(200_000)
+        reply = live.caption(as_json(image=b64(padded), prompt="3"), **JSON)
+        assert reply.json["caption"] == live.caption(png(), "?prompt=3").json["caption"]
+        until(lambda: live.service.admission.held_bytes == 0)
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "-1", "x"])
+def test_a_content_length_that_is_none_is_the_clients_fault(length):
+    with serve(fake_engine) as live:
+        with socket.create_connection(("127.0.0.1", live.port)) as client:
+            client.sendall(
+                f"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\nx".encode()
+            )
+            assert client.recv(100).split()[1].startswith(b"4")
+        assert live.caption(png()).status == 200
+
+
+def test_bodies_are_not_parsed_where_none_is_wanted():
+    kind = "multipart/form-data; boundary=x" + "-" * 10_000
+    with serve(fake_engine) as live:
+        assert live.request("POST", "/", b"-" * 60_000, Content_Type=kind).status == 405
+        assert live.request("POST", "/nope", b"-" * 60_000, Content_Type=kind).status == 404
+
+
+def test_short_strings_of_json_are_bounded_together():
+    pair = b'"%s":"%s"' % (b"\x7f" * 15_900, b"\x7f" * 15_900)
+    with pytest.raises(InvalidRequest, match="too large without its image"):
+        json_parts(b"{%s}" % b",".join([pair] * 3))

@@ -1,0 +1,105 @@
+"""Other people's checkpoints: what is wrong with one is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from export.checkpoint import load
+from export.errors import ExportError
+from tests.conftest import ROOT
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    saved = tmp_path / "saved"
+    shutil.copytree(ROOT / "demo" / "model", saved)
+    weights = load_file(saved / "model.safetensors")
+    del weights[next(name for name in weights if "visual_projection" in name)]
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match="lacks 1 of GIT's weights"):
+        load(str(saved))
+
+
+def _no_tokenizer(folder, weights):
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _other_shape(folder, weights):
+    name = next(name for name in weights if "visual_projection" in name and "weight" in name)
+    weights[name] = torch.zeros(3, *weights[name].shape[1:])
+
+
+def _not_a_number(folder, weights):
+    name = next(name for name in weights if "visual_projection" in name)
+    weights[name] = weights[name] * float("nan")
+
+
+def _small_vocabulary(folder, weights):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {f"more{n}": len(vocabulary) + n for n in range(5000)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_no_tokenizer, "has no tokenizer that can be read: put tokenizer.json"),
+        (_other_shape, "visual_projection.* has another shape than config.json"),
+        (_not_a_number, "visual_projection.* are no numbers"),
+        (_small_vocabulary, "its tokenizer knows .* tokens, and the model"),
+    ],
+)
+def test_what_is_wrong_with_a_checkpoint_is_named(change, message, tmp_path):
+    saved = tmp_path / "saved"
+    shutil.copytree(ROOT / "demo" / "model", saved)
+    weights = load_file(saved / "model.safetensors")
+    change(saved, weights)
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=message):
+        load(str(saved))
+
+
+def test_a_folder_that_is_not_there_is_no_name_on_the_hub():
+    with pytest.raises(ExportError, match=r"/no/such/folder does not exist"):
+        load("/no/such/folder")
+
+
+def test_processors_that_the_runtime_cannot_repeat_are_refused(tmp_path):
+    source = tmp_path / "checkpoint"
+    shutil.copytree(ROOT / "demo" / "model", source)
+    path = source / "preprocessor_config.json"
+    good = json.loads(path.read_text())
+    for change in (
+        {"do_normalize": False},
+        {"size": {"height": 128, "width": 128}},
+        {"crop_size": {"height": 96, "width": 96}},
+    ):
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(ExportError, match="not supported"):
+            load(str(source))
+
+
+def test_no_network_is_told_apart_from_an_unknown_model(monkeypatch):
+    import export.checkpoint as module
+
+    def unreachable(*_, **__):
+        raise OSError("We couldn't connect to the hub") from ConnectionError("refused")
+
+    monkeypatch.setattr(module.AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(ExportError, match=r"can't be reached .* check the network"):
+        load("microsoft/git-base-textcaps")
+
+
+def test_an_unknown_model_is_named(monkeypatch):
+    import export.checkpoint as module
+
+    def unknown(*_, **__):
+        raise OSError("nobody/x is not a local folder and is not a valid model identifier")
+
+    monkeypatch.setattr(module.AutoConfig, "from_pretrained", unknown)
+    with pytest.raises(ExportError, match="neither a folder nor a model on the hub: check the sp"):
+        load("nobody/x")

@@ -1,0 +1,155 @@
+"""What one connection may not do to the others, and what it may expect."""
+
+import contextlib
+import hashlib
+import socket
+import threading
+import time
+
+import pytest
+
+from tests.fakes import fake_engine
+from tests.live import fetch, png, serve, until
+
+JSON = {"Content_Type": "application/json"}
+
+
+@pytest.mark.parametrize("path", ["/caption", "/health/live"])
+def test_a_body_of_single_bytes_is_hung_up_on(path):
+    with serve(fake_engine) as live:
+        with socket.create_connection(("127.0.0.1", live.port)) as client:
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+            with contextlib.suppress(ConnectionError):
+                client.sendall(head.encode() + b"1\r\nx\r\n" * 50_000 + b"0\r\n\r\n")
+                assert client.recv(100) == b""
+        until(lambda: live.service.admission.held_bytes == 0)
+        chunks = iter([png()[:20], png()[20:]])
+        assert live.caption(chunks).status == 200
+
+
+@pytest.mark.parametrize("head", [{}, {"Expect": "100-continue"}])
+def test_a_stranger_is_refused_before_the_body_is_kept_however_often(tmp_path, head):
+    (tmp_path / "keys").write_text(f"one {hashlib.sha256(b'secret').hexdigest()} 0 0\n")
+    with serve(fake_engine, api_keys=tmp_path / "keys") as live:
+        live.service.refusals.spend("127.0.0.1", 120)  # it has to wait for its refusals
+        reply = live.caption(png(), **head)
+        assert (reply.status, reply.error) == (401, "unauthorised")
+        assert live.metric('vignette_requests_total{outcome="ok"}') == 0
+        assert live.caption(png(), X_API_Key="secret").status == 200
+
+
+def test_an_answer_that_is_not_read_counts_and_is_given_up():
+    with serve(fake_engine, body_seconds=1.0) as live:
+        live.service.metrics.render = lambda: b"x" * 30_000_000
+        with socket.create_connection(("127.0.0.1", live.port)) as client:
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            until(lambda: live.service.admission.held_bytes == 30_000_000)
+            until(lambda: live.service.admission.held_bytes == 0)
+            with contextlib.suppress(ConnectionError):
+                while client.recv(2**20):
+                    pass
+
+
+def test_idle_connections_make_room_for_new_ones():
+    with serve(fake_engine, max_connections=16) as live:
+        idle = [socket.create_connection(("127.0.0.1", live.port)) for _ in range(40)]
+        for _ in range(3):
+            assert live.caption(png()).status == 200
+        closed = 0
+        for client in idle:
+            client.settimeout(0.05)
+            with contextlib.suppress(TimeoutError):
+                closed += client.recv(1) == b""
+            client.close()
+        assert 24 <= closed <= 30
+
+
+def test_a_request_keeps_its_connection_whoever_comes():
+    from tests.fakes import gated
+
+    engine = gated()
+    with serve(lambda: engine, max_connections=16) as live:
+        engine.runner.open.clear()
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(live.caption(png())))
+        asking.start()
+        until(lambda: live.service.admission.inside)
+        crowd = [socket.create_connection(("127.0.0.1", live.port)) for _ in range(60)]
+        time.sleep(0.2)
+        engine.runner.open.set()
+        asking.join(30)
+        assert answers[0].status == 200
+        for client in crowd:
+            client.close()
+
+
+def test_a_server_without_files_left_pauses_and_says_so_once(monkeypatch, caplog):
+    with serve(fake_engine) as live:
+        real, failures = socket.socket.accept, []
+
+        def accept(sock):
+            if len(failures) < 3:
+                failures.append(1)
+                raise OSError(24, "Too many open files")
+            return real(sock)
+
+        monkeypatch.setattr(socket.socket, "accept", accept)
+        assert live.caption(png()).status == 200
+    assert len(failures) == 3
+    assert caplog.text.count("Too many open files") == 1
+
+
+def test_a_client_that_says_no_more_still_gets_its_answer():
+    with serve(fake_engine) as live:
+        with socket.create_connection(("127.0.0.1", live.port)) as client:
+            head = f"Host: x\r\nConnection: close\r\nContent-Length: {len(png())}\r\n\r\n"
+            client.sendall(b"POST /caption HTTP/1.1\r\n" + head.encode() + png())
+            client.shutdown(socket.SHUT_WR)
+            client.settimeout(10)
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+        assert fetch(live.port, "GET", "/health/live").status == 200
+
+
+def test_connections_that_wait_for_a_refusal_make_room():
+    with serve(fake_engine, max_connections=16) as live:
+        live.service.refusals.spend("127.0.0.1", 300)
+        waiting = []
+        for _ in range(16):
+            client = socket.create_connection(("127.0.0.1", live.port))
+            client.sendall(b"GET /nope HTTP/1.1\r\nHost: x\r\n\r\n")
+            waiting.append(client)
+        until(lambda: len(live.service.late) >= 14)
+        for _ in range(4):
+            assert live.caption(png()).status == 200
+        for client in waiting:
+            client.close()
+        until(lambda: not live.service.late)
+
+
+def test_a_client_without_credit_that_leaves_gets_its_place_back(tmp_path):
+    from tests.fakes import gated
+
+    (tmp_path / "keys").write_text(f"one {hashlib.sha256(b'secret').hexdigest()} 0 1\n")
+    engine = gated()
+    with serve(lambda: engine, api_keys=tmp_path / "keys") as live:
+        engine.runner.open.clear()
+        live.service.refusals.spend("one", 150)
+        head = f"Host: x\r\nX-API-Key: secret\r\nContent-Length: {len(png())}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", live.port)) as client:
+            client.sendall(b"POST /caption HTTP/1.1\r\n" + head.encode() + png())
+            until(lambda: live.service.admission.inside)
+        until(lambda: not live.service.admission.inside)
+        engine.runner.open.set()
+        until(lambda: live.caption(png(), X_API_Key="secret").status == 200)
+        assert not live.service.late
+
+
+@pytest.mark.parametrize(("query", "lines"), [(b"", b"a:\r\n" * 3000), (b"?" + b"a&" * 3000, b"")])
+def test_a_head_of_thousands_of_parts_is_hung_up_on(query, lines):
+    with serve(fake_engine) as live:
+        with socket.create_connection(("127.0.0.1", live.port)) as client:
+            start = b"GET /health/live" + query + b" HTTP/1.1\r\nHost: x\r\n"
+            client.sendall(start + lines + b"\r\n")
+            with contextlib.suppress(ConnectionError):
+                assert client.recv(100) == b""
+        assert live.request("GET", "/health/live").status == 200

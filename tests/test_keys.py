@@ -1,0 +1,109 @@
+"""API keys: who may come in, how often, and how many at once."""
+
+import hashlib
+import subprocess
+import sys
+
+import pytest
+
+import server.keys
+from server.keys import InvalidKeys, Keys, TooFast, Unauthorised, read
+from tests.conftest import ROOT
+from tests.fakes import fake_engine
+from tests.live import png, serve
+
+JSON = {"Content_Type": "application/json"}
+
+
+def keys_file(tmp_path, *lines: str):
+    path = tmp_path / "keys"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def line(name: str, key: str, rate: str = "0", at_once: str = "0") -> str:
+    return f"{name} {hashlib.sha256(key.encode()).hexdigest()} {rate} {at_once}"
+
+
+def test_only_those_with_a_key_come_in(tmp_path, caplog):
+    path = keys_file(tmp_path, "# ours", line("web", "secret-key"), line("app", "other"))
+    with serve(fake_engine, api_keys=path) as live:
+        for headers in ({}, {"Authorization": "Bearer nope"}, {"X_API_Key": "nope"}):
+            reply = live.caption(png(), **headers)
+            assert (reply.status, reply.error) == (401, "unauthorised")
+            assert reply.headers["Www-Authenticate"] == "Bearer"
+        assert live.caption(png(), Authorization="Bearer secret-key").status == 200
+        assert live.caption(png(), X_API_Key="other").status == 200
+        assert live.request("GET", "/health/live").status == 200
+    assert "secret-key" not in caplog.text
+
+
+def test_a_key_has_a_rate_and_a_number_at_once(tmp_path):
+    path = keys_file(tmp_path, line("slow", "a", "1"), line("narrow", "b", "0", "1"))
+    keys = Keys.open(path, tmp_path)
+    for _ in range(2):  # two seconds' worth at once
+        with keys.enter("a"):
+            pass
+    with pytest.raises(TooFast, match="1 requests a second") as said, keys.enter("a"):
+        pass
+    assert said.value.retry_after == 1
+    with keys.enter("b") as name:
+        assert name == "narrow"
+        with pytest.raises(TooFast, match="1 requests at once"), keys.enter("b"):
+            pass
+    with keys.enter("b"), pytest.raises(Unauthorised), keys.enter("c"):
+        pass
+
+
+def test_front_ends_count_together(tmp_path):
+    path = keys_file(tmp_path, line("slow", "a", "0.5"), line("narrow", "b", "0", "1"))
+    first, second = (Keys.open(path, tmp_path, 2, index) for index in range(2))
+    with (
+        first.enter("a"),
+        pytest.raises(TooFast, match=r"0\.5 requests a second"),
+        second.enter("a"),
+    ):
+        pass
+    with second.enter("b"), pytest.raises(TooFast, match="1 requests at once"), first.enter("b"):
+        pass
+    with first.enter("b"):
+        pass
+    died = first.enter("b")
+    died.__enter__()
+    with pytest.raises(TooFast), second.enter("b"):
+        pass
+    restarted = Keys.open(path, tmp_path, 2, 0)
+    with restarted.enter("b"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("web abc 0 0", "line 1"), ("web", "line 1"), ("", "has no keys"),
+     ("a " + "00" * 8 + " 0 0", "sha256"), ("a " + "00" * 32 + " nan 0", "line 1"),
+     ("a " + "00" * 32 + " 0 -1", "line 1")],
+)  # fmt: skip
+def test_a_key_file_that_is_wrong_is_named(tmp_path, text, message):
+    with pytest.raises(InvalidKeys, match=message):
+        read(keys_file(tmp_path, text))
+    with pytest.raises(InvalidKeys, match="can't be read"):
+        read(tmp_path / "none")
+
+
+def test_keys_are_made_with_a_command(tmp_path):
+    made = subprocess.run(
+        [sys.executable, "-m", "server.keys", "web", "5"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    key = made.stderr.rpartition(": ")[2].strip()
+    with Keys.open(keys_file(tmp_path, made.stdout), tmp_path).enter(key) as name:
+        assert name == "web"
+
+
+@pytest.mark.parametrize("words", [["bob smith"], ["bob", "often"], ["bob", "1", "2.5"]])
+def test_a_key_that_the_server_would_refuse_is_not_made(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["keys", *words])
+    assert server.keys.main() == 2
+    said = capsys.readouterr()
+    assert "NAME is one word" in said.err
+    assert not said.out

@@ -1,0 +1,96 @@
+"""What clients use together: each its share, and nobody waits for another's."""
+
+import contextlib
+import time
+from dataclasses import dataclass
+
+import pytest
+
+from server.admission import Admission, QueueFull, State
+from server.credit import Credit
+from server.remembered import Remembered
+from tests.fakes import fake_engine
+from tests.live import png, serve
+
+JSON = {"Content_Type": "application/json"}
+
+
+def test_who_spends_more_than_it_has_waits_for_it_and_nobody_else():
+    now = [0.0]
+    credit = Credit(50.0, 100.0, lambda: now[0])
+    assert not any(credit.spend("bad", 1) for _ in range(100))
+    assert 0 < credit.spend("bad", 1) < credit.spend("bad", 1) < 0.1
+    assert credit.spend("good", 1) == 0
+    for _ in range(1000):
+        credit.spend("bad", 1)
+    assert credit.spend("bad", 1) == 5.0
+    now[0] += 60
+    assert credit.spend("bad", 1) == 0
+    for _ in range(200):
+        credit.earn("served", 1)
+        assert credit.spend("served", 1) == 0
+    for number in range(5000):
+        credit.spend(str(number), 1)
+    assert len(credit._left) == 1024
+
+
+def test_a_large_body_comes_in_no_faster_than_its_client_may_send():
+    with serve(fake_engine) as live:
+        live.service.intake = Credit(4e6, 1e6)
+        large = png() + bytes(2_000_000)
+        started = time.monotonic()
+        assert live.caption(large).status == 200
+        assert time.monotonic() - started > 0.1, "two megabytes at four a second, less one at once"
+        assert live.caption(png()).status == 200
+
+
+def test_digests_are_remembered_for_a_while():
+    now = [0.0]
+    kept = Remembered(10.0, lambda: now[0])
+    until = kept.add("a")
+    assert "a" in kept and kept.items() == {"a": until} and not kept.expired("a")
+    now[0] = 11.0
+    assert "a" not in kept and kept.items() == {} and kept.expired("a")
+    assert not kept.expired("a")
+    for n in range(3000):
+        kept.add(str(n))
+    assert len(kept.items()) == 1024
+
+
+@dataclass(frozen=True)
+class Slow:
+    client: str
+    number: int
+
+
+def test_who_waits_for_a_decoder_keeps_nobody_from_the_engine():
+    now = [0.0]
+    admission = Admission(16, 10**9, 30.0, lambda: now[0])
+    admission.state, admission.slots = State.READY, 2
+    with contextlib.ExitStack() as held:
+        for number in range(16):
+            held.enter_context(admission.enter())
+            held.enter_context(admission.aside(Slow("bad", number)))
+        assert admission.inside == 0
+        with admission.enter(), pytest.raises(QueueFull):
+            held.enter_context(admission.aside(Slow("bad", 99)))
+        for number in range(16):
+            held.enter_context(admission.enter())
+            held.enter_context(admission.aside(Slow("good", number)))
+        for _ in range(20):  # one now and then: the time between them is no time that one takes
+            now[0] += 10
+            with admission.enter():
+                admission.check_in_time(1.0)
+        assert admission.inside == 0
+    assert admission.inside == 0
+
+
+def test_a_client_holds_at_most_half_of_the_bytes():
+    admission = Admission(16, 1000, 30.0)
+    admission.hold(500, "bad")
+    with pytest.raises(QueueFull):
+        admission.hold(1, "bad")
+    admission.hold(500, "good")
+    admission.let_go(500, "bad")
+    admission.let_go(500, "good")
+    assert admission.held_bytes == 0 and not admission._bytes

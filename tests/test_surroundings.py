@@ -1,0 +1,75 @@
+"""Ports, folders and shared memory that others use, too."""
+
+import os
+
+import pytest
+
+from server.metrics import Metrics, count_as, forget_gauges, make_files
+from server.ports import CannotListen, Ports
+from server.settings import Settings
+from server.shared import NoSharedMemory, PixelStore, RunFolder
+
+JSON = {"Content_Type": "application/json"}
+
+
+def test_a_port_is_taken_from_the_first_moment(tmp_path):
+    first = Ports(Settings(_env_file=None, port=0))
+    number = first.number
+    try:
+        with pytest.raises(CannotListen, match="choose another with --port"):
+            Ports(Settings(_env_file=None, port=number))
+    finally:
+        first.close()
+    Ports(Settings(_env_file=None, port=number)).close()
+
+
+def test_a_host_that_is_none_is_named():
+    for host in ("no.such.host.invalid", "192.0.2.1"):
+        with pytest.raises(CannotListen, match="--host"):
+            Ports(Settings(_env_file=None, port=0, host=host))
+
+
+def test_a_run_keeps_its_folder_whoever_starts(monkeypatch, tmp_path):
+    first, second = RunFolder(), RunFolder()
+    assert first.path.exists() and second.path.exists()
+    os.close(first._lock)  # it dies
+    third = RunFolder()
+    assert not first.path.exists() and second.path.exists()
+    second.remove()
+    third.remove()
+
+
+def test_metrics_have_their_room_from_the_start(tmp_path, monkeypatch):
+    from prometheus_client import values
+
+    before = values.ValueClass
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "to be restored")
+    try:
+        make_files(tmp_path / "m", ["front-0"])
+        sizes = {path.name: path.stat() for path in (tmp_path / "m").iterdir()}
+        assert all(s.st_blocks * 512 >= s.st_size == 64 * 1024 for s in sizes.values())
+        for life in (1, 2):
+            count_as("front-0")
+            metrics = Metrics()
+            metrics.requests.labels("ok").inc()
+            metrics.inside.set(5)
+            assert f'vignette_requests_total{{outcome="ok"}} {life}.0' in metrics.render().decode()
+            assert "vignette_requests_inside 5.0" in metrics.render().decode()
+            forget_gauges("front-0")
+            assert "vignette_requests_inside 5.0" not in metrics.render().decode()
+        assert {path.name for path in (tmp_path / "m").iterdir()} == set(sizes)
+    finally:
+        values.ValueClass = before
+
+
+def test_full_shared_memory_is_a_message(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "to be restored")
+    with pytest.raises(NoSharedMemory, match="MiB of metrics"):
+        make_files(tmp_path / "m", ["front-0"])
+    with pytest.raises(NoSharedMemory, match="--shm-size"):
+        PixelStore(tmp_path / "p", 4, (3, 8, 8), create=True)
