@@ -29,7 +29,7 @@ def pss(pid: int) -> int:
     return int(match.group(1)) * 1024 if match else 0
 
 
-def command(pid: int) -> str:
+def command_line(pid: int) -> str:
     """Its command line; nothing if it has ended."""
     return _read(pid, "cmdline")
 

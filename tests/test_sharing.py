@@ -1,7 +1,6 @@
 """What clients use together: each its share, and nobody waits for another's."""
 
 import contextlib
-import time
 from dataclasses import dataclass
 
 import pytest
@@ -36,12 +35,13 @@ def test_who_spends_more_than_it_has_waits_for_it_and_nobody_else():
 
 def test_a_large_body_comes_in_no_faster_than_its_client_may_send():
     with serve(fake_engine) as live:
-        live.service.intake = Credit(4e6, 1e6)
-        large = png() + bytes(2_000_000)
-        started = time.monotonic()
-        assert live.caption(large).status == 200
-        assert time.monotonic() - started > 0.1, "two megabytes at four a second, less one at once"
-        assert live.caption(png()).status == 200
+        spent = []
+        live.service.intake.spend = lambda client, size: spent.append((client, size)) or 0.03
+        assert live.caption(png() + bytes(100_000)).status == 200
+        assert not spent, "most images are no larger"
+        assert live.caption(png() + bytes(2_000_000)).status == 200
+        assert {client for client, _ in spent} == {"127.0.0.1"}
+        assert 1_700_000 < sum(size for _, size in spent) < 2_000_000
 
 
 def test_digests_are_remembered_for_a_while():

@@ -36,15 +36,21 @@ class Verdict:
     engine: Path = DEMO
 
 
+def command(port: int, *flags: str, engine: Path = DEMO, program: str = "server") -> list[str]:
+    """What starts a server on a port. program: the module that is run."""
+    return [sys.executable, "-m", program, "--engine", str(engine), "--port", str(port), *flags]
+
+
 class Service:
     """A server process on a free port."""
 
     def __init__(self, *flags: str, engine: Path = DEMO, program: str = "server") -> None:
         self.port = free_port()
         handle, self._log = tempfile.mkstemp(prefix="vignette-log-")
-        command = [sys.executable, "-m", program, "--engine", str(engine), "--provider", "cpu",
-                   "--port", str(self.port), *flags]  # fmt: skip
-        self.process = subprocess.Popen(command, stdout=handle, stderr=handle)
+        given = ("--provider", "cpu", *flags)
+        self.process = subprocess.Popen(
+            command(self.port, *given, engine=engine, program=program), stdout=handle, stderr=handle
+        )
         os.close(handle)
         self.url = f"http://127.0.0.1:{self.port}"
 

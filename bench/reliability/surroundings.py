@@ -4,25 +4,40 @@ import asyncio
 import contextlib
 import os
 import resource
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
 from bench.contestants import free_port
-from bench.processes import command, family, runs_engine
+from bench.processes import command_line, family, runs_engine
 from bench.reliability.images import ambiguous
 from bench.reliability.load import Clients, after, one_caption
-from bench.reliability.running import DEMO, Service, Verdict, get, said, sample, service, wait_for
+from bench.reliability.running import (
+    Service,
+    Verdict,
+    command,
+    get,
+    said,
+    sample,
+    service,
+    wait_for,
+)
 from bench.reliability.senders import post, tags
 
 _IDLE = 1100
 _OWN_ROOM = ("unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--mount-proc")
+
+
+def _started(what: list[str]) -> subprocess.Popen[str]:
+    """A process whose log nobody reads before it has ended."""
+    return subprocess.Popen(what, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def idle_connections(long: bool) -> Verdict:
@@ -50,10 +65,8 @@ def idle_connections(long: bool) -> Verdict:
 def second_instance(long: bool) -> Verdict:
     """22: another service starts beside it, in a container that shares its memory."""
     with service() as first:
-        command = [sys.executable, "-m", "server", "--engine", str(DEMO), "--port", "0"]
         apart = "unshare --pid --fork" if os.geteuid() == 0 else "env"
-        second = subprocess.Popen([*apart.split(), *command], stdout=subprocess.DEVNULL,
-                                  stderr=subprocess.DEVNULL)  # fmt: skip
+        second = _started([*apart.split(), *command(0)])
         time.sleep(4)
         pid = first.worker_pid()
         os.kill(pid, signal.SIGKILL)
@@ -100,11 +113,7 @@ def same_port(long: bool) -> Verdict:
     shared = 0
     for _ in range(rounds):
         port = free_port()
-        command = [sys.executable, "-m", "server", "--engine", str(DEMO), "--port", str(port)]
-        both = [
-            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            for _ in range(2)
-        ]
+        both = [_started(command(port)) for _ in range(2)]
         wait_for(lambda: any(p.poll() is not None for p in both), 60)  # noqa: B023
         loser = next(p for p in both if p.poll() is not None)
         said_so = "choose another with --port" in (loser.stderr.read() if loser.stderr else "")
@@ -122,9 +131,7 @@ def same_port(long: bool) -> Verdict:
 def unread_log(long: bool) -> Verdict:
     """25: nobody reads the log, and requests make it write a lot."""
     port = free_port()
-    command = [sys.executable, "-m", "server", "--engine", str(DEMO), "--port", str(port),
-               "--access-log"]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = _started(command(port, "--access-log"))
     wait_for(lambda: get(port, "/health/ready")[0] == 200, 60)
     count = 2000 if long else 400
     answered = sum(get(port, f"/{'x' * 12_000}{n}")[0] == 404 for n in range(count))
@@ -148,16 +155,15 @@ def full_memory(long: bool) -> Verdict:
     port = free_port()
     inside = (
         "mount -t tmpfs -o size=96m tmpfs /dev/shm && "
-        f"exec {sys.executable} -m server --engine {DEMO} --port {port} --max-queue 64"
+        f"exec {shlex.join(command(port, '--max-queue', '64'))}"
     )
-    process = subprocess.Popen([*_OWN_ROOM, "sh", "-c", inside], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = _started([*_OWN_ROOM, "sh", "-c", inside])
     try:
         wait_for(lambda: get(port, "/health/ready")[0] == 200, 60)
         server = family(process.pid)[1]
-        shm = f"/proc/{server}/root/dev/shm"
+        shm = Path("/proc", str(server), "root", "dev", "shm")  # as it is for the server
         room = shutil.disk_usage(shm).free
-        with contextlib.suppress(OSError), open(f"{shm}/filled", "wb") as file:  # noqa: PTH123
+        with contextlib.suppress(OSError), (shm / "filled").open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, room - 4096)
             file.write(bytes(2**20))
         fine = 0
@@ -187,8 +193,8 @@ def wild_settings(long: bool) -> Verdict:
     """27: settings that the machine has no room for."""
     refused = []
     for flag, value in (("--slots", "100000"), ("--max-queue", "1000000"), ("--decoders", "2000")):
-        command = [sys.executable, "-m", "server", "--port", "0", flag, value]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        given = command(0, flag, value)
+        done = subprocess.run(given, capture_output=True, text=True, check=False, timeout=60)
         refused.append(done.returncode == 1 and f"{flag}: " in done.stderr)
     with service("--max-queue", "45000") as it:
         answers = [asyncio.run(one_caption(it)) for _ in range(3)]
@@ -260,7 +266,7 @@ def _decoders_killed(it: Service) -> bool:
     with ThreadPoolExecutor(1) as pool:
         load = pool.submit(lambda: asyncio.run(run()))
         while not load.done():
-            spawned = [p for p in family(it.process.pid) if "spawn_main" in command(p)]
+            spawned = [p for p in family(it.process.pid) if "spawn_main" in command_line(p)]
             decoders = [p for p in spawned if family(p) == [p] and not runs_engine(p)]
             if decoders:
                 with contextlib.suppress(ProcessLookupError):
