@@ -75,7 +75,7 @@ def second_instance(long: bool) -> Verdict:
         for process in reversed(family(second.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        second.wait()
+        second.communicate()
         return Verdict(
             f"({apart.split(maxsplit=1)[0]}) the first recovers from a killed worker and answers "
             f"{answer.status}",
