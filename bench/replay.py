@@ -69,6 +69,7 @@ class _Runner:
     pixels_shape: tuple[int, ...]
     text_tokens: int
     burst: int = 1
+    graphs: bool = False
     on_gpu: bool = False
     provider: str = "replay"
     precision: str = "replay"
@@ -78,7 +79,9 @@ class _Runner:
     def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[int]) -> None:
         self.clock.pass_by(self.costs.encode_s[len(pixels) - 1])
 
-    def decode(self, tokens: Sequence[int], fed: Sequence[int], steps: int = 1) -> np.ndarray:
+    def decode(
+        self, tokens: Sequence[int], fed: Sequence[int], forced: Sequence[Sequence[int]] = ()
+    ) -> np.ndarray:
         self.clock.pass_by(self.costs.decode_s[len(tokens) - 1])
         return np.zeros((1, len(tokens)), np.int64)
 

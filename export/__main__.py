@@ -126,6 +126,7 @@ def _export(args: argparse.Namespace) -> None:
         not args.fp32_only,
         not args.no_int8,
         args.target,
+        args.target != "cpu" and "cuda" in providers.available(),
     )
     manifest = build(source, args.output, proof)
     if args.target == "tensorrt":

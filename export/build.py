@@ -54,6 +54,7 @@ class Proof:
         It takes pictures, unless the weights are random.
     int8: of these, the 8-bit ones.
     target: what the engine is for: cpu, cuda, or tensorrt (and cuda).
+    cuda: whether a GPU is here, to judge fp16 on.
     """
 
     images: int = 8
@@ -62,6 +63,7 @@ class Proof:
     fast: bool = True
     int8: bool = True
     target: str = "cpu"
+    cuda: bool = False
 
 
 def build(checkpoint: Checkpoint, output: Path, proof: Proof | None = None) -> Manifest:
@@ -121,7 +123,8 @@ def _fast_ones(
             plain=proof.target == "tensorrt",
         )  # fmt: skip
         variants += half
-    return judge(checkpoint, folder, variants, cases, proof.new_tokens), fp32_nodes
+    kept = judge(checkpoint, folder, variants, cases, proof.new_tokens, proof.cuda)
+    return kept, fp32_nodes
 
 
 @contextmanager

@@ -24,12 +24,19 @@ def exact(images: int) -> Combination:
 
 
 def judge(
-    checkpoint: Checkpoint, folder: Path, variants: list[Variant], cases: list[Case], tokens: int
+    checkpoint: Checkpoint,
+    folder: Path,
+    variants: list[Variant],
+    cases: list[Case],
+    tokens: int,
+    cuda: bool = False,
 ) -> list[Combination]:
     """Every combination but the exact one that passes; all figures are told on the way.
 
     cases: what to caption, with at most `tokens` new tokens each. Random weights pass unjudged,
     after a look at whether they run: small changes sway what they say, and nobody reads it.
+    cuda: judge fp16 by the arithmetic of the GPU that is here; the CPU provider computes most of
+    it in fp32.
     """
     cases = cases if checkpoint.trained else cases[:_TRIED]
     sizes, special = checkpoint.sizes, checkpoint.tokens
@@ -46,14 +53,16 @@ def judge(
             folder / file_name(graph, precision, candidate.cache)
             for graph, precision in (("encoder", candidate.encoder), ("decoder", candidate.decoder))
         )
-        answers = caption(OnnxGraphs(*files), sizes, special, cases, tokens)
+        on_gpu = cuda and candidate.cache == "float16"
+        answers = caption(OnnxGraphs(*files, on_gpu), sizes, special, cases, tokens)
         progress = tqdm(answers, desc=candidate.name, total=len(cases), unit="image", leave=False)
         equal = sum(a.tokens == e for a, e in zip(progress, expected, strict=True))
         agreement = equal / len(cases)
         least = least_agreement(candidate.encoder)
         kept = agreement >= least or not checkpoint.trained
         print(
-            f"{candidate.name}: {equal} of {len(cases)} captions as PyTorch's ({agreement:.1%}), "
+            f"{candidate.name}: {equal} of {len(cases)} captions as PyTorch's ({agreement:.1%}"
+            + (", on the GPU), " if on_gpu else "), ")
             + ("kept" if kept else f"left out, for it takes {least:.0%}"),
             flush=True,
         )

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from runtime.manifest import Sizes
+from runtime.manifest import NOT_A_TOKEN, PIECE, Sizes
 
 _OPSET, _IR_VERSION = 17, 8  # what the exporter writes too
 Scales = dict[str, np.ndarray]  # "{layer}.key" or "{layer}.value" -> float32 [H, D]
@@ -79,50 +79,60 @@ def _quantise_cache(node: NodeProto, key_scale: str, value_scale: str) -> None:
     node.attribute.extend(helper.make_attribute(*setting) for setting in settings.items())
 
 
-def with_next_lengths(decoder: Path) -> None:
-    """Let the decoder also emit `next_lengths`, so that steps can follow one another on a device.
+def for_bursts(decoder: Path) -> None:
+    """Let a decoder's steps follow one another on a device, without a look from the host.
 
-    `lengths` is what GroupQueryAttention counts the cache by; each step adds one to it.
+    Adds output `next_lengths` int32 `[B]`, which is `lengths` + 1, and input `forced` int64 `[B]`:
+    where it is not NOT_A_TOKEN, `next_ids` is that token, unless the row's numbers broke down.
+    Without the input nothing is forced.
     """
     model = onnx.load(decoder, load_external_data=False)
-    one = "next_lengths.one"
-    model.graph.initializer.append(numpy_helper.from_array(np.ones(1, np.int32), one))
-    model.graph.node.append(helper.make_node("Add", ["lengths", one], ["next_lengths"]))
-    model.graph.output.append(
-        helper.make_tensor_value_info("next_lengths", TensorProto.INT32, ["rows"])
-    )
+    graph = model.graph
+    one, free, none, chosen = (f"burst.{n}" for n in ("one", "free", "none", "chosen"))
+    graph.initializer.extend(
+        numpy_helper.from_array(np.array(value), name)
+        for name, value in (
+            (one, np.ones(1, np.int32)), (none, np.zeros(1, np.int64)),
+            ("forced", np.full(1, NOT_A_TOKEN, np.int64)),
+        )
+    )  # fmt: skip
+    last = next(node for node in graph.node if "next_ids" in node.output)
+    broken, not_a_token, likeliest = last.input  # Where
+    at = list(graph.node).index(last)
+    graph.node.insert(at, helper.make_node("Where", [free, likeliest, "forced"], [chosen]))
+    graph.node.insert(at, helper.make_node("Less", ["forced", none], [free]))
+    last.input[:] = [broken, not_a_token, chosen]
+    graph.node.append(helper.make_node("Add", ["lengths", one], ["next_lengths"]))
+    graph.input.append(helper.make_tensor_value_info("forced", TensorProto.INT64, ["choices"]))
+    graph.output.append(helper.make_tensor_value_info("next_lengths", TensorProto.INT32, ["rows"]))
     onnx.save_model(model, decoder)
 
 
-def write_insertion(output: Path, sizes: Sizes, dtype: int) -> None:
+def write_insertion(output: Path, layers: int) -> None:
     """A graph that puts image K/V into slots of the arena, so that neither leaves the device.
 
-    Inputs `positions` int64 `[1, H, P, 3]` (0, head, position) and `slots` int64 `[B, 1, 1, 1]`
-    say where; then for each layer and kind `image.{i}.{kind}` `[B, H, P, D]` and
-    `arena.{i}.{kind}` `[slots, H, C, D]` -> `inserted.{i}.{kind}`. With an arena bound to its
-    input and output at once only the named places are written. P may be any number of positions.
+    It copies pieces of PIECE int64, whatever they hold: on CUDA a thread copies one piece, and 16
+    bytes are the most that one instruction moves. `firsts` int64 `[B, 1, 1]` says which piece of
+    the arena a slot begins with, `pieces` int64 `[1, N, 1]` where each piece of an image goes from
+    there; then for each layer and kind `image.{i}.{kind}` int64 `[B, N, PIECE]` and
+    `arena.{i}.{kind}` `[pieces, PIECE]` -> `inserted.{i}.{kind}`. With an arena bound to its input
+    and output at once only the named places are written.
     """
-    unit = "slot_axis"
-    initialisers = [numpy_helper.from_array(np.array([1, 0, 0], np.int64), unit)]
-    nodes = [
-        helper.make_node("Mul", ["slots", unit], ["offset"]),
-        helper.make_node("Add", ["positions", "offset"], ["places"]),
-    ]
+    integer = TensorProto.INT64
+    arena_shape: list[str | int | None] = ["A", PIECE]
+    nodes = [helper.make_node("Add", ["pieces", "firsts"], ["places"])]
     inputs = [
-        helper.make_tensor_value_info("positions", TensorProto.INT64, [1, sizes.heads, "P", 3]),
-        helper.make_tensor_value_info("slots", TensorProto.INT64, ["B", 1, 1, 1]),
+        helper.make_tensor_value_info("pieces", integer, [1, "N", 1]),
+        helper.make_tensor_value_info("firsts", integer, ["B", 1, 1]),
     ]
     outputs = []
-    for name in (f"{layer}.{kind}" for layer in range(sizes.layers) for kind in ("key", "value")):
+    for name in (f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")):
         image, arena, out = f"image.{name}", f"arena.{name}", f"inserted.{name}"
         nodes.append(helper.make_node("ScatterND", [arena, "places", image], [out]))
-        slots: list[str | int | None] = ["slots", sizes.heads, "C", sizes.head]
-        inputs.append(
-            helper.make_tensor_value_info(image, dtype, ["B", sizes.heads, "P", sizes.head])
-        )
-        inputs.append(helper.make_tensor_value_info(arena, dtype, slots))
-        outputs.append(helper.make_tensor_value_info(out, dtype, slots))
-    graph = helper.make_graph(nodes, "insertion", inputs, outputs, initialisers)
+        inputs.append(helper.make_tensor_value_info(image, integer, ["B", "N", PIECE]))
+        inputs.append(helper.make_tensor_value_info(arena, integer, arena_shape))
+        outputs.append(helper.make_tensor_value_info(out, integer, arena_shape))
+    graph = helper.make_graph(nodes, "insertion", inputs, outputs)
     opset = [helper.make_opsetid("", _OPSET)]
     onnx.save_model(helper.make_model(graph, opset_imports=opset, ir_version=_IR_VERSION), output)
 

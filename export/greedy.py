@@ -49,13 +49,14 @@ class Graphs(Protocol):
 
 
 class OnnxGraphs:
-    """Two graph files on ONNX Runtime's CPU provider."""
+    """Two graph files on ONNX Runtime's CPU provider, or on CUDA's."""
 
-    def __init__(self, encoder: Path, decoder: Path) -> None:
+    def __init__(self, encoder: Path, decoder: Path, cuda: bool = False) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3  # it warns of initialisers that two graphs share
+        providers = ["CUDAExecutionProvider" if cuda else "CPUExecutionProvider"]
         self._encoder, self._decoder = (
-            ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            ort.InferenceSession(path, options, providers=providers, enable_fallback=False)
             for path in (encoder, decoder)
         )
 

@@ -15,7 +15,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from tqdm import tqdm
 
 from export.checkpoint import Checkpoint
-from export.graphs import share_weights, with_next_lengths, write_insertion
+from export.graphs import for_bursts, share_weights, write_insertion
 from export.greedy import Arrays, Case, caption
 from export.variants import data_name, file_name, variant
 from runtime.manifest import Variant
@@ -55,10 +55,8 @@ def build_half(
             kept[output.name] = _convert(source, output, measured.largest)
             share_weights(output, data_name(graph, half))
     fused.unlink()
-    with_next_lengths(folder / file_name("decoder", "fp16", _CACHE))
-    write_insertion(
-        folder / file_name("insert", "fp16", _CACHE), checkpoint.sizes, TensorProto.FLOAT16
-    )
+    for_bursts(folder / file_name("decoder", "fp16", _CACHE))
+    write_insertion(folder / file_name("insert", "fp16", _CACHE), checkpoint.sizes.layers)
     made = [variant("encoder", precision, _CACHE) for precision in encoders]
     made += [variant(graph, "fp16", _CACHE) for graph in ("decoder", "insert")]
     return made, kept

@@ -189,11 +189,14 @@ class Engine:
     def _decode(self, running: list[Sequence]) -> None:
         """Feed every running row; what is computed in holes between them is nobody's."""
         slots = [s.slot for s in running if s.slot is not None]
-        tokens, fed = ([0] * (slots[-1] + 1) for _ in range(2))
+        steps, rows = self._burst(running), slots[-1] + 1
+        tokens, fed = [[0] * rows for _ in range(steps)], [0] * rows
         for slot, sequence in zip(slots, running, strict=True):
-            tokens[slot], fed[slot] = sequence.next_token, sequence.fed
+            fed[slot] = sequence.fed
+            for step, token in enumerate(sequence.tokens(steps)):
+                tokens[step][slot] = token
         started = self._clock()
-        predicted = self.runner.decode(tokens, fed, self._burst(running))
+        predicted = self.runner.decode(tokens[0], fed, tokens[1:])
         self._pacing.decoded(self._clock() - started)
         for step in predicted.tolist():
             for slot, sequence in zip(slots, running, strict=True):
@@ -201,9 +204,7 @@ class Engine:
                     sequence.advance(step[slot], self.manifest.tokens.eos)
 
     def _burst(self, running: list[Sequence]) -> int:
-        """Steps that need nothing from here: no forced token, no row that is sure to be over."""
-        if self.runner.burst == 1 or any(s.forced_left for s in running):
-            return 1
+        """Steps that need nothing from here: none for a row that is sure to be over."""
         return min(self.runner.burst, *(s.most_left for s in running))
 
     def _admit(self) -> list[Sequence]:

@@ -16,6 +16,10 @@ class ProviderError(VignetteError):
     """The execution provider that was asked for can't run here."""
 
 
+class GraphsFailed(ProviderError):
+    """It can run here, but its runs can't be captured as CUDA graphs."""
+
+
 class InvalidRequest(VignetteError):
     """A request that can never be served: empty limits, or a prompt that doesn't fit."""
 

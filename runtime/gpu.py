@@ -179,7 +179,7 @@ class Memory:
         slots: what was asked for; None takes as many as fit, at most `most`. Raises ProviderError,
         with the sum, if they don't fit, or not even one does.
         """
-        base = self.fixed + self.weights + batch * self.image
+        base = self.fixed + self.weights + batch * self.image + self.slot  # one is nobody's
         room = int(gpu.free * _SAFE) - base
         fitting = max(0, room) // self.slot
         sum_ = (
@@ -194,7 +194,7 @@ class Memory:
             )
         chosen = slots or min(most, fitting)
         log.info("%s; %d slots fit, %d are used", sum_, fitting, chosen)
-        return chosen, int(gpu.free * _SAFE) - chosen * self.slot
+        return chosen, int(gpu.free * _SAFE) - (chosen + 1) * self.slot
 
 
 def pin(array: np.ndarray, cuda_major: int) -> None:

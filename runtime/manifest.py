@@ -13,10 +13,11 @@ from typing import Any
 
 from runtime.errors import EngineFolderError
 
-FORMAT = 3  # raise it when a field changes its meaning; older engines are then refused
+FORMAT = 4  # raise it when a field changes its meaning; older engines are then refused
 FILE = "manifest.json"
 TOKENIZER = "tokenizer.json"
 NOT_A_TOKEN = -1  # what the decoder predicts for a row whose numbers broke down (NaN)
+PIECE = 2  # int64 that the insertion graph copies at once
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from runtime import manifest as manifests
 from runtime import providers, self_test
 from runtime.config import AUTO, EngineConfig
 from runtime.device_runner import DeviceRunner
-from runtime.errors import ProviderError
+from runtime.errors import GraphsFailed, ProviderError
 from runtime.gpu import Memory, require_gpu
 from runtime.machine import memory
 from runtime.manifest import Manifest
@@ -19,6 +19,7 @@ from runtime.runner import Runner
 
 log = logging.getLogger(__name__)
 
+DEVICES = ("cuda",)  # providers of a decoder whose state stays with it; tests add the processor
 _SLOTS = 16  # on a processor: more rows make a step no cheaper for each
 _MOST_SLOTS = 64  # on a GPU, unless more are asked for
 _SHARE = 0.8  # of a machine's memory that the slots may take
@@ -133,14 +134,29 @@ def open_runner(engine: Prepared) -> Opened:
 
 def _opened(engine: Prepared, candidate: Candidate) -> Opened:
     config = replace(engine.config, slots=candidate.slots)
+    runner = _warm_runner(engine, config, candidate)
+    if runner is None:  # a stream that a capture failed on is of no use: all is opened again
+        runner = _warm_runner(engine, replace(config, cuda_graphs=False), candidate)
+        assert runner is not None
+    manifest = engine.manifest
+    seconds = self_test.check(runner, manifest.sizes, manifest.tokens, manifest.self_test)
+    return Opened(runner, candidate.slots, seconds)
+
+
+def _warm_runner(
+    engine: Prepared, config: EngineConfig, candidate: Candidate
+) -> Runner | DeviceRunner | None:
+    """None if CUDA graphs were asked for and can't be captured; what it held is free again."""
     runner: Runner | DeviceRunner
-    if candidate.plan.decoder_provider == "cuda":
+    if candidate.plan.decoder_provider in DEVICES:
         runner = DeviceRunner(
             engine.folder, engine.manifest, config, candidate.plan, candidate.memory_limit
         )
     else:
         runner = Runner(engine.folder, engine.manifest, config, candidate.plan)
-    runner.warm_up()
-    manifest = engine.manifest
-    seconds = self_test.check(runner, manifest.sizes, manifest.tokens, manifest.self_test)
-    return Opened(runner, candidate.slots, seconds)
+    try:
+        runner.warm_up()
+    except GraphsFailed as cause:
+        log.warning("%s: it goes on without CUDA graphs, and slower", cause)
+        return None
+    return runner

@@ -11,6 +11,7 @@ class Phases(Protocol):
 
     text_tokens: int
     burst: int  # most decode steps of one call
+    graphs: bool  # whether its runs are captured CUDA graphs
 
     @property
     def provider(self) -> str:
@@ -35,8 +36,14 @@ class Phases(Protocol):
     def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[int]) -> None:
         """Put the image K/V of each of `pixels` into its slot."""
 
-    def decode(self, tokens: Sequence[int], fed: Sequence[int], steps: int = 1) -> np.ndarray:
-        """Feed a token to each leading row, and what follows -> int64 `[steps, rows]`."""
+    def decode(
+        self, tokens: Sequence[int], fed: Sequence[int], forced: Sequence[Sequence[int]] = ()
+    ) -> np.ndarray:
+        """Feed a token to each leading row, and what follows -> int64 `[steps, rows]`.
+
+        fed: text tokens that each row's cache holds already. forced: for each further step what the
+        rows are fed; NOT_A_TOKEN stands for what the step before predicts.
+        """
 
     def bucket(self, rows: int) -> int:
         """Rows that a step works on if it is fed so many leading ones."""

@@ -73,24 +73,23 @@ class Sequence:
         """Whether it waited in vain."""
         return self.finish_reason is FinishReason.EXPIRED
 
-    @property
-    def next_token(self) -> int:
-        """The token to feed at the next decode step: a forced one, or the last one generated."""
-        prompt = self.request.prompt_ids
-        return prompt[self.fed] if self.fed < len(prompt) else self.generated[-1]
+    def tokens(self, steps: int) -> list[int]:
+        """What to feed at the next decode steps: forced tokens, or first the last one generated.
 
-    @property
-    def forced_left(self) -> int:
-        """Forced tokens behind the next one."""
-        return max(0, len(self.request.prompt_ids) - self.fed - 1)
+        NOT_A_TOKEN stands for what the step before will predict.
+        """
+        prompt = self.request.prompt_ids
+        known = list(prompt[self.fed : self.fed + steps]) or [self.generated[-1]]
+        return known + [NOT_A_TOKEN] * (steps - len(known))
 
     @property
     def most_left(self) -> int:
-        """Tokens that may still be generated."""
-        return self.request.max_new_tokens - len(self.generated)
+        """Decode steps until it is over at the latest."""
+        forced = max(0, len(self.request.prompt_ids) - self.fed - 1)  # behind the next one
+        return forced + self.request.max_new_tokens - len(self.generated)
 
     def advance(self, predicted: int, eos: int) -> None:
-        """Take what the model predicted after `next_token`; ends the sequence when it is over."""
+        """Take what was predicted after the next token; ends the sequence when it is over."""
         self.fed += 1
         if predicted == NOT_A_TOKEN:
             self.finish_reason = FinishReason.FAILED

@@ -32,6 +32,7 @@ class Runner:
     """Phases of captioning over ONNX Runtime: `encode` into slots, `decode` one token for rows."""
 
     burst = 1
+    graphs = False
     on_gpu = False
 
     def __init__(self, folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) -> None:
@@ -106,12 +107,14 @@ class Runner:
 
         self._encoder.encode(pixels, put)
 
-    def decode(self, tokens: Sequence[int], fed: Sequence[int], steps: int = 1) -> np.ndarray:
+    def decode(
+        self, tokens: Sequence[int], fed: Sequence[int], forced: Sequence[Sequence[int]] = ()
+    ) -> np.ndarray:
         """Feed a token to each of the leading rows -> int64 `[1, rows]`, the most likely next ones.
 
         fed: text tokens that each row's cache holds already. Valid until the next call.
         """
-        assert steps == 1, "tokens are in host memory at every step: bursts gain nothing"
+        assert not forced, "tokens are in host memory at every step: bursts gain nothing"
         rows = len(tokens)
         self._tokens[:rows, 0] = tokens
         np.add(fed, self.sizes.prefix, out=self._lengths[:rows], casting="unsafe")

@@ -119,6 +119,12 @@ class WorkerMetrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
+        self.graphs = Gauge(
+            "vignette_cuda_graphs",
+            "Engine workers on a GPU that launch captured graphs",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
         self.decode_rows = Histogram(
             "vignette_decode_batch_rows", "Rows of a decode step", buckets=_ROWS, registry=registry
         )

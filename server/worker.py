@@ -64,6 +64,7 @@ class Worker:
         self._failures = 0  # of steps in a row
         self.step_since: float | None = None
         self.stopping = self.broken = False
+        metrics.graphs.set(engine.runner.graphs)
 
     def run(self) -> None:
         """Serve until told to stop, then finish what was begun."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from runtime.config import EngineConfig
 from runtime.engine import Engine
-from runtime.manifest import Manifest, Preprocessing, Sizes, SpecialTokens
+from runtime.manifest import NOT_A_TOKEN, Manifest, Preprocessing, Sizes, SpecialTokens
 
 EOS = 1
 SIZES = Sizes(image=4, frames=None, prefix=5, layers=1, heads=1, head=1, vocabulary=50, text=32)
@@ -32,7 +32,7 @@ class FakeRunner:
     text_tokens = 32
     pixels_shape = (3, 4, 4)
     runs_on = provider = precision = "fake"
-    on_gpu = False
+    on_gpu = graphs = False
 
     def __init__(self, burst: int = 1) -> None:
         self.burst = burst
@@ -49,16 +49,19 @@ class FakeRunner:
             self.cache[slot] = (int(image.sum()), [])
             self.seen.append(int(image.sum()))
 
-    def decode(self, tokens: ListLike[int], fed: ListLike[int], steps: int = 1) -> np.ndarray:
+    def decode(
+        self, tokens: ListLike[int], fed: ListLike[int], forced: ListLike[ListLike[int]] = ()
+    ) -> np.ndarray:
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
             raise error
         self.steps.append(len(tokens))
         predicted: list[list[int]] = []
-        for step in range(steps):
+        for step, chosen in enumerate([*forced, [NOT_A_TOKEN] * len(tokens)]):
             given = zip(tokens, fed, strict=True)
-            tokens = [self._next(slot, t, n + step) for slot, (t, n) in enumerate(given)]
-            predicted.append(list(tokens))
+            said = [self._next(slot, t, n + step) for slot, (t, n) in enumerate(given)]
+            tokens = [s if c == NOT_A_TOKEN else c for s, c in zip(said, chosen, strict=True)]
+            predicted.append(tokens)
         return np.array(predicted)
 
     def _next(self, slot: int, token: int, fed: int) -> int:
@@ -84,9 +87,9 @@ class Gate(FakeRunner):
         self.open = threading.Event()
         self.open.set()
 
-    def decode(self, tokens, fed, steps=1):
+    def decode(self, tokens, fed, forced=()):
         assert self.open.wait(30)
-        return super().decode(tokens, fed, steps)
+        return super().decode(tokens, fed, forced)
 
 
 def fake_engine(config: EngineConfig | None = None, burst: int = 1) -> Engine:

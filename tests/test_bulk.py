@@ -160,10 +160,10 @@ def test_what_was_cut_off_and_what_was_skipped_is_told(photos, capfd):
 
 def test_a_step_that_fails_costs_no_more_than_the_image_it_fails_on(tmp_path):
     class Allergic(FakeRunner):
-        def decode(self, tokens, fed, steps=1):
+        def decode(self, tokens, fed, forced=()):
             if any(self.cache[row][0] == 3 * 16 * 7 for row in range(len(tokens))):
                 raise RuntimeError("no kernel")
-            return super().decode(tokens, fed, steps)
+            return super().decode(tokens, fed, forced)
 
     engine = fake_engine(EngineConfig(slots=4))
     engine.runner = Allergic()

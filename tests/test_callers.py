@@ -57,12 +57,12 @@ def test_one_who_asks_for_nonsense_disturbs_nobody():
 
 def test_an_interrupted_thread_leaves_the_others_their_captions():
     class Interrupted(FakeRunner):
-        def decode(self, tokens, fed, steps=1):
+        def decode(self, tokens, fed, forced=()):
             if threading.current_thread().name == "interrupted":
                 started.set()
                 assert asked.wait(10)
                 raise KeyboardInterrupt
-            return super().decode(tokens, fed, steps)
+            return super().decode(tokens, fed, forced)
 
     started, asked = threading.Event(), threading.Event()
     engine = fake_engine()

@@ -17,6 +17,7 @@ from runtime.config import EngineConfig
 from runtime.engine import Engine
 from runtime.errors import InvalidRequest
 from tests.conftest import DEMO, ROOT, SAMPLES
+from tests.varied import agreement
 
 SAID = json.loads((SAMPLES / "captions.json").read_text())
 
@@ -157,3 +158,8 @@ def test_training_resumes_its_own_work_only(tmp_path, monkeypatch):
     assert train._resume(settings, torch.nn.Linear(2, 2)) == 7
     with pytest.raises(ValueError, match=r"other settings.*delete it"):
         train._resume(train.Settings(scenes=settings.scenes + 1), part)
+
+
+def test_fp16_says_what_pytorch_says_of_more_than_the_samples():
+    """What `make gpu-check` asks of a GPU, asked of a processor."""
+    assert agreement(Engine.open(DEMO, EngineConfig(precision="fp16-fused/fp16/float16")), 48) == 1

@@ -8,12 +8,15 @@ from onnx import TensorProto
 from export.build import Proof, build
 from export.pictures import generated
 from export.random_weights import from_config
+from runtime import device_runner, opening
 from runtime import manifest as manifests
 from runtime.config import EngineConfig
-from runtime.device_runner import DeviceBuffer, DeviceRunner, bucket, buckets
+from runtime.device_buffer import DeviceBuffer
+from runtime.device_runner import DeviceRunner, bucket, buckets
 from runtime.engine import Engine
 from runtime.machine import Machine
 from runtime.manifest import NOT_A_TOKEN
+from runtime.opening import Candidate, Prepared
 from runtime.plan import Plan, default
 from runtime.runner import Runner
 from runtime.tokenizer import CaptionTokenizer
@@ -22,7 +25,7 @@ from tests.checkpoints import SHAPES
 FUSED, PLAIN = "fp16-fused/fp16/float16", "fp16/fp16/float16"
 
 
-@pytest.fixture(scope="module", params=["base", "video"])
+@pytest.fixture(scope="module", params=["base", "heads", "video"])
 def half(request, tmp_path_factory):
     """A small engine with fp16 variants for CUDA and TensorRT."""
     folder = tmp_path_factory.mktemp("half") / request.param
@@ -64,6 +67,43 @@ def test_state_on_a_device_says_the_same_as_state_in_host_memory(half, combinati
     assert len(set(said)) > 15, "a test on one caption proves nothing"
     assert single == {1}
     assert max(bursts) > 1, "no steps followed one another on the device"
+
+
+def test_a_prompt_is_forced_within_a_burst(half):
+    """One row's prompt must not cost the others their bursts."""
+    it, prompt = engine(half, DeviceRunner, FUSED), "w7 w8 w9"
+    images = [generated(np.random.default_rng(n), it.manifest.sizes) for n in range(2)]
+    alone = [
+        it.generate([i], [p], 5, ignore_eos=True)
+        for i, p in zip(images, (prompt, None), strict=True)
+    ]
+    both = [it.submit(i, p, 5, True) for i, p in zip(images, (prompt, None), strict=True)]
+    it.step()
+    assert [s.fed for s in both] == [4, 4]  # of four forced tokens, and of four predicted ones
+    assert [len(s.generated) for s in both] == [1, 4]
+    while not it.scheduler.idle:
+        it.step()
+    assert [tuple(s.generated) for s in both] == [c.token_ids for [c] in alone]
+
+
+def test_graphs_that_cant_be_captured_are_done_without_and_it_is_said(half, monkeypatch, caplog):
+    run = device_runner._Launch.run
+
+    def failing(self, graph, wait=True):
+        if graph:
+            raise RuntimeError("CUDA error 900: operation not permitted when stream is capturing")
+        run(self, graph, wait)
+
+    monkeypatch.setattr(device_runner._Launch, "run", failing)
+    monkeypatch.setattr(opening, "DEVICES", ("cpu",))
+    manifest, config = manifests.load(half), EngineConfig(encode_batch=4, patience=0)
+    candidate = Candidate(Plan(FUSED, "cpu", "cpu", encode_batch=4), slots=6)
+    it = Engine.start(Prepared(half, manifest, config, (candidate,)))
+    assert "without CUDA graphs" in it.runs_on
+    assert not it.runner.graphs
+    assert "error 900" in caplog.text
+    [caption] = it.generate([generated(np.random.default_rng(0), manifest.sizes)])
+    assert caption.token_ids
 
 
 def test_fp16_says_what_fp32_says(half):
@@ -131,7 +171,7 @@ def test_a_slot_whose_numbers_broke_down_is_emptied(half):
     values = broken.fetch()
     values[1] = np.nan
     broken.upload(values)
-    predicted = runner.decode([it.manifest.tokens.bos] * 2, [0, 0], runner.burst)
+    predicted = runner.decode([it.manifest.tokens.bos] * 2, [0, 0], [[NOT_A_TOKEN] * 2] * 3)
     assert (predicted[:, 0] != NOT_A_TOKEN).all()
     assert (predicted[:, 1] == NOT_A_TOKEN).any()
     for cache in runner._arena:
@@ -148,13 +188,16 @@ def test_a_slot_with_room_for_less_than_a_burst_is_warmed_up(half):
 
 
 def test_a_device_buffer_binds_any_run_of_its_rows():
-    buffer = DeviceBuffer("cpu", (4, 3), np.float32)
-    buffer.upload(np.arange(12, dtype=np.float32).reshape(4, 3))
-    shape, pointer = buffer._place(2, first=1)
-    assert shape == [2, 3]
-    assert pointer - buffer._place(4, 0)[1] == 12
-    assert buffer.nbytes == 48
-    assert buffer.fetch()[1, 0] == 3
+    buffer = DeviceBuffer("cpu", (4, 6), np.float32)
+    buffer.upload(np.arange(24, dtype=np.float32).reshape(4, 6))
+    view = buffer.rows(2, first=1)
+    assert view.shape == (2, 6)
+    assert view.pointer - buffer.rows(4).pointer == 24
+    assert view.shaped(2, -1, 3).shape == (2, 2, 3)
+    words = view.shaped(-1, 2, dtype=np.int64)
+    assert (words.shape, words.pointer) == ((3, 2), view.pointer)
+    assert buffer.nbytes == 96
+    assert buffer.fetch()[1, 0] == 6
 
 
 def test_fp16_is_for_gpus_alone_unless_it_is_asked_for(half):

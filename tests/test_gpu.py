@@ -177,10 +177,10 @@ def test_slots_fill_the_memory_up_to_a_bound():
     need = Memory(weights=600 * MIB, slot=10 * MIB, image=50 * MIB)
     slots, limit = need.budget(H100, None, most=64, batch=16)
     assert slots == 64
-    assert limit == int(H100.free * 0.9) - 64 * 10 * MIB
+    assert limit == int(H100.free * 0.9) - 65 * 10 * MIB
     assert need.budget(H100, 200, most=64, batch=16)[0] == 200
     small = Gpu(0, "small", (8, 6), "580", (13, 0), 4096 * MIB, 2600 * MIB)
-    assert need.budget(small, None, most=64, batch=16)[0] == (2340 - 768 - 600 - 800) // 10
+    assert need.budget(small, None, most=64, batch=16)[0] == (2340 - 768 - 600 - 800 - 10) // 10
 
 
 def test_a_gpu_too_small_is_told_with_the_sum():
@@ -188,7 +188,7 @@ def test_a_gpu_too_small_is_told_with_the_sum():
     small = Gpu(0, "small", (8, 6), "580", (13, 0), 4096 * MIB, 2600 * MIB)
     with pytest.raises(ProviderError) as said:
         need.budget(small, 64, most=64, batch=16)
-    for part in ("2168 MiB", "10.0 MiB a slot", "64 slots do not fit, 17 do: use --slots 17"):
+    for part in ("2178 MiB", "10.0 MiB a slot", "64 slots do not fit, 16 do: use --slots 16"):
         assert part in str(said.value)
     tiny = Gpu(0, "tiny", (8, 6), "580", (13, 0), 2048 * MIB, 1000 * MIB)
     with pytest.raises(ProviderError, match=r"1 slots do not fit\. Free memory on the GPU"):

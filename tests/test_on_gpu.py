@@ -1,9 +1,15 @@
 """On a GPU (`make gpu-check`): it says what the processor says, and stays within its memory."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
+from export.build import Proof, build
+from export.gate import LEAST_AGREEMENT
+from export.random_weights import from_config
 from runtime import providers
 from runtime.config import EngineConfig
 from runtime.device_runner import DeviceRunner
@@ -11,7 +17,10 @@ from runtime.engine import Engine
 from runtime.errors import ProviderError
 from runtime.gpu import require_gpu
 from runtime.providers import cuda_major
-from tests.conftest import DEMO, SAMPLES
+from runtime.runner import Runner
+from tests.checkpoints import SHAPES
+from tests.conftest import DEMO, ROOT, SAMPLES
+from tests.test_device import FUSED, captions, engine
 
 
 def obstacle(name: str) -> str | None:
@@ -40,6 +49,43 @@ def test_cuda_captions_the_samples_word_for_word(samples, graphs):
     assert isinstance(engine.runner, DeviceRunner)
     images, expected = zip(*samples.values(), strict=True)
     assert [c.text for c in engine.generate(images)] == list(expected)
+
+
+@pytest.mark.parametrize("kernel", ["0", "1"])
+def test_the_gate_holds_for_the_gpus_own_arithmetic(kernel):
+    """400 pictures, as at export; with and without the attention kernel for heads of 64.
+
+    In a process of its own: ONNX Runtime reads the variable when it is loaded.
+    """
+    code = (
+        "from runtime.config import EngineConfig; from runtime.engine import Engine; "
+        "from tests.varied import agreement; from tests.conftest import DEMO; "
+        "print(agreement(Engine.open(DEMO, EngineConfig(provider='cuda')), 400))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"ORT_ENABLE_XQA": kernel}, cwd=ROOT,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert float(found.stdout.split()[-1]) >= LEAST_AGREEMENT
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    """Heads of 64, as git-base has: another kernel than the demo model's 32."""
+    folder = tmp_path_factory.mktemp("heads") / "engine"
+    build(from_config("heads", SHAPES["heads"], seed=1), folder, Proof(2, 8, target="cuda"))
+    return folder
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_heads_of_64_say_the_same_as_on_the_processor(heads, graphs):
+    """Unequal ages, forced prompts, slots that are used again; random weights sway easily."""
+    settings = {"slots": 6, "encode_batch": 4, "patience": 0}
+    on_gpu = Engine.open(heads, EngineConfig("cuda", cuda_graphs=graphs, **settings))
+    expected, _ = captions(engine(heads, Runner, FUSED), heads)
+    said, bursts = captions(on_gpu, heads)
+    assert max(bursts) > 1
+    assert sum(a == b for a, b in zip(said, expected, strict=True)) >= 18
 
 
 def test_tensorrt_captions_the_samples_word_for_word(samples):

@@ -126,8 +126,8 @@ def test_a_step_that_fails_once_is_not_noticed():
 
 def test_an_image_whose_numbers_break_down_fails_alone():
     class Overflowing(Gate):
-        def decode(self, tokens, fed, steps=1):
-            predicted = super().decode(tokens, fed, steps)
+        def decode(self, tokens, fed, forced=()):
+            predicted = super().decode(tokens, fed, forced)
             broken = [self.cache[row][0] == 3 * 16 * 66 for row in range(len(tokens))]
             return np.where(broken, NOT_A_TOKEN, predicted)
 
@@ -148,11 +148,11 @@ def test_an_image_that_breaks_the_engine_harms_itself_alone():
     """It is tried again alone, answered, and refused from then on; its batch gets captions."""
 
     class Allergic(Gate):
-        def decode(self, tokens, fed, steps=1):
+        def decode(self, tokens, fed, forced=()):
             assert self.open.wait(30)
             if any(self.cache[row][0] == 3 * 16 * 66 for row in range(len(tokens))):
                 raise RuntimeError("secret detail")
-            return FakeRunner.decode(self, tokens, fed, steps)
+            return FakeRunner.decode(self, tokens, fed, forced)
 
     engine = fake_engine(EngineConfig(slots=8, patience=0))
     engine.runner = Allergic()

@@ -62,7 +62,7 @@ def test_a_process_that_keeps_failing_is_left(made):
     """After three failed steps it is the process that is suspected, not the images."""
 
     class Broken(FakeRunner):
-        def decode(self, tokens, fed, steps=1):
+        def decode(self, tokens, fed, forced=()):
             raise RuntimeError("illegal memory access")
 
     worker, engine, socket = made
