@@ -58,7 +58,7 @@ export: $(EXPORT)/ready$(if $(filter tensorrt,$(TARGET)),-tensorrt)  ## MODEL=<h
 	  $(if $(filter cuda tensorrt,$(TARGET)),--target $(TARGET)) $(ARGS)
 
 tune: .venv/ready  ## measure ENGINE on this machine's processors and write its plan.json
-	@$(SERVE) -P -m export tune "$$ENGINE" $(ARGS)
+	@$(SERVE) -P -m runtime.planning.tune "$$ENGINE" $(ARGS)
 
 check_export: .venv-dev/ready  ## export git-base at full size with random weights and verify it
 	@$(DEV) -m export --random-weights git-base --output engines/random-git-base $(ARGS)

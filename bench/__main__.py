@@ -13,22 +13,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench import (
+from bench.common import machine
+from bench.common.settings import QUICK, SHAPE, TOKENS, Settings
+from bench.load import apache
+from bench.report import page
+from bench.sections import (
     ablation,
-    apache,
     batches,
     front_ends,
     images,
-    machine,
     offline,
     open_loop,
     profile,
-    report,
     scheduling,
     service,
 )
-from bench.settings import QUICK, SHAPE, TOKENS, Settings
-from runtime import manifest as manifests
+from runtime.model import manifest as manifests
 
 WITH_AB = {"http", "service", "front_ends"}
 Section = Callable[[Settings, dict[str, Any]], dict[str, Any]]
@@ -86,8 +86,8 @@ def main() -> int:
             traceback.print_exc()
             results["sections"][name] = {"failed": f"{type(error).__name__}: {error}"}
         about["seconds"] = time.time() - started
-        report.write(results, args.output)
-    print(f"{args.output / report.PAGE}: {about['seconds'] / 60:.1f} minutes")
+        page.write(results, args.output)
+    print(f"{args.output / page.PAGE}: {about['seconds'] / 60:.1f} minutes")
     unequal = results["sections"].get("offline", {}).get("tokens_equal") is False
     return int(_failed(results["sections"]) or unequal)
 

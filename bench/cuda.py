@@ -21,18 +21,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bench import arrivals, front_ends
-from bench.apache import AB_MISSING
-from bench.machine import about
-from bench.settings import SHAPE, TOKENS, Settings
-from bench.timing import pictures, seconds
-from runtime import manifest as manifests
-from runtime.config import EngineConfig
-from runtime.device_runner import DeviceRunner
+from bench.common.machine import about
+from bench.common.settings import SHAPE, TOKENS, Settings
+from bench.common.timing import pictures, seconds
+from bench.load import arrivals
+from bench.load.apache import AB_MISSING
+from bench.sections import front_ends
 from runtime.engine import Engine
-from runtime.gpu import require_gpu
-from runtime.manifest import NOT_A_TOKEN
-from runtime.providers import cuda_major
+from runtime.execution.device import DeviceRunner
+from runtime.model import manifest as manifests
+from runtime.model.manifest import NOT_A_TOKEN
+from runtime.planning.config import EngineConfig
+from runtime.providers import cuda
+from runtime.providers.gpu import require_gpu
 
 _ENGINE = Path("engines/random-git-base-cuda")
 _DEMO, _SAMPLES = Path("engines/demo"), Path("demo/samples")
@@ -77,7 +78,7 @@ def main() -> int:
     measured = measure(extent)
     lines = verdicts(measured)
     facts = about() | {
-        "gpu": str(require_gpu(cuda_major())),
+        "gpu": str(require_gpu(cuda.major())),
         "command": args.called,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
@@ -153,7 +154,7 @@ def peaks() -> dict[str, float]:
 
 def encoder(engine: Engine, extent: Extent) -> dict[str, Any]:
     """Seconds an image by batch, and the operations that one takes."""
-    from bench.machine import encoder_work
+    from bench.common.machine import encoder_work
 
     batch = engine.config.encode_batch or 1
     images = pictures(batch, engine.runner.pixels_shape)
@@ -211,10 +212,10 @@ def growth(engine: Engine, extent: Extent) -> dict[str, Any]:
 
     for _ in range(50):
         batch()
-    before = require_gpu(cuda_major()).free
+    before = require_gpu(cuda.major()).free
     for _ in range(extent.batches):
         batch()
-    return {"batches": extent.batches, "grown": before - require_gpu(cuda_major()).free}
+    return {"batches": extent.batches, "grown": before - require_gpu(cuda.major()).free}
 
 
 def samples() -> dict[str, Any]:
@@ -231,7 +232,7 @@ def torch_side(extent: Extent) -> dict[str, dict[int, float]]:
     """Seconds an image of Hugging Face's `generate`, by mode and batch."""
     import torch
 
-    from bench.baselines.model import TorchCaptioner
+    from bench.contestants.model import TorchCaptioner
 
     found: dict[str, dict[int, float]] = {}
     for mode in extent.torch_modes:

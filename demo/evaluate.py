@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from demo import grammar, model, sprites
 from demo.render import Renderer
-from runtime.config import EngineConfig
 from runtime.engine import Engine
+from runtime.planning.config import EngineConfig
 
 CAPTIONS, QUESTIONS = "captions, trained styles", "questions, trained styles"
 PROMISED = {CAPTIONS: 0.97, QUESTIONS: 0.95}

@@ -1,9 +1,9 @@
 """Turns a GIT checkpoint into an engine folder: two ONNX graphs that are proven against PyTorch.
 
-Reading order: `checkpoint`, `random_weights` (what to export) -> `split` (GIT as two torch modules)
--> `onnx_config` (the same to Optimum) -> `graphs` (what is done to graphs afterwards) -> `pictures`
--> `greedy`, `verify` (ONNX against PyTorch) -> `variants`, `half`, `gate` (other precisions, and
-which to keep) -> `build` (all of it, in order) -> `tune` (what is fastest here).
+Reading order: `checkpoint`, `random_weights` (what to export) -> `modeling` (GIT as two torch
+modules) -> `onnx_config` (the same to Optimum) -> `graphs` (what is done to graphs afterwards) ->
+`pictures` -> `reference`, `verify` (ONNX against PyTorch) -> `variants`, `fp16`, `gate` (other
+precisions, and which to keep) -> `build` (all of it, in order).
 """
 
 import os

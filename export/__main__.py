@@ -1,7 +1,4 @@
-"""`python -m export MODEL --output engines/<name>`: checkpoint in, proven engine out.
-
-`python -m export tune engines/<name>` then finds what is fastest of it on this machine.
-"""
+"""`python -m export MODEL --output engines/<name>`: checkpoint in, proven engine out."""
 
 import argparse
 import sys
@@ -12,12 +9,8 @@ from runtime.errors import VignetteError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments[:1] == ["tune"]:
-            _tune(_tune_parser().parse_args(arguments[1:]))
-        else:
-            _export(_parser().parse_args(arguments))
+        _export(_parser().parse_args(arguments))
     except ModuleNotFoundError as missing:
         package = (missing.name or "").partition(".")[0]
         print(
@@ -77,36 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _tune_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m export tune",
-        description="measure an engine's proven variants on this machine and write its plan.json",
-    )
-    parser.add_argument("engine", type=Path, help="engine folder")
-    parser.add_argument("--slots", type=int, default=16, help="sequences that decode together")
-    return parser
-
-
-def _tune(args: argparse.Namespace) -> None:
-    from export.tune import tune
-    from runtime.plan import FILE
-
-    best = tune(args.engine, args.slots)
-    print(
-        f"{args.engine / FILE}: {best.plan.combination}, encoder on {best.plan.encoder_provider}, "
-        f"{best.plan.encode_batch} images at a time: {best.caption_ms:.1f} ms a caption"
-    )
-
-
 def _export(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from export import checkpoint, pictures
     from export.build import Proof, build
     from export.random_weights import random_weights
-    from runtime import providers
-    from runtime.config import EngineConfig
-    from runtime.opening import open_runner, prepare
+    from runtime.execution.loader import open_runner, prepare
+    from runtime.planning.config import EngineConfig
+    from runtime.providers import registry
 
     if args.random_weights:
         source = random_weights(args.random_weights, args.seed)
@@ -118,7 +90,7 @@ def _export(args: argparse.Namespace) -> None:
         pictures.from_folder(args.images, source.preprocessing, source.sizes) if args.images else []
     )
     if args.target == "tensorrt":
-        providers.require("tensorrt")  # before an export that ends in what can't be compiled
+        registry.require("tensorrt")  # before an export that ends in what can't be compiled
     proof = Proof(
         args.verify_images,
         args.verify_tokens,
@@ -126,7 +98,7 @@ def _export(args: argparse.Namespace) -> None:
         not args.fp32_only,
         not args.no_int8,
         args.target,
-        args.target != "cpu" and "cuda" in providers.available(),
+        args.target != "cpu" and "cuda" in registry.available(),
     )
     manifest = build(source, args.output, proof)
     if args.target == "tensorrt":

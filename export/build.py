@@ -24,18 +24,18 @@ from transformers import GitForCausalLM
 
 from export.checkpoint import Checkpoint
 from export.errors import ExportError
+from export.fp16 import build_fp16
 from export.gate import exact, judge
 from export.graphs import share_weights
-from export.greedy import Case
-from export.half import build_half
+from export.modeling import ImagePrefix, TextDecoder
 from export.onnx_config import OPSET, GitDecoderOnnxConfig, GitEncoderOnnxConfig
 from export.pictures import LEAST_PICTURES, rows
+from export.reference import Case
 from export.self_test import choose
-from export.split import ImagePrefix, TextDecoder
 from export.variants import build_variants, data_name, file_name, variant
 from export.verify import verify
-from runtime.manifest import FILE as MANIFEST
-from runtime.manifest import TOKENIZER, Combination, Manifest, Variant, sha256
+from runtime.model.manifest import FILE as MANIFEST
+from runtime.model.manifest import TOKENIZER, Combination, Manifest, Variant, sha256
 
 _TASK = "image-to-text"
 _FP32 = ("fp32", "float32")
@@ -118,7 +118,7 @@ def _fast_ones(
     cases = [Case(row, [checkpoint.tokens.bos]) for row in pixels]
     fp32_nodes: dict[str, list[str]] = {}
     if proof.target != "cpu":
-        half, fp32_nodes = build_half(
+        half, fp32_nodes = build_fp16(
             checkpoint, folder, folder / _FUSED, cases[:_CALIBRATION], proof.new_tokens,
             plain=proof.target == "tensorrt",
         )  # fmt: skip

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, GitConfig, GitForCausalLM
 from transformers.image_processing_base import ImageProcessingMixin
 
 from export.errors import ExportError
-from runtime.manifest import Preprocessing, Sizes, SpecialTokens
+from runtime.model.manifest import Preprocessing, Sizes, SpecialTokens
 
 
 @dataclass(frozen=True, slots=True)

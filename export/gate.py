@@ -8,9 +8,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from export.checkpoint import Checkpoint
-from export.greedy import Case, OnnxGraphs, TorchGraphs, caption
+from export.reference import Case, OnnxGraphs, TorchGraphs, caption
 from export.variants import file_name
-from runtime.manifest import EXACT, Combination, Variant
+from runtime.model.manifest import EXACT, Combination, Variant
 
 LEAST_AGREEMENT = 0.99  # 8-bit decoder weights and K/V cache, and fp16 throughout
 _TRIED = 2  # cases of random weights
@@ -54,7 +54,7 @@ def judge(
             for graph, precision in (("encoder", candidate.encoder), ("decoder", candidate.decoder))
         )
         on_gpu = cuda and candidate.cache == "float16"
-        answers = caption(OnnxGraphs(*files, on_gpu), sizes, special, cases, tokens)
+        answers = caption(OnnxGraphs(*files, cuda=on_gpu), sizes, special, cases, tokens)
         progress = tqdm(answers, desc=candidate.name, total=len(cases), unit="image", leave=False)
         equal = sum(a.tokens == e for a, e in zip(progress, expected, strict=True))
         agreement = equal / len(cases)

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from runtime.manifest import NOT_A_TOKEN, PIECE, Sizes
+from runtime.model.manifest import NOT_A_TOKEN, PIECE, Sizes
 
 _OPSET, _IR_VERSION = 17, 8  # what the exporter writes too
 Scales = dict[str, np.ndarray]  # "{layer}.key" or "{layer}.value" -> float32 [H, D]

@@ -11,7 +11,7 @@ from optimum.exporters.onnx.base import OnnxConfig, OnnxConfigWithPast
 from optimum.utils.normalized_config import NormalizedTextConfig
 from transformers import GitConfig
 
-from runtime.manifest import Sizes
+from runtime.model.manifest import Sizes
 
 Axes = dict[str, dict[int, str]]
 

@@ -13,8 +13,8 @@ from transformers import CLIPImageProcessor
 
 from export.errors import ExportError
 from runtime.errors import InvalidImage, TooManyPixels
-from runtime.manifest import Preprocessing, Sizes
-from runtime.preprocess import SUFFIXES, decode
+from runtime.model.manifest import Preprocessing, Sizes
+from runtime.model.preprocess import SUFFIXES, decode
 
 LEAST_PICTURES = 16  # that calibration and the gate can say something by
 _MOST_PICTURES = 400  # each is captioned by PyTorch and by every combination of variants

@@ -8,7 +8,7 @@ from transformers import GitConfig, GitForCausalLM
 
 from export.checkpoint import Checkpoint, Normalisation
 from export.errors import ExportError
-from runtime.manifest import Preprocessing
+from runtime.model.manifest import Preprocessing
 
 _LARGE_VISION = {
     "hidden_size": 1024,

@@ -1,14 +1,14 @@
-"""Chooses what every start of an engine has to say (`runtime.self_test`)."""
+"""Chooses what every start of an engine has to say (`runtime.execution.self_test`)."""
 
 from pathlib import Path
 
 import numpy as np
 
 from export.checkpoint import Checkpoint
-from export.greedy import Answer, Case, OnnxGraphs, TorchGraphs, caption
+from export.reference import Answer, Case, OnnxGraphs, TorchGraphs, caption
 from export.variants import file_name
-from runtime.manifest import Combination, SelfTest
-from runtime.self_test import PICTURES, TOKENS, picture
+from runtime.execution.self_test import PICTURES, TOKENS, picture
+from runtime.model.manifest import Combination, SelfTest
 
 _TRIED = 24  # pictures: those are taken of which PyTorch is the surest
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from export.checkpoint import Checkpoint
 from export.graphs import Scales, share_weights, with_int8_cache, with_int8_prefix
-from export.greedy import Arrays, Case, OnnxGraphs, caption
+from export.reference import Arrays, Case, OnnxGraphs, caption
 from export.row_scales import with_row_scales
-from runtime.manifest import Variant
+from runtime.model.manifest import Variant
 
 _PRECISIONS = {"encoder": ("fp32", "int8", "int8-static"), "decoder": ("fp32", "int8")}
 _CACHES = {"float32": "", "int8": ".kv8"}  # dtype -> part of the file name

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from export.checkpoint import Checkpoint
 from export.errors import ExportError, Mismatch
-from export.greedy import Answer, Case, OnnxGraphs, caption
 from export.pictures import rows
+from export.reference import Answer, Case, OnnxGraphs, caption
 
 _LONGEST_PROMPT = 5  # tokens, without the start token
 

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime.bulk import Outcome, caption_files
-from runtime.config import AUTO, PROVIDERS, EngineConfig
 from runtime.engine import Engine
 from runtime.errors import VignetteError
-from runtime.lines import About, CaptionLines, NotOurs, opened, plain
-from runtime.preprocess import SUFFIXES
+from runtime.model.preprocess import SUFFIXES
+from runtime.offline.files import Outcome, caption_files
+from runtime.offline.jsonl import About, CaptionLines, OutputConflict, opened, plain
+from runtime.planning.config import AUTO, PROVIDERS, EngineConfig
 from runtime.remote import RemoteService, caption_remotely
 from runtime.request import Caption, FinishReason
 
@@ -152,7 +152,7 @@ def _lines(
     if args.output is None:
         return nullcontext(CaptionLines(opened(sys.stdout.fileno(), "a"), about))
     if args.output.suffix.lower() in _OTHER_FORMATS:
-        raise NotOurs(f"{args.output}: only lines of JSON are written: name it .jsonl")
+        raise OutputConflict(f"{args.output}: only lines of JSON are written: name it .jsonl")
     return CaptionLines.resume(args.output, about, files, args.again)
 
 

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtime.callers import Callers
-from runtime.config import EngineConfig
 from runtime.errors import ComputationFailed, InvalidRequest
-from runtime.images import AnyImage, pixels_of
+from runtime.execution.base import ModelRunner
 from runtime.limits import Limits
-from runtime.manifest import Manifest
+from runtime.model.images import AnyImage, pixels_of
+from runtime.model.manifest import Manifest
+from runtime.model.tokenizer import CaptionTokenizer
 from runtime.pacing import Pacing
-from runtime.phases import Phases
+from runtime.planning.config import EngineConfig
 from runtime.request import Caption, FinishReason, Request, Sequence, Terms
 from runtime.scheduler import Scheduler
-from runtime.tokenizer import CaptionTokenizer
 
 if TYPE_CHECKING:
-    from runtime.opening import Prepared
+    from runtime.execution.loader import Prepared
 
 _ENCODE_BATCH = 4  # of an engine that was put together without a plan
 
@@ -46,7 +46,7 @@ class Engine:
         self,
         manifest: Manifest,
         tokenizer: CaptionTokenizer,
-        runner: Phases,
+        runner: ModelRunner,
         config: EngineConfig,
         clock: Callable[[], float] = time.perf_counter,
         seconds: float | None = None,
@@ -74,14 +74,16 @@ class Engine:
         Raises EngineFolderError for a missing or damaged folder, ProviderError for a provider that
         does not work here.
         """
-        from runtime.opening import prepare  # here, so that tests of the loop need no ONNX Runtime
+        from runtime.execution.loader import (
+            prepare,  # here, so that tests of the loop need no ONNX Runtime
+        )
 
         return cls.start(prepare(Path(folder), config or EngineConfig()))
 
     @classmethod
     def start(cls, prepared: "Prepared") -> "Engine":
-        """Load and warm up what `runtime.opening.prepare` found whole; raises ProviderError."""
-        from runtime.opening import open_runner
+        """Load and warm up what the loader's `prepare` found whole; raises ProviderError."""
+        from runtime.execution.loader import open_runner
 
         opened = open_runner(prepared)
         runner, slots = opened.runner, opened.slots
@@ -233,7 +235,7 @@ class Engine:
         max_new_tokens: int | None = None,
         ignore_eos: bool = False,
     ) -> list[Caption]:
-        """Caption all images (see `runtime.images.pixels_of`), in their order, on any thread.
+        """Caption all images (see `runtime.model.images.pixels_of`), in their order, on any thread.
 
         Raises what `pixels_of`, `submit` and `caption` raise for the first one that can't be
         captioned; none is then.

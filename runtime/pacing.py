@@ -4,8 +4,8 @@ An encoder call stalls every running sequence for as long as it takes, and a tur
 ones stalls every image that waits. So before the next call the running ones get a turn of
 `patience` times the last call's duration for each that runs, divided by the number that wait. With
 few waiting, captions that have begun are finished soon. With many, the turn shrinks to a single
-step, and rows pile up in the batch, where a step costs each of them least. `bench/scheduling.py`
-compares the policies.
+step, and rows pile up in the batch, where a step costs each of them least.
+`bench/sections/scheduling.py` compares the policies.
 """
 
 

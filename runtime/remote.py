@@ -1,4 +1,4 @@
-"""Captions of image files by a Vignette service elsewhere, as `runtime.bulk` makes them here.
+"""Captions of image files by a service elsewhere, as `runtime.offline.files` makes them here.
 
 Each of many threads sends one image at a time over a connection of its own. What the service can't
 take yet is sent again when it says; what it can't ever take is that image's own failure.
@@ -15,8 +15,8 @@ from queue import Queue
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from runtime.bulk import Outcome
 from runtime.errors import VignetteError
+from runtime.offline.files import Outcome
 from runtime.request import Caption, FinishReason
 
 _MOST_CONNECTIONS = 256

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from runtime.manifest import NOT_A_TOKEN
+from runtime.model.manifest import NOT_A_TOKEN
 
 
 class FinishReason(StrEnum):

@@ -7,14 +7,15 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from runtime.config import AUTO
 from runtime.errors import ProviderError, VignetteError
-from runtime.gpu import Gpu, visible_gpus
-from server import keys, worker
+from runtime.planning.config import AUTO
+from runtime.providers.gpu import Gpu, visible_gpus
 from server.logs import configure
+from server.processes import worker
+from server.processes.supervisor import Supervisor
+from server.processes.system import raise_file_limit
+from server.service import keys
 from server.settings import Settings, from_command_line, unknown_variables
-from server.supervisor import Supervisor
-from server.system import raise_file_limit
 
 log = logging.getLogger(__name__)
 

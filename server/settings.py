@@ -9,10 +9,10 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from runtime.config import PROVIDERS, EngineConfig
 from runtime.errors import VignetteError
-from runtime.machine import this_machine
-from runtime.preprocess import MAX_PIXELS
+from runtime.model.preprocess import MAX_PIXELS
+from runtime.planning.config import PROVIDERS, EngineConfig
+from runtime.planning.machine import this_machine
 
 _CORES = this_machine().cores
 _PREFIX = "VIGNETTE_"

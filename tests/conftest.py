@@ -11,8 +11,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from export.build import Proof, build
 from export.checkpoint import Checkpoint
 from export.random_weights import from_config
-from runtime.config import EngineConfig
 from runtime.engine import Engine
+from runtime.planning.config import EngineConfig
 from tests.checkpoints import SHAPES
 
 ROOT = Path(__file__).parents[1]

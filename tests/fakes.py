@@ -5,9 +5,9 @@ from collections.abc import Sequence as ListLike
 
 import numpy as np
 
-from runtime.config import EngineConfig
 from runtime.engine import Engine
-from runtime.manifest import NOT_A_TOKEN, Manifest, Preprocessing, Sizes, SpecialTokens
+from runtime.model.manifest import NOT_A_TOKEN, Manifest, Preprocessing, Sizes, SpecialTokens
+from runtime.planning.config import EngineConfig
 
 EOS = 1
 SIZES = Sizes(image=4, frames=None, prefix=5, layers=1, heads=1, head=1, vocabulary=50, text=32)

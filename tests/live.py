@@ -21,13 +21,13 @@ import zmq
 from PIL import Image
 
 from runtime.engine import Engine
-from server.app import make_app
-from server.frontend import know, listen
+from server.http.app import make_app
+from server.ipc.messages import worker_address
 from server.metrics import WorkerMetrics
-from server.service import Service, make_service
+from server.processes.frontend import know, listen
+from server.processes.worker import Worker
+from server.service.service import Service, make_service
 from server.settings import Settings
-from server.wire import worker_address
-from server.worker import Worker
 from tests.fakes import MANIFEST, FakeTokenizer
 
 

@@ -4,10 +4,10 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
-from runtime.config import EngineConfig
+from runtime.planning.config import EngineConfig
 from runtime.request import Request, Terms
 from runtime.scheduler import Scheduler
-from server.admission import Admission, QueueFull, State
+from server.service.admission import Admission, QueueFull, State
 from tests.fakes import fake_engine, gated
 from tests.live import as_json, b64, png, serve, until
 

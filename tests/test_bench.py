@@ -5,10 +5,14 @@ import shutil
 
 import pytest
 
-from bench import apache, contestants, cuda, offline, open_loop, report
-from bench.arithmetic import affordable, highest, knee, percentile, rate
-from bench.isolated import Failed, isolated
-from bench.settings import Settings
+from bench import cuda
+from bench.common.arithmetic import affordable, highest, knee, percentile, rate
+from bench.common.isolated import Failed, isolated
+from bench.common.settings import Settings
+from bench.contestants import servers as contestants
+from bench.load import apache
+from bench.report.page import write
+from bench.sections import offline, open_loop
 from tests.conftest import DEMO, SAMPLES
 
 AB = """
@@ -163,7 +167,7 @@ def test_results_become_one_page_with_everything_in_it(tmp_path):
         "sections": {"http": {"runs": [*runs, {"contestant": "LitServe", "failed": "no port"}]},
                      "offline": {"failed": "out of memory"}},
     }  # fmt: skip
-    report.write(results, tmp_path)
+    write(results, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     page = (tmp_path / "index.html").read_text()
     for expected in ("17.50", "PyTorch &lt;x&gt;", "no port", "out of memory", "make benchmark"):

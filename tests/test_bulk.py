@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from runtime.__main__ import main
-from runtime.bulk import caption_files
-from runtime.config import EngineConfig
 from runtime.errors import InvalidRequest
-from runtime.lines import CaptionLines, state
-from runtime.manifest import EXACT, read
+from runtime.model.manifest import EXACT, read
+from runtime.offline.files import caption_files
+from runtime.offline.jsonl import CaptionLines, state
+from runtime.planning.config import EngineConfig
 from tests.conftest import DEMO, SAMPLES
 from tests.fakes import FakeRunner, fake_engine
 

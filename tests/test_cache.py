@@ -3,7 +3,7 @@
 import asyncio
 
 from runtime.request import Caption, FinishReason
-from server.cache import CaptionCache
+from server.service.cache import CaptionCache
 from tests.fakes import fake_engine
 from tests.live import png, serve
 
@@ -89,7 +89,7 @@ def test_identical_images_are_captioned_once_if_that_is_wished():
 
 
 def test_who_waits_too_long_for_anothers_flight_starts_one(monkeypatch):
-    monkeypatch.setattr("server.cache._PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("server.service.cache._PATIENCE_SECONDS", 0.05)
 
     async def run():
         cache, stuck = CaptionCache(10_000), asyncio.Event()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.config import EngineConfig
 from runtime.errors import InvalidImage, InvalidRequest, WrongThread
+from runtime.planning.config import EngineConfig
 from tests.conftest import SAMPLES
 from tests.fakes import FakeRunner, fake_engine, image
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from runtime.errors import InvalidImage
-from runtime.manifest import Preprocessing
-from runtime.preprocess import FORMATS
-from server import heads
-from server.cost import estimate
+from runtime.model.manifest import Preprocessing
+from runtime.model.preprocess import FORMATS
+from server.images import heads
+from server.images.cost import estimate
 from tests.conftest import SAMPLES
 
 JSON = {"Content_Type": "application/json"}

@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels
-from runtime.manifest import Preprocessing
-from runtime.preprocess import preprocess
-from server.admission import QueueFull
-from server.cost import TooHard, estimate
-from server.decoder import Setup
-from server.decoding import Decoders, Job, Origin
-from server.shared import NoSharedMemory, PixelStore
+from runtime.model.manifest import Preprocessing
+from runtime.model.preprocess import preprocess
+from server.images.cost import TooHard, estimate
+from server.images.decoder import Setup
+from server.images.pool import Decoders, Job, Origin
+from server.ipc.shared import NoSharedMemory, PixelStore
+from server.service.admission import QueueFull
 from tests.live import png
 
 HOW = Preprocessing(32, 32, 3)

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 
 from demo import grammar, model
 from demo.nouns import NOUNS
-from runtime.config import EngineConfig
 from runtime.engine import Engine
 from runtime.errors import InvalidRequest
+from runtime.planning.config import EngineConfig
 from tests.conftest import DEMO, ROOT, SAMPLES
 from tests.varied import agreement
 

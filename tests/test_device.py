@@ -8,18 +8,18 @@ from onnx import TensorProto
 from export.build import Proof, build
 from export.pictures import generated
 from export.random_weights import from_config
-from runtime import device_runner, opening
-from runtime import manifest as manifests
-from runtime.config import EngineConfig
-from runtime.device_buffer import DeviceBuffer
-from runtime.device_runner import DeviceRunner, bucket, buckets
 from runtime.engine import Engine
-from runtime.machine import Machine
-from runtime.manifest import NOT_A_TOKEN
-from runtime.opening import Candidate, Prepared
-from runtime.plan import Plan, default
-from runtime.runner import Runner
-from runtime.tokenizer import CaptionTokenizer
+from runtime.execution import device, loader
+from runtime.execution.device import DeviceRunner, bucket, buckets
+from runtime.execution.device_buffer import DeviceBuffer
+from runtime.execution.host import HostRunner
+from runtime.execution.loader import Candidate, Prepared
+from runtime.model import manifest as manifests
+from runtime.model.manifest import NOT_A_TOKEN
+from runtime.model.tokenizer import CaptionTokenizer
+from runtime.planning.config import EngineConfig
+from runtime.planning.machine import Machine
+from runtime.planning.plan import Plan, default
 from tests.checkpoints import SHAPES
 
 FUSED, PLAIN = "fp16-fused/fp16/float16", "fp16/fp16/float16"
@@ -61,7 +61,7 @@ def captions(it, folder):
 
 @pytest.mark.parametrize("combination", [FUSED, PLAIN])
 def test_state_on_a_device_says_the_same_as_state_in_host_memory(half, combination):
-    expected, single = captions(engine(half, Runner, combination), half)
+    expected, single = captions(engine(half, HostRunner, combination), half)
     said, bursts = captions(engine(half, DeviceRunner, combination), half)
     assert said == expected
     assert len(set(said)) > 15, "a test on one caption proves nothing"
@@ -87,15 +87,15 @@ def test_a_prompt_is_forced_within_a_burst(half):
 
 
 def test_graphs_that_cant_be_captured_are_done_without_and_it_is_said(half, monkeypatch, caplog):
-    run = device_runner._Launch.run
+    run = device._Launch.run
 
     def failing(self, graph, wait=True):
         if graph:
             raise RuntimeError("CUDA error 900: operation not permitted when stream is capturing")
         run(self, graph, wait)
 
-    monkeypatch.setattr(device_runner._Launch, "run", failing)
-    monkeypatch.setattr(opening, "DEVICES", ("cpu",))
+    monkeypatch.setattr(device._Launch, "run", failing)
+    monkeypatch.setattr(loader, "DEVICES", ("cpu",))
     manifest, config = manifests.load(half), EngineConfig(encode_batch=4, patience=0)
     candidate = Candidate(Plan(FUSED, "cpu", "cpu", encode_batch=4), slots=6)
     it = Engine.start(Prepared(half, manifest, config, (candidate,)))
@@ -108,7 +108,7 @@ def test_graphs_that_cant_be_captured_are_done_without_and_it_is_said(half, monk
 
 def test_fp16_says_what_fp32_says(half):
     """Random weights sway easily; fp16 has to follow them nearly always."""
-    exact, _ = captions(engine(half, Runner, "fp32/fp32/float32"), half)
+    exact, _ = captions(engine(half, HostRunner, "fp32/fp32/float32"), half)
     for combination in (FUSED, PLAIN):
         said, _ = captions(engine(half, DeviceRunner, combination), half)
         assert sum(a == b for a, b in zip(said, exact, strict=True)) >= 17
@@ -138,7 +138,7 @@ def test_what_leaves_the_range_of_fp16_stays_in_fp32(tmp_path):
     tower = "git.image_encoder.vision_model"
     assert types[f"{tower}.encoder.layers.1.mlp.fc2.bias"] == TensorProto.FLOAT
     assert types[f"{tower}.embeddings.patch_embedding.weight"] == TensorProto.FLOAT16
-    exact, _ = captions(engine(folder, Runner, "fp32/fp32/float32"), folder)
+    exact, _ = captions(engine(folder, HostRunner, "fp32/fp32/float32"), folder)
     said, _ = captions(engine(folder, DeviceRunner, PLAIN), folder)
     assert sum(a == b for a, b in zip(said, exact, strict=True)) >= 15
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from runtime.errors import InvalidRequest
-from server.dispatch import Dispatcher, EngineFailed, Expired, Work
+from server.ipc.dispatcher import Dispatcher, EngineFailed, Expired, Work
 
 CAPTION = {
     "text": "a", "token_ids": [3, 1], "finish_reason": "stop", "prompt_tokens": 0,

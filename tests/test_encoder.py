@@ -5,12 +5,12 @@ import threading
 import numpy as np
 import pytest
 
-from runtime import manifest as manifests
-from runtime.config import EngineConfig
-from runtime.encoder import Encoder
 from runtime.engine import Engine
-from runtime.manifest import EXACT
-from runtime.providers import Placement
+from runtime.execution.encoder import Encoder
+from runtime.model import manifest as manifests
+from runtime.model.manifest import EXACT
+from runtime.planning.config import EngineConfig
+from runtime.providers.session import Placement
 
 NAMES = ["image.0.key", "image.1.value"]
 

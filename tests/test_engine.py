@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.config import EngineConfig
 from runtime.errors import InvalidImage, InvalidRequest
+from runtime.planning.config import EngineConfig
 from runtime.request import FinishReason
 from tests.fakes import EOS, FakeRunner, fake_engine, image
 

@@ -7,12 +7,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from runtime import manifest as manifests
-from runtime import providers
-from runtime.config import EngineConfig
 from runtime.engine import Engine
 from runtime.errors import EngineFolderError, InvalidRequest, ProviderError
-from runtime.providers import Placement
+from runtime.model import manifest as manifests
+from runtime.planning.config import EngineConfig
+from runtime.providers import openvino, registry, session
+from runtime.providers.session import Placement
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_what_is_wrong_with_a_folder_is_named(folder, tmp_path):
 
 def test_a_provider_that_is_missing_is_an_error_with_a_remedy(folder):
     for name in ("cuda", "tensorrt"):
-        if providers._PROVIDERS[name].ep in ort.get_available_providers():
+        if registry._PROVIDERS[name].ep in ort.get_available_providers():
             pytest.skip(f"{name} is here")
         with pytest.raises(ProviderError, match=f"{name} is not available here: install"):
             Engine.open(folder, EngineConfig(provider=name))
@@ -69,21 +69,22 @@ def test_a_provider_that_is_missing_is_an_error_with_a_remedy(folder):
 
 def test_a_session_that_fell_back_is_an_error(folder, monkeypatch):
     """As onnxruntime-gpu does without a driver: the provider is listed, the session lacks it."""
-    monkeypatch.setattr(providers, "require", lambda name: None)
+    monkeypatch.setattr(session, "require", lambda name: None)
     cpu_session = ort.InferenceSession(folder / "decoder.onnx", providers=["CPUExecutionProvider"])
-    monkeypatch.setattr(providers.ort, "InferenceSession", lambda *_, **__: cpu_session)
+    monkeypatch.setattr(session.ort, "InferenceSession", lambda *_, **__: cpu_session)
     with pytest.raises(ProviderError, match="cuda was asked for, but the session fell back to CPU"):
-        providers.open_session(folder / "decoder.onnx", Placement("cuda"))
+        session.open_session(folder / "decoder.onnx", Placement("cuda"))
 
 
 def test_auto_steps_down_and_says_so(folder, monkeypatch, caplog):
-    monkeypatch.setattr(providers, "available", lambda: ("openvino", "cpu"))
-    monkeypatch.setattr(providers, "require", lambda name: None)
+    monkeypatch.setattr(registry, "available", lambda: ("openvino", "cpu"))
+    monkeypatch.setattr(registry, "require", lambda name: None)
+    monkeypatch.setattr(session, "require", lambda name: None)
 
     def fails(*_):
         raise RuntimeError("a reason")
 
-    monkeypatch.setattr(providers, "_open_openvino", fails)
+    monkeypatch.setattr(openvino, "add_to", fails)
     engine = Engine.open(folder)
     assert "on cpu" in engine.runs_on
     assert "openvino was tried and left out" in caplog.text
@@ -96,25 +97,25 @@ def test_a_broken_installation_is_left_out_with_a_word(monkeypatch, caplog):
     def broken():
         raise ProviderError("openvino can't be loaded: no library")
 
-    monkeypatch.setattr(providers, "_openvino_devices", broken)
-    assert "openvino" not in providers.available()
+    monkeypatch.setattr(openvino, "devices", broken)
+    assert "openvino" not in registry.available()
     assert "no library" in caplog.text
 
 
 def test_the_fastest_provider_comes_first(monkeypatch):
-    monkeypatch.setattr(providers, "_is_installed", lambda provider: True)
-    monkeypatch.setattr(providers, "require", lambda name: None)
-    assert providers.available() == ("tensorrt", "cuda", "openvino", "cpu")
+    monkeypatch.setattr(registry, "_is_installed", lambda provider: True)
+    monkeypatch.setattr(registry, "require", lambda name: None)
+    assert registry.available() == ("tensorrt", "cuda", "openvino", "cpu")
 
 
 def test_a_provider_that_opens_a_graph_but_cannot_run_it_is_found_at_the_start(folder):
     wrong = {"pixels": np.zeros((1, 3, 7, 7), np.uint8)}
     with pytest.raises(ProviderError, match=r"cpu can't run encoder\.onnx"):
-        providers.open_session(folder / "encoder.onnx", Placement("cpu"), wrong)
+        session.open_session(folder / "encoder.onnx", Placement("cpu"), wrong)
 
 
 def test_openvino_agrees_with_the_cpu(demo):
-    if not providers._openvino_devices():
+    if not openvino.devices():
         pytest.skip("the OpenVINO plugin offers no device here: it needs an Intel processor")
     from tests.conftest import DEMO, SAMPLES
 

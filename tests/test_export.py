@@ -17,10 +17,10 @@ from export.build import Proof, build
 from export.checkpoint import load
 from export.errors import ExportError, Mismatch
 from export.random_weights import from_config, random_weights
-from runtime import manifest as manifests
-from runtime.config import EngineConfig
 from runtime.engine import Engine
 from runtime.errors import ComputationFailed
+from runtime.model import manifest as manifests
+from runtime.planning.config import EngineConfig
 from runtime.request import FinishReason
 from tests.checkpoints import PREFIXES, SHAPES
 from tests.conftest import ROOT

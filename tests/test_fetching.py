@@ -12,7 +12,7 @@ import tornado.netutil
 import tornado.web
 from tornado.netutil import Resolver
 
-from server.fetching import Fetcher, FetchFailed, ForbiddenUrl, PublicResolver, is_public
+from server.images.fetch import Fetcher, FetchFailed, ForbiddenUrl, PublicResolver, is_public
 
 
 @pytest.mark.parametrize(

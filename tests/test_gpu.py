@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 import server.__main__
-from runtime import gpu, opening, providers, tensorrt
-from runtime import manifest as manifests
-from runtime.config import EngineConfig
 from runtime.errors import ProviderError
-from runtime.gpu import Gpu, Memory, require_gpu, visible
-from runtime.plan import Plan
+from runtime.execution import loader
+from runtime.model import manifest as manifests
+from runtime.planning.config import EngineConfig
+from runtime.planning.plan import Plan
+from runtime.providers import cuda, openvino, registry, tensorrt
+from runtime.providers.gpu import Gpu, Memory, require_gpu, visible
 from server.settings import Settings
 from tests.conftest import DEMO
 
@@ -197,7 +198,7 @@ def test_a_gpu_too_small_is_told_with_the_sum():
 
 def test_memory_is_counted_from_the_engine():
     manifest = manifests.load(DEMO)
-    need = opening.gpu_memory(DEMO, manifest, EngineConfig(), Plan("fp32/fp32/float32", "cuda"))
+    need = loader.gpu_memory(DEMO, manifest, EngineConfig(), Plan("fp32/fp32/float32", "cuda"))
     assert need.weights == sum((DEMO / f"{g}.data").stat().st_size for g in ("encoder", "decoder"))
     sizes = manifest.sizes
     text = min(64, sizes.text)
@@ -208,14 +209,14 @@ def test_memory_is_counted_from_the_engine():
 def test_auto_leaves_a_gpu_out_that_cannot_serve(monkeypatch, caplog):
     nvml(monkeypatch, broken="Driver Not Loaded")
     monkeypatch.setattr(
-        providers.ort, "get_available_providers",
+        registry.ort, "get_available_providers",
         lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
     )  # fmt: skip
-    monkeypatch.setattr(providers, "_openvino_devices", list)
-    assert providers.available() == ("cpu",)
+    monkeypatch.setattr(openvino, "devices", list)
+    assert registry.available() == ("cpu",)
     assert "cuda was left out: no NVIDIA driver is reachable" in caplog.text
     with pytest.raises(ProviderError, match="no NVIDIA driver"):
-        opening.prepare(DEMO, EngineConfig(provider="cuda"))
+        loader.prepare(DEMO, EngineConfig(provider="cuda"))
 
 
 def test_tensorrt_without_its_libraries_says_what_to_install():
@@ -276,6 +277,7 @@ def test_a_read_only_engine_folder_is_compiled_elsewhere(tmp_path, monkeypatch, 
     assert "compiles at every start" in caplog.text
 
 
-def test_memory_that_cannot_be_pinned_is_told_not_fatal(caplog):
-    gpu.pin(np.zeros(4, np.uint8), 999)
+def test_memory_that_cannot_be_pinned_is_told_not_fatal(caplog, monkeypatch):
+    monkeypatch.setattr(cuda, "major", lambda: 999)
+    cuda.pin(np.zeros(4, np.uint8))
     assert "pageable" in caplog.text

@@ -14,14 +14,13 @@ ALLOWED = {
     "runtime": {"runtime"},
     "server": {"server", "runtime"},
     "bench": {"bench", "runtime", "export"},  # of export: the weights, and its plain loop
-    "export": {"export", "runtime.manifest", "runtime.errors"},
+    "export": {"export", "runtime.model.manifest", "runtime.errors"},
     "demo": {"demo", "runtime"},
 }
 ALLOWED_IN = {
-    "export/self_test.py": {"runtime.self_test"},  # what is stored is what is run
-    "export/tune.py": {"runtime"},  # it measures what it plans for
+    "export/self_test.py": {"runtime.execution.self_test"},  # what is stored is what is run
     "export/__main__.py": {"runtime"},
-    "export/pictures.py": {"runtime.preprocess"},  # what Hugging Face's leaves to its caller
+    "export/pictures.py": {"runtime.model.preprocess"},  # what Hugging Face's leaves to its caller
     "bench/reliability/faulty.py": {"server"},  # the service, with faults built in
 }
 HEAVY = {"torch", "transformers", "optimum", "onnx"}
@@ -57,22 +56,20 @@ def test_serving_never_imports_what_exporting_needs():
     for package in ("runtime", "server"):
         for path in files(package):
             assert not {m.split(".")[0] for m in imports(path)} & HEAVY, path
-    code = "import sys, server.__main__, runtime.runner; print(*sys.modules)"
+    code = "import sys, server.__main__, runtime.execution.host; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert not {m.split(".")[0] for m in loaded.stdout.split()} & HEAVY
 
 
-def test_five_files_of_the_runtime_know_onnx_runtime():
-    users = {p.name for p in files("runtime") if "onnxruntime" in imports(p)}
-    assert users == {
-        "providers.py", "encoder.py", "runner.py", "device_buffer.py", "device_runner.py",
-    }  # fmt: skip
+def test_two_rooms_of_the_runtime_know_onnx_runtime():
+    users = {p.parent.name for p in files("runtime") if "onnxruntime" in imports(p)}
+    assert users == {"providers", "execution"}
     assert not [p for p in files("server") if "onnxruntime" in imports(p)]
 
 
-@pytest.mark.parametrize("package", ["runtime.opening", "export.greedy"])
+@pytest.mark.parametrize("package", ["runtime.execution.loader", "export.reference"])
 def test_nothing_is_reported_to_the_makers_of_onnx_runtime(package, tmp_path):
     """It would keep an id of the machine under HOME, and what it has not sent yet."""
     # Where it sees that it is tested it reports nothing either.

@@ -10,14 +10,13 @@ import pytest
 from export.build import Proof, build
 from export.gate import LEAST_AGREEMENT
 from export.random_weights import from_config
-from runtime import providers
-from runtime.config import EngineConfig
-from runtime.device_runner import DeviceRunner
 from runtime.engine import Engine
 from runtime.errors import ProviderError
-from runtime.gpu import require_gpu
-from runtime.providers import cuda_major
-from runtime.runner import Runner
+from runtime.execution.device import DeviceRunner
+from runtime.execution.host import HostRunner
+from runtime.planning.config import EngineConfig
+from runtime.providers import cuda, registry
+from runtime.providers.gpu import require_gpu
 from tests.checkpoints import SHAPES
 from tests.conftest import DEMO, ROOT, SAMPLES
 from tests.test_device import FUSED, captions, engine
@@ -25,7 +24,7 @@ from tests.test_device import FUSED, captions, engine
 
 def obstacle(name: str) -> str | None:
     try:
-        providers.require(name)
+        registry.require(name)
     except ProviderError as cause:
         return str(cause)
     return None
@@ -82,7 +81,7 @@ def test_heads_of_64_say_the_same_as_on_the_processor(heads, graphs):
     """Unequal ages, forced prompts, slots that are used again; random weights sway easily."""
     settings = {"slots": 6, "encode_batch": 4, "patience": 0}
     on_gpu = Engine.open(heads, EngineConfig("cuda", cuda_graphs=graphs, **settings))
-    expected, _ = captions(engine(heads, Runner, FUSED), heads)
+    expected, _ = captions(engine(heads, HostRunner, FUSED), heads)
     said, bursts = captions(on_gpu, heads)
     assert max(bursts) > 1
     assert sum(a == b for a, b in zip(said, expected, strict=True)) >= 18
@@ -107,10 +106,10 @@ def test_mixed_batches_do_not_grow_memory(samples):
 
     for _ in range(5):
         some()
-    before = require_gpu(cuda_major()).free
+    before = require_gpu(cuda.major()).free
     for _ in range(50):
         some()
-    assert before - require_gpu(cuda_major()).free < 8 << 20
+    assert before - require_gpu(cuda.major()).free < 8 << 20
 
 
 def test_more_slots_than_the_memory_holds_are_refused():

@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from server.app import make_app
-from server.errors import ERRORS, HTTP_ERRORS, INTERNAL
-from server.forms import _FIELDS, _PRIORITIES
+from server.http.app import make_app
+from server.http.errors import ERRORS, HTTP_ERRORS, INTERNAL
+from server.http.forms import _FIELDS, _PRIORITIES
 from tests.conftest import ROOT
 from tests.fakes import fake_engine
 from tests.live import png, serve
@@ -66,7 +66,7 @@ def test_answers_have_the_documented_shape(live, document):
 
 
 def test_references_lead_somewhere(document):
-    text = (ROOT / "server" / "openapi.json").read_text()
+    text = (ROOT / "server" / "http" / "openapi.json").read_text()
     for reference in re.findall(r'"\$ref": "#/([^"]+)"', text):
         part = document
         for name in reference.split("/"):

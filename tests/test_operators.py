@@ -14,14 +14,14 @@ import urllib.request
 
 import pytest
 
-from bench.contestants import free_port
+from bench.contestants.servers import free_port
 from bench.reliability.load import Clients, after
 from bench.reliability.running import said, sample, service, wait_for
-from runtime.config import EngineConfig
-from server.admission import Admission, QueueFull, State
-from server.keys import Keys
+from runtime.planning.config import EngineConfig
+from server.http.origins import address_of, networks
 from server.logs import _Json
-from server.origins import address_of, networks
+from server.service.admission import Admission, QueueFull, State
+from server.service.keys import Keys
 from server.settings import InvalidSettings, from_command_line
 from tests.conftest import ROOT
 from tests.fakes import fake_engine, gated

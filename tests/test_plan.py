@@ -6,16 +6,15 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from export import __main__ as command
-from export.tune import tune
-from runtime import manifest as manifests
-from runtime import plan as plans
-from runtime.config import EngineConfig
 from runtime.engine import Engine
 from runtime.errors import EngineFolderError
-from runtime.machine import Machine, quota, this_machine
-from runtime.manifest import EXACT
-from runtime.plan import default, suitable
+from runtime.model import manifest as manifests
+from runtime.model.manifest import EXACT
+from runtime.planning import plan as plans
+from runtime.planning.config import EngineConfig
+from runtime.planning.machine import Machine, quota, this_machine
+from runtime.planning.plan import default, suitable
+from runtime.planning.tune import main, tune
 
 AUTO = EngineConfig()
 OLD = Machine("old", 4, ("avx2",))
@@ -56,7 +55,7 @@ def test_only_what_was_proven_is_chosen(folder):
 
 
 def test_tuning_measures_all_and_the_engine_runs_by_it(folder, capsys):
-    assert command.main(["tune", str(folder), "--slots", "2"]) == 0
+    assert main([str(folder), "--slots", "2"]) == 0
     content = json.loads((folder / "plan.json").read_text())
     measured = [row["combination"] for row in content["measured"]]
     combinations = {c.name for c in manifests.load(folder).combinations}
@@ -101,12 +100,12 @@ def test_a_plan_for_something_else_is_refused_with_the_remedy(folder):
 
 
 def test_a_plan_is_not_made_for_what_is_no_engine(tmp_path, capsys):
-    assert command.main(["tune", str(tmp_path)]) == 1
+    assert main([str(tmp_path)]) == 1
     assert "is not an engine" in capsys.readouterr().err
 
 
 def test_an_old_processor_is_never_given_saturating_products(folder, monkeypatch, caplog):
-    monkeypatch.setattr("export.tune.this_machine", lambda: OLD)
+    monkeypatch.setattr("runtime.planning.tune.this_machine", lambda: OLD)
     assert "int8" not in tune(folder, slots=2).plan.combination.rpartition("/")[0]
     rows = json.loads((folder / "plan.json").read_text())["measured"]
     assert {r["combination"] for r in rows} == {EXACT, "fp32/fp32/int8"}
@@ -116,8 +115,8 @@ def test_an_old_processor_is_never_given_saturating_products(folder, monkeypatch
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_before_measuring(folder, monkeypatch, capsys):
-    monkeypatch.setattr("export.tune.os.access", lambda *_: False)
-    assert command.main(["tune", str(folder)]) == 1
+    monkeypatch.setattr("runtime.planning.tune.os.access", lambda *_: False)
+    assert main([str(folder)]) == 1
     assert "can't be written to" in capsys.readouterr().err
 
 
@@ -141,7 +140,7 @@ def test_a_containers_quota_limits_the_cores(tmp_path, monkeypatch, files, expec
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     assert quota(tmp_path) == expected
-    monkeypatch.setattr("runtime.machine.quota", lambda: expected)
+    monkeypatch.setattr("runtime.planning.machine.quota", lambda: expected)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
     this_machine.cache_clear()
     assert this_machine().cores == (expected or 64)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.contestants import free_port
+from bench.contestants.servers import free_port
 from bench.reliability.running import said, sample, wait_for
-from runtime import machine
+from runtime.planning import machine
 from tests.conftest import DEMO, ROOT
 from tests.live import fetch
 

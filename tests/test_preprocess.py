@@ -8,8 +8,8 @@ from PIL import Image
 from transformers import CLIPImageProcessor, VideoMAEImageProcessor
 
 from runtime.errors import InvalidImage, TooManyPixels
-from runtime.manifest import Preprocessing
-from runtime.preprocess import FORMATS, decode, preprocess
+from runtime.model.manifest import Preprocessing
+from runtime.model.preprocess import FORMATS, decode, preprocess
 
 HOW = Preprocessing(shortest_edge=224, crop=224, resample=3)
 RNG = np.random.default_rng(0)

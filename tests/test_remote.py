@@ -8,9 +8,9 @@ import pytest
 
 from runtime import remote
 from runtime.__main__ import main
-from runtime.config import EngineConfig
+from runtime.planning.config import EngineConfig
 from runtime.remote import NoCaption, RemoteService, ServiceFailed, caption_remotely
-from server import keys
+from server.service import keys
 from tests.fakes import fake_engine, gated
 from tests.live import serve, until
 from tests.test_bulk import small_images

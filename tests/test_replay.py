@@ -2,10 +2,10 @@
 
 import pytest
 
-from bench import arrivals
-from bench.replay import Costs, replayed
-from runtime import manifest as manifests
-from runtime.config import EngineConfig
+from bench.load import arrivals
+from bench.load.replay import Costs, replayed
+from runtime.model import manifest as manifests
+from runtime.planning.config import EngineConfig
 from tests.conftest import ROOT
 
 DEMO = ROOT / "engines" / "demo"
@@ -17,7 +17,7 @@ def engine(costs, **config):
 
 
 def jobs(count, tokens):
-    from bench.timing import pictures
+    from bench.common.timing import pictures
 
     shape = manifests.load(DEMO).sizes.pixels
     return arrivals.jobs(pictures(1, shape), count, tokens, tokens)

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime.config import EngineConfig
 from runtime.engine import Engine
-from runtime.manifest import read
-from runtime.preprocess import preprocess
+from runtime.model.manifest import read
+from runtime.model.preprocess import preprocess
+from runtime.planning.config import EngineConfig
 from tests.conftest import DEMO, SAMPLES
 
 _NAMES = ("owl.png", "eagle-shark.png", "donuts.png", "cats.png")

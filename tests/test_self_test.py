@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from runtime import manifest as manifests
-from runtime import opening, self_test
-from runtime.config import EngineConfig
 from runtime.engine import Engine
 from runtime.errors import ProviderError
-from runtime.opening import Candidate, prepare
-from runtime.runner import Runner
+from runtime.execution import loader, self_test
+from runtime.execution.host import HostRunner
+from runtime.execution.loader import Candidate, prepare
+from runtime.model import manifest as manifests
+from runtime.planning.config import EngineConfig
 from tests.conftest import DEMO
 
 CPU = EngineConfig(provider="cpu", precision="fp32/fp32/float32", slots=2)
@@ -50,12 +50,12 @@ def test_a_picture_depends_on_its_seed_alone():
 
 
 def test_a_provider_that_computes_something_else_is_refused_when_it_is_named(monkeypatch):
-    real = Runner.decode
+    real = HostRunner.decode
 
     def wrong(self, tokens, fed, forced=()):
         return real(self, tokens, fed, forced) + (fed[0] == 2)
 
-    monkeypatch.setattr(Runner, "decode", wrong)
+    monkeypatch.setattr(HostRunner, "decode", wrong)
     with pytest.raises(ProviderError, match=r"self-test failed: picture 1 of 2.* try another"):
         Engine.open(DEMO, CPU)
 
@@ -69,7 +69,7 @@ def test_auto_leaves_out_a_provider_that_computes_something_else(monkeypatch, ca
             raise ProviderError("the self-test failed: nonsense")
         return real(runner, *arguments)
 
-    monkeypatch.setattr(opening.self_test, "check", check)
+    monkeypatch.setattr(loader.self_test, "check", check)
     prepared = prepare(DEMO, CPU)
     [candidate] = prepared.candidates
     two = replace(prepared, candidates=(candidate, Candidate(candidate.plan, 3)))

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from runtime.config import EngineConfig
-from runtime.manifest import NOT_A_TOKEN
-from server.admission import State
+from runtime.model.manifest import NOT_A_TOKEN
+from runtime.planning.config import EngineConfig
+from server.service.admission import State
 from tests.fakes import FakeRunner, Gate, fake_engine, gated
 from tests.live import abort, png, serve, until
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from server.admission import Admission, QueueFull, State
-from server.credit import Credit
-from server.remembered import Remembered
+from server.ipc.remembered import Remembered
+from server.service.admission import Admission, QueueFull, State
+from server.service.credit import Credit
 from tests.fakes import fake_engine
 from tests.live import png, serve
 

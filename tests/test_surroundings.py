@@ -4,10 +4,10 @@ import os
 
 import pytest
 
+from server.ipc.shared import NoSharedMemory, PixelStore, RunFolder
 from server.metrics import Metrics, count_as, forget_gauges, make_files
-from server.ports import CannotListen, Ports
+from server.processes.ports import CannotListen, Ports
 from server.settings import Settings
-from server.shared import NoSharedMemory, PixelStore, RunFolder
 
 JSON = {"Content_Type": "application/json"}
 

@@ -13,12 +13,12 @@ from export import gate
 from export import variants as building
 from export.build import Proof, build
 from export.checkpoint import load
-from export.greedy import Case, OnnxGraphs, caption
 from export.pictures import generated
-from runtime import manifest as manifests
-from runtime.config import EngineConfig
+from export.reference import Case, OnnxGraphs, caption
 from runtime.engine import Engine
-from runtime.manifest import EXACT
+from runtime.model import manifest as manifests
+from runtime.model.manifest import EXACT
+from runtime.planning.config import EngineConfig
 from tests.conftest import DEMO, ROOT, SAMPLES
 
 
@@ -28,7 +28,7 @@ def demo_checkpoint():
 
 
 def sample_pixels():
-    from runtime.preprocess import preprocess
+    from runtime.model.preprocess import preprocess
 
     how = manifests.load(DEMO).preprocessing
     return [preprocess(path.read_bytes(), how) for path in sorted(SAMPLES.glob("*.png"))]

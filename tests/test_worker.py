@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from runtime.config import EngineConfig
+from runtime.planning.config import EngineConfig
 from server.metrics import WorkerMetrics
-from server.worker import Worker
+from server.processes.worker import Worker
 from tests.fakes import FakeRunner, fake_engine, image
 
 ASKED = {"op": "caption", "slot": 0, "prompt": None, "max_new_tokens": 3, "queued_at": 0.0,

@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from export.checkpoint import load
-from export.greedy import Case, TorchGraphs, caption
+from export.reference import Case, TorchGraphs, caption
 from runtime.engine import Engine
-from runtime.preprocess import to_pixels
+from runtime.model.preprocess import to_pixels
 from tests.conftest import ROOT, SAMPLES
 
 _TOKENS = 20

@@ -5,7 +5,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench.machine import about
+from bench.common.machine import about
 from bench.reliability import beside
 from bench.reliability.running import Verdict
 from bench.reliability.scenarios import SCENARIOS

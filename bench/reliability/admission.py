@@ -5,7 +5,7 @@ import os
 import signal
 import time
 
-from bench.arithmetic import percentile
+from bench.common.arithmetic import percentile
 from bench.reliability.load import Answer, Clients, after, counts
 from bench.reliability.running import DEMO, LARGE, Verdict, sample, service
 

@@ -5,7 +5,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from bench.arithmetic import percentile
+from bench.common.arithmetic import percentile
 from bench.reliability.load import Answer, Clients, after
 from bench.reliability.running import Service, Verdict, said, sample, service
 from bench.reliability.senders import ATTACKS, assault

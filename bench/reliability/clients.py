@@ -7,7 +7,7 @@ import statistics
 import struct
 import time
 
-from bench.arithmetic import percentile
+from bench.common.arithmetic import percentile
 from bench.reliability.load import Clients, abandon, after, one_caption
 from bench.reliability.running import Verdict, said, sample, service, wait_for
 

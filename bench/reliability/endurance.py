@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.processes import open_files
+from bench.common.processes import open_files
 from bench.reliability.images import mutants
 from bench.reliability.load import Clients, abandon, after, one_caption
 from bench.reliability.running import Verdict, said, sample, service

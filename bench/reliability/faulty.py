@@ -12,33 +12,33 @@ from pathlib import Path
 import numpy as np
 
 from runtime.engine import Engine
-from runtime.runner import Runner
-from server import worker
+from runtime.execution.host import HostRunner
 from server.logs import configure
+from server.processes import worker
+from server.processes.supervisor import Supervisor
 from server.settings import Settings, from_command_line
-from server.supervisor import Supervisor
 
 RED, GREEN = 255, 0  # and a blue that says how it fails
 
 
-def _raise(runner: Runner, slot: int) -> None:
+def _raise(runner: HostRunner, slot: int) -> None:
     raise RuntimeError("the engine fails, as it was asked to")
 
 
-def _out_of_memory(runner: Runner, slot: int) -> None:
+def _out_of_memory(runner: HostRunner, slot: int) -> None:
     raise MemoryError
 
 
-def _nan(runner: Runner, slot: int) -> None:
+def _nan(runner: HostRunner, slot: int) -> None:
     for cache in runner._arena:
         cache[slot] = np.nan
 
 
-def _crash(runner: Runner, slot: int) -> None:
+def _crash(runner: HostRunner, slot: int) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-FAULTS: dict[int, tuple[str, Callable[[Runner, int], None]]] = {
+FAULTS: dict[int, tuple[str, Callable[[HostRunner, int], None]]] = {
     10: ("an exception", _raise),
     20: ("out of memory", _out_of_memory),
     30: ("NaN", _nan),
@@ -55,7 +55,7 @@ def worker_main(settings: Settings, folder: Path, index: int, epoch: int) -> Non
 
 def _faulty(engine: Engine) -> Engine:
     runner = engine.runner
-    assert isinstance(runner, Runner)
+    assert isinstance(runner, HostRunner)
     encode = runner.encode
 
     def faulty(pixels: Sequence[np.ndarray], slots: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from bench.reliability.load import Answer, Clients
 from bench.reliability.running import Verdict, get, sample, service
-from runtime.preprocess import FORMATS
+from runtime.model.preprocess import FORMATS
 
 
 def broken_images(long: bool) -> Verdict:

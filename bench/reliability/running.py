@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.contestants import free_port
-from bench.processes import family, pss
+from bench.common.processes import family, pss
+from bench.contestants.servers import free_port
 
 DEMO, LARGE = Path("engines/demo"), Path("engines/random-git-base")
 _SAMPLES = Path("demo/samples")

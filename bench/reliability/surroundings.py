@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.contestants import free_port
-from bench.processes import command_line, family, runs_engine
+from bench.common.processes import command_line, family, runs_engine
+from bench.contestants.servers import free_port
 from bench.reliability.images import ambiguous
 from bench.reliability.load import Clients, after, one_caption
 from bench.reliability.running import (

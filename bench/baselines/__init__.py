@@ -1,1 +1,0 @@
-"""What people do today: real servers around Hugging Face's `generate`."""

@@ -1,0 +1,1 @@
+"""The servers that are compared: Vignette, and PyTorch behind several others."""

@@ -1,0 +1,1 @@
+"""Load: over HTTP, and on an engine in this process."""

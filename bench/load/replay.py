@@ -1,0 +1,102 @@
+"""An engine without graphs, on a clock of its own: its calls take as long as the real ones took.
+
+The engine's loop, scheduler and pacing are the real ones. What other work on the machine would
+blur, and what would take an hour, is compared in seconds, and comes out the same each time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from bench.common.timing import pictures, seconds
+from runtime.engine import Engine
+from runtime.model.manifest import Manifest
+from runtime.model.tokenizer import CaptionTokenizer
+from runtime.planning.config import EngineConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds of an encoder call by its images, of a decode step by its rows (from one)."""
+
+    encode_s: list[float]
+    decode_s: list[float]
+
+
+def measure_costs(folder: Path, turns: int) -> tuple[Costs, str]:
+    """Of an engine as it would be served: encoder calls up to its batch, steps of every size.
+
+    Returns what runs where, too.
+    """
+    engine = Engine.open(folder)
+    runner, slots, images = engine.runner, engine.config.slots, engine.config.encode_batch
+    assert slots is not None
+    assert images is not None
+    pixels = pictures(images, runner.pixels_shape)
+    age = runner.text_tokens // 4
+    encodes = [partial(runner.encode, pixels[:n], range(n)) for n in range(1, images + 1)]
+    decodes = [partial(runner.decode, [0] * n, [age] * n) for n in range(1, slots + 1)]
+    # In turns, so that a slow moment of the machine is no call's own; the fastest counts, because
+    # what others take of the machine is no call's cost.
+    taken = [[seconds(call) for call in encodes + decodes] for _ in range(turns)]
+    fastest = [min(times) for times in zip(*taken, strict=True)]
+    encode_s, decode_s = fastest[:images], fastest[images:]
+    return Costs(encode_s, decode_s), engine.runs_on
+
+
+@dataclass(slots=True)
+class Clock:
+    """Time that passes only when somebody says so, in seconds."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        """As `time.perf_counter`."""
+        return self.now
+
+    def pass_by(self, seconds: float) -> None:
+        """As `time.sleep`, at once."""
+        self.now += seconds
+
+
+@dataclass(slots=True)
+class _Runner:
+    costs: Costs
+    clock: Clock
+    pixels_shape: tuple[int, ...]
+    text_tokens: int
+    burst: int = 1
+    graphs: bool = False
+    on_gpu: bool = False
+    provider: str = "replay"
+    precision: str = "replay"
+    runs_on: str = "replay"
+    _token: int = field(default=0)
+
+    def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[int]) -> None:
+        self.clock.pass_by(self.costs.encode_s[len(pixels) - 1])
+
+    def decode(
+        self, tokens: Sequence[int], fed: Sequence[int], forced: Sequence[Sequence[int]] = ()
+    ) -> np.ndarray:
+        self.clock.pass_by(self.costs.decode_s[len(tokens) - 1])
+        return np.zeros((1, len(tokens)), np.int64)
+
+    def bucket(self, rows: int) -> int:
+        """Each row costs."""
+        return rows
+
+    def move(self, source: int, target: int) -> None:
+        """Costs next to nothing."""
+
+
+def replayed(
+    folder: Path, manifest: Manifest, costs: Costs, config: EngineConfig
+) -> tuple[Engine, Clock]:
+    """An engine with the costs of another, and its clock. Jobs must ignore the end token."""
+    clock = Clock()
+    runner = _Runner(costs, clock, manifest.sizes.pixels, manifest.sizes.text)
+    return Engine(manifest, CaptionTokenizer(folder, manifest), runner, config, clock), clock

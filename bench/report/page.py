@@ -1,0 +1,257 @@
+"""results.json to plots and one self-contained page."""
+
+import base64
+import html
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from bench.report import plots
+
+RESULTS, PAGE = "results.json", "index.html"
+_TEMPLATE = Path(__file__).with_name("page.html")
+Rows = Iterable[Iterable[Any]]
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    """Save results, plots and page in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    drawn = plots.save(results, folder)
+    parts = [
+        _section(name, results["sections"][name], folder if f"{name}.png" in drawn else None)
+        for name in _SECTIONS
+        if name in results["sections"]
+    ]
+    page = Template(_TEMPLATE.read_text()).substitute(
+        about=_about(results["about"]), sections="\n".join(parts)
+    )
+    (folder / PAGE).write_text(page)
+
+
+def _about(about: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    lines = (about["machine"], about["system"], versions,
+             f"commit {about['commit']}, {about['date']}, "
+             f"made by <code>{html.escape(about['command'])}</code> in "
+             f"{about['seconds'] / 60:.0f} minutes", about["work"])  # fmt: skip
+    return "<br>".join(lines)
+
+
+def _section(name: str, section: dict[str, Any], folder: Path | None) -> str:
+    title, says, table = _SECTIONS[name]
+    if isinstance(section.get("failed"), str):
+        body = f"<p class='failed'>This part failed: {html.escape(section['failed'])}</p>"
+    else:
+        body = table(section)
+    if folder is not None:
+        data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+        body = f"<img alt='{title}' src='data:image/png;base64,{data}'>{body}"
+    return f"<section><h2>{title}</h2><p>{says}</p>{body}</section>"
+
+
+def _table(head: Iterable[str], rows: Rows) -> str:
+    def cells(tag: str, row: Iterable[Any]) -> str:
+        return "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f"<div class='wide'><table><tr>{cells('th', head)}</tr>{body}</table></div>"
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _offline(section: dict[str, Any]) -> str:
+    rows = [
+        (
+            f"Hugging Face {t['precision']}, batch {b['batch']}",
+            _number(b["ms_per_image"]),
+            "",
+            "",
+            "",
+        )
+        for t in section["torch"]
+        for b in t["batches"]
+    ]
+    rows += [
+        (f"Vignette {v['name']}", _number(v["ms_per_image"], 1), _number(v["one_ms"], 1),
+         _number(v["resident_mib"]), _number(v["ready_s"], 1))
+        for v in section["vignette"]
+    ]  # fmt: skip
+    head = ("", "ms an image", "one image alone, ms", "resident MiB", "ready after s")
+    ratios = _table(
+        ("Vignette", "against Hugging Face", "throughput", "latency"),
+        (
+            (r["vignette"], r["torch"], f"{r['throughput']:.1f} x", f"{r['latency']:.1f} x")
+            for r in section["ratios"]
+        ),
+    )
+    same = {True: "the same", False: "NOT the same", None: "not compared"}[section["tokens_equal"]]
+    failed = "".join(f"<p class='failed'>{html.escape(f)}</p>" for f in section["failed"])
+    said = f"<p>Tokens of both sides in fp32: {same}.</p>"
+    return _table(head, rows) + ratios + said + failed
+
+
+def _http(section: dict[str, Any]) -> str:
+    rows = [
+        (r["contestant"], r.get("clients", ""), r.get("requests", ""),
+         _number(r.get("rate"), 2), _number(r.get("mean_ms")), _number(r.get("p99_ms")),
+         r.get("errors", ""), r.get("note") or r.get("failed", ""))
+        for r in section["runs"]
+    ]  # fmt: skip
+    head = ("", "clients", "requests", "captions/s", "mean ms", "p99 ms", "errors", "")
+    return _table(head, rows)
+
+
+def _batches(section: dict[str, Any]) -> str:
+    rows = [
+        (name, s.get("failed") or ", ".join(f"{b}: {ms:,.0f} ms" for b, ms in s["points"]),
+         s.get("knee", ""))
+        for name, s in section["series"].items()
+    ]  # fmt: skip
+    return _table(("", "images at once: ms an image", "knee"), rows)
+
+
+def _ablation(section: dict[str, Any]) -> str:
+    rows, before = [], None
+    for row in section["steps"]:
+        ms = row.get("ms_per_image")
+        gain = f"{before / ms:.2f} x" if before and ms else ""
+        said = row.get("note") or row.get("failed")
+        rows.append((row["step"], said or _number(ms, 1), gain))
+        before = ms or before
+    batching = (
+        (name, _number(row["rate"], 1), _number(row["mean_ms"]), _number(row["p99_ms"]))
+        for name, row in section["batching"].items()
+    )
+    return _table(("step", "ms an image", "gain"), rows) + _table(
+        ("batching, captions of 4 to 28 tokens", "captions/s", "mean ms at 80 % load", "p99 ms"),
+        batching,
+    )
+
+
+def _scheduling(section: dict[str, Any]) -> str:
+    rows = (
+        (r["load"], r["encode_batch"], r["patience"], _number(r["rate"], 1),
+         _number(r["mean_ms"]), _number(r["p99_ms"]))
+        for r in section["rows"]
+    )  # fmt: skip
+    head = ("load", "images in one go", "patience", "captions/s", "mean ms", "p99 ms")
+    check = section["check"]
+    return _table(head, rows) + (
+        f"<p>The engine itself, {check['clients']} clients: {check['measured']:.1f} captions/s; "
+        f"replayed {check['replayed']:.1f}. {html.escape(section['runs_on'])}.</p>"
+    )
+
+
+def _open_loop(section: dict[str, Any]) -> str:
+    rows = [
+        (r["contestant"], f"{r['bound_s']} s",
+         "none of those tried" if r["highest_rate"] is None else _number(r["highest_rate"], 2),
+         "yes" if r["certain"] else "no: fewer than 460 requests",
+         ", ".join(f"{t['rate']:.2f} {'held' if t['held'] else 'missed'}"
+                   for t in r["tried"]))
+        if "failed" not in r else (r["contestant"], "", "failed", "", r["failed"])
+        for r in section["server"]
+    ]  # fmt: skip
+    offline = (
+        (r["contestant"], _number(r["per_second"], 2), r["errors"]) for r in section["offline"]
+    )
+    return _table(
+        ("", "p99 under", "highest rate a second", "certain to LoadGen", "rates tried"), rows
+    ) + _table(("LoadGen Offline", "captions/s", "errors"), offline)
+
+
+def _roofline(section: dict[str, Any]) -> str:
+    peaks = ((name, _number(value)) for name, value in section["peaks"].items())
+    encoder, decoder = section["encoder"], section["decoder"]
+    rows = (
+        (f"encoder {encoder['name']}", f"{encoder['work'] / 1e9:.1f} Gop an image",
+         *_against_floor(encoder)),
+        (f"step of {decoder['rows']} rows, decoder {decoder['name']}",
+         f"{decoder['work'] / 1e6:.0f} MB of weights and cache", *_against_floor(decoder)),
+    )  # fmt: skip
+    head = ("", "work", "took", "floor", "reached")
+    return _table(("peak", "measured"), peaks) + _table(head, rows)
+
+
+def _against_floor(part: dict[str, Any]) -> tuple[str, str, str]:
+    took, floor = part["seconds"] * 1e3, part["floor"] * 1e3
+    return f"{took:.1f} ms", f"{floor:.1f} ms", f"{floor / took:.0%}"
+
+
+def _profile(section: dict[str, Any]) -> str:
+    return "".join(
+        _table((graph, "share of the time"), ((name, f"{share:.1%}") for name, share in shares))
+        for graph, shares in section["graphs"].items()
+    )
+
+
+def _service(section: dict[str, Any]) -> str:
+    first, second = section["start_s"]
+    return _table(
+        ("", "measured"),
+        (
+            (
+                "16 clients over HTTP, of the engine's own rate, taking turns",
+                f"{section['share_of_engine']:.0%}",
+            ),
+            ("one client: all but encode and decode", f"{section['http_cost_ms']:.1f} ms"),
+            ("from the command to ready", f"{first:.1f} s"),
+            ("the same again", f"{second:.1f} s"),
+            (
+                "resident memory of all processes after 64 requests of 16 clients",
+                f"{section['resident_mib']:.0f} MiB",
+            ),
+            (
+                "16 clients, of the rate of the same engine in one process, taking turns",
+                f"{section['share_of_one_process']:.0%}",
+            ),
+        ),
+    )
+
+
+def _front_ends(section: dict[str, Any]) -> str:
+    rows = ((str(r["front_ends"]), _number(r["per_second"])) for r in section["rows"])
+    return _table((f"front-ends on {section['cores']} cores", "images/s"), rows)
+
+
+def _images(section: dict[str, Any]) -> str:
+    rows = (
+        (r["image"], _number(r["served_per_s"]), _number(r["exact_per_s"]),
+         _number(r["mean_difference"], 2))
+        for r in section["rows"]
+    )  # fmt: skip
+    head = ("image", "images/s on one core", "decoded in full", "mean difference of 255")
+    return _table(head, rows)
+
+
+_SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+    "offline": ("Without a server", "All images at once, and one alone; medians. Hugging Face's "
+                "batch is the best of those under 'Time against batch size'. Where PyTorch's fp32 "
+                "products run far below the machine's peak (see 'Against the machine's limits'), "
+                "bf16 is the fairer rival.", _offline),
+    "http": ("Over HTTP", "ApacheBench: each client sends its next request when the last is "
+             "answered. Slow contestants get fewer requests; every run is finished.", _http),
+    "service": ("The service itself", "Vignette as its processes.", _service),
+    "front_ends": ("Taking images in", "JPEGs of 640x480 over HTTP, 64 clients, on the demo "
+                   "engine, whose captions cost little.", _front_ends),
+    "open_loop": ("At a given rate", "MLPerf LoadGen: Poisson arrivals, latency from the time a "
+                  "request was due; errors and time-outs are misses.", _open_loop),
+    "ablation": ("Where it comes from", "One step at a time, some images at once.", _ablation),
+    "batches": ("Time against batch size", "The knee is the batch beyond which a larger one saves "
+                "less than 10 % of the time per image.", _batches),
+    "scheduling": ("Images encoded between two decode steps", "Captions of 8 to "
+                   "24 tokens. Clients ask again when answered; Poisson arrivals do not wait. The "
+                   "engine's own loop, replayed with the least times that the calls of both "
+                   "graphs were measured to take.", _scheduling),
+    "roofline": ("Against the machine's limits", "Peaks are measured in the same run: the best of "
+                 "PyTorch and ONNX Runtime for a matrix product of 2048, and reading 512 MiB. "
+                 "The floor is the work at that peak.", _roofline),
+    "profile": ("Where the time goes", "ONNX Runtime's time by kind of node: int8/int8/int8 on the "
+                "CPU provider, one image, and a step of 16 rows.", _profile),
+    "images": ("Preprocessing", "JPEG bytes to pixels, on one core.", _images),
+}  # fmt: skip

@@ -1,0 +1,44 @@
+"""How many images a second the front-ends take in: JPEGs of 640x480, decoded and resized.
+
+The demo engine's captions cost little, so that what is measured is HTTP and decoding. The bound is
+what the cores can decode (the section `images` has it for one core).
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bench.common.settings import Settings
+from bench.contestants.servers import Contestant, picture, running
+from bench.load.apache import all_answered
+from runtime.planning.machine import this_machine
+
+_COUNTS = (1, 2, 4, 8, 12)
+_DEMO = Path("engines/demo")
+
+
+def measure(settings: Settings, provider: str = "auto") -> dict[str, Any]:
+    """Images a second by number of front-ends, as many as there are cores."""
+    rows = []
+    counts = [count for count in _COUNTS if count <= this_machine().cores]
+    with tempfile.TemporaryDirectory() as name:
+        image = picture(Path(name))
+        for count in tqdm(counts, desc="front-ends", unit="count"):
+            contestant = Contestant(
+                f"{count} front-ends",
+                ("-m", "server", "--engine", str(_DEMO), "--port", "{port}", "--provider", provider,
+                 "--front-ends", str(count), "--max-queue", "4096"),
+                tokens=None,
+            )  # fmt: skip
+            with running(contestant, image) as url:
+                rows.append({"front_ends": count, "per_second": _rate(url, Path(name), settings)})
+    return {"cores": this_machine().cores, "rows": rows}
+
+
+def _rate(url: str, folder: Path, settings: Settings) -> float:
+    """Of 64 clients."""
+    command = ["ab", "-q", "-l", "-n", str(32 * settings.images), "-c", "64", "-p",
+               str(folder / "picture.jpg"), "-T", "image/jpeg", url]  # fmt: skip
+    return all_answered(command)

@@ -1,0 +1,124 @@
+"""How many images to encode between two decode steps, and when: compared by what clients feel.
+
+Encoding several images in one go may be faster for each, but every running caption waits for it,
+and so do the images in it for each other. The defaults of `encode_batch` and `patience`
+(`runtime.pacing`) are chosen by this table. The costs of both graphs are measured here, and the
+engine's loop is replayed with them (`bench.load.replay`); that it tells the truth is checked
+against the engine itself.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from bench.common.arithmetic import percentile
+from bench.common.isolated import isolated
+from bench.common.settings import Settings
+from bench.common.timing import pictures
+from bench.load import arrivals
+from bench.load.replay import Clock, Costs, measure_costs, replayed
+from runtime.engine import Engine
+from runtime.model import manifest as manifests
+from runtime.planning.config import EngineConfig
+
+Load = Callable[[Engine, Clock], list[float]]
+
+_TURNS = 4  # for each timed run elsewhere: the fastest of them counts
+Policy = tuple[int, float]  # encode batch, patience
+
+_DEFAULT = EngineConfig().patience
+_LENGTHS = (8, 24)  # shortest and longest caption, in tokens
+_CLIENTS = (1, 4, 16, 64)
+_LOADS = (0.5, 0.8, 0.95)  # of what the machine can do
+_CHECKED = 16  # clients
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Rate, mean and p99 latency of every policy, in a closed loop and with Poisson arrivals."""
+    with tqdm(total=2, desc="scheduling", unit="part") as progress:
+        costs, runs_on = isolated(measure_costs, settings.engine, _TURNS * settings.repeats)
+        measured = isolated(_rate, settings)
+        progress.update()
+        rows = _rows(settings, costs)
+        progress.update()
+    jobs = _jobs(settings, settings.images)
+    check = partial(_closed, work=jobs, clients=_CHECKED)
+    return {
+        "runs_on": runs_on,
+        "encode_ms": [1e3 * s for s in costs.encode_s],
+        "decode_ms": [1e3 * s for s in costs.decode_s],
+        "check": {
+            "clients": _CHECKED,
+            "measured": measured,
+            "replayed": _replayed(settings, costs, (len(costs.encode_s), _DEFAULT), check)["rate"],
+        },
+        "rows": rows,
+    }
+
+
+def _policies(most: int) -> list[Policy]:
+    """The default, in the middle of the rest. most: images of the default's encoder calls."""
+    pairs = [(1, _DEFAULT), (most // 2, _DEFAULT), (most, 0.0), (most, _DEFAULT),
+             (most, 4 * _DEFAULT)]  # fmt: skip
+    return [policy for policy in dict.fromkeys(pairs) if policy[0]]
+
+
+def _rows(settings: Settings, costs: Costs) -> list[dict[str, Any]]:
+    work, policies = _jobs(settings, settings.replayed), _policies(len(costs.encode_s))
+    loads: dict[str, Load] = {
+        f"{count} clients": partial(_closed, work=work, clients=count) for count in _CLIENTS
+    }
+    everything = partial(_closed, work=work, clients=len(work))
+    capacity = min(_replayed(settings, costs, p, everything)["rate"] for p in policies)
+    for share in _LOADS:
+        loads[f"Poisson, {share:.0%} load"] = partial(_open, work=work, rate=share * capacity)
+    return [
+        {"load": name, "encode_batch": policy[0], "patience": policy[1]}
+        | _replayed(settings, costs, policy, load)
+        for name, load in loads.items()
+        for policy in policies
+    ]
+
+
+def _jobs(settings: Settings, count: int) -> list[arrivals.Job]:
+    shape = manifests.load(settings.engine).sizes.pixels
+    return arrivals.jobs([np.zeros(shape, np.uint8)], count, *_LENGTHS)
+
+
+def _closed(engine: Engine, _: Clock, work: list[arrivals.Job], clients: int) -> list[float]:
+    return arrivals.closed_loop(engine, work, clients)
+
+
+def _open(engine: Engine, clock: Clock, work: list[arrivals.Job], rate: float) -> list[float]:
+    return arrivals.poisson(engine, work, rate, clock, clock.pass_by)
+
+
+def _replayed(settings: Settings, costs: Costs, policy: Policy, load: Load) -> dict[str, float]:
+    config = EngineConfig(slots=len(costs.decode_s), encode_batch=policy[0], patience=policy[1])
+    manifest = manifests.load(settings.engine)
+    engine, clock = replayed(settings.engine, manifest, costs, config)
+    waits = load(engine, clock)
+    return {
+        "rate": len(waits) / clock.now,
+        "mean_ms": sum(waits) / len(waits) * 1e3,
+        "p99_ms": percentile(waits, 0.99) * 1e3,
+    }
+
+
+def _rate(settings: Settings) -> float:
+    """Captions a second of the engine itself, in the closed loop that is replayed too."""
+    engine = Engine.open(settings.engine)
+    images = pictures(16, engine.runner.pixels_shape)
+    work = arrivals.jobs(images, settings.images, *_LENGTHS)
+    arrivals.closed_loop(engine, work[:_CHECKED], _CHECKED)
+    rates = []
+    for _ in range(settings.repeats):
+        start = time.perf_counter()
+        arrivals.closed_loop(engine, work, _CHECKED)
+        rates.append(len(work) / (time.perf_counter() - start))
+    return statistics.median(rates)

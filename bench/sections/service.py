@@ -1,0 +1,129 @@
+"""The service as a process: how soon it is ready, what it holds in memory, what HTTP costs."""
+
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bench.common.isolated import isolated
+from bench.common.processes import family, pss
+from bench.common.settings import TOKENS, Settings
+from bench.common.timing import pictures, seconds
+from bench.contestants.servers import ask, free_port, in_process, picture, running, vignette
+from bench.load.apache import all_answered
+from runtime.engine import Engine
+
+_REQUESTS = 20
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Seconds to ready, milliseconds of HTTP, mebibytes, shares of rates."""
+    found: dict[str, Any] = {}
+    with tqdm(total=4, desc="service", unit="part") as progress:
+        found["start_s"] = [_ready_after(settings) for _ in range(2)]
+        progress.update(2)
+        found |= _cost_of_http(settings)
+        progress.update()
+        found |= isolated(_shares, settings)
+        progress.update()
+    return found
+
+
+def _ready_after(settings: Settings) -> float:
+    """Seconds from the command to the answer of /health/ready."""
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "server",
+        "--engine",
+        str(settings.engine),
+        "--port",
+        str(port),
+    ]
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            while True:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready").close()
+                    return time.perf_counter() - start
+                except OSError:
+                    if server.poll() is not None:
+                        raise RuntimeError("the server ended while it started") from None
+                    time.sleep(0.02)
+        finally:
+            server.terminate()
+
+
+def _cost_of_http(settings: Settings) -> dict[str, Any]:
+    """One client: what is left of its time without encode and decode; memory after a burst."""
+    ours = vignette(settings)
+    with tempfile.TemporaryDirectory() as name:
+        image = picture(Path(name))
+        with running(ours, image) as url:
+            costs = []
+            for _ in range(_REQUESTS):
+                start = time.perf_counter()
+                timing = ask(ours, url, image)["timing_ms"]
+                whole = (time.perf_counter() - start) * 1e3
+                costs.append(whole - timing["encode"] - timing["decode"])
+            _ab(url, Path(name))
+            return {"http_cost_ms": statistics.median(costs), "resident_mib": _resident_mib(url)}
+
+
+def _ab(url: str, folder: Path, requests: int = 64) -> float:
+    """Requests a second of 16 clients, every slot used."""
+    command = ["ab", "-q", "-l", "-n", str(requests), "-c", "16", "-p", str(folder / "picture.jpg"),
+               "-T", "image/jpeg", url]  # fmt: skip
+    return all_answered(command)
+
+
+def _shares(settings: Settings) -> dict[str, float]:
+    """The service with 16 clients, beside its engine alone, and with HTTP in the same process.
+
+    All three stand ready and take turns: a slow minute of the machine is slow for all.
+    """
+    engine = Engine.open(settings.engine)
+    images = pictures(settings.images, engine.runner.pixels_shape)
+    alone = partial(engine.generate, images, max_new_tokens=TOKENS, ignore_eos=True)
+    rates: dict[str, list[float]] = {"service": [], "process": [], "engine": []}
+    with tempfile.TemporaryDirectory() as name:
+        image = picture(Path(name))
+        with (
+            running(vignette(settings), image) as ours,
+            running(in_process(settings), image) as one,
+        ):
+            for _ in range(settings.repeats + 2):
+                rates["engine"].append(len(images) / seconds(alone))
+                for which, url in (("service", ours), ("process", one)):
+                    rates[which].append(_ab(url, Path(name), 2 * settings.images))
+    medians = {which: statistics.median(some) for which, some in rates.items()}
+    return {
+        "share_of_engine": medians["service"] / medians["engine"],
+        "share_of_one_process": medians["service"] / medians["process"],
+    }
+
+
+def _resident_mib(url: str) -> float:
+    """Memory of the server that listens at `url` and all its processes, pages shared between them
+    counted once (PSS), as Linux counts it."""
+    port = re.search(r":(\d+)/", url)
+    assert port is not None
+    wanted = port.group(1).encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        if b"server" in command and wanted in command:
+            return sum(map(pss, family(int(process.name)))) / 2**20
+    raise RuntimeError("the server's process was not found")

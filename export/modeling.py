@@ -1,0 +1,252 @@
+"""GIT cut in two where nothing crosses back: the image prefix, and one text token at a time.
+
+In GIT's decoder image tokens attend to image tokens only, so their keys and values depend on the
+image alone. `ImagePrefix` computes them once; `TextDecoder` reads them from its cache, where they
+look like the beginning of the text. Both call the checkpoint's own modules
+(`transformers.models.git.modeling_git`), so that there is one meaning of each weight.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, GitForCausalLM, PretrainedConfig
+from transformers.models.git.modeling_git import GitLayer
+
+from runtime.model.manifest import NOT_A_TOKEN
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+class ImagePrefix(nn.Module):
+    """Pixels to the keys and values that the decoder layers hold for them."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(
+        self,
+        model: GitForCausalLM,
+        rescale: float,
+        mean: list[float],
+        std: list[float],
+        fused: bool = False,
+    ):
+        """`fused`: attention as one node, which CUDA has a kernel for; else in plain ONNX."""
+        super().__init__()
+        self.config = model.config
+        self.fused = fused
+        self.git = model.git
+        self.rescale = rescale
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """uint8 `[B, 3, S, S]`, or `[B, F, 3, S, S]` -> `image.{i}.key/value`, `[B, H, P, D]`."""
+        hidden = self.git.visual_projection(self._features(pixels))
+        prefix: dict[str, torch.Tensor] = {}
+        for index, layer in enumerate(self.git.encoder.layer):
+            attention = layer.attention.self
+            key, value = attention.key(hidden), attention.value(hidden)
+            prefix[f"image.{index}.key"] = _split_heads(attention, key)
+            prefix[f"image.{index}.value"] = _split_heads(attention, value)
+            if index + 1 == len(self.git.encoder.layer):
+                break  # nobody reads the last layer's output
+            hidden = self._fused(layer, hidden, key, value) if self.fused else layer(hidden)[0]
+        return prefix
+
+    def _fused(
+        self, layer: GitLayer, hidden: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """What `layer` does, with its attention in one node."""
+        own = layer.attention.self
+        context = FusedAttention.apply(own.query(hidden), key, value, own.num_attention_heads)
+        return layer.feed_forward_chunk(layer.attention.output(context, hidden))
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Vision features of all frames of an image, `[B, P, vision width]`."""
+        # Sizes come from the configuration: those of a traced tensor would tie the graph to the
+        # number of rows it was traced with.
+        frames = self.config.num_image_with_embedding
+        images = pixels.flatten(0, 1) if frames else pixels
+        images = (images.to(self.mean.dtype) * self.rescale - self.mean) / self.std
+        with _attention(self.git.image_encoder.config, _FUSED if self.fused else None):
+            features = self.git.image_encoder(images).last_hidden_state
+        if not frames:
+            return features
+        # One vision call for all frames, then each frame's own embedding, then one long prefix.
+        vision = self.git.image_encoder.vision_model.embeddings
+        temporal = torch.stack([e[0] for e in self.git.img_temporal_embedding])  # [F, 1, width]
+        features = features.view(-1, frames, vision.num_positions, vision.embed_dim) + temporal
+        return features.view(-1, frames * vision.num_positions, vision.embed_dim)
+
+
+class TextDecoder(nn.Module):
+    """One token for each row, each row at its own age, over a cache of fixed capacity."""
+
+    def __init__(self, model: GitForCausalLM, prefix: int) -> None:
+        super().__init__()
+        self.config = model.config
+        self.prefix = prefix
+        self.embeddings = model.git.embeddings
+        self.layers = model.git.encoder.layer
+        self.head = model.output
+        self.qkv = nn.ModuleList(_packed_projection(layer) for layer in self.layers)
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        total_length: torch.Tensor,
+        past_key_values: list[KeyValue],
+    ) -> dict[str, Any]:
+        """Shapes as in the decoder's contract; `past_key_values` L pairs of `[B, H, C, D]`.
+
+        Returns `next_ids` int64 `[B]`, NOT_A_TOKEN where the numbers broke down, `logits` float
+        `[B, V]` and `past_key_values`, L new pairs.
+        """
+        positions = (lengths - self.prefix).to(torch.int64).unsqueeze(1)
+        hidden = self.embeddings(input_ids=token_ids, position_ids=positions)
+        present: list[KeyValue] = []
+        for layer, qkv, past in zip(self.layers, self.qkv, past_key_values, strict=True):
+            heads = layer.attention.self.num_attention_heads
+            context, key, value = CachedAttention.apply(
+                qkv(hidden), *past, lengths, total_length, heads
+            )
+            present.append((key, value))
+            hidden = layer.feed_forward_chunk(layer.attention.output(context, hidden))
+        last = hidden[:, 0]
+        logits = self.head(last)
+        # The sum is NaN if anything before was, in any layer; the largest of NaNs is some token.
+        broken = torch.isnan(last.sum(dim=-1))
+        return {
+            "next_ids": torch.where(broken, NOT_A_TOKEN, logits.argmax(dim=-1)),
+            "logits": logits,
+            "past_key_values": present,
+        }
+
+
+class CachedAttention(torch.autograd.Function):
+    """Attention of one new token over a cache of fixed capacity that it is appended to.
+
+    In ONNX this is one `com.microsoft.GroupQueryAttention` node, which writes the new key and value
+    into the cache in place when past and present are bound to one buffer. In PyTorch it is what
+    `forward` says. Positions beyond a row's length are undefined in both.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: torch.Tensor,
+        past_key: torch.Tensor,
+        past_value: torch.Tensor,
+        lengths: torch.Tensor,
+        total_length: torch.Tensor,
+        heads: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`[B, 1, 3HD]`, two `[B, H, C, D]`, int32 `[B]`, `[1]` -> `[B, 1, HD]`, both caches."""
+        rows, _, width = qkv.shape
+        head_size = width // (3 * heads)
+        query, key, value = qkv.view(rows, 3, heads, head_size).unbind(1)
+        present_key, present_value = past_key.clone(), past_value.clone()
+        row = torch.arange(rows, device=qkv.device)
+        present_key[row, :, lengths.long()] = key
+        present_value[row, :, lengths.long()] = value
+        scores = torch.einsum("bhd,bhcd->bhc", query, present_key) / math.sqrt(head_size)
+        unseen = torch.arange(past_key.shape[2], device=qkv.device) > lengths[:, None]
+        scores = scores.masked_fill(unseen[:, None], float("-inf"))
+        context = torch.einsum("bhc,bhcd->bhd", scores.softmax(dim=-1), present_value)
+        return context.reshape(rows, 1, heads * head_size), present_key, present_value
+
+    @staticmethod
+    def symbolic(
+        g: Any,
+        qkv: Any,
+        past_key: Any,
+        past_value: Any,
+        lengths: Any,
+        total_length: Any,
+        heads: int,
+    ) -> tuple[Any, Any, Any]:
+        """The operator counts from zero: `seqlens_k`, the last token's index, is our length."""
+        absent = g.op("prim::Constant")
+        absent.setType(torch.OptionalType.ofTensor())
+        context, key, value = g.op(
+            "com.microsoft::GroupQueryAttention",
+            qkv, absent, absent, past_key, past_value, lengths, total_length,
+            num_heads_i=heads, kv_num_heads_i=heads, outputs=3,
+        )  # fmt: skip
+        _, _, _, head_size = past_key.type().varyingSizes()
+        context.setType(qkv.type().with_sizes([None, 1, heads * head_size]))
+        key.setType(past_key.type())
+        value.setType(past_value.type())
+        return context, key, value
+
+
+class FusedAttention(torch.autograd.Function):
+    """Attention of all positions to all: one `com.microsoft.MultiHeadAttention` node in ONNX."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int
+    ) -> torch.Tensor:
+        """Three `[B, S, HD]` -> `[B, S, HD]`."""
+        split = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+        context = nn.functional.scaled_dot_product_attention(*split)
+        return context.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def symbolic(g: Any, query: Any, key: Any, value: Any, heads: int) -> Any:
+        """The operator divides by the root of the head's width by itself."""
+        context = g.op("com.microsoft::MultiHeadAttention", query, key, value, num_heads_i=heads)
+        context.setType(query.type())
+        return context
+
+
+_FUSED = "vignette_fused"
+
+
+def _fused_for_clip(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *_: Any,
+    **__: Any,
+) -> tuple[torch.Tensor, None]:
+    """FusedAttention by the signature of transformers' attention functions: `[B, H, S, D]` in."""
+    flat = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
+    return FusedAttention.apply(*flat, module.num_heads), None
+
+
+AttentionInterface.register(_FUSED, _fused_for_clip)
+
+
+@contextmanager
+def _attention(config: PretrainedConfig, name: str | None) -> Iterator[None]:
+    """Let a submodel use another attention function meanwhile; None leaves its own."""
+    own = config._attn_implementation
+    config._attn_implementation = name or own
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
+
+
+def _split_heads(attention: nn.Module, projected: torch.Tensor) -> torch.Tensor:
+    """`[B, P, H D]` -> `[B, H, P, D]`."""
+    heads = attention.num_attention_heads
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
+
+
+def _packed_projection(layer: GitLayer) -> nn.Linear:
+    """Query, key and value as one matrix: one large product runs faster than three small ones."""
+    parts = [getattr(layer.attention.self, name) for name in ("query", "key", "value")]
+    width = parts[0].in_features
+    packed = nn.Linear(width, 3 * width).to(parts[0].weight.dtype)
+    packed.weight.data = torch.cat([part.weight.data for part in parts])
+    packed.bias.data = torch.cat([part.bias.data for part in parts])
+    return packed

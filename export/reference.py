@@ -1,0 +1,180 @@
+"""Greedy decoding as plain as can be, over ONNX graphs or the PyTorch modules they came from.
+
+It shares nothing with runtime/, so that what it proves is the graphs alone. Rows of one batch start
+at different steps and with prompts of different lengths, so they are of unequal age throughout.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from export.checkpoint import Checkpoint
+from export.modeling import ImagePrefix, TextDecoder
+from runtime.model.manifest import Sizes, SpecialTokens
+
+Arrays = dict[str, np.ndarray]
+
+_ROWS = 8  # of one batch
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What to caption: uint8 `pixels` of one encoder row, `prompt` ids with the start token."""
+
+    pixels: np.ndarray
+    prompt: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Generated `tokens`, the end token included, and float32 `logits` [tokens, V] behind them."""
+
+    tokens: list[int]
+    logits: np.ndarray
+
+
+class Graphs(Protocol):
+    """Both graphs by the names of their contract."""
+
+    def encode(self, pixels: np.ndarray) -> Arrays:
+        """`pixels` of all rows -> `image.{i}.key/value`."""
+
+    def decode(self, feeds: Arrays) -> Arrays:
+        """All inputs of the decoder -> `next_ids`, `logits`, `present.{i}.key/value`."""
+
+
+class OnnxGraphs:
+    """Two graph files on ONNX Runtime's CPU provider, or on CUDA's."""
+
+    def __init__(self, encoder: Path, decoder: Path, *, cuda: bool = False) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # it warns of initialisers that two graphs share
+        providers = ["CUDAExecutionProvider" if cuda else "CPUExecutionProvider"]
+        self._encoder, self._decoder = (
+            ort.InferenceSession(path, options, providers=providers, enable_fallback=False)
+            for path in (encoder, decoder)
+        )
+
+    def encode(self, pixels: np.ndarray) -> Arrays:
+        """See Graphs."""
+        return _run(self._encoder, {"pixels": pixels})
+
+    def decode(self, feeds: Arrays) -> Arrays:
+        """See Graphs."""
+        return _run(self._decoder, feeds)
+
+
+class TorchGraphs:
+    """The checkpoint in fp32 PyTorch, its image encoded once."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        how, self._layers = checkpoint.normalisation, checkpoint.sizes.layers
+        self.encoder = ImagePrefix(checkpoint.model, how.rescale, how.mean, how.std)
+        self.decoder = TextDecoder(checkpoint.model, checkpoint.sizes.prefix)
+
+    @torch.inference_mode()
+    def encode(self, pixels: np.ndarray) -> Arrays:
+        """See Graphs."""
+        prefix = self.encoder(torch.from_numpy(pixels))
+        return {name: value.numpy() for name, value in prefix.items()}
+
+    @torch.inference_mode()
+    def decode(self, feeds: Arrays) -> Arrays:
+        """See Graphs."""
+        given = {name: torch.from_numpy(value) for name, value in feeds.items()}
+        past = [
+            tuple(given.pop(f"past_key_values.{layer}.{kind}") for kind in ("key", "value"))
+            for layer in range(self._layers)
+        ]
+        found = self.decoder(**given, past_key_values=past)
+        for layer, pair in enumerate(found.pop("past_key_values")):
+            for kind, cache in zip(("key", "value"), pair, strict=True):
+                found[f"present.{layer}.{kind}"] = cache
+        return {name: value.numpy() for name, value in found.items()}
+
+
+def _run(session: ort.InferenceSession, feeds: Arrays) -> Arrays:
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def caption(
+    graphs: Graphs,
+    sizes: Sizes,
+    tokens: SpecialTokens,
+    cases: list[Case],
+    new_tokens: int,
+    seen: Callable[[Arrays, list[int]], None] | None = None,
+    stagger: int = 4,
+) -> Iterator[Answer]:
+    """Answers to all cases, at most `new_tokens` each.
+
+    stagger: rows of a batch start at so many different steps.
+    seen: called after each batch with its caches and the positions of each row that count.
+    """
+    for start in range(0, len(cases), _ROWS):
+        batch = cases[start : start + _ROWS]
+        answers, caches = _batch(graphs, sizes, batch, new_tokens, tokens.eos, stagger)
+        if seen is not None:
+            fed = [len(c.prompt) + len(a.tokens) - 1 for c, a in zip(batch, answers, strict=True)]
+            seen(caches, [sizes.prefix + count for count in fed])
+        yield from answers
+
+
+def _batch(
+    graphs: Graphs, sizes: Sizes, batch: list[Case], new_tokens: int, eos: int, stagger: int
+) -> tuple[list[Answer], Arrays]:
+    """All rows at once; those that are over go on, and their surplus is cut off."""
+    starts = np.arange(len(batch)) % stagger
+    steps = max(len(case.prompt) for case in batch) + new_tokens - 1 + int(starts.max())
+    images = graphs.encode(np.stack([case.pixels for case in batch]))
+    caches = _caches(images, capacity=sizes.prefix + steps)
+    texts = [list(case.prompt) for case in batch]
+    chosen_from: list[list[np.ndarray]] = [[] for _ in batch]
+    for step in range(steps):
+        # A row that has not started is fed its first token again and again, in the same place.
+        ages = np.maximum(step - starts, 0)
+        lengths = (sizes.prefix + ages).astype(np.int32)
+        fed = [[text[age]] for text, age in zip(texts, ages, strict=True)]
+        outputs = graphs.decode(
+            {
+                "token_ids": np.array(fed, np.int64),
+                "lengths": lengths,
+                "total_length": lengths.max(keepdims=True) + 1,
+                **caches,
+            }
+        )
+        caches = {name: outputs[name.replace("past_key_values", "present")] for name in caches}
+        for row, text in enumerate(texts):
+            if step >= starts[row] and ages[row] + 1 == len(text):
+                text.append(int(outputs["next_ids"][row]))
+                chosen_from[row].append(outputs["logits"][row])
+    answers = [
+        _cut(text[len(case.prompt) :], logits, eos, new_tokens)
+        for case, text, logits in zip(batch, texts, chosen_from, strict=True)
+    ]
+    return answers, caches
+
+
+def _caches(images: Arrays, capacity: int) -> Arrays:
+    caches: Arrays = {}
+    for name, image in images.items():
+        rows, heads, prefix, head = image.shape
+        # What lies beyond a row's length is undefined: fill it with what would show if it counted.
+        filler = 127 if image.dtype == np.int8 else 1e4
+        cache = np.full((rows, heads, capacity, head), filler, image.dtype)
+        cache[:, :, :prefix] = image
+        caches[name.replace("image", "past_key_values")] = cache
+    return caches
+
+
+def _cut(tokens: list[int], logits: list[np.ndarray], eos: int, most: int) -> Answer:
+    tokens = tokens[:most]
+    if eos in tokens:
+        tokens = tokens[: tokens.index(eos) + 1]
+    return Answer(tokens, np.stack(logits[: len(tokens)]))

@@ -1,0 +1,305 @@
+"""Both graphs with all state on a device: arena, tokens and lengths. One thread uses a runner.
+
+Everything has a fixed address, so that a step is a captured CUDA graph that is launched again:
+
+* Rows come in buckets (1, 2, 4, ... slots). A step works on a whole bucket; what it does in rows
+  that no sequence has is overwritten when one moves in.
+* Step j of a burst reads row j of a ring of tokens and lengths and writes row j + 1, so the steps
+  follow one another without the host, which uploads row 0 and fetches the others at the end.
+* The encoder writes image K/V beside the arena; a small graph copies them into their slots.
+
+It runs on the CPU provider as well, which is how it is tested without a GPU.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from runtime.errors import GraphsFailed, ProviderError
+from runtime.execution.device_buffer import DeviceBuffer, View
+from runtime.model.manifest import NOT_A_TOKEN, PIECE, Manifest
+from runtime.planning.config import EngineConfig
+from runtime.planning.plan import Plan
+from runtime.providers.cuda import CudaOptions, pin
+from runtime.providers.session import Placement, open_session
+
+BURST = 4  # most steps between two fetches: a row that ends in the first wastes three
+_RUNS_BEFORE_CAPTURE = 2
+
+
+def buckets(most: int) -> tuple[int, ...]:
+    """1, 2, 4, ... and `most`: sizes that graphs are captured for."""
+    powers = [1 << n for n in range(most.bit_length())]
+    return (*(p for p in powers if p < most), most)
+
+
+def bucket(rows: int, sizes: Sequence[int]) -> int:
+    """The smallest of `sizes` that holds `rows`."""
+    return next(size for size in sizes if size >= rows)
+
+
+_NO_GRAPH = -1  # not to be captured
+
+
+class _Launch:
+    """A session, what is bound to it, and the id of the CUDA graph that is captured of both."""
+
+    def __init__(self, session: ort.InferenceSession, binding: Any, graph_id: int) -> None:
+        self._session, self._binding = session, binding
+        self._options = {
+            (graph, wait): _run_options(graph_id if graph else _NO_GRAPH, wait)
+            for graph in (True, False)
+            for wait in (True, False)
+        }
+
+    def run(self, graph: bool, wait: bool = True) -> None:
+        """Run it; `wait` until the device has finished, or leave it running.
+
+        graph: launch the captured graph; at the first time it is captured.
+        """
+        self._session.run_with_iobinding(self._binding, self._options[graph, wait])
+
+
+def _run_options(graph_id: int, wait: bool) -> Any:
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph_id))
+    options.add_run_config_entry("disable_synchronize_execution_providers", str(int(not wait)))
+    return options
+
+
+class DeviceRunner:
+    """ModelRunner of captioning on a device: `encode` into slots, `decode` a burst of tokens."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        config: EngineConfig,
+        plan: Plan,
+        memory_limit: int | None = None,
+    ) -> None:
+        """memory_limit: bytes that both sessions may take on the device together."""
+        assert config.slots is not None
+        self.sizes, self.plan, self.burst = manifest.sizes, plan, BURST
+        self._capture = config.cuda_graphs
+        self._device = device = "cpu" if plan.decoder_provider == "cpu" else "cuda"
+        self.text_tokens = config.text_positions(self.sizes.text)
+        self._slots, self._batch = config.slots, min(plan.encode_batch, config.slots)
+        self._buckets, self._batches = buckets(self._slots), buckets(self._batch)
+        self._names = [f"{i}.{kind}" for i in range(self.sizes.layers) for kind in ("key", "value")]
+        combination = manifest.combination(plan.combination)
+        graphs = {g: manifest.variant(g, combination) for g in ("encoder", "decoder", "insert")}
+        cache = np.dtype(graphs["decoder"].cache)
+        heads, head, prefix = self.sizes.heads, self.sizes.head, self.sizes.prefix
+        capacity = prefix + self.text_tokens
+        slot, image = (heads, capacity, head), (heads, prefix, head)
+        # One slot more: there goes what was encoded in rows of nobody.
+        self._arena = [DeviceBuffer(device, (self._slots + 1, *slot), cache) for _ in self._names]
+        self._images = [DeviceBuffer(device, (self._batch, *image), cache) for _ in self._names]
+        self._blank = DeviceBuffer(device, (1, *slot), cache)
+        self._ring = BURST + 1, self._slots
+        self._tokens = DeviceBuffer(device, (prod(self._ring),), np.int64)
+        self._lengths = DeviceBuffer(device, (prod(self._ring),), np.int32)
+        self._host_tokens = np.zeros(self._ring, np.int64)
+        self._host_lengths = np.zeros(self._ring, np.int32)
+        self._capacity = ort.OrtValue.ortvalue_from_numpy(np.array([capacity], np.int32))
+        pieces = head * cache.itemsize // (PIECE * 8)  # of a vector
+        self._slot_pieces = heads * capacity * pieces
+        self._image_places = _uploaded(device, _places(heads, prefix * pieces, capacity * pieces))
+        self._slot_places = _uploaded(device, _places(1, self._slot_pieces, self._slot_pieces))
+        self._firsts = DeviceBuffer(device, (self._batch, 1, 1), np.int64)
+        self._pixels = {
+            rows: DeviceBuffer(device, (rows, *self.pixels_shape), np.uint8)
+            for rows in self._batches
+        }
+        self._staging = np.zeros((self._batch, *self.pixels_shape), np.uint8)
+        if device == "cuda":
+            pin(self._staging)
+        half = None if memory_limit is None else memory_limit // 2
+        captured, not_captured = CudaOptions(half, config.cuda_graphs), CudaOptions(half, False)
+        encode_on = Placement(
+            plan.encoder_provider, plan.encoder_threads, folder, cuda=captured, batch=self._batch,
+            row=self.pixels_shape,
+        )  # fmt: skip
+        decode_on = Placement(plan.decoder_provider, plan.decoder_threads, cuda=captured)
+        self._encoder = open_session(folder / graphs["encoder"].file, encode_on)
+        self._decoder = open_session(folder / graphs["decoder"].file, decode_on)
+        self._insert = open_session(
+            folder / graphs["insert"].file, replace(decode_on, cuda=not_captured)
+        )
+        self.graphs = False  # until all is warm
+        self._encodes: dict[int, _Launch] = {}
+        self._inserts: dict[int, _Launch] = {}
+        self._steps: dict[tuple[int, int], _Launch] = {}
+
+    @property
+    def provider(self) -> str:
+        """Of the encoder."""
+        return self.plan.encoder_provider
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is one; else it is the processor."""
+        return self._device != "cpu"
+
+    @property
+    def precision(self) -> str:
+        """The combination of the manifest."""
+        return self.plan.combination
+
+    @property
+    def runs_on(self) -> str:
+        """For people: providers and precisions, and the memory that the slots take."""
+        arena = sum(cache.nbytes for cache in self._arena)
+        graphs = "" if self.graphs else ", without CUDA graphs"
+        return f"{self.plan.describe(self._slots, arena)} on the device{graphs}"
+
+    @property
+    def pixels_shape(self) -> tuple[int, ...]:
+        """Shape of one request's pixels."""
+        return self.sizes.pixels
+
+    def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[int]) -> None:
+        """Put the image K/V of each of `pixels` (uint8, at most the plan's batch) into its slot."""
+        rows = bucket(len(pixels), self._batches)
+        for row, image in enumerate(pixels):
+            self._staging[row] = image
+        self._pixels[rows].upload(self._staging[:rows])
+        (self._encodes.get(rows) or self._bind_encode(rows)).run(self.graphs)
+        insert = self._inserts.get(rows) or self._bind_insert(rows)
+        self._copy_to(slots, insert)
+
+    def decode(
+        self, tokens: Sequence[int], fed: Sequence[int], forced: Sequence[Sequence[int]] = ()
+    ) -> np.ndarray:
+        """Feed a token to each leading row, then what was predicted -> int64 `[steps, rows]`.
+
+        fed: text tokens that each row's cache holds already. forced: for each step but the first
+        what the rows are fed instead; NOT_A_TOKEN leaves a row what was predicted.
+        """
+        rows, steps = len(tokens), 1 + len(forced)
+        size = bucket(rows, self._buckets)
+        # Rows 1, 2, ... hold what is forced, until the step before overwrites them with its choice.
+        self._host_tokens[1:] = NOT_A_TOKEN
+        self._host_tokens[:steps, :rows] = [tokens, *forced]
+        self._host_lengths[0, :rows] = np.add(fed, self.sizes.prefix)
+        self._host_lengths[0, rows:] = self.sizes.prefix  # rows of nobody
+        self._tokens.upload(self._host_tokens.reshape(-1))
+        self._lengths.upload(self._host_lengths.reshape(-1))
+        for step in range(steps):
+            launch = self._steps.get((size, step)) or self._bind_step(size, step)
+            launch.run(self.graphs, wait=step == steps - 1)
+        predicted = self._tokens.fetch().reshape(self._ring)[1 : steps + 1, :rows]
+        for row in np.flatnonzero((predicted == NOT_A_TOKEN).any(axis=0)):
+            self._clear(int(row))
+        return predicted
+
+    def _clear(self, slot: int) -> None:
+        """Empty a slot whose numbers broke down: a kernel may multiply what it masks by zero, and
+        zero times NaN is NaN for the next sequence there."""
+        blank = [self._blank.rows(1)] * len(self._names)
+        self._copy_to([slot], self._bind_copy(blank, self._slot_places))
+
+    def bucket(self, rows: int) -> int:
+        """Steps are captured for a few numbers of rows."""
+        return bucket(rows, self._buckets)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a sequence's cache from one slot to another, on the device."""
+        sources = [cache.rows(1, source) for cache in self._arena]
+        self._copy_to([target], self._bind_copy(sources, self._slot_places))
+
+    def warm_up(self) -> None:
+        """Run, and with CUDA graphs capture, everything that a request can meet.
+
+        Raises ProviderError if the device can't; GraphsFailed if it can, but not be captured.
+        """
+        try:
+            # What allocates, or chooses an algorithm, does so in these runs: never in a capture.
+            for _ in range(_RUNS_BEFORE_CAPTURE):
+                self._run_all()
+        except Exception as cause:  # ONNX Runtime raises a class of its own for every status code
+            raise ProviderError(f"{self.plan.encoder_provider} can't run this: {cause}") from cause
+        if not self._capture:
+            return
+        self.graphs = True
+        try:
+            self._run_all()
+        except Exception as cause:
+            raise GraphsFailed(f"a CUDA graph can't be captured: {cause}") from cause
+
+    def _run_all(self) -> None:
+        blank = np.zeros(self.pixels_shape, np.uint8)
+        for batch in self._batches:
+            self.encode([blank] * batch, range(batch))
+        for size in self._buckets:
+            steps = min(self.burst, self.text_tokens)
+            self.decode([0] * size, [0] * size, [[NOT_A_TOKEN] * size] * (steps - 1))
+
+    def _bind_encode(self, rows: int) -> _Launch:
+        binding = self._encoder.io_binding()
+        self._pixels[rows].rows(rows).as_input(binding, "pixels")
+        for name, image in zip(self._names, self._images, strict=True):
+            image.rows(rows).as_output(binding, f"image.{name}")
+        launch = _Launch(self._encoder, binding, self._batches.index(rows) + 1)
+        self._encodes[rows] = launch
+        return launch
+
+    def _bind_step(self, rows: int, step: int) -> _Launch:
+        binding = self._decoder.io_binding()
+        now, then = step * self._slots, (step + 1) * self._slots
+        self._tokens.rows(rows, now).shaped(rows, 1).as_input(binding, "token_ids")
+        self._lengths.rows(rows, now).as_input(binding, "lengths")
+        self._tokens.rows(rows, then).as_input(binding, "forced")
+        self._tokens.rows(rows, then).as_output(binding, "next_ids")
+        self._lengths.rows(rows, then).as_output(binding, "next_lengths")
+        # The value is fixed in a captured graph; kernels go by each row's own length.
+        binding.bind_ortvalue_input("total_length", self._capacity)
+        for name, cache in zip(self._names, self._arena, strict=True):
+            cache.rows(rows).as_input(binding, f"past_key_values.{name}")
+            cache.rows(rows).as_output(binding, f"present.{name}")
+        launch = _Launch(
+            self._decoder, binding, 1 + step * len(self._buckets) + self._buckets.index(rows)
+        )
+        self._steps[rows, step] = launch
+        return launch
+
+    def _bind_insert(self, rows: int) -> _Launch:
+        images = [image.rows(rows) for image in self._images]
+        launch = self._inserts[rows] = self._bind_copy(images, self._image_places)
+        return launch
+
+    def _bind_copy(self, sources: list[View], places: DeviceBuffer) -> _Launch:
+        """From `sources` into the slots that `_firsts` names, to these places of each."""
+        binding = self._insert.io_binding()
+        count, rows = places.shape[1], sources[0].shape[0]
+        places.rows(1).as_input(binding, "pieces")
+        self._firsts.rows(rows).as_input(binding, "firsts")
+        for name, source, cache in zip(self._names, sources, self._arena, strict=True):
+            arena = cache.rows(self._slots + 1).shaped(-1, PIECE, dtype=np.int64)
+            source.shaped(rows, count, PIECE, dtype=np.int64).as_input(binding, f"image.{name}")
+            arena.as_input(binding, f"arena.{name}")
+            arena.as_output(binding, f"inserted.{name}")
+        return _Launch(self._insert, binding, _NO_GRAPH)
+
+    def _copy_to(self, slots: Sequence[int], launch: _Launch) -> None:
+        firsts = np.full((self._batch, 1, 1), self._slots, np.int64)
+        firsts[: len(slots), 0, 0] = slots
+        self._firsts.upload(firsts * self._slot_pieces)
+        launch.run(graph=False)
+
+
+def _places(heads: int, used: int, room: int) -> np.ndarray:
+    """int64 `[1, heads * used, 1]`: the first `used` of the `room` pieces that each head has."""
+    return (np.arange(heads)[:, None] * room + np.arange(used)).reshape(1, -1, 1)
+
+
+def _uploaded(device: str, array: np.ndarray) -> DeviceBuffer:
+    buffer = DeviceBuffer(device, array.shape, array.dtype)
+    buffer.upload(array)
+    return buffer

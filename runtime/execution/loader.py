@@ -1,0 +1,163 @@
+"""From an engine folder to a runner: manifest, plan, memory and sessions, one after another."""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from runtime.errors import GraphsFailed, ProviderError
+from runtime.execution import self_test
+from runtime.execution.device import DeviceRunner
+from runtime.execution.host import HostRunner
+from runtime.model import manifest as manifests
+from runtime.model.manifest import Manifest
+from runtime.planning.config import AUTO, EngineConfig
+from runtime.planning.machine import memory
+from runtime.planning.plan import Plan, resolve
+from runtime.providers import cuda, registry
+from runtime.providers.gpu import Memory, require_gpu
+
+log = logging.getLogger(__name__)
+
+DEVICES = ("cuda",)  # providers of a decoder whose state stays with it; tests add the processor
+_SLOTS = 16  # on a processor: more rows make a step no cheaper for each
+_MOST_SLOTS = 64  # on a GPU, unless more are asked for
+_SHARE = 0.8  # of a machine's memory that the slots may take
+_HALF = 2  # bytes
+_ARENA = 2  # ONNX Runtime's allocator for tensors beside a session takes up to twice their size
+_ACTIVATIONS = 24  # of an image in the encoder: tensors of positions x width that are alive at once
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan that fits: its slots, and on a GPU the bytes that its sessions may take."""
+
+    plan: Plan
+    slots: int
+    memory_limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An engine that was found whole, with the plans to try in their order. Nothing runs yet."""
+
+    folder: Path
+    manifest: Manifest
+    config: EngineConfig
+    candidates: tuple[Candidate, ...]
+
+
+def prepare(folder: Path, config: EngineConfig) -> Prepared:
+    """Find out all that can be wrong before a graph is loaded; takes no more than reading it.
+
+    Raises EngineFolderError for a missing, damaged or foreign folder or plan, ProviderError for a
+    provider that is not here, or a GPU that is too small.
+    """
+    if config.provider != AUTO:
+        registry.require(config.provider)
+    manifest = manifests.load(folder)
+    plans = resolve(folder, manifest, config, registry.available())
+    candidates: list[Candidate] = []
+    for plan in plans:
+        try:
+            candidates.append(_fitted(folder, manifest, config, plan))
+        except ProviderError as cause:
+            if len(plans) == 1:
+                raise
+            log.warning("auto: %s was left out: %s", plan.encoder_provider, cause)
+    return Prepared(folder, manifest, config, tuple(candidates))
+
+
+def _fitted(folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) -> Candidate:
+    """The plan with its slots; ProviderError if they don't fit the memory that holds them."""
+    if plan.decoder_provider != "cuda":
+        slots = config.slots or _SLOTS
+        most = int(_SHARE * memory() / _slot_bytes(manifest, config, plan))
+        if slots > most:
+            raise ProviderError(
+                f"{slots} slots do not fit the memory of {memory() / 2**30:.1f} GiB here: use "
+                f"{most} (--slots) or fewer"
+            )
+        return Candidate(plan, slots)
+    gpu = require_gpu(cuda.major())
+    slots, limit = gpu_memory(folder, manifest, config, plan).budget(
+        gpu, config.slots, _MOST_SLOTS, plan.encode_batch
+    )
+    return Candidate(plan, slots, limit)
+
+
+def _slot_bytes(manifest: Manifest, config: EngineConfig, plan: Plan) -> int:
+    """Of one slot's K/V on a processor."""
+    sizes, cache = manifest.sizes, manifest.combination(plan.combination).cache
+    positions = sizes.prefix + config.text_positions(sizes.text)
+    return 2 * sizes.layers * sizes.heads * sizes.head * positions * np.dtype(cache).itemsize
+
+
+def gpu_memory(folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) -> Memory:
+    """What an engine takes of a GPU: weights as they lie on disk, the rest by its shapes."""
+    sizes, combination = manifest.sizes, manifest.combination(plan.combination)
+    width = sizes.heads * sizes.head
+    text = config.text_positions(sizes.text)
+    kv = 2 * sizes.layers * width * _HALF  # of one position
+    files = {manifest.variant(graph, combination).data for graph in ("encoder", "decoder")}
+    return Memory(
+        weights=sum((folder / name).stat().st_size for name in files if name),
+        slot=(sizes.prefix + text) * kv * _ARENA,
+        image=sizes.prefix * (kv * _ARENA + _ACTIVATIONS * width * _HALF),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A warm runner, its slots, and the seconds that it took for a caption of the self-test."""
+
+    runner: HostRunner | DeviceRunner
+    slots: int
+    seconds: float
+
+
+def open_runner(engine: Prepared) -> Opened:
+    """A warm runner on the first plan that works here, and passes the self-test.
+
+    With several plans, each that doesn't work is logged. Raises ProviderError when the last can't
+    run either.
+    """
+    *optional, last = engine.candidates
+    for candidate in optional:
+        try:
+            return _opened(engine, candidate)
+        except ProviderError as cause:
+            name = candidate.plan.encoder_provider
+            log.warning("auto: %s was tried and left out: %s", name, cause)
+    return _opened(engine, last)
+
+
+def _opened(engine: Prepared, candidate: Candidate) -> Opened:
+    config = replace(engine.config, slots=candidate.slots)
+    runner = _warm_runner(engine, config, candidate)
+    if runner is None:  # a stream that a capture failed on is of no use: all is opened again
+        runner = _warm_runner(engine, replace(config, cuda_graphs=False), candidate)
+        assert runner is not None
+    manifest = engine.manifest
+    seconds = self_test.check(runner, manifest.sizes, manifest.tokens, manifest.self_test)
+    return Opened(runner, candidate.slots, seconds)
+
+
+def _warm_runner(
+    engine: Prepared, config: EngineConfig, candidate: Candidate
+) -> HostRunner | DeviceRunner | None:
+    """None if CUDA graphs were asked for and can't be captured; what it held is free again."""
+    runner: HostRunner | DeviceRunner
+    if candidate.plan.decoder_provider in DEVICES:
+        runner = DeviceRunner(
+            engine.folder, engine.manifest, config, candidate.plan, candidate.memory_limit
+        )
+    else:
+        runner = HostRunner(engine.folder, engine.manifest, config, candidate.plan)
+    try:
+        runner.warm_up()
+    except GraphsFailed as cause:
+        log.warning("%s: it goes on without CUDA graphs, and slower", cause)
+        return None
+    return runner

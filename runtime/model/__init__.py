@@ -1,0 +1,1 @@
+"""What an engine folder says of its model: manifest, tokenizer, preprocessing."""

@@ -1,0 +1,222 @@
+"""The contract between export/ and runtime/: all that the runtime knows of a model.
+
+`manifest.json` lies beside the graphs. Only the standard library is imported, so that export/ can
+write what runtime/ reads without taking anything else along.
+"""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import EngineFolderError
+
+FORMAT = 4  # raise it when a field changes its meaning; older engines are then refused
+FILE = "manifest.json"
+TOKENIZER = "tokenizer.json"
+NOT_A_TOKEN = -1  # what the decoder predicts for a row whose numbers broke down (NaN)
+PIECE = 2  # int64 that the insertion graph copies at once
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Shapes of both graphs. Positions and tokens are counts, `image` is pixels."""
+
+    image: int
+    frames: int | None  # images a request holds for a video checkpoint, else None
+    prefix: int  # P: positions that one request's image takes in the cache
+    layers: int
+    heads: int
+    head: int  # D: width of one head
+    vocabulary: int
+    text: int  # most text tokens in a sequence, prompt included (the position embeddings' number)
+
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        """Shape of one request's pixels: `[3, S, S]`, or `[F, 3, S, S]` for video checkpoints."""
+        one = (3, self.image, self.image)
+        return one if self.frames is None else (self.frames, *one)
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """Ids that steer the decode loop."""
+
+    bos: int
+    eos: int
+    pad: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """What happens to an image before the encoder graph; all sizes in pixels."""
+
+    shortest_edge: int
+    crop: int
+    resample: int  # PIL.Image.Resampling
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One graph in one precision, for one type of K/V cache.
+
+    graph: "encoder" or "decoder"; "insert" puts image K/V into slots on a device (no weights).
+    precision: fp32, int8 (weights, and activations as they come), int8-static (an encoder with
+        activation scales from calibration, for OpenVINO), fp16, fp16-fused (an encoder with
+        attention in one node, for CUDA).
+    cache: dtype of the K/V that the encoder writes and the decoder reads: float32, int8 or
+        float16, which stays on a GPU.
+    file, data: names in the engine folder; `data` holds the weights, which variants that differ
+        in the cache alone share.
+    """
+
+    graph: str
+    precision: str
+    cache: str
+    file: str
+    data: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """An encoder and a decoder that were proven together.
+
+    agreement: share of `images` whose captions are those of PyTorch in fp32; None for random
+        weights, whose captions prove nothing.
+    """
+
+    encoder: str
+    decoder: str
+    cache: str
+    images: int
+    agreement: float | None
+
+    @property
+    def name(self) -> str:
+        """Precision of the encoder, of the decoder, and the cache's dtype: fp32/int8/int8."""
+        return f"{self.encoder}/{self.decoder}/{self.cache}"
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """Pictures by seed (`runtime.execution.self_test`), and what PyTorch and all variants say."""
+
+    seeds: tuple[int, ...]
+    tokens: tuple[tuple[int, ...], ...]
+
+
+EXACT = "fp32/fp32/float32"  # the combination that every engine has, equal to PyTorch
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One exported model. `verification` and `versions` are for people: nothing reads them."""
+
+    model: str
+    revision: str | None
+    sizes: Sizes
+    tokens: SpecialTokens
+    preprocessing: Preprocessing
+    files: dict[str, str]  # name -> sha256 of everything beside the manifest
+    variants: tuple[Variant, ...]
+    combinations: tuple[Combination, ...]
+    self_test: SelfTest | None = None  # none for random weights
+    about: str = ""  # a line for people: what the model knows
+    verification: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits by which this export is told from others: of its files' sha256."""
+        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()[:12]
+
+    def combination(self, name: str) -> Combination:
+        """The combination of that name; EngineFolderError names those that there are instead."""
+        for candidate in self.combinations:
+            if candidate.name == name:
+                return candidate
+        raise EngineFolderError(
+            f"{self.model} has no combination {name}: use one of "
+            f"{', '.join(c.name for c in self.combinations)}"
+        )
+
+    def variant(self, graph: str, combination: Combination) -> Variant:
+        """The file of `graph` in a combination."""
+        precision = combination.encoder if graph == "encoder" else combination.decoder
+        wanted = (graph, precision, combination.cache)
+        return next(v for v in self.variants if (v.graph, v.precision, v.cache) == wanted)
+
+    def save(self, folder: Path) -> None:
+        """Write `folder`/manifest.json."""
+        content = {"format": FORMAT, **asdict(self)}
+        (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read(folder: Path) -> Manifest:
+    """Read an engine folder's manifest; EngineFolderError if there is none of this format."""
+    path = folder / FILE
+    if not path.is_file():
+        raise EngineFolderError(
+            f"{folder} is not an engine (no {FILE}): make one with `make export MODEL=...`"
+        )
+    try:
+        content = json.loads(path.read_text())
+        if content.pop("format") != FORMAT:
+            raise EngineFolderError(f"{path} was written by another version: export it again")
+        manifest = _parsed(content)
+        _check_named(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError) as cause:
+        raise EngineFolderError(f"{path} can't be read: export it again ({cause!r})") from cause
+    return manifest
+
+
+def load(folder: Path) -> Manifest:
+    """Read an engine folder's manifest and check that the files it names are whole (sha256).
+
+    Raises EngineFolderError naming the file that is missing, damaged or of another format.
+    """
+    manifest = read(folder)
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
+        for _ in pool.map(
+            _check_whole, map(folder.joinpath, manifest.files), manifest.files.values()
+        ):
+            pass
+    return manifest
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parsed(content: dict[str, Any]) -> Manifest:
+    test = content.pop("self_test", None)
+    return Manifest(
+        sizes=Sizes(**content.pop("sizes")),
+        tokens=SpecialTokens(**content.pop("tokens")),
+        preprocessing=Preprocessing(**content.pop("preprocessing")),
+        variants=tuple(Variant(**variant) for variant in content.pop("variants")),
+        combinations=tuple(Combination(**c) for c in content.pop("combinations")),
+        self_test=test and SelfTest(tuple(test["seeds"]), tuple(map(tuple, test["tokens"]))),
+        **content,
+    )
+
+
+def _check_named(manifest: Manifest) -> None:
+    """Raise ValueError unless all that is read lies in the folder and has its sha256."""
+    used = {TOKENIZER, *(v.file for v in manifest.variants)}
+    used |= {v.data for v in manifest.variants if v.data}
+    if unproven := sorted(used - manifest.files.keys()):
+        raise ValueError(f"it has no sha256 of {unproven[0]!r}")
+    if outside := [name for name in manifest.files if Path(name).name != name]:
+        raise ValueError(f"{outside[0]!r} is no file of the folder")
+
+
+def _check_whole(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise EngineFolderError(f"{path} is missing: export the engine again")
+    if sha256(path) != expected:
+        raise EngineFolderError(f"{path} is damaged (its sha256 differs): export the engine again")

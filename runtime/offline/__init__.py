@@ -1,0 +1,1 @@
+"""Files captioned without a server, as lines of JSON."""

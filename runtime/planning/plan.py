@@ -1,0 +1,177 @@
+"""Which variant of each graph runs where: from plan.json, from the caller, or by default.
+
+`make tune` writes plan.json for one engine on one machine. Without it a default for
+the machine's instruction set is used; both only ever name combinations that export has proven.
+"""
+
+import json
+import logging
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from runtime.errors import EngineFolderError
+from runtime.model import manifest as manifests
+from runtime.model.manifest import EXACT, Manifest
+from runtime.planning.config import AUTO, EngineConfig
+from runtime.planning.machine import Machine, this_machine
+
+log = logging.getLogger(__name__)
+
+FILE = "plan.json"
+FORMAT = 2
+
+# By preference where 8-bit products are fast; what an engine does not have is passed over.
+_INT8_ENCODER = ("int8/int8/int8", "int8/int8/float32", "int8/fp32/int8", "int8/fp32/float32")
+_INT8_DECODER = ("fp32/int8/int8", "fp32/int8/float32", "fp32/fp32/int8")
+_FUSED_HALF = ("fp16-fused/fp16/float16",)  # with all state on the GPU
+_PLAIN_HALF = ("fp16/fp16/float16",)  # an encoder that TensorRT takes
+_CALIBRATED_ENCODER = ("int8-static/int8/int8", "int8-static/int8/float32")  # OpenVINO's form
+_ENCODE_BATCH = {"openvino": 4, "cuda": 16, "tensorrt": 16}
+_MOST_STREAMS = 16  # as many as there are slots
+_GPU = ("cuda", "tensorrt")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How an engine's two graphs run. `origin` is for people.
+
+    threads: 0 takes all cores. encoder_streams: images that are encoded side by side
+    (`runtime.execution.encoder`).
+    """
+
+    combination: str
+    encoder_provider: str
+    decoder_provider: str = "cpu"
+    encoder_threads: int = 0
+    decoder_threads: int = 0
+    encode_batch: int = 1
+    encoder_streams: int = 1
+    origin: str = "default"
+
+    def describe(self, slots: int, arena: int) -> str:
+        """For people: providers and precisions, and the memory (arena, in bytes) of the slots."""
+        encoder, decoder, cache = self.combination.split("/")
+        streams = f" in {self.encoder_streams} streams" if self.encoder_streams > 1 else ""
+        return (
+            f"encoder {encoder} on {self.encoder_provider}{streams}, decoder {decoder} on "
+            f"{self.decoder_provider}, K/V {cache} ({self.origin}); "
+            f"{slots} slots in {arena / 2**20:.0f} MiB"
+        )
+
+
+def resolve(
+    folder: Path, manifest: Manifest, config: EngineConfig, available: tuple[str, ...]
+) -> list[Plan]:
+    """Plans to try in this order; more than one only if the provider is left to `auto`.
+
+    available: providers that this machine has, the fastest first. Raises EngineFolderError for a
+    plan.json that is of another machine or engine, or can't be read.
+    """
+    if (folder / FILE).is_file():
+        if config.provider == AUTO and config.precision == AUTO and not config.threads:
+            plan = load(folder, manifest, this_machine(), available)
+            batch = config.encode_batch or plan.encode_batch
+            streams = min(plan.encoder_streams, batch)
+            return [replace(plan, encode_batch=batch, encoder_streams=streams)]
+        log.info("%s is set aside: provider, precision or threads were given", folder / FILE)
+    names = available if config.provider == AUTO else (config.provider,)
+    return [default(manifest, config, name, this_machine()) for name in names]
+
+
+def default(manifest: Manifest, config: EngineConfig, provider: str, machine: Machine) -> Plan:
+    """The plan for an encoder on `provider` when nothing was measured."""
+    if config.precision != AUTO:
+        combination = manifest.combination(config.precision).name
+        if not suitable(combination, machine):
+            log.warning("%s was not proven on a processor such as %s", combination, machine)
+    else:
+        combination = _preferred(manifest, provider, machine)
+    on_gpu = provider in _GPU and combination.endswith("/float16")
+    streams = most_streams(provider, config.threads or machine.cores)
+    batch = config.encode_batch or _ENCODE_BATCH.get(provider) or stream_batch(streams)
+    return Plan(
+        combination=combination,
+        encoder_provider=provider,
+        decoder_provider="cuda" if on_gpu else "cpu",
+        encoder_threads=config.threads,
+        decoder_threads=config.threads,
+        encode_batch=batch,
+        encoder_streams=min(streams, batch),
+        origin=f"default for {machine}",
+    )
+
+
+def most_streams(provider: str, threads: int) -> int:
+    """Images that are encoded side by side unless a plan was measured: one for each thread.
+
+    Other providers than the CPU's have ways of their own to fill a machine.
+    """
+    return min(threads, _MOST_STREAMS) if provider == "cpu" else 1
+
+
+def stream_batch(streams: int) -> int:
+    """Encode batch of a CPU: two images a stream, of which the second hides what the first lacks.
+
+    Streams end unevenly, and a call lasts until the last one has. Without streams, one: an 8-bit
+    encoder is as fast for one image as for eight.
+    """
+    return 2 * streams if streams > 1 else 1
+
+
+def _preferred(manifest: Manifest, provider: str, machine: Machine) -> str:
+    proven = {c.name for c in manifest.combinations}
+    candidates = (n for n in _order(provider) if machine.has_int8_dot or "int8" not in n)
+    return next((name for name in candidates if name in proven), EXACT)
+
+
+def _order(provider: str) -> tuple[str, ...]:
+    if provider == "cpu":
+        return _INT8_ENCODER + _INT8_DECODER
+    if provider == "openvino":
+        return _CALIBRATED_ENCODER + _INT8_DECODER
+    if provider == "tensorrt":
+        return _PLAIN_HALF + _INT8_DECODER
+    return _FUSED_HALF + _INT8_DECODER
+
+
+def suitable(combination: str, machine: Machine) -> bool:
+    """Whether what was proven of a combination holds on this machine.
+
+    Without instructions for it, sums of 8-bit products saturate on the way.
+    """
+    return machine.has_int8_dot or "int8" not in combination.rpartition("/")[0]
+
+
+def save(folder: Path, plan: Plan, machine: Machine, measured: list[dict[str, object]]) -> None:
+    """Write `folder`/plan.json; `measured` is for people."""
+    content = {
+        "format": FORMAT,
+        "machine": asdict(machine),
+        "engine": manifests.sha256(folder / manifests.FILE),
+        "plan": asdict(plan),
+        "measured": measured,
+    }
+    (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def load(folder: Path, manifest: Manifest, machine: Machine, available: tuple[str, ...]) -> Plan:
+    """Read `folder`/plan.json; EngineFolderError unless it is of this machine and engine."""
+    path = folder / FILE
+    again = f"make a new one with `make tune ENGINE={folder}`, or delete it"
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise EngineFolderError(f"{path} was written by another version: {again}")
+        stated = content["machine"] | {"instructions": tuple(content["machine"]["instructions"])}
+        made_on, engine = Machine(**stated), content["engine"]
+        plan = Plan(**content["plan"])
+    except (ValueError, KeyError, TypeError, AttributeError) as cause:
+        raise EngineFolderError(f"{path} can't be read ({cause!r}): {again}") from cause
+    if made_on != machine:
+        raise EngineFolderError(f"{path} was made on {made_on}, this is {machine}: {again}")
+    if engine != manifests.sha256(folder / manifests.FILE):
+        raise EngineFolderError(f"{path} was made for another export of this engine: {again}")
+    if plan.encoder_provider not in available:
+        raise EngineFolderError(f"{path} wants {plan.encoder_provider}, which is gone: {again}")
+    manifest.combination(plan.combination)
+    return plan

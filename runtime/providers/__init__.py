@@ -1,0 +1,1 @@
+"""Execution providers of ONNX Runtime: what is here, and sessions on it."""

@@ -1,0 +1,78 @@
+"""CUDA in ONNX Runtime: its libraries, its options, and memory that it copies from."""
+
+import ctypes
+import logging
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import onnxruntime as ort
+
+from runtime.errors import ProviderError
+
+log = logging.getLogger(__name__)
+
+EP = "CUDAExecutionProvider"
+REMEDY = "install the gpu extra (onnxruntime-gpu) on a host with an NVIDIA driver"
+_PINNED: list[np.ndarray] = []
+
+
+@dataclass(frozen=True, slots=True)
+class CudaOptions:
+    """How a session uses a GPU: the most bytes it may take, and whether its runs are captured."""
+
+    memory_limit: int | None = None
+    graphs: bool = True
+
+
+def major() -> int | None:
+    """The CUDA that onnxruntime-gpu was built for; None for builds without."""
+    major = ort.cuda_version.partition(".")[0]
+    return int(major) if major.isdecimal() else None
+
+
+@cache
+def load() -> None:
+    """Load CUDA's libraries from NVIDIA's wheels, so that one that is missing is told by name."""
+    ort.preload_dlls()
+    names = [f"{name}.so.{major()}" for name in ("libcublasLt", "libcublas", "libcudart")]
+    for name in (*names, "libcurand.so.10", "libcudnn.so.9"):
+        try:
+            ctypes.CDLL(name)
+        except OSError as cause:
+            raise ProviderError(
+                f"CUDA's libraries can't be loaded ({cause}): install the gpu extra, which brings "
+                "them, or a CUDA toolkit of that version"
+            ) from cause
+
+
+def settings(how: CudaOptions, exact: bool) -> dict[str, str]:
+    """The provider's options. exact: compute in fp32 throughout."""
+    options = {
+        "arena_extend_strategy": "kSameAsRequested",  # doubling would overshoot the limit
+        "cudnn_conv_algo_search": "HEURISTIC",  # one convolution, not worth a search a batch size
+        "enable_cuda_graph": str(int(how.graphs)),
+        "use_tf32": str(int(not exact)),
+    }
+    if how.memory_limit is not None:
+        options["gpu_mem_limit"] = str(how.memory_limit)
+    return options
+
+
+def pin(array: np.ndarray) -> None:
+    """Lock an array's memory, so that copies to a GPU read it directly (`cudaHostRegister`).
+
+    The array is kept for good: CUDA must not know an address that something else has got. Without
+    this copies work too, by a detour.
+    """
+    try:
+        runtime = ctypes.CDLL(f"libcudart.so.{major()}")
+        code = runtime.cudaHostRegister(
+            ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), ctypes.c_uint(0)
+        )
+    except (OSError, AttributeError) as cause:
+        log.warning("pixels are copied from pageable memory: %s", cause)
+        return
+    _PINNED.append(array)
+    if code:
+        log.warning("pixels are copied from pageable memory: cudaHostRegister says %d", code)

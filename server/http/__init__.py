@@ -1,0 +1,1 @@
+"""HTTP: requests parsed, answers and errors rendered."""

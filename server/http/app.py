@@ -1,0 +1,68 @@
+"""Routes."""
+
+import logging
+from typing import cast
+
+import tornado.web
+
+from server.http import caption, health, metrics, pages
+from server.http.handler import Handler
+from server.logs import plain
+from server.service.service import Service
+
+_PATH, _METHOD = 200, 20  # characters that are logged
+log = logging.getLogger(__name__)
+
+_OPS: list[tuple[str, type[Handler]]] = [
+    (r"/health/live", health.LiveHandler),
+    (r"/health/ready", health.ReadyHandler),
+    (r"/metrics", metrics.MetricsHandler),
+]
+
+
+def make_app(service: Service) -> tornado.web.Application:
+    """The public application for one service; tests make theirs with the same function."""
+    routes: list[tuple[str, type[Handler]]] = [
+        (r"/", pages.PageHandler),
+        (r"/openapi.json", pages.OpenApiHandler),
+        (r"/samples/([a-z-]+\.png)", pages.SampleHandler),
+        (r"/caption", caption.CaptionHandler),
+    ]
+    return _app(service, routes if service.settings.ops_port is not None else routes + _OPS)
+
+
+def make_ops_app(service: Service) -> tornado.web.Application:
+    """Health and metrics alone, for a port of their own."""
+    return _app(service, _OPS)
+
+
+def _app(service: Service, routes: list[tuple[str, type[Handler]]]) -> tornado.web.Application:
+    parts = {"service": service}
+    return tornado.web.Application(
+        [(path, handler, parts) for path, handler in routes],
+        default_handler_class=pages.NotFoundHandler,
+        default_handler_args=parts,
+        log_function=_log if service.settings.access_log else lambda handler: None,
+    )
+
+
+def _log(handler: tornado.web.RequestHandler) -> None:
+    """A line for a request, with the same as fields for those who read JSON."""
+    ours, request = cast(Handler, handler), handler.request
+    fields = {
+        "method": plain(request.method or "", _METHOD),
+        "path": plain((request.path or "")[:_PATH], _PATH),
+        "status": handler.get_status(),
+        "duration_ms": round(request.request_time() * 1e3, 1),
+        "client": ours.address,
+        "key": ours.key,
+        "code": ours.code,
+        "model": ours.service.manifest.model,
+        "request_id": ours.name,
+    }
+    log.info(
+        "%(method)s %(path)s %(status)d %(duration_ms).1f ms, %(code)s, from %(client)s, key "
+        "%(key)s, request %(request_id)s",
+        fields,
+        extra={"fields": fields},
+    )

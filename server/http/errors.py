@@ -1,0 +1,64 @@
+"""The one table that says which error is answered how."""
+
+from dataclasses import dataclass
+
+import tornado.web
+
+from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels, VignetteError
+from server.images.cost import TooHard
+from server.images.fetch import FetchFailed, ForbiddenUrl
+from server.ipc.dispatcher import EngineFailed, Expired
+from server.service.admission import NotServing, QueueFull
+from server.service.keys import TooFast, Unauthorised
+
+
+class BodyTooLarge(VignetteError):
+    """The request's body exceeds the limit."""
+
+
+class UnsupportedMediaType(VignetteError):
+    """The request's Content-Type is none that /caption takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How an error is answered. `message` replaces the error's own text, where that isn't ours."""
+
+    status: int
+    code: str
+    message: str | None = None
+
+
+# The first that fits counts, so what is a kind of another stands before it.
+ERRORS: dict[type[Exception], Answer] = {
+    ForbiddenUrl: Answer(400, "forbidden_url"),
+    InvalidImage: Answer(400, "invalid_image"),
+    InvalidRequest: Answer(400, "invalid_request"),
+    Unauthorised: Answer(401, "unauthorised"),
+    BodyTooLarge: Answer(413, "body_too_large"),
+    UnsupportedMediaType: Answer(415, "unsupported_media_type"),
+    TooManyPixels: Answer(422, "too_many_pixels"),
+    TooHard: Answer(422, "too_hard_to_decode"),
+    FetchFailed: Answer(422, "fetch_failed"),
+    TooFast: Answer(429, "too_fast"),
+    QueueFull: Answer(429, "queue_full"),
+    NotServing: Answer(503, "not_serving"),
+    EngineFailed: Answer(500, "engine_failed"),
+    Expired: Answer(504, "deadline_exceeded"),
+}
+HTTP_ERRORS: dict[int, Answer] = {
+    400: Answer(400, "invalid_request", "not a valid HTTP request: check its headers and body"),
+    404: Answer(404, "not_found", "no such page: POST an image to /caption, or see /"),
+    405: Answer(405, "method_not_allowed", "this method is not served here: see /"),
+}
+INTERNAL = Answer(500, "internal", "an error of ours; it was logged")
+
+
+def answer_to(error: BaseException | None, status_code: int) -> Answer:
+    """The table's line for an error; what the table doesn't know is an internal error."""
+    for kind, answer in ERRORS.items():
+        if isinstance(error, kind):
+            return answer
+    if error is None or isinstance(error, tornado.web.HTTPError):
+        return HTTP_ERRORS.get(status_code, INTERNAL)
+    return INTERNAL

@@ -1,0 +1,30 @@
+"""Health: alive as long as it answers, ready when it captions."""
+
+from server.http.handler import Handler
+from server.service.admission import State
+
+
+class LiveHandler(Handler):
+    """GET /health/live: the event loop runs."""
+
+    def get(self) -> None:
+        """Always 200."""
+        self.write_json({"status": "alive"})
+
+
+class ReadyHandler(Handler):
+    """GET /health/ready: 200 while a worker serves, until the server drains."""
+
+    def get(self) -> None:
+        """The state, and each worker's."""
+        state, workers = self.service.admission.state, self.service.workers
+        serves = state is State.READY and self.service.serves
+        if not serves:
+            self.set_status(503)
+        self.write_json(
+            {
+                "status": "recovering" if state is State.READY and not serves else state,
+                "model": self.service.manifest.model,
+                "workers": [{k: v for k, v in w.items() if k != "epoch"} for w in workers],
+            }
+        )

@@ -1,0 +1,72 @@
+"""GET /: what this is and how to call it. Unknown routes end here too."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import tornado.web
+
+from server.http.handler import Handler
+
+_PAGE = Path(__file__).with_name("page.html")
+_SAMPLES = Path(__file__).parents[2] / "demo" / "samples"
+_DEMO = "vignette-demo"
+_FACTS = "{/* what the server says of itself */}"
+_OPENAPI = Path(__file__).with_name("openapi.json")
+
+
+class PageHandler(Handler):
+    """A short page to try the service on."""
+
+    def get(self) -> None:
+        """HTML, self-contained but for the samples of the demo model."""
+        manifest = self.service.manifest
+        facts = {"about": manifest.about, "samples": _samples() if manifest.model == _DEMO else []}
+        self.set_header("Content-Type", "text/html; charset=utf-8")
+        # "</script>" in a text would end the script that it stands in.
+        self.finish(_page().replace(_FACTS, json.dumps(facts).replace("<", "\\u003c")))
+
+
+class SampleHandler(Handler):
+    """GET /samples/NAME: a picture to try the demo model on."""
+
+    def get(self, name: str) -> None:
+        """One of the files, which the page names."""
+        if self.service.manifest.model != _DEMO or name not in _samples():
+            raise tornado.web.HTTPError(404)
+        self.set_header("Content-Type", "image/png")
+        self.finish((_SAMPLES / name).read_bytes())
+
+
+class OpenApiHandler(Handler):
+    """GET /openapi.json: the whole interface, for clients and generators."""
+
+    def get(self) -> None:
+        """OpenAPI 3.1."""
+        self.set_header("Content-Type", "application/json; charset=utf-8")
+        self.finish(_openapi())
+
+
+class NotFoundHandler(Handler):
+    """Any other path, whatever the method."""
+
+    def get(self) -> None:
+        """404."""
+        raise tornado.web.HTTPError(404)
+
+    post = put = patch = delete = options = head = get
+
+
+@cache
+def _page() -> str:
+    return _PAGE.read_text()
+
+
+@cache
+def _samples() -> list[str]:
+    return sorted(path.name for path in _SAMPLES.glob("*.png"))
+
+
+@cache
+def _openapi() -> str:
+    return _OPENAPI.read_text()

@@ -1,0 +1,1 @@
+"""Encoded images to pixels: fetched, estimated, decoded in processes of their own."""

@@ -1,0 +1,170 @@
+"""One decoder process: images to pixels, and large JSON bodies taken apart.
+
+Decoders are C code that is fed whatever strangers send, so this process has limits on its memory
+and on its time, and no say in anything. It answers with data, never with objects.
+"""
+
+import asyncio
+import json
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import struct
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels, VignetteError
+from runtime.model.manifest import Preprocessing
+from runtime.model.preprocess import opened, prepared
+from server.http.bodies import json_parts
+from server.images import heads
+from server.images.cost import TooHard, estimate
+from server.ipc.shared import PixelStore
+from server.processes.system import environment, follow_parent, give_way, limit_memory
+
+_ENVIRONMENT = {  # which the process has before it loads anything
+    "OPENBLAS_NUM_THREADS": "1",  # its threads' stacks would count as address space
+    # glibc's allocator keeps what is freed, up to so many bytes, for the next image: pages that the
+    # system gives out anew each time take as long to clear as a small image takes to decode.
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
+}
+PIXELS, PARTS = b"P", b"J"  # what is asked for: an image's pixels, a JSON body's parts
+DONE, FAILED, DEAR, BUG = b"D", b"F", b"E", b"B"  # what is answered
+# what, bytes that follow, slot, frame or -1, seconds of processor time, most seconds as estimated
+_HEAD = struct.Struct("=cIIidd")
+_ANSWER = struct.Struct("=cI")  # what, bytes that follow
+_READY = b"R"
+_PIECE = 2**20
+_USUAL_MEMORY = 256 * 2**20  # that an image may take beside others
+_ERRORS = {kind.__name__: kind for kind in (InvalidImage, InvalidRequest, TooManyPixels, TooHard)}
+_CONTEXT = multiprocessing.get_context("spawn")
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a decoder process is started with.
+
+    store: path, slots and shape of the PixelStore that it writes to. memory: bytes of address
+    space beside it. niceness: added to this process's own.
+    """
+
+    store: tuple[Path, int, tuple[int, ...]]
+    how: Preprocessing
+    max_pixels: int
+    memory: int
+    niceness: int
+
+
+class Decoder:
+    """The process from outside, and the socket to it. Used on one thread, which outlives it."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._socket, theirs = socket.socketpair()
+        self._socket.setblocking(False)
+        self._started = False
+        with theirs:
+            self.process = _CONTEXT.Process(target=_serve, args=(theirs, setup), daemon=True)
+            with environment(_ENVIRONMENT):
+                self.process.start()
+
+    async def started(self) -> None:
+        """Wait until it is there; loading its libraries is not to count as decoding."""
+        if not self._started:
+            await self._read(len(_READY))
+            self._started = True
+
+    async def ask(
+        self, what: bytes, data: bytes, place: tuple[int, int], seconds: float, most: float
+    ) -> tuple[bytes, bytes]:
+        """Have something done; kind of the answer, and the answer. Raises OSError or EOFError.
+
+        place: slot, and frame or -1. seconds: of processor time, after which the process dies.
+        most: an image whose estimate is above is left alone, and DEAR answered.
+        """
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(self._socket, _HEAD.pack(what, len(data), *place, seconds, most))
+        await loop.sock_sendall(self._socket, data)
+        kind, length = _ANSWER.unpack(await self._read(_ANSWER.size))
+        return kind, bytes(await self._read(length))
+
+    async def _read(self, size: int) -> bytearray:
+        loop, data = asyncio.get_running_loop(), bytearray()
+        while len(data) < size:
+            part = await loop.sock_recv(self._socket, min(_PIECE, size - len(data)))
+            if not part:
+                raise EOFError("it has ended")
+            data += part
+        return data
+
+    async def death(self) -> int | None:
+        """Exit code of a process that has closed its socket; None if it lives after a second."""
+        for _ in range(100):
+            if self.process.exitcode is not None:
+                break
+            await asyncio.sleep(0.01)
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        self.process.kill()
+        self._socket.close()
+
+
+def raised(payload: bytes) -> VignetteError:
+    """The error that a FAILED answer tells of."""
+    kind, message = json.loads(payload)
+    return _ERRORS[kind](message)
+
+
+def _serve(socket: socket.socket, setup: Setup) -> None:
+    """The decoder process: answers one request after the other."""
+    follow_parent()
+    give_way(setup.niceness)
+    pixels = PixelStore(*setup.store)
+    limit_memory(setup.memory + pixels.size)
+    socket.sendall(_READY)
+    # Libraries write there what strangers make them complain of, as much as they like.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    stream = socket.makefile("rb")
+    while head := stream.read(_HEAD.size):
+        what, size, slot, frame, seconds, most = _HEAD.unpack(head)
+        data = stream.read(size)
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the process
+        try:
+            kind, answer = (
+                _parts(data) if what == PARTS else _pixels(data, setup, pixels, (slot, frame), most)
+            )
+        except VignetteError as error:
+            kind, answer = FAILED, json.dumps([type(error).__name__, str(error)]).encode()
+        except Exception:
+            kind, answer = BUG, traceback.format_exc().encode(errors="replace")
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        socket.sendall(_ANSWER.pack(kind, len(answer)) + answer)
+
+
+def _pixels(
+    data: bytes, setup: Setup, store: PixelStore, place: tuple[int, int], most: float
+) -> tuple[bytes, bytes]:
+    """An image's pixels into a slot of the store, of a clip into one of its frames."""
+    heads.check(data)
+    image = opened(data, setup.max_pixels)
+    cost = estimate(image, data, setup.how)
+    if cost.seconds > most or (most < math.inf and cost.memory > _USUAL_MEMORY):
+        return DEAR, json.dumps(cost.seconds).encode()
+    if cost.memory > setup.memory:
+        raise TooHard(
+            f"decoding this image would take {cost.memory // 2**20} MiB, and there are "
+            f"{setup.memory // 2**20}: make it smaller"
+        )
+    slot, frame = place
+    store[slot][... if frame < 0 else frame] = prepared(image, setup.how, setup.max_pixels)
+    return DONE, b""
+
+
+def _parts(data: bytes) -> tuple[bytes, bytes]:
+    """A JSON body's parts, as `server.http.bodies.Parts.packed`."""
+    return DONE, json_parts(data).packed()

@@ -1,0 +1,178 @@
+"""Images by URL, off unless domains are allowed: https alone, and never a private address.
+
+Each name is looked up once and the connection goes to the very address that was checked, so a
+second answer of the name server changes nothing. Every redirect is checked like the first URL.
+"""
+
+import asyncio
+import ipaddress
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
+from tornado.iostream import UnsatisfiableReadError
+from tornado.netutil import Resolver
+from tornado.simple_httpclient import HTTPTimeoutError, SimpleAsyncHTTPClient
+
+from runtime.errors import InvalidRequest, VignetteError
+from server.http.bodies import shown
+from server.images.turns import Turns
+
+_REDIRECTS = 3
+_LOOKUPS, _FETCHES = 8, 32  # at a time
+_CONNECT_SECONDS = 5.0
+# What Python's own list lacks, or lacked until lately: local translators, old site-local addresses,
+# IPv4 written the old way within IPv6, or translated (RFC 2765).
+_NOT_PUBLIC = tuple(
+    map(ipaddress.ip_network, ("64:ff9b:1::/48", "fec0::/10", "::/96", "::ffff:0:0:0/96"))
+)
+_MOVED = (301, 302, 303, 307, 308)
+
+
+class ForbiddenUrl(InvalidRequest):
+    """A URL that must not be asked."""
+
+
+class FetchFailed(VignetteError):
+    """The other server did not give the image."""
+
+
+class _Lookups(Resolver):
+    """Asks the name server on threads of its own: one that hangs holds up nothing but look-ups."""
+
+    def initialize(self) -> None:
+        self._threads = ThreadPoolExecutor(_LOOKUPS, "lookup")
+
+    async def resolve(
+        self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[tuple[int, Any]]:
+        found = await asyncio.get_running_loop().run_in_executor(
+            self._threads, partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM)
+        )
+        return [(kind, address) for kind, _, _, _, address in found]
+
+
+class PublicResolver(Resolver):
+    """Looks names up, and knows public addresses only."""
+
+    def initialize(self, inner: Resolver | None = None) -> None:
+        """inner: who asks the name server; tests put their own in."""
+        self._inner = inner or _Lookups()
+
+    async def resolve(
+        self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[tuple[int, Any]]:
+        """Addresses of `host`; raises ForbiddenUrl if any of them is not public."""
+        found = await self._inner.resolve(host, port, family)
+        for _, address in found:
+            if not is_public(address[0]):
+                raise ForbiddenUrl(f"{host} is not a public address: image_url may not lead there")
+        return found
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the open internet, also if it is written within another."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        if any(ip in network for network in _NOT_PUBLIC):
+            return False
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if inner is not None:
+            return inner.is_global
+        if ip in ipaddress.ip_network("64:ff9b::/96"):  # IPv4 behind a translator
+            return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF).is_global
+    return ip.is_global and not ip.is_multicast
+
+
+class Fetcher:
+    """Fetches images from the domains that are allowed."""
+
+    def __init__(
+        self, domains: tuple[str, ...], limit: int, resolver: Resolver | None = None, **client: Any
+    ) -> None:
+        """domains: a name, or `.name` for those below it too. limit: bytes of an image."""
+        self._domains, self._limit = tuple(d.lower() for d in domains), limit
+        self._http = SimpleAsyncHTTPClient(
+            force_instance=True,
+            resolver=resolver or PublicResolver(),
+            max_body_size=limit,
+            max_buffer_size=limit + 64 * 1024,
+            max_clients=_FETCHES,
+        )
+        self._turns = Turns(_FETCHES)
+        self._client = client
+
+    def check(self, url: str) -> None:
+        """Raise ForbiddenUrl for what is not https, of no allowed domain, or dressed up."""
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname or "", parts.port
+        except ValueError as cause:
+            raise ForbiddenUrl("image_url is not a URL") from cause
+        if parts.scheme != "https":
+            raise ForbiddenUrl("image_url must begin with https://")
+        if parts.username is not None or parts.password is not None or "\\" in url:
+            raise ForbiddenUrl("image_url must not hold a user name or backslashes")
+        if port not in (None, 443) and "port" not in self._client:
+            raise ForbiddenUrl("image_url must use the usual port")
+        allowed = any(
+            host == d.lstrip(".") or (d.startswith(".") and host.endswith(d)) for d in self._domains
+        )
+        if not allowed:
+            raise ForbiddenUrl(f"image_url: {shown(host)} is not among the allowed domains")
+
+    async def fetch(self, url: str, seconds: float, client: str) -> bytes:
+        """The image behind `url`, within so many seconds; raises ForbiddenUrl or FetchFailed.
+
+        client: with whose other fetches this one waits for its turn.
+        """
+        end = time.monotonic() + seconds
+        self.check(url)
+        await self._turns.take(client)
+        fetching = asyncio.create_task(self._follow(url, end))
+        fetching.add_done_callback(self._ended)
+        # Cancelled, the client would log what comes of it all the same; it ends by its deadline.
+        return await asyncio.shield(fetching)
+
+    def _ended(self, fetching: "asyncio.Task[bytes]") -> None:
+        self._turns.give()
+        if not fetching.cancelled():
+            fetching.exception()  # asked for, or asyncio logs it if nobody waits any more
+
+    async def _follow(self, url: str, end: float) -> bytes:
+        for _ in range(_REDIRECTS + 1):
+            self.check(url)
+            answer = await self._ask(url, end - time.monotonic())
+            if answer.code not in _MOVED:
+                return answer.body
+            try:
+                url = urljoin(url, answer.headers.get("Location", ""))
+            except ValueError as cause:
+                raise FetchFailed("image_url leads on to what is no URL") from cause
+        raise FetchFailed("image_url leads on too often")
+
+    async def _ask(self, url: str, seconds: float) -> HTTPResponse:
+        options = {k: v for k, v in self._client.items() if k != "port"}
+        request = HTTPRequest(
+            url, follow_redirects=False, connect_timeout=min(_CONNECT_SECONDS, seconds),
+            request_timeout=max(0.1, seconds), decompress_response=False, **options,
+        )  # fmt: skip
+        try:
+            answer = await self._http.fetch(request, raise_error=False)
+        except ForbiddenUrl:
+            raise
+        except HTTPTimeoutError as cause:
+            raise FetchFailed("image_url did not answer in time") from cause
+        except (OSError, HTTPClientError, UnsatisfiableReadError, ValueError) as cause:
+            raise FetchFailed(f"image_url can't be fetched: {shown(cause)}") from cause
+        if answer.code == 599 or isinstance(answer.error, HTTPTimeoutError):
+            if isinstance(answer.error, ForbiddenUrl):
+                raise answer.error
+            raise FetchFailed(f"image_url can't be fetched: {shown(answer.error)}")
+        if answer.code != 200 and answer.code not in _MOVED:
+            raise FetchFailed(f"image_url answered {answer.code}")
+        return answer

@@ -1,0 +1,307 @@
+"""Decoding images in processes of their own, those that are dear behind one another.
+
+An image that crashes its decoder, hangs in it or unpacks to gigabytes takes that process with it
+and nothing else: the next image finds a new one.
+
+Most images take milliseconds; some files of a few bytes take seconds and a gigabyte. So what an
+image will cost is estimated from its head. Those that take longer than `_QUICK` wait for the one
+process that decodes them, at a lower priority, and the others never wait for any of them. In both
+lanes the clients take turns.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import signal
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+from runtime.errors import VignetteError
+from server.http.bodies import Parts
+from server.images.cost import TooHard
+from server.images.decoder import BUG, DEAR, FAILED, PARTS, PIXELS, Decoder, Setup, raised
+from server.images.turns import Turns
+from server.ipc.remembered import Remembered
+from server.logs import Seldom
+from server.service.admission import QueueFull
+
+log = logging.getLogger(__name__)
+
+_QUICK = 0.15  # estimated seconds of a core: what a camera's 12 megapixels take
+_QUICK_LIMIT = 0.6  # seconds of a core, of an image that was estimated wrongly
+_QUICK_MEMORY = 768 * 2**20  # of a process that decodes usual images, its libraries included
+_LOWER = 5  # niceness of the slow lane, beside that of the others
+_START_SECONDS = 60.0
+_REMEMBERED_SECONDS = 3600.0
+_LONGEST_WAIT = 60  # seconds that a client is told to wait
+_LEARNING, _SLOWEST = 0.2, 4.0  # of the pace: how fast it is learnt, and the most that it becomes
+_UNFIT = (
+    "decoding this image crashed, or took too long: save it again with another program, or make it "
+    "smaller"
+)
+_WAITING = (
+    "this image takes long to decode, and others of that kind wait already: send a smaller one, or "
+    "try again later"
+)
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+
+
+class _Unfit(VignetteError):
+    """An image crashed its decoder."""
+
+
+class _OutOfTime(_Unfit):
+    """An image used up the seconds of a core that it was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Of the images of a request: the client whose turn they take, the digest by which they are
+    known again, and their deadline (`time.perf_counter()`).
+    """
+
+    client: str
+    digest: str
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An image to decode into a slot, of a clip into one of its frames (else -1)."""
+
+    image: bytes
+    slot: int
+    frame: int
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Queueing:
+    """How dear images wait. aside: entered meanwhile. seconds: the most that they wait, whatever
+    their deadline.
+    """
+
+    aside: Callable[[Origin], AbstractContextManager[None]] = lambda origin: nullcontext()
+    seconds: float = 30.0
+
+
+class Decoders:
+    """The decoder processes of a front-end. Used on one thread, which has to outlive them."""
+
+    def __init__(
+        self, count: int, setup: Setup, seconds: float, queueing: Queueing | None = None
+    ) -> None:
+        """count: processes, beside the one for dear images, which is started for the first of them.
+
+        seconds: of a core, for one image, after which it is given up.
+        """
+        self._queueing = queueing or Queueing()
+        self._seconds = seconds
+        self._wall = 2 * seconds + 1  # by the clock: by then it is not the processor that it lacks
+        quick = replace(setup, memory=min(setup.memory, _QUICK_MEMORY))
+        self._quick = _Lane(quick, count).start(count)
+        self._slow = _Lane(replace(setup, niceness=setup.niceness + _LOWER), 1)
+        self._too_hard = Remembered(_REMEMBERED_SECONDS)
+        self._queued: Counter[str] = Counter()  # estimated ms in the slow lane, by client
+        self._pace = 1.0  # seconds that an estimated one takes there
+
+    async def decode(self, job: Job) -> None:
+        """Put an image's pixels into its slot.
+
+        Raises InvalidImage, TooManyPixels or TooHard, and QueueFull if more dear images wait than
+        can be decoded until the job's deadline. Cancelled, it ends when nothing writes to the slot
+        any more: at once if the decoding had not begun.
+        """
+        if job.origin.digest in self._too_hard:
+            raise TooHard(_UNFIT)
+        try:
+            seconds = await self._decode_quickly(job)
+            if seconds:
+                await self._decode_slowly(job, seconds)
+        except _Unfit as cause:
+            self._too_hard.add(job.origin.digest)
+            raise TooHard(_UNFIT) from cause
+
+    async def parts(self, body: bytes, client: str) -> Parts:
+        """Take a JSON body apart. Raises InvalidRequest; TooHard if that takes too long."""
+        try:
+            errand = _Errand(PARTS, body, self._seconds, self._wall)
+            _, answer = await self._quick.ask(client, errand)
+        except _Unfit as cause:
+            raise TooHard("reading this JSON took too long: send less of it") from cause
+        return Parts.unpacked(answer)
+
+    async def _decode_quickly(self, job: Job) -> float:
+        """Decode what takes little, and return 0; of another image the seconds as estimated."""
+        seconds = min(_QUICK_LIMIT, self._seconds)
+        errand = _Errand(PIXELS, job.image, seconds, self._wall, (job.slot, job.frame), _QUICK)
+        try:
+            kind, answer = await self._quick.ask(job.origin.client, errand)
+        except _OutOfTime:
+            if seconds == self._seconds:
+                raise
+            return self._seconds  # the estimate was wrong
+        return json.loads(answer) if kind == DEAR else 0.0
+
+    async def _decode_slowly(self, job: Job, seconds: float) -> None:
+        """Decode in the slow lane; what would wait there beyond its deadline is refused now."""
+        cost = math.ceil(seconds * 1e3)
+        mine = self._queued[job.origin.client] + cost
+        others = sum(
+            min(q, mine) for client, q in self._queued.items() if client != job.origin.client
+        )
+        started, usual = time.perf_counter(), (mine + others) / 1e3
+        wait = usual * self._pace
+        left = min(job.origin.deadline - started, self._queueing.seconds)
+        if wait > left:
+            raise QueueFull(_WAITING, min(_LONGEST_WAIT, math.ceil(wait)))
+        place = (job.slot, job.frame)
+        errand = _Errand(PIXELS, job.image, self._seconds, left, place, until=started + left)
+        self._queued[job.origin.client] += cost
+        try:
+            with self._queueing.aside(job.origin):
+                await self._slow.ask(job.origin.client, errand)
+        except TimeoutError:
+            raise QueueFull(_WAITING, _LONGEST_WAIT) from None
+        finally:
+            self._queued[job.origin.client] -= cost
+            self._queued += Counter()  # without those that have nothing there
+        took = (time.perf_counter() - started) / usual
+        self._pace += _LEARNING * (min(took, _SLOWEST) - self._pace)
+
+    def close(self) -> None:
+        """End all processes."""
+        self._quick.close()
+        self._slow.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of all processes, the one for dear images last, if there is one."""
+        return self._quick.pids + self._slow.pids
+
+
+@dataclass(frozen=True, slots=True)
+class _Errand:
+    """What a process is asked: kind, data, slot and frame; an image only if it is estimated to
+    take at most `most` seconds.
+
+    seconds: of a core. wall: seconds by the clock, after which the process is replaced; until:
+    the same as a time of `perf_counter`.
+    """
+
+    what: bytes
+    data: bytes
+    seconds: float
+    wall: float
+    place: tuple[int, int] = (0, -1)
+    most: float = math.inf
+    until: float = math.inf
+
+
+class _Lane:
+    """Processes of one niceness, and those who wait for one."""
+
+    def __init__(self, setup: Setup, count: int) -> None:
+        self._setup, self._turns = setup, Turns(count)
+        self._idle: deque[Decoder] = deque()
+        self._seldom = Seldom(log)
+        self._all: set[Decoder] = set()
+
+    def start(self, count: int) -> "_Lane":
+        """Start processes now; others are when they are needed."""
+        self._idle.extend(self._new() for _ in range(count))
+        return self
+
+    async def ask(self, client: str, errand: _Errand) -> tuple[bytes, bytes]:
+        """Kind and content of the answer.
+
+        Raises what was wrong with the data, _Unfit or TooHard, and TimeoutError if its turn did not
+        come in time. Cancelled, it ends when nothing
+        writes to the slot any more: at once if its turn had not come.
+        """
+        left = None if errand.until == math.inf else errand.until - time.perf_counter()
+        async with asyncio.timeout(left):
+            await self._turns.take(client)
+        return await _to_the_end(asyncio.create_task(self._ask(errand)))
+
+    async def _ask(self, errand: _Errand) -> tuple[bytes, bytes]:
+        try:
+            found = await self._attempt(errand) or await self._attempt(errand)
+        finally:
+            self._turns.give()
+        if found is None:  # for want of memory, most likely
+            raise TooHard(_UNFIT)
+        kind, answer = found
+        if kind == FAILED:
+            raise raised(answer)
+        if kind == BUG:
+            self._seldom.warning("an image was refused for an error of ours: %s", answer.decode())
+            raise TooHard(_UNFIT)
+        return found
+
+    async def _attempt(self, errand: _Errand) -> tuple[bytes, bytes] | None:
+        """Ask a process; None if somebody else has killed it meanwhile."""
+        decoder = self._idle.popleft() if self._idle else self._new()
+        try:
+            if not decoder.process.is_alive():  # it died of something else than this image
+                decoder = self._replaced(decoder)
+            async with asyncio.timeout(_START_SECONDS):
+                await decoder.started()
+            async with asyncio.timeout(min(errand.wall, errand.until - time.perf_counter())):
+                return await decoder.ask(
+                    errand.what, errand.data, errand.place, errand.seconds, errand.most
+                )
+        except TimeoutError as cause:
+            decoder = self._replaced(decoder)
+            raise TooHard(_UNFIT) from cause
+        except (OSError, EOFError) as cause:
+            code = await decoder.death()
+            decoder = self._replaced(decoder)
+            if code in _FROM_OUTSIDE:
+                return None
+            raise (_OutOfTime if code == -signal.SIGPROF else _Unfit)(_UNFIT) from cause
+        finally:
+            self._idle.append(decoder)
+
+    def _new(self) -> Decoder:
+        decoder = Decoder(self._setup)
+        self._all.add(decoder)
+        return decoder
+
+    def _replaced(self, decoder: Decoder) -> Decoder:
+        process = decoder.process
+        log.warning("decoder %s (exit code %s) is replaced", process.pid, process.exitcode)
+        decoder.kill()
+        self._all.discard(decoder)
+        return self._new()
+
+    def close(self) -> None:
+        """End all processes."""
+        for decoder in self._all:
+            decoder.kill()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of all processes."""
+        return [decoder.process.pid or 0 for decoder in self._all]
+
+
+async def _to_the_end(task: "asyncio.Task[tuple[bytes, bytes]]") -> tuple[bytes, bytes]:
+    """The result of a task that goes on while the caller is cancelled, who then waits for it."""
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        task.exception()  # asked for, or asyncio logs it
+        raise asyncio.CancelledError
+    try:
+        return task.result()
+    finally:
+        del task  # its error would hold this frame, and this frame the error, with an image in it

@@ -1,0 +1,133 @@
+"""What the processes of a run share in memory: its folder, and the pixels of requests.
+
+In the pixel files a worker notes, too, what it is about to encode: a message would die with it.
+"""
+
+import fcntl
+import mmap
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from runtime.errors import VignetteError
+from server.processes.system import allocate
+
+_PREFIX, _LOCK = "vignette-", "lock"
+_FRESH_SECONDS = 60.0  # a folder without a lock is being made
+
+
+class NoSharedMemory(VignetteError):
+    """There is no room in shared memory for what a run needs."""
+
+
+def reserve(handle: int, size: int, what: str, remedy: str) -> None:
+    """Give a file its room. Raises NoSharedMemory, which says what has none, and the remedy."""
+    try:
+        allocate(handle, size)
+    except OSError as cause:
+        raise NoSharedMemory(
+            f"shared memory has no room for {size / 2**20:.1f} MiB of {what} ({cause.strerror}): "
+            f"{remedy}"
+        ) from cause
+
+
+class PixelStore:
+    """A file in shared memory with room for the pixels of `slots` requests.
+
+    Whoever decodes an image writes it into a slot, the worker reads it there, and the front-end
+    that owns the file gives the slot to the next request once the first was answered.
+
+    started: for each slot the number of the request in it that a worker began with, or 0. size: of
+    the file in bytes.
+    """
+
+    def __init__(
+        self, path: Path, slots: int, shape: tuple[int, ...], create: bool = False
+    ) -> None:
+        """Create the file, or open another process's. Raises NoSharedMemory without room."""
+        self.path, self.slots, self.shape = path, slots, shape
+        head = slots * np.dtype(np.int64).itemsize
+        self.size = head + slots * int(np.prod(shape))
+        handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
+        remedy = "give the container more (--shm-size), or use a smaller --max-queue"
+        try:
+            if create:
+                reserve(handle, self.size, "pixels", remedy)
+            self._map = mmap.mmap(handle, self.size)
+        finally:
+            os.close(handle)
+        self.started = np.frombuffer(self._map, np.int64, slots)
+        self._all = np.frombuffer(self._map, np.uint8, offset=head).reshape(slots, *shape)
+        self._free = list(range(slots))
+
+    def __getitem__(self, slot: int) -> np.ndarray:
+        """The pixels in a slot: a view, uint8 of the store's shape."""
+        return self._all[slot]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a slot is free."""
+        return bool(self._free)
+
+    def take(self) -> int:
+        """A free slot, if it has room."""
+        return self._free.pop()
+
+    def give_back(self, slot: int) -> None:
+        """The request of this slot is over."""
+        self._free.append(slot)
+
+
+class RunFolder:
+    """The folder of a run, in memory if the system has such a place, locked while it is used.
+
+    A process's number would not tell whether a run lives: another container that shares the place
+    counts its own. The system lets go of a lock when its owner dies, wherever that was.
+    """
+
+    def __init__(self) -> None:
+        """Make one; those of runs that have died are removed."""
+        shared = Path("/dev/shm")
+        parent = shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+        for folder in parent.glob(f"{_PREFIX}*"):
+            if _abandoned(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        unlocked = self.path / f"{_LOCK}.new"
+        self._lock = os.open(unlocked, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        unlocked.rename(self.path / _LOCK)
+
+    def remove(self) -> None:
+        """The run is over."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _abandoned(folder: Path) -> bool:
+    """Whether nobody holds a run's folder; what can't be looked into is somebody else's."""
+    try:
+        lock = os.open(folder / _LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        return time.time() - _made(folder) > _FRESH_SECONDS
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+    return True
+
+
+def _made(folder: Path) -> float:
+    """When a folder was last changed; now, if it has just gone."""
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return time.time()

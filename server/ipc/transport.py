@@ -1,0 +1,52 @@
+"""A front-end's sockets to the engine workers."""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+
+from server.ipc.dispatcher import BLAMED, Dispatcher
+from server.ipc.messages import unpacked, worker_address
+from server.ipc.shared import PixelStore
+
+
+class Workers:
+    """Keeps the dispatcher connected to the workers that serve."""
+
+    def __init__(self, folder: Path, store: PixelStore, identity: str) -> None:
+        self._context = zmq.asyncio.Context.instance()
+        self._folder, self._identity = folder, identity.encode()
+        self.dispatcher = Dispatcher(
+            {
+                "op": "hello",
+                "store": str(store.path),
+                "slots": store.slots,
+                "shape": list(store.shape),
+            },
+            store.started,
+        )
+        self._readers: dict[tuple[int, int], asyncio.Task[None]] = {}
+
+    def update(self, serving: set[tuple[int, int]], ends: Mapping[int, str | None]) -> None:
+        """Who serves now, and how each worker's last life ended, as the supervisor says."""
+        for key in self.dispatcher.keys - serving:
+            self.dispatcher.lost(key, blamed=ends.get(key[0]) in BLAMED)
+            self._readers.pop(key).cancel()
+        for key in serving - self.dispatcher.keys:
+            socket = self._context.socket(zmq.DEALER)
+            socket.identity = self._identity
+            socket.sndhwm = socket.rcvhwm = 0
+            socket.connect(worker_address(self._folder, *key))
+            self._readers[key] = asyncio.create_task(self._read(key, socket))
+            self.dispatcher.connected(key, socket)
+
+    async def _read(self, key: tuple[int, int], socket: zmq.asyncio.Socket) -> None:
+        while True:
+            self.dispatcher.received(key, unpacked(await socket.recv()))
+
+    async def close(self) -> None:
+        """Let go of all workers."""
+        self.update(set(), {})
+        await asyncio.sleep(0)

@@ -1,0 +1,101 @@
+"""A process that the supervisor keeps alive: what is known of it, and whether it is well."""
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+
+from server.ipc.messages import Message, process_name
+from server.processes.system import environment
+
+_SILENCE_SECONDS = 3.0  # without a beat: it is stopped, or starved
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+_CONTEXT = multiprocessing.get_context("spawn")
+
+
+@dataclass(slots=True)
+class Child:
+    """A process and its lives. `epoch` counts them; times are `time.monotonic()`.
+
+    main: what it runs, with its index and epoch as arguments.
+    environment: variables that only it sees.
+    """
+
+    kind: str
+    index: int
+    main: Callable[[int, int], None]
+    environment: dict[str, str] = field(default_factory=dict)
+    epoch: int = 0
+    process: BaseProcess | None = None
+    state: str = "starting"  # starting, ready, down, over
+    heard_at: float = 0.0
+    step_since: float | None = None
+    start_at: float = 0.0
+    failures: int = 0
+    last_end: str | None = None
+    facts: Message = field(default_factory=dict)
+
+    def start(self) -> None:
+        """Begin its next life."""
+        self.epoch += 1
+        self.state, self.step_since = "starting", None
+        self.heard_at = time.monotonic()
+        self.process = _CONTEXT.Process(
+            target=self.main, args=(self.index, self.epoch), name=self.name
+        )
+        with environment(self.environment):
+            self.process.start()
+
+    def note_end(self, reason: str) -> None:
+        """Remember how this life ended: killed by somebody, stuck, hung, or crashed by itself."""
+        killed = self.process is not None and self.process.exitcode in _FROM_OUTSIDE
+        self.last_end = reason if reason != "ended" else "killed" if killed else "crashed"
+
+    def kill(self) -> None:
+        """End this life, if there is one, whatever it does."""
+        if self.process is not None:
+            self.process.kill()
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs."""
+        return self.process is not None and self.process.is_alive()
+
+    def ailing(self, now: float, step_seconds: float) -> str | None:
+        """Why it has to be replaced, or None. step_seconds: that a step may take."""
+        if not self.alive:
+            return "ended"
+        # A start is not watched: loading a graph may hold the interpreter's lock for long.
+        if self.state == "ready" and now - self.heard_at > _SILENCE_SECONDS:
+            return "hung"
+        since = now if self.step_since is None else self.step_since
+        return "stuck" if now - since > step_seconds else None
+
+    @property
+    def station(self) -> str:
+        """What it is through all its lives."""
+        return f"{self.kind}-{self.index}"
+
+    @property
+    def name(self) -> str:
+        """Its identity in this life."""
+        return process_name(self.kind, self.index, self.epoch)
+
+    def public(self) -> Message:
+        """What front-ends and /health/ready are told."""
+        known = {k: v for k, v in self.facts.items() if k != "op"}
+        return {
+            "index": self.index,
+            "epoch": self.epoch,
+            "state": "recovering" if self.state == "down" or self._again else self.state,
+            "pid": self.process.pid if self.process else None,
+            "restarts": self.epoch - 1,
+            "last_end": self.last_end,
+            **{k: v for k, v in known.items() if k != "pid"},
+        }
+
+    @property
+    def _again(self) -> bool:
+        return self.state == "starting" and self.epoch > 1

@@ -1,0 +1,164 @@
+"""A front-end process: speaks HTTP on the shared port, and hears from the supervisor who serves."""
+
+import asyncio
+import logging
+import os
+import resource
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import tornado.web
+import zmq
+import zmq.asyncio
+
+from runtime.errors import VignetteError
+from runtime.model import manifest as manifests
+from runtime.model.tokenizer import CaptionTokenizer
+from server.http.app import make_app, make_ops_app
+from server.http.listening import Server
+from server.ipc.messages import (
+    BEAT_SECONDS,
+    Message,
+    control_address,
+    packed,
+    process_name,
+    tell,
+    unpacked,
+)
+from server.logs import configure
+from server.metrics import count_as
+from server.processes.ports import Ports
+from server.processes.system import follow_parent
+from server.service.admission import State
+from server.service.service import Service, make_service
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_HEADER_BYTES = 56 * 1024  # a prompt of 4,096 characters takes 48 KiB in a query
+_READ_BYTES = 64 * 1024  # of a body at a time
+_OTHER_BODY_BYTES = 64 * 1024  # of requests that are not for /caption, which sets its own limit
+_OTHER_FILES = 256  # that are no connections: sockets to the other processes, libraries
+
+
+def main(settings: Settings, folder: Path, ports: Ports, index: int, epoch: int) -> None:
+    """The process: serve until told to drain."""
+    follow_parent()
+    name = process_name("front", index, epoch)
+    configure(settings)
+    count_as(f"front-{index}")
+    try:
+        asyncio.run(_serve(settings, folder, ports, index, epoch))
+    except VignetteError as error:
+        tell(folder, name, {"op": "failed", "message": str(error)})
+        sys.exit(1)
+
+
+async def _serve(settings: Settings, folder: Path, ports: Ports, index: int, epoch: int) -> None:
+    manifest = manifests.read(settings.engine)
+    tokenizer = CaptionTokenizer(settings.engine, manifest)
+    service = make_service(settings, manifest, tokenizer, folder, index, epoch)
+    servers = [listen(service, make_app(service), ports.public)]
+    if ports.ops:
+        servers.append(listen(service, make_ops_app(service), ports.ops))
+    control = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+    control.identity = process_name("front", index, epoch).encode()
+    control.connect(control_address(folder))
+    service.links.dispatcher.on_refused = lambda digest, until: control.send(
+        packed({"op": "refused", "digest": digest, "until": until})
+    )
+    await control.send(packed({"op": "ready", "pid": os.getpid()}))
+    beat = asyncio.create_task(_beat(control))
+    hear = asyncio.create_task(_hear(control, service))
+    try:
+        await hear
+        # Workers may still come and go while the last requests are finished.
+        hear = asyncio.create_task(_hear(control, service))
+        await _drain(service, servers)
+        await control.send(packed({"op": "drained"}))
+    finally:
+        beat.cancel()
+        hear.cancel()
+        service.decoders.close()
+        if service.tracer is not None:
+            service.tracer.close()
+        await service.links.close()
+        control.close(linger=1000)
+
+
+def listen(service: Service, app: tornado.web.Application, sockets: list[socket.socket]) -> Server:
+    """Serve on sockets; slow clients are cut off, and hold nothing but their connection."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    server = Server(
+        app,
+        late=service.late,
+        most=max(1, min(service.settings.max_connections, files - _OTHER_FILES)),
+        idle_connection_timeout=service.settings.header_seconds,
+        body_timeout=service.settings.body_seconds,
+        max_header_size=_HEADER_BYTES,
+        max_body_size=_OTHER_BODY_BYTES,
+        chunk_size=_READ_BYTES,
+    )
+    server.add_sockets(sockets)
+    return server
+
+
+def know(
+    service: Service,
+    workers: list[Message],
+    refused: Mapping[str, float] | None = None,
+    reading: int = 0,
+) -> None:
+    """What the supervisor says of the workers, and of images that killed some (until when).
+
+    reading: how often the file of API keys was to be read again.
+    """
+    service.workers = workers
+    service.read_keys(reading)
+    for digest, until in (refused or {}).items():
+        service.links.dispatcher.refuse(digest, until)
+    for worker in workers:
+        service.metrics.restarts.labels(worker["index"]).set(worker["restarts"])
+    ready = [w for w in workers if w["state"] == "ready"]
+    ends = {w["index"]: w["last_end"] for w in workers}
+    service.links.update({(w["index"], w["epoch"]) for w in ready}, ends)
+    if ready:
+        slots = sum(w["slots"] for w in ready)
+        service.admission.slots = -(-slots // service.settings.front_ends)
+        if known := [w["seconds"] for w in ready if w.get("seconds")]:
+            service.admission.expect(service.settings.front_ends * min(known) / len(ready))
+        if service.admission.state is State.STARTING:
+            service.admission.state = State.READY
+
+
+async def _hear(control: zmq.asyncio.Socket, service: Service) -> None:
+    """Follow what the supervisor says, until it says to drain."""
+    while True:
+        message = unpacked(await control.recv())
+        if message["op"] == "drain":
+            return
+        know(service, message["workers"], message["refused"], message["reading"])
+
+
+async def _beat(control: zmq.asyncio.Socket) -> None:
+    while True:
+        await control.send(packed({"op": "beat", "step_since": None}))
+        await asyncio.sleep(BEAT_SECONDS)
+
+
+async def _drain(service: Service, servers: list[Server]) -> None:
+    """Take nothing new, finish what was accepted, then let go."""
+    service.admission.state = State.DRAINING
+    log.info("draining %d requests", service.admission.inside)
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + service.settings.drain_seconds
+    while service.admission.inside and loop.time() < deadline:
+        await asyncio.sleep(0.02)
+    if service.admission.inside:
+        log.warning("%d requests were not finished in time", service.admission.inside)
+    await asyncio.sleep(0.02)  # for the last answers to be written
+    for server in servers:
+        server.stop()
+        await server.close_all_connections()

@@ -1,0 +1,303 @@
+"""The supervisor: starts the processes, watches them, replaces them, and ends them in order.
+
+A process is replaced when it ended, when it has not been heard of for some seconds (hung), or when
+an engine worker is in one step for too long (stuck). One that had served is replaced at once, one
+that fails as it starts after a pause that doubles.
+"""
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from runtime.errors import VignetteError
+from server import metrics
+from server.ipc.dispatcher import QUARANTINE_SECONDS
+from server.ipc.messages import Message, control_address, packed, unpacked
+from server.ipc.remembered import Remembered
+from server.ipc.shared import RunFolder
+from server.logs import flush
+from server.processes import frontend
+from server.processes.child import Child
+from server.processes.ports import Ports
+from server.processes.system import OPERATORS_SIGNALS
+from server.service import keys
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_WATCH_SECONDS = 0.1
+_FROZEN_SECONDS = 1.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+_STOP_SECONDS = 5.0
+_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # large bodies go back to the system at once
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
+
+class CannotStart(VignetteError):
+    """No process could be started; the message is its own."""
+
+
+class Supervisor:
+    """One run of the service."""
+
+    def __init__(self, settings: Settings, worker_main: Callable[..., Any], devices: list[str]):
+        """devices: CUDA_VISIBLE_DEVICES of each worker; an empty string changes nothing.
+
+        Raises CannotListen.
+        """
+        self._settings, self._draining, self._over = settings, False, asyncio.Event()
+        self._failure: str | None = None
+        self._reading = 0  # how often the API keys were read again
+        self._announced = self._stopping = False
+        self._ports = Ports(settings)
+        self._run = RunFolder()
+        self._folder = self._run.path
+        self._workers = [
+            Child("worker", index, partial(worker_main, settings, self._folder), _variables(device))
+            for index, device in enumerate(devices)
+        ]
+        main = partial(frontend.main, settings, self._folder, self._ports)
+        self._later = [Child("front", index, main, _MEMORY) for index in range(settings.front_ends)]
+        self._front_ends: list[Child] = []  # those, once the engine is whole
+        self._refused = Remembered(QUARANTINE_SECONDS)
+        self._control = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
+
+    async def run(self) -> None:
+        """Serve until told to stop. Raises NoSharedMemory or CannotStart."""
+        try:
+            names = [child.station for child in [*self._workers, *self._later]]
+            path = self._settings.api_keys
+            known = len(keys.read(path)) if path else 0
+            metrics.make_files(self._folder / "metrics", names, known)
+            self._control.bind(control_address(self._folder))
+            await self._serve(_stop_event(self._read_keys))
+        finally:
+            self._kill_all()
+            self._control.close(linger=0)
+            self._ports.close()
+            self._run.remove()
+
+    async def _serve(self, stop: asyncio.Event) -> None:
+        for child in self._workers:
+            child.start()
+        hearing = asyncio.create_task(self._hear())
+        watching = asyncio.create_task(self._watch())
+        stopping = asyncio.create_task(stop.wait())
+        over = asyncio.create_task(self._over.wait())
+        try:
+            await asyncio.wait(
+                {stopping, over, hearing, watching}, return_when=asyncio.FIRST_COMPLETED
+            )
+            for failed in (hearing, watching):
+                if failed.done():
+                    failed.result()
+            if self._failure is not None:
+                raise CannotStart(self._failure)
+            await self._drain()
+        finally:
+            for task in (hearing, watching, stopping, over):
+                task.cancel()
+
+    # --- Lives ------------------------------------------------------------------------------------
+
+    def _open_front_ends(self) -> None:
+        self._front_ends = self._later
+        for child in self._front_ends:
+            child.start()
+
+    async def _watch(self) -> None:
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            now = time.monotonic()
+            if now - last > _FROZEN_SECONDS:  # all of us were stopped: nobody could beat
+                for child in [*self._workers, *self._front_ends]:
+                    child.heard_at = now
+                    child.step_since = None
+            last = now
+            for child in [*self._workers, *self._front_ends]:
+                if self._stopping and child.kind == "worker":
+                    if child.ailing(now, self._settings.step_seconds):
+                        child.kill()  # nobody waits for it any more
+                elif child.state == "down":
+                    if now >= child.start_at:
+                        child.start()
+                elif child.state != "over" and (
+                    reason := child.ailing(now, self._settings.step_seconds)
+                ):
+                    await self._replace(child, reason)
+
+    async def _replace(self, child: Child, reason: str) -> None:
+        assert child.process is not None
+        served = child.state == "ready"
+        pid, code = child.process.pid, child.process.exitcode
+        child.note_end(reason)
+        child.kill()
+        metrics.forget_gauges(child.station)
+        if child.kind == "front":
+            (self._folder / f"{child.name}.pixels").unlink(missing_ok=True)
+            for worker in self._workers:
+                if worker.state == "ready":
+                    await self._send(worker, {"op": "gone", "name": child.name})
+        if self._draining and child.kind == "front":
+            child.state = "over"
+            return
+        log.error("%s (pid %s, exit code %s) %s: it is replaced", child.name, pid, code, reason)
+        child.failures = 0 if served else child.failures + 1
+        pause = _FIRST_PAUSE * 2 ** (child.failures - 1) if child.failures else 0.0
+        child.state, child.start_at = "down", time.monotonic() + min(_LONGEST_PAUSE, pause)
+        if child.kind == "worker":
+            await self._tell_front_ends()
+        if not self._announced and child.failures > 1:
+            self._failure = self._failure or f"no {child.kind} process stays up: see the log"
+            self._over.set()
+
+    async def _read_keys(self) -> None:
+        """Have all front-ends read the file of API keys again, if it can be used."""
+        path = self._settings.api_keys
+        if path is None:
+            log.warning("SIGHUP reads the API keys again, and there are none (--api-keys)")
+            return
+        try:
+            clients = keys.read(path)
+        except VignetteError as error:
+            log.error("the API keys stay as they were: %s", error)
+            return
+        self._reading += 1
+        log.info("%s was read again: %d API keys", path, len(clients))
+        await self._tell_front_ends()
+
+    # --- Messages ---------------------------------------------------------------------------------
+
+    async def _hear(self) -> None:
+        while True:
+            sender, data = await self._control.recv_multipart()
+            message = unpacked(data)
+            child = self._of(sender.decode())
+            match message["op"]:
+                case "failed" if not self._announced:
+                    self._failure = message["message"]
+                    self._over.set()
+                case "failed":
+                    log.error("%s: %s", sender.decode(), message["message"])
+                case "found" if not self._front_ends:  # the engine is whole: the port may open
+                    self._open_front_ends()
+                case "ready" if child in self._front_ends and self._draining:
+                    assert child is not None
+                    child.kill()  # it would take requests that nobody drains
+                case "ready" if child is not None:
+                    child.state, child.heard_at = "ready", time.monotonic()
+                    child.facts |= message
+                    await self._tell_front_ends()
+                    self._announce()
+                case "beat" if child is not None:
+                    child.heard_at, child.step_since = time.monotonic(), message["step_since"]
+                case "refused":
+                    self._refused.add(message["digest"], message["until"])
+                    await self._tell_front_ends()
+                case "drained" if child is not None:
+                    child.state = "over"
+
+    def _of(self, name: str) -> Child | None:
+        """The child of that name, in this life; a dead one's last words are nobody's."""
+        children = [*self._workers, *self._front_ends]
+        return next((child for child in children if child.name == name), None)
+
+    async def _tell_front_ends(self) -> None:
+        workers = [child.public() for child in self._workers]
+        for child in self._front_ends:
+            if child.state == "ready":
+                message = {
+                    "op": "workers",
+                    "workers": workers,
+                    "refused": self._refused.items(),
+                    "reading": self._reading,
+                }
+                await self._send(child, message)
+
+    async def _send(self, child: Child, message: Message) -> None:
+        await self._control.send_multipart([child.name.encode(), packed(message)])
+
+    def _announce(self) -> None:
+        ready = [w for w in self._workers if w.state == "ready"]
+        up = self._front_ends and all(f.state == "ready" for f in self._front_ends)
+        if self._announced or not ready or not up:
+            return
+        self._announced = True
+        for worker in ready:
+            log.info("model %s, %s", worker.facts["model"], worker.facts["runs_on"])
+        host, port = self._settings.host, self._ports.number
+        shown = "localhost" if host in ("0.0.0.0", "127.0.0.1", "::", "::1") else host
+        shown = f"[{shown}]" if ":" in shown else shown
+        if self._settings.log_format == "json":  # whoever reads that wants nothing else
+            log.info("ready on http://%s:%d", shown, port)
+            return
+        flush()
+        print(
+            f"\nVignette is ready on http://{shown}:{port} - try:\n\n"
+            f"  curl --data-binary @demo/samples/owl.png http://{shown}:{port}/caption\n",
+            flush=True,
+        )
+
+    # --- The end ----------------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        """Front-ends finish what they accepted, with workers replaced meanwhile; then all end."""
+        self._draining = True
+        for child in self._front_ends:
+            if child.state == "ready":
+                await self._send(child, {"op": "drain"})
+            else:
+                child.state = "over"
+        deadline = time.monotonic() + self._settings.drain_seconds + _STOP_SECONDS
+        while any(c.state != "over" for c in self._front_ends) and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self._ports.close()  # who comes now is told at once that nobody serves
+        for child in self._workers:
+            if child.state == "ready":
+                await self._send(child, {"op": "stop"})
+            else:
+                child.kill()
+        self._stopping = True
+        while any(c.alive for c in self._workers) and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    def _kill_all(self) -> None:
+        for child in [*self._workers, *self._front_ends]:
+            child.kill()
+            if child.process is not None:
+                child.process.join(_STOP_SECONDS)
+
+
+def _variables(device: str) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": device} if device else {}
+
+
+def _stop_event(on_hangup: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Event:
+    """Set by the first signal that asks to end; the second takes its default course, at once.
+
+    on_hangup: what SIGHUP does. The other signals of an operator do nothing.
+    """
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    running: set[asyncio.Task[None]] = set()  # or they could be collected before they end
+
+    def on_signal(number: signal.Signals) -> None:
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)
+        stop.set()
+
+    for number in OPERATORS_SIGNALS:
+        if number in _ENDING:
+            loop.add_signal_handler(number, on_signal, number)
+        elif number is signal.SIGHUP:
+            loop.add_signal_handler(number, lambda: running.add(loop.create_task(on_hangup())))
+        else:
+            loop.add_signal_handler(number, log.warning, "%s does nothing here", number.name)
+    return stop

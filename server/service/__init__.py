@@ -1,0 +1,1 @@
+"""What stands between any protocol and the engines: keys, admission, cache, deadlines."""

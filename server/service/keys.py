@@ -1,0 +1,159 @@
+"""API keys: who may come in, how often, and how many at once.
+
+The file has a line for each key: name, SHA-256 of the key, requests a second, requests at once,
+apart by spaces; 0 means no limit. `python -m server.service.keys NAME` makes one. Keys are compared
+in constant time and appear in no log.
+"""
+
+import hashlib
+import hmac
+import math
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.errors import VignetteError
+from server.service.usage import Usage
+
+_BURST_SECONDS = 2  # a key may send so many seconds' worth of its rate at once
+
+
+class InvalidKeys(VignetteError):
+    """The key file can't be used."""
+
+
+class Unauthorised(VignetteError):
+    """No key, or one that is not in the file."""
+
+
+class TooFast(VignetteError):
+    """A key's rate or concurrency is used up; `retry_after` in seconds."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A line of the file. A limit of 0 is none."""
+
+    name: str
+    digest: bytes
+    rate: float
+    at_once: int
+
+
+class Keys:
+    """The keys that a front-end takes. Its limits are those of all front-ends together."""
+
+    def __init__(self, clients: list[Client], usage: Usage, reading: int = 0) -> None:
+        """reading: how often the file was read again; each has counts of its own."""
+        self._clients, self._usage, self.reading = clients, usage, reading
+
+    @classmethod
+    def open(
+        cls, path: Path, folder: Path, front_ends: int = 1, index: int = 0, reading: int = 0
+    ) -> "Keys":
+        """For front-end `index`, counting in the run's `folder`. Raises InvalidKeys."""
+        clients = read(path)
+        usage = Usage(folder / f"usage-{reading}", len(clients), front_ends, index)
+        return cls(clients, usage, reading)
+
+    @contextmanager
+    def enter(self, key: str | None) -> Iterator[str]:
+        """Hold a place for the owner of `key`, whose name it gives.
+
+        Raises Unauthorised, or TooFast.
+        """
+        index = self._find(key)
+        with self._usage.held():
+            self._admit(index, time.monotonic())
+        try:
+            yield self._clients[index].name
+        finally:
+            with self._usage.held():
+                self._usage.count(index, -1)
+
+    def _admit(self, index: int, now: float) -> None:
+        client, usage = self._clients[index], self._usage
+        if client.at_once and usage.inside(index) >= client.at_once:
+            raise TooFast(f"this key may have {client.at_once} requests at once", 1)
+        if client.rate:
+            most = max(1.0, client.rate * _BURST_SECONDS)
+            tokens = usage.refill(index, client.rate, most, now)
+            if tokens < 1:
+                wait = math.ceil((1 - tokens) / client.rate)
+                raise TooFast(f"this key may send {client.rate:g} requests a second", wait)
+            usage.spend(index)
+        usage.count(index, 1)
+
+    def _find(self, key: str | None) -> int:
+        if not key:
+            raise Unauthorised("send your key: Authorization: Bearer <key>, or X-API-Key: <key>")
+        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        found = None
+        for index, client in enumerate(self._clients):  # all: the time must not tell which
+            if hmac.compare_digest(client.digest, digest):
+                found = index
+        if found is None:
+            raise Unauthorised("this key is not known here")
+        return found
+
+
+def read(path: Path) -> list[Client]:
+    """The lines of a key file; raises InvalidKeys naming the one that is wrong."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as cause:
+        raise InvalidKeys(f"{path} can't be read: {cause}") from cause
+    clients = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        try:
+            clients.append(_client(line))
+        except ValueError as cause:
+            raise InvalidKeys(
+                f"{path}, line {number}: expected name, sha256, requests a second, requests at "
+                "once (make one with `python -m server.service.keys NAME`)"
+            ) from cause
+    if not clients:
+        raise InvalidKeys(f"{path} has no keys: nobody could come in")
+    return clients
+
+
+def _client(line: str) -> Client:
+    """A line of the file; ValueError if it is none."""
+    name, digest, rate, at_once = line.split()
+    client = Client(name, bytes.fromhex(digest), float(rate), int(at_once))
+    whole = len(client.digest) == hashlib.sha256().digest_size
+    if not whole or not 0 <= client.rate < math.inf or client.at_once < 0:
+        raise ValueError("not a SHA-256, or a limit below 0")
+    return client
+
+
+def main() -> int:
+    """`python -m server.service.keys NAME [RATE] [AT_ONCE]`: a new key, and its line."""
+    if not 1 < len(sys.argv) < 5 or sys.argv[1].startswith("-"):
+        print(main.__doc__, file=sys.stderr)
+        return 2
+    name, rate, at_once = (*sys.argv[1:], *("0", "0")[len(sys.argv) - 2 :])[:3]
+    key = secrets.token_urlsafe(32)
+    line = f"{name} {hashlib.sha256(key.encode()).hexdigest()} {rate} {at_once}"
+    try:
+        _client(line)
+    except ValueError:
+        print("NAME is one word, RATE and AT_ONCE are numbers, 0 for no limit", file=sys.stderr)
+        return 2
+    print(f"key, for {name} alone: {key}", file=sys.stderr)
+    print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
