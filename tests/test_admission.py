@@ -99,8 +99,9 @@ def saturated(admission: Admission, clock: Clock, requests: int, each: float) ->
     with ExitStack() as others:
         for _ in range(admission.slots):
             others.enter_context(admission.enter())
+            others.enter_context(admission.engine())
         for _ in range(requests):
-            with admission.enter():
+            with admission.enter(), admission.engine():
                 clock.now += each
 
 
@@ -126,12 +127,13 @@ def test_a_client_is_told_how_long_the_queue_will_take_whatever_was_before():
     admission, clock = admitting(queue=8)
     assert refused_after(admission) == (10, 1)  # nothing is known yet
     saturated(admission, clock, 64, each=2.0)
-    clock.now += 100_000  # a night without requests
-    for _ in range(20):  # and a few, far apart, for which nobody had to wait
-        clock.now += 50
-        with admission.enter():
+    for _ in range(4):  # and a few, far apart, for which nobody had to wait
+        clock.now += 10
+        with admission.enter(), admission.engine():
             clock.now += 1
     assert refused_after(admission) == (10, 20)
+    clock.now += 100_000  # a night without requests: who knows what the day is like
+    assert refused_after(admission) == (10, 1)
     saturated(admission, clock, 64, each=9.0)
     assert refused_after(admission)[1] <= 60
 
@@ -142,7 +144,7 @@ def test_no_more_are_let_in_than_can_be_captioned_in_time():
     assert refused_after(admission) == (27, 27)
     saturated(admission, clock, 64, each=0.1)
     assert refused_after(admission)[0] == 102
-    saturated(admission, clock, 64, each=1000.0)
+    saturated(admission, clock, 64, each=14.0)
     assert refused_after(admission)[0] == 4, "so many may always come in, and then"
     saturated(admission, clock, 64, each=0.1)
     assert refused_after(admission)[0] == 102, "it is seen that all is well again"
@@ -189,3 +191,63 @@ def test_settings_share_the_cores_among_workers_on_a_processor():
     assert Settings(_env_file=None, workers=2).engine_config.threads >= 1
     assert Settings(_env_file=None, workers=2, provider="cuda").engine_config.threads == 0
     assert EngineConfig().slots is None
+
+
+def test_what_never_reaches_the_engine_says_nothing_of_its_pace():
+    """Images that take long to decode, or can't be, and captions between them, few and slow."""
+    admission, clock = admitting(queue=100)
+    with ExitStack() as others:
+        for _ in range(40):
+            others.enter_context(admission.enter("attacker"))
+        for _ in range(64):
+            with admission.enter("attacker"):
+                clock.now += 2.0  # in a decoder
+                with admission.engine("attacker"):
+                    clock.now += 0.1
+    with ExitStack() as inside:
+        for _ in range(40):
+            inside.enter_context(admission.enter("honest"))
+            admission.check_in_time(30.0)
+
+
+def test_a_rate_that_was_slow_can_be_seen_to_be_better():
+    """If all beyond the slots were refused, nobody would ever wait, and nothing be measured."""
+    admission, clock = admitting()
+    saturated(admission, clock, 8, each=14.0)
+    with ExitStack() as inside:
+        for _ in range(2 * admission.slots):
+            inside.enter_context(admission.enter())
+            admission.check_in_time(30.0)
+    for _ in range(2):
+        saturated(admission, clock, 32, each=0.1)
+    with ExitStack() as inside:
+        for _ in range(50):
+            inside.enter_context(admission.enter())
+            admission.check_in_time(30.0)
+
+
+def test_half_of_the_queue_is_one_clients_once_another_comes():
+    admission, clock = admitting(queue=100)
+
+    def fill(client: str, inside: ExitStack) -> int:
+        for count in range(200):
+            try:
+                inside.enter_context(admission.enter(client))
+            except QueueFull:
+                return count
+        raise AssertionError("all were let in")
+
+    with ExitStack() as inside:
+        assert fill("greedy", inside) == 102, "alone it has all of it"
+    with ExitStack() as inside:
+        inside.enter_context(admission.enter("honest"))
+        assert fill("greedy", inside) == 50
+        assert fill("honest", inside) == 49
+    clock.now += 100  # the other one has not come for a while
+    with ExitStack() as inside:
+        assert fill("greedy", inside) == 102
+    with ExitStack() as inside:
+        inside.enter_context(admission.enter("honest"))
+        for _ in range(60):  # what waits for the engine alone is not kept from it
+            inside.enter_context(admission.enter("greedy"))
+            inside.enter_context(admission.engine("greedy"))

@@ -153,3 +153,41 @@ def test_a_head_of_thousands_of_parts_is_hung_up_on(query, lines):
             with contextlib.suppress(ConnectionError):
                 assert client.recv(100) == b""
         assert live.request("GET", "/health/live").status == 200
+
+
+@pytest.mark.parametrize("length", ["+3", "1_0", "-1", "3, 4"])
+def test_a_length_that_is_no_number_is_told_so(length):
+    with serve(fake_engine) as live:
+        with socket.create_connection(("127.0.0.1", live.port)) as client:
+            head = f"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\nabc"
+            client.sendall(head.encode())
+            assert client.recv(12) == b"HTTP/1.1 400"
+        assert live.caption(png()).status == 200
+
+
+def test_headers_of_many_parts_are_not_read_to_their_end():
+    accept = ",".join(["text/html"] * 120) + ",text/plain"
+    with serve(fake_engine) as live:
+        assert live.caption(png(), Accept=accept).headers["Content-Type"].startswith("application")
+        assert live.request("GET", "/", If_None_Match='""' + "*" * 20_000).status == 200
+
+
+def test_who_asks_for_pages_all_the_time_has_to_wait():
+    with serve(fake_engine) as live:
+        live.service.visits.spend("127.0.0.1", 400 + 100)
+        start = time.perf_counter()
+        assert live.request("GET", "/health/live").status == 200
+        assert time.perf_counter() - start > 0.3
+        assert live.caption(png()).status == 200, "captions are not counted among them"
+
+
+def test_connections_that_leave_their_answers_unread_make_room():
+    with serve(fake_engine, max_connections=16, body_seconds=60.0) as live:
+        live.service.metrics.render = lambda: b"x" * 8_000_000
+        unread = [socket.create_connection(("127.0.0.1", live.port)) for _ in range(16)]
+        for client in unread:
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        until(lambda: len(live.service.unread) >= 15)
+        assert live.caption(png()).status == 200
+        for client in unread:
+            client.close()

@@ -75,3 +75,23 @@ def test_what_a_small_image_becomes_is_estimated_too(kind, size, options):
             estimate(image, buffer.getvalue(), how)
         image.tag_v2[322] = image.tag_v2[323] = 1000
     assert estimate(image, buffer.getvalue(), how).seconds > 0.015
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [("PNG", "I;16", {}), ("PNG", "RGB", {"interlaced": True}),
+     ("TIFF", "RGB", {"compression": "tiff_lzma"})],
+)  # fmt: skip
+def test_what_takes_longer_than_usual_in_its_format_is_estimated_so(kind, mode, options):
+    """Sixteen bits, seven passes, a slow compression: of flat colour, which makes small files."""
+    how, size = Preprocessing(224, 224, 3), (1200, 1200)
+
+    def estimated(mode: str, interlaced: bool = False, **options) -> float:
+        buffer = io.BytesIO()
+        Image.new(mode, size).save(buffer, kind, **options)
+        image = Image.open(buffer)
+        if interlaced:
+            image.info["interlace"] = 1  # Pillow reads them, and can't write them
+        return estimate(image, buffer.getvalue(), how).seconds
+
+    assert estimated(mode, **options) > 2 * estimated("RGB")

@@ -19,7 +19,7 @@ from runtime.model.manifest import Preprocessing
 from runtime.model.preprocess import preprocess
 from server.images.cost import TooHard, estimate
 from server.images.decoder import Setup
-from server.images.pool import Decoders, Job, Origin
+from server.images.pool import Decoders, Job, Origin, _OutOfTime
 from server.ipc.shared import NoSharedMemory, PixelStore
 from server.service.admission import QueueFull
 from tests.live import png
@@ -319,3 +319,19 @@ def test_both_ends_of_a_store_see_the_same_bytes(tmp_path):
     mine.give_back(slot)
     assert sorted([mine.take(), mine.take()]) == [0, 1]
     assert np.asarray(theirs[1]).dtype == np.uint8
+
+
+def test_a_client_whose_images_take_longer_than_they_look_waits_with_the_dear_ones(store):
+    decoders, asked = pool(store), []
+
+    async def out_of_time(client, errand):
+        asked.append(client)
+        raise _OutOfTime
+
+    decoders._quick.ask = out_of_time
+    for n in range(5):
+        decode(decoders, png((n, 2, 3)), client="deceiver")
+    assert asked == ["deceiver"] * 3
+    decode(decoders, png((9, 9, 9)), client="another")
+    assert asked[3:] == ["another"]
+    decoders.close()

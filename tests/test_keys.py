@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +107,16 @@ def test_a_key_that_the_server_would_refuse_is_not_made(words, monkeypatch, caps
     said = capsys.readouterr()
     assert "NAME is one word" in said.err
     assert not said.out
+
+
+def test_keys_that_are_read_again_leave_nothing_of_the_old_ones_behind(tmp_path):
+    path = keys_file(tmp_path, f"web {hashlib.sha256(b'a').hexdigest()} 0 1\n")
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    keys = Keys.open(path, tmp_path)
+    for reading in range(1, 20):
+        with keys.enter("a"):
+            old, keys = keys, Keys.open(path, tmp_path, reading=reading)
+            old.close()
+        del old
+    assert [p.name for p in tmp_path.glob("usage-*")] == ["usage-19"]
+    assert len(list(Path("/proc/self/fd").iterdir())) <= files + 2

@@ -64,14 +64,22 @@ def test_an_empty_variable_is_no_value(monkeypatch):
 def test_keys_are_read_again_and_a_wrong_file_changes_nothing(tmp_path, caplog):
     file = tmp_path / "keys"
     file.write_text(line("one", "a"))
+
+    def read_again(live, reading):
+        async def read():
+            live.service.read_keys(reading)
+            await live.service.keys_reader
+
+        asyncio.run_coroutine_threadsafe(read(), live.loop).result(30)
+
     with serve(fake_engine, api_keys=file) as live:
         assert live.caption(png(), X_API_Key="a").status == 200
         file.write_text(line("two", "b"))
-        live.service.read_keys(1)
+        read_again(live, 1)
         assert live.caption(png(), X_API_Key="a").status == 401
         assert live.caption(png(), X_API_Key="b").status == 200
         file.write_text("nonsense\n")
-        live.service.read_keys(2)
+        read_again(live, 2)
         assert live.caption(png(), X_API_Key="b").status == 200
         assert "stay as they were" in caplog.text
         assert live.metric('vignette_key_requests_total{key="two",outcome="ok"}') == 2
@@ -128,6 +136,12 @@ def test_a_page_of_an_origin_that_is_named_may_use_it():
         assert "Access-Control-Allow-Origin" not in other.headers
 
 
+def test_an_origin_is_not_echoed_where_all_are_let_in():
+    with serve(fake_engine, cors_origins=("*",)) as live:
+        reply = live.caption(png(), Origin="https://" + "x" * 20_000)
+        assert reply.headers["Access-Control-Allow-Origin"] == "*"
+
+
 @pytest.mark.parametrize(
     ("peer", "said_by_it", "address"),
     [
@@ -135,6 +149,9 @@ def test_a_page_of_an_origin_that_is_named_may_use_it():
         ("10.0.0.1", "1.1.1.1, 203.0.113.9, 10.0.0.2", "203.0.113.9"),
         ("192.0.2.1", "203.0.113.9", "192.0.2.1"),
         ("10.0.0.1", "nonsense", "10.0.0.1"),
+        ("10.0.0.1", "203.0.113.9:5555", "203.0.113.9"),
+        ("10.0.0.1", "[2001:db8::1]:443", "2001:db8::1"),
+        ("10.0.0.1", "::ffff:203.0.113.9", "203.0.113.9"),
         ("10.0.0.1", "", "10.0.0.1"),
     ],
 )

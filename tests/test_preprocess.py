@@ -1,6 +1,7 @@
 """Pixels equal to Hugging Face's processor, for every kind of image that people send."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -101,6 +102,17 @@ def test_sixteen_bits_are_scaled_not_clipped():
     expected = theirs(Image.fromarray((ramp >> 8).astype(np.uint8)).convert("RGB"))
     for kind in ("PNG", "TIFF"):
         assert np.array_equal(preprocess(encoded(Image.fromarray(ramp), kind), HOW), expected)
+
+
+@pytest.mark.parametrize("kind", range(14))
+@pytest.mark.parametrize("tag", [0x0100, 0x010F, 0x0111, 0x8769, 0x8825, 0x927C, 0xA005])
+def test_an_odd_tag_beside_the_orientation_harms_nothing(tag, kind):
+    """Cameras and programs write all sorts of things; only the orientation is asked for."""
+    tags = struct.pack("<HHII", tag, kind, 1, 8) + struct.pack("<HHII", 0x0112, 3, 1, 3)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    image = scenery(64, 48)
+    turned = image.transpose(Image.Transpose.ROTATE_180)
+    assert np.array_equal(preprocess(encoded(image, exif=exif), HOW), theirs(turned))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

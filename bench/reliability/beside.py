@@ -82,8 +82,8 @@ def _short(names: list[str], long: bool) -> Verdict:
 
 
 def content_types(long: bool) -> Verdict:
-    """17: boundaries and header parameters that take quadratic time to read, and forms."""
-    return _short(["boundary", "parameters", "form", "tiny chunks"], long)
+    """17: headers, boundaries and forms that take long to read, and pages by the dozen."""
+    return _short(["boundary", "parameters", "form", "tiny chunks", "accept", "pages"], long)
 
 
 def large_json(long: bool) -> Verdict:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing.synchronize import Event
+from pathlib import Path
 
 from PIL import Image
 
@@ -19,6 +20,7 @@ _NICENESS = 10  # real attackers have processors of their own
 _READY_SECONDS = 120
 _IMAGE_HEAD = b"Content-Type: image/jpeg"
 _JSON_HEAD = b"Content-Type: application/json"
+_SAMPLES = Path("demo/samples")
 _LARGE = 9_800_000  # bytes, just below the limit
 
 
@@ -63,6 +65,20 @@ def _tiny_chunks(port: int) -> None:
         head = b"POST /caption HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         client.sendall(head + b"1\r\nx\r\n" * 200_000)
         client.recv(1000)
+
+
+def _accept(port: int) -> None:
+    image = (_SAMPLES / "owl.png").read_bytes()
+    post(port, b"Content-Type: image/png\r\nAccept: " + b"," * 50_000, image)
+
+
+def _pages(port: int) -> None:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as client:
+        client.settimeout(60)
+        client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 50)
+        client.shutdown(socket.SHUT_WR)
+        while client.recv(2**20):
+            pass
 
 
 @cache
@@ -135,6 +151,8 @@ _BY_HAND: dict[str, Callable[[int], object]] = {
     "parameters": _parameters,
     "form": _form,
     "tiny chunks": _tiny_chunks,
+    "accept": _accept,
+    "pages": _pages,
 }
 ATTACKS = (*_BY_HAND, *_BODIES)
 

@@ -13,7 +13,7 @@ import io
 import struct
 
 import numpy as np
-from PIL import AvifImagePlugin, Image, ImageOps
+from PIL import AvifImagePlugin, ExifTags, Image
 
 from runtime.errors import InvalidImage, TooManyPixels
 from runtime.model.manifest import Preprocessing
@@ -28,6 +28,12 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns where ours refuses, an
 # What Pillow's decoders raise on damaged files; anything else is a bug and must show.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
            OverflowError, MemoryError, RuntimeError, struct.error)  # fmt: skip
+# EXIF 2.32, 4.6.4: what each orientation takes to be undone.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 _NOT_AN_IMAGE = f"not an image: it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
 
 
@@ -80,7 +86,11 @@ def _upright(image: Image.Image, least_edge: int | None) -> Image.Image:
         if least_edge is not None:
             image.draft(None, (least_edge, least_edge))  # does nothing for what is no JPEG
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        # Of all that EXIF says this alone; Pillow's own `exif_transpose` writes the rest anew, and
+        # fails where it can't.
+        turned = image.getexif().get(ExifTags.Base.Orientation)
+        how = _UPRIGHT.get(turned) if isinstance(turned, int) else None
+        return to_rgb(image if how is None else image.transpose(how))
     except _DAMAGE as cause:
         raise InvalidImage(
             f"a damaged {image.format} image: its end is missing, or bytes were changed"

@@ -25,7 +25,8 @@ from server.service.service import Service
 _DRAINED = 20  # times the body limit
 _FREE = 256 * 1024  # bytes of each body that are not paced: most images are no larger
 _STEP_SECONDS = 0.02  # shorter waits are put off
-_DIGITS = 15  # of a Content-Length
+_WHOLE, _LENGTH = re.compile(r"[0-9]+"), re.compile(r"[0-9]{1,15}")  # of a Content-Length
+_ACCEPT = 1000  # characters of that header that are looked at
 _WEIGHT = re.compile(r"[01](\.[0-9]{0,3})?")
 
 
@@ -57,8 +58,10 @@ class CaptionHandler(Handler):
         most = _DRAINED * self._limit
         self.request.connection.set_max_body_size(most + PIECE)  # type: ignore[union-attr]
         declared = self.request.headers.get("Content-Length", "0")
-        length = int(declared) if declared.isdecimal() and len(declared) <= _DIGITS else most + 1
+        length = int(declared) if _LENGTH.fullmatch(declared) else most + 1
         try:
+            if not _WHOLE.fullmatch(declared):
+                raise InvalidRequest(f"Content-Length {shown(declared)} is no number")
             if self.service.keys is not None:
                 self.key = self._place.enter_context(self.service.keys.enter(self._key()))
             self._payer = self.client
@@ -131,7 +134,10 @@ class CaptionHandler(Handler):
             raise refused
         self._task = asyncio.current_task()
         started = time.perf_counter()
-        with self.service.admission.enter(), self.service.metrics.inside.track_inprogress():
+        with (
+            self.service.admission.enter(self.client),
+            self.service.metrics.inside.track_inprogress(),
+        ):
             request = await self._asked()
             caption, decoding = await self.service.caption(request, self.client)
         seconds = {
@@ -228,7 +234,7 @@ class CaptionHandler(Handler):
 def _prefers_text(accept: str) -> bool:
     """Whether text/plain is asked for by name, and above JSON (RFC 9110, 12.5.1)."""
     weights: dict[str, float] = {}
-    for place, part in enumerate(accept.split(",")):
+    for place, part in enumerate(accept[:_ACCEPT].split(",")):
         kind, *parameters = (p.strip().lower() for p in part.split(";"))
         weight = next((p.removeprefix("q=") for p in parameters if p.startswith("q=")), "1")
         # Of equal ones the first counts as wanted more.

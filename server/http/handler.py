@@ -20,6 +20,8 @@ from server.service.service import Service
 log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.2
+_UNREAD_SECONDS = 2.0  # that an answer may lie unread before its connection makes room for others
+_ETAGS = 1000  # characters of If-None-Match
 _LATE = 64  # connections that wait for no caption
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
@@ -80,6 +82,11 @@ class Handler(tornado.web.RequestHandler):
         self.set_status(204)
         self.finish()
 
+    def check_etag_header(self) -> bool:
+        """Whether the client has this answer already; a header that takes long to read is none."""
+        given = self.request.headers.get("If-None-Match", "")
+        return len(given) <= _ETAGS and super().check_etag_header()
+
     def head(self) -> Awaitable[None] | None:
         """Where there is something to get: the same without the body, which Tornado leaves out."""
         return self.get()
@@ -94,15 +101,19 @@ class Handler(tornado.web.RequestHandler):
         stream = self.request.connection.stream  # type: ignore[union-attr]
         if chunk and stream.writing():
             loop, admission, size = asyncio.get_running_loop(), self.service.admission, len(chunk)
-            end = loop.time() + self.service.settings.body_seconds
+            start, unread = loop.time(), self.service.unread
             admission.owe(size, self.client)
 
             def look() -> None:
-                if stream.writing() and loop.time() < end:
+                waited = loop.time() - start
+                if stream.writing() and waited < self.service.settings.body_seconds:
+                    if waited > _UNREAD_SECONDS:
+                        unread[stream] = None  # it makes room for others
                     loop.call_later(_LOOK_SECONDS, look)
                     return
                 if stream.writing():
                     stream.close()
+                unread.pop(stream, None)
                 admission.let_go(size, self.client)
 
             loop.call_later(_LOOK_SECONDS, look)
@@ -133,10 +144,10 @@ class Handler(tornado.web.RequestHandler):
         self._answer_error = partial(super().send_error, status_code, **kwargs)
         self._timer = asyncio.get_running_loop().call_later(wait, self._refuse)
 
-    async def paced(self) -> None:
-        """Wait until this client may have what costs as much as a caption and is none."""
+    async def paced(self, visits: float = 1) -> None:
+        """Wait until this client may have what costs a front-end something and is no caption."""
         stream, late = self.request.connection.stream, self.service.late  # type: ignore[union-attr]
-        if not (wait := self.service.refusals.spend(self.client, 1)):
+        if not (wait := self.service.visits.spend(self.client, visits)):
             return
         if len(late) >= _LATE:
             stream.close()

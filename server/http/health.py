@@ -7,16 +7,18 @@ from server.service.admission import State
 class LiveHandler(Handler):
     """GET /health/live: the event loop runs."""
 
-    def get(self) -> None:
+    async def get(self) -> None:
         """Always 200."""
+        await self.paced()
         self.write_json({"status": "alive"})
 
 
 class ReadyHandler(Handler):
     """GET /health/ready: 200 while a worker serves, until the server drains."""
 
-    def get(self) -> None:
+    async def get(self) -> None:
         """The state, and each worker's."""
+        await self.paced()
         state, workers = self.service.admission.state, self.service.workers
         serves = state is State.READY and self.service.serves
         if not serves:

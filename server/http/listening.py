@@ -29,7 +29,7 @@ from server.logs import Seldom
 log = logging.getLogger(__name__)
 
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_HEADERS, _FIELDS = 200, 1000  # lines of a head, and fields of a query: each takes a while to parse
+_HEADERS, _FIELDS = 200, 100  # lines of a head, and fields of a query: each takes a while to parse
 _CHUNKS, _CHUNK = 256, 512  # of a connection whatever their size, and bytes of the others
 _HANG_UP_SECONDS = 2.0
 _PAUSE_SECONDS = 0.5  # without accepting, when the system has no room for another connection
@@ -39,12 +39,18 @@ class Server(HTTPServer):
     """Tornado's, with a bound on connections. Used on the event loop's thread only."""
 
     def initialize(  # type: ignore[override]
-        self, app: Any, most: int, late: dict[IOStream, None], **options: Any
+        self,
+        app: Any,
+        most: int,
+        late: dict[IOStream, None],
+        unread: dict[IOStream, None],
+        **options: Any,
     ) -> None:
         """most: connections that may be open. late: those that wait for nothing but a refusal,
-        which make room first. options: of Tornado's server.
+        unread: those that leave their answers where they are; both make room first. options: of
+        Tornado's server.
         """
-        self._late = late
+        self._late, self._unread = late, unread
         super().initialize(app, **options)
         self._most = most
         self._open: set[object] = set()
@@ -100,11 +106,12 @@ class Server(HTTPServer):
             "%d connections are open, the most that may be: idle ones are closed for new ones",
             len(self._open),
         )
-        while self._late:
-            stream, _ = self._late.popitem()
-            if not stream.closed():
-                stream.close()
-                return True
+        for waiting in (self._late, self._unread):
+            while waiting:
+                stream, _ = waiting.popitem()
+                if not stream.closed():
+                    stream.close()
+                    return True
         if not self._idle:
             return False
         address = max(self._idle, key=lambda each: len(self._idle[each]))

@@ -29,13 +29,26 @@ def networks(names: tuple[str, ...]) -> list[Network]:
 
 def address_of(peer: str, headers: Mapping[str, str], proxies: list[Network]) -> str:
     """Whom a request is from: its peer, or whom a trusted proxy says that it had it from."""
+    peer = _plain(peer)
     said = headers.get("X-Forwarded-For", "")[-_FORWARDED:].split(",")
     while proxies and said and _within(peer, proxies):
-        before = said.pop().strip()
+        before = _plain(said.pop().strip())
         if not _is_address(before):
             break
         peer = before
     return peer
+
+
+def _plain(address: str) -> str:
+    """Without the port that some proxies add, and IPv4 as itself."""
+    if address.startswith("["):
+        address = address[1:].partition("]")[0]
+    elif address.count(":") == 1:
+        address = address.partition(":")[0]
+    if not _is_address(address):
+        return address
+    ip = ipaddress.ip_address(address)
+    return str(getattr(ip, "ipv4_mapped", None) or ip)
 
 
 def group_of(address: str) -> str:
@@ -68,7 +81,7 @@ def cors_headers(origin: str | None, allowed: tuple[str, ...]) -> dict[str, str]
         return {"Vary": "Origin"}
     return {
         "Vary": "Origin",
-        "Access-Control-Allow-Origin": origin,
+        "Access-Control-Allow-Origin": "*" if "*" in allowed else origin,
         "Access-Control-Expose-Headers": _ANSWER_HEADERS,
     }
 

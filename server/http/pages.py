@@ -18,8 +18,9 @@ _OPENAPI = Path(__file__).with_name("openapi.json")
 class PageHandler(Handler):
     """A short page to try the service on."""
 
-    def get(self) -> None:
+    async def get(self) -> None:
         """HTML, self-contained but for the samples of the demo model."""
+        await self.paced()
         manifest = self.service.manifest
         facts = {"about": manifest.about, "samples": _samples() if manifest.model == _DEMO else []}
         self.set_header("Content-Type", "text/html; charset=utf-8")
@@ -30,8 +31,9 @@ class PageHandler(Handler):
 class SampleHandler(Handler):
     """GET /samples/NAME: a picture to try the demo model on."""
 
-    def get(self, name: str) -> None:
+    async def get(self, name: str) -> None:
         """One of the files, which the page names."""
+        await self.paced()
         if self.service.manifest.model != _DEMO or name not in _samples():
             raise tornado.web.HTTPError(404)
         self.set_header("Content-Type", "image/png")
@@ -41,8 +43,9 @@ class SampleHandler(Handler):
 class OpenApiHandler(Handler):
     """GET /openapi.json: the whole interface, for clients and generators."""
 
-    def get(self) -> None:
+    async def get(self) -> None:
         """OpenAPI 3.1."""
+        await self.paced()
         self.set_header("Content-Type", "application/json; charset=utf-8")
         self.finish(_openapi())
 

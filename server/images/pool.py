@@ -28,11 +28,13 @@ from server.images.turns import Turns
 from server.ipc.remembered import Remembered
 from server.logs import Seldom
 from server.service.admission import QueueFull
+from server.service.credit import Credit
 
 log = logging.getLogger(__name__)
 
 _QUICK = 0.15  # estimated seconds of a core: what a camera's 12 megapixels take
 _QUICK_LIMIT = 0.6  # seconds of a core, of an image that was estimated wrongly
+_MISJUDGED = 1 / 60, 2.0  # of a client, a second and at once: more than that is taken for dear
 _QUICK_MEMORY = 768 * 2**20  # of a process that decodes usual images, its libraries included
 _LOWER = 5  # niceness of the slow lane, beside that of the others
 _START_SECONDS = 60.0
@@ -107,6 +109,7 @@ class Decoders:
         self._slow = _Lane(replace(setup, niceness=setup.niceness + _LOWER), 1)
         self._too_hard = Remembered(_REMEMBERED_SECONDS)
         self._queued: Counter[str] = Counter()  # estimated ms in the slow lane, by client
+        self._misjudged = Credit(*_MISJUDGED)
         self._pace = 1.0  # seconds that an estimated one takes there
 
     async def decode(self, job: Job) -> None:
@@ -138,10 +141,13 @@ class Decoders:
     async def _decode_quickly(self, job: Job) -> float:
         """Decode what takes little, and return 0; of another image the seconds as estimated."""
         seconds = min(_QUICK_LIMIT, self._seconds)
+        if self._misjudged.owes(job.origin.client):
+            return seconds
         errand = _Errand(PIXELS, job.image, seconds, self._wall, (job.slot, job.frame), _QUICK)
         try:
             kind, answer = await self._quick.ask(job.origin.client, errand)
         except _OutOfTime:
+            self._misjudged.spend(job.origin.client, 1)
             if seconds == self._seconds:
                 raise
             return self._seconds  # the estimate was wrong
@@ -274,7 +280,7 @@ class _Lane:
 
     def _replaced(self, decoder: Decoder) -> Decoder:
         process = decoder.process
-        log.warning("decoder %s (exit code %s) is replaced", process.pid, process.exitcode)
+        self._seldom.warning("a decoder was replaced (exit code %s)", process.exitcode)
         decoder.kill()
         self._all.discard(decoder)
         return self._new()

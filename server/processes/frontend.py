@@ -1,6 +1,7 @@
 """A front-end process: speaks HTTP on the shared port, and hears from the supervisor who serves."""
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -40,6 +41,11 @@ log = logging.getLogger(__name__)
 _HEADER_BYTES = 56 * 1024  # a prompt of 4,096 characters takes 48 KiB in a query
 _READ_BYTES = 64 * 1024  # of a body at a time
 _OTHER_BODY_BYTES = 64 * 1024  # of requests that are not for /caption, which sets its own limit
+_COLLECTIONS = (
+    5_000,
+    20,
+    1_000,
+)  # new objects to a young one, those to a middle one, to a full
 _OTHER_FILES = 256  # that are no connections: sockets to the other processes, libraries
 
 
@@ -69,6 +75,7 @@ async def _serve(settings: Settings, folder: Path, ports: Ports, index: int, epo
     service.links.dispatcher.on_refused = lambda digest, until: control.send(
         packed({"op": "refused", "digest": digest, "until": until})
     )
+    _settle_garbage()
     await control.send(packed({"op": "ready", "pid": os.getpid()}))
     beat = asyncio.create_task(_beat(control))
     hear = asyncio.create_task(_hear(control, service))
@@ -88,12 +95,22 @@ async def _serve(settings: Settings, folder: Path, ports: Ports, index: int, epo
         control.close(linger=1000)
 
 
+def _settle_garbage() -> None:
+    """A full collection visits every object there is, with the event loop waiting: a quarter of a
+    second with thousands of connections. What is here now stays; what comes dies young.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_COLLECTIONS)
+
+
 def listen(service: Service, app: tornado.web.Application, sockets: list[socket.socket]) -> Server:
     """Serve on sockets; slow clients are cut off, and hold nothing but their connection."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     server = Server(
         app,
         late=service.late,
+        unread=service.unread,
         most=max(1, min(service.settings.max_connections, files - _OTHER_FILES)),
         idle_connection_timeout=service.settings.header_seconds,
         body_timeout=service.settings.body_seconds,

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -12,6 +12,7 @@ from runtime.errors import VignetteError
 
 _RECENT = 64  # completions that the drain rate is taken from
 _ENOUGH = 4  # to go by
+_OLD_SECONDS = 60.0  # after which what was seen says nothing any more
 _IN_TIME = 0.9  # of the deadline: the last in the queue must make it, too
 _LONGEST_WAIT = 60  # seconds that a client is told to wait
 ASIDE = 32  # requests that may wait for something else than the engine, half of them one client's
@@ -38,22 +39,27 @@ class QueueFull(VignetteError):
 
 
 class DrainRate:
-    """How long a request takes while others wait for its slot; idle times do not count."""
+    """How long the engine takes for a request while others wait for its slot.
 
-    def __init__(self) -> None:
-        self._seconds: deque[float] = deque(maxlen=_RECENT)
+    Idle times do not count, nor what was seen more than a minute ago: times change.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._seen: deque[tuple[float, float]] = deque(maxlen=_RECENT)  # when, and seconds
         self.expected: float | None = None  # as measured before the first request
         self._since: float | None = None  # when the last one was completed, or waiting began
 
-    def waiting(self, now: float) -> None:
+    def waiting(self) -> None:
         """There is a request without a slot."""
         if self._since is None:
-            self._since = now
+            self._since = self._clock()
 
-    def completed(self, now: float) -> None:
+    def completed(self) -> None:
         """A request was answered with its caption."""
         if self._since is not None:
-            self._seconds.append(now - self._since)
+            now = self._clock()
+            self._seen.append((now, now - self._since))
             self._since = now
 
     def idle(self) -> None:
@@ -63,9 +69,11 @@ class DrainRate:
     @property
     def seconds(self) -> float | None:
         """For each request; as expected while too few have been seen, or None."""
-        if len(self._seconds) < _ENOUGH:
+        while self._seen and self._clock() - self._seen[0][0] > _OLD_SECONDS:
+            self._seen.popleft()
+        if len(self._seen) < _ENOUGH:
             return self.expected
-        return sum(self._seconds) / len(self._seconds)
+        return sum(seconds for _, seconds in self._seen) / len(self._seen)
 
 
 class Aside(Hashable, Protocol):
@@ -98,21 +106,61 @@ class Admission:
         self._aside: Counter[Aside] = Counter()
         self._bytes: Counter[str] = Counter()  # by client
         self._queue, self._most_bytes, self._deadline = queue, most_bytes, deadline
-        self._clock, self._rate = clock, DrainRate()
+        self._clock, self._rate = clock, DrainRate(clock)
+        self._in_engine = 0
+        self._preparing: Counter[str] = Counter()  # requests before the engine, by client
+        self._clients: OrderedDict[str, float] = OrderedDict()  # when each came last
 
     @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Hold a place while a request is served; raises NotServing or QueueFull."""
+    def enter(self, client: str = "") -> Iterator[None]:
+        """Hold a place while a request is served; raises NotServing or QueueFull.
+
+        Half of the queue is one client's at most before the engine, as soon as another comes, too.
+        """
         if self.state is not State.READY:
             raise NotServing(f"the server is {self.state}: try again soon, or another instance")
+        alone = self._comes(client)
         if self.inside >= self._most:
             raise QueueFull("the queue is full: try again later", self._seconds_to_drain())
-        self._come_in()
+        if not alone and self._preparing[client] >= max(self.slots, self._queue // 2):
+            raise QueueFull(
+                "half of the queue is yours, and others wait, too: try again later",
+                self._seconds_to_drain(),
+            )
+        self.inside += 1
+        self._preparing[client] += 1
         try:
             yield
-            self._rate.completed(self._clock())
         finally:
-            self._leave()
+            self.inside -= 1
+            self._preparing[client] -= 1
+            if not self._preparing[client]:
+                del self._preparing[client]
+
+    def _comes(self, client: str) -> bool:
+        """Note who comes; whether no other has come for a while."""
+        now = self._clock()
+        self._clients[client] = now
+        self._clients.move_to_end(client)
+        while now - next(iter(self._clients.values())) > _OLD_SECONDS:
+            self._clients.popitem(last=False)
+        return len(self._clients) == 1
+
+    @contextmanager
+    def engine(self, client: str = "") -> Iterator[None]:
+        """A request that was let in has its pixels, and waits for the engine alone."""
+        self._in_engine += 1
+        self._preparing[client] -= 1
+        if self._in_engine > self.slots:
+            self._rate.waiting()
+        try:
+            yield
+            self._rate.completed()
+        finally:
+            self._in_engine -= 1
+            self._preparing[client] += 1
+            if self._in_engine <= self.slots:
+                self._rate.idle()
 
     @contextmanager
     def aside(self, request: Aside) -> Iterator[None]:
@@ -130,25 +178,14 @@ class Admission:
                 self._seconds_to_drain(),
             )
         self._aside[request] += 1
-        if first:
-            self._leave()
+        self.inside -= first
         try:
             yield
         finally:
             self._aside[request] -= 1
             if not self._aside[request]:
                 del self._aside[request]
-                self._come_in()
-
-    def _come_in(self) -> None:
-        self.inside += 1
-        if self.inside > self.slots:
-            self._rate.waiting(self._clock())
-
-    def _leave(self) -> None:
-        self.inside -= 1
-        if self.inside <= self.slots:
-            self._rate.idle()
+                self.inside += 1
 
     @property
     def _most(self) -> int:
@@ -167,7 +204,7 @@ class Admission:
     def check_in_time(self, seconds: float) -> None:
         """Raise QueueFull if the requests inside take longer than one has that was just let in."""
         each, ahead = self._rate.seconds, self.inside - 1
-        if each and ahead >= self.slots and each * ahead > seconds:
+        if each and ahead >= 2 * self.slots and each * ahead > seconds:
             raise QueueFull(
                 f"the requests before this one take about {each * ahead:.0f} s, longer than its "
                 "deadline: try again later, or give it more (timeout_ms)",

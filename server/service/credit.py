@@ -24,6 +24,10 @@ class Credit:
         """Use so much; returns the seconds that the client has to wait for it."""
         return min(_LONGEST_SECONDS, max(0.0, -self._change(client, -amount) / self._rate))
 
+    def owes(self, client: str) -> bool:
+        """Whether it has used more than it had."""
+        return self._change(client, 0) < 0
+
     def earn(self, client: str, amount: float) -> None:
         """Give so much back."""
         self._change(client, amount)

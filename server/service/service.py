@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 _LARGE = 256 * 1024  # bytes that are not hashed on the event loop: a third of a millisecond
 _BYTES = 100e6, 64e6  # of large bodies, a second and at once: a quarter of a slow core
 _REFUSALS = 50.0, 100.0
+_VISITS = 200.0, 400.0  # of what is no caption and is answered
 SLOTS = 64  # most that a worker chooses by itself: pixels are kept for as many beside the queue
 
 
@@ -59,10 +60,14 @@ class Service:
     fetcher: Fetcher | None
     tracer: Tracer | None
     index: int
+    keys_read: int = field(default=0, init=False)  # how often the file was read again
+    keys_reader: asyncio.Task[None] | None = field(default=None, init=False)
     proxies: list[Network]
     intake: Credit = field(default_factory=lambda: Credit(*_BYTES))
     refusals: Credit = field(default_factory=lambda: Credit(*_REFUSALS))
+    visits: Credit = field(default_factory=lambda: Credit(*_VISITS))
     late: dict[IOStream, None] = field(default_factory=dict)  # connections that wait for no caption
+    unread: dict[IOStream, None] = field(default_factory=dict)  # that don't take their answers
     workers: list[Message] = field(default_factory=list)
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -73,15 +78,21 @@ class Service:
 
     def read_keys(self, reading: int) -> None:
         """Take the keys that the file has now; a wrong file is logged. Who was let in goes on."""
-        path = self.settings.api_keys
-        if self.keys is None or path is None or self.keys.reading == reading:
-            return
+        if self.keys is not None and self.keys_read != reading:
+            self.keys_read = reading
+            self.keys_reader = asyncio.create_task(self._read_keys(self.keys, reading))
+
+    async def _read_keys(self, old: Keys, reading: int) -> None:
+        """On a thread: many keys take long."""
+        path, folder = self.settings.api_keys, self.store.path.parent
+        assert path is not None
+        ours = self.settings.front_ends, self.index, reading
         try:
-            self.keys = Keys.open(
-                path, self.store.path.parent, self.settings.front_ends, self.index, reading
-            )
+            self.keys = await asyncio.to_thread(Keys.open, path, folder, *ours)
         except VignetteError as error:
             log.error("the API keys stay as they were: %s", error)
+        else:
+            old.close()
 
     async def parts(self, body: bytes, client: str) -> Parts:
         """A large JSON body taken apart, in another process.
@@ -175,7 +186,8 @@ class Service:
                 slot, asked.prompt, asked.max_new_tokens, origin.digest, origin.deadline,
                 asked.urgent, queued_at=decoded,
             )  # fmt: skip
-            return await self.links.dispatcher.caption(work), decoded - started
+            with self.admission.engine(origin.client):
+                return await self.links.dispatcher.caption(work), decoded - started
         finally:
             self._give_back(slot, jobs)
             jobs.clear()  # their errors would hold this frame, and this frame them, with the images

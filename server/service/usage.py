@@ -24,12 +24,20 @@ class Usage:
         record = np.dtype(
             [("tokens", float), ("filled_at", float), ("inside", np.int64, (front_ends,))]
         )
+        self._path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         reserve(self._file, keys * record.itemsize, "API keys' use", "free some of it")
         self._records = np.memmap(path, record, "r+", shape=(keys,))
         self._index = index
         with self.held():
             self._records["inside"][:, index] = 0
+
+    def remove(self) -> None:
+        """Nobody else opens it; it lasts as long as somebody counts there."""
+        self._path.unlink(missing_ok=True)
+
+    def __del__(self) -> None:
+        os.close(self._file)
 
     @contextmanager
     def held(self) -> Iterator[None]:
