@@ -1,20 +1,21 @@
-"""One model, ready to caption: `submit` requests, `step` until they finish. `generate` does both.
+"""One model, ready to caption: `generate` does so for any thread.
 
-Any thread may call `generate`, and what several want at a time is captioned together. `submit`,
-`cancel` and `step` are for one thread alone, such as a server's.
+`submit`, `cancel` and `step` are for one thread alone: that of `runtime.stepper`, which calls them
+for `generate` and for `runtime.async_engine`.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtime.callers import Callers
-from runtime.errors import ComputationFailed, InvalidRequest
+from runtime.errors import InvalidRequest, WrongThread
 from runtime.execution.base import ModelRunner
 from runtime.limits import Limits
 from runtime.model.images import AnyImage, pixels_of
@@ -22,8 +23,17 @@ from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.pacing import Pacing
 from runtime.planning.config import EngineConfig
-from runtime.request import Caption, FinishReason, Request, Sequence, Terms
+from runtime.request import (
+    Caption,
+    GenerationRequest,
+    RequestOutput,
+    SamplingParams,
+    captioned,
+    joined,
+)
 from runtime.scheduler import Scheduler
+from runtime.sequence import Sequence
+from runtime.stepper import Stepper
 
 if TYPE_CHECKING:
     from runtime.execution.loader import Prepared
@@ -33,10 +43,22 @@ _ENCODE_BATCH = 4  # of an engine that was put together without a plan
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What the last step worked on: images that were encoded, rows that were fed a token."""
+    """What a step worked on (images encoded, rows fed a token); who runs and waits after it."""
 
-    encoded: int = 0
-    rows: int = 0
+    encoded: int
+    rows: int
+    running: int
+    waiting: int
+
+
+class Observer:
+    """Told of the engine's steps, on the thread that steps it."""
+
+    def admitted(self, requests: list[GenerationRequest]) -> None:
+        """They are about to be encoded."""
+
+    def stepped(self, report: StepReport) -> None:
+        """A step is over."""
 
 
 class Engine:
@@ -64,8 +86,10 @@ class Engine:
         self._encode_batch = config.encode_batch or _ENCODE_BATCH
         self._pacing = Pacing(config.patience)
         self.scheduler = self._new_scheduler()
-        self.last_step = StepReport()
-        self._callers = Callers(self._add, self._step, self.abandon)
+        self.observer = Observer()
+        self.stepper = Stepper(self)
+        self._sequences: dict[int, Sequence] = {}  # by the ids of their requests
+        self._owner: int | None = None  # the thread that steps
 
     @classmethod
     def open(cls, folder: Path | str, config: EngineConfig | None = None) -> "Engine":
@@ -112,81 +136,93 @@ class Engine:
         """For people: whether it says what PyTorch said; an engine that doesn't is never opened."""
         return "passed" if self.manifest.self_test else "none in this export"
 
-    def submit(
+    def request(
         self,
         pixels: np.ndarray,
         prompt: str | None = None,
         max_new_tokens: int | None = None,
         ignore_eos: bool = False,
-        terms: Terms = Terms(),  # noqa: B008 - it is frozen
-    ) -> Sequence:
-        """Queue one image: uint8 pixels as `preprocess` makes them, stacked for video checkpoints.
+    ) -> GenerationRequest:
+        """A request that this engine can serve. pixels: uint8 as `preprocess` makes them, stacked
+        for video checkpoints.
 
-        terms: when it may be admitted; `step` hands out too what expired before.
-        Raises InvalidRequest when shape, prompt or limit can never be served, WrongThread when
-        another thread uses the engine.
+        Raises InvalidRequest when shape, prompt or limit can never be served.
         """
-        self._callers.claim()
-        return self._add(self._request(pixels, prompt, max_new_tokens, ignore_eos, terms))
-
-    def _add(self, request: Request) -> Sequence:
-        return self.scheduler.add(request)
-
-    def _request(
-        self,
-        pixels: np.ndarray,
-        prompt: str | None,
-        max_new_tokens: int | None,
-        ignore_eos: bool,
-        terms: Terms,
-    ) -> Request:
         if pixels.dtype != np.uint8 or pixels.shape != self.runner.pixels_shape:
             raise InvalidRequest(
                 f"pixels must be uint8 of shape {list(self.runner.pixels_shape)}, "
                 f"not {pixels.dtype} of {list(pixels.shape)}"
             )
         prompt_ids, most = self.limits.check(prompt, max_new_tokens)
-        return Request(pixels, prompt_ids, most, ignore_eos, terms)
+        return GenerationRequest(pixels, prompt_ids, SamplingParams(most, ignore_eos))
 
-    def cancel(self, sequence: Sequence) -> bool:
-        """Take a sequence back and free its slot at once; False if it had ended already."""
-        self._callers.claim()
-        return self.scheduler.cancel(sequence)
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a request. Raises WrongThread while another thread uses the engine."""
+        self._claim()
+        self._sequences[request.id] = self.scheduler.add(request)
+
+    def cancel(self, request_id: int) -> bool:
+        """Take a request back and free its slot at once; False if it had ended already."""
+        self._claim()
+        sequence = self._sequences.pop(request_id, None)
+        found = sequence is not None and self.scheduler.cancel(sequence)
+        self._let_go()
+        return found
 
     def abandon(self) -> None:
-        """Forget all sequences, after a step that raised: what it left in the slots is unknown.
-
-        Any thread may use the engine then.
-        """
-        self._callers.release()
+        """Forget all requests, after a step that raised: what it left in the slots is unknown."""
+        self._owner = None
+        self._sequences.clear()
         self.scheduler = self._new_scheduler()
+
+    def _claim(self) -> None:
+        me = threading.get_ident()
+        if self._owner not in (None, me):
+            raise WrongThread(
+                "another thread uses this engine: call `generate`, which any thread may, or "
+                "`submit` and `step` always from the same one"
+            )
+        self._owner = me
+
+    def _let_go(self) -> None:
+        """Once nothing is left to do, any thread may use the engine."""
+        if self.idle:
+            self._owner = None
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return self.scheduler.idle
 
     def _new_scheduler(self) -> Scheduler:
         assert self.config.slots is not None
         return Scheduler(self.config.slots, self._encode_batch, self.config.refill, self._clock)
 
-    def step(self, starting: Callable[[list[Sequence]], None] | None = None) -> list[Sequence]:
-        """Admit and encode what fits, feed every running row, return what ended.
+    def step(self) -> list[RequestOutput]:
+        """Admit and encode what fits, feed every running row; news of what moved, or ended.
 
         A row is fed one token, or on a device as many as can follow one another there.
-        starting: told which sequences are about to be encoded. Raises WrongThread.
+        Raises WrongThread.
         """
-        self._callers.claim()
-        return self._step(starting)
-
-    def _step(self, starting: Callable[[list[Sequence]], None] | None = None) -> list[Sequence]:
+        self._claim()
         expired = self.scheduler.expire(self._clock())
         admitted = self._admit()
-        if starting is not None and admitted:
-            starting(admitted)
+        if admitted:
+            self.observer.admitted([s.request for s in admitted])
         self._encode(admitted)
         for move in self.scheduler.compact(self.runner.bucket):
             self.runner.move(move.source, move.target)
         running = self.scheduler.running
         if running:
             self._decode(running)
-        self.last_step = StepReport(len(admitted), len(running))
-        return expired + self.scheduler.release_finished()
+        ended = expired + self.scheduler.release_finished()
+        for sequence in ended:
+            del self._sequences[sequence.request.id]
+        self._let_go()
+        left, waiting = self.scheduler.running, self.scheduler.waiting
+        self.observer.stepped(StepReport(len(admitted), len(running), len(left), waiting))
+        news = (sequence.output() for sequence in (*ended, *left))
+        return [output for output in news if output is not None]
 
     def _decode(self, running: list[Sequence]) -> None:
         """Feed every running row; what is computed in holes between them is nobody's."""
@@ -226,7 +262,7 @@ class Engine:
             now = self._clock()
             self._pacing.encoded(now - started)
             for sequence in batch:
-                sequence.encoded_at = now
+                sequence.encoded = now
 
     def generate(
         self,
@@ -242,34 +278,30 @@ class Engine:
         """
         prompts = prompts or [None] * len(images)
         requests = [
-            self._request(
-                pixels_of(image, self.manifest, place), prompt, max_new_tokens, ignore_eos, Terms()
-            )
+            self.request(pixels_of(image, self.manifest, place), prompt, max_new_tokens, ignore_eos)
             for place, (image, prompt) in enumerate(zip(images, prompts, strict=True), 1)
         ]
-        sequences = self._callers.run(requests) if requests else []
-        return [self.caption(sequence) for sequence in sequences]
+        outputs = self._run(requests)
+        return [self.caption(request, outputs[request.id]) for request in requests]
 
-    def caption(self, sequence: Sequence) -> Caption:
-        """What a finished sequence says. Raises ComputationFailed if its numbers broke down."""
-        times = (sequence.admitted_at, sequence.encoded_at, sequence.finished_at)
-        admitted, encoded, finished = (t if t is not None else sequence.submitted_at for t in times)
-        if sequence.finish_reason is None:
-            raise InvalidRequest("the sequence has not finished: call step() until it is returned")
-        if sequence.finish_reason is FinishReason.FAILED:
-            raise ComputationFailed(
-                "the model's numbers broke down (NaN) on this image: caption it with an engine of "
-                "another precision, such as fp32"
-            )
-        ids = tuple(sequence.generated)
-        stopped = sequence.finish_reason is FinishReason.STOP
-        return Caption(
-            text=self.tokenizer.text(ids),
-            token_ids=ids,
-            finish_reason=sequence.finish_reason,
-            prompt_tokens=len(sequence.request.prompt_ids) - 1,
-            completion_tokens=len(ids) - stopped,
-            queue_s=admitted - sequence.submitted_at,
-            encode_s=encoded - admitted,
-            decode_s=finished - encoded,
-        )
+    def _run(self, requests: list[GenerationRequest]) -> dict[int, RequestOutput]:
+        """Their outputs by id, once all have ended. Raises what a step raised."""
+        news: SimpleQueue[RequestOutput | Exception] = SimpleQueue()
+        ended: dict[int, RequestOutput] = {}
+        try:
+            for request in requests:
+                self.stepper.submit(request, news.put)
+            while len(ended) < len(requests):
+                output = news.get()
+                if isinstance(output, Exception):
+                    raise output
+                ended[output.id] = output
+        finally:
+            for request in requests:
+                if request.id not in ended:
+                    self.stepper.cancel(request.id)
+        return ended
+
+    def caption(self, request: GenerationRequest, *outputs: RequestOutput) -> Caption:
+        """What a request that has ended got. Raises ComputationFailed if its numbers broke down."""
+        return captioned(request, joined(outputs), self.tokenizer)

@@ -18,19 +18,19 @@ class Limits:
     """Prompt and caption share the text positions of a slot."""
 
     def __init__(self, tokenizer: Prompts, text_tokens: int) -> None:
-        self._tokenizer, self._text_tokens = tokenizer, text_tokens
+        self._tokenizer, self.text_tokens = tokenizer, text_tokens
 
     def check(self, prompt: str | None, max_new_tokens: int | None) -> tuple[tuple[int, ...], int]:
-        """Prompt ids and token limit of a request; InvalidRequest if they don't fit a slot.
+        """A prompt's tokens and a limit of new ones; InvalidRequest if they don't fit a slot.
 
         Without a limit the default is used, or what the prompt leaves of the slot if that is less.
         """
         prompt_ids = self._tokenizer.prompt_ids(prompt)
-        room = self._text_tokens - len(prompt_ids) + 1  # the last token is never fed
+        room = self.text_tokens - len(prompt_ids) + 1  # the last token is never fed
         if room < 1:
             raise InvalidRequest(
                 f"the prompt has {len(prompt_ids) - 1} tokens: shorten it to "
-                f"{self._text_tokens - 1} or fewer"
+                f"{self.text_tokens - 1} or fewer"
             )
         if max_new_tokens is None:
             return prompt_ids, min(DEFAULT_MAX_NEW_TOKENS, room)

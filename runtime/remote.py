@@ -17,7 +17,7 @@ from urllib.parse import urlencode, urlsplit
 
 from runtime.errors import VignetteError
 from runtime.offline.files import Outcome
-from runtime.request import Caption, FinishReason
+from runtime.request import Caption, FinishReason, Timing
 
 _MOST_CONNECTIONS = 256
 _SECONDS = 120.0  # for one answer
@@ -148,9 +148,7 @@ def _caption(answer: dict[str, Any]) -> Caption:
         finish_reason=FinishReason(answer["finish_reason"]),
         prompt_tokens=usage["prompt_tokens"],
         completion_tokens=usage["completion_tokens"],
-        queue_s=seconds["queue"],
-        encode_s=seconds["encode"],
-        decode_s=seconds["decode"],
+        timing=Timing(*(seconds[stage] for stage in ("queue", "encode", "decode", "preprocess"))),
     )
 
 

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from runtime.request import FinishReason, Request, Sequence
+from runtime.request import FinishReason, GenerationRequest, Priority
+from runtime.sequence import Sequence
 
 _REFILLED = 4  # of the slots, that share is waited for
 
@@ -38,15 +39,15 @@ class Scheduler:
         self._encode_batch = encode_batch
         self._refill = refill
         self._refilled = max(1, slots // _REFILLED)
-        self._urgent: deque[Sequence] = deque()
-        self._patient: deque[Sequence] = deque()
+        self._interactive: deque[Sequence] = deque()
+        self._batch: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
         self._free = list(range(slots))  # a heap: the lowest comes first
 
     @property
     def waiting(self) -> int:
         """Sequences without a slot."""
-        return len(self._urgent) + len(self._patient)
+        return len(self._interactive) + len(self._batch)
 
     @property
     def running(self) -> list[Sequence]:
@@ -58,30 +59,31 @@ class Scheduler:
         """Nothing waits and nothing runs."""
         return not self.waiting and not self._running
 
-    def add(self, request: Request) -> Sequence:
-        """Queue a request behind those of its class that wait."""
-        before = request.terms.submitted_at
+    def add(self, request: GenerationRequest) -> Sequence:
+        """Queue a request behind those of its priority that wait."""
+        before = request.scheduling.arrival_time
         sequence = Sequence(request, self._clock() if before is None else before)
         self._queue_of(sequence).append(sequence)
         return sequence
 
     def _queue_of(self, sequence: Sequence) -> deque[Sequence]:
-        return self._urgent if sequence.request.terms.urgent else self._patient
+        interactive = sequence.request.scheduling.priority is Priority.INTERACTIVE
+        return self._interactive if interactive else self._batch
 
     def expire(self, now: float) -> list[Sequence]:
         """Take out those whose deadline has passed while they waited; they are never run."""
         expired: list[Sequence] = []
-        for waiting in (self._urgent, self._patient):
-            late = [s for s in waiting if (s.request.terms.deadline or now) < now]
+        for waiting in (self._interactive, self._batch):
+            late = [s for s in waiting if (s.request.scheduling.deadline or now) < now]
             for sequence in late:
                 waiting.remove(sequence)
                 sequence.finish_reason = FinishReason.EXPIRED
-                sequence.finished_at = now
+                sequence.finished = now
             expired += late
         return expired
 
     def admit(self) -> list[Sequence]:
-        """Give slots to waiting sequences, to be encoded next: urgent ones first, then by arrival.
+        """Give slots to waiting sequences, to be encoded next: by priority, then by arrival.
 
         With refill, at most `encode_batch` at a time, so that those that run wait no longer than
         one encoder call; but while the slots are full, none until there is room for a call that is
@@ -94,9 +96,9 @@ class Scheduler:
         most = self._encode_batch if self._refill else len(self._free)
         admitted: list[Sequence] = []
         while self.waiting and self._free and len(admitted) < most:
-            sequence = (self._urgent or self._patient).popleft()
+            sequence = (self._interactive or self._batch).popleft()
             sequence.slot = heapq.heappop(self._free)
-            sequence.admitted_at = self._clock()
+            sequence.admitted = self._clock()
             self._running[sequence.slot] = sequence
             admitted.append(sequence)
         return admitted
@@ -139,4 +141,4 @@ class Scheduler:
         del self._running[sequence.slot]
         heapq.heappush(self._free, sequence.slot)
         sequence.slot = None
-        sequence.finished_at = self._clock()
+        sequence.finished = self._clock()

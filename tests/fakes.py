@@ -110,3 +110,12 @@ def image(number: int) -> np.ndarray:
     pixels = np.zeros((3, 4, 4), np.uint8)
     pixels.flat[:] = number
     return pixels
+
+
+def drained(engine: Engine) -> dict[int, tuple[int, ...]]:
+    """Step until nothing is left; what was generated, by the ids of the requests."""
+    found: dict[int, tuple[int, ...]] = {}
+    while not engine.idle:
+        for output in engine.step():
+            found[output.id] = found.get(output.id, ()) + output.token_ids
+    return found

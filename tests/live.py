@@ -18,13 +18,14 @@ from typing import Any
 
 import tornado.netutil
 import zmq
+import zmq.asyncio
 from PIL import Image
 
 from runtime.engine import Engine
 from server.http.app import make_app
-from server.ipc.messages import worker_address
+from server.ipc.messages import Serving, WorkerFacts, WorkerState, worker_address
 from server.metrics import WorkerMetrics
-from server.processes.frontend import know, listen
+from server.processes.frontend import listen, update
 from server.processes.worker import Worker
 from server.service.service import Service, make_service
 from server.settings import Settings
@@ -132,22 +133,28 @@ class _WorkerThread(threading.Thread):
         self._worker: Worker | None = None
 
     def run(self) -> None:
-        context = zmq.Context()
+        asyncio.run(self._serve(self._open()))
+
+    async def _serve(self, engine: Engine) -> None:
+        context = zmq.asyncio.Context()
         router = context.socket(zmq.ROUTER)
         router.bind(worker_address(self._folder, 0, 1))
-        engine = self._open()
         service = self._live.service
-        self._worker = Worker(engine, router, WorkerMetrics(service.metrics.registry))
-        facts = {"index": 0, "epoch": 1, "state": "ready", "slots": engine.config.slots,
-                 "pid": 1, "restarts": 0, "last_end": None, **engine.identity}  # fmt: skip
-        self._live.loop.call_soon_threadsafe(know, service, [facts])
-        self._worker.run()
+        worker = Worker(engine, router, WorkerMetrics(service.metrics.registry))
+        self._loop, self._worker = asyncio.get_running_loop(), worker
+        facts = WorkerFacts(
+            **engine.identity, runs_on="fake", provider="fake", self_test="passed", seconds=None,
+            device="cpu", slots=engine.config.slots or 0,
+        )  # fmt: skip
+        serving = Serving((WorkerState(0, 1, "ready", 1, 0, None, facts),), {}, 0)
+        self._live.loop.call_soon_threadsafe(update, service, serving)
+        await worker.run()
         router.close(linger=0)
         context.term()
 
     def finish(self) -> None:
         if self._worker is not None:
-            self._worker.stopping = True
+            self._loop.call_soon_threadsafe(self._worker.stop)
             self.join(30)
             assert not self.is_alive()
 

@@ -5,7 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from runtime.planning.config import EngineConfig
-from runtime.request import Request, Terms
+from runtime.request import (
+    FinishReason,
+    GenerationRequest,
+    Priority,
+    SamplingParams,
+    SchedulingParams,
+)
 from runtime.scheduler import Scheduler
 from server.service.admission import Admission, QueueFull, State
 from tests.fakes import fake_engine, gated
@@ -14,14 +20,16 @@ from tests.live import as_json, b64, png, serve, until
 JSON = {"Content_Type": "application/json"}
 
 
-def waiting(scheduler: Scheduler, name: str, **terms):
-    return scheduler.add(Request(name, (0,), 4, terms=Terms(**terms)))
+def waiting(scheduler: Scheduler, name: str, **scheduling):
+    when = SchedulingParams(**scheduling)
+    return scheduler.add(GenerationRequest(name, (0,), SamplingParams(4), when))
 
 
-def test_urgent_requests_are_admitted_first():
+def test_interactive_requests_are_admitted_first():
     scheduler = Scheduler(slots=3, encode_batch=3)
-    for name, urgent in (("a", False), ("b", True), ("c", False), ("d", True)):
-        waiting(scheduler, name, urgent=urgent)
+    batch, interactive = Priority.BATCH, Priority.INTERACTIVE
+    for name, priority in (("a", batch), ("b", interactive), ("c", batch), ("d", interactive)):
+        waiting(scheduler, name, priority=priority)
     assert [s.request.pixels for s in scheduler.admit()] == ["b", "d", "a"]
 
 
@@ -29,7 +37,7 @@ def test_what_expires_is_never_admitted():
     scheduler = Scheduler(slots=3, encode_batch=3)
     late, _ = waiting(scheduler, "a", deadline=5.0), waiting(scheduler, "b", deadline=15.0)
     assert scheduler.expire(10.0) == [late]
-    assert late.expired
+    assert late.finish_reason is FinishReason.EXPIRED
     assert [s.request.pixels for s in scheduler.admit()] == ["b"]
     assert scheduler.expire(20.0) == [], "what runs is finished"
 

@@ -236,9 +236,7 @@ def test_only_as_many_are_held_as_keep_the_engine_busy(tmp_path):
     ended = []
     for file, _ in outcomes:
         ended.append(file)
-        assert (
-            len(taken) - len(ended) <= 4 * 4
-        )  # slots: running, waiting, and twice as many decoded
+        assert len(taken) - len(ended) <= 4 * 4  # slots: running, and as many decoded or told
     assert sorted(ended) == files
 
 

@@ -2,29 +2,33 @@
 
 import asyncio
 
-from runtime.request import Caption, FinishReason
-from server.service.cache import CaptionCache
+from runtime.request import FinishReason, RequestOutput, SamplingParams, Timing
+from server.service.cache import OutputCache
 from tests.fakes import fake_engine
 from tests.live import png, serve
 
 JSON = {"Content_Type": "application/json"}
 
 
-def caption(text: str) -> Caption:
-    return Caption(text, (3, 1), FinishReason.STOP, 0, 1, 0.0, 0.0, 0.0)
+def output(*tokens: int) -> RequestOutput:
+    return RequestOutput(1, tokens, FinishReason.STOP, Timing(1.0, 1.0, 1.0))
+
+
+def key(digest: str) -> tuple[str, tuple[int, ...], SamplingParams]:
+    return digest, (0,), SamplingParams(20)
 
 
 def test_one_flight_serves_all_who_ask_meanwhile():
     async def run():
-        cache, flights = CaptionCache(10_000), []
+        cache, flights = OutputCache(10_000), []
 
         async def make():
             flights.append(1)
             await asyncio.sleep(0.01)
-            return caption("a"), 0.1
+            return output(1)
 
-        found = await asyncio.gather(*(cache.get(("x", None, None), make) for _ in range(5)))
-        assert {c.text for c, _ in found} == {"a"}
+        found = await asyncio.gather(*(cache.get(key("x"), make) for _ in range(5)))
+        assert {o.token_ids for o in found} == {(1,)}
         assert len(flights) == 1
 
     asyncio.run(run())
@@ -32,19 +36,19 @@ def test_one_flight_serves_all_who_ask_meanwhile():
 
 def test_a_flight_that_fails_is_nobody_elses():
     async def run():
-        cache, tries = CaptionCache(10_000), []
+        cache, tries = OutputCache(10_000), []
 
         async def make():
             tries.append(1)
             await asyncio.sleep(0.01)
             if len(tries) == 1:
                 raise TimeoutError
-            return caption("b"), 0.1
+            return output(2)
 
-        asked = [asyncio.create_task(cache.get(("x", None, None), make)) for _ in range(3)]
+        asked = [asyncio.create_task(cache.get(key("x"), make)) for _ in range(3)]
         done = await asyncio.gather(*asked, return_exceptions=True)
         assert isinstance(done[0], TimeoutError)
-        assert [c.text for c, _ in done[1:]] == ["b", "b"]
+        assert [o.token_ids for o in done[1:]] == [(2,), (2,)]
         assert len(tries) == 2
 
     asyncio.run(run())
@@ -52,22 +56,22 @@ def test_a_flight_that_fails_is_nobody_elses():
 
 def test_the_cache_is_bounded_and_forgets_what_was_not_asked_for():
     async def run():
-        cache = CaptionCache(5_000)
+        cache = OutputCache(5_000)
         for n in range(100):
-            await cache.get((f"{n:064}", None, None), lambda n=n: made(n))
-            await cache.get((f"{0:064}", None, None), lambda: made(0))
+            await cache.get(key(f"{n:064}"), lambda n=n: made(n))
+            await cache.get(key(f"{0:064}"), lambda: made(0))
             assert cache.size <= 5_000
         before = len(flown)
-        await cache.get((f"{0:064}", None, None), lambda: made(0))
+        await cache.get(key(f"{0:064}"), lambda: made(0))
         assert len(flown) == before, "what is asked for stays"
-        await cache.get((f"{1:064}", None, None), lambda: made(1))
+        await cache.get(key(f"{1:064}"), lambda: made(1))
         assert len(flown) == before + 1
 
     flown = []
 
     async def made(n: int):
         flown.append(n)
-        return caption(f"caption {n}"), 0.0
+        return output(n)
 
     asyncio.run(run())
 
@@ -92,20 +96,20 @@ def test_who_waits_too_long_for_anothers_flight_starts_one(monkeypatch):
     monkeypatch.setattr("server.service.cache._PATIENCE_SECONDS", 0.05)
 
     async def run():
-        cache, stuck = CaptionCache(10_000), asyncio.Event()
+        cache, stuck = OutputCache(10_000), asyncio.Event()
 
         async def never():
             await stuck.wait()
-            return caption("late"), 0.0
+            return output(1)
 
         async def soon():
-            return caption("soon"), 0.0
+            return output(2)
 
-        first = asyncio.create_task(cache.get(("a", None, None), never))
+        first = asyncio.create_task(cache.get(key("a"), never))
         await asyncio.sleep(0)
-        found, _ = await cache.get(("a", None, None), soon)
+        found = await cache.get(key("a"), soon)
         stuck.set()
         await first
-        return found.text
+        return found.token_ids
 
-    assert asyncio.run(run()) == "soon"
+    assert asyncio.run(run()) == (2,)

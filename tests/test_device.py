@@ -21,6 +21,7 @@ from runtime.planning.config import EngineConfig
 from runtime.planning.machine import Machine
 from runtime.planning.plan import Plan, default
 from tests.checkpoints import SHAPES
+from tests.fakes import drained
 
 FUSED, PLAIN = "fp16-fused/fp16/float16", "fp16/fp16/float16"
 
@@ -48,15 +49,17 @@ def captions(it, folder):
     rng = np.random.default_rng(3)
     sizes = it.manifest.sizes
     waiting = [
-        it.submit(generated(rng, sizes), " ".join(["w7"] * (n % 3)), 2 + n % 7, ignore_eos=True)
+        it.request(generated(rng, sizes), " ".join(["w7"] * (n % 3)), 2 + n % 7, ignore_eos=True)
         for n in range(20)
     ]
-    bursts = set()
-    while not it.scheduler.idle:
+    for request in waiting:
+        it.submit(request)
+    said, bursts = {}, set()
+    while not it.idle:
         before = {s: s.fed for s in it.scheduler.running}
-        it.step()
+        said |= {output.id: output.token_ids for output in it.step()}
         bursts |= {s.fed - fed for s, fed in before.items()}
-    return [tuple(s.generated) for s in waiting], bursts
+    return [said[request.id] for request in waiting], bursts
 
 
 @pytest.mark.parametrize("combination", [FUSED, PLAIN])
@@ -77,12 +80,14 @@ def test_a_prompt_is_forced_within_a_burst(half):
         it.generate([i], [p], 5, ignore_eos=True)
         for i, p in zip(images, (prompt, None), strict=True)
     ]
-    both = [it.submit(i, p, 5, True) for i, p in zip(images, (prompt, None), strict=True)]
+    requests = [it.request(i, p, 5, True) for i, p in zip(images, (prompt, None), strict=True)]
+    for request in requests:
+        it.submit(request)
     it.step()
+    both = it.scheduler.running
     assert [s.fed for s in both] == [4, 4]  # of four forced tokens, and of four predicted ones
     assert [len(s.generated) for s in both] == [1, 4]
-    while not it.scheduler.idle:
-        it.step()
+    drained(it)
     assert [tuple(s.generated) for s in both] == [c.token_ids for [c] in alone]
 
 

@@ -1,50 +1,61 @@
 """What becomes of requests when workers come, die, hang or break."""
 
 import asyncio
-import json
 import time
 from collections.abc import Awaitable, Callable
 
 import pytest
 
-from runtime.errors import InvalidRequest
-from server.ipc.dispatcher import Dispatcher, EngineFailed, Expired, Work
+from runtime.errors import ComputationFailed
+from runtime.request import (
+    FinishReason,
+    GenerationRequest,
+    RequestOutput,
+    SamplingParams,
+    SchedulingParams,
+    joined,
+)
+from server.ipc.dispatcher import Dispatcher, EngineFailed, Expired
+from server.ipc.messages import TO_WORKER, Cancel, Generate, Hello, Output, StepFailed
 
-CAPTION = {
-    "text": "a", "token_ids": [3, 1], "finish_reason": "stop", "prompt_tokens": 0,
-    "completion_tokens": 1, "queue_s": 0.0, "encode_s": 0.0, "decode_s": 0.0,
-}  # fmt: skip
+HELLO = Hello("store", 100, (3, 4, 4))
+TOKENS = (3, 1)
 
 
 class Pipe:
     """Keeps what is sent to a worker."""
 
     def __init__(self) -> None:
-        self.sent: list[dict] = []
+        self.sent: list = []
         self.closed = False
 
     def send(self, data: bytes) -> None:
-        self.sent.append(json.loads(data))
+        self.sent.append(TO_WORKER.decode(data))
 
     def close(self, linger: int = 0) -> None:
         self.closed = True
 
     @property
+    def requests(self) -> list[GenerationRequest]:
+        return [m.request for m in self.sent if isinstance(m, Generate)]
+
+    @property
     def captions(self) -> list[int]:
         """Slots of the requests that were sent, in order."""
-        return [m["slot"] for m in self.sent if m["op"] == "caption"]
+        return [request.pixels for request in self.requests]
 
     def ids(self, slot: int) -> list[int]:
-        return [m["id"] for m in self.sent if m["op"] == "caption" and m["slot"] == slot]
+        return [request.id for request in self.requests if request.pixels == slot]
 
 
 class World:
-    """A dispatcher and tasks that wait for captions; `slot` names a request."""
+    """A dispatcher and tasks that wait for what is generated; `slot` names a request."""
 
     def __init__(self) -> None:
         self.started = [0] * 100
-        self.dispatcher = Dispatcher({"op": "hello"}, self.started)
+        self.dispatcher = Dispatcher(HELLO, self.started)
         self.tasks: dict[int, asyncio.Task] = {}
+        self.read: dict[int, list[RequestOutput]] = {}
         self.epoch = 0
 
     def worker(self, index: int = 0) -> tuple[tuple[int, int], Pipe]:
@@ -53,18 +64,32 @@ class World:
         self.dispatcher.connected(key, pipe)
         return key, pipe
 
-    async def ask(self, *slots: int, seconds: float = 30, digest: str | None = None) -> None:
+    async def ask(
+        self, *slots: int, seconds: float = 30, digest: str | None = None, stream: bool = False
+    ) -> None:
         for slot in slots:
-            work = Work(slot, None, None, digest or f"image {slot}", time.perf_counter() + seconds)
-            self.tasks[slot] = asyncio.create_task(self.dispatcher.caption(work))
+            when = SchedulingParams(deadline=time.perf_counter() + seconds)
+            request = GenerationRequest(slot, (0,), SamplingParams(20), when, stream)
+            self.read[slot] = []
+            self.tasks[slot] = asyncio.create_task(self._read(request, digest or f"image {slot}"))
         await settle()
 
-    async def say(self, key, op: str, number: int, **fields) -> None:
-        self.dispatcher.received(key, {"op": op, "id": number, **fields})
+    async def _read(self, request: GenerationRequest, digest: str) -> tuple[int, ...]:
+        async for output in self.dispatcher.generate(request, digest):
+            self.read[request.pixels].append(output)
+        return joined(self.read[request.pixels]).token_ids
+
+    async def say(self, key, message) -> None:
+        self.dispatcher.received(key, message)
         await settle()
 
-    async def answer(self, key, pipe: Pipe, slot: int) -> None:
-        await self.say(key, "answer", pipe.ids(slot)[-1], caption=CAPTION)
+    async def fail(self, key, number: int) -> None:
+        await self.say(key, StepFailed(number))
+
+    async def answer(
+        self, key, pipe: Pipe, slot: int, tokens=TOKENS, reason=FinishReason.STOP
+    ) -> None:
+        await self.say(key, Output(RequestOutput(pipe.ids(slot)[-1], tokens, reason)))
 
     async def start(self, key, pipe: Pipe, *slots: int) -> None:
         for slot in slots:
@@ -99,10 +124,10 @@ def scenario(test: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
 async def test_requests_wait_for_the_first_worker(world):
     await world.ask(1, 2)
     key, pipe = world.worker()
-    assert pipe.sent[0] == {"op": "hello"}
+    assert pipe.sent[0] == HELLO
     assert pipe.captions == [1, 2]
     await world.answer(key, pipe, 2)
-    assert world.tasks[2].result().text == "a"
+    assert world.tasks[2].result() == TOKENS
     assert not world.tasks[1].done()
 
 
@@ -162,7 +187,7 @@ async def test_what_kills_twice_is_answered_alone_and_refused_from_then_on(world
     key, pipe = world.worker()
     assert pipe.captions == [2]
     await world.answer(key, pipe, 2)
-    assert world.tasks[2].result().text == "a"
+    assert world.tasks[2].result() == TOKENS
 
 
 @scenario
@@ -172,7 +197,7 @@ async def test_a_worker_that_somebody_kills_proves_nothing(world):
     key, pipe = world.worker()
     await world.start(key, pipe, 1)
     await world.answer(key, pipe, 1)
-    assert world.tasks[1].result().text == "a"
+    assert world.tasks[1].result() == TOKENS
 
 
 @scenario
@@ -206,11 +231,11 @@ async def test_an_answer_that_came_just_before_the_end_counts(world):
     await world.ask(1)
     await world.start(key, pipe, 1)
     number = pipe.ids(1)[0]
-    world.dispatcher.received(key, {"op": "answer", "id": number, "caption": CAPTION})
+    world.dispatcher.received(key, Output(RequestOutput(number, TOKENS, FinishReason.STOP)))
     world.dispatcher.lost(key, blamed=True)  # before the waiting task has run
     _, fresh = world.worker()
     await settle()
-    assert world.tasks[1].result().text == "a"
+    assert world.tasks[1].result() == TOKENS
     assert fresh.captions == []
 
 
@@ -229,7 +254,7 @@ async def test_copies_of_a_killer_do_not_kill_again(world):
     assert all(isinstance(world.tasks[n].exception(), EngineFailed) for n in (1, 2, 3))
     assert pipe.captions == [4]
     await world.answer(key, pipe, 4)
-    assert world.tasks[4].result().text == "a"
+    assert world.tasks[4].result() == TOKENS
 
 
 @scenario
@@ -248,7 +273,7 @@ async def test_order_is_kept_when_a_step_fails(world):
     await world.start(key, pipe, 1)
     ids = [pipe.ids(slot)[0] for slot in (1, 2, 3, 4)]
     for number in ids:
-        await world.say(key, "failed", number)
+        await world.fail(key, number)
     await world.answer(key, pipe, 1)
     assert pipe.captions == [1, 2, 3, 4, 1, 2, 3, 4]
 
@@ -262,7 +287,7 @@ async def test_a_request_that_was_never_started_is_never_blamed(world):
         await world.lose(key)
     key, pipe = world.worker()
     await world.answer(key, pipe, 1)
-    assert world.tasks[1].result().text == "a"
+    assert world.tasks[1].result() == TOKENS
 
 
 @scenario
@@ -271,14 +296,14 @@ async def test_a_step_that_raised_is_tried_again_one_by_one(world):
     await world.ask(1, 2)
     await world.start(key, pipe, 1, 2)
     for slot in (1, 2):
-        await world.say(key, "failed", pipe.ids(slot)[0])
+        await world.fail(key, pipe.ids(slot)[0])
     assert pipe.captions == [1, 2, 1]
     await world.start(key, pipe, 1)
-    await world.say(key, "failed", pipe.ids(1)[-1])
+    await world.fail(key, pipe.ids(1)[-1])
     assert pipe.captions == [1, 2, 1, 2]
     await world.answer(key, pipe, 2)
     assert isinstance(world.tasks[1].exception(), EngineFailed)
-    assert world.tasks[2].result().text == "a"
+    assert world.tasks[2].result() == TOKENS
 
 
 @scenario
@@ -287,7 +312,7 @@ async def test_a_caller_that_gives_up_is_taken_back_from_the_worker(world):
     await world.ask(1)
     world.tasks[1].cancel()
     await settle()
-    assert pipe.sent[-1] == {"op": "cancel", "id": pipe.ids(1)[0]}
+    assert pipe.sent[-1] == Cancel(pipe.ids(1)[0])
     assert world.dispatcher.inside == 0
     await world.answer(key, pipe, 1)  # too late, and harmless
 
@@ -300,18 +325,37 @@ async def test_a_deadline_ends_the_wait_wherever_the_request_stands(world):
     await asyncio.sleep(0.05)
     assert isinstance(world.tasks[1].exception(), Expired)
     assert isinstance(world.tasks[2].exception(), Expired)
-    assert pipe.sent[-1]["op"] == "cancel"
+    assert isinstance(pipe.sent[-1], Cancel)
     await world.ask(3)
-    await world.say(key, "expired", pipe.ids(3)[0])
+    await world.answer(key, pipe, 3, (), FinishReason.EXPIRED)
     assert isinstance(world.tasks[3].exception(), Expired)
     assert world.dispatcher.inside == 0
 
 
 @scenario
-async def test_the_workers_own_errors_reach_the_caller(world):
+async def test_numbers_that_broke_down_are_told(world):
     key, pipe = world.worker()
-    await world.ask(1, 2)
-    await world.say(key, "error", pipe.ids(1)[0], kind="invalid_request", message="too long")
-    await world.say(key, "error", pipe.ids(2)[0], kind="internal", message="?")
-    assert isinstance(world.tasks[1].exception(), InvalidRequest)
-    assert isinstance(world.tasks[2].exception(), EngineFailed)
+    await world.ask(1)
+    await world.answer(key, pipe, 1, (), FinishReason.FAILED)
+    assert isinstance(world.tasks[1].exception(), ComputationFailed)
+
+
+@scenario
+async def test_a_stream_goes_on_when_its_worker_dies_without_a_gap_or_a_repeat(world):
+    """What was handed on before is generated again, and left out."""
+    key, pipe = world.worker()
+    await world.ask(1, stream=True)
+    await world.start(key, pipe, 1)
+    await world.answer(key, pipe, 1, (3,), None)
+    await world.answer(key, pipe, 1, (4, 5), None)
+    assert [output.token_ids for output in world.read[1]] == [(3,), (4, 5)]
+    await world.lose(key, blamed=False)
+    key, pipe = world.worker()
+    await world.answer(key, pipe, 1, (3, 4), None)  # in other steps than before
+    assert len(world.read[1]) == 2
+    await world.answer(key, pipe, 1, (5, 6), None)
+    await world.fail(key, pipe.ids(1)[-1])
+    await world.answer(key, pipe, 1, (3, 4, 5, 6, 7), None)
+    await world.answer(key, pipe, 1, (1,), FinishReason.STOP)
+    assert [output.token_ids for output in world.read[1]] == [(3,), (4, 5), (6,), (7,), (1,)]
+    assert world.tasks[1].result() == (3, 4, 5, 6, 7, 1)

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
+from runtime.engine import Observer
 from runtime.errors import InvalidImage, InvalidRequest
 from runtime.planning.config import EngineConfig
 from runtime.request import FinishReason
-from tests.fakes import EOS, FakeRunner, fake_engine, image
+from tests.fakes import EOS, FakeRunner, drained, fake_engine, image
 
 REQUESTS = st.lists(
     st.tuples(
@@ -43,13 +45,15 @@ def test_any_order_of_arrival_says_what_each_request_alone_says(requests, config
     engine = fake_engine(config, burst)
     arriving = sorted(requests, key=lambda r: r[3])
     expected, finished, step = {}, {}, 0
-    while arriving or not engine.scheduler.idle:
+    while arriving or not engine.idle:
         while arriving and arriving[0][3] <= step:
             number, words, most, _ = arriving.pop(0)
-            sequence = engine.submit(image(number), prompt(words), most)
-            expected[sequence] = alone(number, words, most)
-        for sequence in engine.step():
-            finished[sequence] = engine.caption(sequence).token_ids
+            request = replace(engine.request(image(number), prompt(words), most), stream=step % 2)
+            engine.submit(request)
+            expected[request.id] = alone(number, words, most)
+            finished[request.id] = ()
+        for output in engine.step():
+            finished[output.id] += output.token_ids
         step += 1
     assert finished == expected
 
@@ -68,13 +72,13 @@ def test_holes_change_nothing_and_are_closed_only_for_a_smaller_bucket(requests,
     engine.runner = runner = Buckets(burst)
     expected, rows = {}, []
     for number, words, most, _ in requests:
-        expected[engine.submit(image(number), prompt(words), most)] = alone(number, words, most)
-    finished = {}
-    while not engine.scheduler.idle:
-        for sequence in engine.step():
-            finished[sequence] = engine.caption(sequence).token_ids
-        rows.append((engine.last_step.rows, runner.steps[-1] if runner.steps else 0))
-    assert finished == expected
+        engine.submit(request := engine.request(image(number), prompt(words), most))
+        expected[request.id] = alone(number, words, most)
+    engine.observer = Observer()
+    engine.observer.stepped = lambda report: rows.append(
+        (report.rows, runner.steps[-1] if runner.steps else 0)
+    )
+    assert drained(engine) == expected
     assert all(runner.bucket(fed) == runner.bucket(run) for run, fed in rows if run)
 
 
@@ -84,9 +88,8 @@ def test_a_sequence_is_not_moved_where_that_saves_nothing():
         engine = fake_engine(EngineConfig(slots=8, patience=0))
         engine.runner = kind()
         for number in range(40):
-            engine.submit(image(number % 10), None, 3 + number % 7, ignore_eos=True)
-        while not engine.scheduler.idle:
-            engine.step()
+            engine.submit(engine.request(image(number % 10), None, 3 + number % 7, True))
+        drained(engine)
         moves[kind] = engine.runner.moves
     assert moves[Buckets] < moves[FakeRunner] / 2
 
@@ -95,17 +98,18 @@ def test_a_sequence_is_not_moved_where_that_saves_nothing():
 @given(REQUESTS, CONFIGS, st.data())
 def test_cancelling_some_changes_nothing_for_the_others(requests, config, data):
     engine = fake_engine(config)
-    sequences = {engine.submit(image(n), prompt(w), m): (n, w, m) for n, w, m, _ in requests}
-    gone = data.draw(st.sets(st.sampled_from(list(range(len(sequences))))))
-    victims = [s for i, s in enumerate(sequences) if i in gone]
-    finished = []
-    while not engine.scheduler.idle:
+    asked = {engine.request(image(n), prompt(w), m).id: (n, w, m) for n, w, m, _ in requests}
+    for number, (n, words, most) in asked.items():
+        engine.submit(replace(engine.request(image(n), prompt(words), most), id=number))
+    gone = data.draw(st.sets(st.sampled_from(list(asked))))
+    victims, finished, cancelled = list(gone), [], set()
+    while not engine.idle:
         finished += engine.step()
-        if victims:
-            engine.cancel(victims.pop())
-    for sequence in finished:
-        assert engine.caption(sequence).token_ids == alone(*sequences[sequence])
-    assert {s for s in sequences if s.finish_reason is None} == set()
+        if victims and engine.cancel(victim := victims.pop()):
+            cancelled.add(victim)
+    for output in finished:
+        assert output.token_ids == alone(*asked[output.id])
+    assert {output.id for output in finished} == asked.keys() - cancelled
 
 
 def test_generate_keeps_the_order_and_counts_tokens():
@@ -115,16 +119,16 @@ def test_generate_keeps_the_order_and_counts_tokens():
         stopped = caption.finish_reason is FinishReason.STOP
         assert caption.completion_tokens == len(caption.token_ids) - stopped
         assert (caption.token_ids[-1] == EOS) == stopped
-        assert min(caption.queue_s, caption.encode_s, caption.decode_s) >= 0
+        timing = caption.timing
+        assert min(timing.queue_s, timing.encode_s, timing.decode_s) >= 0
 
 
 def test_continuous_batching_takes_fewer_steps_than_static():
     def steps(refill: bool) -> int:
         engine = fake_engine(EngineConfig(slots=4, encode_batch=4, refill=refill))
         for number in range(40):
-            engine.submit(image(number), None, 1 + number * 5 % 12, ignore_eos=True)
-        while not engine.scheduler.idle:
-            engine.step()
+            engine.submit(engine.request(image(number), None, 1 + number * 5 % 12, True))
+        drained(engine)
         return len(engine.runner.steps)
 
     assert steps(refill=True) < 0.75 * steps(refill=False)
@@ -149,7 +153,7 @@ def test_ignore_eos_generates_to_the_limit():
 def test_what_never_fits_is_refused_with_the_limit(pixels, words, most, message):
     engine = fake_engine()
     with pytest.raises(InvalidRequest, match=message):
-        engine.submit(pixels, words, most)
+        engine.request(pixels, words, most)
     assert engine.scheduler.idle
 
 
@@ -161,10 +165,18 @@ def test_the_longest_prompt_and_the_longest_caption_fit():
     assert len(longest.token_ids) == 32
 
 
-def test_a_caption_of_an_unfinished_sequence_is_an_error():
-    engine = fake_engine()
-    with pytest.raises(InvalidRequest, match="not finished"):
-        engine.caption(engine.submit(image(0)))
+def test_a_stream_tells_each_token_once_and_its_end():
+    engine = fake_engine(EngineConfig(slots=2, patience=0), burst=2)
+    request = replace(engine.request(image(1), "3 4", 7, True), stream=True)
+    engine.submit(request)
+    outputs = []
+    while not engine.idle:
+        outputs += engine.step()
+    assert len(outputs) > 2
+    assert {output.finish_reason for output in outputs[:-1]} == {None}
+    assert outputs[-1].finish_reason is FinishReason.LENGTH and outputs[-1].timing is not None
+    [whole] = fake_engine().generate([image(1)], ["3 4"], 7, ignore_eos=True)
+    assert engine.caption(request, *outputs).token_ids == whole.token_ids
 
 
 def test_generate_leaves_nothing_behind_when_one_image_is_bad():

@@ -24,6 +24,7 @@ from runtime.planning.config import EngineConfig
 from runtime.request import FinishReason
 from tests.checkpoints import PREFIXES, SHAPES
 from tests.conftest import ROOT
+from tests.fakes import drained
 
 
 def test_every_shape_matches_generate_on_images_that_differ(exported):
@@ -88,19 +89,16 @@ def test_the_engine_says_what_generate_says_in_mixed_batches(exported, refill):
         folder, EngineConfig(slots=3, encode_batch=2, refill=refill, provider="cpu")
     )
     rng = np.random.default_rng(1)
-    expected, captions = {}, {}
+    expected = {}
     for index in range(8):
         pixels = rng.integers(0, 256, engine.runner.pixels_shape, np.uint8)
         words = [f"w{i}" for i in rng.integers(200, 290, index % 4)]
         most = 3 + index
-        sequence = engine.submit(pixels, " ".join(words), most)
-        prompt = list(sequence.request.prompt_ids)
+        engine.submit(request := engine.request(pixels, " ".join(words), most))
+        prompt = list(request.prompt_ids)
         assert len(prompt) == 1 + index % 4
-        expected[sequence] = _torch_tokens(checkpoint, pixels, prompt, most)
-    while not engine.scheduler.idle:
-        for sequence in engine.step():
-            captions[sequence] = engine.caption(sequence).token_ids
-    assert captions == expected
+        expected[request.id] = _torch_tokens(checkpoint, pixels, prompt, most)
+    assert drained(engine) == expected
 
 
 def test_numbers_that_break_down_end_their_own_request_and_no_other(exported, monkeypatch):
@@ -118,14 +116,16 @@ def test_numbers_that_break_down_end_their_own_request_and_no_other(exported, mo
                 engine.runner._arena[-1][slot] = np.nan
 
     monkeypatch.setattr(engine.runner, "encode", poisoned)
-    sequences = [engine.submit(image, max_new_tokens=6) for image in images]
-    while not engine.scheduler.idle:
-        engine.step()
-    assert sequences[1].finish_reason is FinishReason.FAILED
+    requests, outputs = [engine.request(image, max_new_tokens=6) for image in images], {}
+    for request in requests:
+        engine.submit(request)
+    while not engine.idle:
+        outputs |= {output.id: output for output in engine.step()}
+    broken, *others = (outputs[requests[index].id] for index in (1, 0, 2, 3))
+    assert broken.finish_reason is FinishReason.FAILED
     with pytest.raises(ComputationFailed, match="NaN"):
-        engine.caption(sequences[1])
-    for index in (0, 2, 3):
-        assert engine.caption(sequences[index]).token_ids == expected[index]
+        engine.caption(requests[1], broken)
+    assert [output.token_ids for output in others] == [expected[index] for index in (0, 2, 3)]
     monkeypatch.undo()
     assert engine.generate(images, max_new_tokens=6)[1].token_ids == expected[1]
 

@@ -57,7 +57,7 @@ def test_the_gate_holds_for_the_gpus_own_arithmetic(kernel):
     In a process of its own: ONNX Runtime reads the variable when it is loaded.
     """
     code = (
-        "from runtime.config import EngineConfig; from runtime.engine import Engine; "
+        "from runtime.planning.config import EngineConfig; from runtime.engine import Engine; "
         "from tests.varied import agreement; from tests.conftest import DEMO; "
         "print(agreement(Engine.open(DEMO, EngineConfig(provider='cuda')), 400))"
     )

@@ -3,12 +3,12 @@
 import subprocess
 import sys
 
-from runtime.request import FinishReason, Request
+from runtime.request import FinishReason, GenerationRequest, SamplingParams
 from runtime.scheduler import Move, Scheduler
 
 
-def request() -> Request:
-    return Request(pixels=None, prompt_ids=(0,), max_new_tokens=4)
+def request() -> GenerationRequest:
+    return GenerationRequest(None, (0,), SamplingParams(4))
 
 
 def finish(*sequences) -> None:
@@ -16,7 +16,7 @@ def finish(*sequences) -> None:
         sequence.finish_reason = FinishReason.STOP
 
 
-def test_needs_only_the_standard_library():
+def test_knows_nothing_of_tensors():
     code = (
         "import sys, runtime.scheduler;"
         "print([m for m in sys.modules if m.split('.')[0] in ('numpy', 'onnxruntime', 'PIL')])"

@@ -1,115 +1,198 @@
 """The engine worker by itself."""
 
-import json
+import asyncio
 
+import numpy as np
 import pytest
 
 from runtime.planning.config import EngineConfig
+from runtime.request import GenerationRequest, SamplingParams
+from server.ipc.messages import (
+    TO_FRONT_END,
+    Cancel,
+    Generate,
+    Hello,
+    Output,
+    StepFailed,
+    packed,
+)
 from server.metrics import WorkerMetrics
 from server.processes.worker import Worker
 from tests.fakes import FakeRunner, fake_engine, image
 
-ASKED = {"op": "caption", "slot": 0, "prompt": None, "max_new_tokens": 3, "queued_at": 0.0,
-         "urgent": True, "deadline": None, "alone": False}  # fmt: skip
-
 
 class Socket:
     def __init__(self):
-        self.jobs, self.sent = [], []
+        self.coming, self.sent = asyncio.Queue(), []
 
-    def poll(self, timeout=None):
-        return bool(self.jobs)
+    async def recv_multipart(self):
+        return await self.coming.get()
 
-    def recv_multipart(self):
-        return self.jobs.pop(0)
+    async def send_multipart(self, parts):
+        self.sent.append(TO_FRONT_END.decode(parts[1]))
 
-    def send_multipart(self, parts):
-        self.sent.append((parts[0], json.loads(parts[1])))
+    def ask(self, owner, number, most=3, alone=False):
+        request = GenerationRequest(0, (0,), SamplingParams(most), id=number)
+        self.say(owner, Generate(request, alone))
 
-    def ask(self, owner, number, **changes):
-        message = {**ASKED, "id": number, **changes}
-        self.jobs.append([owner, json.dumps(message).encode()])
+    def say(self, owner, message):
+        self.coming.put_nowait([owner, packed(message)])
 
-    def said(self, op):
-        return [message["id"] for _, message in self.sent if message["op"] == op]
+    @property
+    def answered(self):
+        return [message.output.id for message in self.sent if isinstance(message, Output)]
+
+    @property
+    def failed(self):
+        return [message.id for message in self.sent if isinstance(message, StepFailed)]
 
 
 class Store:
     """A single slot."""
 
     def __init__(self, number):
-        self._pixels, self.started = image(number), [0]
+        self._pixels, self.started = image(number), np.zeros(1, np.int64)
 
     def __getitem__(self, slot):
         return [self._pixels][slot]
 
 
-@pytest.fixture
-def made():
-    engine, socket = fake_engine(EngineConfig(slots=4, encode_batch=4, patience=0)), Socket()
-    worker = Worker(engine, socket, WorkerMetrics())
-    worker._stores = {b"a": Store(1), b"b": Store(2)}
-    return worker, engine, socket
+class Scene:
+    """A worker around a fake engine, and what front-ends a and b send."""
+
+    def __init__(self):
+        self.engine = fake_engine(EngineConfig(slots=4, encode_batch=4, patience=0))
+        self.socket = Socket()
+        self.worker = Worker(self.engine, self.socket, WorkerMetrics())
+        self.stores = self.worker._stores = {b"a": Store(1), b"b": Store(2)}
+
+    async def run(self, asked, then=lambda scene: None):
+        """Until all is answered."""
+        serving = asyncio.create_task(self.worker.run())
+        asked(self)
+        await asyncio.sleep(0.05)
+        then(self)
+        await asyncio.sleep(0.05)
+        self.worker.stop()
+        await asyncio.wait_for(serving, 20)
 
 
-def turn(worker):
-    worker._take_in()
-    worker._submit_held()
-    worker._step()
+def scene(asked, then=lambda scene: None, prepare=lambda scene: None):
+    async def run():
+        made = Scene()
+        prepare(made)
+        await made.run(asked, then)
+        return made
+
+    return asyncio.run(run())
 
 
-def test_a_process_that_keeps_failing_is_left(made):
+def test_a_process_that_keeps_failing_is_left():
     """After three failed steps it is the process that is suspected, not the images."""
 
     class Broken(FakeRunner):
         def decode(self, tokens, fed, forced=()):
             raise RuntimeError("illegal memory access")
 
-    worker, engine, socket = made
-    engine.runner = Broken()
-    for number in (1, 2, 3):
-        assert not worker.broken
-        socket.ask(b"a", number)
-        turn(worker)
-    assert worker.broken and worker.stopping
-    assert socket.said("failed") == [1, 2]
-    assert worker._stores[b"a"].started == [3]
+    async def run():
+        made = Scene()
+        made.engine.runner = Broken()
+        serving = asyncio.create_task(made.worker.run())
+        for number in (1, 2, 3):
+            assert not made.worker.broken
+            made.socket.ask(b"a", number)
+            while len(made.socket.failed) < number:
+                await asyncio.sleep(0.01)
+        await asyncio.wait_for(serving, 20)
+        return made
+
+    made = asyncio.run(run())
+    assert made.worker.broken
+    assert made.socket.failed == [1, 2, 3]
+    assert made.stores[b"a"].started[0] == 3
 
 
-def test_a_suspect_runs_alone_whichever_front_end_sends_what(made):
-    worker, engine, socket = made
-    socket.ask(b"a", 1, max_new_tokens=2)
-    socket.ask(b"b", 2, alone=True)
-    socket.ask(b"a", 3, alone=True)
-    socket.ask(b"b", 4)
-    socket.ask(b"a", 5)
-    for _ in range(40):
-        turn(worker)
-    assert socket.said("answer") == [1, 2, 3, 4, 5]
-    assert engine.runner.encoded == [1, 1, 1, 2]
+def test_a_suspect_runs_alone_whichever_front_end_sends_what():
+    def asked(made):
+        made.socket.ask(b"a", 1, most=2)
+        made.socket.ask(b"b", 2, alone=True)
+        made.socket.ask(b"a", 3, alone=True)
+        made.socket.ask(b"b", 4)
+        made.socket.ask(b"a", 5)
+
+    made = scene(asked)
+    assert made.socket.answered[:3] == [1, 2, 3]
+    assert sorted(made.socket.answered) == [1, 2, 3, 4, 5]
+    assert made.engine.runner.encoded[:3] == [1, 1, 1]
 
 
-def test_what_waits_behind_a_suspect_can_be_taken_back(made):
-    worker, engine, socket = made
-    socket.ask(b"a", 1, max_new_tokens=2)
-    socket.ask(b"b", 2, alone=True)
-    socket.ask(b"a", 3)
-    turn(worker)
-    socket.jobs.append([b"a", json.dumps({"op": "cancel", "id": 3}).encode()])
-    worker.gone.put(b"b")
-    for _ in range(20):
-        turn(worker)
-    assert socket.said("answer") == [1]
-    assert engine.runner.encoded == [1]
+def test_what_waits_behind_a_suspect_can_be_taken_back():
+    def asked(made):
+        made.socket.ask(b"a", 1, most=30)
+        made.socket.ask(b"b", 2, alone=True)
+        made.socket.ask(b"a", 3)
+        made.socket.say(b"a", Cancel(3))
+        made.socket.ask(b"a", 4)
+        made.socket.say(b"a", Cancel(4))
+
+    class Held(FakeRunner):
+        def decode(self, tokens, fed, forced=()):
+            import time
+
+            time.sleep(0.005)
+            return super().decode(tokens, fed, forced)
+
+    def prepare(made):
+        made.engine.runner = Held()
+
+    made = scene(asked, lambda made: made.worker.forget(b"b"), prepare)
+    assert set(made.socket.answered) <= {1, 2}
+    assert 1 in made.socket.answered
 
 
-def test_a_front_end_that_has_gone_already_does_no_harm(made, tmp_path):
-    worker, _, socket = made
-    hello = {"op": "hello", "store": str(tmp_path / "gone"), "slots": 1, "shape": [3, 4, 4]}
-    socket.jobs.append([b"c", json.dumps(hello).encode()])
-    socket.ask(b"c", 1)
-    socket.ask(b"a", 2)
-    for _ in range(10):
-        turn(worker)
-    assert socket.said("error") == [1]
-    assert socket.said("answer") == [2]
+def test_what_is_being_decoded_can_be_taken_back():
+    def asked(made):
+        made.socket.ask(b"a", 1, most=32)
+        made.socket.ask(b"b", 2, most=2)
+        made.socket.say(b"a", Cancel(1))
+
+    made = scene(asked)
+    assert made.socket.answered == [2]
+    assert made.engine.idle
+
+
+def test_a_front_end_that_has_gone_already_does_no_harm(tmp_path):
+    def asked(made):
+        made.socket.say(b"c", Hello(str(tmp_path / "gone"), 1, (3, 4, 4)))
+        made.socket.ask(b"c", 1)
+        made.socket.ask(b"a", 2)
+
+    made = scene(asked)
+    assert made.socket.answered == [2]
+
+
+def test_who_reads_along_is_told_every_step():
+    def asked(made):
+        request = GenerationRequest(0, (0,), SamplingParams(6, True), stream=True, id=7)
+        made.socket.say(b"a", Generate(request, alone=False))
+
+    made = scene(asked)
+    assert made.socket.answered == [7] * 6
+    tokens = [message.output.token_ids for message in made.socket.sent]
+    [whole] = fake_engine().generate([image(1)], None, 6, ignore_eos=True)
+    assert sum(tokens, ()) == whole.token_ids
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_it_stops_once_what_was_begun_is_finished(alone):
+    async def run():
+        made = Scene()
+        for number in range(5):
+            made.socket.ask(b"a", number, most=20, alone=alone)
+        serving = asyncio.create_task(made.worker.run())
+        await asyncio.sleep(0.01)
+        made.worker.stop()
+        await asyncio.wait_for(serving, 20)
+        return made
+
+    assert sorted(asyncio.run(run()).socket.answered) == [0, 1, 2, 3, 4]

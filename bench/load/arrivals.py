@@ -1,4 +1,7 @@
-"""Load on an engine in this process: clients that ask again, and arrivals that don't wait."""
+"""Load on an engine in this process: clients that ask again, and arrivals that don't wait.
+
+They step the engine by hand, because its time may be made up (`bench.load.replay`).
+"""
 
 import itertools
 import random
@@ -7,9 +10,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from msgspec.structs import replace
 
 from runtime.engine import Engine
-from runtime.request import Terms
+from runtime.request import SchedulingParams
 
 Job = tuple[np.ndarray, int]  # pixels, tokens of its caption
 # How many captions have so many words, of the first 181 of COCO's training split (Karpathy's), by
@@ -37,13 +41,17 @@ def closed_loop(engine: Engine, work: list[Job], clients: int) -> list[float]:
     """Each client submits its next job when the last is done -> seconds of each, in their order."""
     waits: list[float] = []
     coming = iter(work)
-    for pixels, tokens in itertools.islice(coming, clients):
-        engine.submit(pixels, None, tokens, ignore_eos=True)
-    while not engine.scheduler.idle:
-        for done in engine.step():
-            waits.append((done.finished_at or 0) - done.submitted_at)
-            for pixels, tokens in itertools.islice(coming, 1):
-                engine.submit(pixels, None, tokens, ignore_eos=True)
+
+    def submit(count: int) -> None:
+        for pixels, tokens in itertools.islice(coming, count):
+            engine.submit(engine.request(pixels, None, tokens, ignore_eos=True))
+
+    submit(clients)
+    while not engine.idle:
+        for output in engine.step():
+            assert output.timing is not None
+            waits.append(output.timing.total_s)
+            submit(1)
     return waits
 
 
@@ -61,14 +69,15 @@ def poisson(
     waits: list[float] = []
     coming = deque(zip(_due(rate, len(work)), work, strict=True))
     start = clock()
-    while coming or not engine.scheduler.idle:
+    while coming or not engine.idle:
         while coming and start + coming[0][0] <= clock():
             due, (pixels, tokens) = coming.popleft()
-            engine.submit(pixels, None, tokens, True, Terms(submitted_at=start + due))
-        if engine.scheduler.idle:
+            request = engine.request(pixels, None, tokens, ignore_eos=True)
+            engine.submit(replace(request, scheduling=SchedulingParams(arrival_time=start + due)))
+        if engine.idle:
             sleep(max(0.0, start + coming[0][0] - clock()))
             continue
-        waits += [s.finished_at - s.submitted_at for s in engine.step() if s.finished_at]
+        waits += [output.timing.total_s for output in engine.step() if output.timing]
     return waits
 
 

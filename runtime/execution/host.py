@@ -39,7 +39,7 @@ class HostRunner:
     def __init__(self, folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) -> None:
         self.sizes, self.plan = manifest.sizes, plan
         self.text_tokens = config.text_positions(self.sizes.text)
-        assert config.slots is not None, "runtime.opening settles how many"
+        assert config.slots is not None, "the loader settles how many"
         combination = manifest.combination(plan.combination)
         encoder, decoder = (manifest.variant(g, combination) for g in ("encoder", "decoder"))
         self._image_names = [

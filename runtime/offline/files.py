@@ -1,29 +1,28 @@
 """Captions of any number of image files, as they are finished, without a server.
 
-Images are read and decoded on threads while the engine captions those before them. Only as many
-are held in memory as keep it busy, so that a folder may be of any size.
+Threads read and decode images while the engine captions those before them. Only as many are held
+in memory as keep it busy, so that a folder may be of any size.
 """
 
 import logging
-from collections import deque
+import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from runtime.engine import Engine
-from runtime.errors import ComputationFailed, InvalidImage, InvalidRequest, TooManyPixels
-from runtime.model.manifest import Preprocessing
+from runtime.errors import InvalidRequest, VignetteError
 from runtime.model.preprocess import preprocess
 from runtime.planning.machine import this_machine
-from runtime.request import Caption, Sequence
+from runtime.request import Caption
 
 log = logging.getLogger(__name__)
 
 Outcome = tuple[Path, Caption | Exception]
-_UNREADABLE = (InvalidImage, TooManyPixels, OSError)
 
 
 def caption_files(
@@ -39,67 +38,85 @@ def caption_files(
     engine.limits.check(prompt, max_new_tokens)
     if engine.manifest.sizes.frames:
         raise InvalidRequest("a video model takes several frames a caption: send them to a server")
-    how, slots = engine.manifest.preprocessing, engine.config.slots or 1
-    remaining = map(Path, files)
-    decoding: deque[tuple[Path, Future[np.ndarray]]] = deque()
-    running: dict[Sequence, Path] = {}
-    with ThreadPoolExecutor(this_machine().cores, "decode") as pool:
+    captioner = _Captioner(engine, prompt, max_new_tokens)
+    remaining, most = map(Path, files), 2 * (engine.config.slots or 1)
+    running: set[Future[Outcome]] = set()
+    with ThreadPoolExecutor(most, "file") as pool:
         try:
             while True:
-                for file in islice(remaining, 2 * slots - len(decoding)):
-                    decoding.append((file, pool.submit(_pixels, file, how)))
-                if not decoding and not running:
+                some = islice(remaining, most - len(running))
+                running |= {pool.submit(captioner.caption, file) for file in some}
+                if not running:
                     return
-                while decoding and _takes(engine, decoding[0][1], slots):
-                    file, pixels = decoding.popleft()
-                    try:
-                        running[engine.submit(pixels.result(), prompt, max_new_tokens)] = file
-                    except _UNREADABLE as error:
-                        yield file, error
-                yield from _step(engine, running)
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
         finally:  # also when the caller has had enough
             pool.shutdown(cancel_futures=True)
-            engine.abandon()
 
 
-def _pixels(file: Path, how: Preprocessing) -> np.ndarray:
-    return preprocess(file.read_bytes(), how)
+class _Captioner:
+    """Captions files for many threads. Images are decoded on as many at a time as there are cores.
+
+    A step that raises is repeated for each of its images alone.
+    """
+
+    def __init__(self, engine: Engine, prompt: str | None, max_new_tokens: int | None) -> None:
+        self._engine, self._prompt, self._most = engine, prompt, max_new_tokens
+        self._decoding = threading.Semaphore(this_machine().cores)
+        self._apart = _Apart()
+
+    def caption(self, file: Path) -> Outcome:
+        """A file's caption, or what was wrong with it."""
+        try:
+            with self._decoding:
+                pixels = preprocess(file.read_bytes(), self._engine.manifest.preprocessing)
+            return file, self._captioned(pixels)
+        except (VignetteError, OSError) as error:
+            return file, error
+
+    def _captioned(self, pixels: np.ndarray) -> Caption | Exception:
+        try:
+            with self._apart.together():
+                return self._generate(pixels)
+        except VignetteError:
+            raise
+        except Exception:  # ONNX Runtime raises a class of its own for every status code
+            log.warning("a step failed: its images are tried one by one", exc_info=True)
+        try:
+            with self._apart.alone():
+                return self._generate(pixels)
+        except Exception as error:
+            return error
+
+    def _generate(self, pixels: np.ndarray) -> Caption:
+        prompts = [self._prompt]
+        return self._engine.generate([pixels], prompts, max_new_tokens=self._most)[0]
 
 
-def _takes(engine: Engine, pixels: Future[np.ndarray], slots: int) -> bool:
-    """Whether the engine takes the next image: once it is decoded, or waiting for nothing else."""
-    scheduler = engine.scheduler
-    return scheduler.idle or (pixels.done() and scheduler.waiting < slots)
+class _Apart:
+    """Many together, or one alone."""
 
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._together = 0
+        self._alone = threading.Lock()
 
-def _step(engine: Engine, running: dict[Sequence, Path]) -> Iterator[Outcome]:
-    """What a step ends; should it fail, each of those it was for is tried by itself."""
-    try:
-        ended = engine.step()
-    except Exception:  # ONNX Runtime raises a class of its own for every status code
-        log.warning("a step failed: its images are tried one by one", exc_info=True)
-        engine.abandon()
-        while running:
-            sequence, file = running.popitem()
-            yield file, _alone(engine, sequence)
-        return
-    for sequence in ended:
-        yield running.pop(sequence), _outcome(engine, sequence)
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """With others that are; not while one wants to be alone."""
+        with self._alone, self._changed:
+            self._together += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._together -= 1
+                self._changed.notify_all()
 
-
-def _alone(engine: Engine, failed: Sequence) -> Caption | Exception:
-    again = engine.scheduler.add(failed.request)
-    try:
-        while again.finish_reason is None:
-            engine.step()
-    except Exception as error:
-        engine.abandon()
-        return error
-    return _outcome(engine, again)
-
-
-def _outcome(engine: Engine, sequence: Sequence) -> Caption | Exception:
-    try:
-        return engine.caption(sequence)
-    except ComputationFailed as error:
-        return error
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Once those that are together have ended."""
+        with self._alone:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._together)
+            yield

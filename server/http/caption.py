@@ -4,10 +4,10 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 
 from runtime.errors import InvalidRequest, VignetteError
-from runtime.request import Caption
+from runtime.request import Caption, captioned, joined
 from server.http.bodies import PIECE, Parts, json_parts, media_type, read_form, shown
 from server.http.errors import BodyTooLarge, UnsupportedMediaType
 from server.http.forms import (
@@ -138,13 +138,14 @@ class CaptionHandler(Handler):
             self.service.admission.enter(self.client),
             self.service.metrics.inside.track_inprogress(),
         ):
-            request = await self._asked()
-            caption, decoding = await self.service.caption(request, self.client)
+            asked = await self._asked()
+            caption = await self._caption(asked)
+        timing = caption.timing
         seconds = {
-            "queue": caption.queue_s,
-            "preprocess": decoding,
-            "encode": caption.encode_s,
-            "decode": caption.decode_s,
+            "queue": timing.queue_s,
+            "preprocess": timing.preprocess_s,
+            "encode": timing.encode_s,
+            "decode": timing.decode_s,
             "total": time.perf_counter() - started,
         }
         for stage, value in seconds.items():
@@ -154,6 +155,16 @@ class CaptionHandler(Handler):
         self.service.refusals.earn(self.client, 1)
         self.outcome("ok")
         self._answer(caption, seconds)
+
+    async def _caption(self, asked: CaptionRequest) -> Caption:
+        service = self.service
+        request = service.request(
+            asked.prompt, asked.max_new_tokens, asked.timeout_ms, asked.priority
+        )
+        images = asked.image_url or asked.images
+        async with aclosing(service.generate(request, images, self.client)) as outputs:
+            output = joined([each async for each in outputs])
+        return captioned(request, output, service.tokenizer)
 
     async def _asked(self) -> CaptionRequest:
         """What the request asks for. Its body is taken apart in pieces, or by another process."""

@@ -4,7 +4,13 @@ from dataclasses import dataclass
 
 import tornado.web
 
-from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels, VignetteError
+from runtime.errors import (
+    ComputationFailed,
+    InvalidImage,
+    InvalidRequest,
+    TooManyPixels,
+    VignetteError,
+)
 from server.images.cost import TooHard
 from server.images.fetch import FetchFailed, ForbiddenUrl
 from server.ipc.dispatcher import EngineFailed, Expired
@@ -43,6 +49,7 @@ ERRORS: dict[type[Exception], Answer] = {
     TooFast: Answer(429, "too_fast"),
     QueueFull: Answer(429, "queue_full"),
     NotServing: Answer(503, "not_serving"),
+    ComputationFailed: Answer(500, "engine_failed"),
     EngineFailed: Answer(500, "engine_failed"),
     Expired: Answer(504, "deadline_exceeded"),
 }

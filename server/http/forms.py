@@ -6,13 +6,13 @@ from typing import Any
 from tornado import httputil
 
 from runtime.errors import InvalidRequest
+from runtime.request import Priority
 from server.http.bodies import Parts, shown, text
 from server.http.errors import UnsupportedMediaType
 
 JSON, FORM = "application/json", "multipart/form-data"
 URLENCODED = "application/x-www-form-urlencoded"
 _FIELDS = ("prompt", "max_new_tokens", "timeout_ms", "priority")
-_PRIORITIES = ("interactive", "batch")
 # curl --data-binary says x-www-form-urlencoded unless told otherwise; the body is the image.
 _RAW_TYPES = ("", "application/octet-stream", URLENCODED)
 _DIGITS = 9  # of a number in a form
@@ -29,7 +29,7 @@ class CaptionRequest:
     prompt: str | None = None
     max_new_tokens: int | None = None
     timeout_ms: int | None = None
-    urgent: bool = True
+    priority: Priority = Priority.INTERACTIVE
     image_url: str | None = None
 
 
@@ -74,16 +74,16 @@ def asked(parts: Parts, query: dict[str, Any]) -> CaptionRequest:
     prompt = fields.get("prompt")
     if not isinstance(prompt, str | None):
         raise InvalidRequest("prompt must be a string")
-    priority = fields.get("priority") or _PRIORITIES[0]
-    if priority not in _PRIORITIES:
-        raise InvalidRequest(f"priority must be one of {', '.join(_PRIORITIES)}")
+    priority = fields.get("priority") or Priority.INTERACTIVE
+    if priority not in [*Priority]:
+        raise InvalidRequest(f"priority must be one of {', '.join(Priority)}")
     timeout = _whole_number("timeout_ms", fields.get("timeout_ms"))
     if timeout is not None and not _LEAST_TIMEOUT_MS <= timeout <= _LONGEST_TIMEOUT_MS:
         raise InvalidRequest(
             f"timeout_ms must be between {_LEAST_TIMEOUT_MS} and {_LONGEST_TIMEOUT_MS}"
         )
     most = _whole_number("max_new_tokens", fields.get("max_new_tokens"))
-    return CaptionRequest(parts.images, prompt, most, timeout, priority == _PRIORITIES[0], url)
+    return CaptionRequest(parts.images, prompt, most, timeout, Priority(priority), url)
 
 
 def _whole_number(name: str, value: Any) -> int | None:

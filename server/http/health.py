@@ -1,7 +1,19 @@
 """Health: alive as long as it answers, ready when it captions."""
 
+from typing import Any
+
+from msgspec import to_builtins
+
 from server.http.handler import Handler
+from server.ipc.messages import WorkerState
 from server.service.admission import State
+
+
+def _shown(worker: WorkerState) -> dict[str, Any]:
+    """As people read it."""
+    fields = to_builtins(worker)
+    del fields["epoch"]
+    return {**fields, **(fields.pop("facts") or {})}
 
 
 class LiveHandler(Handler):
@@ -27,6 +39,6 @@ class ReadyHandler(Handler):
             {
                 "status": "recovering" if state is State.READY and not serves else state,
                 "model": self.service.manifest.model,
-                "workers": [{k: v for k, v in w.items() if k != "epoch"} for w in workers],
+                "workers": [_shown(worker) for worker in workers],
             }
         )

@@ -10,21 +10,25 @@
 * A worker that somebody killed or stopped proves nothing: its suspects get more tries, and what is
   given up in the end is not refused the next time.
 * A step that raises is treated as a crash: its requests are tried again one by one.
+* A request that is tried again is generated from its beginning; what was handed on before is left
+  out, so that who reads along sees neither a gap nor a repeat: the same image and prompt give the
+  same tokens, whatever they are decoded with.
 """
 
 import asyncio
 import bisect
-import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from runtime.errors import InvalidRequest, VignetteError
-from runtime.request import Caption, FinishReason
-from server.ipc.messages import Message, packed
+from msgspec.structs import replace
+
+from runtime.errors import VignetteError
+from runtime.request import FinishReason, GenerationRequest, RequestOutput
+from server.ipc.messages import Cancel, Generate, Hello, Output, StepFailed, packed
 from server.ipc.remembered import Remembered
 
 log = logging.getLogger(__name__)
@@ -46,27 +50,41 @@ class Expired(VignetteError):
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """A request on its way through a worker. Its pixels are in `slot` of the front-end's store.
+    """A request on its way through a worker. Its pixels are in a slot of the front-end's store.
 
-    digest: of its images, by which a killer is known again. deadline and queued_at:
-    `time.perf_counter()`, which all processes of a machine share.
+    digest: of its images, by which a killer is known again. told: tokens that were handed on;
+    position: tokens that came in the life of the worker that it is with.
     """
 
-    slot: int
-    prompt: str | None
-    max_new_tokens: int | None
+    request: GenerationRequest
     digest: str
-    deadline: float
-    urgent: bool = True
-    queued_at: float = field(default_factory=time.perf_counter)
-    number: int = 0
     suspect: bool = False
     crashes: int = 0  # of workers that had started it
     losses: int = 0  # the same, and those that somebody killed
+    told: int = 0
+    position: int = 0
     link: "Link | None" = None
-    done: "asyncio.Future[Caption]" = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    news: "asyncio.Queue[RequestOutput | VignetteError]" = field(default_factory=asyncio.Queue)
+    ended: bool = False
+
+    def end(self, news: RequestOutput | VignetteError) -> None:
+        """Its last news, unless it has had them."""
+        if not self.ended:
+            self.ended = True
+            self.news.put_nowait(news)
+
+    def take(self, output: RequestOutput) -> None:
+        """Hand on what is new in an output of a worker."""
+        fresh = output.token_ids[max(0, self.told - self.position) :]
+        self.position += len(output.token_ids)
+        self.told = max(self.told, self.position)
+        output = replace(output, token_ids=fresh)
+        if output.finish_reason is FinishReason.EXPIRED:
+            self.end(Expired("the deadline passed while it was queued"))
+        elif output.finish_reason is not None:
+            self.end(output)
+        elif fresh:
+            self.news.put_nowait(output)
 
 
 class Pipe(Protocol):
@@ -107,7 +125,7 @@ class Dispatcher:
     Used on the event loop's thread only.
     """
 
-    def __init__(self, hello: Message, started: Started) -> None:
+    def __init__(self, hello: Hello, started: Started) -> None:
         """hello: what every worker is told first. started: the store's, which workers write."""
         # Told a digest and until when it is refused, to pass it on.
         self.on_refused: Callable[[str, float], object] = lambda digest, until: None
@@ -115,7 +133,6 @@ class Dispatcher:
         self._links: dict[tuple[int, int], Link] = {}
         self._pending: deque[Work] = deque()
         self._suspects: deque[Work] = deque()
-        self._numbers = itertools.count(1)
         self._quarantine = Remembered(QUARANTINE_SECONDS)
 
     @property
@@ -138,24 +155,38 @@ class Dispatcher:
         """Take no image with this digest until then: it killed workers, here or for another."""
         return self._quarantine.add(digest, until)
 
-    async def caption(self, work: Work) -> Caption:
-        """Wait for a request's caption; cancelling the awaiting task takes it back.
+    async def generate(
+        self, request: GenerationRequest, digest: str
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """A request's outputs, the last of which has a finish reason; closing takes it back.
 
-        Raises InvalidRequest, EngineFailed, or Expired when its deadline passes first.
+        Raises EngineFailed, or Expired when its deadline passes first.
         """
-        work.number = next(self._numbers)
-        if self._quarantine.expired(work.digest):
+        work = Work(request, digest)
+        if self._quarantine.expired(digest):
             work.suspect, work.crashes = True, _CRASHES - 1
         (self._suspects if work.suspect else self._pending).append(work)
         self._pump()
         try:
-            async with asyncio.timeout(max(0.0, work.deadline - time.perf_counter())):
-                return await work.done
-        except TimeoutError:
-            raise Expired("the deadline passed before the caption was there") from None
+            finished = False
+            while not finished:
+                news = await self._news(work)
+                if isinstance(news, VignetteError):
+                    raise news
+                finished = news.finish_reason is not None
+                yield news
         finally:
             self._forget(work)
             self._pump()
+
+    async def _news(self, work: Work) -> RequestOutput | VignetteError:
+        deadline = work.request.scheduling.deadline
+        left = None if deadline is None else max(0.0, deadline - time.perf_counter())
+        try:
+            async with asyncio.timeout(left):
+                return await work.news.get()
+        except TimeoutError:
+            raise Expired("the deadline passed before the caption was there") from None
 
     def connected(self, key: tuple[int, int], pipe: Pipe) -> None:
         """A worker serves from now on."""
@@ -178,34 +209,29 @@ class Dispatcher:
         """Of the workers that serve."""
         return set(self._links)
 
-    def received(self, key: tuple[int, int], message: Message) -> None:
+    def received(self, key: tuple[int, int], message: Output | StepFailed) -> None:
         """What a worker says of a request."""
         link = self._links.get(key)
-        work = link.inside.get(message["id"]) if link else None
-        if work is None or work.done.done():
+        number = message.output.id if isinstance(message, Output) else message.id
+        work = link.inside.get(number) if link else None
+        if work is None or work.ended:
             return  # it was taken back meanwhile
-        match message["op"]:
-            case "answer":
-                work.done.set_result(_caption(message["caption"]))
-            case "expired":
-                work.done.set_exception(Expired("the deadline passed while it was queued"))
-            case "failed":
-                self._again(work, blamed=True)
-                self._pump()
-            case "error":
-                known = message["kind"] == "invalid_request"
-                kind = InvalidRequest if known else EngineFailed
-                work.done.set_exception(kind(message["message"]))
+        if isinstance(message, Output):
+            work.take(message.output)
+        else:
+            self._again(work, blamed=True)
+            self._pump()
 
     def _again(self, work: Work, blamed: bool) -> None:
         """A worker failed on it, or with it inside. blamed: by itself."""
+        number = work.request.id
         if work.link is not None:
-            work.link.inside.pop(work.number, None)
+            work.link.inside.pop(number, None)
         work.link = None
-        if work.done.done():
+        if work.ended:
             return  # it was answered just before
-        if self._started[work.slot] != work.number:
-            bisect.insort(self._pending, work, key=lambda each: each.number)  # where it was
+        if self._started[work.request.pixels] != number:
+            bisect.insort(self._pending, work, key=lambda each: each.request.id)  # where it was
             return
         work.suspect = True
         work.losses += 1
@@ -216,9 +242,9 @@ class Dispatcher:
                 "the engine failed twice on an image, which is refused for %.0f minutes: sha256 %s",
                 QUARANTINE_SECONDS / 60, work.digest,
             )  # fmt: skip
-            work.done.set_exception(EngineFailed(_DEADLY))
+            work.end(EngineFailed(_DEADLY))
         elif work.losses >= _LOSSES:
-            work.done.set_exception(EngineFailed(_UNLUCKY))
+            work.end(EngineFailed(_UNLUCKY))
         else:
             self._suspects.append(work)
 
@@ -227,8 +253,7 @@ class Dispatcher:
         for queue in (self._pending, self._suspects) if self._quarantine else ():
             for work in [w for w in queue if w.digest in self._quarantine]:
                 queue.remove(work)
-                if not work.done.done():
-                    work.done.set_exception(EngineFailed(_DEADLY))
+                work.end(EngineFailed(_DEADLY))
         while (self._suspects or self._pending) and self._links:
             link = min(self._links.values(), key=lambda link: len(link.inside))
             if self._suspects and not link.inside:
@@ -242,46 +267,18 @@ class Dispatcher:
                 return
 
     def _send(self, work: Work, link: Link) -> None:
-        work.link = link
-        link.inside[work.number] = work
-        self._started[work.slot] = 0
-        link.pipe.send(
-            packed(
-                {
-                    "op": "caption",
-                    "id": work.number,
-                    "slot": work.slot,
-                    "prompt": work.prompt,
-                    "max_new_tokens": work.max_new_tokens,
-                    "queued_at": work.queued_at,
-                    "deadline": work.deadline,
-                    "urgent": work.urgent,
-                    "alone": work.suspect,
-                }
-            )
-        )
+        work.link, work.position = link, 0
+        link.inside[work.request.id] = work
+        self._started[work.request.pixels] = 0
+        link.pipe.send(packed(Generate(work.request, alone=work.suspect)))
 
     def _forget(self, work: Work) -> None:
         """It was answered, or its caller gave up."""
         if work.link is not None:
-            if work.link.inside.pop(work.number, None) and not _answered(work):
-                work.link.pipe.send(packed({"op": "cancel", "id": work.number}))
+            if work.link.inside.pop(work.request.id, None) and not work.ended:
+                work.link.pipe.send(packed(Cancel(work.request.id)))
             work.link = None
+        work.ended = True
         for queue in (self._pending, self._suspects):
             if work in queue:
                 queue.remove(work)
-
-
-def _answered(work: Work) -> bool:
-    """Whether the worker is done with it; if not, it has to be told that nobody waits."""
-    return work.done.done() and not work.done.cancelled()
-
-
-def _caption(fields: dict[str, Any]) -> Caption:
-    return Caption(
-        **{
-            **fields,
-            "token_ids": tuple(fields["token_ids"]),
-            "finish_reason": FinishReason(fields["finish_reason"]),
-        }
-    )

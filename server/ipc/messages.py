@@ -1,4 +1,4 @@
-"""What the processes say to each other: small JSON messages over ZeroMQ.
+"""What the processes say to each other: typed messages in MessagePack over ZeroMQ.
 
 In the folder of a run every worker binds `worker-<index>-<epoch>`, to which each
 front-end connects, and the supervisor binds `control`. A worker that is started again takes the
@@ -6,33 +6,154 @@ next epoch, so that nothing that was queued for the dead one reaches it by itsel
 
 | from | to | messages |
 | --- | --- | --- |
-| front-end | worker | hello (its pixel file), caption, cancel |
-| worker | front-end | answer, error, expired, failed (a step) |
-| worker, front-end | supervisor | beat, ready, failed (to start) |
-| worker | supervisor | found (its engine is whole: the port may open) |
-| front-end | supervisor | refused (an image that killed two workers), drained |
-| supervisor | front-end | workers (who serves, and what all refuse), drain |
-| supervisor | worker | gone (a front-end that has died), stop |
+| front-end | worker | Hello, Generate, Cancel |
+| worker | front-end | Output, StepFailed |
+| worker, front-end | supervisor | Beat, FailedToStart |
+| worker | supervisor | Found, WorkerReady |
+| front-end | supervisor | FrontEndReady, Refused, Drained |
+| supervisor | front-end | Serving, Drain |
+| supervisor | worker | Gone, Stop |
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 import zmq
+from msgspec import Struct, msgpack
 
-Message = dict[str, Any]
+from runtime.request import GenerationRequest, RequestOutput
+
 BEAT_SECONDS = 0.5
 
 
-def packed(message: Message) -> bytes:
-    """As it is sent."""
-    return json.dumps(message, separators=(",", ":")).encode()
+class Message(Struct, frozen=True, tag=True):
+    """One of those below."""
 
 
-def unpacked(data: bytes) -> Message:
-    """As it was meant."""
-    return json.loads(data)
+class Hello(Message, frozen=True):
+    """A front-end's pixels: file, slots and shape of its PixelStore."""
+
+    store: str
+    slots: int
+    shape: tuple[int, ...]
+
+
+class Generate(Message, frozen=True):
+    """A request whose pixels are in a slot of the sender's store. alone: with nothing beside it."""
+
+    request: GenerationRequest
+    alone: bool
+
+
+class Cancel(Message, frozen=True):
+    """Nobody waits for this request any more."""
+
+    id: int
+
+
+class Output(Message, frozen=True):
+    """News of a request."""
+
+    output: RequestOutput
+
+
+class StepFailed(Message, frozen=True):
+    """A step that this request was in raised."""
+
+    id: int
+
+
+class Beat(Message, frozen=True):
+    """The sender lives; since when it has been in one step (`time.monotonic`), if in any."""
+
+    step_since: float | None = None
+
+
+class Found(Message, frozen=True):
+    """The engine is whole: the port may open."""
+
+
+class FailedToStart(Message, frozen=True):
+    """And why, for people."""
+
+    reason: str
+
+
+class WorkerFacts(Struct, frozen=True):
+    """What a worker runs. seconds: that a caption of the self-test took."""
+
+    model: str
+    engine: str
+    precision: str
+    runs_on: str
+    provider: str
+    self_test: str
+    seconds: float | None
+    device: str
+    slots: int
+
+
+class WorkerReady(Message, frozen=True):
+    """A worker serves."""
+
+    facts: WorkerFacts
+
+
+class FrontEndReady(Message, frozen=True):
+    """A front-end serves."""
+
+
+class Refused(Message, frozen=True):
+    """An image that broke two workers is refused until then (`time.time`), by all front-ends."""
+
+    digest: str
+    until: float
+
+
+class Drained(Message, frozen=True):
+    """A front-end has finished what it accepted."""
+
+
+class WorkerState(Struct, frozen=True):
+    """A worker, for front-ends and for /health/ready."""
+
+    index: int
+    epoch: int
+    state: str
+    pid: int | None
+    restarts: int
+    last_end: str | None
+    facts: WorkerFacts | None
+
+
+class Serving(Message, frozen=True):
+    """Who serves, which images are refused until when, and how often the API keys were re-read."""
+
+    workers: tuple[WorkerState, ...]
+    refused: dict[str, float]
+    reading: int
+
+
+class Drain(Message, frozen=True):
+    """Take nothing new, finish what was accepted."""
+
+
+class Gone(Message, frozen=True):
+    """A front-end has died: nobody waits for what it sent."""
+
+    name: str
+
+
+class Stop(Message, frozen=True):
+    """Finish what was begun, then end."""
+
+
+TO_WORKER = msgpack.Decoder(Hello | Generate | Cancel)
+TO_FRONT_END = msgpack.Decoder(Output | StepFailed)
+TO_SUPERVISOR = msgpack.Decoder(
+    Beat | Found | FailedToStart | WorkerReady | FrontEndReady | Refused | Drained
+)
+FROM_SUPERVISOR = msgpack.Decoder(Serving | Drain | Gone | Stop)
+packed = msgpack.encode
 
 
 def control_address(folder: Path) -> str:
@@ -53,7 +174,7 @@ def worker_address(folder: Path, index: int, epoch: int) -> str:
 def tell(folder: Path, name: str, message: Message) -> None:
     """One message to the supervisor, from before or after a process's life proper."""
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-    socket.identity = f"{name}-{message['op']}".encode()
+    socket.identity = f"{name}-{type(message).__name__}".encode()
     socket.connect(control_address(folder))
     socket.send(packed(message))
     socket.close(linger=2000)

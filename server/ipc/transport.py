@@ -8,7 +8,7 @@ import zmq
 import zmq.asyncio
 
 from server.ipc.dispatcher import BLAMED, Dispatcher
-from server.ipc.messages import unpacked, worker_address
+from server.ipc.messages import TO_FRONT_END, Hello, worker_address
 from server.ipc.shared import PixelStore
 
 
@@ -19,12 +19,7 @@ class Workers:
         self._context = zmq.asyncio.Context.instance()
         self._folder, self._identity = folder, identity.encode()
         self.dispatcher = Dispatcher(
-            {
-                "op": "hello",
-                "store": str(store.path),
-                "slots": store.slots,
-                "shape": list(store.shape),
-            },
+            Hello(str(store.path), store.slots, store.shape),
             store.started,
         )
         self._readers: dict[tuple[int, int], asyncio.Task[None]] = {}
@@ -44,7 +39,7 @@ class Workers:
 
     async def _read(self, key: tuple[int, int], socket: zmq.asyncio.Socket) -> None:
         while True:
-            self.dispatcher.received(key, unpacked(await socket.recv()))
+            self.dispatcher.received(key, TO_FRONT_END.decode(await socket.recv()))
 
     async def close(self) -> None:
         """Let go of all workers."""

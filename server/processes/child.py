@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 
-from server.ipc.messages import Message, process_name
+from server.ipc.messages import WorkerFacts, WorkerState, process_name
 from server.processes.system import environment
 
 _SILENCE_SECONDS = 3.0  # without a beat: it is stopped, or starved
@@ -35,7 +35,7 @@ class Child:
     start_at: float = 0.0
     failures: int = 0
     last_end: str | None = None
-    facts: Message = field(default_factory=dict)
+    facts: WorkerFacts | None = None  # of a worker that was ready once
 
     def start(self) -> None:
         """Begin its next life."""
@@ -83,18 +83,12 @@ class Child:
         """Its identity in this life."""
         return process_name(self.kind, self.index, self.epoch)
 
-    def public(self) -> Message:
+    def public(self) -> WorkerState:
         """What front-ends and /health/ready are told."""
-        known = {k: v for k, v in self.facts.items() if k != "op"}
-        return {
-            "index": self.index,
-            "epoch": self.epoch,
-            "state": "recovering" if self.state == "down" or self._again else self.state,
-            "pid": self.process.pid if self.process else None,
-            "restarts": self.epoch - 1,
-            "last_end": self.last_end,
-            **{k: v for k, v in known.items() if k != "pid"},
-        }
+        state = "recovering" if self.state == "down" or self._again else self.state
+        pid = self.process.pid if self.process else None
+        restarts = self.epoch - 1
+        return WorkerState(self.index, self.epoch, state, pid, restarts, self.last_end, self.facts)
 
     @property
     def _again(self) -> bool:

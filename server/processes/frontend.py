@@ -3,11 +3,9 @@
 import asyncio
 import gc
 import logging
-import os
 import resource
 import socket
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import tornado.web
@@ -21,12 +19,18 @@ from server.http.app import make_app, make_ops_app
 from server.http.listening import Server
 from server.ipc.messages import (
     BEAT_SECONDS,
-    Message,
+    FROM_SUPERVISOR,
+    Beat,
+    Drain,
+    Drained,
+    FailedToStart,
+    FrontEndReady,
+    Refused,
+    Serving,
     control_address,
     packed,
     process_name,
     tell,
-    unpacked,
 )
 from server.logs import configure
 from server.metrics import count_as
@@ -58,7 +62,7 @@ def main(settings: Settings, folder: Path, ports: Ports, index: int, epoch: int)
     try:
         asyncio.run(_serve(settings, folder, ports, index, epoch))
     except VignetteError as error:
-        tell(folder, name, {"op": "failed", "message": str(error)})
+        tell(folder, name, FailedToStart(str(error)))
         sys.exit(1)
 
 
@@ -73,10 +77,10 @@ async def _serve(settings: Settings, folder: Path, ports: Ports, index: int, epo
     control.identity = process_name("front", index, epoch).encode()
     control.connect(control_address(folder))
     service.links.dispatcher.on_refused = lambda digest, until: control.send(
-        packed({"op": "refused", "digest": digest, "until": until})
+        packed(Refused(digest, until))
     )
     _settle_garbage()
-    await control.send(packed({"op": "ready", "pid": os.getpid()}))
+    await control.send(packed(FrontEndReady()))
     beat = asyncio.create_task(_beat(control))
     hear = asyncio.create_task(_hear(control, service))
     try:
@@ -84,7 +88,7 @@ async def _serve(settings: Settings, folder: Path, ports: Ports, index: int, epo
         # Workers may still come and go while the last requests are finished.
         hear = asyncio.create_task(_hear(control, service))
         await _drain(service, servers)
-        await control.send(packed({"op": "drained"}))
+        await control.send(packed(Drained()))
     finally:
         beat.cancel()
         hear.cancel()
@@ -122,29 +126,21 @@ def listen(service: Service, app: tornado.web.Application, sockets: list[socket.
     return server
 
 
-def know(
-    service: Service,
-    workers: list[Message],
-    refused: Mapping[str, float] | None = None,
-    reading: int = 0,
-) -> None:
-    """What the supervisor says of the workers, and of images that killed some (until when).
-
-    reading: how often the file of API keys was to be read again.
-    """
-    service.workers = workers
-    service.read_keys(reading)
-    for digest, until in (refused or {}).items():
+def update(service: Service, serving: Serving) -> None:
+    """Take what the supervisor says of workers, refused images and API keys."""
+    service.workers = serving.workers
+    service.read_keys(serving.reading)
+    for digest, until in serving.refused.items():
         service.links.dispatcher.refuse(digest, until)
-    for worker in workers:
-        service.metrics.restarts.labels(worker["index"]).set(worker["restarts"])
-    ready = [w for w in workers if w["state"] == "ready"]
-    ends = {w["index"]: w["last_end"] for w in workers}
-    service.links.update({(w["index"], w["epoch"]) for w in ready}, ends)
+    for worker in serving.workers:
+        service.metrics.restarts.labels(worker.index).set(worker.restarts)
+    ready = [w for w in serving.workers if w.state == "ready" and w.facts is not None]
+    ends = {w.index: w.last_end for w in serving.workers}
+    service.links.update({(w.index, w.epoch) for w in ready}, ends)
     if ready:
-        slots = sum(w["slots"] for w in ready)
-        service.admission.slots = -(-slots // service.settings.front_ends)
-        if known := [w["seconds"] for w in ready if w.get("seconds")]:
+        facts = [w.facts for w in ready if w.facts is not None]
+        service.admission.slots = -(-sum(f.slots for f in facts) // service.settings.front_ends)
+        if known := [f.seconds for f in facts if f.seconds]:
             service.admission.expect(service.settings.front_ends * min(known) / len(ready))
         if service.admission.state is State.STARTING:
             service.admission.state = State.READY
@@ -153,15 +149,16 @@ def know(
 async def _hear(control: zmq.asyncio.Socket, service: Service) -> None:
     """Follow what the supervisor says, until it says to drain."""
     while True:
-        message = unpacked(await control.recv())
-        if message["op"] == "drain":
-            return
-        know(service, message["workers"], message["refused"], message["reading"])
+        match FROM_SUPERVISOR.decode(await control.recv()):
+            case Drain():
+                return
+            case Serving() as serving:
+                update(service, serving)
 
 
 async def _beat(control: zmq.asyncio.Socket) -> None:
     while True:
-        await control.send(packed({"op": "beat", "step_since": None}))
+        await control.send(packed(Beat()))
         await asyncio.sleep(BEAT_SECONDS)
 
 

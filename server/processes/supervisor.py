@@ -19,7 +19,23 @@ import zmq.asyncio
 from runtime.errors import VignetteError
 from server import metrics
 from server.ipc.dispatcher import QUARANTINE_SECONDS
-from server.ipc.messages import Message, control_address, packed, unpacked
+from server.ipc.messages import (
+    TO_SUPERVISOR,
+    Beat,
+    Drain,
+    Drained,
+    FailedToStart,
+    Found,
+    FrontEndReady,
+    Gone,
+    Message,
+    Refused,
+    Serving,
+    Stop,
+    WorkerReady,
+    control_address,
+    packed,
+)
 from server.ipc.remembered import Remembered
 from server.ipc.shared import RunFolder
 from server.logs import flush
@@ -145,7 +161,7 @@ class Supervisor:
             (self._folder / f"{child.name}.pixels").unlink(missing_ok=True)
             for worker in self._workers:
                 if worker.state == "ready":
-                    await self._send(worker, {"op": "gone", "name": child.name})
+                    await self._send(worker, Gone(child.name))
         if self._draining and child.kind == "front":
             child.state = "over"
             return
@@ -179,31 +195,34 @@ class Supervisor:
     async def _hear(self) -> None:
         while True:
             sender, data = await self._control.recv_multipart()
-            message = unpacked(data)
             child = self._of(sender.decode())
-            match message["op"]:
-                case "failed" if not self._announced:
-                    self._failure = message["message"]
+            match TO_SUPERVISOR.decode(data):
+                case FailedToStart(reason) if not self._announced:
+                    self._failure = reason
                     self._over.set()
-                case "failed":
-                    log.error("%s: %s", sender.decode(), message["message"])
-                case "found" if not self._front_ends:  # the engine is whole: the port may open
+                case FailedToStart(reason):
+                    log.error("%s: %s", sender.decode(), reason)
+                case Found() if not self._front_ends:  # the engine is whole: the port may open
                     self._open_front_ends()
-                case "ready" if child in self._front_ends and self._draining:
-                    assert child is not None
+                case FrontEndReady() if child is not None and self._draining:
                     child.kill()  # it would take requests that nobody drains
-                case "ready" if child is not None:
-                    child.state, child.heard_at = "ready", time.monotonic()
-                    child.facts |= message
+                case FrontEndReady() if child is not None:
+                    await self._is_ready(child)
+                case WorkerReady(facts) if child is not None:
+                    child.facts = facts
+                    await self._is_ready(child)
+                case Beat(step_since) if child is not None:
+                    child.heard_at, child.step_since = time.monotonic(), step_since
+                case Refused(digest, until):
+                    self._refused.add(digest, until)
                     await self._tell_front_ends()
-                    self._announce()
-                case "beat" if child is not None:
-                    child.heard_at, child.step_since = time.monotonic(), message["step_since"]
-                case "refused":
-                    self._refused.add(message["digest"], message["until"])
-                    await self._tell_front_ends()
-                case "drained" if child is not None:
+                case Drained() if child is not None:
                     child.state = "over"
+
+    async def _is_ready(self, child: Child) -> None:
+        child.state, child.heard_at = "ready", time.monotonic()
+        await self._tell_front_ends()
+        self._announce()
 
     def _of(self, name: str) -> Child | None:
         """The child of that name, in this life; a dead one's last words are nobody's."""
@@ -211,15 +230,10 @@ class Supervisor:
         return next((child for child in children if child.name == name), None)
 
     async def _tell_front_ends(self) -> None:
-        workers = [child.public() for child in self._workers]
+        workers = tuple(child.public() for child in self._workers)
+        message = Serving(workers, dict(self._refused.items()), self._reading)
         for child in self._front_ends:
             if child.state == "ready":
-                message = {
-                    "op": "workers",
-                    "workers": workers,
-                    "refused": self._refused.items(),
-                    "reading": self._reading,
-                }
                 await self._send(child, message)
 
     async def _send(self, child: Child, message: Message) -> None:
@@ -232,7 +246,8 @@ class Supervisor:
             return
         self._announced = True
         for worker in ready:
-            log.info("model %s, %s", worker.facts["model"], worker.facts["runs_on"])
+            if worker.facts is not None:
+                log.info("model %s, %s", worker.facts.model, worker.facts.runs_on)
         host, port = self._settings.host, self._ports.number
         shown = "localhost" if host in ("0.0.0.0", "127.0.0.1", "::", "::1") else host
         shown = f"[{shown}]" if ":" in shown else shown
@@ -253,7 +268,7 @@ class Supervisor:
         self._draining = True
         for child in self._front_ends:
             if child.state == "ready":
-                await self._send(child, {"op": "drain"})
+                await self._send(child, Drain())
             else:
                 child.state = "over"
         deadline = time.monotonic() + self._settings.drain_seconds + _STOP_SECONDS
@@ -262,7 +277,7 @@ class Supervisor:
         self._ports.close()  # who comes now is told at once that nobody serves
         for child in self._workers:
             if child.state == "ready":
-                await self._send(child, {"op": "stop"})
+                await self._send(child, Stop())
             else:
                 child.kill()
         self._stopping = True

@@ -3,32 +3,41 @@
 import asyncio
 import hashlib
 import logging
+import math
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msgspec.structs import replace
 from tornado.iostream import IOStream
 
 from runtime.errors import InvalidRequest, VignetteError
-from runtime.limits import Limits, Prompts
+from runtime.limits import Limits
 from runtime.model.manifest import Manifest
-from runtime.request import Caption
+from runtime.model.tokenizer import CaptionTokenizer
+from runtime.request import (
+    GenerationRequest,
+    Priority,
+    RequestOutput,
+    SamplingParams,
+    SchedulingParams,
+    joined,
+)
 from server.http.bodies import Parts
-from server.http.forms import CaptionRequest
 from server.http.origins import Network, networks
 from server.images.decoder import Setup
 from server.images.fetch import Fetcher
 from server.images.pool import Decoders, Job, Origin, Queueing
-from server.ipc.dispatcher import Expired, Work
-from server.ipc.messages import Message, process_name
+from server.ipc.dispatcher import Expired
+from server.ipc.messages import WorkerState, process_name
 from server.ipc.shared import PixelStore
 from server.ipc.transport import Workers
 from server.metrics import Metrics
 from server.processes.system import NICENESS
 from server.service.admission import ASIDE, Admission
-from server.service.cache import CaptionCache
+from server.service.cache import OutputCache
 from server.service.credit import Credit
 from server.service.keys import Keys
 from server.settings import Settings
@@ -40,6 +49,7 @@ _LARGE = 256 * 1024  # bytes that are not hashed on the event loop: a third of a
 _BYTES = 100e6, 64e6  # of large bodies, a second and at once: a quarter of a slow core
 _REFUSALS = 50.0, 100.0
 _VISITS = 200.0, 400.0  # of what is no caption and is answered
+Images = list[bytes] | str  # as they were sent, one or one a frame; or where one is to be fetched
 SLOTS = 64  # most that a worker chooses by itself: pixels are kept for as many beside the queue
 
 
@@ -50,13 +60,14 @@ class Service:
     settings: Settings
     manifest: Manifest
     limits: Limits
+    tokenizer: CaptionTokenizer
     admission: Admission
     metrics: Metrics
     store: PixelStore
     decoders: Decoders
     links: Workers
     keys: Keys | None
-    cache: CaptionCache | None
+    cache: OutputCache | None
     fetcher: Fetcher | None
     tracer: Tracer | None
     index: int
@@ -68,7 +79,7 @@ class Service:
     visits: Credit = field(default_factory=lambda: Credit(*_VISITS))
     late: dict[IOStream, None] = field(default_factory=dict)  # connections that wait for no caption
     unread: dict[IOStream, None] = field(default_factory=dict)  # that don't take their answers
-    workers: list[Message] = field(default_factory=list)
+    workers: tuple[WorkerState, ...] = ()
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -106,50 +117,71 @@ class Service:
         except TimeoutError:
             raise Expired("the deadline passed before the body was read") from None
 
-    async def caption(self, asked: CaptionRequest, client: str) -> tuple[Caption, float]:
-        """A request's caption, and the seconds that decoding its images took.
+    def request(
+        self,
+        prompt: str | None = None,
+        max_new_tokens: int | None = None,
+        timeout_ms: int | None = None,
+        priority: Priority = Priority.INTERACTIVE,
+    ) -> GenerationRequest:
+        """A request whose image is still to come. Raises InvalidRequest if it can't be served."""
+        prompt_ids, most = self.limits.check(prompt, max_new_tokens)
+        seconds = timeout_ms / 1e3 if timeout_ms else self.settings.timeout_seconds
+        deadline = time.perf_counter() + seconds
+        return GenerationRequest(
+            None, prompt_ids, SamplingParams(most), SchedulingParams(None, priority, deadline)
+        )
+
+    async def generate(
+        self, request: GenerationRequest, images: Images, client: str
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """What is generated for a request, as it comes; closing takes the request back.
 
         client: with whose other requests this one waits for a decoder.
 
-        Raises what `limits`, the decoders and the dispatcher raise, and Expired.
+        Raises what the fetcher, the decoders and the dispatcher raise, and Expired.
         """
-        wait = (asked.timeout_ms or self.settings.timeout_seconds * 1e3) / 1e3
-        deadline = time.perf_counter() + wait
-        self.limits.check(asked.prompt, asked.max_new_tokens)
-        self.admission.check_in_time(wait)
-        try:
-            async with asyncio.timeout(wait), self._images(asked, deadline, client) as images:
-                large = sum(map(len, images)) > _LARGE
-                digest = await asyncio.to_thread(_digest, images) if large else _digest(images)
-                self.links.dispatcher.check(digest)
-                return await self._known_or_run(asked, images, Origin(client, digest, deadline))
-        except TimeoutError:
-            raise Expired("the deadline passed before the caption was there") from None
+        deadline = request.scheduling.deadline or math.inf
+        self.admission.check_in_time(deadline - time.perf_counter())
+        async with AsyncExitStack() as held:
+            async with _until(deadline):
+                encoded = await held.enter_async_context(self._images(images, deadline, client))
+                large = sum(map(len, encoded)) > _LARGE
+                digest = await asyncio.to_thread(_digest, encoded) if large else _digest(encoded)
+            self.links.dispatcher.check(digest)
+            origin = Origin(client, digest, deadline)
+            found = self._run(request, encoded, origin)
+            if self.cache is not None and not request.stream:
+                found = self._known_or_run(self.cache, request, encoded, origin)
+            async with aclosing(found) as outputs:
+                async for output in outputs:
+                    yield output
 
     async def _known_or_run(
-        self, asked: CaptionRequest, images: list[bytes], origin: Origin
-    ) -> tuple[Caption, float]:
-        if self.cache is None:
-            return await self._run(asked, images, origin)
+        self, cache: OutputCache, request: GenerationRequest, images: list[bytes], origin: Origin
+    ) -> AsyncGenerator[RequestOutput, None]:
         made: list[bool] = []
 
-        async def make() -> tuple[Caption, float]:
+        async def make() -> RequestOutput:
             made.append(True)
             self.links.dispatcher.check(origin.digest)  # another's flight may have found it deadly
-            return await self._run(asked, images, origin)
+            async with aclosing(self._run(request, images, origin)) as outputs:
+                return joined([output async for output in outputs])
 
-        found = await self.cache.get((origin.digest, asked.prompt, asked.max_new_tokens), make)
+        key = origin.digest, request.prompt_ids, request.sampling
+        async with _until(origin.deadline):
+            found = await cache.get(key, make)
         if not made:
             self.metrics.cache_hits.inc()
-        return found
+        yield found
 
     @asynccontextmanager
     async def _images(
-        self, asked: CaptionRequest, deadline: float, client: str
+        self, images: Images, deadline: float, client: str
     ) -> AsyncIterator[list[bytes]]:
         """The images, sent or fetched; what is fetched counts among the bytes that are inside."""
-        if asked.image_url is None:
-            yield asked.images
+        if not isinstance(images, str):
+            yield images
             return
         if self.fetcher is None:
             raise InvalidRequest("image_url is switched off here: send the image itself")
@@ -157,7 +189,7 @@ class Service:
         self.admission.hold(held, client)
         try:
             left = deadline - time.perf_counter()
-            image = await self.fetcher.fetch(asked.image_url, left, client)
+            image = await self.fetcher.fetch(images, left, client)
             self.admission.let_go(held - len(image), client)
             held = len(image)
             yield [image]
@@ -165,29 +197,31 @@ class Service:
             self.admission.let_go(held, client)
 
     async def _run(
-        self, asked: CaptionRequest, images: list[bytes], origin: Origin
-    ) -> tuple[Caption, float]:
+        self, request: GenerationRequest, images: list[bytes], origin: Origin
+    ) -> AsyncGenerator[RequestOutput, None]:
         frames = self.manifest.sizes.frames
         if len(images) != (frames or 1):
             raise InvalidRequest(
                 f"{len(images)} images were sent: this model takes {frames or 1} for each request"
             )
-        slot = await self._slot()
+        async with _until(origin.deadline):
+            slot = await self._slot()
         jobs = [
             asyncio.create_task(self.decoders.decode(Job(image, slot, n if frames else -1, origin)))
             for n, image in enumerate(images)
         ]
         try:
             started = time.perf_counter()
-            await asyncio.wait(jobs)
+            async with _until(origin.deadline):
+                await asyncio.wait(jobs)
             _raise_first(jobs)
             decoded = time.perf_counter()
-            work = Work(
-                slot, asked.prompt, asked.max_new_tokens, origin.digest, origin.deadline,
-                asked.urgent, queued_at=decoded,
-            )  # fmt: skip
+            scheduling = replace(request.scheduling, arrival_time=decoded)
+            ready = replace(request, pixels=slot, scheduling=scheduling)
             with self.admission.engine(origin.client):
-                return await self.links.dispatcher.caption(work), decoded - started
+                async with aclosing(self.links.dispatcher.generate(ready, origin.digest)) as news:
+                    async for output in news:
+                        yield _timed(output, decoded - started)
         finally:
             self._give_back(slot, jobs)
             jobs.clear()  # their errors would hold this frame, and this frame them, with the images
@@ -224,6 +258,24 @@ class Service:
             job.cancel()
 
 
+@asynccontextmanager
+async def _until(deadline: float) -> AsyncIterator[None]:
+    """Raise Expired if this takes longer. deadline: `time.perf_counter()`."""
+    left = None if deadline == math.inf else max(0.0, deadline - time.perf_counter())
+    try:
+        async with asyncio.timeout(left):
+            yield
+    except TimeoutError:
+        raise Expired("the deadline passed before the caption was there") from None
+
+
+def _timed(output: RequestOutput, preprocess_s: float) -> RequestOutput:
+    """The last of a request's outputs with what its image took."""
+    if output.timing is None:
+        return output
+    return replace(output, timing=replace(output.timing, preprocess_s=preprocess_s))
+
+
 def _raise_first(jobs: "list[asyncio.Task[None]]") -> None:
     """Raise what the first of some tasks raised, all of which have ended."""
     for job in jobs:
@@ -243,7 +295,12 @@ def _digest(images: list[bytes]) -> str:
 
 
 def make_service(
-    settings: Settings, manifest: Manifest, tokenizer: Prompts, folder: Path, index: int, epoch: int
+    settings: Settings,
+    manifest: Manifest,
+    tokenizer: CaptionTokenizer,
+    folder: Path,
+    index: int,
+    epoch: int,
 ) -> Service:
     """The parts of one front-end. `folder` is the run's."""
     name = process_name("front", index, epoch)
@@ -262,6 +319,7 @@ def make_service(
     return Service(
         settings=settings,
         manifest=manifest,
+        tokenizer=tokenizer,
         limits=Limits(tokenizer, settings.engine_config.text_positions(sizes.text)),
         admission=admission,
         metrics=metrics,
@@ -280,7 +338,7 @@ def make_service(
         ),
         links=links,
         keys=Keys.open(keys, folder, settings.front_ends, index) if keys else None,
-        cache=CaptionCache(settings.cache_mb * 2**20) if settings.cache_mb else None,
+        cache=OutputCache(settings.cache_mb * 2**20) if settings.cache_mb else None,
         fetcher=Fetcher(domains, settings.max_body_bytes) if domains else None,
         tracer=Tracer(settings.traces) if settings.traces else None,
         index=index,

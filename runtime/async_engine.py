@@ -1,0 +1,73 @@
+"""An engine for asyncio: any number of tasks iterate over what it generates for them."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator
+from functools import partial
+from weakref import WeakKeyDictionary
+
+from runtime.engine import Engine
+from runtime.request import Caption, GenerationRequest, RequestOutput
+
+_News = RequestOutput | Exception
+
+
+class AsyncEngine:
+    """Requests of tasks, of one event loop or several, run together."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox]
+        self._mailboxes = WeakKeyDictionary()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
+        """Its outputs as they come, the last of which has a finish reason.
+
+        A task that is cancelled, or closes the iterator, takes its request back. Raises what a step
+        raised.
+        """
+        loop = asyncio.get_running_loop()
+        mailbox = self._mailboxes.setdefault(loop, _Mailbox(loop))
+        news: asyncio.Queue[_News] = asyncio.Queue()
+        stepper, ended = self.engine.stepper, False
+        stepper.submit(request, partial(mailbox.put, news))
+        try:
+            while not ended:
+                output = await news.get()
+                ended = isinstance(output, Exception) or output.finish_reason is not None
+                if isinstance(output, Exception):
+                    raise output
+                yield output
+        finally:
+            if not ended:
+                stepper.cancel(request.id)
+
+    async def caption(self, request: GenerationRequest) -> Caption:
+        """All that is generated. Raises ComputationFailed, and what a step raised."""
+        outputs = [output async for output in self.generate(request)]
+        return self.engine.caption(request, *outputs)
+
+
+class _Mailbox:
+    """Takes news to an event loop, those of one step at once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._call = loop.call_soon_threadsafe
+        self._news: deque[tuple[asyncio.Queue[_News], _News]] = deque()
+        self._called = False
+
+    def put(self, queue: "asyncio.Queue[_News]", news: _News) -> None:
+        """On the thread that steps."""
+        self._news.append((queue, news))
+        if not self._called:
+            self._called = True
+            try:
+                self._call(self._deliver)
+            except RuntimeError:  # the loop is closed: nobody waits
+                self._news.clear()
+
+    def _deliver(self) -> None:
+        self._called = False
+        while self._news:
+            queue, news = self._news.popleft()
+            queue.put_nowait(news)

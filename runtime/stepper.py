@@ -1,0 +1,115 @@
+"""The thread that steps an engine, as long as there is work. Any thread may ask it."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from runtime.request import GenerationRequest, RequestOutput
+
+Sink = Callable[[RequestOutput | Exception], object]
+_LINGER_SECONDS = 1.0  # that the thread waits for more, before it ends and lets go of the engine
+
+
+class Steppable(Protocol):
+    """The part of an engine that one thread may use."""
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a request."""
+
+    def cancel(self, request_id: int) -> bool:
+        """Take a request back."""
+
+    def step(self) -> list[RequestOutput]:
+        """News of what moved, or ended."""
+
+    def abandon(self) -> None:
+        """Forget all requests, and the thread that used it."""
+
+
+class Stepper:
+    """Hands requests to an engine, and their outputs to those who asked.
+
+    step_since: when the step that it is in began (`time.monotonic`). failures: steps in a row that
+    raised.
+    """
+
+    def __init__(self, engine: Steppable) -> None:
+        self._engine = engine
+        self._changed = threading.Condition()
+        self._commands: list[Callable[[], object]] = []
+        self._sinks: dict[int, Sink] = {}
+        self._thread: threading.Thread | None = None
+        self.step_since: float | None = None
+        self.failures = 0
+
+    def submit(self, request: GenerationRequest, sink: Sink) -> None:
+        """Have a request run. sink: given each of its outputs, the last of which has a finish
+        reason, or what a step or the engine raised; on the thread that steps.
+        """
+        self._ask(lambda: self._submit(request, sink))
+
+    def cancel(self, request_id: int) -> None:
+        """Take a request back; its sink is given nothing any more."""
+        self._ask(lambda: self._cancel(request_id))
+
+    def _ask(self, command: Callable[[], object]) -> None:
+        with self._changed:
+            self._commands.append(command)
+            self._changed.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+                self._thread.start()
+
+    def _submit(self, request: GenerationRequest, sink: Sink) -> None:
+        try:
+            self._engine.submit(request)
+        except Exception as error:
+            sink(error)
+        else:
+            self._sinks[request.id] = sink
+
+    def _cancel(self, request_id: int) -> None:
+        if self._sinks.pop(request_id, None) is not None:
+            self._engine.cancel(request_id)
+
+    def _run(self) -> None:
+        while self._take():
+            if not self._engine.idle:
+                self._step()
+
+    def _take(self) -> bool:
+        """Do what was asked; with nothing to step wait for it. False if nothing came."""
+        with self._changed:
+            if self._engine.idle:
+                self._changed.wait_for(lambda: self._commands, _LINGER_SECONDS)
+                if not self._commands:
+                    self._thread = None
+                    return False
+            commands, self._commands = self._commands, []
+        for command in commands:
+            command()
+        return True
+
+    def _step(self) -> None:
+        self.step_since = time.monotonic()
+        try:
+            outputs = self._engine.step()
+        except Exception as error:
+            self.failures += 1
+            self._engine.abandon()
+            sinks, self._sinks = self._sinks, {}
+            for sink in sinks.values():
+                sink(error)
+            return
+        finally:
+            self.step_since = None
+        self.failures = 0
+        for output in outputs:
+            ended = output.finish_reason is not None
+            sink = self._sinks.pop(output.id) if ended else self._sinks[output.id]
+            sink(output)

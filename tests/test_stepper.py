@@ -1,0 +1,188 @@
+"""Threads and tasks that share an engine, and the forms in which they pass images."""
+
+import asyncio
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from queue import SimpleQueue
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+from PIL import Image
+
+from runtime.async_engine import AsyncEngine
+from runtime.errors import InvalidImage, InvalidRequest, WrongThread
+from runtime.planning.config import EngineConfig
+from tests.conftest import SAMPLES
+from tests.fakes import drained, fake_engine, gated, image
+from tests.live import until
+
+
+def test_every_thread_gets_its_own_captions():
+    engine = fake_engine(EngineConfig(slots=4, patience=0))
+    alone = [fake_engine().generate([image(n % 10)], ["3"])[0].token_ids for n in range(120)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: engine.generate([image(n % 10)], ["3"])[0], range(120)))
+    assert [caption.token_ids for caption in found] == alone
+    until(lambda: engine.idle)
+
+
+def test_what_threads_want_at_the_same_time_is_captioned_together():
+    engine = fake_engine(EngineConfig(slots=8, patience=0))
+    barrier = threading.Barrier(8)
+
+    def ask(number):
+        barrier.wait()
+        return [engine.generate([image(number)], None, 8) for _ in range(20)]
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(8)))
+    assert max(engine.runner.steps) > 1
+
+
+def test_a_step_that_fails_is_told_to_all_who_wait_and_the_next_are_served():
+    engine = fake_engine()
+    engine.runner.fail_next = RuntimeError("no kernel")
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = [pool.submit(engine.generate, [image(n)]) for n in range(4)]
+        errors = [future.exception() for future in outcomes]
+    assert any(isinstance(error, RuntimeError) for error in errors)
+    assert engine.generate([image(1)]) and engine.idle
+
+
+def test_one_who_asks_for_nonsense_disturbs_nobody():
+    engine = fake_engine()
+    with ThreadPoolExecutor(4) as pool:
+        good = [pool.submit(engine.generate, [image(n)]) for n in range(20)]
+        bad = [pool.submit(engine.generate, [image(1)], None, 999) for _ in range(5)]
+        assert all(isinstance(future.exception(), InvalidRequest) for future in bad)
+        assert all(future.result() for future in good)
+
+
+def test_an_interrupted_thread_takes_its_request_back_and_leaves_the_others_theirs(monkeypatch):
+    class Interrupted(SimpleQueue):
+        """Of one who presses Ctrl-C while it waits."""
+
+        def get(self):
+            waits.set()
+            assert come.wait(10)
+            raise KeyboardInterrupt
+
+    def ask():
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([image(1)])
+
+    engine, waits, come = gated(slots=2), threading.Event(), threading.Event()
+    queues = iter([Interrupted])
+
+    def queue():
+        return next(queues, SimpleQueue)()
+
+    monkeypatch.setattr("runtime.engine.SimpleQueue", queue)
+    engine.runner.open.clear()
+    first = threading.Thread(target=ask)
+    first.start()
+    assert waits.wait(10)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(engine.generate, [image(2)])
+        come.set()
+        first.join(10)
+        engine.runner.open.set()
+        assert second.result(10)[0].token_ids == fake_engine().generate([image(2)])[0].token_ids
+    until(lambda: engine.idle)
+
+
+def test_submit_and_step_are_for_one_thread():
+    engine = fake_engine()
+    engine.submit(engine.request(image(1)))
+    with ThreadPoolExecutor(1) as pool:
+        other = engine.request(image(2))
+        for call in (lambda: engine.submit(other), engine.step,
+                     lambda: engine.generate([image(2)])):  # fmt: skip
+            assert isinstance(pool.submit(call).exception(), WrongThread)
+        drained(engine)
+        assert pool.submit(engine.generate, [image(2)]).result()
+
+
+def test_a_thread_that_steps_for_others_ends_when_nobody_asks(monkeypatch):
+    monkeypatch.setattr("runtime.stepper._LINGER_SECONDS", 0.05)
+    engine = fake_engine()
+    for _ in range(2):
+        assert engine.generate([image(1)])
+        engine.submit(engine.request(image(2)))  # nobody uses it now
+        drained(engine)
+        until(lambda: engine.stepper._thread is None)
+
+
+def test_tasks_iterate_over_what_is_generated_for_them():
+    """As many tasks as like, on several event loops; one of them stops in the middle."""
+    engine = AsyncEngine(fake_engine(EngineConfig(slots=4, patience=0)))
+
+    async def read(number: int, most: int = 20) -> tuple[int, ...]:
+        asked = replace(engine.engine.request(image(number % 10), "3", 12, True), stream=True)
+        tokens: tuple[int, ...] = ()
+        async with aclosing(engine.generate(asked)) as outputs:
+            async for output in outputs:
+                tokens += output.token_ids
+                if len(tokens) >= most:
+                    break
+        return tokens
+
+    async def several() -> list[tuple[int, ...]]:
+        whole = [read(n) for n in range(12)]
+        return (await asyncio.gather(*whole, *(read(n, 3) for n in range(4))))[:12]
+
+    with ThreadPoolExecutor(3) as pool:
+        loops = [pool.submit(asyncio.run, several()) for _ in range(3)]
+        found = [loop.result(30) for loop in loops]
+    alone = fake_engine()
+    for n in range(12):
+        [caption] = alone.generate([image(n % 10)], ["3"], 12, ignore_eos=True)
+        assert {tokens[n] for tokens in found} == {caption.token_ids}
+    until(lambda: engine.engine.idle)
+
+
+def test_a_task_is_told_what_a_step_raised_and_others_go_on():
+    engine = AsyncEngine(fake_engine())
+    engine.engine.runner.fail_next = RuntimeError("no kernel")
+
+    async def ask():
+        first = await asyncio.gather(
+            *(engine.caption(engine.engine.request(image(n))) for n in range(2)),
+            return_exceptions=True,
+        )
+        return first, await engine.caption(engine.engine.request(image(3)))
+
+    first, later = asyncio.run(ask())
+    assert any(isinstance(outcome, RuntimeError) for outcome in first)
+    assert later.token_ids == fake_engine().generate([image(3)])[0].token_ids
+
+
+def test_images_may_be_paths_arrays_and_pictures(demo):
+    path = SAMPLES / "owl.png"
+    picture = Image.open(path)
+    transparent = picture.convert("RGBA")
+    forms = [path, str(path), path.read_bytes(), picture, transparent, np.asarray(picture)]
+    captions = demo.generate(forms)
+    assert {caption.text for caption in captions} == {"an owl on a purple background"}
+    buffer = io.BytesIO()
+    picture.convert("L").save(buffer, "PNG")
+    grey = np.asarray(picture.convert("L"))
+    assert demo.generate([grey])[0].text == demo.generate([buffer.getvalue()])[0].text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (b"hello", "image 2: not an image"),
+        ("no/such.png", r"image 2 \(no/such.png\)"),
+        (np.zeros((4, 4, 3)), "image 2: an array of float64"),
+        (np.zeros((0, 4, 3), np.uint8), "image 2: an array"),
+        (7, "image 2: int is no image"),
+    ],
+)
+def test_an_error_names_the_image(wrong, message):
+    with pytest.raises(InvalidImage, match=message):
+        fake_engine().generate([image(1), wrong])
