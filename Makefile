@@ -24,7 +24,7 @@ SERVE = .venv$(GPU)/bin/python
 SERVE_READY = .venv$(GPU)/ready$(if $(filter tensorrt,$(DEVICE)),-tensorrt)
 DEV = .venv-dev/bin/python
 GPU_DEV = .venv-gpu-dev/bin/python
-BENCH = $(DEV) -m bench $(if $(QUICK),--quick)
+BENCH = $(DEV) -m vignette bench $(if $(QUICK),--quick)
 CALLED = make $@$(if $(QUICK), QUICK=1)$(if $(ARGS), ARGS="$(ARGS)")
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
   $(if $(WHEELS),--no-index --find-links $(WHEELS)) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -38,10 +38,10 @@ help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 serve: $(SERVE_READY)  ## start the server (PORT=8000 ENGINE=engines/demo ARGS=...; DEVICE=cuda)
-	@$(SERVE) -P -m server --engine "$$ENGINE" --port "$$PORT" $(if $(GPU),--provider $(DEVICE)) $(ARGS)
+	@$(SERVE) -P -m vignette serve --engine "$$ENGINE" --port "$$PORT" $(if $(GPU),--provider $(DEVICE)) $(ARGS)
 
 caption: $(SERVE_READY)  ## caption a folder of images (IMAGES, OUTPUT, ENGINE or URL, ARGS; DEVICE)
-	@$(SERVE) -P -m runtime "$$IMAGES" --output "$$OUTPUT" $(if $(URL),--url "$$URL",--engine "$$ENGINE") \
+	@$(SERVE) -P -m vignette caption "$$IMAGES" --output "$$OUTPUT" $(if $(URL),--url "$$URL",--engine "$$ENGINE") \
 	  $(if $(GPU),--provider $(DEVICE)) $(ARGS)
 
 test_server:  ## post a sample to a running server (PORT, IMAGE)
@@ -54,14 +54,14 @@ export: $(EXPORT)/ready$(if $(filter tensorrt,$(TARGET)),-tensorrt)  ## MODEL=<h
 	@test '$(origin TARGET)' != 'command line' -o -n '$(filter cuda tensorrt,$(TARGET))' || \
 	  { echo 'TARGET is cuda or tensorrt; leave it out for processors'; exit 2; }
 	@test -n "$$MODEL" || { echo 'say which: make export MODEL=microsoft/git-base-textcaps'; exit 2; }
-	@$(EXPORT_PYTHON) -P -m export "$$MODEL" --output "engines/$${NAME:-$$(basename -- "$$MODEL")}" \
+	@$(EXPORT_PYTHON) -P -m vignette export "$$MODEL" --output "engines/$${NAME:-$$(basename -- "$$MODEL")}" \
 	  $(if $(filter cuda tensorrt,$(TARGET)),--target $(TARGET)) $(ARGS)
 
 tune: .venv/ready  ## measure ENGINE on this machine's processors and write its plan.json
-	@$(SERVE) -P -m runtime.planning.tune "$$ENGINE" $(ARGS)
+	@$(SERVE) -P -m vignette tune "$$ENGINE" $(ARGS)
 
 check_export: .venv-dev/ready  ## export git-base at full size with random weights and verify it
-	@$(DEV) -m export --random-weights git-base --output engines/random-git-base $(ARGS)
+	@$(DEV) -m vignette export --random-weights git-base --output engines/random-git-base $(ARGS)
 
 demo-model: .venv-dev/ready  ## train the demo model and export it (an hour or more; resumes)
 	@$(DEV) -m demo train $(ARGS)
@@ -70,11 +70,11 @@ demo-model: .venv-dev/ready  ## train the demo model and export it (an hour or m
 ABOUT = The demo model knows 112 things, drawn as emoji, up to three of a kind or two side by side, on seven backgrounds. Photographs are beyond it.
 demo-engine: .venv-dev/ready  ## rebuild engines/demo from the committed weights and verify it
 	@$(DEV) -m demo pictures demo/.cache/pictures
-	@$(DEV) -m export demo/model --name vignette-demo --images demo/.cache/pictures \
+	@$(DEV) -m vignette export demo/model --name vignette-demo --images demo/.cache/pictures \
 	  --verify-images 64 --target cuda --output engines/demo --about '$(ABOUT)'
 
 evaluate: .venv-dev/ready  ## score engines/demo on 1,000 held-out scenes of each kind
-	@$(DEV) -m demo evaluate --engine "$$ENGINE" $(ARGS)
+	@$(DEV) -m vignette evaluate --engine "$$ENGINE" $(ARGS)
 
 baseline: engines/random-git-base/manifest.json  ## PyTorch servers under ApacheBench (QUICK=1)
 	@$(BENCH) --baseline --output bench/runs/baseline --called '$(CALLED)' http $(ARGS)
@@ -96,7 +96,7 @@ batch_performance: engines/random-git-base/manifest.json  ## time against batch 
 
 engines/random-git-base/manifest.json: | .venv-dev/ready
 	@echo 'exporting git-base with random weights first, once'
-	@$(DEV) -m export --random-weights git-base --output $(@D) --verify-images 2
+	@$(DEV) -m vignette export --random-weights git-base --output $(@D) --verify-images 2
 
 build:  ## build the GPU image (TARGET=cpu or export for the others)
 	docker build --file docker/Dockerfile --target $(TARGET) --tag vignette:$(TARGET) .

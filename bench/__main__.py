@@ -1,4 +1,4 @@
-"""`python -m bench`: measure, plot, and put everything on one page."""
+"""`vignette bench`: measure, plot, and put everything on one page."""
 
 import argparse
 import dataclasses
@@ -59,9 +59,9 @@ SECTIONS: dict[str, Section] = {
 BASELINE: Section = lambda settings, _: apache.measure(settings, only_baselines=True)  # noqa: E731
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the command line; status 1 when a part failed."""
-    args = _parser().parse_args()
+    args = _parser().parse_args(arguments)
     settings = dataclasses.replace(QUICK if args.quick else Settings(), engine=args.engine)
     if manifests.load(settings.engine).model != f"random/{SHAPE}":
         print(f"error: both sides run {SHAPE} with random weights: leave --engine", file=sys.stderr)
@@ -100,7 +100,7 @@ def _failed(part: Any) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="vignette bench", description=__doc__)
     parser.add_argument(
         "sections", nargs="*", metavar="SECTION", default=list(SECTIONS),
         help=f"what to measure: {', '.join(SECTIONS)} (default: all)",

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from demo.sprites import SpritesMissing
 from runtime.errors import VignetteError
+from runtime.planning.config import demo_engine
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    args = _parser().parse_args()
+    args = _parser().parse_args(arguments)
     try:
         return int(args.run(args) or 0)
     except (SpritesMissing, VignetteError) as error:
@@ -28,8 +29,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--pairs", type=float, help="share of scenes with two nouns")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
     train.set_defaults(run=_train)
-    evaluate = commands.add_parser("evaluate", help="score an engine on held-out scenes")
-    evaluate.add_argument("--engine", type=Path, default=Path("engines/demo"))
+    evaluate = commands.add_parser(
+        "evaluate", prog="vignette evaluate", help="score an engine on held-out scenes"
+    )
+    evaluate.add_argument("--engine", type=Path, default=demo_engine())
     evaluate.add_argument("--scenes", type=int, default=1000, help="of each kind")
     evaluate.add_argument("--provider", default="auto", help="execution provider of the encoder")
     evaluate.set_defaults(run=_evaluate)

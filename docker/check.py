@@ -96,7 +96,9 @@ def inspect_running(client: list[str]) -> None:
     with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/caption", image, timeout=30) as answer:
         caption = json.load(answer)["caption"]
     check(caption == said, f"it captions over HTTP: {caption}")
-    folder = output(*client, "exec", NAME, "python", "-m", "runtime", "demo/samples/owl.png")
+    folder = output(
+        *client, "exec", NAME, "python", "-m", "vignette", "caption", "demo/samples/owl.png"
+    )
     check(json.loads(folder)["caption"] == said, "it captions files without the server")
     health = [*client, "exec", NAME, "python", "-m", "server.probe"]
     check(subprocess.run(health, check=False).returncode == 0, "its health check passes")

@@ -1,4 +1,4 @@
-"""`python -m export MODEL --output engines/<name>`: checkpoint in, proven engine out."""
+"""`vignette export MODEL --output engines/<name>`: checkpoint in, proven engine out."""
 
 import argparse
 import sys
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="vignette export", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "model", nargs="?", help="hub id (such as microsoft/git-base-textcaps) or checkpoint folder"

@@ -1,4 +1,4 @@
-"""`python -m server`: settings, then the supervisor until it is told to stop."""
+"""`vignette serve`: settings, then the supervisor until it is told to stop."""
 
 import asyncio
 import contextlib
@@ -20,10 +20,10 @@ from server.settings import Settings, from_command_line, unknown_variables
 log = logging.getLogger(__name__)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run until told to stop; returns the exit status."""
     try:
-        settings = from_command_line()
+        settings = from_command_line(arguments)
         configure(settings)
         for unknown in unknown_variables(os.environ):
             log.warning(unknown)

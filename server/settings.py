@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from runtime.errors import VignetteError
 from runtime.model.preprocess import MAX_PIXELS
-from runtime.planning.config import PROVIDERS, EngineConfig
+from runtime.planning.config import PROVIDERS, EngineConfig, demo_engine
 from runtime.planning.machine import this_machine
 
 _CORES = this_machine().cores
@@ -27,7 +27,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=_PREFIX,
-        cli_prog_name="python -m server",
+        cli_prog_name="vignette serve",
         cli_kebab_case=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
@@ -36,8 +36,8 @@ class Settings(BaseSettings):
         frozen=True,
     )
 
-    engine: Annotated[Path, Field(description="engine folder, as `make export` writes it")] = Path(
-        "engines/demo"
+    engine: Annotated[Path, Field(description="engine folder, as `make export` writes it")] = (
+        demo_engine()
     )
     host: Annotated[
         str,
@@ -145,7 +145,7 @@ class Settings(BaseSettings):
     ] = MAX_PIXELS  # fmt: skip
     api_keys: Annotated[
         Path | None,
-        Field(description="file of API keys (python -m server.keys makes them); without it "
+        Field(description="file of API keys (`vignette keys` makes them); without it "
               "everybody may come in"),
     ] = None  # fmt: skip
     cache_mb: Annotated[
@@ -241,7 +241,7 @@ def from_command_line(arguments: list[str] | None = None) -> Settings:
             f"--{'-'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']} (got {e['input']!r})"
             for e in cause.errors()
         )
-        raise InvalidSettings(f"{problems}. See python -m server --help") from cause
+        raise InvalidSettings(f"{problems}. See vignette serve --help") from cause
     if settings.ops_port and settings.ops_port == settings.port:
         raise InvalidSettings(f"--ops-port {settings.ops_port} is the port itself: choose another")
     return settings

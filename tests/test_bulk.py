@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from runtime.__main__ import main
 from runtime.errors import InvalidRequest
 from runtime.model.manifest import EXACT, read
 from runtime.offline.files import caption_files
 from runtime.offline.jsonl import CaptionLines, state
 from runtime.planning.config import EngineConfig
+from server.bulk import main
 from tests.conftest import DEMO, SAMPLES
 from tests.fakes import FakeRunner, fake_engine
 

@@ -107,5 +107,5 @@ def test_the_check_explains_itself_before_it_builds_anything():
 
 def test_the_unit_starts_and_reloads_what_there_is():
     unit = (DOCKER / "vignette.service").read_text()
-    assert "python -P -m server" in unit and "ExecReload=/bin/kill -HUP" in unit
+    assert "vignette serve" in unit and "ExecReload=/bin/kill -HUP" in unit
     assert "KillMode=mixed" in unit  # the supervisor alone gets SIGTERM

@@ -92,7 +92,7 @@ def test_a_key_file_that_is_wrong_is_named(tmp_path, text, message):
 
 def test_keys_are_made_with_a_command(tmp_path):
     made = subprocess.run(
-        [sys.executable, "-m", "server.service.keys", "web", "5"],
+        [sys.executable, "-m", "vignette", "keys", "web", "5"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     key = made.stderr.rpartition(": ")[2].strip()
@@ -101,9 +101,8 @@ def test_keys_are_made_with_a_command(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["bob smith"], ["bob", "often"], ["bob", "1", "2.5"]])
-def test_a_key_that_the_server_would_refuse_is_not_made(words, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["keys", *words])
-    assert main() == 2
+def test_a_key_that_the_server_would_refuse_is_not_made(words, capsys):
+    assert main(words) == 2
     said = capsys.readouterr()
     assert "NAME is one word" in said.err
     assert not said.out

@@ -10,9 +10,10 @@ import sys
 
 import pytest
 
+from runtime.request import Priority
 from server.http.app import make_app
 from server.http.errors import ERRORS, HTTP_ERRORS, INTERNAL
-from server.http.forms import _FIELDS, _PRIORITIES
+from server.http.forms import _FIELDS
 from tests.conftest import ROOT
 from tests.fakes import fake_engine
 from tests.live import png, serve
@@ -55,7 +56,7 @@ def test_every_field_is_documented(document):
     query = document["paths"]["/caption"]["post"]["parameters"]
     named = {p["$ref"].rpartition("/")[2] for p in query if "$ref" in p}
     assert named == set(_FIELDS)
-    assert document["components"]["schemas"]["Priority"]["enum"] == list(_PRIORITIES)
+    assert document["components"]["schemas"]["Priority"]["enum"] == list(Priority)
 
 
 def test_answers_have_the_documented_shape(live, document):

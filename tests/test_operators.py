@@ -23,7 +23,6 @@ from server.logs import _Json
 from server.service.admission import Admission, QueueFull, State
 from server.service.keys import Keys
 from server.settings import InvalidSettings, from_command_line
-from tests.conftest import ROOT
 from tests.fakes import fake_engine, gated
 from tests.live import as_json, b64, fetch, png, serve
 
@@ -247,18 +246,17 @@ def test_stopping_does_not_wait_for_a_worker_that_is_stopped():
 
 
 def test_files_of_the_same_names_in_the_working_directory_are_not_ours(tmp_path):
-    for name in ("server", "runtime"):
+    for name in ("server", "runtime", "vignette"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('not ours')")
     port = free_port()
-    for module in ("server", "runtime"):
+    for command in ("serve", "caption"):
         done = subprocess.run(
-            [sys.executable, "-P", "-m", module, "--help"], cwd=tmp_path, capture_output=True,
-            text=True, check=False,
+            [sys.executable, "-P", "-m", "vignette", command, "--help"], cwd=tmp_path,
+            capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0 and "usage" in done.stdout
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "server", "--engine", str(ROOT / "engines" / "demo"),
-         "--port", str(port)], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        [sys.executable, "-P", "-m", "vignette", "serve", "--port", str(port)], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
         wait_for(lambda: _answers(port), 60)

@@ -6,10 +6,10 @@ import threading
 
 import pytest
 
-from runtime import remote
-from runtime.__main__ import main
 from runtime.planning.config import EngineConfig
-from runtime.remote import NoCaption, RemoteService, ServiceFailed, caption_remotely
+from server.bulk import main
+from server.http import client as remote
+from server.http.client import NoCaption, RemoteService, ServiceFailed, caption_remotely
 from server.service import keys
 from tests.fakes import fake_engine, gated
 from tests.live import serve, until

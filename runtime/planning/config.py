@@ -1,9 +1,11 @@
 """Settings of an engine, built once at the edge of the program and passed down."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from runtime.errors import InvalidRequest
 
+_DEMO = Path("engines/demo")
 AUTO = "auto"
 PROVIDERS = (AUTO, "tensorrt", "cuda", "openvino", "cpu")  # after auto, in the order it tries
 TEXT_TOKENS = 64  # positions of a slot, unless told otherwise: captions are short
@@ -51,3 +53,8 @@ class EngineConfig:
             raise InvalidRequest("patience must be 0 or more")
         if self.text_tokens is not None and self.text_tokens < 2:
             raise InvalidRequest("text_tokens must be 2 or more: the start token and one more")
+
+
+def demo_engine() -> Path:
+    """The embedded engine: of the checkout that one stands in, or else the installed one."""
+    return _DEMO if _DEMO.is_dir() else Path(__file__).parents[2] / _DEMO

@@ -178,7 +178,7 @@ def _median_ms(action: Callable[[], object]) -> float:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m runtime.planning.tune",
+        prog="vignette tune",
         description="measure an engine's proven variants on this machine and write its plan.json",
     )
     parser.add_argument("engine", type=Path, help="engine folder")

@@ -1,10 +1,11 @@
 """API keys: who may come in, how often, and how many at once.
 
 The file has a line for each key: name, SHA-256 of the key, requests a second, requests at once,
-apart by spaces; 0 means no limit. `python -m server.service.keys NAME` makes one. Keys are known by
-their digests, and appear in no log.
+apart by spaces; 0 means no limit. `vignette keys NAME` makes one. Keys are known by their digests,
+and appear in no log.
 """
 
+import argparse
 import hashlib
 import math
 import secrets
@@ -122,7 +123,7 @@ def read(path: Path) -> list[Client]:
         except ValueError as cause:
             raise InvalidKeys(
                 f"{path}, line {number}: expected name, sha256, requests a second, requests at "
-                "once (make one with `python -m server.service.keys NAME`)"
+                "once (make one with `vignette keys NAME`)"
             ) from cause
     if not clients:
         raise InvalidKeys(f"{path} has no keys: nobody could come in")
@@ -139,12 +140,14 @@ def _client(line: str) -> Client:
     return client
 
 
-def main() -> int:
-    """`python -m server.service.keys NAME [RATE] [AT_ONCE]`: a new key, and its line."""
-    if not 1 < len(sys.argv) < 5 or sys.argv[1].startswith("-"):
-        print(main.__doc__, file=sys.stderr)
-        return 2
-    name, rate, at_once = (*sys.argv[1:], *("0", "0")[len(sys.argv) - 2 :])[:3]
+def main(arguments: list[str] | None = None) -> int:
+    """Make a key: show it on standard error, and its line for the file on standard output."""
+    parser = argparse.ArgumentParser(prog="vignette keys", description=main.__doc__)
+    parser.add_argument("name", help="of the client, one word")
+    parser.add_argument("rate", nargs="?", default="0", help="requests a second (no limit)")
+    parser.add_argument("at_once", nargs="?", default="0", help="requests at once (no limit)")
+    args = parser.parse_args(arguments)
+    name, rate, at_once = args.name, args.rate, args.at_once
     key = secrets.token_urlsafe(32)
     line = f"{name} {hashlib.sha256(key.encode()).hexdigest()} {rate} {at_once}"
     try:

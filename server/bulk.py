@@ -1,4 +1,4 @@
-"""`python -m runtime`: caption image files into lines of JSON, here or by a service elsewhere.
+"""`vignette caption`: caption image files into lines of JSON, here or by a service elsewhere.
 
 A run that was interrupted goes on where it was when the same command is given again. The exit
 status is 0 if all files have captions, 1 if any has none, 2 for a wrong argument, 130 if
@@ -23,9 +23,9 @@ from runtime.errors import VignetteError
 from runtime.model.preprocess import SUFFIXES
 from runtime.offline.files import Outcome, caption_files
 from runtime.offline.jsonl import About, CaptionLines, OutputConflict, opened, plain
-from runtime.planning.config import AUTO, PROVIDERS, EngineConfig
-from runtime.remote import RemoteService, caption_remotely
+from runtime.planning.config import AUTO, PROVIDERS, EngineConfig, demo_engine
 from runtime.request import Caption, FinishReason
+from server.http.client import RemoteService, caption_remotely
 
 _KEY = "VIGNETTE_API_KEY"
 _SKIPPED = 5  # kinds of files that are named
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
+    parser = argparse.ArgumentParser(prog="vignette caption", description=__doc__)
     parser.add_argument(
         "images", type=Path, nargs="+",
         help="image files, and folders that hold some, at any depth; hidden ones are left out",
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         help="caption anew what the output has from other settings, or of files that changed since",
     )  # fmt: skip
     parser.add_argument(
-        "--engine", type=Path, default=Path("engines/demo"), help="engine folder (engines/demo)"
+        "--engine", type=Path, default=demo_engine(), help="engine folder (%(default)s)"
     )
     parser.add_argument(
         "--url",

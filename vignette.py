@@ -1,0 +1,82 @@
+"""`vignette COMMAND`: one command for all there is to do, each with a --help of its own."""
+
+import importlib
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+_NOTHING, _MISSING = 2, 2  # exit statuses
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """module: whose `main` takes the arguments. needs: modules, and extras that bring them."""
+
+    does: str
+    module: str
+    needs: tuple[str, ...] = ("onnxruntime",)
+    extras: str = "cpu"
+    before: tuple[str, ...] = ()  # arguments that come first
+
+
+COMMANDS = {
+    "serve": Command("captions over HTTP", "server.__main__"),
+    "caption": Command("files, into lines of JSON, here or by a service elsewhere", "server.bulk"),
+    "export": Command(
+        "a GIT checkpoint, to an engine folder", "export.__main__",
+        ("onnxruntime", "torch", "optimum"), "export,cpu",
+    ),
+    "tune": Command("an engine, to this machine", "runtime.planning.tune"),
+    "evaluate": Command(
+        "an engine of the demo model, on scenes it never saw", "demo.__main__",
+        before=("evaluate",),
+    ),
+    "bench": Command(
+        "Vignette against PyTorch, side by side", "bench.__main__",
+        ("onnxruntime", "torch", "matplotlib"), "bench,export,cpu",
+    ),
+    "keys": Command("for a service that is not for everybody", "server.service.keys", ()),
+}  # fmt: skip
+
+
+def main() -> int:
+    """Run a command; returns its exit status."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name == "--version":
+        print(_version())
+        return 0
+    if name not in COMMANDS:
+        print(f"vignette: there is no command {name!r}\n\n{_usage()}", file=sys.stderr)
+        return _NOTHING
+    command = COMMANDS[name]
+    missing = [module for module in command.needs if find_spec(module) is None]
+    if missing:
+        print(
+            f"vignette {name} needs {', '.join(missing)}: install vignette with the extras "
+            f"[{command.extras}] (on a GPU gpu in place of cpu), or use `make {name}`",
+            file=sys.stderr,
+        )
+        return _MISSING
+    run = importlib.import_module(command.module).main
+    return int(run([*command.before, *arguments]) or 0)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.does}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: vignette COMMAND [--help] ...", "", *lines])
+
+
+def _version() -> str:
+    try:
+        return version("vignette")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
