@@ -138,23 +138,27 @@ class Engine:
 
     def request(
         self,
-        pixels: np.ndarray,
+        image: AnyImage,
         prompt: str | None = None,
         max_new_tokens: int | None = None,
         ignore_eos: bool = False,
+        stream: bool = False,
     ) -> GenerationRequest:
-        """A request that this engine can serve. pixels: uint8 as `preprocess` makes them, stacked
-        for video checkpoints.
+        """A request that this engine can serve. image: see `runtime.model.images.pixels_of`; an
+        array is pixels as `preprocess` makes them, stacked for video checkpoints.
 
-        Raises InvalidRequest when shape, prompt or limit can never be served.
+        Raises what `pixels_of` raises, and InvalidRequest when shape, prompt or limit can never be
+        served.
         """
+        pixels = image if isinstance(image, np.ndarray) else pixels_of(image, self.manifest, 1)
         if pixels.dtype != np.uint8 or pixels.shape != self.runner.pixels_shape:
             raise InvalidRequest(
                 f"pixels must be uint8 of shape {list(self.runner.pixels_shape)}, "
                 f"not {pixels.dtype} of {list(pixels.shape)}"
             )
         prompt_ids, most = self.limits.check(prompt, max_new_tokens)
-        return GenerationRequest(pixels, prompt_ids, SamplingParams(most, ignore_eos))
+        sampling = SamplingParams(most, ignore_eos)
+        return GenerationRequest(pixels, prompt_ids, sampling, stream=stream)
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request. Raises WrongThread while another thread uses the engine."""

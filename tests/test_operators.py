@@ -256,7 +256,8 @@ def test_files_of_the_same_names_in_the_working_directory_are_not_ours(tmp_path)
         )  # fmt: skip
         assert done.returncode == 0 and "usage" in done.stdout
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "vignette", "serve", "--port", str(port)], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        [sys.executable, "-P", "-m", "vignette", "serve", "--port", str(port)],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
         wait_for(lambda: _answers(port), 60)

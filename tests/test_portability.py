@@ -106,7 +106,8 @@ def test_files_are_captioned_without_what_only_linux_has(elsewhere, tmp_path):
     output = tmp_path / "captions.jsonl"
     done = subprocess.run(
         [sys.executable, "-m", "vignette", "caption", str(ROOT / "demo/samples/owl.png"),
-         "--engine", str(DEMO), "--output", str(output)], env=elsewhere, capture_output=True, text=True, check=False,
+         "--engine", str(DEMO), "--output", str(output)], env=elsewhere,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert said() in output.read_text()

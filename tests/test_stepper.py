@@ -186,3 +186,13 @@ def test_images_may_be_paths_arrays_and_pictures(demo):
 def test_an_error_names_the_image(wrong, message):
     with pytest.raises(InvalidImage, match=message):
         fake_engine().generate([image(1), wrong])
+
+
+def test_a_request_may_be_of_a_file_and_stream(demo):
+    async def read():
+        request = demo.request(SAMPLES / "owl.png", stream=True)
+        return [output async for output in AsyncEngine(demo).generate(request)], request
+
+    outputs, request = asyncio.run(read())
+    assert len(outputs) > 3
+    assert demo.caption(request, *outputs).text == "an owl on a purple background"
