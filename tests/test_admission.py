@@ -249,8 +249,8 @@ def test_half_of_the_queue_is_one_clients_once_another_comes():
         assert fill("greedy", inside) == 102, "alone it has all of it"
     with ExitStack() as inside:
         inside.enter_context(admission.enter("honest"))
-        assert fill("greedy", inside) == 50
-        assert fill("honest", inside) == 49
+        assert fill("greedy", inside) == 51
+        assert fill("honest", inside) == 50
     clock.now += 100  # the other one has not come for a while
     with ExitStack() as inside:
         assert fill("greedy", inside) == 102

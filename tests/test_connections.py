@@ -1,13 +1,18 @@
 """What one connection may not do to the others, and what it may expect."""
 
+import asyncio
 import contextlib
 import hashlib
+import select
 import socket
 import threading
 import time
 
 import pytest
 
+from server.http.loop import few_at_a_time
+from server.images.turns import Turns
+from server.service.credit import Credit
 from tests.fakes import fake_engine
 from tests.live import fetch, png, serve, until
 
@@ -191,3 +196,86 @@ def test_connections_that_leave_their_answers_unread_make_room():
         assert live.caption(png()).status == 200
         for client in unread:
             client.close()
+
+
+def test_answers_without_a_body_that_are_not_read_are_noticed_too():
+    with serve(fake_engine, cors_origins=("*",)) as live, socket.socket() as client:
+        live.service.visits = Credit(1e9, 1e9)
+        name = b"X-Request-Id: " + b"x" * 128 + b"\r\n"
+        asked = b"OPTIONS /caption HTTP/1.1\r\nHost: x\r\nOrigin: a\r\n" + name + b"\r\n"
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", live.port))
+        client.settimeout(0.2)
+
+        def is_unread() -> bool:
+            with contextlib.suppress(TimeoutError):
+                client.send(asked * 200)
+            return bool(live.service.unread)
+
+        until(is_unread, 120)
+
+
+def test_preflights_are_paced_as_pages_are():
+    with serve(fake_engine, cors_origins=("*",)) as live:
+        live.service.visits.spend("127.0.0.1", 400 + 100)
+        start = time.perf_counter()
+        assert live.request("OPTIONS", "/caption", Origin="https://a.example").status == 204
+        assert time.perf_counter() - start > 0.3
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="elsewhere asyncio's own loop is used")
+def test_timers_come_between_thousands_of_busy_connections():
+    async def run() -> tuple[list[int], set[int]]:
+        loop, turns, seen = asyncio.get_running_loop(), [], set()
+        pairs = [socket.socketpair() for _ in range(300)]
+        busy = 0
+
+        def readable(number: int) -> None:
+            nonlocal busy
+            busy += 1
+            seen.add(number)
+
+        for number, (ours, theirs) in enumerate(pairs):
+            theirs.send(b"x")
+            loop.add_reader(ours, readable, number)
+        for _ in range(40):
+            before = busy
+            await asyncio.sleep(0)
+            turns.append(busy - before)
+        for ours, theirs in pairs:
+            loop.remove_reader(ours)
+            ours.close()
+            theirs.close()
+        return turns, seen
+
+    with asyncio.Runner(loop_factory=few_at_a_time) as runner:
+        turns, seen = runner.run(run())
+    assert max(turns) <= 64, "asyncio's own loop takes up all at once"
+    assert len(seen) == 300, "everybody has a turn"
+
+
+def test_one_client_has_half_of_the_places_at_most_where_that_is_wished():
+    async def run() -> list[str]:
+        turns, taken = Turns(4, each=2), []
+
+        async def take(client: str) -> None:
+            await turns.take(client)
+            taken.append(client)
+
+        greedy = [asyncio.create_task(take("greedy")) for _ in range(6)]
+        await asyncio.sleep(0)
+        await take("honest")
+        await take("honest")
+        other = asyncio.create_task(take("other"))
+        await asyncio.sleep(0)
+        turns.give("honest")
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        turns.give("greedy")
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        for task in (*greedy, other):
+            task.cancel()
+        return taken
+
+    assert asyncio.run(run()) == ["greedy", "greedy", "honest", "honest", "other", "greedy"]

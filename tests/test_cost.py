@@ -41,6 +41,8 @@ CHUNK = struct.pack(">I", 0) + b"abCd" + struct.pack(">I", zlib.crc32(b"abCd"))
         PNG[:33] + CHUNK * 50_000 + PNG[33:],
         GIF[:TABLE] + b"\x21\xfe\x01a\x00" * 50_000 + GIF[TABLE:],
         GIF[:TABLE] + b"\x21\xfe" + b"\x01a" * 50_000 + b"\x00" + GIF[TABLE:],
+        b"II*\0" + struct.pack("<IH", 8, 20_000) + bytes(12) * 20_000,
+        b"MM\0+" + struct.pack(">HHQQ", 8, 0, 16, 20_000) + bytes(20) * 20_000,
     ],
 )
 def test_an_image_of_thousands_of_parts_is_refused_unopened(image):

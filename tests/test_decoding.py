@@ -19,9 +19,10 @@ from runtime.model.manifest import Preprocessing
 from runtime.model.preprocess import preprocess
 from server.images.cost import TooHard, estimate
 from server.images.decoder import Setup
-from server.images.pool import Decoders, Job, Origin, _OutOfTime
+from server.images.pool import Decoders, Job, Origin, _GaveWay, _OutOfTime
 from server.ipc.shared import NoSharedMemory, PixelStore
 from server.service.admission import QueueFull
+from server.service.credit import Credit
 from tests.live import png
 
 HOW = Preprocessing(32, 32, 3)
@@ -325,6 +326,8 @@ def test_a_client_whose_images_take_longer_than_they_look_waits_with_the_dear_on
     decoders, asked = pool(store), []
 
     async def out_of_time(client, errand):
+        if errand.gives_way():
+            raise _GaveWay
         asked.append(client)
         raise _OutOfTime
 
@@ -335,3 +338,35 @@ def test_a_client_whose_images_take_longer_than_they_look_waits_with_the_dear_on
     decode(decoders, png((9, 9, 9)), client="another")
     assert asked[3:] == ["another"]
     decoders.close()
+
+
+def test_images_that_wait_already_when_a_client_is_found_out_wait_with_the_dear_ones(store):
+    """A whole burst that was let in is not decoded before anybody looks."""
+    decoders, asked = pool(store), []
+    real = decoders._quick._ask
+
+    async def expensive(client, errand):
+        asked.append(client)
+        kind, _ = await real(client, errand)
+        return kind, b"0.6"  # seconds more than it looked like
+
+    decoders._quick._ask = expensive
+
+    async def burst():
+        jobs = [job(png((n, 2, 3)), n % 4, client="deceiver") for n in range(12)]
+        await asyncio.gather(*(decoders.decode(each) for each in jobs))
+
+    asyncio.run(burst())
+    assert len(asked) <= 4
+    decoders.close()
+
+
+def test_what_a_client_owes_for_images_that_deceived_is_not_forgotten_at_once():
+    now = [0.0]
+    credit = Credit(1 / 60, 2.0, lambda: now[0], longest=600.0)
+    for _ in range(60):
+        credit.spend("deceiver", 1)
+    now[0] = 300.0
+    assert credit.owes("deceiver")
+    now[0] = 700.0
+    assert not credit.owes("deceiver")

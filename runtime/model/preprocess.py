@@ -11,6 +11,7 @@ applied first, transparent images are laid on white, and 16-bit ones are scaled 
 
 import io
 import struct
+from typing import Literal
 
 import numpy as np
 from PIL import AvifImagePlugin, ExifTags, Image
@@ -34,6 +35,7 @@ _UPRIGHT = {
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+_EXIF_ENTRIES, _EXIF_BYTES = 500, 2**18  # more is not looked at
 _NOT_AN_IMAGE = f"not an image: it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
 
 
@@ -88,13 +90,24 @@ def _upright(image: Image.Image, least_edge: int | None) -> Image.Image:
         image.load()
         # Of all that EXIF says this alone; Pillow's own `exif_transpose` writes the rest anew, and
         # fails where it can't.
-        turned = image.getexif().get(ExifTags.Base.Orientation)
+        turned = image.getexif().get(ExifTags.Base.Orientation) if _is_short(image) else None
         how = _UPRIGHT.get(turned) if isinstance(turned, int) else None
         return to_rgb(image if how is None else image.transpose(how))
     except _DAMAGE as cause:
         raise InvalidImage(
             f"a damaged {image.format} image: its end is missing, or bytes were changed"
         ) from cause
+
+
+def _is_short(image: Image.Image) -> bool:
+    """Whether EXIF is as long as cameras write it. (TIFF 6.0, 2: its first directory.)"""
+    exif = image.info.get("exif", b"")
+    exif = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
+    order: Literal["little", "big"] = "little" if exif.startswith(b"II") else "big"
+    first = int.from_bytes(exif[4:8], order)
+    entries = int.from_bytes(exif[first : first + 2], order)
+    written = len(exif) + len(str(image.info.get("Raw profile type exif", "")))
+    return entries <= _EXIF_ENTRIES and written <= _EXIF_BYTES
 
 
 def _too_many(limit: int) -> str:

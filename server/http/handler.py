@@ -73,8 +73,9 @@ class Handler(tornado.web.RequestHandler):
         for name, value in cors_headers(self.request.headers.get("Origin"), allowed).items():
             self.set_header(name, value)
 
-    def options(self) -> None:
+    async def options(self) -> None:
         """What a browser asks before a page of another origin may send its request."""
+        await self.paced()
         if not self.service.settings.cors_origins:
             raise tornado.web.HTTPError(405)
         for name, value in PREFLIGHT.items():
@@ -99,8 +100,9 @@ class Handler(tornado.web.RequestHandler):
         """Answer; a client that does not take its answer is cut off, and counts until then."""
         written = super().finish(chunk)
         stream = self.request.connection.stream  # type: ignore[union-attr]
-        if chunk and stream.writing():
-            loop, admission, size = asyncio.get_running_loop(), self.service.admission, len(chunk)
+        if stream.writing():
+            loop, admission = asyncio.get_running_loop(), self.service.admission
+            size = len(chunk or b"")
             start, unread = loop.time(), self.service.unread
             admission.owe(size, self.client)
 
@@ -151,6 +153,7 @@ class Handler(tornado.web.RequestHandler):
             return
         if len(late) >= _LATE:
             stream.close()
+            return
         late[stream] = None  # it makes room for others
         try:
             await asyncio.sleep(wait)

@@ -24,6 +24,7 @@ from tornado.httputil import (
 )
 from tornado.iostream import IOStream, StreamClosedError
 
+from server.http.origins import group_of
 from server.logs import Seldom
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ class Server(HTTPServer):
 
 
 def _address(connection: HTTP1ServerConnection) -> str:
-    return str(getattr(connection.context, "remote_ip", ""))
+    return group_of(str(getattr(connection.context, "remote_ip", "")))
 
 
 class _Stream(IOStream):

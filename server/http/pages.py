@@ -53,7 +53,7 @@ class OpenApiHandler(Handler):
 class NotFoundHandler(Handler):
     """Any other path, whatever the method."""
 
-    def get(self) -> None:
+    async def get(self) -> None:
         """404."""
         raise tornado.web.HTTPError(404)
 

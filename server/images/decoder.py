@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import struct
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,9 @@ _ENVIRONMENT = {  # which the process has before it loads anything
     "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
 }
 PIXELS, PARTS = b"P", b"J"  # what is asked for: an image's pixels, a JSON body's parts
-DONE, FAILED, DEAR, BUG = b"D", b"F", b"E", b"B"  # what is answered
+# What is answered: the parts, or the seconds of a core that an image took beyond its estimate; what
+# was wrong; the estimate of an image that was left alone; an error of ours.
+DONE, FAILED, DEAR, BUG = b"D", b"F", b"E", b"B"
 # what, bytes that follow, slot, frame or -1, seconds of processor time, most seconds as estimated
 _HEAD = struct.Struct("=cIIidd")
 _ANSWER = struct.Struct("=cI")  # what, bytes that follow
@@ -150,6 +153,7 @@ def _pixels(
     data: bytes, setup: Setup, store: PixelStore, place: tuple[int, int], most: float
 ) -> tuple[bytes, bytes]:
     """An image's pixels into a slot of the store, of a clip into one of its frames."""
+    started = time.process_time()
     heads.check(data)
     image = opened(data, setup.max_pixels)
     cost = estimate(image, data, setup.how)
@@ -162,7 +166,7 @@ def _pixels(
         )
     slot, frame = place
     store[slot][... if frame < 0 else frame] = prepared(image, setup.how, setup.max_pixels)
-    return DONE, b""
+    return DONE, json.dumps(time.process_time() - started - cost.seconds).encode()
 
 
 def _parts(data: bytes) -> tuple[bytes, bytes]:

@@ -24,7 +24,8 @@ from server.images.turns import Turns
 
 _REDIRECTS = 3
 _LOOKUPS, _FETCHES = 8, 32  # at a time
-_CONNECT_SECONDS = 5.0
+_CONNECT_SECONDS, _LONGEST_SECONDS = 5.0, 15.0
+_HEAD_BYTES = 16 * 1024
 # What Python's own list lacks, or lacked until lately: local translators, old site-local addresses,
 # IPv4 written the old way within IPv6, or translated (RFC 2765).
 _NOT_PUBLIC = tuple(
@@ -100,10 +101,11 @@ class Fetcher:
             force_instance=True,
             resolver=resolver or PublicResolver(),
             max_body_size=limit,
+            max_header_size=_HEAD_BYTES,
             max_buffer_size=limit + 64 * 1024,
             max_clients=_FETCHES,
         )
-        self._turns = Turns(_FETCHES)
+        self._turns = Turns(_FETCHES, _FETCHES // 2)
         self._client = client
 
     def check(self, url: str) -> None:
@@ -130,16 +132,16 @@ class Fetcher:
 
         client: with whose other fetches this one waits for its turn.
         """
-        end = time.monotonic() + seconds
         self.check(url)
         await self._turns.take(client)
+        end = time.monotonic() + min(seconds, _LONGEST_SECONDS)
         fetching = asyncio.create_task(self._follow(url, end))
-        fetching.add_done_callback(self._ended)
+        fetching.add_done_callback(partial(self._ended, client))
         # Cancelled, the client would log what comes of it all the same; it ends by its deadline.
         return await asyncio.shield(fetching)
 
-    def _ended(self, fetching: "asyncio.Task[bytes]") -> None:
-        self._turns.give()
+    def _ended(self, client: str, fetching: "asyncio.Task[bytes]") -> None:
+        self._turns.give(client)
         if not fetching.cancelled():
             fetching.exception()  # asked for, or asyncio logs it if nobody waits any more
 

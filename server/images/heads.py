@@ -4,12 +4,15 @@ Pillow walks through the parts of a file one by one, in Python, before anything 
 image: a file of millions of empty ones takes many seconds to open.
 """
 
+from typing import Literal
+
 from runtime.errors import InvalidImage
 
 _PARTS = 1000  # before the image itself, and in PNG beside so much for each of its pieces
 _PIECE = 2048  # bytes of a PNG for which it may have another chunk
 _PADDING = 64  # bytes of 0xFF before a JPEG's marker
 _JPEG, _PNG, _GIF = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", (b"GIF87a", b"GIF89a")
+_TIFF, _BIG_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), 43
 _SCAN, _END, _ALONE = 0xDA, 0xD9, (0x01, *range(0xD0, 0xD9))  # markers of JPEG
 
 
@@ -24,6 +27,8 @@ def check(data: bytes) -> None:
         _check_png(data)
     elif data.startswith(_GIF):
         _check_gif(data)
+    elif data.startswith(_TIFF):
+        _check_tiff(data)
 
 
 def _too_many() -> InvalidImage:
@@ -61,6 +66,16 @@ def _check_png(data: bytes) -> None:
             return
         place += 12 + int.from_bytes(head[:4], "big")
     raise _too_many()
+
+
+def _check_tiff(data: bytes) -> None:
+    """TIFF 6.0, 2: a directory of tags; BigTIFF counts in eight bytes."""
+    order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
+    big = int.from_bytes(data[2:4], order) == _BIG_TIFF
+    first = int.from_bytes(data[8:16] if big else data[4:8], order)
+    count = int.from_bytes(data[first : first + (8 if big else 2)], order)
+    if count > _PARTS:
+        raise _too_many()
 
 
 def _check_gif(data: bytes) -> None:

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 _QUICK = 0.15  # estimated seconds of a core: what a camera's 12 megapixels take
 _QUICK_LIMIT = 0.6  # seconds of a core, of an image that was estimated wrongly
 _MISJUDGED = 1 / 60, 2.0  # of a client, a second and at once: more than that is taken for dear
+_MISJUDGED_SECONDS = 600.0  # that it takes to be forgotten, at most
+_WRONG = 0.1  # seconds of a core beyond the estimate that are none of a photograph's
 _QUICK_MEMORY = 768 * 2**20  # of a process that decodes usual images, its libraries included
 _LOWER = 5  # niceness of the slow lane, beside that of the others
 _START_SECONDS = 60.0
@@ -54,6 +56,10 @@ _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHU
 
 class _Unfit(VignetteError):
     """An image crashed its decoder."""
+
+
+class _GaveWay(Exception):
+    """It was not asked after all."""
 
 
 class _OutOfTime(_Unfit):
@@ -109,7 +115,7 @@ class Decoders:
         self._slow = _Lane(replace(setup, niceness=setup.niceness + _LOWER), 1)
         self._too_hard = Remembered(_REMEMBERED_SECONDS)
         self._queued: Counter[str] = Counter()  # estimated ms in the slow lane, by client
-        self._misjudged = Credit(*_MISJUDGED)
+        self._misjudged = Credit(*_MISJUDGED, longest=_MISJUDGED_SECONDS)
         self._pace = 1.0  # seconds that an estimated one takes there
 
     async def decode(self, job: Job) -> None:
@@ -141,17 +147,25 @@ class Decoders:
     async def _decode_quickly(self, job: Job) -> float:
         """Decode what takes little, and return 0; of another image the seconds as estimated."""
         seconds = min(_QUICK_LIMIT, self._seconds)
-        if self._misjudged.owes(job.origin.client):
-            return seconds
-        errand = _Errand(PIXELS, job.image, seconds, self._wall, (job.slot, job.frame), _QUICK)
+        client, place = job.origin.client, (job.slot, job.frame)
+        errand = _Errand(
+            PIXELS, job.image, seconds, self._wall, place, _QUICK,
+            gives_way=lambda: self._misjudged.owes(client),
+        )  # fmt: skip
         try:
-            kind, answer = await self._quick.ask(job.origin.client, errand)
+            kind, answer = await self._quick.ask(client, errand)
+        except _GaveWay:
+            return seconds
         except _OutOfTime:
-            self._misjudged.spend(job.origin.client, 1)
+            self._misjudged.spend(client, 1)
             if seconds == self._seconds:
                 raise
             return self._seconds  # the estimate was wrong
-        return json.loads(answer) if kind == DEAR else 0.0
+        if kind == DEAR:
+            return json.loads(answer)
+        if (wrong := json.loads(answer)) > _WRONG:
+            self._misjudged.spend(client, wrong / _QUICK_LIMIT)
+        return 0.0
 
     async def _decode_slowly(self, job: Job, seconds: float) -> None:
         """Decode in the slow lane; what would wait there beyond its deadline is refused now."""
@@ -196,7 +210,7 @@ class _Errand:
     take at most `most` seconds.
 
     seconds: of a core. wall: seconds by the clock, after which the process is replaced; until:
-    the same as a time of `perf_counter`.
+    the same as a time of `perf_counter`. gives_way: asked when its turn has come.
     """
 
     what: bytes
@@ -206,6 +220,7 @@ class _Errand:
     place: tuple[int, int] = (0, -1)
     most: float = math.inf
     until: float = math.inf
+    gives_way: Callable[[], bool] = lambda: False
 
 
 class _Lane:
@@ -225,20 +240,23 @@ class _Lane:
     async def ask(self, client: str, errand: _Errand) -> tuple[bytes, bytes]:
         """Kind and content of the answer.
 
-        Raises what was wrong with the data, _Unfit or TooHard, and TimeoutError if its turn did not
-        come in time. Cancelled, it ends when nothing
-        writes to the slot any more: at once if its turn had not come.
+        Raises what was wrong with the data, _Unfit, TooHard or _GaveWay, and TimeoutError if its
+        turn did not come in time. Cancelled, it ends when nothing writes to the slot any more: at
+        once if its turn had not come.
         """
         left = None if errand.until == math.inf else errand.until - time.perf_counter()
         async with asyncio.timeout(left):
             await self._turns.take(client)
-        return await _to_the_end(asyncio.create_task(self._ask(errand)))
+        if errand.gives_way():
+            self._turns.give(client)
+            raise _GaveWay
+        return await _to_the_end(asyncio.create_task(self._ask(client, errand)))
 
-    async def _ask(self, errand: _Errand) -> tuple[bytes, bytes]:
+    async def _ask(self, client: str, errand: _Errand) -> tuple[bytes, bytes]:
         try:
             found = await self._attempt(errand) or await self._attempt(errand)
         finally:
-            self._turns.give()
+            self._turns.give(client)
         if found is None:  # for want of memory, most likely
             raise TooHard(_UNFIT)
         kind, answer = found

@@ -17,6 +17,7 @@ from runtime.model import manifest as manifests
 from runtime.model.tokenizer import CaptionTokenizer
 from server.http.app import make_app, make_ops_app
 from server.http.listening import Server
+from server.http.loop import few_at_a_time
 from server.ipc.messages import (
     BEAT_SECONDS,
     FROM_SUPERVISOR,
@@ -45,11 +46,7 @@ log = logging.getLogger(__name__)
 _HEADER_BYTES = 56 * 1024  # a prompt of 4,096 characters takes 48 KiB in a query
 _READ_BYTES = 64 * 1024  # of a body at a time
 _OTHER_BODY_BYTES = 64 * 1024  # of requests that are not for /caption, which sets its own limit
-_COLLECTIONS = (
-    5_000,
-    20,
-    1_000,
-)  # new objects to a young one, those to a middle one, to a full
+_COLLECTIONS = 5_000, 20, 1_000  # objects to a young one, those to a middle one, to a full one
 _OTHER_FILES = 256  # that are no connections: sockets to the other processes, libraries
 
 
@@ -60,7 +57,8 @@ def main(settings: Settings, folder: Path, ports: Ports, index: int, epoch: int)
     configure(settings)
     count_as(f"front-{index}")
     try:
-        asyncio.run(_serve(settings, folder, ports, index, epoch))
+        with asyncio.Runner(loop_factory=few_at_a_time) as runner:
+            runner.run(_serve(settings, folder, ports, index, epoch))
     except VignetteError as error:
         tell(folder, name, FailedToStart(str(error)))
         sys.exit(1)

@@ -122,7 +122,7 @@ class Admission:
         alone = self._comes(client)
         if self.inside >= self._most:
             raise QueueFull("the queue is full: try again later", self._seconds_to_drain())
-        if not alone and self._preparing[client] >= max(self.slots, self._queue // 2):
+        if not alone and self._preparing[client] >= max(self.slots, self._most // 2):
             raise QueueFull(
                 "half of the queue is yours, and others wait, too: try again later",
                 self._seconds_to_drain(),

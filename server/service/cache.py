@@ -32,13 +32,15 @@ class OutputCache:
 
         Who waits for another's flight and sees it cancelled or expired starts one of their own.
         """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _PATIENCE_SECONDS
         while True:
             if key in self._entries:
                 self._entries.move_to_end(key)
                 return replace(self._entries[key], timing=Timing())
             if key not in self._flights:
                 return await self._fly(key, make)
-            landed, _ = await asyncio.wait([self._flights[key]], timeout=_PATIENCE_SECONDS)
+            landed, _ = await asyncio.wait([self._flights[key]], timeout=end - loop.time())
             if not landed:  # it waits for its own client's turn, or has less of a hurry
                 return await make()
 

@@ -15,14 +15,22 @@ _CLIENTS = 1024  # that are remembered
 class Credit:
     """Of each client. Used on the event loop's thread only."""
 
-    def __init__(self, rate: float, burst: float, clock: Callable[[], float] = monotonic) -> None:
-        """rate: what a client gains a second, up to `burst`, with which it begins."""
-        self._rate, self._burst, self._clock = rate, burst, clock
+    def __init__(
+        self,
+        rate: float,
+        burst: float,
+        clock: Callable[[], float] = monotonic,
+        longest: float = _LONGEST_SECONDS,
+    ) -> None:
+        """rate: what a client gains a second, up to `burst`, with which it begins. longest: the
+        seconds that what it used beyond that takes to be forgotten, at most.
+        """
+        self._rate, self._burst, self._clock, self._longest = rate, burst, clock, longest
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # and when that was
 
     def spend(self, client: str, amount: float) -> float:
         """Use so much; returns the seconds that the client has to wait for it."""
-        return min(_LONGEST_SECONDS, max(0.0, -self._change(client, -amount) / self._rate))
+        return min(self._longest, max(0.0, -self._change(client, -amount) / self._rate))
 
     def owes(self, client: str) -> bool:
         """Whether it has used more than it had."""
@@ -36,7 +44,7 @@ class Credit:
         now = self._clock()
         left, at = self._left.pop(client, (self._burst, now))
         left = min(self._burst, left + (now - at) * self._rate + change)
-        self._left[client] = max(left, -_LONGEST_SECONDS * self._rate), now
+        self._left[client] = max(left, -self._longest * self._rate), now
         if len(self._left) > _CLIENTS:
             self._left.popitem(last=False)
         return left
