@@ -5,11 +5,12 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -187,15 +188,27 @@ def _assault(names: list[str], port: int, count: int, ready: Event, over: Event)
 
 
 @contextmanager
-def assault(names: list[str], port: int, count: int) -> Iterator[None]:
-    """Attackers in a process of their own, until the block is over."""
+def assault(
+    names: list[str], port: int, count: int
+) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Attackers in a process of their own, until the block is over; gives what holds them still."""
     context = multiprocessing.get_context("spawn")
     ready, over = context.Event(), context.Event()
     process = context.Process(target=_assault, args=(names, port, count, ready, over), daemon=True)
     process.start()
     assert ready.wait(_READY_SECONDS), "the attackers did not start"
+
+    @contextmanager
+    def still() -> Iterator[None]:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(process.pid, signal.SIGCONT)
+
     try:
-        yield
+        yield still
     finally:
         over.set()
         process.join(10)
