@@ -109,13 +109,12 @@ class Engine:
         """Load and warm up what the loader's `prepare` found whole; raises ProviderError."""
         from runtime.execution.loader import open_runner
 
-        opened = open_runner(prepared)
-        runner, slots = opened.runner, opened.slots
-        config = replace(
-            prepared.config, encode_batch=min(runner.plan.encode_batch, slots), slots=slots
-        )
+        runner, seconds = open_runner(prepared)
+        slots = runner.plan.slots
+        batch = min(runner.plan.encode_batch, slots)
+        config = replace(prepared.config, encode_batch=batch, slots=slots)
         tokenizer = CaptionTokenizer(prepared.folder, prepared.manifest)
-        return cls(prepared.manifest, tokenizer, runner, config, seconds=opened.seconds)
+        return cls(prepared.manifest, tokenizer, runner, config, seconds=seconds)
 
     @property
     def identity(self) -> dict[str, str]:

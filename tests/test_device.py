@@ -13,7 +13,7 @@ from runtime.execution import device, loader
 from runtime.execution.device import DeviceRunner, bucket, buckets
 from runtime.execution.device_buffer import DeviceBuffer
 from runtime.execution.host import HostRunner
-from runtime.execution.loader import Candidate, Prepared
+from runtime.execution.loader import Prepared
 from runtime.model import manifest as manifests
 from runtime.model.manifest import NOT_A_TOKEN
 from runtime.model.tokenizer import CaptionTokenizer
@@ -38,8 +38,9 @@ def half(request, tmp_path_factory):
 def engine(folder, kind, combination, slots=6, **config):
     settings = EngineConfig(slots=slots, encode_batch=4, patience=0, **config)
     manifest = manifests.load(folder)
-    plan = Plan(combination, "cpu", "cpu", encode_batch=4)
-    runner = kind(folder, manifest, settings, plan)
+    text = settings.text_positions(manifest.sizes.text)
+    plan = Plan(combination, "cpu", "cpu", encode_batch=4, slots=slots, text_tokens=text)
+    runner = kind(folder, manifest, plan)
     runner.warm_up()
     return Engine(manifest, CaptionTokenizer(folder, manifest), runner, settings)
 
@@ -102,8 +103,9 @@ def test_graphs_that_cant_be_captured_are_done_without_and_it_is_said(half, monk
     monkeypatch.setattr(device._Launch, "run", failing)
     monkeypatch.setattr(loader, "DEVICES", ("cpu",))
     manifest, config = manifests.load(half), EngineConfig(encode_batch=4, patience=0)
-    candidate = Candidate(Plan(FUSED, "cpu", "cpu", encode_batch=4), slots=6)
-    it = Engine.start(Prepared(half, manifest, config, (candidate,)))
+    text = config.text_positions(manifest.sizes.text)
+    plan = Plan(FUSED, "cpu", "cpu", encode_batch=4, slots=6, text_tokens=text)
+    it = Engine.start(Prepared(half, manifest, config, (plan,)))
     assert "without CUDA graphs" in it.runs_on
     assert not it.runner.graphs
     assert "error 900" in caplog.text

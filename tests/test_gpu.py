@@ -198,7 +198,7 @@ def test_a_gpu_too_small_is_told_with_the_sum():
 
 def test_memory_is_counted_from_the_engine():
     manifest = manifests.load(DEMO)
-    need = loader.gpu_memory(DEMO, manifest, EngineConfig(), Plan("fp32/fp32/float32", "cuda"))
+    need = loader.gpu_memory(DEMO, manifest, Plan("fp32/fp32/float32", "cuda"))
     assert need.weights == sum((DEMO / f"{g}.data").stat().st_size for g in ("encoder", "decoder"))
     sizes = manifest.sizes
     text = min(64, sizes.text)

@@ -11,7 +11,7 @@ from runtime.engine import Engine
 from runtime.errors import ProviderError
 from runtime.execution import loader, self_test
 from runtime.execution.host import HostRunner
-from runtime.execution.loader import Candidate, prepare
+from runtime.execution.loader import prepare
 from runtime.model import manifest as manifests
 from runtime.planning.config import EngineConfig
 from tests.conftest import DEMO
@@ -71,8 +71,8 @@ def test_auto_leaves_out_a_provider_that_computes_something_else(monkeypatch, ca
 
     monkeypatch.setattr(loader.self_test, "check", check)
     prepared = prepare(DEMO, CPU)
-    [candidate] = prepared.candidates
-    two = replace(prepared, candidates=(candidate, Candidate(candidate.plan, 3)))
+    [plan] = prepared.plans
+    two = replace(prepared, plans=(plan, replace(plan, slots=3)))
     assert Engine.start(two).config.slots == 3
     assert "tried and left out: the self-test failed" in caplog.text
 

@@ -23,7 +23,6 @@ import onnxruntime as ort
 from runtime.errors import GraphsFailed, ProviderError
 from runtime.execution.device_buffer import DeviceBuffer, View
 from runtime.model.manifest import NOT_A_TOKEN, PIECE, Manifest
-from runtime.planning.config import EngineConfig
 from runtime.planning.plan import Plan
 from runtime.providers.cuda import CudaOptions, pin
 from runtime.providers.session import Placement, open_session
@@ -75,21 +74,11 @@ def _run_options(graph_id: int, wait: bool) -> Any:
 class DeviceRunner:
     """ModelRunner of captioning on a device: `encode` into slots, `decode` a burst of tokens."""
 
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        config: EngineConfig,
-        plan: Plan,
-        memory_limit: int | None = None,
-    ) -> None:
-        """memory_limit: bytes that both sessions may take on the device together."""
-        assert config.slots is not None
+    def __init__(self, folder: Path, manifest: Manifest, plan: Plan) -> None:
         self.sizes, self.plan, self.burst = manifest.sizes, plan, BURST
-        self._capture = config.cuda_graphs
         self._device = device = "cpu" if plan.decoder_provider == "cpu" else "cuda"
-        self.text_tokens = config.text_positions(self.sizes.text)
-        self._slots, self._batch = config.slots, min(plan.encode_batch, config.slots)
+        self.text_tokens = plan.text_tokens
+        self._slots, self._batch = plan.slots, min(plan.encode_batch, plan.slots)
         self._buckets, self._batches = buckets(self._slots), buckets(self._batch)
         self._names = [f"{i}.{kind}" for i in range(self.sizes.layers) for kind in ("key", "value")]
         combination = manifest.combination(plan.combination)
@@ -120,8 +109,8 @@ class DeviceRunner:
         self._staging = np.zeros((self._batch, *self.pixels_shape), np.uint8)
         if device == "cuda":
             pin(self._staging)
-        half = None if memory_limit is None else memory_limit // 2
-        captured, not_captured = CudaOptions(half, config.cuda_graphs), CudaOptions(half, False)
+        half = None if plan.memory_limit is None else plan.memory_limit // 2
+        captured, not_captured = CudaOptions(half, plan.cuda_graphs), CudaOptions(half, False)
         encode_on = Placement(
             plan.encoder_provider, plan.encoder_threads, folder, cuda=captured, batch=self._batch,
             row=self.pixels_shape,
@@ -157,7 +146,7 @@ class DeviceRunner:
         """For people: providers and precisions, and the memory that the slots take."""
         arena = sum(cache.nbytes for cache in self._arena)
         graphs = "" if self.graphs else ", without CUDA graphs"
-        return f"{self.plan.describe(self._slots, arena)} on the device{graphs}"
+        return f"{self.plan.describe(arena)} on the device{graphs}"
 
     @property
     def pixels_shape(self) -> tuple[int, ...]:
@@ -225,7 +214,7 @@ class DeviceRunner:
                 self._run_all()
         except Exception as cause:  # ONNX Runtime raises a class of its own for every status code
             raise ProviderError(f"{self.plan.encoder_provider} can't run this: {cause}") from cause
-        if not self._capture:
+        if not self.plan.cuda_graphs:
             return
         self.graphs = True
         try:

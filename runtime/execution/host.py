@@ -15,7 +15,6 @@ import onnxruntime as ort
 
 from runtime.execution.encoder import Encoder
 from runtime.model.manifest import EXACT, Manifest
-from runtime.planning.config import EngineConfig
 from runtime.planning.plan import Plan
 from runtime.providers.cuda import CudaOptions
 from runtime.providers.session import Placement, open_session
@@ -36,10 +35,9 @@ class HostRunner:
     graphs = False
     on_gpu = False
 
-    def __init__(self, folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, plan: Plan) -> None:
         self.sizes, self.plan = manifest.sizes, plan
-        self.text_tokens = config.text_positions(self.sizes.text)
-        assert config.slots is not None, "the loader settles how many"
+        self.text_tokens = plan.text_tokens
         combination = manifest.combination(plan.combination)
         encoder, decoder = (manifest.variant(g, combination) for g in ("encoder", "decoder"))
         self._image_names = [
@@ -47,9 +45,9 @@ class HostRunner:
             for layer in range(self.sizes.layers)
             for kind in ("key", "value")
         ]
-        self._arena = self._new_arena(config.slots, decoder.cache)
-        self._tokens = np.zeros((config.slots, 1), np.int64)
-        self._lengths = np.full(config.slots, self.sizes.prefix, np.int32)
+        self._arena = self._new_arena(plan.slots, decoder.cache)
+        self._tokens = np.zeros((plan.slots, 1), np.int64)
+        self._lengths = np.full(plan.slots, self.sizes.prefix, np.int32)
         self._total_length = np.array([self.sizes.prefix + 1], np.int32)
         self._steps: dict[int, _Step] = {}
         encode_on = Placement(
@@ -58,7 +56,7 @@ class HostRunner:
             batch=plan.encode_batch, row=self.pixels_shape,
         )  # fmt: skip
         decode_on = Placement(plan.decoder_provider, plan.decoder_threads)
-        streams = min(plan.encoder_streams, config.slots)
+        streams = min(plan.encoder_streams, plan.slots)
         self._encoder = Encoder(folder / encoder.file, encode_on, streams, self._image_names)
         self._decoder = open_session(folder / decoder.file, decode_on, self._inputs(1))
 
@@ -92,7 +90,7 @@ class HostRunner:
     @property
     def runs_on(self) -> str:
         """For people: providers and precisions, and the memory that the slots take."""
-        return self.plan.describe(len(self._tokens), sum(c.nbytes for c in self._arena))
+        return self.plan.describe(sum(c.nbytes for c in self._arena))
 
     @property
     def pixels_shape(self) -> tuple[int, ...]:

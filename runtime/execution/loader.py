@@ -30,22 +30,13 @@ _ACTIVATIONS = 24  # of an image in the encoder: tensors of positions x width th
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A plan that fits: its slots, and on a GPU the bytes that its sessions may take."""
-
-    plan: Plan
-    slots: int
-    memory_limit: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Prepared:
-    """An engine that was found whole, with the plans to try in their order. Nothing runs yet."""
+    """An engine that was found whole, and plans to try in their order. Nothing runs yet."""
 
     folder: Path
     manifest: Manifest
     config: EngineConfig
-    candidates: tuple[Candidate, ...]
+    plans: tuple[Plan, ...]
 
 
 def prepare(folder: Path, config: EngineConfig) -> Prepared:
@@ -58,103 +49,89 @@ def prepare(folder: Path, config: EngineConfig) -> Prepared:
         registry.require(config.provider)
     manifest = manifests.load(folder)
     plans = resolve(folder, manifest, config, registry.available())
-    candidates: list[Candidate] = []
+    fitting: list[Plan] = []
     for plan in plans:
         try:
-            candidates.append(_fitted(folder, manifest, config, plan))
+            fitting.append(_fitted(folder, manifest, config, plan))
         except ProviderError as cause:
             if len(plans) == 1:
                 raise
             log.warning("auto: %s was left out: %s", plan.encoder_provider, cause)
-    return Prepared(folder, manifest, config, tuple(candidates))
+    return Prepared(folder, manifest, config, tuple(fitting))
 
 
-def _fitted(folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) -> Candidate:
+def _fitted(folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) -> Plan:
     """The plan with its slots; ProviderError if they don't fit the memory that holds them."""
+    text = config.text_positions(manifest.sizes.text)
+    plan = replace(plan, text_tokens=text, cuda_graphs=config.cuda_graphs)
     if plan.decoder_provider != "cuda":
         slots = config.slots or _SLOTS
-        most = int(_SHARE * memory() / _slot_bytes(manifest, config, plan))
+        most = int(_SHARE * memory() / _slot_bytes(manifest, plan))
         if slots > most:
             raise ProviderError(
                 f"{slots} slots do not fit the memory of {memory() / 2**30:.1f} GiB here: use "
                 f"{most} (--slots) or fewer"
             )
-        return Candidate(plan, slots)
+        return replace(plan, slots=slots)
     gpu = require_gpu(cuda.major())
-    slots, limit = gpu_memory(folder, manifest, config, plan).budget(
+    slots, limit = gpu_memory(folder, manifest, plan).budget(
         gpu, config.slots, _MOST_SLOTS, plan.encode_batch
     )
-    return Candidate(plan, slots, limit)
+    return replace(plan, slots=slots, memory_limit=limit)
 
 
-def _slot_bytes(manifest: Manifest, config: EngineConfig, plan: Plan) -> int:
+def _slot_bytes(manifest: Manifest, plan: Plan) -> int:
     """Of one slot's K/V on a processor."""
     sizes, cache = manifest.sizes, manifest.combination(plan.combination).cache
-    positions = sizes.prefix + config.text_positions(sizes.text)
+    positions = sizes.prefix + plan.text_tokens
     return 2 * sizes.layers * sizes.heads * sizes.head * positions * np.dtype(cache).itemsize
 
 
-def gpu_memory(folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) -> Memory:
+def gpu_memory(folder: Path, manifest: Manifest, plan: Plan) -> Memory:
     """What an engine takes of a GPU: weights as they lie on disk, the rest by its shapes."""
     sizes, combination = manifest.sizes, manifest.combination(plan.combination)
     width = sizes.heads * sizes.head
-    text = config.text_positions(sizes.text)
     kv = 2 * sizes.layers * width * _HALF  # of one position
     files = {manifest.variant(graph, combination).data for graph in ("encoder", "decoder")}
     return Memory(
         weights=sum((folder / name).stat().st_size for name in files if name),
-        slot=(sizes.prefix + text) * kv * _ARENA,
+        slot=(sizes.prefix + plan.text_tokens) * kv * _ARENA,
         image=sizes.prefix * (kv * _ARENA + _ACTIVATIONS * width * _HALF),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A warm runner, its slots, and the seconds that it took for a caption of the self-test."""
-
-    runner: HostRunner | DeviceRunner
-    slots: int
-    seconds: float
+AnyRunner = HostRunner | DeviceRunner
 
 
-def open_runner(engine: Prepared) -> Opened:
-    """A warm runner on the first plan that works here, and passes the self-test.
+def open_runner(engine: Prepared) -> tuple[AnyRunner, float]:
+    """A warm runner on the first plan that works here and passes the self-test; and the seconds
+    that a caption of the self-test took.
 
     With several plans, each that doesn't work is logged. Raises ProviderError when the last can't
     run either.
     """
-    *optional, last = engine.candidates
-    for candidate in optional:
+    *optional, last = engine.plans
+    for plan in optional:
         try:
-            return _opened(engine, candidate)
+            return _opened(engine, plan)
         except ProviderError as cause:
-            name = candidate.plan.encoder_provider
-            log.warning("auto: %s was tried and left out: %s", name, cause)
+            log.warning("auto: %s was tried and left out: %s", plan.encoder_provider, cause)
     return _opened(engine, last)
 
 
-def _opened(engine: Prepared, candidate: Candidate) -> Opened:
-    config = replace(engine.config, slots=candidate.slots)
-    runner = _warm_runner(engine, config, candidate)
-    if runner is None:  # a stream that a capture failed on is of no use: all is opened again
-        runner = _warm_runner(engine, replace(config, cuda_graphs=False), candidate)
-        assert runner is not None
+def _opened(engine: Prepared, plan: Plan) -> tuple[AnyRunner, float]:
     manifest = engine.manifest
-    seconds = self_test.check(runner, manifest.sizes, manifest.tokens, manifest.self_test)
-    return Opened(runner, candidate.slots, seconds)
+    runner = _warm_runner(engine, plan)
+    if runner is None:  # a stream that a capture failed on is of no use: all is opened again
+        runner = _warm_runner(engine, replace(plan, cuda_graphs=False))
+        assert runner is not None
+    return runner, self_test.check(runner, manifest.sizes, manifest.tokens, manifest.self_test)
 
 
-def _warm_runner(
-    engine: Prepared, config: EngineConfig, candidate: Candidate
-) -> HostRunner | DeviceRunner | None:
+def _warm_runner(engine: Prepared, plan: Plan) -> AnyRunner | None:
     """None if CUDA graphs were asked for and can't be captured; what it held is free again."""
-    runner: HostRunner | DeviceRunner
-    if candidate.plan.decoder_provider in DEVICES:
-        runner = DeviceRunner(
-            engine.folder, engine.manifest, config, candidate.plan, candidate.memory_limit
-        )
-    else:
-        runner = HostRunner(engine.folder, engine.manifest, config, candidate.plan)
+    kind = DeviceRunner if plan.decoder_provider in DEVICES else HostRunner
+    runner: AnyRunner = kind(engine.folder, engine.manifest, plan)
     try:
         runner.warm_up()
     except GraphsFailed as cause:

@@ -12,7 +12,7 @@ from pathlib import Path
 from runtime.errors import EngineFolderError
 from runtime.model import manifest as manifests
 from runtime.model.manifest import EXACT, Manifest
-from runtime.planning.config import AUTO, EngineConfig
+from runtime.planning.config import AUTO, TEXT_TOKENS, EngineConfig
 from runtime.planning.machine import Machine, this_machine
 
 log = logging.getLogger(__name__)
@@ -33,10 +33,11 @@ _GPU = ("cuda", "tensorrt")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How an engine's two graphs run. `origin` is for people.
+    """How an engine's two graphs run: all that a runner has to know. `origin` is for people.
 
     threads: 0 takes all cores. encoder_streams: images that are encoded side by side
-    (`runtime.execution.encoder`).
+    (`runtime.execution.encoder`). slots, text_tokens: of the K/V arena, and text positions of each.
+    memory_limit: bytes that both sessions may take on a GPU together.
     """
 
     combination: str
@@ -47,15 +48,19 @@ class Plan:
     encode_batch: int = 1
     encoder_streams: int = 1
     origin: str = "default"
+    slots: int = 1
+    text_tokens: int = TEXT_TOKENS
+    memory_limit: int | None = None
+    cuda_graphs: bool = True
 
-    def describe(self, slots: int, arena: int) -> str:
+    def describe(self, arena: int) -> str:
         """For people: providers and precisions, and the memory (arena, in bytes) of the slots."""
         encoder, decoder, cache = self.combination.split("/")
         streams = f" in {self.encoder_streams} streams" if self.encoder_streams > 1 else ""
         return (
             f"encoder {encoder} on {self.encoder_provider}{streams}, decoder {decoder} on "
             f"{self.decoder_provider}, K/V {cache} ({self.origin}); "
-            f"{slots} slots in {arena / 2**20:.0f} MiB"
+            f"{self.slots} slots in {arena / 2**20:.0f} MiB"
         )
 
 

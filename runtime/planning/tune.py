@@ -136,8 +136,9 @@ class _Bench:
         )  # fmt: skip
         decoder_key = (decoder, cache, plan.decoder_provider, plan.decoder_threads)
         if encoder_key not in self._encoders or decoder_key not in self._decoders:
-            config = EngineConfig(slots=self._slots)
-            runner = HostRunner(self._folder, self._manifest, config, plan)
+            text = EngineConfig().text_positions(self._manifest.sizes.text)
+            complete = replace(plan, slots=self._slots, text_tokens=text)
+            runner = HostRunner(self._folder, self._manifest, complete)
             if encoder_key not in self._encoders:
                 self._encoders[encoder_key] = self._encode_ms(runner, plan.encoder_streams)
             if decoder_key not in self._decoders:
