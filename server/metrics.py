@@ -61,6 +61,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        self.rest = _REST
         self._render_at = 0.0  # not before, by `time.monotonic`
         self._rendering: asyncio.Task[bytes]
         self.requests = Counter(
@@ -115,7 +116,7 @@ class Metrics:
             return await asyncio.to_thread(self.render)
         finally:
             now = time.monotonic()
-            self._render_at = now + _REST * (now - started)
+            self._render_at = now + self.rest * (now - started)
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format, of all processes."""

@@ -94,6 +94,7 @@ def serve(
     async def run() -> None:
         given = Settings(_env_file=None, decoders=1, front_ends=1, **settings)
         service = make_service(given, manifest, FakeTokenizer(), folder, 0, 0)
+        service.metrics.rest = 0  # each look is at what is there by then
         sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
         server = listen(service, make_app(service), sockets)
         stop.append(asyncio.Event())

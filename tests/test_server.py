@@ -86,6 +86,7 @@ def test_a_client_that_leaves_is_dropped_from_the_batch_at_once():
         until(lambda: engine.scheduler.running)
         client.close()
         until(lambda: live.service.admission.inside == 0)
+        until(lambda: engine.stepper._commands)  # it is told while the step goes on
         engine.runner.open.set()
         until(lambda: engine.scheduler.idle)
         assert len(engine.runner.steps) <= 2  # of the 30 that it had asked for

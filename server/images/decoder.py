@@ -24,7 +24,7 @@ from server.http.bodies import json_parts
 from server.images import heads
 from server.images.cost import TooHard, estimate
 from server.ipc.shared import PixelStore
-from server.processes.system import environment, follow_parent, give_way, limit_memory
+from server.processes.system import environment, follow_parent, give_way, limit_memory, trim_memory
 
 _ENVIRONMENT = {  # which the process has before it loads anything
     "OPENBLAS_NUM_THREADS": "1",  # its threads' stacks would count as address space
@@ -147,6 +147,8 @@ def _serve(socket: socket.socket, setup: Setup) -> None:
             kind, answer = BUG, traceback.format_exc().encode(errors="replace")
         signal.setitimer(signal.ITIMER_PROF, 0)
         socket.sendall(_ANSWER.pack(kind, len(answer)) + answer)
+        if most == math.inf:  # it may have been a large one, in the many pieces that Pillow makes
+            trim_memory()
 
 
 def _pixels(

@@ -4,6 +4,7 @@ What another system lacks is lost with a word here: macOS limits no address spac
 what an image takes still counts), and gives files no room beforehand.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -43,6 +44,12 @@ def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_LOOK_SECONDS)
     os._exit(1)
+
+
+def trim_memory() -> None:
+    """Give back to the system what is free: glibc keeps that as long as something lies above it."""
+    with contextlib.suppress(AttributeError):  # another library's allocator
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def give_way(niceness: int = NICENESS) -> None:
