@@ -14,6 +14,7 @@ from bench.load import apache
 from bench.report.page import write
 from bench.sections import offline, open_loop
 from tests.conftest import DEMO, SAMPLES
+from tests.isolated_jobs import answer, die, fail
 
 AB = """
 Concurrency Level:      8
@@ -107,26 +108,12 @@ def test_loadgen_s_verdict_is_read_not_guessed():
     assert not open_loop.held(found | {"rate": 52.0}), "a backlog grows"
 
 
-def _answer(value):
-    return value + 1
-
-
-def _break():
-    raise ValueError("a reason")
-
-
-def _die():
-    import os
-
-    os._exit(3)
-
-
 def test_what_fails_in_a_process_of_its_own_is_told():
-    assert isolated(_answer, 1) == 2
+    assert isolated(answer, 1) == 2
     with pytest.raises(Failed, match="ValueError: a reason"):
-        isolated(_break)
-    with pytest.raises(Failed, match=r"_die died \(exit status 3\)"):
-        isolated(_die)
+        isolated(fail)
+    with pytest.raises(Failed, match=r"die died \(exit status 3\)"):
+        isolated(die)
 
 
 def test_a_contestant_that_does_not_start_is_reported_and_the_rest_goes_on(tmp_path, capfd):
