@@ -81,3 +81,10 @@ def test_nothing_is_reported_to_the_makers_of_onnx_runtime(package, tmp_path):
         [sys.executable, "-c", code], cwd=ROOT, env=kept | {"HOME": str(tmp_path)}, check=True
     )
     assert not list(tmp_path.rglob("*onnxruntime*"))
+
+
+def test_nobody_steps_an_engine_but_the_stepper():
+    """And the load whose time is made up (`bench.load.replay`)."""
+    packages = ("runtime", "server", "bench", "export")
+    users = {p.name for package in packages for p in files(package) if ".step()" in p.read_text()}
+    assert users == {"stepper.py", "arrivals.py"}
