@@ -88,3 +88,9 @@ def test_nobody_steps_an_engine_but_the_stepper():
     packages = ("runtime", "server", "bench", "export")
     users = {p.name for package in packages for p in files(package) if ".step()" in p.read_text()}
     assert users == {"stepper.py", "arrivals.py"}
+
+
+def test_what_stands_behind_protocols_knows_of_none():
+    for room in ("service", "ipc"):
+        for path in files(f"server/{room}"):
+            assert not {m for m in imports(path) if m.startswith("server.http")}, path

@@ -7,6 +7,7 @@ import tornado.web
 
 from server.http import caption, health, metrics, pages
 from server.http.handler import Handler
+from server.http.origins import networks
 from server.logs import plain
 from server.service.service import Service
 
@@ -37,6 +38,7 @@ def make_ops_app(service: Service) -> tornado.web.Application:
 
 
 def _app(service: Service, routes: list[tuple[str, type[Handler]]]) -> tornado.web.Application:
+    networks(service.settings.trusted_proxies)  # a wrong one is told before anything is served
     parts = {"service": service}
     return tornado.web.Application(
         [(path, handler, parts) for path, handler in routes],

@@ -20,6 +20,7 @@ from server.http.forms import (
     query_fields,
 )
 from server.http.handler import Handler
+from server.ipc.dispatcher import Expired
 from server.service.service import Service
 
 _DRAINED = 20  # times the body limit
@@ -181,7 +182,7 @@ class CaptionHandler(Handler):
                 await asyncio.sleep(0)
         elif self._kind == JSON:
             short = len(body) <= PIECE
-            parts = json_parts(body) if short else await self.service.parts(body, self.client)
+            parts = json_parts(body) if short else await self._parts(body)
         else:
             if self._kind == URLENCODED and body.startswith(b"image="):
                 raise InvalidRequest(
@@ -190,6 +191,16 @@ class CaptionHandler(Handler):
                 )
             parts = Parts(images=[body])
         return asked(parts, query)
+
+    async def _parts(self, body: bytes) -> Parts:
+        """Of a large JSON body, which another process takes apart; Expired after the usual
+        deadline, because the request's own may stand in the body.
+        """
+        try:
+            async with asyncio.timeout(self.service.settings.timeout_seconds):
+                return await self.service.decoders.parts(body, self.client)
+        except TimeoutError:
+            raise Expired("the deadline passed before the body was read") from None
 
     def _key(self) -> str | None:
         scheme, _, token = self.request.headers.get("Authorization", "").partition(" ")

@@ -13,7 +13,7 @@ from typing import Any
 import tornado.web
 
 from server.http.errors import INTERNAL, answer_to
-from server.http.origins import PREFLIGHT, address_of, cors_headers, group_of
+from server.http.origins import PREFLIGHT, address_of, cors_headers, group_of, networks
 from server.logs import request_id
 from server.service.service import Service
 
@@ -43,7 +43,9 @@ class Handler(tornado.web.RequestHandler):
         self.code = "ok"  # or of the error that is answered
         self.key: str | None = None  # the name of the client's API key
         peer = self.request.remote_ip or ""
-        self.address = address_of(peer, self.request.headers, service.proxies)
+        self.address = address_of(
+            peer, self.request.headers, networks(service.settings.trusted_proxies)
+        )
         self._refusing = False
         self._timer: asyncio.TimerHandle | None = None  # of a refusal that waits
 

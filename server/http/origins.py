@@ -2,6 +2,7 @@
 
 import ipaddress
 from collections.abc import Mapping
+from functools import cache
 
 from runtime.errors import VignetteError
 
@@ -19,6 +20,7 @@ class InvalidProxies(VignetteError):
     """A setting that names no network."""
 
 
+@cache
 def networks(names: tuple[str, ...]) -> list[Network]:
     """Addresses and networks by their names. Raises InvalidProxies."""
     try:

@@ -25,8 +25,6 @@ from runtime.request import (
     SchedulingParams,
     joined,
 )
-from server.http.bodies import Parts
-from server.http.origins import Network, networks
 from server.images.decoder import Setup
 from server.images.fetch import Fetcher
 from server.images.pool import Decoders, Job, Origin, Queueing
@@ -73,7 +71,6 @@ class Service:
     index: int
     keys_read: int = field(default=0, init=False)  # how often the file was read again
     keys_reader: asyncio.Task[None] | None = field(default=None, init=False)
-    proxies: list[Network]
     intake: Credit = field(default_factory=lambda: Credit(*_BYTES))
     refusals: Credit = field(default_factory=lambda: Credit(*_REFUSALS))
     visits: Credit = field(default_factory=lambda: Credit(*_VISITS))
@@ -104,18 +101,6 @@ class Service:
             log.error("the API keys stay as they were: %s", error)
         else:
             old.close()
-
-    async def parts(self, body: bytes, client: str) -> Parts:
-        """A large JSON body taken apart, in another process.
-
-        Raises InvalidRequest or TooHard, and Expired after the usual deadline: the request's own
-        may stand in the body.
-        """
-        try:
-            async with asyncio.timeout(self.settings.timeout_seconds):
-                return await self.decoders.parts(body, client)
-        except TimeoutError:
-            raise Expired("the deadline passed before the body was read") from None
 
     def request(
         self,
@@ -342,5 +327,4 @@ def make_service(
         fetcher=Fetcher(domains, settings.max_body_bytes) if domains else None,
         tracer=Tracer(settings.traces) if settings.traces else None,
         index=index,
-        proxies=networks(settings.trusted_proxies),
     )
