@@ -30,7 +30,8 @@ def test_ready_only_once_warm():
         until(lambda: live.request("GET", "/health/ready").status == 200)
         ready = live.request("GET", "/health/ready").json
         assert ready["model"] == "fake"
-        assert ready["workers"][0]["state"] == "ready"
+        [worker] = ready["workers"]
+        assert (worker["state"], worker["precision"], worker["slots"]) == ("ready", "fake", 3)
         assert live.caption(png()).status == 200
 
 

@@ -13,7 +13,8 @@ def _shown(worker: WorkerState) -> dict[str, Any]:
     """As people read it."""
     fields = to_builtins(worker)
     del fields["epoch"]
-    return {**fields, **(fields.pop("facts") or {})}
+    facts = fields.pop("facts") or {}
+    return fields | facts
 
 
 class LiveHandler(Handler):
