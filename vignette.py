@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-_NOTHING, _MISSING = 2, 2  # exit statuses
+_NOT_RUN = 2  # exit status
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def main() -> int:
         return 0
     if name not in COMMANDS:
         print(f"vignette: there is no command {name!r}\n\n{_usage()}", file=sys.stderr)
-        return _NOTHING
+        return _NOT_RUN
     command = COMMANDS[name]
     missing = [module for module in command.needs if find_spec(module) is None]
     if missing:
@@ -60,7 +60,7 @@ def main() -> int:
             f"[{command.extras}] (on a GPU gpu in place of cpu), or use `make {name}`",
             file=sys.stderr,
         )
-        return _MISSING
+        return _NOT_RUN
     run = importlib.import_module(command.module).main
     return int(run([*command.before, *arguments]) or 0)
 

@@ -98,9 +98,7 @@ class Engine:
         Raises EngineFolderError for a missing or damaged folder, ProviderError for a provider that
         does not work here.
         """
-        from runtime.execution.loader import (
-            prepare,  # here, so that tests of the loop need no ONNX Runtime
-        )
+        from runtime.execution.loader import prepare  # tests of the loop need no ONNX Runtime
 
         return cls.start(prepare(Path(folder), config or EngineConfig()))
 

@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 _HEADER_BYTES = 56 * 1024  # a prompt of 4,096 characters takes 48 KiB in a query
 _READ_BYTES = 64 * 1024  # of a body at a time
 _OTHER_BODY_BYTES = 64 * 1024  # of requests that are not for /caption, which sets its own limit
-_COLLECTIONS = 5_000, 20, 1_000  # objects to a young one, those to a middle one, to a full one
+_COLLECTIONS = 5_000, 20, 50  # objects to a young one, those to a middle one, to a full one
 _OTHER_FILES = 256  # that are no connections: sockets to the other processes, libraries
 
 

@@ -142,9 +142,9 @@ class Admission:
         now = self._clock()
         self._clients[client] = now
         self._clients.move_to_end(client)
-        while now - next(iter(self._clients.values())) > _OLD_SECONDS:
+        if len(self._clients) > 2:  # this one, and whoever came last before it
             self._clients.popitem(last=False)
-        return len(self._clients) == 1
+        return now - min(self._clients.values()) > _OLD_SECONDS or len(self._clients) == 1
 
     @contextmanager
     def engine(self, client: str = "") -> Iterator[None]:
