@@ -11,6 +11,7 @@ from runtime.errors import ProviderError, VignetteError
 from runtime.planning.config import AUTO
 from runtime.providers.gpu import Gpu, visible_gpus
 from server.logs import configure
+from server.models import served
 from server.processes import worker
 from server.processes.supervisor import Supervisor
 from server.processes.system import raise_file_limit
@@ -38,13 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
 async def _supervise(settings: Settings) -> None:
     if settings.api_keys:
         keys.read(settings.api_keys)  # each front-end does, but now is the time to complain
-    devices = _devices(settings)
+    models, devices = served(settings.engine), _devices(settings)
     settings = settings.model_copy(update={"workers": len(devices)})  # pixels are kept for all
-    await Supervisor(settings, worker.main, devices).run()
+    await Supervisor(settings, models, worker.main, devices).run()
 
 
 def _devices(settings: Settings) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES each worker gets, one GPU each; on processors nothing."""
+    """CUDA_VISIBLE_DEVICES of each worker of a model, one GPU each; on processors nothing."""
     gpus: list[Gpu] = []
     if settings.provider in ("cuda", "tensorrt"):
         gpus = visible_gpus()

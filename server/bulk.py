@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of a service that is to caption them, such as http://host:8000, instead of an engine "
         f"here; its key, if it wants one, is taken from ${_KEY}",
     )
+    parser.add_argument("--model", help="of the service's, where it has several (its first)")
     parser.add_argument("--prompt", help="a question about each image, or how its caption begins")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of a caption (20)")
     parser.add_argument("--provider", choices=PROVIDERS, default=AUTO, help="of the encoder (auto)")
@@ -139,7 +140,7 @@ def _local(args: argparse.Namespace) -> _Captioner:
 
 
 def _remote(args: argparse.Namespace) -> _Captioner:
-    service = RemoteService.at(args.url, os.environ.get(_KEY))
+    service = RemoteService.at(args.url, os.environ.get(_KEY), args.model)
     where = f"{service.model} on {service.url}, {service.connections} at a time"
     return _Captioner(service.identity, where, partial(caption_remotely, service))
 

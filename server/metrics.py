@@ -11,6 +11,7 @@ import asyncio
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
@@ -28,20 +29,22 @@ _LIVE = "gauge_livesum"  # gauges that end with their process
 _KINDS = ("counter", "histogram", "gauge_max", _LIVE)
 _REST = 4  # times as long as adding up took, the next one waits
 _KEY_BYTES = 20 * 160  # outcomes, and what each takes
-_FILE_BYTES = 64 * 1024  # prometheus_client's own, and several times what is needed
+_FILE_BYTES = 64 * 1024  # prometheus_client's own, and several times what a model needs
 
 
-def make_files(folder: Path, names: list[str], keys: int = 0) -> None:
+def make_files(folder: Path, names: list[str], keys: int = 0, models: int = 1) -> None:
     """Files for processes of these names to count into. Raises NoSharedMemory.
 
-    keys: how many API keys there are.
+    keys, models: how many API keys and models there are.
     """
     folder.mkdir()
     os.environ[FOLDER] = str(folder)
     for name in names:
         for kind in _KINDS:
             handle = os.open(folder / f"{kind}_{name}.db", os.O_RDWR | os.O_CREAT, 0o600)
-            reserve(handle, _FILE_BYTES + 2 * keys * _KEY_BYTES, "metrics", "free some of it")
+            reserve(
+                handle, models * _FILE_BYTES + 2 * keys * _KEY_BYTES, "metrics", "free some of it"
+            )
             os.close(handle)
 
 
@@ -66,8 +69,9 @@ class Metrics:
         self._rendering: asyncio.Task[bytes]
         self.requests = Counter(
             "vignette_requests",
-            "Caption requests by outcome: ok, cancelled, or the error code of the answer",
-            ["outcome"],
+            "Requests by model (none if it was refused before that was known) and outcome: ok, "
+            "cancelled, or the error code of the answer",
+            ["model", "outcome"],
             registry=registry,
         )
         self.by_key = Counter(
@@ -79,23 +83,24 @@ class Metrics:
         self.inside = Gauge(
             "vignette_requests_inside",
             "Requests that were let in and not answered yet",
+            ["model"],
             registry=registry,
             multiprocess_mode="livesum",
         )
         self.restarts = Gauge(
             "vignette_worker_restarts",
             "How often each engine worker was started again",
-            ["worker"],
+            ["model", "worker"],
             registry=registry,
             multiprocess_mode="max",
         )
         self.cache_hits = Counter(
-            "vignette_cache_hits", "Captions that were known already", registry=registry
+            "vignette_cache_hits", "Captions that were known already", ["model"], registry=registry
         )
         self.stage = Histogram(
             "vignette_stage_seconds",
             "Time of a request in each stage: preprocess, queue, encode, decode, total",
-            ["stage"],
+            ["model", "stage"],
             buckets=_SECONDS,
             registry=registry,
         )
@@ -128,34 +133,24 @@ class Metrics:
 
 
 class WorkerMetrics:
-    """What an engine worker counts. In a process of its own without a registry of its own."""
+    """What an engine worker of a model counts. In a process of its own without a registry of its
+    own.
+    """
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+    def __init__(self, model: str, registry: CollectorRegistry | None = None) -> None:
         registry = registry or CollectorRegistry()
-        self.waiting = Gauge(
-            "vignette_queue_length",
-            "Requests in a worker that wait for a slot",
-            registry=registry,
-            multiprocess_mode="livesum",
+        gauge = partial(Gauge, labelnames=["model"], registry=registry, multiprocess_mode="livesum")
+        rows = partial(Histogram, labelnames=["model"], buckets=_ROWS, registry=registry)
+        self.waiting = gauge(
+            "vignette_queue_length", "Requests in a worker that wait for a slot"
+        ).labels(model)
+        self.running = gauge("vignette_running_rows", "Sequences that are being decoded").labels(
+            model
         )
-        self.running = Gauge(
-            "vignette_running_rows",
-            "Sequences that are being decoded",
-            registry=registry,
-            multiprocess_mode="livesum",
-        )
-        self.graphs = Gauge(
-            "vignette_cuda_graphs",
-            "Engine workers on a GPU that launch captured graphs",
-            registry=registry,
-            multiprocess_mode="livesum",
-        )
-        self.decode_rows = Histogram(
-            "vignette_decode_batch_rows", "Rows of a decode step", buckets=_ROWS, registry=registry
-        )
-        self.encode_images = Histogram(
-            "vignette_encode_batch_images",
-            "Images admitted to a step",
-            buckets=_ROWS,
-            registry=registry,
-        )
+        self.graphs = gauge(
+            "vignette_cuda_graphs", "Engine workers on a GPU that launch captured graphs"
+        ).labels(model)
+        self.decode_rows = rows("vignette_decode_batch_rows", "Rows of a decode step").labels(model)
+        self.encode_images = rows(
+            "vignette_encode_batch_images", "Images admitted to a step"
+        ).labels(model)

@@ -36,9 +36,12 @@ class Settings(BaseSettings):
         frozen=True,
     )
 
-    engine: Annotated[Path, Field(description="engine folder, as `make export` writes it")] = (
-        demo_engine()
-    )
+    engine: Annotated[
+        str,
+        Field(description="engine folder, as `make export` writes it; several between blanks, or "
+              "a folder of them: each is a model, which requests name (model), the first if they "
+              "name none; NAME=FOLDER gives it another name than its manifest does"),
+    ] = str(demo_engine())  # fmt: skip
     host: Annotated[
         str,
         Field(description="address to listen on; 0.0.0.0 lets other machines in"),

@@ -5,6 +5,7 @@ import base64
 import http.client
 import io
 import json
+import re
 import shutil
 import socket
 import tempfile
@@ -27,6 +28,7 @@ from server.ipc.messages import Serving, WorkerFacts, WorkerState, worker_addres
 from server.metrics import WorkerMetrics
 from server.processes.frontend import listen, update
 from server.processes.worker import Worker
+from server.service.model import Model
 from server.service.service import Service, make_service
 from server.settings import Settings
 from tests.fakes import MANIFEST, FakeTokenizer
@@ -55,6 +57,10 @@ class Live:
     port: int
     loop: asyncio.AbstractEventLoop
 
+    @property
+    def model(self) -> Model:
+        return self.service.model()
+
     def request(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
         return fetch(self.port, method, path, body, **headers)
 
@@ -62,8 +68,14 @@ class Live:
         return self.request("POST", f"/caption{query}", body, **headers)
 
     def metric(self, name: str) -> float:
-        lines = self.request("GET", "/metrics").body.decode().splitlines()
-        return next((float(x.rpartition(" ")[2]) for x in lines if x.startswith(name + " ")), 0.0)
+        """Of all models together; `name` has the other labels."""
+        text = self.request("GET", "/metrics").body.decode()
+        lines = re.sub('{?model="[^"]*"(,|})', _without_model, text).splitlines()
+        return sum(float(x.rpartition(" ")[2]) for x in lines if x.startswith(name + " "))
+
+
+def _without_model(found: re.Match[str]) -> str:
+    return "{" if found[0].startswith("{") and found[1] == "," else ""
 
 
 def fetch(port: int, method: str, path: str, body: Any = None, **headers: str) -> Reply:
@@ -93,7 +105,8 @@ def serve(
 
     async def run() -> None:
         given = Settings(_env_file=None, decoders=1, front_ends=1, **settings)
-        service = make_service(given, manifest, FakeTokenizer(), folder, 0, 0)
+        known = {manifest.model: (manifest, FakeTokenizer())}
+        service = make_service(given, known, folder, 0, 0)
         service.metrics.rest = 0  # each look is at what is there by then
         sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
         server = listen(service, make_app(service), sockets)
@@ -110,7 +123,7 @@ def serve(
         await stop[0].wait()
         server.stop()
         await server.close_all_connections()
-        await service.links.close()
+        await service.model().links.close()
         await asyncio.to_thread(worker.finish)
         service.decoders.close()
 
@@ -141,13 +154,14 @@ class _WorkerThread(threading.Thread):
         router = context.socket(zmq.ROUTER)
         router.bind(worker_address(self._folder, 0, 1))
         service = self._live.service
-        worker = Worker(engine, router, WorkerMetrics(service.metrics.registry))
+        model = service.model().name
+        worker = Worker(engine, router, WorkerMetrics(model, service.metrics.registry))
         self._loop, self._worker = asyncio.get_running_loop(), worker
         facts = WorkerFacts(
-            **engine.identity, runs_on="fake", provider="fake", self_test="passed", seconds=None,
-            device="cpu", slots=engine.config.slots or 0,
+            engine="fake", precision="fake", runs_on="fake", provider="fake", self_test="passed",
+            seconds=None, device="cpu", slots=engine.config.slots or 0,
         )  # fmt: skip
-        serving = Serving((WorkerState(0, 1, "ready", 1, 0, None, facts),), {}, 0)
+        serving = Serving((WorkerState(model, 0, 1, "ready", 1, 0, None, facts),), {}, 0)
         self._live.loop.call_soon_threadsafe(update, service, serving)
         await worker.run()
         router.close(linger=0)

@@ -66,14 +66,14 @@ def test_the_batch_class_waits_for_the_interactive_one():
         until(lambda: engine.scheduler.running)
         patient, urgent = png((1, 1, 1)), png((2, 2, 2))
         batch = [pool.submit(live.caption, patient, "?priority=batch") for _ in range(2)]
-        until(lambda: live.service.links.dispatcher.inside == 3)
+        until(lambda: live.model.links.dispatcher.inside == 3)
         interactive = [pool.submit(live.caption, urgent) for _ in range(2)]
-        until(lambda: live.service.links.dispatcher.inside == 5)
+        until(lambda: live.model.links.dispatcher.inside == 5)
         engine.runner.open.set()
         assert {f.result().status for f in (first, *batch, *interactive)} == {200}
         assert [total // 48 for total in engine.runner.seen[1:]] == [2, 2, 1, 1]
         bad = live.caption(png(), "?priority=high")
-        assert "interactive, batch" in bad.json["error"]["message"]
+        assert "'interactive' or 'batch'" in bad.json["error"]["message"]
 
 
 def test_bodies_are_bounded_together():
@@ -83,14 +83,14 @@ def test_bodies_are_bounded_together():
         slow = socket.create_connection(("127.0.0.1", live.port))
         head = f"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: {len(image)}\r\n\r\n"
         slow.sendall(head.encode() + image[:-1])
-        until(lambda: live.service.admission.held_bytes)
+        until(lambda: live.service.budget.held)
         reply = live.caption(image)
         assert (reply.status, reply.error) == (429, "queue_full")
         assert int(reply.headers["Retry-After"]) >= 1
         slow.close()
-        until(lambda: live.service.admission.held_bytes == 0)
+        until(lambda: live.service.budget.held == 0)
         assert live.caption(image).status == 200
-        until(lambda: live.service.admission.held_bytes == 0)
+        until(lambda: live.service.budget.held == 0)
 
 
 class Clock:
@@ -115,7 +115,7 @@ def saturated(admission: Admission, clock: Clock, requests: int, each: float) ->
 
 def admitting(queue: int = 100, deadline: float = 30.0) -> tuple[Admission, Clock]:
     clock = Clock()
-    admission = Admission(queue, 1000, deadline, clock)
+    admission = Admission(queue, deadline, clock)
     admission.state, admission.slots = State.READY, 2
     return admission, clock
 

@@ -100,7 +100,7 @@ def test_a_large_json_body_is_taken_apart_elsewhere_and_captioned():
         padded = png() + bytes(200_000)
         reply = live.caption(as_json(image=b64(padded), prompt="3"), **JSON)
         assert reply.json["caption"] == live.caption(png(), "?prompt=3").json["caption"]
-        until(lambda: live.service.admission.held_bytes == 0)
+        until(lambda: live.service.budget.held == 0)
 
 
 @pytest.mark.parametrize("length", ["9" * 5000, "-1", "x"])

@@ -14,8 +14,8 @@ def output(*tokens: int) -> RequestOutput:
     return RequestOutput(1, tokens, FinishReason.STOP, Timing(1.0, 1.0, 1.0))
 
 
-def key(digest: str) -> tuple[str, tuple[int, ...], SamplingParams]:
-    return digest, (0,), SamplingParams(20)
+def key(digest: str) -> tuple[str, str, tuple[int, ...], SamplingParams]:
+    return "fake", digest, (0,), SamplingParams(20)
 
 
 def test_one_flight_serves_all_who_ask_meanwhile():

@@ -27,7 +27,7 @@ def test_a_body_of_single_bytes_is_hung_up_on(path):
             with contextlib.suppress(ConnectionError):
                 client.sendall(head.encode() + b"1\r\nx\r\n" * 50_000 + b"0\r\n\r\n")
                 assert client.recv(100) == b""
-        until(lambda: live.service.admission.held_bytes == 0)
+        until(lambda: live.service.budget.held == 0)
         chunks = iter([png()[:20], png()[20:]])
         assert live.caption(chunks).status == 200
 
@@ -48,8 +48,8 @@ def test_an_answer_that_is_not_read_counts_and_is_given_up():
         live.service.metrics.render = lambda: b"x" * 30_000_000
         with socket.create_connection(("127.0.0.1", live.port)) as client:
             client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
-            until(lambda: live.service.admission.held_bytes == 30_000_000)
-            until(lambda: live.service.admission.held_bytes == 0)
+            until(lambda: live.service.budget.held == 30_000_000)
+            until(lambda: live.service.budget.held == 0)
             with contextlib.suppress(ConnectionError):
                 while client.recv(2**20):
                     pass
@@ -78,7 +78,7 @@ def test_a_request_keeps_its_connection_whoever_comes():
         answers = []
         asking = threading.Thread(target=lambda: answers.append(live.caption(png())))
         asking.start()
-        until(lambda: live.service.admission.inside)
+        until(lambda: live.model.admission.inside)
         crowd = [socket.create_connection(("127.0.0.1", live.port)) for _ in range(60)]
         time.sleep(0.2)
         engine.runner.open.set()
@@ -142,8 +142,8 @@ def test_a_client_without_credit_that_leaves_gets_its_place_back(tmp_path):
         head = f"Host: x\r\nX-API-Key: secret\r\nContent-Length: {len(png())}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", live.port)) as client:
             client.sendall(b"POST /caption HTTP/1.1\r\n" + head.encode() + png())
-            until(lambda: live.service.admission.inside)
-        until(lambda: not live.service.admission.inside)
+            until(lambda: live.model.admission.inside)
+        until(lambda: not live.model.admission.inside)
         engine.runner.open.set()
         until(lambda: live.caption(png(), X_API_Key="secret").status == 200)
         assert not live.service.late

@@ -18,7 +18,7 @@ from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels
 from runtime.model.manifest import Preprocessing
 from runtime.model.preprocess import preprocess
 from server.images.cost import TooHard, estimate
-from server.images.decoder import Setup
+from server.images.decoder import Place, Setup, Target
 from server.images.pool import Decoders, Job, Origin, _GaveWay, _OutOfTime
 from server.ipc.shared import NoSharedMemory, PixelStore
 from server.service.admission import QueueFull
@@ -34,7 +34,7 @@ def store(tmp_path):
 
 
 def pool(store, seconds=20.0, memory=2048, count=1, pixels=1_000_000):
-    setup = Setup((store.path, store.slots, store.shape), HOW, pixels, memory * 2**20, 0)
+    setup = Setup((Target((store.path, store.slots, store.shape), HOW),), pixels, memory * 2**20, 0)
     return Decoders(count, setup, seconds)
 
 
@@ -42,7 +42,7 @@ def job(image, slot=0, client="somebody", seconds=30.0, digest=""):
     origin = Origin(
         client, digest or hashlib.sha256(image).hexdigest(), time.perf_counter() + seconds
     )
-    return Job(image, slot, -1, origin)
+    return Job(image, Place(0, slot, -1), origin)
 
 
 def decode(decoders, image, slot=0, **options):
@@ -280,17 +280,17 @@ def test_a_request_that_gives_up_does_not_free_a_slot_that_is_written_to():
     from tests.live import serve, until
 
     with serve(fake_engine) as live:
-        places = len(live.service.store._free)
+        places = len(live.model.store._free)
         assert live.caption(png()).status == 200
         [decoder] = live.service.decoders.pids
         os.kill(decoder, signal.SIGSTOP)
         reply = live.caption(png(), "?timeout_ms=150")
         assert reply.error == "deadline_exceeded"
-        assert len(live.service.store._free) == places - 1
+        assert len(live.model.store._free) == places - 1
         assert live.caption(png(), "?timeout_ms=150").error == "deadline_exceeded"
-        until(lambda: len(live.service.store._free) == places - 1)  # that one had not begun
+        until(lambda: len(live.model.store._free) == places - 1)  # that one had not begun
         os.kill(decoder, signal.SIGCONT)
-        until(lambda: len(live.service.store._free) == places)
+        until(lambda: len(live.model.store._free) == places)
 
 
 def test_memory_is_limited(tmp_path, store):

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 import pytest
 
 from tests.conftest import DEMO, ROOT, SAMPLES
-from tests.live import fetch, multipart
+from tests.live import Reply, fetch, multipart
 
 SAID = json.loads((SAMPLES / "captions.json").read_text())
+MODEL = "vignette-demo"
 ON_CPU = ("--provider", "cpu")
 
 
@@ -87,7 +88,7 @@ def test_sigterm_finishes_what_was_accepted_and_exits_0():
     def inside() -> int:
         lines = fetch(port, "GET", "/metrics").body.decode().splitlines()
         counts = dict(line.rpartition(" ")[::2] for line in lines if not line.startswith("#"))
-        return int(float(counts.get("vignette_requests_inside", 0)))
+        return int(float(counts.get(f'vignette_requests_inside{{model="{MODEL}"}}', 0)))
 
     with running(*ON_CPU, "--slots", "1") as (process, port, _), ThreadPoolExecutor(40) as pool:
         asked = [pool.submit(fetch, port, "POST", "/caption", image) for _ in range(40)]
@@ -132,7 +133,38 @@ def test_several_workers_share_the_work_and_stand_in_for_each_other():
         assert after[1]["pid"] == before[1]
         assert [w["restarts"] for w in after] == [1, 0]
         lines = fetch(port, "GET", "/metrics").body.decode().splitlines()
-        assert 'vignette_worker_restarts{worker="0"} 1.0' in lines
+        assert f'vignette_worker_restarts{{model="{MODEL}",worker="0"}} 1.0' in lines
+
+
+def test_two_models_are_served_side_by_side_with_one_killed(small):
+    _, folder = small
+    image = (SAMPLES / "owl.png").read_bytes()
+
+    def ask(model: str = "") -> Reply:
+        return fetch(port, "POST", f"/caption{model and '?model='}{model}", image)
+
+    with running(*ON_CPU, "--engine", f"{DEMO} other={folder}") as (_, port, said):
+        assert f"model {MODEL}, " in said and "model other, " in said
+        expected = SAID["owl.png"]["caption"]
+        first, named, other = ask(), ask(MODEL), ask("other")
+        assert (first.json["caption"], first.json["model"]) == (expected, MODEL)
+        assert named.json["caption"] == expected
+        assert other.json["model"] == "other"
+        unknown = ask("none")
+        assert (unknown.status, unknown.error) == (404, "unknown_model")
+        assert f"{MODEL}, other" in unknown.json["error"]["message"]
+
+        ready = fetch(port, "GET", "/health/ready").json
+        assert ready["models"] == {MODEL: "ready", "other": "ready"}
+        pids = {worker["model"]: worker["pid"] for worker in ready["workers"]}
+        os.kill(pids["other"], signal.SIGKILL)
+        assert ask().json["caption"] == expected
+        assert fetch(port, "GET", "/health/ready").status == 200
+        assert ask("other").json["caption"] == other.json["caption"], "it waited for the next life"
+        after = fetch(port, "GET", "/health/ready").json["workers"]
+        assert {w["model"]: w["restarts"] for w in after} == {MODEL: 0, "other": 1}
+        lines = fetch(port, "GET", "/metrics").body.decode().splitlines()
+        assert 'vignette_requests_total{model="other",outcome="ok"} 2.0' in lines
 
 
 def test_a_worker_that_dies_while_the_server_drains_is_replaced():

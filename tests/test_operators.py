@@ -184,7 +184,7 @@ def test_an_access_log_has_fields(caplog, tmp_path):
 
 def test_a_request_that_can_not_be_in_time_is_refused_at_once():
     now = [0.0]
-    admission = Admission(256, 10**9, 30.0, lambda: now[0])
+    admission = Admission(256, 30.0, lambda: now[0])
     admission.state, admission.slots = State.READY, 2
     admission.expect(0.1)
     entered = [admission.enter() for _ in range(40)]
@@ -199,10 +199,10 @@ def test_a_request_that_can_not_be_in_time_is_refused_at_once():
 def test_a_fresh_server_knows_how_long_its_queue_takes():
     engine = gated(slots=1)
     with serve(lambda: engine, slots=1) as live:
-        live.service.admission.expect(1.0)
+        live.model.admission.expect(1.0)
         engine.runner.open.clear()
-        with live.service.admission.enter(), live.service.admission.enter(), \
-                live.service.admission.enter(), live.service.admission.enter():  # fmt: skip
+        with live.model.admission.enter(), live.model.admission.enter(), \
+                live.model.admission.enter(), live.model.admission.enter():  # fmt: skip
             reply = live.caption(png(), "?timeout_ms=2000")
         assert (reply.status, reply.error) == (429, "queue_full")
         assert int(reply.headers["Retry-After"]) == 5

@@ -45,7 +45,7 @@ def test_what_is_refused_for_now_is_sent_again(tmp_path):
     outcomes = {}
     with serve(lambda: engine, slots=1, max_queue=1) as live:
         engine.runner.open.clear()
-        service = RemoteService(f"http://127.0.0.1:{live.port}", None, "fake", 6)
+        service = RemoteService(f"http://127.0.0.1:{live.port}", None, {"model": "fake"}, 6)
         asking = threading.Thread(target=lambda: outcomes.update(caption_remotely(service, files)))
         asking.start()
         refused = 'vignette_requests_total{outcome="queue_full"}'
@@ -66,7 +66,7 @@ def test_a_service_that_is_none_is_told(tmp_path):
 
 def test_a_service_that_went_away_is_told_and_not_waited_for_for_good(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "_PATIENCE", 0.5)
-    service = RemoteService("http://127.0.0.1:1", None, "fake", 2)
+    service = RemoteService("http://127.0.0.1:1", None, {"model": "fake"}, 2)
     with pytest.raises(ServiceFailed, match=r"for too long.*refused"):
         list(caption_remotely(service, small_images(tmp_path, 5)))
 

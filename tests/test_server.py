@@ -29,7 +29,7 @@ def test_ready_only_once_warm():
         go.set()
         until(lambda: live.request("GET", "/health/ready").status == 200)
         ready = live.request("GET", "/health/ready").json
-        assert ready["model"] == "fake"
+        assert ready["models"] == {"fake": "ready"}
         [worker] = ready["workers"]
         assert (worker["state"], worker["precision"], worker["slots"]) == ("ready", "fake", 3)
         assert live.caption(png()).status == 200
@@ -40,8 +40,8 @@ def test_draining_refuses_new_requests_and_finishes_old_ones():
     with serve(lambda: engine) as live, ThreadPoolExecutor() as pool:
         engine.runner.open.clear()
         accepted = pool.submit(live.caption, png())
-        until(lambda: live.service.admission.inside)
-        live.service.admission.state = State.DRAINING
+        until(lambda: live.model.admission.inside)
+        live.model.admission.state = State.DRAINING
         assert live.request("GET", "/health/ready").json["status"] == "draining"
         refused = live.caption(png())
         assert (refused.status, refused.error) == (503, "not_serving")
@@ -54,7 +54,7 @@ def test_a_full_queue_answers_429_at_once_and_counts_it():
     with serve(lambda: engine, slots=1, max_queue=2) as live, ThreadPoolExecutor() as pool:
         engine.runner.open.clear()
         accepted = [pool.submit(live.caption, png()) for _ in range(3)]
-        until(lambda: live.service.admission.inside == 3)
+        until(lambda: live.model.admission.inside == 3)
         refused = [live.caption(png()) for _ in range(2)]
         assert [(r.status, r.error) for r in refused] == [(429, "queue_full")] * 2
         assert all(int(r.headers["Retry-After"]) >= 1 for r in refused)
@@ -69,9 +69,9 @@ def test_requests_that_arrive_together_are_decoded_together():
     with serve(lambda: engine, slots=8) as live, ThreadPoolExecutor(9) as pool:
         engine.runner.open.clear()
         first = pool.submit(live.caption, png())
-        until(lambda: live.service.admission.inside)
+        until(lambda: live.model.admission.inside)
         rest = [pool.submit(live.caption, png((i, i, i)), "?max_new_tokens=9") for i in range(8)]
-        until(lambda: live.service.links.dispatcher.inside == 9)
+        until(lambda: live.model.links.dispatcher.inside == 9)
         engine.runner.open.set()
         assert {f.result().status for f in (first, *rest)} == {200}
         assert max(engine.runner.steps) == 8
@@ -86,7 +86,7 @@ def test_a_client_that_leaves_is_dropped_from_the_batch_at_once():
         client = abort(live.port, head, image)
         until(lambda: engine.scheduler.running)
         client.close()
-        until(lambda: live.service.admission.inside == 0)
+        until(lambda: live.model.admission.inside == 0)
         until(lambda: engine.stepper._commands)  # it is told while the step goes on
         engine.runner.open.set()
         until(lambda: engine.scheduler.idle)
@@ -140,7 +140,7 @@ def test_an_image_whose_numbers_break_down_fails_alone():
         engine.runner.open.clear()
         good = [pool.submit(live.caption, png((i, i, i))) for i in range(3)]
         bad = pool.submit(live.caption, png((66, 66, 66)))
-        until(lambda: live.service.admission.inside == 4)
+        until(lambda: live.model.admission.inside == 4)
         engine.runner.open.set()
         assert (bad.result().status, bad.result().error) == (500, "engine_failed")
         assert [f.result().json["caption"] for f in good] == expected
@@ -163,7 +163,7 @@ def test_an_image_that_breaks_the_engine_harms_itself_alone():
         engine.runner.open.clear()
         good = [pool.submit(live.caption, png((i, i, i))) for i in range(6)]
         bad = pool.submit(live.caption, png((66, 66, 66)))
-        until(lambda: live.service.admission.inside == 7)
+        until(lambda: live.model.admission.inside == 7)
         engine.runner.open.set()
         reply = bad.result()
         assert (reply.status, reply.error) == (500, "engine_failed")

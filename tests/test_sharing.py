@@ -7,6 +7,7 @@ import pytest
 
 from server.ipc.remembered import Remembered
 from server.service.admission import Admission, QueueFull, State
+from server.service.budget import ByteBudget
 from server.service.credit import Credit
 from tests.fakes import fake_engine
 from tests.live import png, serve
@@ -65,7 +66,7 @@ class Slow:
 
 def test_who_waits_for_a_decoder_keeps_nobody_from_the_engine():
     now = [0.0]
-    admission = Admission(16, 10**9, 30.0, lambda: now[0])
+    admission = Admission(16, 30.0, lambda: now[0])
     admission.state, admission.slots = State.READY, 2
     with contextlib.ExitStack() as held:
         for number in range(16):
@@ -86,11 +87,11 @@ def test_who_waits_for_a_decoder_keeps_nobody_from_the_engine():
 
 
 def test_a_client_holds_at_most_half_of_the_bytes():
-    admission = Admission(16, 1000, 30.0)
-    admission.hold(500, "bad")
+    budget = ByteBudget(1000)
+    budget.hold(500, "bad")
     with pytest.raises(QueueFull):
-        admission.hold(1, "bad")
-    admission.hold(500, "good")
-    admission.let_go(500, "bad")
-    admission.let_go(500, "good")
-    assert admission.held_bytes == 0 and not admission._bytes
+        budget.hold(1, "bad")
+    budget.hold(500, "good")
+    budget.let_go(500, "bad")
+    budget.let_go(500, "good")
+    assert budget.held == 0 and not budget._by_client

@@ -52,12 +52,15 @@ def test_metrics_have_their_room_from_the_start(tmp_path, monkeypatch):
         for life in (1, 2):
             count_as("front-0")
             metrics = Metrics()
-            metrics.requests.labels("ok").inc()
-            metrics.inside.set(5)
-            assert f'vignette_requests_total{{outcome="ok"}} {life}.0' in metrics.render().decode()
-            assert "vignette_requests_inside 5.0" in metrics.render().decode()
+            metrics.requests.labels("m", "ok").inc()
+            metrics.inside.labels("m").set(5)
+            assert (
+                f'vignette_requests_total{{model="m",outcome="ok"}} {life}.0'
+                in metrics.render().decode()
+            )
+            assert 'vignette_requests_inside{model="m"} 5.0' in metrics.render().decode()
             forget_gauges("front-0")
-            assert "vignette_requests_inside 5.0" not in metrics.render().decode()
+            assert 'vignette_requests_inside{model="m"} 5.0' not in metrics.render().decode()
         assert {path.name for path in (tmp_path / "m").iterdir()} == set(sizes)
     finally:
         values.ValueClass = before

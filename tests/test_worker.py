@@ -63,7 +63,7 @@ class Scene:
     def __init__(self):
         self.engine = fake_engine(EngineConfig(slots=4, encode_batch=4, patience=0))
         self.socket = Socket()
-        self.worker = Worker(self.engine, self.socket, WorkerMetrics())
+        self.worker = Worker(self.engine, self.socket, WorkerMetrics("fake"))
         self.stores = self.worker._stores = {b"a": Store(1), b"b": Store(2)}
 
     async def run(self, asked, then=lambda scene: None):

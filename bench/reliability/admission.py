@@ -60,7 +60,7 @@ def full_queue(long: bool) -> Verdict:
 
         answers = asyncio.run(run())
         found = counts(answers)
-        counted = it.metric('vignette_requests_total{outcome="queue_full"}')
+        counted = it.metric("vignette_requests_total", outcome="queue_full")
         return Verdict(
             f"{found.get(429, 0)} of {1 + queue + extra} refused, counter {counted:.0f}, "
             f"{found.get(200, 0)} captioned",

@@ -14,6 +14,7 @@ import numpy as np
 from runtime.engine import Engine
 from runtime.execution.host import HostRunner
 from server.logs import configure
+from server.models import ServedModel, served
 from server.processes import worker
 from server.processes.supervisor import Supervisor
 from server.settings import Settings, from_command_line
@@ -46,11 +47,13 @@ FAULTS: dict[int, tuple[str, Callable[[HostRunner, int], None]]] = {
 }
 
 
-def worker_main(settings: Settings, folder: Path, index: int, epoch: int) -> None:
+def worker_main(
+    settings: Settings, model: ServedModel, folder: Path, index: int, epoch: int
+) -> None:
     """The engine worker's process, with the faults built in."""
     start = Engine.start
     Engine.start = lambda prepared: _faulty(start(prepared))  # type: ignore[method-assign]
-    worker.main(settings, folder, index, epoch)
+    worker.main(settings, model, folder, index, epoch)
 
 
 def _faulty(engine: Engine) -> Engine:
@@ -74,7 +77,7 @@ def main() -> None:
     settings = from_command_line()
     configure(settings)
     settings = settings.model_copy(update={"workers": 1})
-    asyncio.run(Supervisor(settings, worker_main, [""]).run())
+    asyncio.run(Supervisor(settings, served(settings.engine), worker_main, [""]).run())
 
 
 if __name__ == "__main__":

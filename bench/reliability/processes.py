@@ -99,7 +99,7 @@ def faults(long: bool) -> Verdict:
 
         fine, failed = asyncio.run(run())
         names = ", ".join(name for name, _ in FAULTS.values())
-        deaths = int(it.metric('vignette_worker_restarts{worker="0"}'))
+        deaths = int(it.metric("vignette_worker_restarts", worker="0"))
         return Verdict(
             f"{failed.count(500)} of {len(failed)} answered 500 ({names}); "
             f"{fine.count(False)} of {len(fine)} others harmed; {rounds} crashing images, "

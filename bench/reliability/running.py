@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from bench.common.processes import family, pss
 from bench.contestants.servers import free_port
 
@@ -72,10 +74,13 @@ class Service:
         found = wait_for(self.ready, _READY_SECONDS, self.log)
         return int(found["workers"][0]["pid"])
 
-    def metric(self, name: str) -> float:
-        """The sum of a metric's samples whose line begins with `name`."""
-        lines = get(self.port, "/metrics")[1].decode().splitlines()
-        return sum(float(x.rpartition(" ")[2]) for x in lines if x.startswith(name))
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that have these labels."""
+        families = text_string_to_metric_families(get(self.port, "/metrics")[1].decode())
+        samples = (sample for family in families for sample in family.samples)
+        return sum(
+            s.value for s in samples if s.name == name and labels.items() <= s.labels.items()
+        )
 
     def resident(self) -> int:
         """Bytes of all its processes, shared pages counted once (PSS)."""

@@ -66,7 +66,7 @@ def _fitted(folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) 
     plan = replace(plan, text_tokens=text, cuda_graphs=config.cuda_graphs)
     if plan.decoder_provider != "cuda":
         slots = config.slots or _SLOTS
-        most = int(_SHARE * memory() / _slot_bytes(manifest, plan))
+        most = int(_SHARE * config.memory_share * memory() / _slot_bytes(manifest, plan))
         if slots > most:
             raise ProviderError(
                 f"{slots} slots do not fit the memory of {memory() / 2**30:.1f} GiB here: use "
@@ -75,7 +75,7 @@ def _fitted(folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) 
         return replace(plan, slots=slots)
     gpu = require_gpu(cuda.major())
     slots, limit = gpu_memory(folder, manifest, plan).budget(
-        gpu, config.slots, _MOST_SLOTS, plan.encode_batch
+        gpu.shared(config.memory_share), config.slots, _MOST_SLOTS, plan.encode_batch
     )
     return replace(plan, slots=slots, memory_limit=limit)
 

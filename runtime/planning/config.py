@@ -27,6 +27,7 @@ class EngineConfig:
     provider: execution provider of the encoder graph: cpu, openvino, cuda, tensorrt or auto.
     precision: a combination of the manifest such as fp32/int8/int8, or auto.
     threads: threads of each session's operators; 0 lets ONNX Runtime take all cores.
+    memory_share: of the memory of its device that it may take, if several engines share that.
     cuda_graphs: on a GPU, capture each step once and launch it again.
     """
 
@@ -38,6 +39,7 @@ class EngineConfig:
     provider: str = AUTO
     precision: str = AUTO
     threads: int = 0
+    memory_share: float = 1.0
     cuda_graphs: bool = True
 
     def text_positions(self, model: int) -> int:
@@ -49,6 +51,8 @@ class EngineConfig:
         slots = 1 if self.slots is None else self.slots
         if slots < 1 or batch < 1 or self.threads < 0:
             raise InvalidRequest("slots and encode_batch must be 1 or more, threads 0 or more")
+        if not 0 < self.memory_share <= 1:
+            raise InvalidRequest("memory_share must be above 0, and 1 at most")
         if self.patience < 0:
             raise InvalidRequest("patience must be 0 or more")
         if self.text_tokens is not None and self.text_tokens < 2:

@@ -7,7 +7,7 @@ the port opens.
 import contextlib
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -50,6 +50,10 @@ class Gpu:
     def is_instance(self) -> bool:
         """Whether it is a part of a GPU that was split."""
         return self.uuid.startswith("MIG-")
+
+    def shared(self, share: float) -> "Gpu":
+        """As seen by an engine that may take that share of it."""
+        return replace(self, free=min(self.free, int(share * self.total)))
 
     def __str__(self) -> str:
         return f"{self.name} ({self.free // _MIB} of {self.total // _MIB} MiB free)"

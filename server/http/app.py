@@ -59,7 +59,7 @@ def _log(handler: tornado.web.RequestHandler) -> None:
         "client": ours.address,
         "key": ours.key,
         "code": ours.code,
-        "model": ours.service.manifest.model,
+        "model": ours.model or None,
         "request_id": ours.name,
     }
     log.info(

@@ -50,23 +50,30 @@ class RemoteService:
         return self.identity["model"]
 
     @classmethod
-    def at(cls, url: str, key: str | None = None) -> "RemoteService":
-        """Ask the service what it is; raises ServiceFailed."""
+    def at(cls, url: str, key: str | None = None, model: str | None = None) -> "RemoteService":
+        """Ask the service what it is. model: which of its models, or its first.
+
+        Raises ServiceFailed.
+        """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ServiceFailed(f"{url} is no URL of a service: it looks like http://host:8000")
         with _Connection(url, key) as connection:
             try:
                 status, _, answer = connection.ask("GET", "/health/ready")
-                slots = sum(worker.get("slots", 0) for worker in answer["workers"])
-                ready = [w for w in answer["workers"] if w["state"] == "ready"]
+                name = model or next(iter(answer["models"]))
+                workers = [w for w in answer["workers"] if w["model"] == name]
+                slots = sum(worker.get("slots", 0) for worker in workers)
+                ready = [w for w in workers if w["state"] == "ready"]
                 identity = [{name: w[name] for name in _IDENTITY} for w in ready]
             except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as cause:
                 raise ServiceFailed(
                     f"{url}/health/ready does not answer as a Vignette service does ({cause!r})"
                 ) from cause
+        if name not in answer["models"]:
+            raise ServiceFailed(f"{url} has no model {name}: {', '.join(answer['models'])}")
         if status != 200 or not identity:
-            raise ServiceFailed(f"{url} is not ready: {answer['status']}")
+            raise ServiceFailed(f"{name} at {url} is not ready: {answer['models'][name]}")
         return cls(url, key, identity[0], max(1, min(_MOST_CONNECTIONS, 2 * slots)))
 
 
@@ -80,7 +87,12 @@ def caption_remotely(
 
     Raises ServiceFailed when the service is gone for minutes, or wants another key.
     """
-    asked = {"prompt": prompt, "max_new_tokens": max_new_tokens, "priority": "batch"}
+    asked = {
+        "model": service.model,
+        "prompt": prompt,
+        "max_new_tokens": max_new_tokens,
+        "priority": "batch",
+    }
     path = "/caption?" + urlencode({k: v for k, v in asked.items() if v is not None})
     remaining, taking, stop = iter(files), threading.Lock(), threading.Event()
     outcomes: Queue[Outcome | Exception | None] = Queue(2 * service.connections)

@@ -16,6 +16,7 @@ from server.images.fetch import FetchFailed, ForbiddenUrl
 from server.ipc.dispatcher import EngineFailed, Expired
 from server.service.admission import NotServing, QueueFull
 from server.service.keys import TooFast, Unauthorised
+from server.service.service import UnknownModel
 
 
 class BodyTooLarge(VignetteError):
@@ -42,6 +43,7 @@ ERRORS: dict[type[Exception], Answer] = {
     InvalidRequest: Answer(400, "invalid_request"),
     Unauthorised: Answer(401, "unauthorised"),
     BodyTooLarge: Answer(413, "body_too_large"),
+    UnknownModel: Answer(404, "unknown_model"),
     UnsupportedMediaType: Answer(415, "unsupported_media_type"),
     TooManyPixels: Answer(422, "too_many_pixels"),
     TooHard: Answer(422, "too_hard_to_decode"),

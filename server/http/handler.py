@@ -40,6 +40,7 @@ class Handler(tornado.web.RequestHandler):
         """Tornado passes the service of the app here."""
         self.service = service
         self.name = ""
+        self.model = ""  # the name of the one that is asked
         self.code = "ok"  # or of the error that is answered
         self.key: str | None = None  # the name of the client's API key
         peer = self.request.remote_ip or ""
@@ -103,10 +104,10 @@ class Handler(tornado.web.RequestHandler):
         written = super().finish(chunk)
         stream = self.request.connection.stream  # type: ignore[union-attr]
         if stream.writing():
-            loop, admission = asyncio.get_running_loop(), self.service.admission
+            loop, budget = asyncio.get_running_loop(), self.service.budget
             size = len(chunk or b"")
             start, unread = loop.time(), self.service.unread
-            admission.owe(size, self.client)
+            budget.owe(size, self.client)
 
             def look() -> None:
                 waited = loop.time() - start
@@ -118,7 +119,7 @@ class Handler(tornado.web.RequestHandler):
                 if stream.writing():
                     stream.close()
                 unread.pop(stream, None)
-                admission.let_go(size, self.client)
+                budget.let_go(size, self.client)
 
             loop.call_later(_LOOK_SECONDS, look)
         return written

@@ -27,19 +27,19 @@ class LiveHandler(Handler):
 
 
 class ReadyHandler(Handler):
-    """GET /health/ready: 200 while a worker serves, until the server drains."""
+    """GET /health/ready: 200 once all models have served, while any does, until it drains."""
 
     async def get(self) -> None:
-        """The state, and each worker's."""
+        """The state, that of each model, and each worker's."""
         await self.paced()
-        state, workers = self.service.admission.state, self.service.workers
-        serves = state is State.READY and self.service.serves
-        if not serves:
+        service = self.service
+        if not service.serves:
             self.set_status(503)
+        recovering = service.state is State.READY and not service.serves
         self.write_json(
             {
-                "status": "recovering" if state is State.READY and not serves else state,
-                "model": self.service.manifest.model,
-                "workers": [_shown(worker) for worker in workers],
+                "status": "recovering" if recovering else service.state,
+                "models": {name: model.status for name, model in service.models.items()},
+                "workers": [_shown(worker) for worker in service.workers],
             }
         )

@@ -7,12 +7,12 @@ from pathlib import Path
 import tornado.web
 
 from server.http.handler import Handler
+from server.http.openapi import document
 
 _PAGE = Path(__file__).with_name("page.html")
 _SAMPLES = Path(__file__).parents[2] / "demo" / "samples"
 _DEMO = "vignette-demo"
 _FACTS = "{/* what the server says of itself */}"
-_OPENAPI = Path(__file__).with_name("openapi.json")
 
 
 class PageHandler(Handler):
@@ -21,8 +21,8 @@ class PageHandler(Handler):
     async def get(self) -> None:
         """HTML, self-contained but for the samples of the demo model."""
         await self.paced()
-        manifest = self.service.manifest
-        facts = {"about": manifest.about, "samples": _samples() if manifest.model == _DEMO else []}
+        models = {name: model.manifest.about for name, model in self.service.models.items()}
+        facts = {"models": models, "samples": _samples() if _DEMO in models else []}
         self.set_header("Content-Type", "text/html; charset=utf-8")
         # "</script>" in a text would end the script that it stands in.
         self.finish(_page().replace(_FACTS, json.dumps(facts).replace("<", "\\u003c")))
@@ -34,7 +34,7 @@ class SampleHandler(Handler):
     async def get(self, name: str) -> None:
         """One of the files, which the page names."""
         await self.paced()
-        if self.service.manifest.model != _DEMO or name not in _samples():
+        if _DEMO not in self.service.models or name not in _samples():
             raise tornado.web.HTTPError(404)
         self.set_header("Content-Type", "image/png")
         self.finish((_SAMPLES / name).read_bytes())
@@ -47,7 +47,7 @@ class OpenApiHandler(Handler):
         """OpenAPI 3.1."""
         await self.paced()
         self.set_header("Content-Type", "application/json; charset=utf-8")
-        self.finish(_openapi())
+        self.finish(document())
 
 
 class NotFoundHandler(Handler):
@@ -68,8 +68,3 @@ def _page() -> str:
 @cache
 def _samples() -> list[str]:
     return sorted(path.name for path in _SAMPLES.glob("*.png"))
-
-
-@cache
-def _openapi() -> str:
-    return _OPENAPI.read_text()

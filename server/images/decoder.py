@@ -16,6 +16,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels, VignetteError
 from runtime.model.manifest import Preprocessing
@@ -37,8 +38,8 @@ PIXELS, PARTS = b"P", b"J"  # what is asked for: an image's pixels, a JSON body'
 # What is answered: the parts, or the seconds of a core that an image took beyond its estimate; what
 # was wrong; the estimate of an image that was left alone; an error of ours.
 DONE, FAILED, DEAR, BUG = b"D", b"F", b"E", b"B"
-# what, bytes that follow, slot, frame or -1, seconds of processor time, most seconds as estimated
-_HEAD = struct.Struct("=cIIidd")
+# what, bytes that follow, place, seconds of processor time, most seconds as estimated
+_HEAD = struct.Struct("=cIHIidd")
 _ANSWER = struct.Struct("=cI")  # what, bytes that follow
 _READY = b"R"
 _PIECE = 2**20
@@ -47,16 +48,31 @@ _ERRORS = {kind.__name__: kind for kind in (InvalidImage, InvalidRequest, TooMan
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
+class Place(NamedTuple):
+    """Where an image's pixels go: a model's store, a slot, and of a clip a frame (else -1)."""
+
+    model: int
+    slot: int
+    frame: int
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A model's pixels. store: path, slots and shape of its PixelStore."""
+
+    store: tuple[Path, int, tuple[int, ...]]
+    how: Preprocessing
+
+
 @dataclass(frozen=True, slots=True)
 class Setup:
     """What a decoder process is started with.
 
-    store: path, slots and shape of the PixelStore that it writes to. memory: bytes of address
-    space beside it. niceness: added to this process's own.
+    targets: of each model, in the order of `Place.model`. memory: bytes of address space beside
+    their stores. niceness: added to this process's own.
     """
 
-    store: tuple[Path, int, tuple[int, ...]]
-    how: Preprocessing
+    targets: tuple[Target, ...]
     max_pixels: int
     memory: int
     niceness: int
@@ -81,12 +97,12 @@ class Decoder:
             self._started = True
 
     async def ask(
-        self, what: bytes, data: bytes, place: tuple[int, int], seconds: float, most: float
+        self, what: bytes, data: bytes, place: Place, seconds: float, most: float
     ) -> tuple[bytes, bytes]:
         """Have something done; kind of the answer, and the answer. Raises OSError or EOFError.
 
-        place: slot, and frame or -1. seconds: of processor time, after which the process dies.
-        most: an image whose estimate is above is left alone, and DEAR answered.
+        seconds: of processor time, after which the process dies. most: an image whose estimate is
+        above is left alone, and DEAR answered.
         """
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(self._socket, _HEAD.pack(what, len(data), *place, seconds, most))
@@ -127,19 +143,19 @@ def _serve(socket: socket.socket, setup: Setup) -> None:
     """The decoder process: answers one request after the other."""
     follow_parent()
     give_way(setup.niceness)
-    pixels = PixelStore(*setup.store)
-    limit_memory(setup.memory + pixels.size)
+    stores = [PixelStore(*target.store) for target in setup.targets]
+    limit_memory(setup.memory + sum(store.size for store in stores))
     socket.sendall(_READY)
     # Libraries write there what strangers make them complain of, as much as they like.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     stream = socket.makefile("rb")
     while head := stream.read(_HEAD.size):
-        what, size, slot, frame, seconds, most = _HEAD.unpack(head)
+        what, size, *place, seconds, most = _HEAD.unpack(head)
         data = stream.read(size)
         signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the process
         try:
             kind, answer = (
-                _parts(data) if what == PARTS else _pixels(data, setup, pixels, (slot, frame), most)
+                _parts(data) if what == PARTS else _pixels(data, setup, stores, Place(*place), most)
             )
         except VignetteError as error:
             kind, answer = FAILED, json.dumps([type(error).__name__, str(error)]).encode()
@@ -152,13 +168,14 @@ def _serve(socket: socket.socket, setup: Setup) -> None:
 
 
 def _pixels(
-    data: bytes, setup: Setup, store: PixelStore, place: tuple[int, int], most: float
+    data: bytes, setup: Setup, stores: list[PixelStore], place: Place, most: float
 ) -> tuple[bytes, bytes]:
     """An image's pixels into a slot of the store, of a clip into one of its frames."""
     started = time.process_time()
     heads.check(data)
     image = opened(data, setup.max_pixels)
-    cost = estimate(image, data, setup.how)
+    how = setup.targets[place.model].how
+    cost = estimate(image, data, how)
     if cost.seconds > most or (most < math.inf and cost.memory > _USUAL_MEMORY):
         return DEAR, json.dumps(cost.seconds).encode()
     if cost.memory > setup.memory:
@@ -166,8 +183,8 @@ def _pixels(
             f"decoding this image would take {cost.memory // 2**20} MiB, and there are "
             f"{setup.memory // 2**20}: make it smaller"
         )
-    slot, frame = place
-    store[slot][... if frame < 0 else frame] = prepared(image, setup.how, setup.max_pixels)
+    pixels = prepared(image, how, setup.max_pixels)
+    stores[place.model][place.slot][... if place.frame < 0 else place.frame] = pixels
     return DONE, json.dumps(time.process_time() - started - cost.seconds).encode()
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from runtime.errors import VignetteError
 from server.http.bodies import Parts
 from server.images.cost import TooHard
-from server.images.decoder import BUG, DEAR, FAILED, PARTS, PIXELS, Decoder, Setup, raised
+from server.images.decoder import BUG, DEAR, FAILED, PARTS, PIXELS, Decoder, Place, Setup, raised
 from server.images.turns import Turns
 from server.ipc.remembered import Remembered
 from server.logs import Seldom
@@ -79,35 +79,26 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """An image to decode into a slot, of a clip into one of its frames (else -1)."""
+    """An image to decode. aside: entered while it waits among the dear ones."""
 
     image: bytes
-    slot: int
-    frame: int
+    place: Place
     origin: Origin
-
-
-@dataclass(frozen=True, slots=True)
-class Queueing:
-    """How dear images wait. aside: entered meanwhile. seconds: the most that they wait, whatever
-    their deadline.
-    """
-
     aside: Callable[[Origin], AbstractContextManager[None]] = lambda origin: nullcontext()
-    seconds: float = 30.0
 
 
 class Decoders:
     """The decoder processes of a front-end. Used on one thread, which has to outlive them."""
 
     def __init__(
-        self, count: int, setup: Setup, seconds: float, queueing: Queueing | None = None
+        self, count: int, setup: Setup, seconds: float, longest_wait: float = 30.0
     ) -> None:
         """count: processes, beside the one for dear images, which is started for the first of them.
 
-        seconds: of a core, for one image, after which it is given up.
+        seconds: of a core, for one image, after which it is given up. longest_wait: seconds that a
+        dear one waits at most, whatever its deadline.
         """
-        self._queueing = queueing or Queueing()
+        self._longest_wait = longest_wait
         self._seconds = seconds
         self._wall = 2 * seconds + 1  # by the clock: by then it is not the processor that it lacks
         quick = replace(setup, memory=min(setup.memory, _QUICK_MEMORY))
@@ -147,9 +138,9 @@ class Decoders:
     async def _decode_quickly(self, job: Job) -> float:
         """Decode what takes little, and return 0; of another image the seconds as estimated."""
         seconds = min(_QUICK_LIMIT, self._seconds)
-        client, place = job.origin.client, (job.slot, job.frame)
+        client = job.origin.client
         errand = _Errand(
-            PIXELS, job.image, seconds, self._wall, place, _QUICK,
+            PIXELS, job.image, seconds, self._wall, job.place, _QUICK,
             gives_way=lambda: self._misjudged.owes(client),
         )  # fmt: skip
         try:
@@ -176,14 +167,13 @@ class Decoders:
         )
         started, usual = time.perf_counter(), (mine + others) / 1e3
         wait = usual * self._pace
-        left = min(job.origin.deadline - started, self._queueing.seconds)
+        left = min(job.origin.deadline - started, self._longest_wait)
         if wait > left:
             raise QueueFull(_WAITING, min(_LONGEST_WAIT, math.ceil(wait)))
-        place = (job.slot, job.frame)
-        errand = _Errand(PIXELS, job.image, self._seconds, left, place, until=started + left)
+        errand = _Errand(PIXELS, job.image, self._seconds, left, job.place, until=started + left)
         self._queued[job.origin.client] += cost
         try:
-            with self._queueing.aside(job.origin):
+            with job.aside(job.origin):
                 await self._slow.ask(job.origin.client, errand)
         except TimeoutError:
             raise QueueFull(_WAITING, _LONGEST_WAIT) from None
@@ -204,10 +194,13 @@ class Decoders:
         return self._quick.pids + self._slow.pids
 
 
+_NOWHERE = Place(0, 0, -1)  # of what is no image
+
+
 @dataclass(frozen=True, slots=True)
 class _Errand:
-    """What a process is asked: kind, data, slot and frame; an image only if it is estimated to
-    take at most `most` seconds.
+    """What a process is asked: kind, data, and where pixels go; an image only if it is estimated
+    to take at most `most` seconds.
 
     seconds: of a core. wall: seconds by the clock, after which the process is replaced; until:
     the same as a time of `perf_counter`. gives_way: asked when its turn has come.
@@ -217,7 +210,7 @@ class _Errand:
     data: bytes
     seconds: float
     wall: float
-    place: tuple[int, int] = (0, -1)
+    place: Place = _NOWHERE
     most: float = math.inf
     until: float = math.inf
     gives_way: Callable[[], bool] = lambda: False

@@ -69,7 +69,9 @@ class Beat(Message, frozen=True):
 
 
 class Found(Message, frozen=True):
-    """The engine is whole: the port may open."""
+    """The model's engine is whole: the port may open."""
+
+    model: str
 
 
 class FailedToStart(Message, frozen=True):
@@ -81,7 +83,6 @@ class FailedToStart(Message, frozen=True):
 class WorkerFacts(Struct, frozen=True):
     """What a worker runs. seconds: that a caption of the self-test took."""
 
-    model: str
     engine: str
     precision: str
     runs_on: str
@@ -105,6 +106,7 @@ class FrontEndReady(Message, frozen=True):
 class Refused(Message, frozen=True):
     """An image that broke two workers is refused until then (`time.time`), by all front-ends."""
 
+    model: str
     digest: str
     until: float
 
@@ -116,6 +118,7 @@ class Drained(Message, frozen=True):
 class WorkerState(Struct, frozen=True):
     """A worker, for front-ends and for /health/ready."""
 
+    model: str
     index: int
     epoch: int
     state: str
@@ -126,10 +129,12 @@ class WorkerState(Struct, frozen=True):
 
 
 class Serving(Message, frozen=True):
-    """Who serves, which images are refused until when, and how often the API keys were re-read."""
+    """Who serves, which images each model refuses until when, and how often the API keys were
+    re-read.
+    """
 
     workers: tuple[WorkerState, ...]
-    refused: dict[str, float]
+    refused: dict[str, dict[str, float]]
     reading: int
 
 

@@ -19,13 +19,14 @@ _CONTEXT = multiprocessing.get_context("spawn")
 class Child:
     """A process and its lives. `epoch` counts them; times are `time.monotonic()`.
 
-    main: what it runs, with its index and epoch as arguments.
+    main: what it runs, with its index and epoch as arguments. model: that a worker serves.
     environment: variables that only it sees.
     """
 
     kind: str
     index: int
     main: Callable[[int, int], None]
+    model: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     epoch: int = 0
     process: BaseProcess | None = None
@@ -88,7 +89,9 @@ class Child:
         state = "recovering" if self.state == "down" or self._again else self.state
         pid = self.process.pid if self.process else None
         restarts = self.epoch - 1
-        return WorkerState(self.index, self.epoch, state, pid, restarts, self.last_end, self.facts)
+        return WorkerState(
+            self.model, self.index, self.epoch, state, pid, restarts, self.last_end, self.facts
+        )
 
     @property
     def _again(self) -> bool:

@@ -6,6 +6,8 @@ import logging
 import resource
 import socket
 import sys
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import tornado.web
@@ -35,9 +37,9 @@ from server.ipc.messages import (
 )
 from server.logs import configure
 from server.metrics import count_as
+from server.models import ServedModel
 from server.processes.ports import Ports
 from server.processes.system import follow_parent
-from server.service.admission import State
 from server.service.service import Service, make_service
 from server.settings import Settings
 
@@ -50,7 +52,14 @@ _COLLECTIONS = 5_000, 20, 50  # objects to a young one, those to a middle one, t
 _OTHER_FILES = 256  # that are no connections: sockets to the other processes, libraries
 
 
-def main(settings: Settings, folder: Path, ports: Ports, index: int, epoch: int) -> None:
+def main(
+    settings: Settings,
+    models: tuple[ServedModel, ...],
+    folder: Path,
+    ports: Ports,
+    index: int,
+    epoch: int,
+) -> None:
     """The process: serve until told to drain."""
     follow_parent()
     name = process_name("front", index, epoch)
@@ -58,25 +67,33 @@ def main(settings: Settings, folder: Path, ports: Ports, index: int, epoch: int)
     count_as(f"front-{index}")
     try:
         with asyncio.Runner(loop_factory=few_at_a_time) as runner:
-            runner.run(_serve(settings, folder, ports, index, epoch))
+            service = partial(_service, settings, models, folder, index, epoch)
+            runner.run(_serve(service, folder, ports, name))
     except VignetteError as error:
         tell(folder, name, FailedToStart(str(error)))
         sys.exit(1)
 
 
-async def _serve(settings: Settings, folder: Path, ports: Ports, index: int, epoch: int) -> None:
-    manifest = manifests.read(settings.engine)
-    tokenizer = CaptionTokenizer(settings.engine, manifest)
-    service = make_service(settings, manifest, tokenizer, folder, index, epoch)
+def _service(
+    settings: Settings, models: tuple[ServedModel, ...], folder: Path, index: int, epoch: int
+) -> Service:
+    known = {}
+    for model in models:
+        manifest = manifests.read(model.engine)
+        known[model.name] = manifest, CaptionTokenizer(model.engine, manifest)
+    return make_service(settings, known, folder, index, epoch)
+
+
+async def _serve(make: Callable[[], Service], folder: Path, ports: Ports, name: str) -> None:
+    service = make()
     servers = [listen(service, make_app(service), ports.public)]
     if ports.ops:
         servers.append(listen(service, make_ops_app(service), ports.ops))
     control = zmq.asyncio.Context.instance().socket(zmq.DEALER)
-    control.identity = process_name("front", index, epoch).encode()
+    control.identity = name.encode()
     control.connect(control_address(folder))
-    service.links.dispatcher.on_refused = lambda digest, until: control.send(
-        packed(Refused(digest, until))
-    )
+    for model in service.models.values():
+        model.links.dispatcher.on_refused = partial(_tell_refused, control, model.name)
     _settle_garbage()
     await control.send(packed(FrontEndReady()))
     beat = asyncio.create_task(_beat(control))
@@ -93,7 +110,8 @@ async def _serve(settings: Settings, folder: Path, ports: Ports, index: int, epo
         service.decoders.close()
         if service.tracer is not None:
             service.tracer.close()
-        await service.links.close()
+        for model in service.models.values():
+            await model.links.close()
         control.close(linger=1000)
 
 
@@ -128,20 +146,13 @@ def update(service: Service, serving: Serving) -> None:
     """Take what the supervisor says of workers, refused images and API keys."""
     service.workers = serving.workers
     service.read_keys(serving.reading)
-    for digest, until in serving.refused.items():
-        service.links.dispatcher.refuse(digest, until)
     for worker in serving.workers:
-        service.metrics.restarts.labels(worker.index).set(worker.restarts)
-    ready = [w for w in serving.workers if w.state == "ready" and w.facts is not None]
-    ends = {w.index: w.last_end for w in serving.workers}
-    service.links.update({(w.index, w.epoch) for w in ready}, ends)
-    if ready:
-        facts = [w.facts for w in ready if w.facts is not None]
-        service.admission.slots = -(-sum(f.slots for f in facts) // service.settings.front_ends)
-        if known := [f.seconds for f in facts if f.seconds]:
-            service.admission.expect(service.settings.front_ends * min(known) / len(ready))
-        if service.admission.state is State.STARTING:
-            service.admission.state = State.READY
+        service.metrics.restarts.labels(worker.model, worker.index).set(worker.restarts)
+    for name, model in service.models.items():
+        for digest, until in serving.refused.get(name, {}).items():
+            model.links.dispatcher.refuse(digest, until)
+        ours = [worker for worker in serving.workers if worker.model == name]
+        model.update(ours, service.settings.front_ends)
 
 
 async def _hear(control: zmq.asyncio.Socket, service: Service) -> None:
@@ -154,6 +165,12 @@ async def _hear(control: zmq.asyncio.Socket, service: Service) -> None:
                 update(service, serving)
 
 
+def _tell_refused(
+    control: zmq.asyncio.Socket, model: str, digest: str, until: float
+) -> Awaitable[object]:
+    return control.send(packed(Refused(model, digest, until)))
+
+
 async def _beat(control: zmq.asyncio.Socket) -> None:
     while True:
         await control.send(packed(Beat()))
@@ -162,14 +179,14 @@ async def _beat(control: zmq.asyncio.Socket) -> None:
 
 async def _drain(service: Service, servers: list[Server]) -> None:
     """Take nothing new, finish what was accepted, then let go."""
-    service.admission.state = State.DRAINING
-    log.info("draining %d requests", service.admission.inside)
+    service.drain()
+    log.info("draining %d requests", service.inside)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + service.settings.drain_seconds
-    while service.admission.inside and loop.time() < deadline:
+    while service.inside and loop.time() < deadline:
         await asyncio.sleep(0.02)
-    if service.admission.inside:
-        log.warning("%d requests were not finished in time", service.admission.inside)
+    if service.inside:
+        log.warning("%d requests were not finished in time", service.inside)
     await asyncio.sleep(0.02)  # for the last answers to be written
     for server in servers:
         server.stop()

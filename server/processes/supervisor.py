@@ -39,6 +39,7 @@ from server.ipc.messages import (
 from server.ipc.remembered import Remembered
 from server.ipc.shared import RunFolder
 from server.logs import flush
+from server.models import ServedModel
 from server.processes import frontend
 from server.processes.child import Child
 from server.processes.ports import Ports
@@ -63,8 +64,15 @@ class CannotStart(VignetteError):
 class Supervisor:
     """One run of the service."""
 
-    def __init__(self, settings: Settings, worker_main: Callable[..., Any], devices: list[str]):
-        """devices: CUDA_VISIBLE_DEVICES of each worker; an empty string changes nothing.
+    def __init__(
+        self,
+        settings: Settings,
+        models: tuple[ServedModel, ...],
+        worker_main: Callable[..., Any],
+        devices: list[str],
+    ) -> None:
+        """devices: CUDA_VISIBLE_DEVICES of each of a model's workers; an empty string changes
+        nothing.
 
         Raises CannotListen.
         """
@@ -75,14 +83,19 @@ class Supervisor:
         self._ports = Ports(settings)
         self._run = RunFolder()
         self._folder = self._run.path
-        self._workers = [
-            Child("worker", index, partial(worker_main, settings, self._folder), _variables(device))
-            for index, device in enumerate(devices)
+        self._workers: list[Child] = []
+        for model in models:
+            run = partial(worker_main, settings, model, self._folder)
+            for device in devices:
+                number = len(self._workers)
+                self._workers.append(Child("worker", number, run, model.name, _variables(device)))
+        main = partial(frontend.main, settings, models, self._folder, self._ports)
+        self._later = [
+            Child("front", index, main, environment=_MEMORY) for index in range(settings.front_ends)
         ]
-        main = partial(frontend.main, settings, self._folder, self._ports)
-        self._later = [Child("front", index, main, _MEMORY) for index in range(settings.front_ends)]
         self._front_ends: list[Child] = []  # those, once the engine is whole
-        self._refused = Remembered(QUARANTINE_SECONDS)
+        self._whole: set[str] = set()  # models whose engine was found so
+        self._refused = {model.name: Remembered(QUARANTINE_SECONDS) for model in models}
         self._control = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
 
     async def run(self) -> None:
@@ -91,7 +104,7 @@ class Supervisor:
             names = [child.station for child in [*self._workers, *self._later]]
             path = self._settings.api_keys
             known = len(keys.read(path)) if path else 0
-            metrics.make_files(self._folder / "metrics", names, known)
+            metrics.make_files(self._folder / "metrics", names, known, len(self._refused))
             self._control.bind(control_address(self._folder))
             await self._serve(_stop_event(self._read_keys))
         finally:
@@ -158,7 +171,8 @@ class Supervisor:
         child.kill()
         metrics.forget_gauges(child.station)
         if child.kind == "front":
-            (self._folder / f"{child.name}.pixels").unlink(missing_ok=True)
+            for pixels in self._folder.glob(f"{child.name}.*.pixels"):
+                pixels.unlink()
             for worker in self._workers:
                 if worker.state == "ready":
                     await self._send(worker, Gone(child.name))
@@ -202,8 +216,10 @@ class Supervisor:
                     self._over.set()
                 case FailedToStart(reason):
                     log.error("%s: %s", sender.decode(), reason)
-                case Found() if not self._front_ends:  # the engine is whole: the port may open
-                    self._open_front_ends()
+                case Found(model):
+                    self._whole.add(model)
+                    if self._whole == set(self._refused) and not self._front_ends:
+                        self._open_front_ends()  # all engines are whole: the port may open
                 case FrontEndReady() if child is not None and self._draining:
                     child.kill()  # it would take requests that nobody drains
                 case FrontEndReady() if child is not None:
@@ -213,8 +229,8 @@ class Supervisor:
                     await self._is_ready(child)
                 case Beat(step_since) if child is not None:
                     child.heard_at, child.step_since = time.monotonic(), step_since
-                case Refused(digest, until):
-                    self._refused.add(digest, until)
+                case Refused(model, digest, until):
+                    self._refused[model].add(digest, until)
                     await self._tell_front_ends()
                 case Drained() if child is not None:
                     child.state = "over"
@@ -231,7 +247,8 @@ class Supervisor:
 
     async def _tell_front_ends(self) -> None:
         workers = tuple(child.public() for child in self._workers)
-        message = Serving(workers, dict(self._refused.items()), self._reading)
+        refused = {model: dict(digests.items()) for model, digests in self._refused.items()}
+        message = Serving(workers, refused, self._reading)
         for child in self._front_ends:
             if child.state == "ready":
                 await self._send(child, message)
@@ -242,12 +259,12 @@ class Supervisor:
     def _announce(self) -> None:
         ready = [w for w in self._workers if w.state == "ready"]
         up = self._front_ends and all(f.state == "ready" for f in self._front_ends)
-        if self._announced or not ready or not up:
+        if self._announced or {w.model for w in ready} != set(self._refused) or not up:
             return
         self._announced = True
         for worker in ready:
             if worker.facts is not None:
-                log.info("model %s, %s", worker.facts.model, worker.facts.runs_on)
+                log.info("model %s, %s", worker.model, worker.facts.runs_on)
         host, port = self._settings.host, self._ports.number
         shown = "localhost" if host in ("0.0.0.0", "127.0.0.1", "::", "::1") else host
         shown = f"[{shown}]" if ":" in shown else shown

@@ -6,6 +6,7 @@ been running.
 """
 
 import asyncio
+import dataclasses
 import logging
 import os
 import sys
@@ -51,6 +52,7 @@ from server.ipc.messages import (
 from server.ipc.shared import NoSharedMemory, PixelStore
 from server.logs import configure
 from server.metrics import WorkerMetrics, count_as
+from server.models import ServedModel
 from server.processes.system import follow_parent, give_way
 from server.settings import Settings
 
@@ -241,23 +243,27 @@ class Pulse(threading.Thread):
                         loop.call_soon_threadsafe(worker.forget, name.encode())
 
 
-def main(settings: Settings, folder: Path, index: int, epoch: int) -> None:
-    """The process: open the engine that the settings name, serve until stopped."""
+def main(settings: Settings, model: ServedModel, folder: Path, index: int, epoch: int) -> None:
+    """The process: open the model's engine, serve until stopped."""
     follow_parent()
     give_way()
     configure(settings)
     count_as(f"worker-{index}")
     from runtime.execution.loader import prepare  # so that the supervisor loads no ONNX Runtime
 
+    config = dataclasses.replace(settings.engine_config, memory_share=model.memory_share)
+
     def open_engine() -> Engine:
-        prepared = prepare(settings.engine, settings.engine_config)
-        tell(folder, process_name("worker", index, epoch), Found())
+        prepared = prepare(model.engine, config)
+        tell(folder, process_name("worker", index, epoch), Found(model.name))
         return Engine.start(prepared)
 
-    sys.exit(serve(open_engine, folder, index, epoch))
+    sys.exit(serve(open_engine, model.name, folder, index, epoch))
 
 
-def serve(open_engine: Callable[[], Engine], folder: Path, index: int, epoch: int) -> int:
+def serve(
+    open_engine: Callable[[], Engine], model: str, folder: Path, index: int, epoch: int
+) -> int:
     """Open the engine, say so, serve until stopped; returns the exit status."""
     pulse = Pulse(zmq.Context(), folder, index, epoch)
     pulse.start()
@@ -267,17 +273,19 @@ def serve(open_engine: Callable[[], Engine], folder: Path, index: int, epoch: in
         # The supervisor, not this process, says it: once, and only if nothing serves already.
         tell(folder, process_name("worker", index, epoch), FailedToStart(str(error)))
         return 1
-    return asyncio.run(_serve(engine, pulse, worker_address(folder, index, epoch)))
+    metrics = WorkerMetrics(model)
+    return asyncio.run(_serve(engine, metrics, pulse, worker_address(folder, index, epoch)))
 
 
-async def _serve(engine: Engine, pulse: Pulse, address: str) -> int:
+async def _serve(engine: Engine, metrics: WorkerMetrics, pulse: Pulse, address: str) -> int:
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.ROUTER)
     socket.sndhwm = socket.rcvhwm = 0  # a full queue would drop answers without a word
     socket.bind(address)
-    worker = Worker(engine, socket, WorkerMetrics())
+    worker = Worker(engine, socket, metrics)
     facts = WorkerFacts(
-        **engine.identity,
+        engine=engine.manifest.fingerprint,
+        precision=engine.runner.precision,
         runs_on=engine.runs_on,
         provider=engine.runner.provider,
         self_test=engine.self_test,

@@ -1,25 +1,24 @@
-"""Who may come in: the server's state, and bounds on the requests inside and on their bytes."""
+"""Who may come in to a model: its state, and bounds on the requests inside."""
 
 import math
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Protocol
 
 from runtime.errors import VignetteError
+from server.service.drain_rate import DrainRate
 
-_RECENT = 64  # completions that the drain rate is taken from
-_ENOUGH = 4  # to go by
-_OLD_SECONDS = 60.0  # after which what was seen says nothing any more
+_OLD_SECONDS = 60.0  # after which a client that came says nothing any more
 _IN_TIME = 0.9  # of the deadline: the last in the queue must make it, too
 _LONGEST_WAIT = 60  # seconds that a client is told to wait
 ASIDE = 32  # requests that may wait for something else than the engine, half of them one client's
 
 
 class State(StrEnum):
-    """What the server is doing; only `READY` takes requests."""
+    """What a model, or all of a server, is doing; only `READY` takes requests."""
 
     STARTING = "starting"
     READY = "ready"
@@ -27,7 +26,7 @@ class State(StrEnum):
 
 
 class NotServing(VignetteError):
-    """The server is starting or draining."""
+    """The server, or this model of it, is starting or draining."""
 
 
 class QueueFull(VignetteError):
@@ -36,44 +35,6 @@ class QueueFull(VignetteError):
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
         self.retry_after = retry_after
-
-
-class DrainRate:
-    """How long the engine takes for a request while others wait for its slot.
-
-    Idle times do not count, nor what was seen more than a minute ago: times change.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._seen: deque[tuple[float, float]] = deque(maxlen=_RECENT)  # when, and seconds
-        self.expected: float | None = None  # as measured before the first request
-        self._since: float | None = None  # when the last one was completed, or waiting began
-
-    def waiting(self) -> None:
-        """There is a request without a slot."""
-        if self._since is None:
-            self._since = self._clock()
-
-    def completed(self) -> None:
-        """A request was answered with its caption."""
-        if self._since is not None:
-            now = self._clock()
-            self._seen.append((now, now - self._since))
-            self._since = now
-
-    def idle(self) -> None:
-        """None waits any more."""
-        self._since = None
-
-    @property
-    def seconds(self) -> float | None:
-        """For each request; as expected while too few have been seen, or None."""
-        while self._seen and self._clock() - self._seen[0][0] > _OLD_SECONDS:
-            self._seen.popleft()
-        if len(self._seen) < _ENOUGH:
-            return self.expected
-        return sum(seconds for _, seconds in self._seen) / len(self._seen)
 
 
 class Aside(Hashable, Protocol):
@@ -85,27 +46,23 @@ class Aside(Hashable, Protocol):
 
 
 class Admission:
-    """Counts the requests that are inside. Used on the event loop's thread only."""
+    """Counts the requests that are inside one model. Used on the event loop's thread only."""
 
     def __init__(
         self,
         queue: int,
-        most_bytes: int,
         deadline: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Let at most `queue` requests wait, besides those that have a slot (set `slots`).
 
-        most_bytes: of all bodies together, those that are still coming in too.
         deadline: seconds that a request has; no more wait than can be captioned in time.
         """
         self.state = State.STARTING
         self.inside = 0
         self.slots = 0
-        self.held_bytes = 0
         self._aside: Counter[Aside] = Counter()
-        self._bytes: Counter[str] = Counter()  # by client
-        self._queue, self._most_bytes, self._deadline = queue, most_bytes, deadline
+        self._queue, self._deadline = queue, deadline
         self._clock, self._rate = clock, DrainRate(clock)
         self._in_engine = 0
         self._preparing: Counter[str] = Counter()  # requests before the engine, by client
@@ -113,7 +70,20 @@ class Admission:
 
     @contextmanager
     def enter(self, client: str = "") -> Iterator[None]:
-        """Hold a place while a request is served; raises NotServing or QueueFull.
+        """Hold a place while a request is served; raises what `check` raises."""
+        self.check(client)
+        self.inside += 1
+        self._preparing[client] += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+            self._preparing[client] -= 1
+            if not self._preparing[client]:
+                del self._preparing[client]
+
+    def check(self, client: str = "") -> None:
+        """Raise NotServing or QueueFull if there is no place for a request of this client.
 
         Half of the queue is one client's at most before the engine, as soon as another comes, too.
         """
@@ -127,15 +97,6 @@ class Admission:
                 "half of the queue is yours, and others wait, too: try again later",
                 self._seconds_to_drain(),
             )
-        self.inside += 1
-        self._preparing[client] += 1
-        try:
-            yield
-        finally:
-            self.inside -= 1
-            self._preparing[client] -= 1
-            if not self._preparing[client]:
-                del self._preparing[client]
 
     def _comes(self, client: str) -> bool:
         """Note who comes; whether no other has come for a while."""
@@ -210,30 +171,6 @@ class Admission:
                 "deadline: try again later, or give it more (timeout_ms)",
                 self._seconds_to_drain(),
             )
-
-    def hold(self, size: int, client: str) -> None:
-        """Count bytes of a body in.
-
-        Raises QueueFull if there are too many already; half of them may be one client's.
-        """
-        of_client = self._bytes[client] + size
-        if self.held_bytes + size > self._most_bytes or of_client > self._most_bytes // 2:
-            raise QueueFull(
-                "too many bytes are being sent at once: try again later", self._seconds_to_drain()
-            )
-        self.owe(size, client)
-
-    def owe(self, size: int, client: str) -> None:
-        """Count bytes of an answer in, which can't be refused any more."""
-        self.held_bytes += size
-        self._bytes[client] += size
-
-    def let_go(self, size: int, client: str) -> None:
-        """Count them out again."""
-        self.held_bytes -= size
-        self._bytes[client] -= size
-        if not self._bytes[client]:
-            del self._bytes[client]
 
     def _seconds_to_drain(self) -> int:
         """How long the requests inside will take, from 1 to a minute."""

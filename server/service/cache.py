@@ -11,13 +11,14 @@ from msgspec.structs import replace
 
 from runtime.request import RequestOutput, SamplingParams, Timing
 
-Key = tuple[str, tuple[int, ...], SamplingParams]  # digest of the images, prompt, what is asked for
+# Name of the model, digest of the images, prompt, what is asked for.
+Key = tuple[str, str, tuple[int, ...], SamplingParams]
 _PATIENCE_SECONDS = 2.0  # with another's flight, before one starts one's own
 _ENTRY_BYTES = 600  # of an entry without its texts: measured as tuples, ints and the dict's share
 
 
 class OutputCache:
-    """The outputs that were asked for last. One model serves, so it is not part of the key."""
+    """The outputs that were asked for last."""
 
     def __init__(self, limit: int) -> None:
         """Keep at most `limit` bytes."""
@@ -64,4 +65,4 @@ class OutputCache:
 
 
 def _bytes(key: Key, output: RequestOutput) -> int:
-    return _ENTRY_BYTES + 36 * (len(key[1]) + len(output.token_ids))
+    return _ENTRY_BYTES + 36 * (len(key[2]) + len(output.token_ids))

@@ -1,43 +1,36 @@
-"""The parts of a front-end, put together once, and the way of a request through them."""
+"""A front-end's service: all protocols ask it, and none of its parts knows which did."""
 
 import asyncio
 import hashlib
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from msgspec.structs import replace
 from tornado.iostream import IOStream
 
 from runtime.errors import InvalidRequest, VignetteError
 from runtime.limits import Limits
 from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
-from runtime.request import (
-    GenerationRequest,
-    Priority,
-    RequestOutput,
-    SamplingParams,
-    SchedulingParams,
-    joined,
-)
-from server.images.decoder import Setup
+from runtime.request import Caption, GenerationRequest, RequestOutput, Timing, captioned, joined
+from server.images.decoder import Setup, Target
 from server.images.fetch import Fetcher
-from server.images.pool import Decoders, Job, Origin, Queueing
-from server.ipc.dispatcher import Expired
+from server.images.pool import Decoders, Origin
 from server.ipc.messages import WorkerState, process_name
 from server.ipc.shared import PixelStore
 from server.ipc.transport import Workers
 from server.metrics import Metrics
 from server.processes.system import NICENESS
-from server.service.admission import ASIDE, Admission
+from server.service.admission import ASIDE, Admission, State
+from server.service.budget import ByteBudget
 from server.service.cache import OutputCache
 from server.service.credit import Credit
 from server.service.keys import Keys
+from server.service.model import Model, until
 from server.settings import Settings
 from server.tracing import Tracer
 
@@ -51,23 +44,24 @@ Images = list[bytes] | str  # as they were sent, one or one a frame; or where on
 SLOTS = 64  # most that a worker chooses by itself: pixels are kept for as many beside the queue
 
 
+class UnknownModel(VignetteError):
+    """A request names a model that is not served here."""
+
+
 @dataclass(slots=True)
 class Service:
-    """What handlers work with. `workers` is what the supervisor last said of each."""
+    """What protocols work with. `workers` is what the supervisor last said of each."""
 
     settings: Settings
-    manifest: Manifest
-    limits: Limits
-    tokenizer: CaptionTokenizer
-    admission: Admission
+    models: dict[str, Model]  # by name, the default first
+    budget: ByteBudget
     metrics: Metrics
-    store: PixelStore
     decoders: Decoders
-    links: Workers
     keys: Keys | None
     cache: OutputCache | None
     fetcher: Fetcher | None
     tracer: Tracer | None
+    folder: Path
     index: int
     keys_read: int = field(default=0, init=False)  # how often the file was read again
     keys_reader: asyncio.Task[None] | None = field(default=None, init=False)
@@ -77,12 +71,27 @@ class Service:
     late: dict[IOStream, None] = field(default_factory=dict)  # connections that wait for no caption
     unread: dict[IOStream, None] = field(default_factory=dict)  # that don't take their answers
     workers: tuple[WorkerState, ...] = ()
-    freed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def state(self) -> State:
+        """READY once each model has served, whatever has happened to some of them since."""
+        states = {model.admission.state for model in self.models.values()}
+        return next((s for s in (State.DRAINING, State.STARTING) if s in states), State.READY)
 
     @property
     def serves(self) -> bool:
-        """Whether any worker can take a request now."""
-        return self.links.dispatcher.serving
+        """Whether any model can take a request now."""
+        return self.state is State.READY and any(m.serves for m in self.models.values())
+
+    @property
+    def inside(self) -> int:
+        """Requests that were let in and not answered yet."""
+        return sum(model.admission.inside for model in self.models.values())
+
+    def drain(self) -> None:
+        """Take nothing new."""
+        for model in self.models.values():
+            model.admission.state = State.DRAINING
 
     def read_keys(self, reading: int) -> None:
         """Take the keys that the file has now; a wrong file is logged. Who was let in goes on."""
@@ -92,76 +101,121 @@ class Service:
 
     async def _read_keys(self, old: Keys, reading: int) -> None:
         """On a thread: many keys take long."""
-        path, folder = self.settings.api_keys, self.store.path.parent
+        path = self.settings.api_keys
         assert path is not None
         ours = self.settings.front_ends, self.index, reading
         try:
-            self.keys = await asyncio.to_thread(Keys.open, path, folder, *ours)
+            self.keys = await asyncio.to_thread(Keys.open, path, self.folder, *ours)
         except VignetteError as error:
             log.error("the API keys stay as they were: %s", error)
         else:
             old.close()
 
-    def request(
-        self,
-        prompt: str | None = None,
-        max_new_tokens: int | None = None,
-        timeout_ms: int | None = None,
-        priority: Priority = Priority.INTERACTIVE,
-    ) -> GenerationRequest:
-        """A request whose image is still to come. Raises InvalidRequest if it can't be served."""
-        prompt_ids, most = self.limits.check(prompt, max_new_tokens)
-        seconds = timeout_ms / 1e3 if timeout_ms else self.settings.timeout_seconds
-        deadline = time.perf_counter() + seconds
-        return GenerationRequest(
-            None, prompt_ids, SamplingParams(most), SchedulingParams(None, priority, deadline)
-        )
+    def model(self, name: str | None = None) -> Model:
+        """The model of that name, or the default. Raises UnknownModel."""
+        if name is None:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            raise UnknownModel(f"there is no such model here: name one of {', '.join(self.models)}")
+        return self.models[name]
+
+    def check_room(self, client: str) -> None:
+        """Raise what its admission raises if no model has room for a request of this client.
+
+        Which model it is for may stand in its body, which is not worth reading then.
+        """
+        refusal: VignetteError | None = None
+        for model in self.models.values():
+            try:
+                return model.admission.check(client)
+            except VignetteError as error:
+                refusal = refusal or error
+        assert refusal is not None
+        raise refusal
+
+    async def caption(
+        self, model: Model, request: GenerationRequest, images: Images, client: str
+    ) -> Caption:
+        """All that is generated; raises what `generate` raises, and ComputationFailed."""
+        async with aclosing(self.generate(model, request, images, client)) as outputs:
+            output = joined([each async for each in outputs])
+        return captioned(request, output, model.tokenizer)
 
     async def generate(
-        self, request: GenerationRequest, images: Images, client: str
+        self, model: Model, request: GenerationRequest, images: Images, client: str
     ) -> AsyncGenerator[RequestOutput, None]:
         """What is generated for a request, as it comes; closing takes the request back.
 
-        client: with whose other requests this one waits for a decoder.
+        client: with whose other requests this one takes its turns.
 
-        Raises what the fetcher, the decoders and the dispatcher raise, and Expired.
+        Raises what admission, the fetcher, the decoders and the dispatcher raise, and Expired.
         """
+        started = time.perf_counter()
         deadline = request.scheduling.deadline or math.inf
-        self.admission.check_in_time(deadline - time.perf_counter())
-        async with AsyncExitStack() as held:
-            async with _until(deadline):
-                encoded = await held.enter_async_context(self._images(images, deadline, client))
-                large = sum(map(len, encoded)) > _LARGE
-                digest = await asyncio.to_thread(_digest, encoded) if large else _digest(encoded)
-            self.links.dispatcher.check(digest)
-            origin = Origin(client, digest, deadline)
-            found = self._run(request, encoded, origin)
-            if self.cache is not None and not request.stream:
-                found = self._known_or_run(self.cache, request, encoded, origin)
-            async with aclosing(found) as outputs:
+        inside = self.metrics.inside.labels(model.name)
+        with model.admission.enter(client), inside.track_inprogress():
+            model.admission.check_in_time(deadline - started)
+            async with self._outputs(model, request, images, client) as outputs:
                 async for output in outputs:
+                    if output.timing is not None:
+                        self._measure(model, output.timing, time.perf_counter() - started)
                     yield output
 
+    def _measure(self, model: Model, timing: Timing, total: float) -> None:
+        seconds = {
+            "queue": timing.queue_s,
+            "preprocess": timing.preprocess_s,
+            "encode": timing.encode_s,
+            "decode": timing.decode_s,
+            "total": total,
+        }
+        for stage, value in seconds.items():
+            if value:  # else it was gone through for an earlier request: the caption was known
+                self.metrics.stage.labels(model.name, stage).observe(value)
+
+    @asynccontextmanager
+    async def _outputs(
+        self, model: Model, request: GenerationRequest, images: Images, client: str
+    ) -> AsyncIterator[AsyncGenerator[RequestOutput, None]]:
+        """Of a request that was let in: its images are there, and are no known killers."""
+        deadline = request.scheduling.deadline or math.inf
+        async with self._fetched(images, deadline, client) as encoded:
+            async with until(deadline):
+                large = sum(map(len, encoded)) > _LARGE
+                digest = await asyncio.to_thread(_digest, encoded) if large else _digest(encoded)
+            model.links.dispatcher.check(digest)
+            origin = Origin(client, digest, deadline)
+            found = model.run(request, encoded, origin)
+            if self.cache is not None and not request.stream:
+                found = self._known_or_run(self.cache, model, request, encoded, origin)
+            async with aclosing(found) as outputs:
+                yield outputs
+
     async def _known_or_run(
-        self, cache: OutputCache, request: GenerationRequest, images: list[bytes], origin: Origin
+        self,
+        cache: OutputCache,
+        model: Model,
+        request: GenerationRequest,
+        images: list[bytes],
+        origin: Origin,
     ) -> AsyncGenerator[RequestOutput, None]:
         made: list[bool] = []
 
         async def make() -> RequestOutput:
             made.append(True)
-            self.links.dispatcher.check(origin.digest)  # another's flight may have found it deadly
-            async with aclosing(self._run(request, images, origin)) as outputs:
+            model.links.dispatcher.check(origin.digest)  # another's flight may have found it deadly
+            async with aclosing(model.run(request, images, origin)) as outputs:
                 return joined([output async for output in outputs])
 
-        key = origin.digest, request.prompt_ids, request.sampling
-        async with _until(origin.deadline):
+        key = model.name, origin.digest, request.prompt_ids, request.sampling
+        async with until(origin.deadline):
             found = await cache.get(key, make)
         if not made:
-            self.metrics.cache_hits.inc()
+            self.metrics.cache_hits.labels(model.name).inc()
         yield found
 
     @asynccontextmanager
-    async def _images(
+    async def _fetched(
         self, images: Images, deadline: float, client: str
     ) -> AsyncIterator[list[bytes]]:
         """The images, sent or fetched; what is fetched counts among the bytes that are inside."""
@@ -171,105 +225,16 @@ class Service:
         if self.fetcher is None:
             raise InvalidRequest("image_url is switched off here: send the image itself")
         held = self.settings.max_body_bytes  # it may become as large
-        self.admission.hold(held, client)
+        self.budget.hold(held, client)
         try:
-            left = deadline - time.perf_counter()
-            image = await self.fetcher.fetch(images, left, client)
-            self.admission.let_go(held - len(image), client)
+            async with until(deadline):
+                left = deadline - time.perf_counter()
+                image = await self.fetcher.fetch(images, left, client)
+            self.budget.let_go(held - len(image), client)
             held = len(image)
             yield [image]
         finally:
-            self.admission.let_go(held, client)
-
-    async def _run(
-        self, request: GenerationRequest, images: list[bytes], origin: Origin
-    ) -> AsyncGenerator[RequestOutput, None]:
-        frames = self.manifest.sizes.frames
-        if len(images) != (frames or 1):
-            raise InvalidRequest(
-                f"{len(images)} images were sent: this model takes {frames or 1} for each request"
-            )
-        async with _until(origin.deadline):
-            slot = await self._slot()
-        jobs = [
-            asyncio.create_task(self.decoders.decode(Job(image, slot, n if frames else -1, origin)))
-            for n, image in enumerate(images)
-        ]
-        try:
-            started = time.perf_counter()
-            async with _until(origin.deadline):
-                await asyncio.wait(jobs)
-            _raise_first(jobs)
-            decoded = time.perf_counter()
-            scheduling = replace(request.scheduling, arrival_time=decoded)
-            ready = replace(request, pixels=slot, scheduling=scheduling)
-            with self.admission.engine(origin.client):
-                async with aclosing(self.links.dispatcher.generate(ready, origin.digest)) as news:
-                    async for output in news:
-                        yield _timed(output, decoded - started)
-        finally:
-            self._give_back(slot, jobs)
-            jobs.clear()  # their errors would hold this frame, and this frame them, with the images
-
-    async def _slot(self) -> int:
-        """A free slot; there may be none for a moment, while decodings outlast their requests."""
-        while not self.store.has_room:
-            self.freed.clear()
-            await self.freed.wait()
-        return self.store.take()
-
-    def _free(self, slot: int) -> None:
-        self.store.give_back(slot)
-        self.freed.set()
-
-    def _give_back(self, slot: int, jobs: "list[asyncio.Task[None]]") -> None:
-        """Free the slot once nothing writes to it any more; who gave up need not wait for that."""
-        running = [job for job in jobs if not job.done()]
-        if not running:
-            self._free(slot)
-            return
-        left = len(running)
-
-        def ended(job: "asyncio.Task[None]") -> None:
-            nonlocal left
-            left -= 1
-            if not job.cancelled():
-                job.exception()  # asked for, or asyncio logs it
-            if not left:
-                self._free(slot)
-
-        for job in running:
-            job.add_done_callback(ended)
-            job.cancel()
-
-
-@asynccontextmanager
-async def _until(deadline: float) -> AsyncIterator[None]:
-    """Raise Expired if this takes longer. deadline: `time.perf_counter()`."""
-    left = None if deadline == math.inf else max(0.0, deadline - time.perf_counter())
-    try:
-        async with asyncio.timeout(left):
-            yield
-    except TimeoutError:
-        raise Expired("the deadline passed before the caption was there") from None
-
-
-def _timed(output: RequestOutput, preprocess_s: float) -> RequestOutput:
-    """The last of a request's outputs with what its image took."""
-    if output.timing is None:
-        return output
-    return replace(output, timing=replace(output.timing, preprocess_s=preprocess_s))
-
-
-def _raise_first(jobs: "list[asyncio.Task[None]]") -> None:
-    """Raise what the first of some tasks raised, all of which have ended."""
-    for job in jobs:
-        job.exception()  # asked for, or asyncio logs it
-    try:
-        for job in jobs:
-            job.result()
-    finally:
-        del job, jobs  # as above
+            self.budget.let_go(held, client)
 
 
 def _digest(images: list[bytes]) -> str:
@@ -279,52 +244,55 @@ def _digest(images: list[bytes]) -> str:
     return digest.hexdigest()
 
 
-def make_service(
-    settings: Settings,
-    manifest: Manifest,
-    tokenizer: CaptionTokenizer,
-    folder: Path,
-    index: int,
-    epoch: int,
-) -> Service:
+Known = Mapping[str, tuple[Manifest, CaptionTokenizer]]  # of each model, by its name
+
+
+def make_service(settings: Settings, known: Known, folder: Path, index: int, epoch: int) -> Service:
     """The parts of one front-end. `folder` is the run's."""
     name = process_name("front", index, epoch)
-    keys = settings.api_keys
-    sizes = manifest.sizes
     share = -(-settings.max_queue // settings.front_ends)
     # Decodings may outlast requests that gave up.
     places = (settings.slots or SLOTS) * (settings.workers or 1) + share + settings.decoders + ASIDE
-    store = PixelStore(folder / f"{name}.pixels", places, sizes.pixels, create=True)
-    metrics = Metrics()
-    admission = Admission(
-        share, settings.max_queue_bytes // settings.front_ends, settings.timeout_seconds
+    stores = [
+        PixelStore(folder / f"{name}.{number}.pixels", places, manifest.sizes.pixels, create=True)
+        for number, (manifest, _) in enumerate(known.values())
+    ]
+    targets = [
+        Target((store.path, store.slots, store.shape), manifest.preprocessing)
+        for store, (manifest, _) in zip(stores, known.values(), strict=True)
+    ]
+    decoders = Decoders(
+        settings.decoders,
+        Setup(tuple(targets), settings.max_pixels, settings.decode_memory_mb * 2**20, NICENESS),
+        settings.decode_seconds,
+        settings.timeout_seconds,
     )
-    links = Workers(folder, store, name)
-    domains = settings.image_url_domains
+    models = {
+        called: Model(
+            number=number,
+            name=called,
+            manifest=manifest,
+            tokenizer=tokenizer,
+            limits=Limits(tokenizer, settings.engine_config.text_positions(manifest.sizes.text)),
+            admission=Admission(share, settings.timeout_seconds),
+            store=stores[number],
+            links=Workers(folder, stores[number], name),
+            decoders=decoders,
+            timeout_seconds=settings.timeout_seconds,
+        )
+        for number, (called, (manifest, tokenizer)) in enumerate(known.items())
+    }
+    keys, domains = settings.api_keys, settings.image_url_domains
     return Service(
         settings=settings,
-        manifest=manifest,
-        tokenizer=tokenizer,
-        limits=Limits(tokenizer, settings.engine_config.text_positions(sizes.text)),
-        admission=admission,
-        metrics=metrics,
-        store=store,
-        decoders=Decoders(
-            settings.decoders,
-            Setup(
-                (store.path, store.slots, store.shape),
-                manifest.preprocessing,
-                settings.max_pixels,
-                settings.decode_memory_mb * 2**20,
-                NICENESS,
-            ),
-            settings.decode_seconds,
-            Queueing(admission.aside, settings.timeout_seconds),
-        ),
-        links=links,
+        models=models,
+        budget=ByteBudget(settings.max_queue_bytes // settings.front_ends),
+        metrics=Metrics(),
+        decoders=decoders,
         keys=Keys.open(keys, folder, settings.front_ends, index) if keys else None,
         cache=OutputCache(settings.cache_mb * 2**20) if settings.cache_mb else None,
         fetcher=Fetcher(domains, settings.max_body_bytes) if domains else None,
         tracer=Tracer(settings.traces) if settings.traces else None,
+        folder=folder,
         index=index,
     )

@@ -1,0 +1,169 @@
+"""A request for captions, whatever its protocol: who sends it, its body, and how it ended.
+
+The key and the head are looked at before anything of the body is kept or read.
+"""
+
+import asyncio
+import re
+from collections.abc import Awaitable
+from contextlib import ExitStack
+
+from runtime.errors import InvalidRequest, VignetteError
+from server.http.bodies import PIECE, shown
+from server.http.errors import BodyTooLarge, UnsupportedMediaType
+from server.http.handler import Handler
+from server.service.service import Service
+
+_DRAINED = 20  # times the body limit
+_FREE = 256 * 1024  # bytes of each body that are not paced: most images are no larger
+_STEP_SECONDS = 0.02  # shorter waits are put off
+_WHOLE, _LENGTH = re.compile(r"[0-9]+"), re.compile(r"[0-9]{1,15}")  # of a Content-Length
+
+
+class IntakeHandler(Handler):
+    """Takes a body in, bounded and paced. A protocol's handler adds `check_head` and `serve`."""
+
+    def initialize(self, service: Service) -> None:
+        """Nothing has come in yet."""
+        super().initialize(service)
+        self.seconds: dict[str, float] = {}  # of each stage, once it is captioned
+        self._body = bytearray()
+        self._received = self._held = 0
+        self._limit = service.settings.max_body_bytes
+        self._task: asyncio.Task | None = None
+        self._gone = False
+        self._payer = self.client  # for the bytes of the body
+        self._refused: VignetteError | None = None
+        self._place = ExitStack()  # among the requests of its key
+
+    def check_head(self) -> None:
+        """Raise a VignetteError for a head whose body this protocol does not take."""
+        raise NotImplementedError
+
+    async def serve(self, body: bytes) -> None:
+        """Answer a request whose body is here. Raises a VignetteError, which is answered."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Refuse what can be refused by its head, before anything of the body is kept or read.
+
+        A client that is still sending would lose an early answer with its connection, so the body
+        is read and dropped first, unless the client waits for the answer, or sends far too much.
+        """
+        super().prepare()
+        if self.request.method == "OPTIONS":
+            return
+        most = _DRAINED * self._limit
+        self.request.connection.set_max_body_size(most + PIECE)  # type: ignore[union-attr]
+        declared = self.request.headers.get("Content-Length", "0")
+        length = int(declared) if _LENGTH.fullmatch(declared) else most + 1
+        try:
+            if not _WHOLE.fullmatch(declared):
+                raise InvalidRequest(f"Content-Length {shown(declared)} is no number")
+            if self.service.keys is not None:
+                self.key = self._place.enter_context(self.service.keys.enter(self._key()))
+            self._payer = self.client
+            self.check_head()
+            encoding = self.request.headers.get("Content-Encoding", "identity")
+            if encoding.lower() != "identity":
+                raise UnsupportedMediaType(
+                    f"Content-Encoding {shown(encoding)} is not taken: send the body as it is"
+                )
+            if length > self._limit:
+                raise self._too_large()
+        except VignetteError as error:
+            waits = self.request.headers.get("Expect", "").lower() == "100-continue"
+            if waits or length > most:
+                self._refuse_now(error)
+            else:
+                self._refused = error
+
+    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
+        """Gather the body; a chunked one tells its length only as it comes."""
+        if self._finished:
+            return None
+        self._received += len(chunk)
+        if self._received > _DRAINED * self._limit:
+            self._refuse_now(self._refused or self._too_large())
+            return None
+        if self._refused is None:
+            try:
+                if self._received > self._limit:
+                    raise self._too_large()
+                self.hold(len(chunk))
+            except VignetteError as error:
+                self._refused = error
+                self._drop_body()
+            else:
+                self._body += chunk
+        if self._received <= _FREE:
+            return None
+        wait = self.service.intake.spend(self.client, len(chunk))
+        return asyncio.sleep(wait) if wait > _STEP_SECONDS else None
+
+    def hold(self, size: int) -> None:
+        """Count bytes of this request among those inside. Raises QueueFull."""
+        self.service.budget.hold(size, self._payer)
+        self._held += size
+
+    def _drop_body(self) -> None:
+        self._body = bytearray()
+        if self._held:
+            self.service.budget.let_go(self._held, self._payer)
+        self._held = 0
+
+    def _refuse_now(self, error: VignetteError) -> None:
+        """Answer, and close, with the body still coming."""
+        self._refused = error  # should the rest of the body be here before the answer is due
+        self._drop_body()
+        self.send_error(exc_info=(type(error), error, None))
+
+    def _too_large(self) -> BodyTooLarge:
+        limit = f"{self._limit / 1e6:g} MB"
+        return BodyTooLarge(f"the body is larger than {limit}: send a smaller image")
+
+    async def post(self) -> None:
+        """Have the request served, if nothing was wrong so far."""
+        if self._finished:
+            return
+        if self._refused is not None:
+            refused, self._refused = self._refused, None  # or its frames would hold this for long
+            raise refused
+        self._task = asyncio.current_task()
+        self.service.check_room(self.client)
+        body = bytes(self._body)
+        self._body = bytearray()
+        await self.serve(body)
+        self.service.refusals.earn(self.client, 1)
+        self.outcome("ok")
+
+    def _key(self) -> str | None:
+        scheme, _, token = self.request.headers.get("Authorization", "").partition(" ")
+        bearer = token.strip() if scheme.lower() == "bearer" else None
+        return bearer or self.request.headers.get("X-API-Key")
+
+    def outcome(self, code: str) -> None:
+        """Count how the request ended; what is answered to a client that has gone is nothing."""
+        if not self._gone:
+            self.service.metrics.requests.labels(self.model, code).inc()
+            if self.key is not None:
+                self.service.metrics.by_key.labels(self.key, code).inc()
+            if self.service.tracer is not None:
+                seconds = self.seconds or {"total": self.request.request_time()}
+                self.service.tracer.record(self.request.headers, code, seconds, self.name)
+
+    def on_finish(self) -> None:
+        """The bytes of the body are free again, and the place of its key."""
+        self._drop_body()
+        self._place.close()
+
+    def on_connection_close(self) -> None:
+        """The client has gone: take its request out of queue or batch."""
+        super().on_connection_close()  # wakes those who wait for the rest of the body
+        self._drop_body()
+        if self._task is None or self._task.done():
+            self._place.close()
+        else:  # it is closed when the task has ended
+            self.outcome("cancelled")
+            self._gone = True
+            self._task.cancel()

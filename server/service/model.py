@@ -1,0 +1,183 @@
+"""One model of a front-end: its workers, queue and pixels, and a request's way through them."""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from runtime.errors import InvalidRequest
+from runtime.limits import Limits
+from runtime.model.manifest import Manifest
+from runtime.model.tokenizer import CaptionTokenizer
+from runtime.request import (
+    GenerationRequest,
+    Priority,
+    RequestOutput,
+    SamplingParams,
+    SchedulingParams,
+)
+from server.images.decoder import Place
+from server.images.pool import Decoders, Job, Origin
+from server.ipc.dispatcher import Expired
+from server.ipc.messages import WorkerState
+from server.ipc.shared import PixelStore
+from server.ipc.transport import Workers
+from server.service.admission import Admission, State
+
+
+@dataclass(slots=True, eq=False)
+class Model:
+    """What is one model's own. number: among those of the server, as decoders count them."""
+
+    number: int
+    name: str
+    manifest: Manifest
+    tokenizer: CaptionTokenizer
+    limits: Limits
+    admission: Admission
+    store: PixelStore
+    links: Workers
+    decoders: Decoders
+    timeout_seconds: float
+    freed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def serves(self) -> bool:
+        """Whether any worker can take a request now."""
+        return self.links.dispatcher.serving
+
+    @property
+    def status(self) -> str:
+        """For people and load balancers."""
+        recovering = self.admission.state is State.READY and not self.serves
+        return "recovering" if recovering else self.admission.state
+
+    def update(self, workers: Sequence[WorkerState], front_ends: int) -> None:
+        """Take what the supervisor says of its workers, which all front-ends share."""
+        ready = [w for w in workers if w.state == "ready" and w.facts is not None]
+        ends = {w.index: w.last_end for w in workers}
+        self.links.update({(w.index, w.epoch) for w in ready}, ends)
+        if not ready:
+            return
+        facts = [w.facts for w in ready if w.facts is not None]
+        self.admission.slots = -(-sum(f.slots for f in facts) // front_ends)
+        if known := [f.seconds for f in facts if f.seconds]:
+            self.admission.expect(front_ends * min(known) / len(ready))
+        if self.admission.state is State.STARTING:
+            self.admission.state = State.READY
+
+    def request(
+        self,
+        prompt: str | None = None,
+        max_new_tokens: int | None = None,
+        timeout_ms: int | None = None,
+        priority: Priority = Priority.INTERACTIVE,
+    ) -> GenerationRequest:
+        """A request whose image is still to come. Raises InvalidRequest if it can't be served."""
+        prompt_ids, most = self.limits.check(prompt, max_new_tokens)
+        seconds = timeout_ms / 1e3 if timeout_ms else self.timeout_seconds
+        deadline = time.perf_counter() + seconds
+        return GenerationRequest(
+            None, prompt_ids, SamplingParams(most), SchedulingParams(None, priority, deadline)
+        )
+
+    async def run(
+        self, request: GenerationRequest, images: list[bytes], origin: Origin
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Decode the images and generate; closing takes the request back.
+
+        Raises what the decoders and the dispatcher raise, and Expired.
+        """
+        frames = self.manifest.sizes.frames
+        if len(images) != (frames or 1):
+            raise InvalidRequest(
+                f"{len(images)} images were sent: this model takes {frames or 1} for each request"
+            )
+        async with until(origin.deadline):
+            slot = await self._slot()
+        jobs = [
+            asyncio.create_task(self.decoders.decode(self._job(image, slot, frame, origin)))
+            for frame, image in enumerate(images, 0 if frames else -1)
+        ]
+        try:
+            started = time.perf_counter()
+            async with until(origin.deadline):
+                await asyncio.wait(jobs)
+            _raise_first(jobs)
+            decoded = time.perf_counter()
+            scheduling = replace(request.scheduling, arrival_time=decoded)
+            ready = replace(request, pixels=slot, scheduling=scheduling)
+            with self.admission.engine(origin.client):
+                async with aclosing(self.links.dispatcher.generate(ready, origin.digest)) as news:
+                    async for output in news:
+                        yield _timed(output, decoded - started)
+        finally:
+            self._give_back(slot, jobs)
+            jobs.clear()  # their errors would hold this frame, and this frame them, with the images
+
+    def _job(self, image: bytes, slot: int, frame: int, origin: Origin) -> Job:
+        return Job(image, Place(self.number, slot, frame), origin, self.admission.aside)
+
+    async def _slot(self) -> int:
+        """A free slot; there may be none for a moment, while decodings outlast their requests."""
+        while not self.store.has_room:
+            self.freed.clear()
+            await self.freed.wait()
+        return self.store.take()
+
+    def _free(self, slot: int) -> None:
+        self.store.give_back(slot)
+        self.freed.set()
+
+    def _give_back(self, slot: int, jobs: "list[asyncio.Task[None]]") -> None:
+        """Free the slot once nothing writes to it any more; who gave up need not wait for that."""
+        running = [job for job in jobs if not job.done()]
+        if not running:
+            self._free(slot)
+            return
+        left = len(running)
+
+        def ended(job: "asyncio.Task[None]") -> None:
+            nonlocal left
+            left -= 1
+            if not job.cancelled():
+                job.exception()  # asked for, or asyncio logs it
+            if not left:
+                self._free(slot)
+
+        for job in running:
+            job.add_done_callback(ended)
+            job.cancel()
+
+
+@asynccontextmanager
+async def until(deadline: float) -> AsyncIterator[None]:
+    """Raise Expired if this takes longer. deadline: `time.perf_counter()`."""
+    left = None if deadline == math.inf else max(0.0, deadline - time.perf_counter())
+    try:
+        async with asyncio.timeout(left):
+            yield
+    except TimeoutError:
+        raise Expired("the deadline passed before the caption was there") from None
+
+
+def _timed(output: RequestOutput, preprocess_s: float) -> RequestOutput:
+    """The last of a request's outputs with what its image took."""
+    if output.timing is None:
+        return output
+    return replace(output, timing=replace(output.timing, preprocess_s=preprocess_s))
+
+
+def _raise_first(jobs: "list[asyncio.Task[None]]") -> None:
+    """Raise what the first of some tasks raised, all of which have ended."""
+    for job in jobs:
+        job.exception()  # asked for, or asyncio logs it
+    try:
+        for job in jobs:
+            job.result()
+    finally:
+        del job, jobs  # as above
