@@ -20,12 +20,15 @@ from bench.report import page
 from bench.sections import (
     ablation,
     batches,
+    beams,
     front_ends,
     images,
     offline,
     open_loop,
     profile,
+    rival,
     scheduling,
+    scores,
     service,
 )
 from runtime.model import manifest as manifests
@@ -49,6 +52,9 @@ SECTIONS: dict[str, Section] = {
     "profile": lambda settings, _: profile.measure(settings),
     "batches": lambda settings, _: batches.measure(settings),
     "offline": lambda settings, done: offline.measure(settings, done.get("batches", {})),
+    "rival": lambda settings, _: rival.measure(settings),
+    "beams": lambda settings, _: beams.measure(settings),
+    "scores": lambda settings, _: scores.measure(settings),
     "ablation": lambda settings, _: ablation.measure(settings),
     "scheduling": lambda settings, _: scheduling.measure(settings),
     "http": lambda settings, _: apache.measure(settings),

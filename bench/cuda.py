@@ -28,9 +28,10 @@ from bench.load import arrivals
 from bench.load.apache import AB_MISSING
 from bench.sections import front_ends
 from runtime.engine import Engine
+from runtime.execution.base import leading
 from runtime.execution.device import DeviceRunner
 from runtime.model import manifest as manifests
-from runtime.model.manifest import NOT_A_TOKEN
+from runtime.model.manifest import UNFORCED
 from runtime.planning.config import EngineConfig
 from runtime.providers import cuda
 from runtime.providers.gpu import require_gpu
@@ -160,7 +161,7 @@ def encoder(engine: Engine, extent: Extent) -> dict[str, Any]:
     images = pictures(batch, engine.runner.pixels_shape)
     rows = {}
     for count in (1, batch):
-        run = partial(engine.runner.encode, images[:count], range(count))
+        run = partial(engine.runner.encode, images[:count], leading(count))
         rows[count] = _median(run, 20 * extent.repeats) / count
     return {"seconds": rows, "ops": encoder_work()["encoder_flop"], "best": min(rows.values())}
 
@@ -170,12 +171,14 @@ def decoder(engine: Engine, extent: Extent) -> dict[str, Any]:
     runner = engine.runner
     assert isinstance(runner, DeviceRunner)
     fed = [TOKENS // 2] * _ROWS
-    forced = [[NOT_A_TOKEN] * _ROWS] * (runner.burst - 1)
+    forced = [[UNFORCED] * _ROWS] * (runner.burst - 1)
     run = partial(runner.decode, [engine.manifest.tokens.bos] * _ROWS, fed, forced)
     sizes = engine.manifest.sizes
     width = sizes.heads * sizes.head
     embedding = sizes.vocabulary * width * 2  # a step reads a row of it for each sequence
-    weights = (_ENGINE / "decoder.fp16.data").stat().st_size - embedding
+    manifest = engine.manifest
+    variant = manifest.variant("decoder", manifest.combination(runner.precision))
+    weights = variant.weights - embedding
     cache = _ROWS * 2 * sizes.layers * (sizes.prefix + TOKENS // 2) * width * 2
     return {
         "seconds": _median(run, 20 * extent.repeats) / runner.burst,

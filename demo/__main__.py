@@ -1,7 +1,9 @@
 """`python -m demo train | evaluate | samples | pictures`: make the demo model, score it, draw."""
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from demo.sprites import SpritesMissing
@@ -35,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--engine", type=Path, default=demo_engine())
     evaluate.add_argument("--scenes", type=int, default=1000, help="of each kind")
     evaluate.add_argument("--provider", default="auto", help="execution provider of the encoder")
+    evaluate.add_argument("--beams", type=int, default=1, help="to search with (1: greedy)")
+    evaluate.add_argument("--json", type=Path, help="write each answer's outcome and score there")
     evaluate.set_defaults(run=_evaluate)
     samples = commands.add_parser("samples", help="draw the committed sample scenes anew")
     samples.set_defaults(run=_samples)
@@ -59,7 +63,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     """Status 1 when the trained styles fall short of what the model card promises."""
     from demo.evaluate import PROMISED, evaluate
 
-    scores = evaluate(args.engine, args.scenes, args.provider)
+    scores = evaluate(args.engine, args.scenes, args.provider, args.beams)
+    if args.json:
+        args.json.write_text(json.dumps({name: asdict(score) for name, score in scores.items()}))
     for name, score in scores.items():
         print(f"{name}: {score}")
     return int(any(scores[name].share < least for name, least in PROMISED.items()))

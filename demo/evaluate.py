@@ -20,6 +20,7 @@ from runtime.engine import Engine
 from runtime.planning.config import EngineConfig
 
 CAPTIONS, QUESTIONS = "captions, trained styles", "questions, trained styles"
+UNSEEN = "captions, unseen style"
 PROMISED = {CAPTIONS: 0.97, QUESTIONS: 0.95}
 _SEED = 20_000  # far from training's
 _BATCH = 64  # scenes handed to the engine at a time
@@ -27,18 +28,18 @@ _BATCH = 64  # scenes handed to the engine at a time
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Answers that were right word for word."""
+    """Of each answer whether it was right word for word, and its score (`Caption.score`)."""
 
-    right: int
-    asked: int
+    right: tuple[bool, ...]
+    scores: tuple[float, ...]
 
     @property
     def share(self) -> float:
         """0 to 1."""
-        return self.right / self.asked
+        return sum(self.right) / len(self.right)
 
     def __str__(self) -> str:
-        return f"{self.share:.1%} ({self.right} of {self.asked})"
+        return f"{self.share:.1%} ({sum(self.right)} of {len(self.right)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,32 +49,35 @@ class _Question:
     answer: str
 
 
-def evaluate(folder: Path, scenes: int, provider: str = "auto") -> dict[str, Score]:
+def evaluate(folder: Path, scenes: int, provider: str = "auto", beams: int = 1) -> dict[str, Score]:
     """Score an engine on `scenes` held-out scenes for each kind of question."""
     engine = Engine.open(folder, EngineConfig(provider=provider))
     print(f"{folder}: {engine.runs_on}")
     kinds = {
         CAPTIONS: _captions(sprites.TRAINED, scenes),
         QUESTIONS: _questions(sprites.TRAINED, scenes),
-        "captions, unseen style": _captions((sprites.UNSEEN,), scenes),
+        UNSEEN: _captions((sprites.UNSEEN,), scenes),
     }
-    return {name: _score(engine, name, asked, scenes) for name, asked in kinds.items()}
+    return {name: _score(engine, name, asked, scenes, beams) for name, asked in kinds.items()}
 
 
-def _score(engine: Engine, name: str, asked: Iterator[_Question], scenes: int) -> Score:
-    right = 0
+def _score(engine: Engine, name: str, asked: Iterator[_Question], scenes: int, beams: int) -> Score:
+    right: list[bool] = []
+    scores: list[float] = []
     mistakes: Counter[tuple[str, str]] = Counter()
     with tqdm(total=scenes, desc=name, unit="scene") as progress:
         while batch := list(islice(asked, _BATCH)):
-            said = engine.generate([q.image for q in batch], [q.prompt for q in batch])
+            images, prompts = [q.image for q in batch], [q.prompt for q in batch]
+            said = engine.generate(images, prompts, num_beams=beams)
             for question, caption in zip(batch, said, strict=True):
-                right += caption.text == question.answer
+                right.append(caption.text == question.answer)
+                scores.append(caption.score or 0.0)
                 if caption.text != question.answer:
                     mistakes[question.answer, caption.text] += 1
             progress.update(len(batch))
     for (answer, wrong), _ in mistakes.most_common(5):
         print(f"  {answer!r} was answered {wrong!r}")
-    return Score(right, scenes)
+    return Score(tuple(right), tuple(scores))
 
 
 def _captions(styles: tuple[sprites.Style, ...], scenes: int) -> Iterator[_Question]:

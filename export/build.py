@@ -24,7 +24,7 @@ from transformers import GitForCausalLM
 
 from export.checkpoint import Checkpoint
 from export.errors import ExportError
-from export.fp16 import build_fp16
+from export.fp16 import HELPERS, build_fp16
 from export.gate import exact, judge
 from export.graphs import share_weights
 from export.modeling import ImagePrefix, TextDecoder
@@ -34,13 +34,14 @@ from export.reference import Case
 from export.self_test import choose
 from export.variants import build_variants, data_name, file_name, variant
 from export.verify import verify
+from export.weights import pool
 from runtime.model.manifest import FILE as MANIFEST
-from runtime.model.manifest import TOKENIZER, Combination, Manifest, Variant, sha256
+from runtime.model.manifest import TOKENIZER, WEIGHTS, Combination, Manifest, Variant, sha256
 
 _TASK = "image-to-text"
 _FP32 = ("fp32", "float32")
 _FUSED = "encoder.fused.onnx"  # fp32, and only on the way to fp16
-_CALIBRATION = 128  # pictures; the gate takes all
+_CALIBRATION = 128  # pictures at most, and half of those that there are; the gate takes others
 _PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx")
 
 
@@ -112,18 +113,20 @@ def _fast_ones(
         return [], {}
     made = islice(rows(np.random.default_rng(1), checkpoint.sizes, pixels), LEAST_PICTURES)
     pixels = pixels or list(made)
+    calibrating = min(_CALIBRATION, len(pixels) // 2)
     variants: list[Variant] = []
     if proof.int8:
-        variants += build_variants(checkpoint, folder, pixels[:_CALIBRATION], proof.new_tokens)
+        variants += build_variants(checkpoint, folder, pixels[:calibrating], proof.new_tokens)
     cases = [Case(row, [checkpoint.tokens.bos]) for row in pixels]
     fp32_nodes: dict[str, list[str]] = {}
     if proof.target != "cpu":
         half, fp32_nodes = build_fp16(
-            checkpoint, folder, folder / _FUSED, cases[:_CALIBRATION], proof.new_tokens,
+            checkpoint, folder, folder / _FUSED, cases[:calibrating], proof.new_tokens,
             plain=proof.target == "tensorrt",
         )  # fmt: skip
         variants += half
-    kept = judge(checkpoint, folder, variants, cases, proof.new_tokens, proof.cuda)
+    judged = cases[calibrating:]
+    kept = judge(checkpoint, folder, variants, judged, proof.new_tokens, proof.cuda)
     return kept, fp32_nodes
 
 
@@ -231,8 +234,9 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path, fused: bool) -> None:
 
 def _describe(checkpoint: Checkpoint, folder: Path, combinations: list[Combination]) -> Manifest:
     """The manifest of what is used; files of variants that no combination has are deleted."""
-    variants = _used(combinations)
-    files = {TOKENIZER, *(v.file for v in variants), *(v.data for v in variants if v.data)}
+    sizes = pool(folder, [v.file for v in _used(combinations)])
+    variants = tuple(replace(v, weights=sizes[v.file]) for v in _used(combinations))
+    files = {TOKENIZER, WEIGHTS, *(v.file for v in variants)}
     for path in folder.iterdir():
         if path.name not in files:
             path.unlink()
@@ -255,5 +259,6 @@ def _describe(checkpoint: Checkpoint, folder: Path, combinations: list[Combinati
 def _used(combinations: list[Combination]) -> tuple[Variant, ...]:
     wanted = {("encoder", c.encoder, c.cache) for c in combinations}
     wanted |= {("decoder", c.decoder, c.cache) for c in combinations}
-    wanted |= {("insert", c.decoder, c.cache) for c in combinations if c.cache == "float16"}
+    on_device = [c for c in combinations if c.cache == "float16"]
+    wanted |= {(graph, c.decoder, c.cache) for c in on_device for graph in HELPERS}
     return tuple(variant(*key) for key in sorted(wanted))

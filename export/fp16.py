@@ -15,12 +15,19 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from tqdm import tqdm
 
 from export.checkpoint import Checkpoint
-from export.graphs import for_bursts, share_weights, write_insertion
+from export.graphs import (
+    for_bursts,
+    share_weights,
+    write_candidates,
+    write_insertion,
+    write_reordering,
+)
 from export.reference import Arrays, Case, caption
 from export.variants import data_name, file_name, variant
 from runtime.model.manifest import Variant
 
 FUSED = "fp16-fused"  # attention in one node, for CUDA; plain fp16 is for TensorRT
+HELPERS = ("insert", "reorder", "candidates")  # graphs without weights, for a device
 _CACHE = "float16"
 _LIMIT = 65_504 / 4  # a picture that was not measured may go further than those that were
 _MEASURED = 16  # pictures: every tensor of each is looked at
@@ -56,9 +63,12 @@ def build_fp16(
             share_weights(output, data_name(graph, half))
     fused.unlink()
     for_bursts(folder / file_name("decoder", "fp16", _CACHE))
-    write_insertion(folder / file_name("insert", "fp16", _CACHE), checkpoint.sizes.layers)
+    sizes = checkpoint.sizes
+    write_insertion(folder / file_name("insert", "fp16", _CACHE), sizes.layers)
+    write_reordering(folder / file_name("reorder", "fp16", _CACHE), sizes.layers)
+    write_candidates(folder / file_name("candidates", "fp16", _CACHE), sizes.vocabulary)
     made = [variant("encoder", precision, _CACHE) for precision in encoders]
-    made += [variant(graph, "fp16", _CACHE) for graph in ("decoder", "insert")]
+    made += [variant(graph, "fp16", _CACHE) for graph in ("decoder", *HELPERS)]
     return made, kept
 
 

@@ -3,17 +3,21 @@
 They are judged as they will run, encoder with decoder and cache, because errors add up.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from export.checkpoint import Checkpoint
-from export.reference import Case, OnnxGraphs, TorchGraphs, caption
+from export.reference import Case, Graphs, OnnxGraphs, TorchGraphs, best_of_beams, caption
 from export.variants import file_name
+from export.verify import BEAMS
 from runtime.model.manifest import EXACT, Combination, Variant
 
 LEAST_AGREEMENT = 0.99  # 8-bit decoder weights and K/V cache, and fp16 throughout
 _TRIED = 2  # cases of random weights
+_SEARCHED = 40  # cases that are captioned with beams, too
+_PROMPT = 2  # tokens of a prompt: how the caption of the next picture begins
 LEAST_WITH_INT8_ENCODER = 0.97  # 8-bit activations in the image encoder
 
 
@@ -33,20 +37,26 @@ def judge(
 ) -> list[Combination]:
     """Every combination but the exact one that passes; all figures are told on the way.
 
-    cases: what to caption, with at most `tokens` new tokens each. Random weights pass unjudged,
-    after a look at whether they run: small changes sway what they say, and nobody reads it.
+    cases: what to caption, with at most `tokens` new tokens each, as they are and once more with a
+    prompt. Random weights pass unjudged, after a look at whether they run: small changes sway what
+    they say, and nobody reads it.
     cuda: judge fp16 by the arithmetic of the GPU that is here; the CPU provider computes most of
     it in fp32.
     """
     cases = cases if checkpoint.trained else cases[:_TRIED]
     sizes, special = checkpoint.sizes, checkpoint.tokens
-    expected = [
-        answer.tokens
-        for answer in tqdm(
-            caption(TorchGraphs(checkpoint), sizes, special, cases, tokens),
-            desc="PyTorch", total=len(cases), unit="image",
-        )
-    ]  # fmt: skip
+    expected = _said_by_torch(checkpoint, cases, tokens)
+    prompted = [
+        Case(case.pixels, [*case.prompt, *beginning[:_PROMPT]])
+        for case, beginning in zip(cases, [*expected[1:], *expected[:1]], strict=True)
+    ]
+    expected += _said_by_torch(checkpoint, prompted, tokens)
+    cases = [*cases, *prompted]
+    by_torch = TorchGraphs(checkpoint)
+    with_beams = [
+        best_of_beams(by_torch, sizes, special.eos, case, tokens, BEAMS)
+        for case in cases[: _SEARCHED if checkpoint.trained else 0]
+    ]
     passed = []
     for candidate in _combinations(variants):
         files = (
@@ -54,7 +64,8 @@ def judge(
             for graph, precision in (("encoder", candidate.encoder), ("decoder", candidate.decoder))
         )
         on_gpu = cuda and candidate.cache == "float16"
-        answers = caption(OnnxGraphs(*files, cuda=on_gpu), sizes, special, cases, tokens)
+        graphs = OnnxGraphs(*files, cuda=on_gpu)
+        answers = caption(graphs, sizes, special, cases, tokens)
         progress = tqdm(answers, desc=candidate.name, total=len(cases), unit="image", leave=False)
         equal = sum(a.tokens == e for a, e in zip(progress, expected, strict=True))
         agreement = equal / len(cases)
@@ -67,13 +78,39 @@ def judge(
             flush=True,
         )
         if kept:
+            searched = _searched(checkpoint, graphs, cases, tokens, with_beams)
             proven = agreement if checkpoint.trained else None
-            passed.append(
-                Combination(
-                    candidate.encoder, candidate.decoder, candidate.cache, len(cases), proven
-                )
-            )
+            passed.append(replace(candidate, images=len(cases), agreement=proven, beams=searched))
     return passed
+
+
+def _searched(
+    checkpoint: Checkpoint,
+    graphs: Graphs,
+    cases: list[Case],
+    tokens: int,
+    expected: list[list[int]],
+) -> float | None:
+    """The share of captions with beams that are PyTorch's; told, and nothing is left out for it.
+
+    None for random weights, and on a device, where beams ask another graph.
+    """
+    if not expected or not isinstance(graphs, OnnxGraphs) or graphs.for_bursts:
+        return None
+    sizes, eos = checkpoint.sizes, checkpoint.tokens.eos
+    found = [
+        best_of_beams(graphs, sizes, eos, case, tokens, BEAMS) for case in cases[: len(expected)]
+    ]
+    share = sum(f == e for f, e in zip(found, expected, strict=True)) / len(expected)
+    print(f"  with {BEAMS} beams {share:.1%} of {len(expected)}", flush=True)
+    return share
+
+
+def _said_by_torch(checkpoint: Checkpoint, cases: list[Case], tokens: int) -> list[list[int]]:
+    graphs = TorchGraphs(checkpoint)
+    answers = caption(graphs, checkpoint.sizes, checkpoint.tokens, cases, tokens)
+    progress = tqdm(answers, desc="PyTorch", total=len(cases), unit="image")
+    return [answer.tokens for answer in progress]
 
 
 def least_agreement(encoder: str) -> float:

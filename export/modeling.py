@@ -16,8 +16,6 @@ from torch import nn
 from transformers import AttentionInterface, GitForCausalLM, PretrainedConfig
 from transformers.models.git.modeling_git import GitLayer
 
-from runtime.model.manifest import NOT_A_TOKEN
-
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -101,12 +99,15 @@ class TextDecoder(nn.Module):
         token_ids: torch.Tensor,
         lengths: torch.Tensor,
         total_length: torch.Tensor,
+        candidates: torch.Tensor,
         past_key_values: list[KeyValue],
     ) -> dict[str, Any]:
         """Shapes as in the decoder's contract; `past_key_values` L pairs of `[B, H, C, D]`.
 
-        Returns `next_ids` int64 `[B]`, NOT_A_TOKEN where the numbers broke down, `logits` float
-        `[B, V]` and `past_key_values`, L new pairs.
+        Returns the `candidates` (K) likeliest tokens, best first: `candidate_ids` int64 `[B, K]`
+        and `candidate_logprobs` float `[B, K]`, NaN where a row's numbers broke down; `best_logits`
+        float `[B, 1]` of the first of them, from which the others' follow; all `logits` float
+        `[B, V]`; and `past_key_values`, L new pairs.
         """
         positions = (lengths - self.prefix).to(torch.int64).unsqueeze(1)
         hidden = self.embeddings(input_ids=token_ids, position_ids=positions)
@@ -118,15 +119,36 @@ class TextDecoder(nn.Module):
             )
             present.append((key, value))
             hidden = layer.feed_forward_chunk(layer.attention.output(context, hidden))
-        last = hidden[:, 0]
-        logits = self.head(last)
-        # The sum is NaN if anything before was, in any layer; the largest of NaNs is some token.
-        broken = torch.isnan(last.sum(dim=-1))
+        logits = self.head(hidden[:, 0])
+        # One NaN among the logits makes all log-probabilities of the row NaN.
+        logprobs, ids = Likeliest.apply(logits.log_softmax(dim=-1), candidates)
         return {
-            "next_ids": torch.where(broken, NOT_A_TOKEN, logits.argmax(dim=-1)),
+            "candidate_ids": ids,
+            "candidate_logprobs": logprobs,
+            "best_logits": logits.amax(dim=-1, keepdim=True),
             "logits": logits,
             "past_key_values": present,
         }
+
+
+class Likeliest(torch.autograd.Function):
+    """The largest values of each row and where they are, as many as a tensor says."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: torch.Tensor, count: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """float `[B, V]`, int64 `[1]` -> float and int64 `[B, count]`, the largest first."""
+        found = values.topk(int(count), dim=-1)
+        return found.values, found.indices
+
+    @staticmethod
+    def symbolic(g: Any, values: Any, count: Any) -> tuple[Any, Any]:
+        """torch's own export of topk would fix the count."""
+        largest, places = g.op("TopK", values, count, axis_i=-1, outputs=2)
+        largest.setType(values.type().with_sizes([None, None]))
+        places.setType(torch._C.TensorType.get().with_dtype(torch.int64).with_sizes([None, None]))
+        return largest, places
 
 
 class CachedAttention(torch.autograd.Function):

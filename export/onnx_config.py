@@ -18,7 +18,9 @@ Axes = dict[str, dict[int, str]]
 OPSET = 17
 _ROWS = "rows"
 _CAPACITY = "capacity"
+_CANDIDATES = "candidates"
 _DUMMY_ROWS = 2
+_DUMMY_CANDIDATES = 3
 _DUMMY_SPARE = 8  # positions that a dummy slot has beyond the image prefix
 
 
@@ -36,6 +38,7 @@ def _decoder_inputs(sizes: Sizes) -> dict[str, Any]:
         "token_ids": torch.randint(0, sizes.vocabulary, (_DUMMY_ROWS, 1)),
         "lengths": lengths,
         "total_length": lengths.max().view(1) + 1,
+        "candidates": torch.tensor([_DUMMY_CANDIDATES]),
         "past_key_values": [(torch.randn(cache), torch.randn(cache)) for _ in range(sizes.layers)],
     }
 
@@ -87,13 +90,21 @@ class GitDecoderOnnxConfig(OnnxConfigWithPast):
             "token_ids": {0: _ROWS},
             "lengths": {0: _ROWS},
             "total_length": {},
+            "candidates": {},
             **self._caches("past_key_values"),
         }
 
     @property
     def outputs(self) -> Axes:
-        """The most likely token, what it was chosen from, and the grown cache."""
-        return {"next_ids": {0: _ROWS}, "logits": {0: _ROWS}, **self._caches("present")}
+        """The likeliest tokens, what they were chosen from, and the grown cache."""
+        likeliest = {0: _ROWS, 1: _CANDIDATES}
+        return {
+            "candidate_ids": likeliest,
+            "candidate_logprobs": likeliest,
+            "best_logits": {0: _ROWS},
+            "logits": {0: _ROWS},
+            **self._caches("present"),
+        }
 
     def _caches(self, name: str) -> Axes:
         return {

@@ -1,6 +1,7 @@
 """Greedy decoding as plain as can be, over ONNX graphs or the PyTorch modules they came from.
 
-It shares nothing with runtime/, so that what it proves is the graphs alone. Rows of one batch start
+It shares nothing with runtime/ but the choice among beams, so that what it proves is the graphs
+alone. Rows of one batch start
 at different steps and with prompts of different lengths, so they are of unequal age throughout.
 """
 
@@ -15,7 +16,10 @@ import torch
 
 from export.checkpoint import Checkpoint
 from export.modeling import ImagePrefix, TextDecoder
+from runtime.decoding.base import Row
+from runtime.decoding.beams import Beams
 from runtime.model.manifest import Sizes, SpecialTokens
+from runtime.request import SamplingParams
 
 Arrays = dict[str, np.ndarray]
 
@@ -32,10 +36,13 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Generated `tokens`, the end token included, and float32 `logits` [tokens, V] behind them."""
+    """Generated `tokens`, the end token included; float32 `logits` [tokens, V] behind them, and
+    `logprobs` [tokens] of them.
+    """
 
     tokens: list[int]
     logits: np.ndarray
+    logprobs: np.ndarray
 
 
 class Graphs(Protocol):
@@ -45,7 +52,7 @@ class Graphs(Protocol):
         """`pixels` of all rows -> `image.{i}.key/value`."""
 
     def decode(self, feeds: Arrays) -> Arrays:
-        """All inputs of the decoder -> `next_ids`, `logits`, `present.{i}.key/value`."""
+        """All inputs of the decoder -> all its outputs."""
 
 
 class OnnxGraphs:
@@ -60,13 +67,23 @@ class OnnxGraphs:
             for path in (encoder, decoder)
         )
 
+    @property
+    def for_bursts(self) -> bool:
+        """Whether the decoder says what comes next, and no more candidates."""
+        return any(output.name == "next_ids" for output in self._decoder.get_outputs())
+
     def encode(self, pixels: np.ndarray) -> Arrays:
         """See Graphs."""
         return _run(self._encoder, {"pixels": pixels})
 
     def decode(self, feeds: Arrays) -> Arrays:
-        """See Graphs."""
-        return _run(self._decoder, feeds)
+        """See Graphs; a decoder for bursts says what comes next in its own way."""
+        inputs = {value.name for value in self._decoder.get_inputs()}
+        made = _run(self._decoder, {name: feeds[name] for name in feeds.keys() & inputs})
+        if self.for_bursts:
+            made["candidate_ids"] = made["next_ids"][:, None]
+            made["candidate_logprobs"] = made["next_logprobs"]
+        return made
 
 
 class TorchGraphs:
@@ -135,7 +152,7 @@ def _batch(
     images = graphs.encode(np.stack([case.pixels for case in batch]))
     caches = _caches(images, capacity=sizes.prefix + steps)
     texts = [list(case.prompt) for case in batch]
-    chosen_from: list[list[np.ndarray]] = [[] for _ in batch]
+    chosen_from: list[list[tuple[np.ndarray, np.float32]]] = [[] for _ in batch]
     for step in range(steps):
         # A row that has not started is fed its first token again and again, in the same place.
         ages = np.maximum(step - starts, 0)
@@ -146,19 +163,54 @@ def _batch(
                 "token_ids": np.array(fed, np.int64),
                 "lengths": lengths,
                 "total_length": lengths.max(keepdims=True) + 1,
+                "candidates": np.ones(1, np.int64),
                 **caches,
             }
         )
         caches = {name: outputs[name.replace("past_key_values", "present")] for name in caches}
         for row, text in enumerate(texts):
             if step >= starts[row] and ages[row] + 1 == len(text):
-                text.append(int(outputs["next_ids"][row]))
-                chosen_from[row].append(outputs["logits"][row])
+                text.append(int(outputs["candidate_ids"][row, 0]))
+                logprob = outputs["candidate_logprobs"][row, 0]
+                chosen_from[row].append((outputs["logits"][row], logprob))
     answers = [
         _cut(text[len(case.prompt) :], logits, eos, new_tokens)
         for case, text, logits in zip(batch, texts, chosen_from, strict=True)
     ]
     return answers, caches
+
+
+def best_of_beams(
+    graphs: Graphs, sizes: Sizes, eos: int, case: Case, new_tokens: int, beams: int
+) -> list[int]:
+    """The tokens that beam search finds best; it is the runtime's, with caches moved by hand."""
+    decoding = Beams(case.prompt, SamplingParams(new_tokens, num_beams=beams), eos)
+    images = graphs.encode(case.pixels[None])
+    caches = _caches(images, capacity=sizes.prefix + len(case.prompt) + new_tokens)
+    caches = {name: np.repeat(cache, beams, axis=0) for name, cache in caches.items()}
+    fed = 0
+    while not decoding.over:
+        forced = case.prompt[fed : fed + 1] * beams
+        outputs = graphs.decode(
+            {
+                "token_ids": np.array(forced or decoding.tokens, np.int64)[:, None],
+                "lengths": np.full(beams, sizes.prefix + fed, np.int32),
+                "total_length": np.array([sizes.prefix + fed + 1], np.int32),
+                "candidates": np.array([decoding.candidates], np.int64),
+                **caches,
+            }
+        )
+        caches = {name: outputs[name.replace("past_key_values", "present")] for name in caches}
+        fed += 1
+        if fed < len(case.prompt):
+            continue
+        likeliest = (outputs[f"candidate_{part}"].tolist() for part in ("ids", "logprobs"))
+        rows = [Row(ids, logprobs, 0.0) for ids, logprobs in zip(*likeliest, strict=True)]
+        parents = list(range(beams))
+        for source, target in decoding.advance(rows):
+            parents[target] = source
+        caches = {name: cache[parents] for name, cache in caches.items()}
+    return list(decoding.completions()[0].token_ids)
 
 
 def _caches(images: Arrays, capacity: int) -> Arrays:
@@ -173,8 +225,11 @@ def _caches(images: Arrays, capacity: int) -> Arrays:
     return caches
 
 
-def _cut(tokens: list[int], logits: list[np.ndarray], eos: int, most: int) -> Answer:
+def _cut(
+    tokens: list[int], chosen_from: list[tuple[np.ndarray, np.float32]], eos: int, most: int
+) -> Answer:
     tokens = tokens[:most]
     if eos in tokens:
         tokens = tokens[: tokens.index(eos) + 1]
-    return Answer(tokens, np.stack(logits[: len(tokens)]))
+    logits, logprobs = zip(*chosen_from[: len(tokens)], strict=True)
+    return Answer(tokens, np.stack(logits), np.array(logprobs))

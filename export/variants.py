@@ -43,9 +43,7 @@ def data_name(graph: str, precision: str) -> str:
 
 def variant(graph: str, precision: str, cache: str) -> Variant:
     """The manifest's entry for one graph file."""
-    file = file_name(graph, precision, cache)
-    data = None if graph == "insert" else data_name(graph, precision)
-    return Variant(graph, precision, cache, file, data)
+    return Variant(graph, precision, cache, file_name(graph, precision, cache))
 
 
 def build_variants(

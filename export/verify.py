@@ -12,8 +12,10 @@ from tqdm import tqdm
 from export.checkpoint import Checkpoint
 from export.errors import ExportError, Mismatch
 from export.pictures import rows
-from export.reference import Answer, Case, OnnxGraphs, caption
+from export.reference import Answer, Case, OnnxGraphs, best_of_beams, caption
 
+BEAMS = 4
+_SEARCHED = 8  # one image of so many: PyTorch encodes it again for each beam and token
 _LONGEST_PROMPT = 5  # tokens, without the start token
 
 
@@ -23,9 +25,11 @@ class Verification:
 
     images: int
     prompts: int  # how many of them had a prompt
+    beams: int  # how many of them were searched with BEAMS beams, too
     new_tokens: int  # most for each image
     distinct_captions: int
     max_logits_difference: float  # over all steps of all images
+    max_logprobs_difference: float  # of the tokens that were chosen
 
 
 def verify(
@@ -52,19 +56,28 @@ def verify(
     if not checkpoint.trained and 2 * distinct <= images:
         raise Mismatch(f"{images} images have only {distinct} different captions: try another seed")
     differences: list[float] = []
+    of_logprobs: list[float] = []
     for index, case in enumerate(tqdm(cases, desc="verifying", unit="image")):
         expected = _torch_answer(checkpoint, case, new_tokens)
         answer = answers[index]
-        _compare_tokens(index, case, expected, answer)
+        _compare_tokens(index, case, expected.tokens, answer.tokens)
         differences.append(float(np.abs(expected.logits - answer.logits).max()))
+        of_logprobs.append(float(np.abs(expected.logprobs - answer.logprobs).max()))
+    searched = cases[: -(-images // _SEARCHED)]
+    for index, case in enumerate(tqdm(searched, desc="with beams", unit="image")):
+        tokens_of = _torch_tokens(checkpoint, case, new_tokens, num_beams=BEAMS)
+        found = best_of_beams(graphs, sizes, tokens.eos, case, new_tokens, BEAMS)
+        _compare_tokens(index, case, _cut(tokens_of, tokens.eos), found)
     if not np.isfinite(differences).all():
         raise Mismatch("the graphs' logits are not finite. The engine was not written.")
     return Verification(
         images=len(cases),
         prompts=sum(len(case.prompt) > 1 for case in cases),
+        beams=len(searched),
         new_tokens=new_tokens,
         distinct_captions=distinct,
         max_logits_difference=max(differences),
+        max_logprobs_difference=max(of_logprobs),
     )
 
 
@@ -79,35 +92,56 @@ def _cases(checkpoint: Checkpoint, images: int, given: list[np.ndarray]) -> Iter
 @torch.inference_mode()
 def _torch_answer(checkpoint: Checkpoint, case: Case, new_tokens: int) -> Answer:
     """`generate` for the tokens, then one pass over the whole text for the logits behind them."""
-    model, how = checkpoint.model, checkpoint.normalisation
-    pixels = torch.from_numpy(case.pixels)[None].float() * how.rescale
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (how.mean, how.std))
-    pixels = (pixels - mean) / std
+    tokens = torch.tensor(_torch_tokens(checkpoint, case, new_tokens))
+    ids = torch.cat([torch.tensor(case.prompt), tokens])[None]
+    text = checkpoint.model(
+        input_ids=ids, pixel_values=_normalised(checkpoint, case), use_cache=False
+    ).logits[0, -ids.shape[1] :]
+    logits = text[len(case.prompt) - 1 : -1]
+    logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    return Answer(tokens.tolist(), logits.numpy(), logprobs.numpy())
+
+
+def _torch_tokens(
+    checkpoint: Checkpoint, case: Case, new_tokens: int, num_beams: int = 1
+) -> list[int]:
+    """Without the prompt."""
     prompt = torch.tensor([case.prompt])
-    ids = model.generate(
-        pixel_values=pixels,
+    ids = checkpoint.model.generate(
+        pixel_values=_normalised(checkpoint, case),
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=new_tokens,
         do_sample=False,
-        num_beams=1,
+        num_beams=num_beams,
         pad_token_id=checkpoint.tokens.pad,
     )
-    text = model(input_ids=ids, pixel_values=pixels, use_cache=False).logits[0, -ids.shape[1] :]
-    start = len(case.prompt)
-    return Answer(ids[0, start:].tolist(), text[start - 1 : -1].numpy())
+    return ids[0, len(case.prompt) :].tolist()
 
 
-def _compare_tokens(index: int, case: Case, expected: Answer, answer: Answer) -> None:
-    if expected.tokens == answer.tokens:
+def _normalised(checkpoint: Checkpoint, case: Case) -> torch.Tensor:
+    """Its pixels as Hugging Face's processor would give them to the model."""
+    how = checkpoint.normalisation
+    pixels = torch.from_numpy(case.pixels)[None].float() * how.rescale
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (how.mean, how.std))
+    return (pixels - mean) / std
+
+
+def _cut(tokens: list[int], eos: int) -> list[int]:
+    """Without what fills up."""
+    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+
+
+def _compare_tokens(index: int, case: Case, expected: list[int], found: list[int]) -> None:
+    if expected == found:
         return
     same = 0
-    for ours, theirs in zip(answer.tokens, expected.tokens, strict=False):
+    for ours, theirs in zip(found, expected, strict=False):
         if ours != theirs:
             break
         same += 1
     raise Mismatch(
         f"image {index} (prompt of {len(case.prompt) - 1} tokens): ONNX and PyTorch differ from "
-        f"token {same} on: {answer.tokens[same:]} against {expected.tokens[same:]}. "
+        f"token {same} on: {found[same:]} against {expected[same:]}. "
         "The engine was not written."
     )

@@ -1,7 +1,8 @@
-"""Runs an exported GIT: a batched greedy decode loop over ONNX Runtime.
+"""Runs an exported GIT: a batched decode loop over ONNX Runtime.
 
-Reading order: `model/` (what an engine folder says) -> `planning/` -> `providers/` -> `execution/` ->
-`request`, `sequence`, `scheduler`, `pacing` -> `engine` -> `stepper`, `async_engine` -> `offline/`.
+Reading order: `model/` (what an engine folder says) -> `planning/` -> `providers/` ->
+`execution/` -> `request`, `sequence`, `scheduler`, `pacing` -> `engine` -> `stepper`,
+`async_engine` -> `offline/`.
 """
 
 import os

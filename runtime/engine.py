@@ -11,10 +11,12 @@ from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime.decoding.base import Move
+from runtime.decoding.choice import decoding_of
 from runtime.errors import InvalidRequest, WrongThread
 from runtime.execution.base import ModelRunner
 from runtime.limits import Limits
@@ -27,7 +29,6 @@ from runtime.request import (
     Caption,
     GenerationRequest,
     RequestOutput,
-    SamplingParams,
     captioned,
     joined,
 )
@@ -82,7 +83,7 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         self.runner = runner
-        self.limits = Limits(tokenizer, runner.text_tokens)
+        self.limits = Limits(tokenizer, runner.text_tokens, config.slots)
         self._encode_batch = config.encode_batch or _ENCODE_BATCH
         self._pacing = Pacing(config.patience)
         self.scheduler = self._new_scheduler()
@@ -137,15 +138,15 @@ class Engine:
         self,
         image: AnyImage,
         prompt: str | None = None,
-        max_new_tokens: int | None = None,
-        ignore_eos: bool = False,
         stream: bool = False,
+        **sampling: Any,
     ) -> GenerationRequest:
         """A request that this engine can serve. image: see `runtime.model.images.pixels_of`; an
-        array is pixels as `preprocess` makes them, stacked for video checkpoints.
+        array is pixels as `preprocess` makes them, stacked for video checkpoints. sampling: fields
+        of SamplingParams.
 
-        Raises what `pixels_of` raises, and InvalidRequest when shape, prompt or limit can never be
-        served.
+        Raises what `pixels_of` raises, and InvalidRequest when shape, prompt or sampling can never
+        be served.
         """
         pixels = image if isinstance(image, np.ndarray) else pixels_of(image, self.manifest, 1)
         if pixels.dtype != np.uint8 or pixels.shape != self.runner.pixels_shape:
@@ -153,14 +154,14 @@ class Engine:
                 f"pixels must be uint8 of shape {list(self.runner.pixels_shape)}, "
                 f"not {pixels.dtype} of {list(pixels.shape)}"
             )
-        prompt_ids, most = self.limits.check(prompt, max_new_tokens)
-        sampling = SamplingParams(most, ignore_eos)
-        return GenerationRequest(pixels, prompt_ids, sampling, stream=stream)
+        prompt_ids, params = self.limits.check(prompt, sampling, stream)
+        return GenerationRequest(pixels, prompt_ids, params, stream=stream)
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request. Raises WrongThread while another thread uses the engine."""
         self._claim()
-        self._sequences[request.id] = self.scheduler.add(request)
+        decoding = decoding_of(request, self.manifest.tokens.eos)
+        self._sequences[request.id] = self.scheduler.add(request, decoding)
 
     def cancel(self, request_id: int) -> bool:
         """Take a request back and free its slot at once; False if it had ended already."""
@@ -227,20 +228,29 @@ class Engine:
 
     def _decode(self, running: list[Sequence]) -> None:
         """Feed every running row; what is computed in holes between them is nobody's."""
-        slots = [s.slot for s in running if s.slot is not None]
-        steps, rows = self._burst(running), slots[-1] + 1
+        steps, rows = self._burst(running), self.scheduler.rows
         tokens, fed = [[0] * rows for _ in range(steps)], [0] * rows
-        for slot, sequence in zip(slots, running, strict=True):
-            fed[slot] = sequence.fed
-            for step, token in enumerate(sequence.tokens(steps)):
-                tokens[step][slot] = token
+        for sequence in running:
+            for slot in sequence.slots:
+                fed[slot] = sequence.fed
+            for step, fed_next in enumerate(sequence.tokens(steps)):
+                for slot, token in zip(sequence.slots, fed_next, strict=True):
+                    tokens[step][slot] = token
         started = self._clock()
-        predicted = self.runner.decode(tokens[0], fed, tokens[1:])
+        found = self.runner.decode(tokens[0], fed, tokens[1:], self._candidates(running))
         self._pacing.decoded(self._clock() - started)
-        for step in predicted.tolist():
-            for slot, sequence in zip(slots, running, strict=True):
+        moves: list[Move] = []
+        for by_slot in found.rows():
+            for sequence in running:
                 if sequence.finish_reason is None:  # else it ended earlier in this burst
-                    sequence.advance(step[slot], self.manifest.tokens.eos)
+                    moves += sequence.advance([by_slot[slot] for slot in sequence.slots])
+        if moves:  # of beams, with which there are no bursts
+            self.runner.reorder(moves, max(fed) + 1)
+
+    def _candidates(self, running: list[Sequence]) -> int:
+        """A power of two, so that a runner meets few different numbers."""
+        wanted = max(sequence.candidates for sequence in running)
+        return min(1 << (wanted - 1).bit_length(), self.manifest.sizes.vocabulary)
 
     def _burst(self, running: list[Sequence]) -> int:
         """Steps that need nothing from here: none for a row that is sure to be over."""
@@ -257,9 +267,8 @@ class Engine:
     def _encode(self, admitted: list[Sequence]) -> None:
         for start in range(0, len(admitted), self._encode_batch):
             batch = admitted[start : start + self._encode_batch]
-            slots = [s.slot for s in batch if s.slot is not None]
             started = self._clock()
-            self.runner.encode([s.request.pixels for s in batch], slots)
+            self.runner.encode([s.request.pixels for s in batch], [s.slots for s in batch])
             now = self._clock()
             self._pacing.encoded(now - started)
             for sequence in batch:
@@ -269,17 +278,18 @@ class Engine:
         self,
         images: ListLike[AnyImage],
         prompts: ListLike[str | None] | None = None,
-        max_new_tokens: int | None = None,
-        ignore_eos: bool = False,
+        **sampling: Any,
     ) -> list[Caption]:
         """Caption all images (see `runtime.model.images.pixels_of`), in their order, on any thread.
+
+        sampling: fields of SamplingParams, for all of them.
 
         Raises what `pixels_of`, `submit` and `caption` raise for the first one that can't be
         captioned; none is then.
         """
         prompts = prompts or [None] * len(images)
         requests = [
-            self.request(pixels_of(image, self.manifest, place), prompt, max_new_tokens, ignore_eos)
+            self.request(pixels_of(image, self.manifest, place), prompt, **sampling)
             for place, (image, prompt) in enumerate(zip(images, prompts, strict=True), 1)
         ]
         outputs = self._run(requests)

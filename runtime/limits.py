@@ -1,10 +1,28 @@
-"""What a request may ask for, so that it fits a slot. Needs the tokenizer, and no engine."""
+"""What a request may ask for, so that it fits an engine. Needs the tokenizer, and no engine."""
 
+import secrets
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from runtime.errors import InvalidRequest
+from runtime.request import SamplingParams
 
 DEFAULT_MAX_NEW_TOKENS = 20  # what `generate` of Hugging Face's GIT says by default
+RANGES: dict[str, tuple[float, float]] = {  # the least and the most of each
+    "n": (1, 8),
+    "logprobs": (0, 20),
+    "num_beams": (1, 8),
+    "length_penalty": (-10, 10),
+    "no_repeat_ngram_size": (0, 1024),
+    "repetition_penalty": (1, 100),
+    "temperature": (0, 100),
+    "top_k": (1, 64),
+    "top_p": (0, 1),
+    "seed": (0, 2**63 - 1),
+}
+_DRAWING = ("top_k", "top_p", "seed")  # of no effect without a temperature
+_RANKING = ("length_penalty", "early_stopping")  # of no effect without beams
 
 
 class Prompts(Protocol):
@@ -15,16 +33,23 @@ class Prompts(Protocol):
 
 
 class Limits:
-    """Prompt and caption share the text positions of a slot."""
+    """Prompt and caption share the text positions of a slot, and a request all slots."""
 
-    def __init__(self, tokenizer: Prompts, text_tokens: int) -> None:
-        self._tokenizer, self.text_tokens = tokenizer, text_tokens
+    def __init__(self, tokenizer: Prompts, text_tokens: int, slots: int | None = None) -> None:
+        """slots: set it once it is known."""
+        self._tokenizer, self.text_tokens, self.slots = tokenizer, text_tokens, slots
 
-    def check(self, prompt: str | None, max_new_tokens: int | None) -> tuple[tuple[int, ...], int]:
-        """A prompt's tokens and a limit of new ones; InvalidRequest if they don't fit a slot.
+    def check(
+        self, prompt: str | None, asked: dict[str, object], stream: bool = False
+    ) -> tuple[tuple[int, ...], SamplingParams]:
+        """A prompt's tokens and what is to be generated; InvalidRequest names what can't be.
 
-        Without a limit the default is used, or what the prompt leaves of the slot if that is less.
+        asked: fields of SamplingParams; those that are left out, or None, have their defaults. Of
+        new tokens that is what `generate` says, or what the prompt leaves of the slot if that is
+        less. Who draws has a seed from here on, so that a request that is tried again draws the
+        same.
         """
+        asked = {name: value for name, value in asked.items() if value is not None}
         prompt_ids = self._tokenizer.prompt_ids(prompt)
         room = self.text_tokens - len(prompt_ids) + 1  # the last token is never fed
         if room < 1:
@@ -32,10 +57,42 @@ class Limits:
                 f"the prompt has {len(prompt_ids) - 1} tokens: shorten it to "
                 f"{self.text_tokens - 1} or fewer"
             )
-        if max_new_tokens is None:
-            return prompt_ids, min(DEFAULT_MAX_NEW_TOKENS, room)
-        if not 1 <= max_new_tokens <= room:
+        default = {"max_new_tokens": min(DEFAULT_MAX_NEW_TOKENS, room)}
+        sampling = SamplingParams(**(default | asked))  # type: ignore[arg-type]
+        if not 1 <= sampling.max_new_tokens <= room:
             raise InvalidRequest(
-                f"max_new_tokens is {max_new_tokens}: with this prompt use 1 to {room}"
+                f"max_new_tokens is {sampling.max_new_tokens}: with this prompt use 1 to {room}"
             )
-        return prompt_ids, max_new_tokens
+        _check(sampling, asked)
+        if stream and sampling.rows > 1:
+            raise InvalidRequest(
+                "stream goes with num_beams and n of 1: which text is the best is known at the end"
+            )
+        if sampling.temperature and "seed" not in asked:
+            sampling = replace(sampling, seed=secrets.randbits(63))
+        if self.slots is not None and sampling.rows > self.slots:
+            raise InvalidRequest(
+                f"{'num_beams' if sampling.num_beams > 1 else 'n'} is {sampling.rows}, and there "
+                f"are {self.slots} slots: ask for fewer, or start with more (--slots)"
+            )
+        return prompt_ids, sampling
+
+
+def _check(sampling: SamplingParams, asked: dict[str, object]) -> None:
+    """Raise InvalidRequest for a value out of its range, and for what goes with nothing else."""
+    for name, (least, most) in RANGES.items():
+        if not least <= getattr(sampling, name) <= most:
+            raise InvalidRequest(f"{name} must be between {least} and {most}")
+    if sampling.early_stopping not in (True, False, "never"):
+        raise InvalidRequest("early_stopping must be true, false or never")
+    if sampling.num_beams > 1 and sampling.temperature:
+        raise InvalidRequest("temperature goes with num_beams 1: beams are searched, not drawn")
+    if not sampling.temperature and (drawing := [name for name in _DRAWING if name in asked]):
+        raise InvalidRequest(f"{drawing[0]} has no effect without a temperature above 0")
+    if sampling.num_beams == 1 and (ranking := [name for name in _RANKING if name in asked]):
+        raise InvalidRequest(f"{ranking[0]} has no effect without num_beams of 2 or more")
+    if sampling.n > 1 and not sampling.temperature and sampling.n > sampling.num_beams:
+        raise InvalidRequest(
+            f"n is {sampling.n}: give num_beams of as many or more, or a temperature, or all of "
+            "them would be the same"
+        )

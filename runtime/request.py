@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from runtime.errors import ComputationFailed
 
@@ -35,14 +36,41 @@ class Priority(StrEnum):
 
 
 class SamplingParams(Struct, frozen=True):
-    """What to generate.
+    """What to generate: the likeliest token each time, unless something else is asked for. Names
+    and meanings are those of Hugging Face's `generate`.
 
     max_new_tokens: most tokens to generate, the end token included.
     ignore_eos: generate all of them whatever the model says; for measuring speed.
+    n: captions to return (`num_return_sequences`); several take beams, or a temperature.
+    logprobs: of how many of the likeliest tokens at each place the log-probability is told.
+    num_beams: texts that are followed at once; the best is returned.
+    length_penalty, early_stopping: how beams are ranked, and when they are over; the latter is
+        True, False or "never".
+    no_repeat_ngram_size: of n-grams that may be there only once; 0 allows all.
+    repetition_penalty: what the scores of tokens that were there before are divided by.
+    temperature: 0 takes the likeliest token, anything above draws one.
+    top_k, top_p: which tokens are drawn from: so many, and no more than together are so likely.
+    seed: the same one draws the same tokens.
     """
 
     max_new_tokens: int
     ignore_eos: bool = False
+    n: int = 1
+    logprobs: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    no_repeat_ngram_size: int = 0
+    repetition_penalty: float = 1.0
+    temperature: float = 0.0
+    top_k: int = 50
+    top_p: float = 1.0
+    seed: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Of a batch that it takes."""
+        return max(self.num_beams, self.n)
 
 
 class SchedulingParams(Struct, frozen=True):
@@ -93,17 +121,53 @@ class Timing(Struct, frozen=True):
         return self.queue_s + self.encode_s + self.decode_s
 
 
+TopLogprobs = tuple[tuple[int, float], ...]  # tokens and their log-probabilities, best first
+
+
+class Completion(Struct, frozen=True):
+    """Generated tokens, the end token included, and the log-probability of each.
+
+    top_logprobs: at each place those of the likeliest tokens, as many as were asked for.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+
+    def after(self, known: int) -> "Completion":
+        """Without its first `known` tokens."""
+        return Completion(
+            self.token_ids[known:],
+            self.logprobs[known:],
+            self.top_logprobs[known:],
+            self.finish_reason,
+        )
+
+
 class RequestOutput(Struct, frozen=True):
-    """News of a request: tokens since the last of its outputs; at the end also why, and when."""
+    """News of a request: what was generated since the last of its outputs; at the end also why it
+    ended, when, and the `others` of several completions.
+    """
 
     id: int
-    token_ids: tuple[int, ...]
+    completion: Completion
     finish_reason: FinishReason | None = None
     timing: Timing | None = None
+    others: tuple[Completion, ...] = ()
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Of the first, or only, completion."""
+        return self.completion.token_ids
 
 
 class Caption(Struct, frozen=True):
-    """What a request got. Token counts leave the start and end tokens out."""
+    """What a request got. Token counts leave the start and end tokens out.
+
+    score: mean log-probability of its tokens, the end token included; None if it was captioned
+    where that is not told. others: of several captions all but the first.
+    """
 
     text: str
     token_ids: tuple[int, ...]  # as generated, the end token included
@@ -111,19 +175,29 @@ class Caption(Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     timing: Timing
+    score: float | None = None
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    others: tuple["Caption", ...] = ()
 
 
 def joined(outputs: Iterable[RequestOutput]) -> RequestOutput:
     """The outputs of a request that has ended as one. Raises ComputationFailed if it FAILED."""
-    tokens: list[int] = []
+    news = []
     for output in outputs:
-        tokens += output.token_ids
+        news.append(output.completion)
     if output.finish_reason is FinishReason.FAILED:
         raise ComputationFailed(
             "the model's numbers broke down (NaN) on this image: caption it with an engine of "
             "another precision, such as fp32"
         )
-    return RequestOutput(output.id, tuple(tokens), output.finish_reason, output.timing)
+    whole = Completion(
+        tuple(itertools.chain.from_iterable(each.token_ids for each in news)),
+        tuple(itertools.chain.from_iterable(each.logprobs for each in news)),
+        tuple(itertools.chain.from_iterable(each.top_logprobs for each in news)),
+        output.finish_reason,
+    )
+    return replace(output, completion=whole)
 
 
 class Texts(Protocol):
@@ -135,13 +209,23 @@ class Texts(Protocol):
 
 def captioned(request: GenerationRequest, output: RequestOutput, tokenizer: Texts) -> Caption:
     """The caption in all that was generated for a request."""
-    reason, timing = output.finish_reason, output.timing
-    assert reason is not None and timing is not None
-    return Caption(
-        text=tokenizer.text(output.token_ids),
-        token_ids=output.token_ids,
-        finish_reason=reason,
-        prompt_tokens=len(request.prompt_ids) - 1,
-        completion_tokens=len(output.token_ids) - (reason is FinishReason.STOP),
-        timing=timing,
-    )
+    timing = output.timing
+    assert timing is not None
+
+    def caption(completion: Completion, others: tuple[Caption, ...] = ()) -> Caption:
+        reason, count = completion.finish_reason, len(completion.token_ids)
+        assert reason is not None
+        return Caption(
+            text=tokenizer.text(completion.token_ids),
+            token_ids=completion.token_ids,
+            finish_reason=reason,
+            prompt_tokens=len(request.prompt_ids) - 1,
+            completion_tokens=count - (reason is FinishReason.STOP),
+            timing=timing,
+            score=sum(completion.logprobs) / count if count else None,
+            logprobs=completion.logprobs,
+            top_logprobs=completion.top_logprobs,
+            others=others,
+        )
+
+    return caption(output.completion, tuple(caption(other) for other in output.others))

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from runtime.decoding.base import Decoding
 from runtime.request import FinishReason, GenerationRequest, Priority
 from runtime.sequence import Sequence
 
@@ -51,18 +52,23 @@ class Scheduler:
 
     @property
     def running(self) -> list[Sequence]:
-        """Sequences in a slot, by slot."""
-        return [self._running[slot] for slot in sorted(self._running)]
+        """Sequences that have slots, by their lowest."""
+        return list(dict.fromkeys(self._running[slot] for slot in sorted(self._running)))
+
+    @property
+    def rows(self) -> int:
+        """Leading rows of a step that works on all who run."""
+        return max(self._running, default=-1) + 1
 
     @property
     def idle(self) -> bool:
         """Nothing waits and nothing runs."""
         return not self.waiting and not self._running
 
-    def add(self, request: GenerationRequest) -> Sequence:
+    def add(self, request: GenerationRequest, decoding: Decoding) -> Sequence:
         """Queue a request behind those of its priority that wait."""
         before = request.scheduling.arrival_time
-        sequence = Sequence(request, self._clock() if before is None else before)
+        sequence = Sequence(request, decoding, self._clock() if before is None else before)
         self._queue_of(sequence).append(sequence)
         return sequence
 
@@ -88,18 +94,25 @@ class Scheduler:
         With refill, at most `encode_batch` at a time, so that those that run wait no longer than
         one encoder call; but while the slots are full, none until there is room for a call that is
         worth it: one image at a time leaves cores idle. Without refill, a whole batch, once the
-        last one has ended.
+        last one has ended. One that needs several slots has them all at once, and nobody behind it
+        any before.
         """
         room = min(self.waiting, self._encode_batch, self._refilled)
         if self._running and (not self._refill or len(self._free) < room):
             return []
         most = self._encode_batch if self._refill else len(self._free)
         admitted: list[Sequence] = []
-        while self.waiting and self._free and len(admitted) < most:
-            sequence = (self._interactive or self._batch).popleft()
-            sequence.slot = heapq.heappop(self._free)
+        while self.waiting and len(admitted) < most:
+            queue = self._interactive or self._batch
+            sequence = queue[0]
+            if sequence.request.sampling.rows > len(self._free):
+                break
+            queue.popleft()
+            for _ in range(sequence.request.sampling.rows):
+                slot = heapq.heappop(self._free)
+                sequence.slots.append(slot)
+                self._running[slot] = sequence
             sequence.admitted = self._clock()
-            self._running[sequence.slot] = sequence
             admitted.append(sequence)
         return admitted
 
@@ -113,7 +126,7 @@ class Scheduler:
             source = max(self._running)
             target = heapq.heapreplace(self._free, source)
             sequence = self._running.pop(source)
-            sequence.slot = target
+            sequence.slots[sequence.slots.index(source)] = target
             self._running[target] = sequence
             moves.append(Move(source, target))
         return moves
@@ -130,15 +143,15 @@ class Scheduler:
         if sequence.finish_reason is not None:
             return False
         sequence.finish_reason = FinishReason.CANCELLED
-        if sequence.slot is None:
+        if not sequence.slots:
             self._queue_of(sequence).remove(sequence)
         else:
             self._release(sequence)
         return True
 
     def _release(self, sequence: Sequence) -> None:
-        assert sequence.slot is not None
-        del self._running[sequence.slot]
-        heapq.heappush(self._free, sequence.slot)
-        sequence.slot = None
+        for slot in sequence.slots:
+            del self._running[slot]
+            heapq.heappush(self._free, slot)
+        sequence.slots = []
         sequence.finished = self._clock()

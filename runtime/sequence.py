@@ -1,23 +1,26 @@
 """A request on its way through the engine."""
 
+import math
+from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 
-from runtime.model.manifest import NOT_A_TOKEN
-from runtime.request import FinishReason, GenerationRequest, RequestOutput, Timing
+from runtime.decoding.base import Decoding, Move, Row
+from runtime.model.manifest import UNFORCED
+from runtime.request import Completion, FinishReason, GenerationRequest, RequestOutput, Timing
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request: waiting (no slot), running (a slot), or finished (a reason).
+    """A request: waiting (no slots), running (a slot for each of its rows), or finished (a reason).
 
-    `fed` counts the text tokens whose keys and values are in the cache, `told` the generated ones
-    that an output has told of. Times are `time.perf_counter()` seconds.
+    `fed` counts the text tokens whose keys and values are in the cache of each row, `told` the
+    generated ones that an output has told of. Times are `time.perf_counter()` seconds.
     """
 
     request: GenerationRequest
+    decoding: Decoding
     arrived: float
-    generated: list[int] = field(default_factory=list)
-    slot: int | None = None
+    slots: list[int] = field(default_factory=list)
     fed: int = 0
     told: int = 0
     finish_reason: FinishReason | None = None
@@ -25,43 +28,55 @@ class Sequence:
     encoded: float | None = None
     finished: float | None = None
 
-    def tokens(self, steps: int) -> list[int]:
-        """What to feed at the next decode steps: forced tokens, or first the last one generated.
-
-        NOT_A_TOKEN stands for what the step before will predict.
+    def tokens(self, steps: int) -> list[list[int]]:
+        """What to feed each row at the next decode steps: forced tokens, or first the last one that
+        was generated. UNFORCED stands for what the step before will find likeliest.
         """
         prompt = self.request.prompt_ids
-        known = list(prompt[self.fed : self.fed + steps]) or [self.generated[-1]]
-        return known + [NOT_A_TOKEN] * (steps - len(known))
+        forced = [[token] * len(self.slots) for token in prompt[self.fed : self.fed + steps]]
+        known = forced or [self.decoding.tokens]
+        return known + [[UNFORCED] * len(self.slots)] * (steps - len(known))
+
+    @property
+    def candidates(self) -> int:
+        """How many of the likeliest tokens the next step has to tell of each row."""
+        generates = self.fed + 1 >= len(self.request.prompt_ids)
+        return self.decoding.candidates if generates else 1
 
     @property
     def most_left(self) -> int:
-        """Decode steps until it is over at the latest."""
+        """Decode steps that need nothing from the host, and it is over at the latest."""
+        if not self.decoding.plain:
+            return 1
         forced = max(0, len(self.request.prompt_ids) - self.fed - 1)  # behind the next one
-        return forced + self.request.sampling.max_new_tokens - len(self.generated)
+        return forced + self.decoding.steps_left
 
-    def advance(self, predicted: int, eos: int) -> None:
-        """Take what was predicted after the next token; ends the sequence when it is over."""
+    def advance(self, rows: ListLike[Row]) -> list[Move]:
+        """Take what may follow the next tokens; returns slots whose text K/V go to others."""
         self.fed += 1
-        if predicted == NOT_A_TOKEN:
+        if any(math.isnan(row.logprobs[0]) for row in rows):
             self.finish_reason = FinishReason.FAILED
-            return
+            return []
         if self.fed < len(self.request.prompt_ids):
-            return  # the next token is forced, whatever was predicted
-        self.generated.append(predicted)
-        sampling = self.request.sampling
-        if predicted == eos and not sampling.ignore_eos:
-            self.finish_reason = FinishReason.STOP
-        elif len(self.generated) >= sampling.max_new_tokens:
-            self.finish_reason = FinishReason.LENGTH
+            return []  # the next token is forced, whatever was found
+        moves = self.decoding.advance(rows)
+        if self.decoding.over:
+            self.finish_reason = self.decoding.completions()[0].finish_reason
+            return []
+        return [(self.slots[source], self.slots[target]) for source, target in moves]
 
     def output(self) -> RequestOutput | None:
         """News since the last call, if there are any that are wanted by now."""
-        ended = self.finish_reason is not None
-        if not ended and (not self.request.stream or self.told == len(self.generated)):
-            return None
-        new, self.told = tuple(self.generated[self.told :]), len(self.generated)
-        return RequestOutput(self.request.id, new, self.finish_reason, self._timing())
+        if self.finish_reason is None:
+            news = self.decoding.news(self.told) if self.request.stream else Completion(())
+            self.told += len(news.token_ids)
+            return RequestOutput(self.request.id, news) if news.token_ids else None
+        if not self.decoding.over:  # cancelled, expired or failed
+            return RequestOutput(
+                self.request.id, Completion(()), self.finish_reason, self._timing()
+            )
+        news, others = self.decoding.news(self.told), tuple(self.decoding.completions()[1:])
+        return RequestOutput(self.request.id, news, self.finish_reason, self._timing(), others)
 
     def _timing(self) -> Timing | None:
         if self.finished is None:

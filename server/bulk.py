@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             told: Counter[str] = Counter()
             if left:
                 print(captioner.where, file=sys.stderr)
-                outcomes = captioner.caption(left, args.prompt, args.max_new_tokens)
+                outcomes = captioner.caption(left, args.prompt, **_sampling(args))
                 told = _write(tqdm(outcomes, total=len(left), unit="image"), lines)
     except (VignetteError, OSError) as error:  # of a single image, none gets here
         print(f"error: {error}", file=sys.stderr)
@@ -87,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", help="of the service's, where it has several (its first)")
     parser.add_argument("--prompt", help="a question about each image, or how its caption begins")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of a caption (20)")
+    for name, (kind, does) in _SAMPLING.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=kind, metavar="N", dest=name, help=does)
     parser.add_argument("--provider", choices=PROVIDERS, default=AUTO, help="of the encoder (auto)")
     parser.add_argument(
         "--precision", default=AUTO,
@@ -95,6 +98,32 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--slots", type=int, help="sequences that decode together (16; GPU: more)")
     return parser
+
+
+def _early(text: str) -> bool | str:
+    """A value of --early-stopping."""
+    return {"true": True, "false": False}.get(text, text)
+
+
+_SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {  # flags that are sampling parameters
+    "max_new_tokens": (int, "of a caption (20)"),
+    "n": (int, "captions of each image (1)"),
+    "num_beams": (int, "texts to follow at once, of which the best is taken (1)"),
+    "length_penalty": (float, "of beams: above 0 for long captions (1)"),
+    "early_stopping": (_early, "of beams: true, false or never (false)"),
+    "no_repeat_ngram_size": (int, "so many tokens in a row are there only once (0: any)"),
+    "repetition_penalty": (float, "above 1 for fewer repetitions (1)"),
+    "temperature": (float, "0 takes the likeliest token, more draws one (0)"),
+    "top_k": (int, "draw from so many of the likeliest tokens (50)"),
+    "top_p": (float, "draw from the fewest tokens that are together so likely (1)"),
+    "seed": (int, "the same one draws the same captions"),
+}
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given of it."""
+    given = {name: getattr(args, name) for name in _SAMPLING}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _images(given: list[Path]) -> list[Path]:
@@ -130,7 +159,7 @@ class _Captioner:
 
     about: About
     where: str
-    caption: Callable[[list[Path], str | None, int | None], Iterator[Outcome]]
+    caption: Callable[..., Iterator[Outcome]]
 
 
 def _local(args: argparse.Namespace) -> _Captioner:
@@ -148,8 +177,8 @@ def _remote(args: argparse.Namespace) -> _Captioner:
 def _lines(
     args: argparse.Namespace, files: list[Path], about: About
 ) -> AbstractContextManager[CaptionLines]:
-    asked = {"prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
-    about = about | {name: value for name, value in asked.items() if value is not None}
+    prompt = {} if args.prompt is None else {"prompt": args.prompt}
+    about = about | prompt | _sampling(args)
     if args.output is None:
         return nullcontext(CaptionLines(opened(sys.stdout.fileno(), "a"), about))
     if args.output.suffix.lower() in _OTHER_FORMATS:

@@ -6,11 +6,12 @@ from collections.abc import Sequence as ListLike
 import numpy as np
 
 from runtime.engine import Engine
-from runtime.model.manifest import NOT_A_TOKEN, Manifest, Preprocessing, Sizes, SpecialTokens
+from runtime.execution.base import Candidates
+from runtime.model.manifest import UNFORCED, Manifest, Preprocessing, Sizes, SpecialTokens
 from runtime.planning.config import EngineConfig
 
-EOS = 1
-SIZES = Sizes(image=4, frames=None, prefix=5, layers=1, heads=1, head=1, vocabulary=50, text=32)
+EOS, VOCABULARY = 1, 50
+SIZES = Sizes(4, frames=None, prefix=5, layers=1, heads=1, head=1, vocabulary=VOCABULARY, text=32)
 MANIFEST = Manifest(
     "fake", None, SIZES, SpecialTokens(0, EOS, 2), Preprocessing(4, 4, 3), {}, (), ()
 )
@@ -21,6 +22,12 @@ class FakeTokenizer:
 
     def prompt_ids(self, prompt: str | None) -> tuple[int, ...]:
         return (0, *(int(word) for word in (prompt or "").split()))
+
+    def token(self, token: int) -> str:
+        return str(token)
+
+    def whole_words(self, ids: ListLike[int]) -> str:
+        return self.text(ids)
 
     def text(self, ids: ListLike[int]) -> str:
         return " ".join(str(i) for i in ids if i != EOS)
@@ -43,26 +50,38 @@ class FakeRunner:
         self.moves = 0
         self.fail_next: Exception | None = None
 
-    def encode(self, pixels: ListLike[np.ndarray], slots: ListLike[int]) -> None:
+    def encode(self, pixels: ListLike[np.ndarray], slots: ListLike[ListLike[int]]) -> None:
         self.encoded.append(len(pixels))
-        for image, slot in zip(pixels, slots, strict=True):
-            self.cache[slot] = (int(image.sum()), [])
+        for image, targets in zip(pixels, slots, strict=True):
+            for slot in targets:
+                self.cache[slot] = (int(image.sum()), [])
             self.seen.append(int(image.sum()))
 
     def decode(
-        self, tokens: ListLike[int], fed: ListLike[int], forced: ListLike[ListLike[int]] = ()
-    ) -> np.ndarray:
+        self,
+        tokens: ListLike[int],
+        fed: ListLike[int],
+        forced: ListLike[ListLike[int]] = (),
+        candidates: int = 1,
+    ) -> Candidates:
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
             raise error
         self.steps.append(len(tokens))
-        predicted: list[list[int]] = []
-        for step, chosen in enumerate([*forced, [NOT_A_TOKEN] * len(tokens)]):
+        ids: list[list[list[int]]] = []
+        for step, chosen in enumerate([*forced, [UNFORCED] * len(tokens)]):
             given = zip(tokens, fed, strict=True)
             said = [self._next(slot, t, n + step) for slot, (t, n) in enumerate(given)]
-            tokens = [s if c == NOT_A_TOKEN else c for s, c in zip(said, chosen, strict=True)]
-            predicted.append(tokens)
-        return np.array(predicted)
+            tokens = [s if c == UNFORCED else c for s, c in zip(said, chosen, strict=True)]
+            ids.append([[(t + k) % VOCABULARY for k in range(candidates)] for t in tokens])
+        found = np.array(ids)
+        logprobs = np.broadcast_to(-0.5 - np.arange(candidates, dtype=np.float32), found.shape)
+        return Candidates(found, logprobs.copy(), np.ones(found.shape[:2], np.float32))
+
+    def reorder(self, moves: ListLike[tuple[int, int]], fed: int) -> None:
+        texts = {target: list(self.cache[source][1][:fed]) for source, target in moves}
+        for target, text in texts.items():
+            self.cache[target] = (self.cache[target][0], text)
 
     def _next(self, slot: int, token: int, fed: int) -> int:
         image, texts = self.cache[slot]
@@ -87,9 +106,9 @@ class Gate(FakeRunner):
         self.open = threading.Event()
         self.open.set()
 
-    def decode(self, tokens, fed, forced=()):
+    def decode(self, tokens, fed, forced=(), candidates=1):
         assert self.open.wait(30)
-        return super().decode(tokens, fed, forced)
+        return super().decode(tokens, fed, forced, candidates)
 
 
 def fake_engine(config: EngineConfig | None = None, burst: int = 1) -> Engine:

@@ -4,6 +4,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
+from runtime.decoding.choice import decoding_of
 from runtime.planning.config import EngineConfig
 from runtime.request import (
     FinishReason,
@@ -21,8 +22,9 @@ JSON = {"Content_Type": "application/json"}
 
 
 def waiting(scheduler: Scheduler, name: str, **scheduling):
-    when = SchedulingParams(**scheduling)
-    return scheduler.add(GenerationRequest(name, (0,), SamplingParams(4), when))
+    asked, when = SamplingParams(4), SchedulingParams(**scheduling)
+    request = GenerationRequest(name, (0,), asked, when)
+    return scheduler.add(request, decoding_of(request, eos=1))
 
 
 def test_interactive_requests_are_admitted_first():

@@ -13,6 +13,7 @@ from bench.contestants import servers as contestants
 from bench.load import apache
 from bench.report.page import write
 from bench.sections import offline, open_loop
+from bench.sections.scores import tenths, told_apart
 from tests.conftest import DEMO, SAMPLES
 from tests.isolated_jobs import answer, die, fail
 
@@ -82,6 +83,17 @@ def test_ratios_are_to_the_best_batch_and_to_one_image():
     other = ours | {"tokens": [[1, 3]]}
     assert offline._compared({"torch": [theirs], "vignette": [other]})["tokens_equal"] is False
     assert offline._compared({"torch": [theirs], "vignette": []})["tokens_equal"] is None
+
+
+def test_scores_are_judged_by_how_well_they_tell_right_from_wrong():
+    good = [(-2.0, False), (-1.0, False), (-0.5, True), (-0.1, True)]
+    assert told_apart(good) == 1.0
+    assert told_apart([(s, not right) for s, right in good]) == 0.0
+    assert told_apart([(-2.0, False), (-1.0, True), (-0.5, False), (-0.1, True)]) == 0.75
+    many = [(float(n), n >= 50) for n in range(100)]
+    parts = tenths(many)
+    assert [share for _, share in parts] == [0.0] * 5 + [1.0] * 5
+    assert [score for score, _ in parts] == [4.5 + 10 * n for n in range(10)]
 
 
 def test_failed_and_refused_requests_are_no_captions():

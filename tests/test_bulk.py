@@ -66,6 +66,18 @@ def test_lines_go_to_standard_output_and_answer_a_prompt(capfd):
     assert (line["prompt"], line["caption"]) == ("how many cats are there", "two")
 
 
+def test_beams_and_scores_are_in_the_lines(capfd):
+    flags = ("--num-beams", "3", "--n", "2", "--early-stopping", "never")
+    assert run(SAMPLES / "owl.png", *flags) == 0
+    line = json.loads(capfd.readouterr().out)
+    assert (line["num_beams"], line["n"], line["early_stopping"]) == (3, 2, "never")
+    assert line["caption"] == SAID["owl.png"] == line["captions"][0]["caption"]
+    scores = [each["score"] for each in line["captions"]]
+    assert len(scores) == 2 and max(scores) < 0
+    assert run(SAMPLES / "owl.png", "--top-p", "0.5") == 1
+    assert "top_p has no effect without a temperature" in capfd.readouterr().err
+
+
 def test_a_file_that_is_no_image_fails_alone(photos, tmp_path, capfd):
     output = tmp_path / "captions.jsonl"
     (photos / "cats.png").write_bytes(b"GIF")
@@ -160,10 +172,10 @@ def test_what_was_cut_off_and_what_was_skipped_is_told(photos, capfd):
 
 def test_a_step_that_fails_costs_no_more_than_the_image_it_fails_on(tmp_path):
     class Allergic(FakeRunner):
-        def decode(self, tokens, fed, forced=()):
+        def decode(self, tokens, fed, forced=(), candidates=1):
             if any(self.cache[row][0] == 3 * 16 * 7 for row in range(len(tokens))):
                 raise RuntimeError("no kernel")
-            return super().decode(tokens, fed, forced)
+            return super().decode(tokens, fed, forced, candidates)
 
     engine = fake_engine(EngineConfig(slots=4))
     engine.runner = Allergic()

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from runtime.request import FinishReason, RequestOutput, SamplingParams, Timing
+from runtime.request import Completion, FinishReason, RequestOutput, SamplingParams, Timing
 from server.service.cache import OutputCache
 from tests.fakes import fake_engine
 from tests.live import png, serve
@@ -11,7 +11,7 @@ JSON = {"Content_Type": "application/json"}
 
 
 def output(*tokens: int) -> RequestOutput:
-    return RequestOutput(1, tokens, FinishReason.STOP, Timing(1.0, 1.0, 1.0))
+    return RequestOutput(1, Completion(tokens), FinishReason.STOP, Timing(1.0, 1.0, 1.0))
 
 
 def key(digest: str) -> tuple[str, str, tuple[int, ...], SamplingParams]:

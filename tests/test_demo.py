@@ -145,7 +145,7 @@ def test_a_question_may_end_with_its_mark(demo):
 @pytest.mark.parametrize("prompt", ["\ud800", "x" * 5000, "那里有几只猫", "\U0001f600"])
 def test_prompts_that_nobody_could_answer_are_refused(demo, prompt):
     with pytest.raises(InvalidRequest, match="the prompt"):
-        demo.limits.check(prompt, None)
+        demo.limits.check(prompt, {})
 
 
 def test_training_resumes_its_own_work_only(tmp_path, monkeypatch):

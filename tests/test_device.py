@@ -10,12 +10,13 @@ from export.pictures import generated
 from export.random_weights import from_config
 from runtime.engine import Engine
 from runtime.execution import device, loader
+from runtime.execution.base import Candidates, leading
 from runtime.execution.device import DeviceRunner, bucket, buckets
 from runtime.execution.device_buffer import DeviceBuffer
-from runtime.execution.host import HostRunner
+from runtime.execution.host import HostRunner, _shared, _Step
 from runtime.execution.loader import Prepared
 from runtime.model import manifest as manifests
-from runtime.model.manifest import NOT_A_TOKEN
+from runtime.model.manifest import UNFORCED
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.planning.config import EngineConfig
 from runtime.planning.machine import Machine
@@ -35,6 +36,35 @@ def half(request, tmp_path_factory):
     return folder
 
 
+class OnHost(HostRunner):
+    """The graphs of a device with their state in host memory; candidates by numpy."""
+
+    def _inputs(self, rows, candidates):
+        inputs = super()._inputs(rows, candidates)
+        del inputs["candidates"]
+        return inputs
+
+    def _bind(self, rows, candidates):
+        binding = self._decoder.io_binding()
+        self.logits = np.zeros((rows, self.sizes.vocabulary), np.float16)
+        binding.bind_ortvalue_output("logits", _shared(self.logits))
+        for name, array in self._inputs(rows, candidates).items():
+            binding.bind_ortvalue_input(name, _shared(array))
+            if name.startswith("past_key_values"):
+                present = name.replace("past_key_values", "present")
+                binding.bind_ortvalue_output(present, _shared(array))
+        return _Step(binding, None)
+
+    def decode(self, tokens, fed, forced=(), candidates=1):
+        super().decode(tokens, fed, forced, candidates)
+        logits = self.logits.astype(np.float32)
+        largest = logits.max(axis=-1, keepdims=True)
+        normaliser = np.log(np.exp(logits - largest).sum(axis=-1, keepdims=True))
+        ids = np.argsort(-logits, axis=-1, kind="stable")[:, :candidates]
+        logprobs = np.take_along_axis(logits - largest - normaliser, ids, axis=-1)
+        return Candidates(ids[None], logprobs[None], largest.T)
+
+
 def engine(folder, kind, combination, slots=6, **config):
     settings = EngineConfig(slots=slots, encode_batch=4, patience=0, **config)
     manifest = manifests.load(folder)
@@ -50,7 +80,13 @@ def captions(it, folder):
     rng = np.random.default_rng(3)
     sizes = it.manifest.sizes
     waiting = [
-        it.request(generated(rng, sizes), " ".join(["w7"] * (n % 3)), 2 + n % 7, ignore_eos=True)
+        it.request(
+            generated(rng, sizes),
+            " ".join(["w7"] * (n % 3)),
+            max_new_tokens=2 + n % 7,
+            ignore_eos=True,
+            **([{}] * 4 + [{"num_beams": 3}, {"n": 2, "temperature": 2.0, "seed": 5}])[n % 6],
+        )
         for n in range(20)
     ]
     for request in waiting:
@@ -65,7 +101,7 @@ def captions(it, folder):
 
 @pytest.mark.parametrize("combination", [FUSED, PLAIN])
 def test_state_on_a_device_says_the_same_as_state_in_host_memory(half, combination):
-    expected, single = captions(engine(half, HostRunner, combination), half)
+    expected, single = captions(engine(half, OnHost, combination), half)
     said, bursts = captions(engine(half, DeviceRunner, combination), half)
     assert said == expected
     assert len(set(said)) > 15, "a test on one caption proves nothing"
@@ -78,18 +114,23 @@ def test_a_prompt_is_forced_within_a_burst(half):
     it, prompt = engine(half, DeviceRunner, FUSED), "w7 w8 w9"
     images = [generated(np.random.default_rng(n), it.manifest.sizes) for n in range(2)]
     alone = [
-        it.generate([i], [p], 5, ignore_eos=True)
+        it.generate([i], [p], max_new_tokens=5, ignore_eos=True)
         for i, p in zip(images, (prompt, None), strict=True)
     ]
-    requests = [it.request(i, p, 5, True) for i, p in zip(images, (prompt, None), strict=True)]
+    requests = [
+        it.request(i, p, max_new_tokens=5, ignore_eos=True)
+        for i, p in zip(images, (prompt, None), strict=True)
+    ]
     for request in requests:
         it.submit(request)
     it.step()
     both = it.scheduler.running
     assert [s.fed for s in both] == [4, 4]  # of four forced tokens, and of four predicted ones
-    assert [len(s.generated) for s in both] == [1, 4]
+    texts = [s.decoding.completions()[0].token_ids for s in both]
+    assert list(map(len, texts)) == [1, 4]
     drained(it)
-    assert [tuple(s.generated) for s in both] == [c.token_ids for [c] in alone]
+    texts = [s.decoding.completions()[0].token_ids for s in both]
+    assert texts == [caption.token_ids for [caption] in alone]
 
 
 def test_graphs_that_cant_be_captured_are_done_without_and_it_is_said(half, monkeypatch, caplog):
@@ -173,14 +214,14 @@ def test_a_slot_whose_numbers_broke_down_is_emptied(half):
     it = engine(half, DeviceRunner, FUSED)
     sizes, rng = it.manifest.sizes, np.random.default_rng(0)
     runner, slots = it.runner, [0, 1]
-    runner.encode([generated(rng, sizes) for _ in slots], slots)
+    runner.encode([generated(rng, sizes) for _ in slots], leading(2))
     broken = runner._arena[-1]
     values = broken.fetch()
     values[1] = np.nan
     broken.upload(values)
-    predicted = runner.decode([it.manifest.tokens.bos] * 2, [0, 0], [[NOT_A_TOKEN] * 2] * 3)
-    assert (predicted[:, 0] != NOT_A_TOKEN).all()
-    assert (predicted[:, 1] == NOT_A_TOKEN).any()
+    found = runner.decode([it.manifest.tokens.bos] * 2, [0, 0], [[UNFORCED] * 2] * 3)
+    assert not np.isnan(found.logprobs[:, 0]).any()
+    assert np.isnan(found.logprobs[:, 1]).any()
     for cache in runner._arena:
         left = cache.fetch()
         assert not left[1].any()

@@ -8,6 +8,7 @@ import pytest
 
 from runtime.errors import ComputationFailed
 from runtime.request import (
+    Completion,
     FinishReason,
     GenerationRequest,
     RequestOutput,
@@ -89,7 +90,7 @@ class World:
     async def answer(
         self, key, pipe: Pipe, slot: int, tokens=TOKENS, reason=FinishReason.STOP
     ) -> None:
-        await self.say(key, Output(RequestOutput(pipe.ids(slot)[-1], tokens, reason)))
+        await self.say(key, Output(RequestOutput(pipe.ids(slot)[-1], Completion(tokens), reason)))
 
     async def start(self, key, pipe: Pipe, *slots: int) -> None:
         for slot in slots:
@@ -231,7 +232,9 @@ async def test_an_answer_that_came_just_before_the_end_counts(world):
     await world.ask(1)
     await world.start(key, pipe, 1)
     number = pipe.ids(1)[0]
-    world.dispatcher.received(key, Output(RequestOutput(number, TOKENS, FinishReason.STOP)))
+    world.dispatcher.received(
+        key, Output(RequestOutput(number, Completion(TOKENS), FinishReason.STOP))
+    )
     world.dispatcher.lost(key, blamed=True)  # before the waiting task has run
     _, fresh = world.worker()
     await settle()

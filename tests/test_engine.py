@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from runtime.engine import Observer
+from runtime.engine import Engine, Observer
 from runtime.errors import InvalidImage, InvalidRequest
 from runtime.planning.config import EngineConfig
-from runtime.request import FinishReason
+from runtime.request import FinishReason, GenerationRequest
 from tests.fakes import EOS, FakeRunner, drained, fake_engine, image
 
 REQUESTS = st.lists(
@@ -34,8 +34,12 @@ def prompt(words: list[int]) -> str:
     return " ".join(map(str, words))
 
 
+def ask(engine: Engine, number: int, words: list[int], most: int, **more) -> GenerationRequest:
+    return engine.request(image(number), prompt(words), max_new_tokens=most, **more)
+
+
 def alone(number: int, words: list[int], most: int) -> tuple[int, ...]:
-    [caption] = fake_engine().generate([image(number)], [prompt(words)], most)
+    [caption] = fake_engine().generate([image(number)], [prompt(words)], max_new_tokens=most)
     return caption.token_ids
 
 
@@ -48,7 +52,7 @@ def test_any_order_of_arrival_says_what_each_request_alone_says(requests, config
     while arriving or not engine.idle:
         while arriving and arriving[0][3] <= step:
             number, words, most, _ = arriving.pop(0)
-            request = replace(engine.request(image(number), prompt(words), most), stream=step % 2)
+            request = replace(ask(engine, number, words, most), stream=step % 2)
             engine.submit(request)
             expected[request.id] = alone(number, words, most)
             finished[request.id] = ()
@@ -72,7 +76,7 @@ def test_holes_change_nothing_and_are_closed_only_for_a_smaller_bucket(requests,
     engine.runner = runner = Buckets(burst)
     expected, rows = {}, []
     for number, words, most, _ in requests:
-        engine.submit(request := engine.request(image(number), prompt(words), most))
+        engine.submit(request := ask(engine, number, words, most))
         expected[request.id] = alone(number, words, most)
     engine.observer = Observer()
     engine.observer.stepped = lambda report: rows.append(
@@ -88,7 +92,9 @@ def test_a_sequence_is_not_moved_where_that_saves_nothing():
         engine = fake_engine(EngineConfig(slots=8, patience=0))
         engine.runner = kind()
         for number in range(40):
-            engine.submit(engine.request(image(number % 10), None, 3 + number % 7, True))
+            engine.submit(
+                engine.request(image(number % 10), max_new_tokens=3 + number % 7, ignore_eos=True)
+            )
         drained(engine)
         moves[kind] = engine.runner.moves
     assert moves[Buckets] < moves[FakeRunner] / 2
@@ -98,9 +104,12 @@ def test_a_sequence_is_not_moved_where_that_saves_nothing():
 @given(REQUESTS, CONFIGS, st.data())
 def test_cancelling_some_changes_nothing_for_the_others(requests, config, data):
     engine = fake_engine(config)
-    asked = {engine.request(image(n), prompt(w), m).id: (n, w, m) for n, w, m, _ in requests}
+    asked = {
+        engine.request(image(n), prompt(w), max_new_tokens=m).id: (n, w, m)
+        for n, w, m, _ in requests
+    }
     for number, (n, words, most) in asked.items():
-        engine.submit(replace(engine.request(image(n), prompt(words), most), id=number))
+        engine.submit(replace(ask(engine, n, words, most), id=number))
     gone = data.draw(st.sets(st.sampled_from(list(asked))))
     victims, finished, cancelled = list(gone), [], set()
     while not engine.idle:
@@ -127,7 +136,7 @@ def test_continuous_batching_takes_fewer_steps_than_static():
     def steps(refill: bool) -> int:
         engine = fake_engine(EngineConfig(slots=4, encode_batch=4, refill=refill))
         for number in range(40):
-            engine.submit(engine.request(image(number), None, 1 + number * 5 % 12, True))
+            engine.submit(ask(engine, number, [], 1 + number * 5 % 12, ignore_eos=True))
         drained(engine)
         return len(engine.runner.steps)
 
@@ -153,13 +162,13 @@ def test_ignore_eos_generates_to_the_limit():
 def test_what_never_fits_is_refused_with_the_limit(pixels, words, most, message):
     engine = fake_engine()
     with pytest.raises(InvalidRequest, match=message):
-        engine.request(pixels, words, most)
+        engine.request(pixels, words, max_new_tokens=most)
     assert engine.scheduler.idle
 
 
 def test_the_longest_prompt_and_the_longest_caption_fit():
     engine = fake_engine()
-    captions = engine.generate([image(0), image(1)], [prompt([3] * 31), None], None)
+    captions = engine.generate([image(0), image(1)], [prompt([3] * 31), None])
     assert len(captions[0].token_ids) == 1
     [longest] = engine.generate([image(2)], max_new_tokens=32, ignore_eos=True)
     assert len(longest.token_ids) == 32
@@ -167,7 +176,9 @@ def test_the_longest_prompt_and_the_longest_caption_fit():
 
 def test_a_stream_tells_each_token_once_and_its_end():
     engine = fake_engine(EngineConfig(slots=2, patience=0), burst=2)
-    request = replace(engine.request(image(1), "3 4", 7, True), stream=True)
+    request = replace(
+        engine.request(image(1), "3 4", max_new_tokens=7, ignore_eos=True), stream=True
+    )
     engine.submit(request)
     outputs = []
     while not engine.idle:
@@ -175,7 +186,7 @@ def test_a_stream_tells_each_token_once_and_its_end():
     assert len(outputs) > 2
     assert {output.finish_reason for output in outputs[:-1]} == {None}
     assert outputs[-1].finish_reason is FinishReason.LENGTH and outputs[-1].timing is not None
-    [whole] = fake_engine().generate([image(1)], ["3 4"], 7, ignore_eos=True)
+    [whole] = fake_engine().generate([image(1)], ["3 4"], max_new_tokens=7, ignore_eos=True)
     assert engine.caption(request, *outputs).token_ids == whole.token_ids
 
 

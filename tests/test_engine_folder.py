@@ -52,7 +52,7 @@ def test_what_is_wrong_with_a_folder_is_named(folder, tmp_path):
     broken("encoder.onnx is missing", lambda copy: (copy / "encoder.onnx").unlink())
     broken("decoder.onnx is damaged", truncate("decoder.onnx"))
     broken("tokenizer.json is damaged", lambda copy: (copy / "tokenizer.json").write_text("{}"))
-    broken("encoder.int8.data is damaged", truncate("encoder.int8.data"))
+    broken("weights.data is damaged", truncate("weights.data"))
     with pytest.raises(EngineFolderError, match=r"no combination int4/fp32/int8: use one of fp32/"):
         Engine.open(folder, EngineConfig(precision="int4/fp32/int8"))
 

@@ -19,6 +19,7 @@ ALLOWED = {
 }
 ALLOWED_IN = {
     "export/self_test.py": {"runtime.execution.self_test"},  # what is stored is what is run
+    "export/reference.py": {"runtime.decoding", "runtime.request"},  # the choice among beams
     "export/__main__.py": {"runtime"},
     "export/pictures.py": {"runtime.model.preprocess"},  # what Hugging Face's leaves to its caller
     "bench/reliability/faulty.py": {"server"},  # the service, with faults built in

@@ -31,11 +31,13 @@ def document(live):
 
 def test_every_route_is_documented(live, document):
     rules = make_app(live.service).wildcard_router.rules
-    routes = {rule.matcher._path for rule in rules} - {"/samples/%s"}  # a part of the page
-    assert set(document["paths"]) == routes
-    for path, item in document["paths"].items():
+    routes = [rule.matcher.regex for rule in rules if "samples" not in rule.matcher.regex.pattern]
+    paths = {path.replace("{name}", "fake"): item for path, item in document["paths"].items()}
+    for route in routes:
+        assert any(map(route.match, paths)), route
+    for path, item in paths.items():
         for method in item:
-            assert live.request(method.upper(), path, b"").status not in (404, 405)
+            assert live.request(method.upper(), path, b"").status not in (404, 405), path
 
 
 def test_every_error_is_documented(document):

@@ -34,7 +34,7 @@ def test_each_file_gets_its_caption(tmp_path):
     assert isinstance(broken, NoCaption)
     assert "not an image" in str(broken)
     whole = [file for file in files[:40] if file != files[7]]
-    expected = fake_engine().generate([f.read_bytes() for f in whole], ["3"] * 39, 4)
+    expected = fake_engine().generate([f.read_bytes() for f in whole], ["3"] * 39, max_new_tokens=4)
     assert {f: c.text for f, c in outcomes.items()} == {
         f: c.text for f, c in zip(whole, expected, strict=True)
     }

@@ -3,12 +3,16 @@
 import subprocess
 import sys
 
+from runtime.decoding.continuation import Continuation
 from runtime.request import FinishReason, GenerationRequest, SamplingParams
 from runtime.scheduler import Move, Scheduler
+from runtime.sequence import Sequence
 
 
-def request() -> GenerationRequest:
-    return GenerationRequest(None, (0,), SamplingParams(4))
+def added(scheduler: Scheduler, rows: int = 1) -> Sequence:
+    asked = SamplingParams(4, num_beams=rows)
+    request = GenerationRequest(None, (0,), asked)
+    return scheduler.add(request, Continuation((0,), asked, eos=1))
 
 
 def finish(*sequences) -> None:
@@ -27,24 +31,24 @@ def test_knows_nothing_of_tensors():
 
 def test_first_come_first_served_into_the_lowest_slots():
     scheduler = Scheduler(slots=2, encode_batch=8)
-    sequences = [scheduler.add(request()) for _ in range(3)]
+    sequences = [added(scheduler) for _ in range(3)]
     assert scheduler.admit() == sequences[:2]
-    assert [s.slot for s in sequences] == [0, 1, None]
+    assert [s.slots for s in sequences] == [[0], [1], []]
     assert (scheduler.waiting, scheduler.running) == (1, sequences[:2])
 
 
 def test_at_most_encode_batch_between_two_steps():
     scheduler = Scheduler(slots=8, encode_batch=2)
     for _ in range(5):
-        scheduler.add(request())
+        added(scheduler)
     assert [len(scheduler.admit()) for _ in range(4)] == [2, 2, 1, 0]
 
 
 def test_full_slots_are_refilled_by_a_call_that_is_worth_it():
     scheduler = Scheduler(slots=16, encode_batch=16)
-    first = [scheduler.add(request()) for _ in range(16)]
+    first = [added(scheduler) for _ in range(16)]
     assert scheduler.admit() == first
-    late = [scheduler.add(request()) for _ in range(5)]
+    late = [added(scheduler) for _ in range(5)]
     for ended in range(3):  # a quarter of the slots is worth it, or all that wait
         finish(first[ended])
         scheduler.release_finished()
@@ -59,36 +63,36 @@ def test_full_slots_are_refilled_by_a_call_that_is_worth_it():
 
 def test_nobody_waits_for_slots_when_nothing_runs():
     scheduler = Scheduler(slots=16, encode_batch=4)
-    late = [scheduler.add(request()) for _ in range(2)]
+    late = [added(scheduler) for _ in range(2)]
     assert scheduler.admit() == late
 
 
 def test_a_freed_slot_is_filled_before_anything_moves():
     scheduler = Scheduler(slots=3, encode_batch=3)
-    first, _, _ = [scheduler.add(request()) for _ in range(3)]
+    first, _, _ = [added(scheduler) for _ in range(3)]
     scheduler.admit()
-    late = scheduler.add(request())
+    late = added(scheduler)
     finish(first)
     assert scheduler.release_finished() == [first]
     assert scheduler.admit() == [late]
-    assert late.slot == 0
+    assert late.slots == [0]
     assert scheduler.compact() == []
 
 
 def test_holes_are_closed_from_the_top():
     scheduler = Scheduler(slots=4, encode_batch=4)
-    a, b, c, d = [scheduler.add(request()) for _ in range(4)]
+    a, b, c, d = [added(scheduler) for _ in range(4)]
     scheduler.admit()
     finish(a, c)
     scheduler.release_finished()
     assert scheduler.compact() == [Move(source=3, target=0)]
-    assert (d.slot, b.slot) == (0, 1)
+    assert (d.slots, b.slots) == ([0], [1])
     assert scheduler.running == [d, b]
 
 
 def test_without_refill_a_batch_ends_before_the_next_begins():
     scheduler = Scheduler(slots=2, encode_batch=1, refill=False)
-    a, b, c = [scheduler.add(request()) for _ in range(3)]
+    a, b, c = [added(scheduler) for _ in range(3)]
     assert scheduler.admit() == [a, b]  # a whole batch, whatever encode_batch says
     finish(a)
     scheduler.release_finished()
@@ -100,7 +104,7 @@ def test_without_refill_a_batch_ends_before_the_next_begins():
 
 def test_cancelling_frees_the_slot_at_once_and_only_once():
     scheduler = Scheduler(slots=1, encode_batch=1)
-    running, waiting, late = [scheduler.add(request()) for _ in range(3)]
+    running, waiting, late = [added(scheduler) for _ in range(3)]
     scheduler.admit()
     assert scheduler.cancel(waiting)
     assert scheduler.cancel(running)

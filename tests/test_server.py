@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from runtime.model.manifest import NOT_A_TOKEN
 from runtime.planning.config import EngineConfig
 from server.service.admission import State
 from tests.fakes import FakeRunner, Gate, fake_engine, gated
@@ -128,10 +127,11 @@ def test_a_step_that_fails_once_is_not_noticed():
 
 def test_an_image_whose_numbers_break_down_fails_alone():
     class Overflowing(Gate):
-        def decode(self, tokens, fed, forced=()):
-            predicted = super().decode(tokens, fed, forced)
+        def decode(self, tokens, fed, forced=(), candidates=1):
+            found = super().decode(tokens, fed, forced, candidates)
             broken = [self.cache[row][0] == 3 * 16 * 66 for row in range(len(tokens))]
-            return np.where(broken, NOT_A_TOKEN, predicted)
+            found.logprobs[:, broken] = np.nan
+            return found
 
     engine = fake_engine(EngineConfig(slots=4, patience=0))
     engine.runner = Overflowing()
@@ -150,11 +150,11 @@ def test_an_image_that_breaks_the_engine_harms_itself_alone():
     """It is tried again alone, answered, and refused from then on; its batch gets captions."""
 
     class Allergic(Gate):
-        def decode(self, tokens, fed, forced=()):
+        def decode(self, tokens, fed, forced=(), candidates=1):
             assert self.open.wait(30)
             if any(self.cache[row][0] == 3 * 16 * 66 for row in range(len(tokens))):
                 raise RuntimeError("secret detail")
-            return FakeRunner.decode(self, tokens, fed, forced)
+            return FakeRunner.decode(self, tokens, fed, forced, candidates)
 
     engine = fake_engine(EngineConfig(slots=8, patience=0))
     engine.runner = Allergic()

@@ -35,7 +35,7 @@ def test_what_threads_want_at_the_same_time_is_captioned_together():
 
     def ask(number):
         barrier.wait()
-        return [engine.generate([image(number)], None, 8) for _ in range(20)]
+        return [engine.generate([image(number)], max_new_tokens=8) for _ in range(20)]
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(ask, range(8)))
@@ -56,7 +56,7 @@ def test_one_who_asks_for_nonsense_disturbs_nobody():
     engine = fake_engine()
     with ThreadPoolExecutor(4) as pool:
         good = [pool.submit(engine.generate, [image(n)]) for n in range(20)]
-        bad = [pool.submit(engine.generate, [image(1)], None, 999) for _ in range(5)]
+        bad = [pool.submit(engine.generate, [image(1)], max_new_tokens=999) for _ in range(5)]
         assert all(isinstance(future.exception(), InvalidRequest) for future in bad)
         assert all(future.result() for future in good)
 
@@ -121,7 +121,10 @@ def test_tasks_iterate_over_what_is_generated_for_them():
     engine = AsyncEngine(fake_engine(EngineConfig(slots=4, patience=0)))
 
     async def read(number: int, most: int = 20) -> tuple[int, ...]:
-        asked = replace(engine.engine.request(image(number % 10), "3", 12, True), stream=True)
+        asked = replace(
+            engine.engine.request(image(number % 10), "3", max_new_tokens=12, ignore_eos=True),
+            stream=True,
+        )
         tokens: tuple[int, ...] = ()
         async with aclosing(engine.generate(asked)) as outputs:
             async for output in outputs:
@@ -139,7 +142,7 @@ def test_tasks_iterate_over_what_is_generated_for_them():
         found = [loop.result(30) for loop in loops]
     alone = fake_engine()
     for n in range(12):
-        [caption] = alone.generate([image(n % 10)], ["3"], 12, ignore_eos=True)
+        [caption] = alone.generate([image(n % 10)], ["3"], max_new_tokens=12, ignore_eos=True)
         assert {tokens[n] for tokens in found} == {caption.token_ids}
     until(lambda: engine.engine.idle)
 

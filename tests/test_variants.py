@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from export import gate
 from export import variants as building
@@ -15,6 +15,7 @@ from export.build import Proof, build
 from export.checkpoint import load
 from export.pictures import generated
 from export.reference import Case, OnnxGraphs, caption
+from export.weights import pool
 from runtime.engine import Engine
 from runtime.model import manifest as manifests
 from runtime.model.manifest import EXACT
@@ -73,12 +74,41 @@ def test_an_int8_prefix_is_the_float_one_rounded_by_channel():
         assert (expected.clip(-128, 127) == rounded[name]).mean() > 0.99
 
 
-def test_the_caches_of_one_precision_share_their_weights():
-    for variant in manifests.load(DEMO).variants:
-        assert (DEMO / variant.file).stat().st_size < 700_000
-        if variant.graph != "insert":
-            assert (DEMO / variant.data).stat().st_size > 1_000_000
-    assert len({v.data for v in manifests.load(DEMO).variants if v.data}) == 7
+def test_all_variants_share_their_weights():
+    variants = manifests.load(DEMO).variants
+    assert all((DEMO / variant.file).stat().st_size < 700_000 for variant in variants)
+    weights = {v.file: v.weights for v in variants if v.weights > 100_000}
+    assert len(weights) == len(variants) - 3
+    once = {v.weights for v in variants}  # those of one precision differ in a few scales
+    assert (DEMO / "weights.data").stat().st_size < sum(once) / 2
+
+
+def test_weights_are_stored_once_and_as_fp16_only_where_nothing_is_lost(tmp_path):
+    rng = np.random.default_rng(0)
+    exact, other = (rng.normal(size=(64, 64)).astype(np.float32) for _ in range(2))
+    exact = exact.astype(np.float16).astype(np.float32)
+
+    def graph(name, *weights):
+        nodes = [helper.make_node("Add", [f"w{n}", "x"], [f"y{n}"]) for n in range(len(weights))]
+        info = helper.make_tensor_value_info
+        made = helper.make_graph(
+            nodes, name, [info("x", TensorProto.FLOAT, [64])],
+            [info(f"y{n}", TensorProto.FLOAT, [64, 64]) for n in range(len(weights))],
+            [numpy_helper.from_array(w, f"w{n}") for n, w in enumerate(weights)],
+        )  # fmt: skip
+        opset = [helper.make_opsetid("", 17)]
+        model = helper.make_model(made, opset_imports=opset, ir_version=8)
+        onnx.save_model(model, tmp_path / name)
+
+    graph("a.onnx", exact, other)
+    graph("b.onnx", other, exact)
+    taken = pool(tmp_path, ["a.onnx", "b.onnx"])
+    assert taken == {"a.onnx": 2 * exact.nbytes, "b.onnx": 2 * exact.nbytes}
+    assert (tmp_path / "weights.data").stat().st_size == exact.nbytes // 2 + other.nbytes
+    for name, weights in (("a.onnx", (exact, other)), ("b.onnx", (other, exact))):
+        session = ort.InferenceSession(tmp_path / name, providers=["CPUExecutionProvider"])
+        found = session.run(None, {"x": np.zeros(64, np.float32)})
+        assert all(np.array_equal(f, w) for f, w in zip(found, weights, strict=True))
 
 
 def test_a_variant_that_says_something_else_is_left_out_and_deleted(
@@ -132,8 +162,8 @@ def test_calibration_covers_image_and_text(small, tmp_path):
 
 def test_a_corrupt_variant_is_named_before_anything_starts(tmp_path):
     folder = shutil.copytree(DEMO, tmp_path / "engine")
-    data = bytearray((folder / "encoder.int8.data").read_bytes())
+    data = bytearray((folder / "weights.data").read_bytes())
     data[1000] ^= 1
-    (folder / "encoder.int8.data").write_bytes(data)
-    with pytest.raises(manifests.EngineFolderError, match=r"encoder\.int8\.data is damaged"):
+    (folder / "weights.data").write_bytes(data)
+    with pytest.raises(manifests.EngineFolderError, match=r"weights\.data is damaged"):
         Engine.open(folder)

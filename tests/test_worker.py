@@ -91,7 +91,7 @@ def test_a_process_that_keeps_failing_is_left():
     """After three failed steps it is the process that is suspected, not the images."""
 
     class Broken(FakeRunner):
-        def decode(self, tokens, fed, forced=()):
+        def decode(self, tokens, fed, forced=(), candidates=1):
             raise RuntimeError("illegal memory access")
 
     async def run():
@@ -136,11 +136,11 @@ def test_what_waits_behind_a_suspect_can_be_taken_back():
         made.socket.say(b"a", Cancel(4))
 
     class Held(FakeRunner):
-        def decode(self, tokens, fed, forced=()):
+        def decode(self, tokens, fed, forced=(), candidates=1):
             import time
 
             time.sleep(0.005)
-            return super().decode(tokens, fed, forced)
+            return super().decode(tokens, fed, forced, candidates)
 
     def prepare(made):
         made.engine.runner = Held()
@@ -179,7 +179,7 @@ def test_who_reads_along_is_told_every_step():
     made = scene(asked)
     assert made.socket.answered == [7] * 6
     tokens = [message.output.token_ids for message in made.socket.sent]
-    [whole] = fake_engine().generate([image(1)], None, 6, ignore_eos=True)
+    [whole] = fake_engine().generate([image(1)], None, max_new_tokens=6, ignore_eos=True)
     assert sum(tokens, ()) == whole.token_ids
 
 

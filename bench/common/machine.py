@@ -15,6 +15,7 @@ from bench.common.isolated import isolated
 from bench.common.settings import SHAPE, TOKENS, Settings
 from bench.common.timing import median_s, pictures, seconds
 from runtime.engine import Engine
+from runtime.execution.base import leading
 from runtime.planning.config import EngineConfig
 from runtime.planning.machine import this_machine
 
@@ -157,7 +158,7 @@ def _reached(settings: Settings) -> dict[str, Any]:
     runner, manifest = engine.runner, engine.manifest
     slots = engine.config.slots or 1
     batch = pictures(engine.config.encode_batch or 1, runner.pixels_shape)
-    encode = median_s(lambda: runner.encode(batch, range(len(batch))), 3 * settings.repeats)
+    encode = median_s(lambda: runner.encode(batch, leading(len(batch))), 3 * settings.repeats)
     tokens, fed = [manifest.tokens.bos] * slots, [TOKENS // 2] * slots
     step = median_s(lambda: runner.decode(tokens, fed), 9 * settings.repeats)
     plan = runner.plan  # type: ignore[attr-defined]
@@ -168,11 +169,11 @@ def _reached(settings: Settings) -> dict[str, Any]:
         "rows": slots,
         "encode_s": encode / len(batch),
         "step_s": step,
-        "step_bytes": _step_bytes(engine, settings, slots),
+        "step_bytes": _step_bytes(engine, slots),
     }
 
 
-def _step_bytes(engine: Engine, settings: Settings, rows: int) -> int:
+def _step_bytes(engine: Engine, rows: int) -> int:
     """Weights (all but the embedding table) and K/V that one decode step has to read."""
     manifest, sizes = engine.manifest, engine.manifest.sizes
     plan = engine.runner.plan  # type: ignore[attr-defined]
@@ -180,6 +181,6 @@ def _step_bytes(engine: Engine, settings: Settings, rows: int) -> int:
     width = np.dtype(variant.cache).itemsize
     number = 2 if variant.precision == "fp16" else 4
     embedding = sizes.vocabulary * sizes.heads * sizes.head * number
-    weights = (settings.engine / (variant.data or "")).stat().st_size - embedding
+    weights = variant.weights - embedding
     positions = sizes.prefix + TOKENS // 2
     return weights + rows * 2 * sizes.layers * sizes.heads * positions * sizes.head * width

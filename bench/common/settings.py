@@ -22,6 +22,7 @@ class Settings:
     rates: open-loop rates to try for each bound; with one, Vignette's only.
     replayed: captions in each replay of a scheduling policy.
     ablation_batch: images at once in the ablation's static steps.
+    scenes: of the demo model's held-out ones, of each kind.
     least_queries: fewest queries of an open-loop test.
     """
 
@@ -38,6 +39,7 @@ class Settings:
     rates: int = 3
     replayed: int = 1000
     ablation_batch: int = 8
+    scenes: int = 1000
     least_queries: int = 20
 
 
@@ -54,5 +56,6 @@ QUICK = Settings(
     rates=1,
     replayed=200,
     ablation_batch=1,
+    scenes=100,
     least_queries=6,
 )

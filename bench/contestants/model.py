@@ -61,7 +61,7 @@ class TorchCaptioner:
         return values.to(self._device, self._dtype)
 
     @torch.inference_mode()
-    def generate(self, images: list[torch.Tensor]) -> list[list[int]]:
+    def generate(self, images: list[torch.Tensor], beams: int = 1) -> list[list[int]]:
         """New token ids of each image."""
         start = torch.full((len(images), 1), self._checkpoint.tokens.bos, device=self._device)
         config: Any = self._config
@@ -70,6 +70,7 @@ class TorchCaptioner:
             input_ids=start,
             attention_mask=torch.ones_like(start),
             generation_config=config,
+            num_beams=beams,
         )
         return ids[:, 1:].tolist()
 

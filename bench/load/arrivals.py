@@ -44,7 +44,7 @@ def closed_loop(engine: Engine, work: list[Job], clients: int) -> list[float]:
 
     def submit(count: int) -> None:
         for pixels, tokens in itertools.islice(coming, count):
-            engine.submit(engine.request(pixels, None, tokens, ignore_eos=True))
+            engine.submit(engine.request(pixels, max_new_tokens=tokens, ignore_eos=True))
 
     submit(clients)
     while not engine.idle:
@@ -72,7 +72,7 @@ def poisson(
     while coming or not engine.idle:
         while coming and start + coming[0][0] <= clock():
             due, (pixels, tokens) = coming.popleft()
-            request = engine.request(pixels, None, tokens, ignore_eos=True)
+            request = engine.request(pixels, max_new_tokens=tokens, ignore_eos=True)
             engine.submit(replace(request, scheduling=SchedulingParams(arrival_time=start + due)))
         if engine.idle:
             sleep(max(0.0, start + coming[0][0] - clock()))

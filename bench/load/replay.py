@@ -13,6 +13,7 @@ import numpy as np
 
 from bench.common.timing import pictures, seconds
 from runtime.engine import Engine
+from runtime.execution.base import Candidates, leading
 from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.planning.config import EngineConfig
@@ -37,7 +38,7 @@ def measure_costs(folder: Path, turns: int) -> tuple[Costs, str]:
     assert images is not None
     pixels = pictures(images, runner.pixels_shape)
     age = runner.text_tokens // 4
-    encodes = [partial(runner.encode, pixels[:n], range(n)) for n in range(1, images + 1)]
+    encodes = [partial(runner.encode, pixels[:n], leading(n)) for n in range(1, images + 1)]
     decodes = [partial(runner.decode, [0] * n, [age] * n) for n in range(1, slots + 1)]
     # In turns, so that a slow moment of the machine is no call's own; the fastest counts, because
     # what others take of the machine is no call's cost.
@@ -76,18 +77,26 @@ class _Runner:
     runs_on: str = "replay"
     _token: int = field(default=0)
 
-    def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[int]) -> None:
+    def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:
         self.clock.pass_by(self.costs.encode_s[len(pixels) - 1])
 
     def decode(
-        self, tokens: Sequence[int], fed: Sequence[int], forced: Sequence[Sequence[int]] = ()
-    ) -> np.ndarray:
+        self,
+        tokens: Sequence[int],
+        fed: Sequence[int],
+        forced: Sequence[Sequence[int]] = (),
+        candidates: int = 1,
+    ) -> Candidates:
         self.clock.pass_by(self.costs.decode_s[len(tokens) - 1])
-        return np.zeros((1, len(tokens)), np.int64)
+        shape = (1, len(tokens), 1)
+        return Candidates(np.zeros(shape, np.int64), np.zeros(shape, np.float32))
 
     def bucket(self, rows: int) -> int:
         """Each row costs."""
         return rows
+
+    def reorder(self, moves: Sequence[tuple[int, int]], fed: int) -> None:
+        """Costs next to nothing."""
 
     def move(self, source: int, target: int) -> None:
         """Costs next to nothing."""

@@ -61,9 +61,9 @@ def _faulty(engine: Engine) -> Engine:
     assert isinstance(runner, HostRunner)
     encode = runner.encode
 
-    def faulty(pixels: Sequence[np.ndarray], slots: Sequence[int]) -> None:
+    def faulty(pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:
         encode(pixels, slots)
-        for image, slot in zip(pixels, slots, strict=True):
+        for image, [slot, *_] in zip(pixels, slots, strict=True):
             red, green, blue = (int(channel) for channel in image[:, 0, 0])
             if (red, green) == (RED, GREEN) and blue in FAULTS:
                 FAULTS[blue][1](runner, slot)

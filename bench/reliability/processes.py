@@ -152,8 +152,8 @@ def bad_starts(long: bool) -> Verdict:
         for path in DEMO.iterdir():
             if path.is_file():
                 (corrupt / path.name).symlink_to(path.resolve())
-        (corrupt / "encoder.data").unlink()
-        (corrupt / "encoder.data").write_bytes(b"x")
+        (corrupt / "weights.data").unlink()
+        (corrupt / "weights.data").write_bytes(b"x")
         cases = {
             "no engine": ("--engine", name),
             "corrupt engine": ("--engine", str(corrupt)),

@@ -95,6 +95,44 @@ def _offline(section: dict[str, Any]) -> str:
     return _table(head, rows) + ratios + said + failed
 
 
+def _rival(section: dict[str, Any]) -> str:
+    rows = [
+        (f"PyTorch {form['name']}", form.get("failed")
+         or ", ".join(f"{batch}: {ms:,.0f} ms" for batch, ms in form["batches"]))
+        for form in section["forms"]
+    ]  # fmt: skip
+    rows.append(("Vignette", f"{section['ours_ms']:,.0f} ms"))
+    said = (
+        section["ratio"] and f"<p>Vignette against the best of them: {section['ratio']:.1f} x.</p>"
+    )
+    return _table(("", "images at once: ms an image"), rows) + (said or "")
+
+
+def _beams(section: dict[str, Any]) -> str:
+    ours = section["vignette"]
+    rows: list[tuple[str, ...]] = [
+        (f"Hugging Face {precision}", "", _number(s * 1e3), f"{section['ratios'][precision]:.0f} x")
+        for precision, s in section["torch_s"].items()
+    ]
+    for name, kind in (("many images", ""), ("one image alone", "one_")):
+        ms = [_number(ours[f"{way}_{kind}s"] * 1e3) for way in ("greedy", "beams")]
+        rows.append((f"Vignette, {name}", *ms, ""))
+    head = ("", "greedy, ms an image", f"{section['beams']} beams", "Vignette against it")
+    return _table(head, rows) + (
+        f"<p>{section['beams']} beams take {section['against_greedy']:.2f} times as long as greedy "
+        f"here. {html.escape(ours['runs_on'])}.</p>"
+    )
+
+
+def _scores(section: dict[str, Any]) -> str:
+    rows = [
+        (name, *(f"{share:.1%}" for share in kind["shares"].values()), f"{kind['told_apart']:.0%}")
+        for name, kind in section["kinds"].items()
+    ]
+    ways = next(iter(section["kinds"].values()))["shares"]
+    return _table(("right word for word", *ways, "right ones score higher"), rows)
+
+
 def _http(section: dict[str, Any]) -> str:
     rows = [
         (r["contestant"], r.get("clients", ""), r.get("requests", ""),
@@ -234,6 +272,13 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
                 "batch is the best of those under 'Time against batch size'. Where PyTorch's fp32 "
                 "products run far below the machine's peak (see 'Against the machine's limits'), "
                 "bf16 is the fairer rival.", _offline),
+    "rival": ("PyTorch at its best", "The same modules with the image encoded once, a static "
+              "cache, bfloat16, and compiled with frozen weights.", _rival),
+    "beams": ("Beam search", "Hugging Face encodes the image again for every beam and token; "
+              "Vignette encodes it once, and moves only text when beams change places.", _beams),
+    "scores": ("What beams and scores buy", "The demo model on scenes that it never saw. The plot: "
+               "answers sorted by their score, in tenths. 'Right ones score higher': how often a "
+               "right answer of two, one right and one wrong, has the higher score.", _scores),
     "http": ("Over HTTP", "ApacheBench: each client sends its next request when the last is "
              "answered. Slow contestants get fewer requests; every run is finished.", _http),
     "service": ("The service itself", "Vignette as its processes.", _service),

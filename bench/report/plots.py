@@ -40,6 +40,17 @@ def colours(names: list[str]) -> dict[str, str]:
     return found | {name: OURS for name in names if name.startswith("Vignette")}
 
 
+def _scores(axes: Axes, section: dict[str, Any]) -> None:
+    """Share of right answers by score, in tenths of the answers."""
+    for (name, kind), colour in zip(section["kinds"].items(), (OURS, *THEIRS), strict=False):
+        scores, shares = zip(*kind["tenths"], strict=True)
+        axes.plot(scores, [100 * share for share in shares], "o-", label=name, color=colour)
+    axes.set_xlabel("mean score of a tenth of the answers")
+    axes.set_ylabel("% right word for word")
+    axes.set_ylim(0, 102)
+    axes.legend(fontsize=8, frameon=False)
+
+
 def _http(axes: Axes, section: dict[str, Any]) -> None:
     """Times of single requests, sorted, at the most clients that everybody answered."""
     runs = [r for r in section["runs"] if r.get("times_ms")]
@@ -126,6 +137,7 @@ def _policy(row: dict[str, Any]) -> str:
 _DRAWINGS: dict[str, Callable[[Axes, dict[str, Any]], None]] = {
     "http": _http,
     "offline": _offline,
+    "scores": _scores,
     "ablation": _ablation,
     "batches": _batches,
     "scheduling": _scheduling,

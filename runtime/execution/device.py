@@ -6,13 +6,15 @@ Everything has a fixed address, so that a step is a captured CUDA graph that is 
   that no sequence has is overwritten when one moves in.
 * Step j of a burst reads row j of a ring of tokens and lengths and writes row j + 1, so the steps
   follow one another without the host, which uploads row 0 and fetches the others at the end.
-* The encoder writes image K/V beside the arena; a small graph copies them into their slots.
+* The encoder writes image K/V beside the arena; a small graph copies them into their slots, another
+  one text K/V from slot to slot, a third finds more candidates than the likeliest token.
 
 It runs on the CPU provider as well, which is how it is tested without a GPU.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,16 @@ import numpy as np
 import onnxruntime as ort
 
 from runtime.errors import GraphsFailed, ProviderError
+from runtime.execution.base import Candidates, leading
 from runtime.execution.device_buffer import DeviceBuffer, View
-from runtime.model.manifest import NOT_A_TOKEN, PIECE, Manifest
+from runtime.model.manifest import PIECE, UNFORCED, Manifest
 from runtime.planning.plan import Plan
 from runtime.providers.cuda import CudaOptions, pin
 from runtime.providers.session import Placement, open_session
 
 BURST = 4  # most steps between two fetches: a row that ends in the first wastes three
 _RUNS_BEFORE_CAPTURE = 2
+_GRAPHS = ("encoder", "decoder", "insert", "reorder", "candidates")
 
 
 def buckets(most: int) -> tuple[int, ...]:
@@ -82,7 +86,7 @@ class DeviceRunner:
         self._buckets, self._batches = buckets(self._slots), buckets(self._batch)
         self._names = [f"{i}.{kind}" for i in range(self.sizes.layers) for kind in ("key", "value")]
         combination = manifest.combination(plan.combination)
-        graphs = {g: manifest.variant(g, combination) for g in ("encoder", "decoder", "insert")}
+        graphs = {graph: manifest.variant(graph, combination) for graph in _GRAPHS}
         cache = np.dtype(graphs["decoder"].cache)
         heads, head, prefix = self.sizes.heads, self.sizes.head, self.sizes.prefix
         capacity = prefix + self.text_tokens
@@ -94,11 +98,14 @@ class DeviceRunner:
         self._ring = BURST + 1, self._slots
         self._tokens = DeviceBuffer(device, (prod(self._ring),), np.int64)
         self._lengths = DeviceBuffer(device, (prod(self._ring),), np.int32)
+        self._logprobs = DeviceBuffer(device, (prod(self._ring), 1), np.float32)
+        self._logits = DeviceBuffer(device, (self._slots, self.sizes.vocabulary), cache)
         self._host_tokens = np.zeros(self._ring, np.int64)
         self._host_lengths = np.zeros(self._ring, np.int32)
         self._capacity = ort.OrtValue.ortvalue_from_numpy(np.array([capacity], np.int32))
         pieces = head * cache.itemsize // (PIECE * 8)  # of a vector
         self._slot_pieces = heads * capacity * pieces
+        self._pieces = pieces
         self._image_places = _uploaded(device, _places(heads, prefix * pieces, capacity * pieces))
         self._slot_places = _uploaded(device, _places(1, self._slot_pieces, self._slot_pieces))
         self._firsts = DeviceBuffer(device, (self._batch, 1, 1), np.int64)
@@ -118,8 +125,10 @@ class DeviceRunner:
         decode_on = Placement(plan.decoder_provider, plan.decoder_threads, cuda=captured)
         self._encoder = open_session(folder / graphs["encoder"].file, encode_on)
         self._decoder = open_session(folder / graphs["decoder"].file, decode_on)
-        self._insert = open_session(
-            folder / graphs["insert"].file, replace(decode_on, cuda=not_captured)
+        beside = replace(decode_on, cuda=not_captured)
+        self._insert, self._reorder, self._candidates = (
+            open_session(folder / graphs[name].file, beside)
+            for name in ("insert", "reorder", "candidates")
         )
         self.graphs = False  # until all is warm
         self._encodes: dict[int, _Launch] = {}
@@ -153,28 +162,30 @@ class DeviceRunner:
         """Shape of one request's pixels."""
         return self.sizes.pixels
 
-    def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[int]) -> None:
-        """Put the image K/V of each of `pixels` (uint8, at most the plan's batch) into its slot."""
+    def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:
+        """Put the image K/V of each of `pixels` (uint8, at most the plan's batch) in its slots."""
         rows = bucket(len(pixels), self._batches)
         for row, image in enumerate(pixels):
             self._staging[row] = image
         self._pixels[rows].upload(self._staging[:rows])
         (self._encodes.get(rows) or self._bind_encode(rows)).run(self.graphs)
         insert = self._inserts.get(rows) or self._bind_insert(rows)
-        self._copy_to(slots, insert)
+        # A first slot for each image, then a second for each that has one, and so on.
+        for targets in zip_longest(*slots, fillvalue=self._slots):
+            self._copy_to(targets, insert)
 
     def decode(
-        self, tokens: Sequence[int], fed: Sequence[int], forced: Sequence[Sequence[int]] = ()
-    ) -> np.ndarray:
-        """Feed a token to each leading row, then what was predicted -> int64 `[steps, rows]`.
-
-        fed: text tokens that each row's cache holds already. forced: for each step but the first
-        what the rows are fed instead; NOT_A_TOKEN leaves a row what was predicted.
-        """
+        self,
+        tokens: Sequence[int],
+        fed: Sequence[int],
+        forced: Sequence[Sequence[int]] = (),
+        candidates: int = 1,
+    ) -> Candidates:
+        """Feed a token to each leading row, then what was predicted: see ModelRunner."""
         rows, steps = len(tokens), 1 + len(forced)
         size = bucket(rows, self._buckets)
         # Rows 1, 2, ... hold what is forced, until the step before overwrites them with its choice.
-        self._host_tokens[1:] = NOT_A_TOKEN
+        self._host_tokens[1:] = UNFORCED
         self._host_tokens[:steps, :rows] = [tokens, *forced]
         self._host_lengths[0, :rows] = np.add(fed, self.sizes.prefix)
         self._host_lengths[0, rows:] = self.sizes.prefix  # rows of nobody
@@ -183,10 +194,24 @@ class DeviceRunner:
         for step in range(steps):
             launch = self._steps.get((size, step)) or self._bind_step(size, step)
             launch.run(self.graphs, wait=step == steps - 1)
-        predicted = self._tokens.fetch().reshape(self._ring)[1 : steps + 1, :rows]
-        for row in np.flatnonzero((predicted == NOT_A_TOKEN).any(axis=0)):
+        logprobs = self._logprobs.fetch().reshape(self._ring)[1 : steps + 1, :rows]
+        for row in np.flatnonzero(np.isnan(logprobs).any(axis=0)):
             self._clear(int(row))
-        return predicted
+        if candidates > 1:
+            return self._likeliest(rows, candidates)
+        predicted = self._tokens.fetch().reshape(self._ring)[1 : steps + 1, :rows]
+        return Candidates(predicted[..., None], logprobs[..., None])
+
+    def _likeliest(self, rows: int, candidates: int) -> Candidates:
+        """Of the logits that the last step left."""
+        binding = self._candidates.io_binding()
+        self._logits.rows(rows).as_input(binding, "logits")
+        binding.bind_cpu_input("candidates", np.array([candidates], np.int64))
+        for name in ("candidate_ids", "candidate_logprobs", "best_logits"):
+            binding.bind_output(name, "cpu")
+        self._candidates.run_with_iobinding(binding)
+        ids, logprobs, best = (value.numpy() for value in binding.get_outputs())
+        return Candidates(ids[None], logprobs[None], best.T)
 
     def _clear(self, slot: int) -> None:
         """Empty a slot whose numbers broke down: a kernel may multiply what it masks by zero, and
@@ -202,6 +227,25 @@ class DeviceRunner:
         """Copy a sequence's cache from one slot to another, on the device."""
         sources = [cache.rows(1, source) for cache in self._arena]
         self._copy_to([target], self._bind_copy(sources, self._slot_places))
+
+    def reorder(self, moves: Sequence[tuple[int, int]], fed: int) -> None:
+        """See ModelRunner; on the device."""
+        heads, prefix = self.sizes.heads, self.sizes.prefix
+        room = (prefix + self.text_tokens) * self._pieces  # of a head
+        text = np.arange(prefix * self._pieces, (prefix + fed) * self._pieces)
+        places = (np.arange(heads)[:, None] * room + text).reshape(-1)
+        sources, targets = (
+            np.add.outer(np.array(slots) * self._slot_pieces, places).reshape(-1)
+            for slots in zip(*moves, strict=True)
+        )
+        binding = self._reorder.io_binding()
+        binding.bind_cpu_input("sources", sources)
+        binding.bind_cpu_input("targets", targets[:, None])
+        for name, cache in zip(self._names, self._arena, strict=True):
+            arena = cache.rows(self._slots + 1).shaped(-1, PIECE, dtype=np.int64)
+            arena.as_input(binding, f"arena.{name}")
+            arena.as_output(binding, f"reordered.{name}")
+        self._reorder.run_with_iobinding(binding)
 
     def warm_up(self) -> None:
         """Run, and with CUDA graphs capture, everything that a request can meet.
@@ -225,10 +269,10 @@ class DeviceRunner:
     def _run_all(self) -> None:
         blank = np.zeros(self.pixels_shape, np.uint8)
         for batch in self._batches:
-            self.encode([blank] * batch, range(batch))
+            self.encode([blank] * batch, leading(batch))
         for size in self._buckets:
             steps = min(self.burst, self.text_tokens)
-            self.decode([0] * size, [0] * size, [[NOT_A_TOKEN] * size] * (steps - 1))
+            self.decode([0] * size, [0] * size, [[UNFORCED] * size] * (steps - 1))
 
     def _bind_encode(self, rows: int) -> _Launch:
         binding = self._encoder.io_binding()
@@ -246,6 +290,8 @@ class DeviceRunner:
         self._lengths.rows(rows, now).as_input(binding, "lengths")
         self._tokens.rows(rows, then).as_input(binding, "forced")
         self._tokens.rows(rows, then).as_output(binding, "next_ids")
+        self._logprobs.rows(rows, then).as_output(binding, "next_logprobs")
+        self._logits.rows(rows).as_output(binding, "logits")
         self._lengths.rows(rows, then).as_output(binding, "next_lengths")
         # The value is fixed in a captured graph; kernels go by each row's own length.
         binding.bind_ortvalue_input("total_length", self._capacity)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from runtime.execution.base import Candidates, leading
 from runtime.execution.encoder import Encoder
 from runtime.model.manifest import EXACT, Manifest
 from runtime.planning.plan import Plan
@@ -22,10 +23,10 @@ from runtime.providers.session import Placement, open_session
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """All that a decode step over a fixed number of rows needs, bound once."""
+    """All that a decode step over a number of rows needs, bound once, and what it finds."""
 
     binding: Any  # onnxruntime.IOBinding
-    next_ids: np.ndarray
+    found: Candidates
 
 
 class HostRunner:
@@ -49,7 +50,8 @@ class HostRunner:
         self._tokens = np.zeros((plan.slots, 1), np.int64)
         self._lengths = np.full(plan.slots, self.sizes.prefix, np.int32)
         self._total_length = np.array([self.sizes.prefix + 1], np.int32)
-        self._steps: dict[int, _Step] = {}
+        self._counts: dict[int, np.ndarray] = {}  # of candidates: what is bound has to live on
+        self._steps: dict[tuple[int, int], _Step] = {}  # by rows and candidates
         encode_on = Placement(
             plan.encoder_provider, plan.encoder_threads, folder,
             exact=plan.combination == EXACT, cuda=CudaOptions(graphs=False),
@@ -58,19 +60,20 @@ class HostRunner:
         decode_on = Placement(plan.decoder_provider, plan.decoder_threads)
         streams = min(plan.encoder_streams, plan.slots)
         self._encoder = Encoder(folder / encoder.file, encode_on, streams, self._image_names)
-        self._decoder = open_session(folder / decoder.file, decode_on, self._inputs(1))
+        self._decoder = open_session(folder / decoder.file, decode_on, self._inputs(1, 1))
 
     def _new_arena(self, slots: int, dtype: str) -> list[np.ndarray]:
         positions = self.sizes.prefix + self.text_tokens
         shape = (slots, self.sizes.heads, positions, self.sizes.head)
         return [np.zeros(shape, dtype) for _ in self._image_names]
 
-    def _inputs(self, rows: int) -> dict[str, np.ndarray]:
+    def _inputs(self, rows: int, candidates: int) -> dict[str, np.ndarray]:
         """The decoder's inputs for the leading rows: views of the buffers, not copies."""
         return {
             "token_ids": self._tokens[:rows],
             "lengths": self._lengths[:rows],
             "total_length": self._total_length,
+            "candidates": self._counts.setdefault(candidates, np.array([candidates], np.int64)),
             **{
                 name.replace("image", "past_key_values"): cache[:rows]
                 for name, cache in zip(self._image_names, self._arena, strict=True)
@@ -97,30 +100,32 @@ class HostRunner:
         """Shape of one request's pixels."""
         return self.sizes.pixels
 
-    def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[int]) -> None:
-        """Put the image K/V of each of `pixels` (uint8, `pixels_shape`) into its slot."""
+    def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:
+        """Put the image K/V of each of `pixels` (uint8, `pixels_shape`) into its slots."""
 
         def put(index: int, image: list[np.ndarray]) -> None:
             for cache, values in zip(self._arena, image, strict=True):
-                cache[slots[index], :, : self.sizes.prefix] = values
+                for slot in slots[index]:
+                    cache[slot, :, : self.sizes.prefix] = values
 
         self._encoder.encode(pixels, put)
 
     def decode(
-        self, tokens: Sequence[int], fed: Sequence[int], forced: Sequence[Sequence[int]] = ()
-    ) -> np.ndarray:
-        """Feed a token to each of the leading rows -> int64 `[1, rows]`, the most likely next ones.
-
-        fed: text tokens that each row's cache holds already. Valid until the next call.
-        """
+        self,
+        tokens: Sequence[int],
+        fed: Sequence[int],
+        forced: Sequence[Sequence[int]] = (),
+        candidates: int = 1,
+    ) -> Candidates:
+        """Feed a token to each of the leading rows: one step, see ModelRunner."""
         assert not forced, "tokens are in host memory at every step: bursts gain nothing"
         rows = len(tokens)
         self._tokens[:rows, 0] = tokens
         np.add(fed, self.sizes.prefix, out=self._lengths[:rows], casting="unsafe")
         self._total_length[0] = self._lengths[:rows].max() + 1
-        step = self._steps.get(rows) or self._bind(rows)
+        step = self._steps.get((rows, candidates)) or self._bind(rows, candidates)
         self._decoder.run_with_iobinding(step.binding)
-        return step.next_ids[None]
+        return step.found
 
     def bucket(self, rows: int) -> int:
         """Each row costs."""
@@ -131,25 +136,38 @@ class HostRunner:
         for cache in self._arena:
             cache[target] = cache[source]
 
+    def reorder(self, moves: Sequence[tuple[int, int]], fed: int) -> None:
+        """See ModelRunner."""
+        sources, targets = (list(slots) for slots in zip(*moves, strict=True))
+        text = slice(self.sizes.prefix, self.sizes.prefix + fed)
+        for cache in self._arena:
+            cache[targets, :, text] = cache[sources, :, text]  # the right side is a copy
+
     def warm_up(self) -> None:
         """Run both graphs once, so that the first request finds them compiled and allocated."""
         images = min(self.plan.encode_batch, len(self._tokens))
         for batch in {1, images}:
-            self.encode([np.zeros(self.pixels_shape, np.uint8)] * batch, range(batch))
+            self.encode([np.zeros(self.pixels_shape, np.uint8)] * batch, leading(batch))
         self.decode([0], [0])
 
-    def _bind(self, rows: int) -> _Step:
+    def _bind(self, rows: int, candidates: int) -> _Step:
         binding = self._decoder.io_binding()
-        next_ids = np.zeros(rows, np.int64)
-        binding.bind_ortvalue_output("next_ids", _shared(next_ids))
-        for name, array in self._inputs(rows).items():
+        ids, logprobs = (np.zeros((rows, candidates), kind) for kind in (np.int64, np.float32))
+        best = np.zeros((rows, 1), np.float32)
+        for name, array in (
+            ("candidate_ids", ids),
+            ("candidate_logprobs", logprobs),
+            ("best_logits", best),
+        ):
+            binding.bind_ortvalue_output(name, _shared(array))
+        for name, array in self._inputs(rows, candidates).items():
             value = _shared(array)
             binding.bind_ortvalue_input(name, value)
             if name.startswith("past_key_values"):
                 present = name.replace("past_key_values", "present")
                 binding.bind_ortvalue_output(present, value)
-        step = _Step(binding, next_ids)
-        self._steps[rows] = step
+        step = _Step(binding, Candidates(ids[None], logprobs[None], best.T))
+        self._steps[rows, candidates] = step
         return step
 
 

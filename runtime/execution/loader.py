@@ -52,7 +52,7 @@ def prepare(folder: Path, config: EngineConfig) -> Prepared:
     fitting: list[Plan] = []
     for plan in plans:
         try:
-            fitting.append(_fitted(folder, manifest, config, plan))
+            fitting.append(_fitted(manifest, config, plan))
         except ProviderError as cause:
             if len(plans) == 1:
                 raise
@@ -60,7 +60,7 @@ def prepare(folder: Path, config: EngineConfig) -> Prepared:
     return Prepared(folder, manifest, config, tuple(fitting))
 
 
-def _fitted(folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) -> Plan:
+def _fitted(manifest: Manifest, config: EngineConfig, plan: Plan) -> Plan:
     """The plan with its slots; ProviderError if they don't fit the memory that holds them."""
     text = config.text_positions(manifest.sizes.text)
     plan = replace(plan, text_tokens=text, cuda_graphs=config.cuda_graphs)
@@ -74,7 +74,7 @@ def _fitted(folder: Path, manifest: Manifest, config: EngineConfig, plan: Plan) 
             )
         return replace(plan, slots=slots)
     gpu = require_gpu(cuda.major())
-    slots, limit = gpu_memory(folder, manifest, plan).budget(
+    slots, limit = gpu_memory(manifest, plan).budget(
         gpu.shared(config.memory_share), config.slots, _MOST_SLOTS, plan.encode_batch
     )
     return replace(plan, slots=slots, memory_limit=limit)
@@ -87,14 +87,14 @@ def _slot_bytes(manifest: Manifest, plan: Plan) -> int:
     return 2 * sizes.layers * sizes.heads * sizes.head * positions * np.dtype(cache).itemsize
 
 
-def gpu_memory(folder: Path, manifest: Manifest, plan: Plan) -> Memory:
-    """What an engine takes of a GPU: weights as they lie on disk, the rest by its shapes."""
+def gpu_memory(manifest: Manifest, plan: Plan) -> Memory:
+    """What an engine takes of a GPU: its weights, the rest by its shapes."""
     sizes, combination = manifest.sizes, manifest.combination(plan.combination)
     width = sizes.heads * sizes.head
     kv = 2 * sizes.layers * width * _HALF  # of one position
-    files = {manifest.variant(graph, combination).data for graph in ("encoder", "decoder")}
+    graphs = (manifest.variant(graph, combination) for graph in ("encoder", "decoder"))
     return Memory(
-        weights=sum((folder / name).stat().st_size for name in files if name),
+        weights=sum(graph.weights for graph in graphs),
         slot=(sizes.prefix + plan.text_tokens) * kv * _ARENA,
         image=sizes.prefix * (kv * _ARENA + _ACTIVATIONS * width * _HALF),
     )

@@ -55,12 +55,13 @@ def check(
 
 def _caption(runner: ModelRunner, pixels: np.ndarray, special: SpecialTokens) -> list[int]:
     """Its tokens, the end token included."""
-    runner.encode([pixels], [0])
+    runner.encode([pixels], [[0]])
     said: list[int] = []
     token = special.bos
     for fed in range(TOKENS):
-        token = int(runner.decode([token], [fed])[0, 0])
+        found = runner.decode([token], [fed])
+        token = int(found.ids[0, 0, 0])
         said.append(token)
-        if token == special.eos or token < 0:
+        if token == special.eos or np.isnan(found.logprobs[0, 0, 0]):
             break
     return said

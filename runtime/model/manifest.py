@@ -13,10 +13,11 @@ from typing import Any
 
 from runtime.errors import EngineFolderError
 
-FORMAT = 4  # raise it when a field changes its meaning; older engines are then refused
+FORMAT = 5  # raise it when a field changes its meaning; older engines are then refused
 FILE = "manifest.json"
 TOKENIZER = "tokenizer.json"
-NOT_A_TOKEN = -1  # what the decoder predicts for a row whose numbers broke down (NaN)
+WEIGHTS = "weights.data"
+UNFORCED = -1  # in place of a forced token: what the step before found likeliest
 PIECE = 2  # int64 that the insertion graph copies at once
 
 
@@ -62,21 +63,23 @@ class Preprocessing:
 class Variant:
     """One graph in one precision, for one type of K/V cache.
 
-    graph: "encoder" or "decoder"; "insert" puts image K/V into slots on a device (no weights).
+    graph: "encoder" or "decoder"; on a device, and without weights, "insert" puts image K/V into
+        slots, "reorder" moves text K/V between slots, "candidates" finds the likeliest tokens.
     precision: fp32, int8 (weights, and activations as they come), int8-static (an encoder with
         activation scales from calibration, for OpenVINO), fp16, fp16-fused (an encoder with
         attention in one node, for CUDA).
     cache: dtype of the K/V that the encoder writes and the decoder reads: float32, int8 or
         float16, which stays on a GPU.
-    file, data: names in the engine folder; `data` holds the weights, which variants that differ
-        in the cache alone share.
+    file: its name in the engine folder. All keep their weights in the file WEIGHTS there, equal
+        ones once.
+    weights: bytes that its weights take in memory.
     """
 
     graph: str
     precision: str
     cache: str
     file: str
-    data: str | None
+    weights: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ class Combination:
     """An encoder and a decoder that were proven together.
 
     agreement: share of `images` whose captions are those of PyTorch in fp32; None for random
-        weights, whose captions prove nothing.
+        weights, whose captions prove nothing. beams: the same with 4 beams, of fewer images.
     """
 
     encoder: str
@@ -92,6 +95,7 @@ class Combination:
     cache: str
     images: int
     agreement: float | None
+    beams: float | None = None
 
     @property
     def name(self) -> str:
@@ -207,8 +211,7 @@ def _parsed(content: dict[str, Any]) -> Manifest:
 
 def _check_named(manifest: Manifest) -> None:
     """Raise ValueError unless all that is read lies in the folder and has its sha256."""
-    used = {TOKENIZER, *(v.file for v in manifest.variants)}
-    used |= {v.data for v in manifest.variants if v.data}
+    used = {TOKENIZER, WEIGHTS, *(v.file for v in manifest.variants)}
     if unproven := sorted(used - manifest.files.keys()):
         raise ValueError(f"it has no sha256 of {unproven[0]!r}")
     if outside := [name for name in manifest.files if Path(name).name != name]:

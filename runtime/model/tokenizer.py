@@ -24,6 +24,8 @@ class CaptionTokenizer:
         self._tokenizer.no_padding()
         self._bos = manifest.tokens.bos
         unknown = getattr(self._tokenizer.model, "unk_token", None)  # a model of bytes has none
+        # What marks a token that goes on with a word; a model of bytes has none.
+        self._mark = getattr(self._tokenizer.model, "continuing_subword_prefix", None) or ""
         self._unknown = self._tokenizer.token_to_id(unknown) if unknown else None
 
     def prompt_ids(self, prompt: str | None) -> tuple[int, ...]:
@@ -50,4 +52,19 @@ class CaptionTokenizer:
 
     def text(self, ids: Sequence[int]) -> str:
         """Generated ids as text, without special tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        return text.removeprefix(
+            self._mark
+        )  # of a caption that goes on with the prompt's last word
+
+    def whole_words(self, ids: Sequence[int]) -> str:
+        """Text as above, but for a last word that the next token may go on with."""
+        begins = (at for at in reversed(range(len(ids))) if not self._goes_on(ids[at]))
+        return self.text(ids[: next(begins, 0)] if self._mark else ids)
+
+    def _goes_on(self, token: int) -> bool:
+        return self.token(token).startswith(self._mark)
+
+    def token(self, token: int) -> str:
+        """A single one as the vocabulary has it."""
+        return self._tokenizer.id_to_token(token) or ""

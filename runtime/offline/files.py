@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,16 +30,17 @@ def caption_files(
     engine: Engine,
     files: Iterable[Path | str],
     prompt: str | None = None,
-    max_new_tokens: int | None = None,
+    **sampling: Any,
 ) -> Iterator[Outcome]:
     """Each file with its caption, or with what was wrong with it, in the order they finish.
 
-    Raises InvalidRequest before the first one when prompt, limit or model can't be served.
+    sampling: fields of SamplingParams. Raises InvalidRequest before the first one when prompt,
+    sampling or model can't be served.
     """
-    engine.limits.check(prompt, max_new_tokens)
+    engine.limits.check(prompt, sampling)
     if engine.manifest.sizes.frames:
         raise InvalidRequest("a video model takes several frames a caption: send them to a server")
-    captioner = _Captioner(engine, prompt, max_new_tokens)
+    captioner = _Captioner(engine, prompt, sampling)
     remaining, most = map(Path, files), 2 * (engine.config.slots or 1)
     running: set[Future[Outcome]] = set()
     with ThreadPoolExecutor(most, "file") as pool:
@@ -60,8 +62,8 @@ class _Captioner:
     A step that raises is repeated for each of its images alone.
     """
 
-    def __init__(self, engine: Engine, prompt: str | None, max_new_tokens: int | None) -> None:
-        self._engine, self._prompt, self._most = engine, prompt, max_new_tokens
+    def __init__(self, engine: Engine, prompt: str | None, sampling: dict[str, Any]) -> None:
+        self._engine, self._prompt, self._sampling = engine, prompt, sampling
         self._decoding = threading.Semaphore(this_machine().cores)
         self._apart = _Apart()
 
@@ -89,8 +91,7 @@ class _Captioner:
             return error
 
     def _generate(self, pixels: np.ndarray) -> Caption:
-        prompts = [self._prompt]
-        return self._engine.generate([pixels], prompts, max_new_tokens=self._most)[0]
+        return self._engine.generate([pixels], [self._prompt], **self._sampling)[0]
 
 
 class _Apart:

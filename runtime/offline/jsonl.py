@@ -7,11 +7,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from msgspec.structs import fields
+
 from runtime.errors import VignetteError
-from runtime.request import Caption
+from runtime.request import Caption, SamplingParams
 
 About = dict[str, Any]
-_DECIDE = ("model", "engine", "precision", "prompt", "max_new_tokens")  # what a caption says
+_SAMPLING = (field.name for field in fields(SamplingParams))
+_DECIDE = ("model", "engine", "precision", "prompt", *_SAMPLING)  # what a caption says
 
 
 class OutputConflict(VignetteError):
@@ -56,10 +59,17 @@ class CaptionLines:
         line: dict[str, Any] = {"file": plain(file), **self._about}
         if isinstance(outcome, Caption):
             line |= state(file)
-            line |= {"caption": outcome.text, "finish_reason": outcome.finish_reason}
+            line |= _said(outcome)
+            if outcome.others:
+                line["captions"] = [_said(each) for each in (outcome, *outcome.others)]
         else:
             line["error"] = str(outcome).encode("utf-8", "backslashreplace").decode()
         print(json.dumps(line, ensure_ascii=False), file=self._stream, flush=True)
+
+
+def _said(caption: Caption) -> About:
+    said = {"caption": caption.text, "finish_reason": caption.finish_reason}
+    return said if caption.score is None else said | {"score": round(caption.score, 5)}
 
 
 def plain(file: Path) -> str:

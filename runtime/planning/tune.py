@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.errors import EngineFolderError, ProviderError, VignetteError
+from runtime.execution.base import leading
 from runtime.execution.host import HostRunner
 from runtime.model import manifest as manifests
 from runtime.model.manifest import Manifest
@@ -155,7 +156,7 @@ class _Bench:
         images = rng.integers(0, 256, (batches[-1], *runner.pixels_shape), np.uint8)
         best = 0, float("inf")
         for batch in batches:
-            ms = _median_ms(partial(runner.encode, list(images[:batch]), range(batch))) / batch
+            ms = _median_ms(partial(runner.encode, list(images[:batch]), leading(batch))) / batch
             if ms < best[1] * _WORTH_IT:
                 best = batch, ms
         return best

@@ -5,12 +5,13 @@ from typing import cast
 
 import tornado.web
 
-from server.http import caption, health, metrics, pages
+from server.http import caption, health, hub, kserve, metrics, openai, pages
 from server.http.handler import Handler
 from server.http.origins import networks
 from server.logs import plain
 from server.service.service import Service
 
+_MODEL = "(.+?)(?:/versions/1)?"  # a name may hold slashes
 _PATH, _METHOD = 200, 20  # characters that are logged
 log = logging.getLogger(__name__)
 
@@ -24,10 +25,17 @@ _OPS: list[tuple[str, type[Handler]]] = [
 def make_app(service: Service) -> tornado.web.Application:
     """The public application for one service; tests make theirs with the same function."""
     routes: list[tuple[str, type[Handler]]] = [
-        (r"/", pages.PageHandler),
+        (r"/", hub.HubHandler),
         (r"/openapi.json", pages.OpenApiHandler),
         (r"/samples/([a-z-]+\.png)", pages.SampleHandler),
         (r"/caption", caption.CaptionHandler),
+        (r"/v2", kserve.ServerHandler),
+        (r"/v2/health/(live|ready)", kserve.LiveHandler),
+        (r"/v2/repository/index", kserve.RepositoryHandler),
+        (rf"/v2/models/{_MODEL}/infer", kserve.InferHandler),
+        (rf"/v2/models/{_MODEL}(?:/(ready|config|stats))?", kserve.ModelHandler),
+        (r"/v1/models", openai.ModelsHandler),
+        (r"/v1/chat/completions", openai.ChatHandler),
     ]
     return _app(service, routes if service.settings.ops_port is not None else routes + _OPS)
 

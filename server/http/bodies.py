@@ -127,9 +127,12 @@ def text(name: str, value: bytes) -> str:
 
 
 def json_parts(body: bytes) -> Parts:
-    """The fields of a JSON object, with `image` (a string in base64, or a list of them) decoded.
+    """The fields of a JSON object, with the images in it (base64, or data URLs) decoded.
 
-    Raises InvalidRequest naming what is wrong.
+    They stand in `image` (one, or a list), which is taken out, or where other protocols have them:
+    in `inputs`, `inputs.image`, the `data` of a tensor IMAGE in `inputs`, or `image_url.url` of a
+    part of a message's content. There each leaves its place in the list of images. Raises
+    InvalidRequest naming what is wrong.
     """
     outline, long = _outline(body)
     try:
@@ -139,11 +142,34 @@ def json_parts(body: bytes) -> Parts:
     if not isinstance(fields, dict):
         raise InvalidRequest(f"the JSON is not an object: {_NO_OBJECT}")
     sent = fields.pop("image", None)
+    several = [] if sent is None else sent if isinstance(sent, list) else [sent]
+    images = [_from_base64(image, long) for image in several]
+    for holder, key in _places(fields):
+        images.append(_from_base64(holder[key], long))
+        holder[key] = len(images) - 1
     _check_short(fields)
-    if sent is None:
-        return Parts(fields)
-    several = sent if isinstance(sent, list) else [sent]
-    return Parts(fields, [_from_base64(image, long) for image in several])
+    return Parts(fields, images)
+
+
+def _places(fields: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Where other protocols have images: what holds each, and by which key."""
+    inputs = fields.get("inputs")
+    if isinstance(inputs, str):
+        yield fields, "inputs"
+    elif isinstance(inputs, dict) and isinstance(inputs.get("image"), str):
+        yield inputs, "image"
+    for tensor in inputs if isinstance(inputs, list) else []:
+        if isinstance(tensor, dict) and tensor.get("name") == "IMAGE":
+            data = tensor.get("data")
+            texts = data if isinstance(data, list) else []
+            yield from ((texts, n) for n, text in enumerate(texts) if isinstance(text, str))
+    messages = fields.get("messages")
+    for message in messages if isinstance(messages, list) else []:
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else []:
+            url = part.get("image_url") if isinstance(part, dict) else None
+            if isinstance(url, dict) and str(url.get("url")).startswith(("data:", "\0")):
+                yield url, "url"
 
 
 def _outline(body: bytes) -> tuple[bytes, list[bytes]]:

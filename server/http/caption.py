@@ -3,13 +3,16 @@
 import asyncio
 import re
 import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 from runtime.errors import InvalidRequest
-from server.http.bodies import PIECE, Parts, json_parts, media_type, read_form
+from runtime.request import RequestOutput, captioned, joined
+from server.http.bodies import Parts, media_type, read_form
+from server.http.events import EventStream
 from server.http.forms import FORM, JSON, URLENCODED, asked, check_media_type, query_fields
-from server.http.intake import IntakeHandler
+from server.http.intake import EVENTS, IntakeHandler
 from server.http.schemas import CaptionAnswer
-from server.ipc.dispatcher import Expired
 
 _ACCEPT = 1000  # characters of that header that are looked at
 _WEIGHT = re.compile(r"[01](\.[0-9]{0,3})?")
@@ -30,31 +33,43 @@ class CaptionHandler(IntakeHandler):
         del body
         model = self.service.model(fields.model)
         self.model = model.name
+        accept = self.request.headers.get("Accept", "")[:_ACCEPT]
+        streams = fields.stream or EVENTS in accept
         request = model.request(
-            fields.prompt, fields.max_new_tokens, fields.timeout_ms, fields.priority
+            fields.prompt, fields.sampling, fields.priority, fields.timeout_ms, streams
         )
-        caption = await self.service.caption(model, request, images, self.client)
-        answer = CaptionAnswer.of(caption, model.name, time.perf_counter() - started)
-        self.seconds = {stage: ms / 1e3 for stage, ms in answer.timing_ms}
-        if _prefers_text(self.request.headers.get("Accept", "")):
+        events = EventStream(self, model)
+        async with aclosing(
+            self.service.generate(model, request, images, self.client)
+        ) as generated:
+            output = await (events.tell(generated) if streams else whole(generated))
+        if output is None:
+            return
+        caption = captioned(request, output, model.tokenizer)
+        seconds = time.perf_counter() - started
+        answer = CaptionAnswer.of(caption, model.name, model.tokenizer, seconds)
+        self.seconds = {stage: ms / 1e3 for stage, ms in answer["timing_ms"].items()}
+        if streams:
+            await events.send("caption", answer)
+            self.finish()
+        elif _prefers_text(accept):
             self.set_header("Content-Type", "text/plain; charset=utf-8")
             self.finish(caption.text + "\n")
         else:
-            self.write_json(answer.model_dump())
+            self.write_json(answer)
 
     async def _parts(self, body: bytes) -> Parts:
         """The body taken apart, in pieces or by another process."""
         if not body:
             raise InvalidRequest("the body is empty: send an image")
-        if self._kind in (JSON, FORM):
-            self.hold(len(body))  # the images are copied from it
         if self._kind == FORM:
+            self.hold(len(body))  # the images are copied from it
             parts = Parts()
             for _ in read_form(body, self._boundary, parts):
                 await asyncio.sleep(0)
             return parts
         if self._kind == JSON:
-            return json_parts(body) if len(body) <= PIECE else await self._large_parts(body)
+            return await self.json_parts(body)
         if self._kind == URLENCODED and body.startswith(b"image="):
             raise InvalidRequest(
                 "this is an urlencoded form: send the file itself (curl --data-binary @FILE), "
@@ -62,19 +77,16 @@ class CaptionHandler(IntakeHandler):
             )
         return Parts(images=[body])
 
-    async def _large_parts(self, body: bytes) -> Parts:
-        """Expired after the usual deadline, because the request's own may stand in the body."""
-        try:
-            async with asyncio.timeout(self.service.settings.timeout_seconds):
-                return await self.service.decoders.parts(body, self.client)
-        except TimeoutError:
-            raise Expired("the deadline passed before the body was read") from None
+
+async def whole(generated: AsyncIterator[RequestOutput]) -> RequestOutput:
+    """All that is generated, at once."""
+    return joined([output async for output in generated])
 
 
 def _prefers_text(accept: str) -> bool:
     """Whether text/plain is asked for by name, and above JSON (RFC 9110, 12.5.1)."""
     weights: dict[str, float] = {}
-    for place, part in enumerate(accept[:_ACCEPT].split(",")):
+    for place, part in enumerate(accept.split(",")):
         kind, *parameters = (p.strip().lower() for p in part.split(";"))
         weight = next((p.removeprefix("q=") for p in parameters if p.startswith("q=")), "1")
         # Of equal ones the first counts as wanted more.

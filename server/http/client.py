@@ -81,19 +81,17 @@ def caption_remotely(
     service: RemoteService,
     files: Iterable[Path],
     prompt: str | None = None,
-    max_new_tokens: int | None = None,
+    **sampling: Any,
 ) -> Iterator[Outcome]:
     """Each file with its caption, or with what was wrong with it, in the order they finish.
 
-    Raises ServiceFailed when the service is gone for minutes, or wants another key.
+    sampling: fields of SamplingParams. Raises ServiceFailed when the service is gone for minutes,
+    or wants another key.
     """
-    asked = {
-        "model": service.model,
-        "prompt": prompt,
-        "max_new_tokens": max_new_tokens,
-        "priority": "batch",
-    }
-    path = "/caption?" + urlencode({k: v for k, v in asked.items() if v is not None})
+    asked = {"model": service.model, "prompt": prompt, "priority": "batch", **sampling}
+    path = "/caption?" + urlencode(
+        {k: str(v).lower() if isinstance(v, bool) else v for k, v in asked.items() if v is not None}
+    )
     remaining, taking, stop = iter(files), threading.Lock(), threading.Event()
     outcomes: Queue[Outcome | Exception | None] = Queue(2 * service.connections)
 
@@ -154,14 +152,21 @@ def _captioned(
 
 def _caption(answer: dict[str, Any]) -> Caption:
     usage, seconds = answer["usage"], {k: v / 1e3 for k, v in answer["timing_ms"].items()}
-    return Caption(
-        text=answer["caption"],
-        token_ids=(),  # they stay there
-        finish_reason=FinishReason(answer["finish_reason"]),
-        prompt_tokens=usage["prompt_tokens"],
-        completion_tokens=usage["completion_tokens"],
-        timing=Timing(*(seconds[stage] for stage in ("queue", "encode", "decode", "preprocess"))),
-    )
+    timing = Timing(*(seconds[stage] for stage in ("queue", "encode", "decode", "preprocess")))
+
+    def caption(said: dict[str, Any], others: tuple[Caption, ...] = ()) -> Caption:
+        return Caption(
+            text=said["caption"],
+            token_ids=(),  # they stay there
+            finish_reason=FinishReason(said["finish_reason"]),
+            prompt_tokens=usage["prompt_tokens"],
+            completion_tokens=usage["completion_tokens"],
+            timing=timing,
+            score=said["score"],
+            others=others,
+        )
+
+    return caption(answer, tuple(map(caption, answer.get("captions", [])[1:])))
 
 
 class _Connection:

@@ -7,7 +7,7 @@ from tornado import httputil
 from runtime.errors import InvalidRequest
 from server.http.bodies import Parts, shown, text
 from server.http.errors import UnsupportedMediaType
-from server.http.schemas import CaptionFields
+from server.http.schemas import CaptionFields, checked
 
 JSON, FORM = "application/json", "multipart/form-data"
 URLENCODED = "application/x-www-form-urlencoded"
@@ -46,9 +46,9 @@ def asked(parts: Parts, query: dict[str, Any]) -> tuple[CaptionFields, list[byte
     url = fields.pop("image_url", None)
     if url is not None and (parts.images or not isinstance(url, str)):
         raise InvalidRequest("send either image or image_url, and the latter as a string")
-    checked = CaptionFields.checked(fields)
+    wanted = checked(CaptionFields, fields)
     if url is None and not parts.images:
         raise InvalidRequest("the field 'image' is missing or not a string: send it as base64")
     if not all(parts.images):
         raise InvalidRequest("the image is empty: send a whole file")
-    return checked, url or parts.images
+    return wanted, url or parts.images

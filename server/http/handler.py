@@ -12,7 +12,7 @@ from typing import Any
 
 import tornado.web
 
-from server.http.errors import INTERNAL, answer_to
+from server.http.errors import INTERNAL, Answer, answer_to
 from server.http.origins import PREFLIGHT, address_of, cors_headers, group_of, networks
 from server.logs import request_id
 from server.service.service import Service
@@ -76,7 +76,7 @@ class Handler(tornado.web.RequestHandler):
         for name, value in cors_headers(self.request.headers.get("Origin"), allowed).items():
             self.set_header(name, value)
 
-    async def options(self) -> None:
+    async def options(self, *path: str) -> None:
         """What a browser asks before a page of another origin may send its request."""
         await self.paced()
         if not self.service.settings.cors_origins:
@@ -91,9 +91,9 @@ class Handler(tornado.web.RequestHandler):
         given = self.request.headers.get("If-None-Match", "")
         return len(given) <= _ETAGS and super().check_etag_header()
 
-    def head(self) -> Awaitable[None] | None:
+    def head(self, *path: str) -> Awaitable[None] | None:
         """Where there is something to get: the same without the body, which Tornado leaves out."""
-        return self.get()
+        return self.get(*path)
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         """A body is dropped as it comes, where none is wanted."""
@@ -124,7 +124,7 @@ class Handler(tornado.web.RequestHandler):
             loop.call_later(_LOOK_SECONDS, look)
         return written
 
-    def write_json(self, content: dict[str, Any]) -> None:
+    def write_json(self, content: Any) -> None:
         """Answer with JSON that people can read, UTF-8 as it is."""
         self.set_header("Content-Type", "application/json; charset=utf-8")
         self.finish(json.dumps(content, ensure_ascii=False) + "\n")
@@ -193,8 +193,11 @@ class Handler(tornado.web.RequestHandler):
             self.set_header("Allow", self.allowed())
         self.code = answer.code
         self.outcome(answer.code)
-        message = answer.message or str(error)
-        self.write_json({"error": {"code": answer.code, "message": message}})
+        self.write_json(self.shown_error(answer, answer.message or str(error)))
+
+    def shown_error(self, answer: Answer, message: str) -> dict[str, Any]:
+        """An error in the shape of its protocol."""
+        return {"error": {"code": answer.code, "message": message}}
 
     def outcome(self, code: str) -> None:
         """Called once with the code of an error; those who count requests override it."""

@@ -9,11 +9,13 @@ from collections.abc import Awaitable
 from contextlib import ExitStack
 
 from runtime.errors import InvalidRequest, VignetteError
-from server.http.bodies import PIECE, shown
+from server.http.bodies import PIECE, Parts, json_parts, shown
 from server.http.errors import BodyTooLarge, UnsupportedMediaType
 from server.http.handler import Handler
+from server.ipc.dispatcher import Expired
 from server.service.service import Service
 
+EVENTS = "text/event-stream"
 _DRAINED = 20  # times the body limit
 _FREE = 256 * 1024  # bytes of each body that are not paced: most images are no larger
 _STEP_SECONDS = 0.02  # shorter waits are put off
@@ -26,6 +28,7 @@ class IntakeHandler(Handler):
     def initialize(self, service: Service) -> None:
         """Nothing has come in yet."""
         super().initialize(service)
+        self.streams = False  # whether the answer has begun, event by event
         self.seconds: dict[str, float] = {}  # of each stage, once it is captioned
         self._body = bytearray()
         self._received = self._held = 0
@@ -51,7 +54,7 @@ class IntakeHandler(Handler):
         is read and dropped first, unless the client waits for the answer, or sends far too much.
         """
         super().prepare()
-        if self.request.method == "OPTIONS":
+        if self.request.method != "POST":
             return
         most = _DRAINED * self._limit
         self.request.connection.set_max_body_size(most + PIECE)  # type: ignore[union-attr]
@@ -135,7 +138,30 @@ class IntakeHandler(Handler):
         self._body = bytearray()
         await self.serve(body)
         self.service.refusals.earn(self.client, 1)
-        self.outcome("ok")
+        self.outcome(self.code)
+
+    async def send(self, event: str) -> None:
+        """Write a server-sent event, and wait until the client has taken it, or `body_seconds`."""
+        if not self.streams:
+            self.streams = True
+            self.set_header("Content-Type", EVENTS)
+            self.set_header("X-Accel-Buffering", "no")  # for nginx, which gathers answers
+        self.write(event)
+        async with asyncio.timeout(self.service.settings.body_seconds):
+            await self.flush()
+
+    async def json_parts(self, body: bytes) -> Parts:
+        """A JSON body taken apart, a large one by another process; InvalidRequest, or Expired after
+        the usual deadline, because the request's own may stand in the body.
+        """
+        self.hold(len(body))  # the images are copied from it
+        if len(body) <= PIECE:
+            return json_parts(body)
+        try:
+            async with asyncio.timeout(self.service.settings.timeout_seconds):
+                return await self.service.decoders.parts(body, self.client)
+        except TimeoutError:
+            raise Expired("the deadline passed before the body was read") from None
 
     def _key(self) -> str | None:
         scheme, _, token = self.request.headers.get("Authorization", "").partition(" ")

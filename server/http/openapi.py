@@ -8,6 +8,8 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from server.http.errors import ERRORS, HTTP_ERRORS, INTERNAL
+from server.http.kserve import InferRequest
+from server.http.openai import ChatRequest
 from server.http.schemas import (
     CaptionAnswer,
     CaptionFields,
@@ -17,7 +19,15 @@ from server.http.schemas import (
 )
 
 _ROUTES = Path(__file__).with_name("openapi.json")
-_SHAPES = (CaptionFields, CaptionRequest, CaptionAnswer, ErrorAnswer, ReadyAnswer)
+_SHAPES = (
+    ChatRequest,
+    InferRequest,
+    CaptionFields,
+    CaptionRequest,
+    CaptionAnswer,
+    ErrorAnswer,
+    ReadyAnswer,
+)
 _REFERENCE = "#/components/schemas/{model}"
 
 

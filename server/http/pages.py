@@ -15,7 +15,7 @@ _DEMO = "vignette-demo"
 _FACTS = "{/* what the server says of itself */}"
 
 
-class PageHandler(Handler):
+class Page(Handler):
     """A short page to try the service on."""
 
     async def get(self) -> None:
@@ -53,7 +53,7 @@ class OpenApiHandler(Handler):
 class NotFoundHandler(Handler):
     """Any other path, whatever the method."""
 
-    async def get(self) -> None:
+    async def get(self, *path: str) -> None:
         """404."""
         raise tornado.web.HTTPError(404)
 

@@ -1,11 +1,22 @@
 """What requests and answers hold: checked by these classes, and described by them in OpenAPI."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from msgspec.structs import fields
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from runtime.errors import InvalidRequest
-from runtime.request import Caption, Priority
+from runtime.limits import RANGES
+from runtime.model.tokenizer import CaptionTokenizer
+from runtime.request import Caption, Priority, SamplingParams
 from server.http.bodies import shown
 
 _DIGITS = 9  # of a number in a form
@@ -20,7 +31,37 @@ def _whole(value: Any) -> Any:
     return value
 
 
+def _flag(value: Any) -> Any:
+    """true and false as forms and queries send them; all else as it is."""
+    known = {"true": True, "false": False}
+    return known.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _ranged(name: str, description: str) -> Any:
+    least, most = RANGES[name]
+    return Field(ge=least, le=most, allow_inf_nan=False, description=description)
+
+
+_SAMPLING = {field.name for field in fields(SamplingParams)}
+_Flag = Annotated[bool, Field(strict=True), BeforeValidator(_flag)]
 _Number = Annotated[int, Field(strict=True), BeforeValidator(_whole)]
+
+
+Shape = TypeVar("Shape", bound=BaseModel)
+
+
+def checked(shape: type[Shape], fields: dict[str, Any]) -> Shape:
+    """The fields of a request. Raises InvalidRequest naming what is wrong."""
+    try:
+        return shape.model_validate(fields)
+    except ValidationError as cause:
+        error = cause.errors(include_url=False, include_input=False)[0]
+        name = shown(".".join(map(str, error["loc"])))
+        if error["type"] == "extra_forbidden":
+            there = ", ".join(shape.model_fields)
+            raise InvalidRequest(f"unknown field {name}: there are {there}") from None
+        said = error["msg"].removeprefix("Input ")
+        raise InvalidRequest(f"the field {name} {said}") from None
 
 
 class CaptionFields(BaseModel):
@@ -48,25 +89,58 @@ class CaptionFields(BaseModel):
     priority: Annotated[
         Priority, Field(description="batch waits while interactive requests wait.")
     ] = Priority.INTERACTIVE
+    stream: Annotated[
+        _Flag,
+        Field(description="Answer with server-sent events, one for each token, as Accept: "
+              "text/event-stream does."),
+    ] = False  # fmt: skip
+    n: Annotated[
+        _Number | None,
+        _ranged("n", "Captions to return; several take num_beams, or a temperature."),
+        Field(validation_alias=AliasChoices("n", "num_return_sequences")),
+    ] = None
+    logprobs: Annotated[
+        _Number | None,
+        _ranged("logprobs", "Tell each token's log-probability, and so many of the likeliest."),
+    ] = None
+    num_beams: Annotated[
+        _Number | None, _ranged("num_beams", "Texts to follow at once; the best is returned.")
+    ] = None
+    length_penalty: Annotated[
+        float | None, _ranged("length_penalty", "Of beams: above 0 for long captions.")
+    ] = None
+    early_stopping: Annotated[
+        _Flag | Literal["never"] | None,
+        Field(description="Of beams: true ends once there are num_beams captions, never looks for "
+              "better ones to the last."),
+    ] = None  # fmt: skip
+    no_repeat_ngram_size: Annotated[
+        _Number | None,
+        _ranged("no_repeat_ngram_size", "So many tokens in a row are there only once."),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, _ranged("repetition_penalty", "Above 1 for fewer repetitions.")
+    ] = None
+    temperature: Annotated[
+        float | None, _ranged("temperature", "0 takes the likeliest token, more draws one.")
+    ] = None
+    top_k: Annotated[
+        _Number | None, _ranged("top_k", "Draw from so many of the likeliest tokens.")
+    ] = None
+    top_p: Annotated[
+        float | None, _ranged("top_p", "Draw from the fewest tokens that are together so likely.")
+    ] = None
+    seed: Annotated[_Number | None, _ranged("seed", "The same one draws the same tokens.")] = None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Fields of SamplingParams that were given."""
+        return self.model_dump(include=_SAMPLING, exclude_unset=True)
 
     @model_validator(mode="before")
     @classmethod
     def _empty_is_absent(cls, fields: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in fields.items() if value not in (None, "")}
-
-    @classmethod
-    def checked(cls, fields: dict[str, Any]) -> "CaptionFields":
-        """The fields of a request. Raises InvalidRequest naming what is wrong."""
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as cause:
-            error = cause.errors(include_url=False, include_input=False)[0]
-            name = shown(error["loc"][0])
-            if error["type"] == "extra_forbidden":
-                there = ", ".join(cls.model_fields)
-                raise InvalidRequest(f"unknown field {name}: there are {there}") from None
-            said = error["msg"].removeprefix("Input ")
-            raise InvalidRequest(f"the field {name} {said}") from None
 
 
 class CaptionRequest(CaptionFields):
@@ -92,6 +166,52 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class TokenLogprob(BaseModel):
+    """A token as the vocabulary has it, and its log-probability."""
+
+    token: str
+    logprob: float
+
+
+class ChosenToken(TokenLogprob):
+    """A token of the caption, and the likeliest in its place."""
+
+    top: list[TokenLogprob]
+
+
+class AnotherCaption(BaseModel):
+    """One of several captions. score: mean log-probability of its tokens, the end token included;
+    score_sum: the sum of them.
+    """
+
+    caption: str
+    score: float
+    score_sum: float
+    finish_reason: Literal["stop", "length"]
+    logprobs: list[ChosenToken] | None = None
+
+    @classmethod
+    def fields_of(cls, caption: Caption, tokenizer: CaptionTokenizer) -> dict[str, Any]:
+        """By their names; without logprobs unless they were asked for."""
+        fields: dict[str, Any] = {
+            "caption": caption.text,
+            "score": caption.score,
+            "score_sum": sum(caption.logprobs),
+            "finish_reason": caption.finish_reason,
+        }
+        if caption.top_logprobs:
+            places = zip(caption.token_ids, caption.logprobs, caption.top_logprobs, strict=True)
+            fields["logprobs"] = [
+                {
+                    "token": tokenizer.token(chosen),
+                    "logprob": logprob,
+                    "top": [{"token": tokenizer.token(t), "logprob": p} for t, p in top],
+                }
+                for chosen, logprob, top in places
+            ]
+        return fields
+
+
 class Milliseconds(BaseModel):
     """Where a request's time went."""
 
@@ -102,30 +222,34 @@ class Milliseconds(BaseModel):
     total: float
 
 
-class CaptionAnswer(BaseModel):
-    """A caption."""
+class CaptionAnswer(AnotherCaption):
+    """A caption; of several the best or first, and all of them in `captions`."""
 
-    caption: str
     model: str
-    finish_reason: Literal["stop", "length"]
     usage: Usage
     timing_ms: Milliseconds
+    captions: list[AnotherCaption] | None = None
 
     @classmethod
-    def of(cls, caption: Caption, model: str, total_s: float) -> "CaptionAnswer":
-        """total_s: seconds from the end of the request's body to now."""
-        timing, used = caption.timing, (caption.prompt_tokens, caption.completion_tokens)
+    def of(
+        cls, caption: Caption, model: str, tokenizer: CaptionTokenizer, total_s: float
+    ) -> dict[str, Any]:
+        """As JSON has it. total_s: seconds from the end of the request's body to now."""
+        timing, captions = caption.timing, (caption, *caption.others)
+        completion = sum(each.completion_tokens for each in captions)
         seconds = timing.queue_s, timing.preprocess_s, timing.encode_s, timing.decode_s, total_s
-        ms = (round(each * 1e3, 2) for each in seconds)
-        return cls.model_construct(
-            caption=caption.text,
-            model=model,
-            finish_reason=caption.finish_reason,
-            usage=Usage.model_construct(
-                prompt_tokens=used[0], completion_tokens=used[1], total_tokens=sum(used)
-            ),
-            timing_ms=Milliseconds(**dict(zip(Milliseconds.model_fields, ms, strict=True))),
-        )
+        fields = cls.fields_of(caption, tokenizer)
+        if caption.others:
+            fields["captions"] = [cls.fields_of(each, tokenizer) for each in captions]
+        fields["model"] = model
+        fields["usage"] = {
+            "prompt_tokens": caption.prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": caption.prompt_tokens + completion,
+        }
+        stages = zip(Milliseconds.model_fields, seconds, strict=True)
+        fields["timing_ms"] = {stage: round(each * 1e3, 2) for stage, each in stages}
+        return fields
 
 
 class WorkerAnswer(BaseModel):

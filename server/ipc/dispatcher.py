@@ -75,15 +75,15 @@ class Work:
 
     def take(self, output: RequestOutput) -> None:
         """Hand on what is new in an output of a worker."""
-        fresh = output.token_ids[max(0, self.told - self.position) :]
+        known = max(0, self.told - self.position)
         self.position += len(output.token_ids)
         self.told = max(self.told, self.position)
-        output = replace(output, token_ids=fresh)
+        output = replace(output, completion=output.completion.after(known))
         if output.finish_reason is FinishReason.EXPIRED:
             self.end(Expired("the deadline passed while it was queued"))
         elif output.finish_reason is not None:
             self.end(output)
-        elif fresh:
+        elif output.token_ids:
             self.news.put_nowait(output)
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -17,7 +18,6 @@ from runtime.request import (
     GenerationRequest,
     Priority,
     RequestOutput,
-    SamplingParams,
     SchedulingParams,
 )
 from server.images.decoder import Place
@@ -64,6 +64,7 @@ class Model:
         if not ready:
             return
         facts = [w.facts for w in ready if w.facts is not None]
+        self.limits.slots = min(f.slots for f in facts)
         self.admission.slots = -(-sum(f.slots for f in facts) // front_ends)
         if known := [f.seconds for f in facts if f.seconds]:
             self.admission.expect(front_ends * min(known) / len(ready))
@@ -72,18 +73,20 @@ class Model:
 
     def request(
         self,
-        prompt: str | None = None,
-        max_new_tokens: int | None = None,
-        timeout_ms: int | None = None,
+        prompt: str | None,
+        sampling: dict[str, Any],
         priority: Priority = Priority.INTERACTIVE,
+        timeout_ms: int | None = None,
+        stream: bool = False,
     ) -> GenerationRequest:
-        """A request whose image is still to come. Raises InvalidRequest if it can't be served."""
-        prompt_ids, most = self.limits.check(prompt, max_new_tokens)
+        """A request whose image is still to come. sampling: fields of SamplingParams.
+
+        Raises InvalidRequest if it can't be served.
+        """
+        prompt_ids, params = self.limits.check(prompt, sampling, stream)
         seconds = timeout_ms / 1e3 if timeout_ms else self.timeout_seconds
-        deadline = time.perf_counter() + seconds
-        return GenerationRequest(
-            None, prompt_ids, SamplingParams(most), SchedulingParams(None, priority, deadline)
-        )
+        scheduling = SchedulingParams(None, priority, time.perf_counter() + seconds)
+        return GenerationRequest(None, prompt_ids, params, scheduling, stream)
 
     async def run(
         self, request: GenerationRequest, images: list[bytes], origin: Origin

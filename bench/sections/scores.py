@@ -1,0 +1,77 @@
+"""What beams and scores buy: the demo model on scenes that it never saw."""
+
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench.common.settings import Settings
+
+_BEAMS = 4
+_PARTS = 10
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """For each kind of question: shares of right answers, greedy and with beams; those of greedy
+    ones by score, in tenths; and how well scores tell right answers from wrong ones.
+    """
+    found = {name: _evaluated(settings.scenes, n) for name, n in (("greedy", 1), ("beams", _BEAMS))}
+    kinds: dict[str, Any] = {}
+    for kind, greedy in found["greedy"].items():
+        answers = sorted(zip(greedy["scores"], greedy["right"], strict=True))
+        kinds[kind] = {
+            "shares": {
+                "greedy": _share(greedy["right"]),
+                f"{_BEAMS} beams": _share(found["beams"][kind]["right"]),
+            },
+            "tenths": tenths(answers),
+            "told_apart": told_apart(answers),
+        }
+    return {"kinds": kinds}
+
+
+def _evaluated(scenes: int, beams: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "scores.json"
+        command = [
+            sys.executable, "-m", "demo", "evaluate", "--scenes", str(scenes),
+            "--beams", str(beams), "--json", str(output),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not output.exists():  # its status tells, too, whether the model card was met
+            raise RuntimeError(f"the demo model can't be evaluated: {done.stderr[-500:]}")
+        content: dict[str, Any] = json.loads(output.read_text())
+        return content
+
+
+def _share(right: list[bool]) -> float:
+    return sum(right) / len(right)
+
+
+def tenths(answers: list[tuple[float, bool]]) -> list[tuple[float, float]]:
+    """Mean score and share of right ones of each tenth. answers: (score, right), by score."""
+    bounds = [len(answers) * part // _PARTS for part in range(_PARTS + 1)]
+    parts = [answers[a:b] for a, b in itertools.pairwise(bounds) if b > a]
+    return [
+        (statistics.mean(score for score, _ in part), _share([right for _, right in part]))
+        for part in parts
+    ]
+
+
+def told_apart(answers: list[tuple[float, bool]]) -> float:
+    """How often the right one of two answers, of which one is wrong, scores higher (the area under
+    the ROC curve). answers: (score, right), by score; 1 if all are right, or wrong.
+    """
+    below = higher = pairs = 0
+    wrong = sum(not right for _, right in answers)
+    for _, right in answers:
+        if right:
+            higher += below
+            pairs += wrong
+        else:
+            below += 1
+    return higher / pairs if pairs else 1.0

@@ -1,0 +1,141 @@
+"""Beam search, token for token that of Hugging Face's `generate` (transformers 4.57).
+
+Scores are float32, as they are there: which of two beams is better may hang on a rounding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.decoding.base import Move, Row
+from runtime.decoding.hypothesis import Hypothesis
+from runtime.decoding.penalties import penalised, penalises
+from runtime.request import Completion, FinishReason, SamplingParams
+
+_NEVER = np.float32(-1e9)  # the score of what may not be chosen
+
+
+@dataclass(frozen=True, slots=True)
+class _Continued:
+    """A beam with one more token: of which row, at which place of its candidates."""
+
+    parent: int
+    place: int
+    score: np.float32
+    ends: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """A text that is over, with the score that it is ranked by; none is there at first."""
+
+    text: Hypothesis | None = None
+    score: np.float32 = _NEVER
+
+
+class Beams:
+    """The `num_beams` best texts of one image, each in a row of its own."""
+
+    def __init__(self, prompt: Sequence[int], sampling: SamplingParams, eos: int) -> None:
+        self._prompt, self._sampling, self._eos = prompt, sampling, eos
+        self._penalises = penalises(sampling)
+        self._beams = [Hypothesis() for _ in range(sampling.num_beams)]
+        # All rows are alike at first: only the first one's candidates count then.
+        self._scores = np.full(sampling.num_beams, _NEVER, np.float32)
+        self._scores[0] = 0
+        self._finished = [_Finished()] * sampling.num_beams
+        self._hopeful = True  # that a better text than those that are over may come
+        self._ended = False
+        self.plain = False
+
+    @property
+    def candidates(self) -> int:
+        """See Decoding: twice as many as beams, because as many may end."""
+        wanted = max(2 * self._sampling.num_beams, self._sampling.logprobs)
+        if self._penalises:
+            wanted += max(len({*self._prompt, *beam.token_ids}) for beam in self._beams)
+        return wanted
+
+    @property
+    def tokens(self) -> list[int]:
+        """See Decoding."""
+        return [beam.token_ids[-1] for beam in self._beams]
+
+    @property
+    def steps_left(self) -> int:
+        """See Decoding."""
+        return self._sampling.max_new_tokens - len(self._beams[0].token_ids)
+
+    @property
+    def over(self) -> bool:
+        """See Decoding."""
+        return self._ended
+
+    def advance(self, rows: Sequence[Row]) -> list[Move]:
+        """See Decoding."""
+        best = self._best(rows)
+        ending = np.array([each.ends for each in best])
+        self._finish(best, rows)
+        scores = np.array([each.score for each in best], np.float32) + ending * _NEVER
+        kept = np.argsort(-scores, kind="stable")[: self._sampling.num_beams]
+        self._beams = [self._grown(best[at], rows) for at in kept]
+        self._scores = scores[kept].astype(np.float32)
+        self._hopeful = self._hopeful and self._may_improve()
+        full = all(each.text is not None for each in self._finished)
+        early = self._sampling.early_stopping is True and full
+        self._ended = not self._hopeful or early or bool(ending.all())
+        parents = [best[at].parent for at in kept]
+        return [(parent, row) for row, parent in enumerate(parents) if parent != row]
+
+    def _best(self, rows: Sequence[Row]) -> list[_Continued]:
+        """Twice as many continuations as beams, of all rows together, the best first."""
+        sampling, found = self._sampling, []
+        last = self.steps_left == 1
+        for parent, (row, beam) in enumerate(zip(rows, self._beams, strict=True)):
+            scores, ids = np.array(row.logprobs, np.float32), np.array(row.ids)
+            if self._penalises:
+                scores = penalised(scores, ids, [*self._prompt, *beam.token_ids], sampling)
+            scores = scores + self._scores[parent]
+            for place in np.argsort(-scores, kind="stable")[: 2 * sampling.num_beams]:
+                stops = row.ids[place] == self._eos and not sampling.ignore_eos
+                found.append(_Continued(parent, int(place), scores[place], last or stops))
+        found.sort(key=lambda each: -each.score)
+        return found[: 2 * sampling.num_beams]
+
+    def _grown(self, continued: _Continued, rows: Sequence[Row]) -> Hypothesis:
+        text = self._beams[continued.parent].copy()
+        text.add(rows[continued.parent], continued.place, self._sampling.logprobs)
+        return text
+
+    def _finish(self, best: list[_Continued], rows: Sequence[Row]) -> None:
+        """Keep the best of those that are over; only the first `num_beams` may come to them."""
+        full = all(each.text is not None for each in self._finished)
+        if (self._sampling.early_stopping is True and full) or not self._hopeful:
+            return
+        length = np.float32((len(self._beams[0].token_ids) + 1) ** self._sampling.length_penalty)
+        for continued in best[: self._sampling.num_beams]:
+            if continued.ends:
+                text = self._grown(continued, rows)
+                stopped = text.token_ids[-1] == self._eos and not self._sampling.ignore_eos
+                text.finish_reason = FinishReason.STOP if stopped else FinishReason.LENGTH
+                self._finished.append(_Finished(text, np.float32(continued.score / length)))
+        self._finished.sort(key=lambda each: -each.score)
+        del self._finished[self._sampling.num_beams :]
+
+    def _may_improve(self) -> bool:
+        """Whether the best beam could come before the worst text that is over, by its score now."""
+        sampling, length = self._sampling, len(self._beams[0].token_ids)
+        if sampling.early_stopping == "never" and sampling.length_penalty > 0:
+            length = sampling.max_new_tokens
+        possible = self._scores[0] / np.float32(length**sampling.length_penalty)
+        return bool(possible > min(each.score for each in self._finished))
+
+    def news(self, told: int) -> Completion:
+        """See Decoding; which text is the best is known at the end alone."""
+        return self.completions()[0] if self.over else Completion(())
+
+    def completions(self) -> list[Completion]:
+        """See Decoding."""
+        texts = (each.text for each in self._finished[: self._sampling.n])
+        return [text.completion() for text in texts if text is not None]

@@ -1,0 +1,95 @@
+"""Texts that go on each by itself: the likeliest token each time, or one that is drawn."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from runtime.decoding.base import Move, Row
+from runtime.decoding.hypothesis import Hypothesis
+from runtime.decoding.penalties import penalised, penalises
+from runtime.request import Completion, FinishReason, SamplingParams
+
+
+class Continuation:
+    """`n` texts of one image, in as many rows, until the last of them is over."""
+
+    def __init__(self, prompt: Sequence[int], sampling: SamplingParams, eos: int) -> None:
+        self._prompt, self._sampling, self._eos = prompt, sampling, eos
+        self._texts = [Hypothesis() for _ in range(sampling.n)]
+        self._penalises = penalises(sampling)
+        self.plain = sampling.n == 1 and not (
+            self._penalises or sampling.temperature or sampling.logprobs
+        )
+
+    @property
+    def candidates(self) -> int:
+        """See Decoding; a penalty may put each token of the text behind those that follow it."""
+        sampling = self._sampling
+        wanted = max(sampling.top_k if sampling.temperature else 1, sampling.logprobs)
+        if self._penalises:
+            wanted += max(len({*self._prompt, *text.token_ids}) for text in self._texts)
+        return wanted
+
+    @property
+    def tokens(self) -> list[int]:
+        """See Decoding; a text that is over says its last token again, to no effect."""
+        return [text.token_ids[-1] for text in self._texts]
+
+    @property
+    def steps_left(self) -> int:
+        """See Decoding."""
+        return self._sampling.max_new_tokens - max(len(t.token_ids) for t in self._texts)
+
+    @property
+    def over(self) -> bool:
+        """See Decoding."""
+        return all(text.finish_reason for text in self._texts)
+
+    def advance(self, rows: Sequence[Row]) -> list[Move]:
+        """See Decoding."""
+        for index, (text, row) in enumerate(zip(self._texts, rows, strict=True)):
+            if text.finish_reason is not None:
+                continue
+            text.add(row, 0 if self.plain else self._chosen(index, row), self._sampling.logprobs)
+            if text.token_ids[-1] == self._eos and not self._sampling.ignore_eos:
+                text.finish_reason = FinishReason.STOP
+            elif len(text.token_ids) >= self._sampling.max_new_tokens:
+                text.finish_reason = FinishReason.LENGTH
+        return []
+
+    def _chosen(self, index: int, row: Row) -> int:
+        """The place of the token that a text goes on with."""
+        sampling, before = self._sampling, self._texts[index].token_ids
+        logits = np.array(row.logprobs, np.float64) - row.logprobs[0] + row.best_logit
+        if self._penalises:
+            text = [*self._prompt, *before]
+            logits = penalised(logits.astype(np.float32), np.array(row.ids), text, sampling)
+        if not sampling.temperature:
+            return int(logits.argmax())
+        # Counted from the seed by text and token, so that a request that is tried again, or shares
+        # its batch with others, draws the same.
+        key = np.array([sampling.seed, index], np.uint64)
+        draw = np.random.Generator(np.random.Philox(key=key, counter=len(before))).random()
+        return drawn(logits, sampling, draw)
+
+    def news(self, told: int) -> Completion:
+        """See Decoding."""
+        return self._texts[0].completion().after(told)
+
+    def completions(self) -> list[Completion]:
+        """See Decoding."""
+        return [text.completion() for text in self._texts]
+
+
+def drawn(logits: np.ndarray, sampling: SamplingParams, draw: float) -> int:
+    """The place of a candidate, drawn by temperature, `top_k` and `top_p`.
+
+    logits: float `[K]` of the likeliest tokens. draw: from [0, 1).
+    """
+    order = np.argsort(-logits, kind="stable")[: sampling.top_k]
+    scaled = np.asarray(logits, np.float64)[order] / sampling.temperature
+    weights = np.exp(scaled - scaled[0])
+    share = weights.cumsum() / weights.sum()
+    # The fewest that together reach top_p: those before which less than that is taken.
+    kept = 1 + int((share[:-1] < sampling.top_p).sum())
+    return int(order[np.searchsorted(share[:kept] / share[kept - 1], draw, side="right")])

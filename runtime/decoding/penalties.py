@@ -1,0 +1,39 @@
+"""What keeps a text from repeating itself, by the meaning of Hugging Face's `generate`."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from runtime.request import SamplingParams
+
+
+def penalises(sampling: SamplingParams) -> bool:
+    """Whether scores depend on the tokens before."""
+    return sampling.repetition_penalty != 1 or sampling.no_repeat_ngram_size > 0
+
+
+def penalised(
+    scores: np.ndarray, ids: np.ndarray, text: Sequence[int], sampling: SamplingParams
+) -> np.ndarray:
+    """Scores of candidates, some lowered.
+
+    scores: float `[K]`, logits or log-probabilities of the tokens `ids`. text: the tokens before,
+    the prompt's included.
+    """
+    if sampling.repetition_penalty != 1:
+        seen = np.isin(ids, list(set(text)))
+        penalty = np.where(scores < 0, sampling.repetition_penalty, 1 / sampling.repetition_penalty)
+        scores = np.where(seen, scores * penalty, scores)
+    if sampling.no_repeat_ngram_size:
+        banned = _would_repeat(text, sampling.no_repeat_ngram_size)
+        scores = np.where(np.isin(ids, list(banned)), -np.inf, scores)
+    return scores.astype(np.float32)
+
+
+def _would_repeat(text: Sequence[int], size: int) -> set[int]:
+    """Tokens that would end an n-gram that the text has already."""
+    if len(text) + 1 < size:
+        return set()
+    last = list(text[len(text) + 1 - size :])
+    starts = range(len(text) - size + 1)
+    return {text[at + size - 1] for at in starts if list(text[at : at + size - 1]) == last}

@@ -1,0 +1,52 @@
+"""A caption as server-sent events: one for each token, and one with all that the JSON answer holds.
+
+https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from runtime.errors import VignetteError
+from runtime.request import RequestOutput, joined
+from server.http.errors import answer_to
+from server.http.intake import IntakeHandler
+from server.service.model import Model
+
+
+class EventStream:
+    """What is written to a client that reads along."""
+
+    def __init__(self, handler: IntakeHandler, model: Model) -> None:
+        self._handler, self._model = handler, model
+
+    async def tell(self, outputs: AsyncIterator[RequestOutput]) -> RequestOutput | None:
+        """An event for each token; returns all that was generated once the last has come.
+
+        Raises a VignetteError that comes before the first event. One that comes later is an event,
+        too, and the answer is over: None.
+        """
+        told: list[RequestOutput] = []
+        tokens: list[int] = []
+        try:
+            async for output in outputs:
+                told.append(output)
+                for token in output.token_ids:
+                    tokens.append(token)
+                    text = self._model.tokenizer.whole_words(tokens)
+                    await self.send("token", {"text": text, "tokens": len(tokens)})
+            return joined(told)
+        except VignetteError as error:
+            if not self._handler.streams:
+                raise
+            answer = answer_to(error, 500)
+            self._handler.code = answer.code
+            message = answer.message or str(error)
+            await self.send("error", self._handler.shown_error(answer, message))
+            self._handler.finish()
+            return None
+
+    async def send(self, event: str, content: dict[str, Any]) -> None:
+        """Write one."""
+        data = json.dumps(content, ensure_ascii=False)
+        await self._handler.send(f"event: {event}\ndata: {data}\n\n")

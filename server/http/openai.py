@@ -1,0 +1,291 @@
+"""The part of OpenAI's interface that captioning needs: models, and chat with an image in it.
+
+The text of the user's message is the prompt. https://platform.openai.com/docs/api-reference/chat
+"""
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from runtime.errors import InvalidRequest, VignetteError
+from runtime.request import (
+    Caption,
+    FinishReason,
+    GenerationRequest,
+    RequestOutput,
+    captioned,
+    joined,
+)
+from server.http.bodies import media_type, shown
+from server.http.errors import Answer, UnsupportedMediaType, answer_to
+from server.http.forms import JSON
+from server.http.handler import Handler
+from server.http.intake import IntakeHandler
+from server.http.schemas import checked
+from server.service.model import Model
+from server.service.service import Images
+
+_KINDS = {401: "authentication_error", 404: "invalid_request_error", 429: "rate_limit_error"}
+_DONE = "data: [DONE]\n\n"
+
+
+class TextPart(BaseModel):
+    """Text of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(BaseModel):
+    """url: where the image is, or its number among those that were sent as data URLs."""
+
+    url: str | int
+    detail: str | None = None
+
+
+class ImagePart(BaseModel):
+    """An image of a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class Message(BaseModel):
+    """Of a chat; there is one, the user's."""
+
+    role: str
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    name: str | None = None
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells beside its tokens."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """What a chat asks for; what has no meaning for a caption is refused unless it is neutral."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    messages: list[Message]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
+    user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _absent(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in fields.items() if value is not None}
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Fields of SamplingParams. What draws tokens is left out where none is drawn."""
+        asked: dict[str, Any] = {
+            "max_new_tokens": self.max_completion_tokens or self.max_tokens,
+            "n": self.n,
+            "logprobs": max(1, self.top_logprobs or 0) if self.logprobs else None,
+        }
+        if self.temperature:
+            drawing = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+            asked |= {name: value for name, value in drawing.items() if value is not None}
+        return asked
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts that end a caption."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def asked(self, images: list[bytes]) -> tuple[str | None, Images]:
+        """The prompt, and the images or where one is. Raises InvalidRequest."""
+        if [message.role for message in self.messages] != ["user"]:
+            raise InvalidRequest("send one message, the user's: GIT knows no others")
+        content = self.messages[0].content
+        parts = [] if isinstance(content, str) else content
+        texts = [part.text for part in parts if isinstance(part, TextPart)]
+        urls = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+        addresses = [url for url in urls if isinstance(url, str)]
+        if not urls:
+            raise InvalidRequest("there is no image: send it as a part of type image_url")
+        if addresses and len(urls) > 1:
+            raise InvalidRequest("of several images each must be sent itself, as a data URL")
+        return " ".join(texts) or None, addresses[0] if addresses else images
+
+
+class ModelsHandler(Handler):
+    """GET /v1/models: those of the server."""
+
+    async def get(self) -> None:
+        """As OpenAI lists its own."""
+        await self.paced()
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": "vignette"}
+                  for name in self.service.models]  # fmt: skip
+        self.write_json({"object": "list", "data": models})
+
+
+class ChatHandler(IntakeHandler):
+    """POST /v1/chat/completions: a chat that is an image, and perhaps a question about it."""
+
+    def shown_error(self, answer: Answer, message: str) -> dict[str, Any]:
+        """As OpenAI's clients read it."""
+        kind = _KINDS.get(answer.status)
+        kind = kind or ("server_error" if answer.status >= 500 else "invalid_request_error")
+        return {"error": {"message": message, "type": kind, "param": None, "code": answer.code}}
+
+    def check_head(self) -> None:
+        """Raises InvalidRequest or UnsupportedMediaType."""
+        kind, _ = media_type(self.request.headers.get("Content-Type", ""))
+        if kind != JSON:
+            raise UnsupportedMediaType(f"Content-Type {shown(kind)} is not taken here: send {JSON}")
+
+    async def serve(self, body: bytes) -> None:
+        """Answer with a completion, or stream it."""
+        parts = await self.json_parts(body)
+        asked = checked(ChatRequest, parts.fields)
+        prompt, images = asked.asked(parts.images)
+        model = self.service.model(asked.model)
+        self.model = model.name
+        request = model.request(prompt, asked.sampling, stream=asked.stream)
+        completion = _Completion(self, asked, model, request)
+        async with aclosing(self.service.generate(model, request, images, self.client)) as outputs:
+            if asked.stream:
+                await completion.stream(outputs)
+            else:
+                self.write_json(completion.whole(joined([each async for each in outputs])))
+
+
+class _Completion:
+    """A caption as OpenAI would tell it."""
+
+    def __init__(
+        self, handler: ChatHandler, asked: ChatRequest, model: Model, request: GenerationRequest
+    ) -> None:
+        self._handler, self._asked, self._model, self._request = handler, asked, model, request
+        self._common = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model.name,
+        }
+
+    def whole(self, output: RequestOutput) -> dict[str, Any]:
+        """All of it."""
+        caption = captioned(self._request, output, self._model.tokenizer)
+        captions = (caption, *caption.others)
+        return {
+            **self._common,
+            "object": "chat.completion",
+            "choices": [self._choice(index, each) for index, each in enumerate(captions)],
+            "usage": self._usage(sum(each.completion_tokens for each in captions)),
+        }
+
+    def _choice(self, index: int, caption: Caption) -> dict[str, Any]:
+        text, stopped = self._stopped(caption.text)
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {
+            "index": index,
+            "message": message,
+            "finish_reason": "stop" if stopped else _reason(caption.finish_reason),
+            "logprobs": self._logprobs(caption.token_ids, caption.logprobs, caption.top_logprobs),
+        }
+
+    def _stopped(self, text: str) -> tuple[str, bool]:
+        """A text up to the first of those that end it, and whether there was one."""
+        ends = [at for stop in self._asked.stops if stop and (at := text.find(stop)) >= 0]
+        return (text[: min(ends)], True) if ends else (text, False)
+
+    def _usage(self, completion_tokens: int) -> dict[str, int]:
+        prompt_tokens = len(self._request.prompt_ids) - 1
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }
+
+    def _logprobs(self, tokens: Any, logprobs: Any, tops: Any) -> dict[str, Any] | None:
+        if not self._asked.logprobs:
+            return None
+        shown_tops = self._asked.top_logprobs or 0
+        content = [
+            self._logprob(token, logprob)
+            | {"top_logprobs": [self._logprob(*each) for each in top[:shown_tops]]}
+            for token, logprob, top in zip(tokens, logprobs, tops, strict=True)
+        ]
+        return {"content": content, "refusal": None}
+
+    def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._model.tokenizer.token(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    async def stream(self, outputs: AsyncIterator[RequestOutput]) -> None:
+        """Chunks of whole words as they come; what goes wrong after the first is an event, too."""
+        told: list[RequestOutput] = []
+        tokens: list[int] = []
+        said, stopped = "", False
+        try:
+            async for output in outputs:
+                told.append(output)
+                tokens += output.token_ids
+                ended = output.finish_reason is not None
+                tokenizer = self._model.tokenizer
+                text = tokenizer.text(tokens) if ended else tokenizer.whole_words(tokens)
+                text, stopped = self._stopped(text)
+                if len(told) == 1 and tokens:
+                    await self._chunk({"role": "assistant", "content": ""})
+                news = output.completion
+                logprobs = self._logprobs(news.token_ids, news.logprobs, news.top_logprobs)
+                if text[len(said) :] or logprobs:
+                    await self._chunk({"content": text[len(said) :]}, logprobs=logprobs)
+                said = text
+                if stopped:
+                    break
+            output = told[-1] if stopped else joined(told)
+            reason = "stop" if stopped else _reason(output.finish_reason)
+            await self._chunk({}, reason)
+            if self._asked.stream_options and self._asked.stream_options.include_usage:
+                ends = output.finish_reason is FinishReason.STOP
+                usage = self._usage(len(tokens) - ends)
+                await self._send({**self._common, "choices": [], "usage": usage})
+        except VignetteError as error:
+            if not self._handler.streams:
+                raise
+            answer = answer_to(error, 500)
+            self._handler.code = answer.code
+            await self._send(self._handler.shown_error(answer, answer.message or str(error)))
+        self._handler.write(_DONE)
+        self._handler.finish()
+
+    async def _chunk(
+        self,
+        delta: dict[str, Any],
+        reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> None:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+        await self._send({**self._common, "choices": [choice]})
+
+    async def _send(self, content: dict[str, Any]) -> None:
+        if "choices" in content:
+            content["object"] = "chat.completion.chunk"
+        await self._handler.send(f"data: {json.dumps(content, ensure_ascii=False)}\n\n")
+
+
+def _reason(reason: FinishReason | None) -> str:
+    return "length" if reason is FinishReason.LENGTH else "stop"
