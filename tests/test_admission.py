@@ -220,6 +220,17 @@ def test_what_never_reaches_the_engine_says_nothing_of_its_pace():
             admission.check_in_time(30.0)
 
 
+def test_requests_wait_for_slots_that_fewer_of_more_rows_have():
+    admission, clock = admitting(queue=100)  # two slots
+    with ExitStack() as others:
+        others.enter_context(admission.enter())
+        others.enter_context(admission.engine(rows=2))
+        for _ in range(8):
+            with admission.enter(), admission.engine(rows=2):
+                clock.now += 2.0
+        assert refused_after(admission)[0] == 12, "13 of two seconds each, less one that is inside"
+
+
 def test_a_rate_that_was_slow_can_be_seen_to_be_better():
     """If all beyond the slots were refused, nobody would ever wait, and nothing be measured."""
     admission, clock = admitting()

@@ -8,6 +8,7 @@ import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
 from runtime.planning.config import EngineConfig
+from server.service.keys import main as make_key
 from tests.fakes import fake_engine
 from tests.live import as_json, b64, png, serve
 
@@ -111,6 +112,17 @@ def test_one_bad_image_is_the_calls_error_and_the_next_call_goes_on(live, client
     assert client.infer("fake", [tensor("IMAGE", IMAGES[:1])]).as_numpy("CAPTION").size == 1
     with pytest.raises(InferenceServerException, match="name one of fake"):
         client.infer("none", [tensor("IMAGE", IMAGES[:1])])
+
+
+def test_each_image_counts_for_the_limits_of_its_key(tmp_path, capsys):
+    assert make_key(["me", "0", "2"]) == 0
+    made = capsys.readouterr()
+    (tmp_path / "keys").write_text(made.out)
+    key = {"X_API_Key": made.err.split()[-1]}
+    with serve(fake_engine, api_keys=tmp_path / "keys") as live:
+        for count, status in ((2, 200), (3, 429), (2, 200)):
+            body = as_json(inputs=[image(data=list(map(b64, IMAGES[:count])))])
+            assert live.request("POST", INFER, body, **JSON, **key).status == status
 
 
 def image(**changes) -> dict:

@@ -63,8 +63,7 @@ class IntakeHandler(Handler):
         try:
             if not _WHOLE.fullmatch(declared):
                 raise InvalidRequest(f"Content-Length {shown(declared)} is no number")
-            if self.service.keys is not None:
-                self.key = self._place.enter_context(self.service.keys.enter(self._key()))
+            self.take_place()
             self._payer = self.client
             self.check_head()
             encoding = self.request.headers.get("Content-Encoding", "identity")
@@ -80,6 +79,14 @@ class IntakeHandler(Handler):
                 self._refuse_now(error)
             else:
                 self._refused = error
+
+    def take_place(self) -> None:
+        """Count a caption among those of its key, where there are keys; until the answer is over.
+
+        Raises Unauthorised or TooFast.
+        """
+        if self.service.keys is not None:
+            self.key = self._place.enter_context(self.service.keys.enter(self._key()))
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         """Gather the body; a chunked one tells its length only as it comes."""

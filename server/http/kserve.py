@@ -275,6 +275,8 @@ class InferHandler(_Shape, IntakeHandler):
         parts = await self.json_parts(body[:cut])
         asked = checked(InferRequest, parts.fields)
         inputs = Inputs.of(_values(asked, parts, body[cut:]))
+        for _ in inputs.images[1:]:  # the first has one since the head of the request
+            self.take_place()
         captions = await self._captions(inputs)
         values: dict[str, list[Any]] = {
             "CAPTION": [caption.text for caption in captions],

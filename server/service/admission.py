@@ -64,7 +64,7 @@ class Admission:
         self._aside: Counter[Aside] = Counter()
         self._queue, self._deadline = queue, deadline
         self._clock, self._rate = clock, DrainRate(clock)
-        self._in_engine = 0
+        self._in_engine = 0  # rows
         self._preparing: Counter[str] = Counter()  # requests before the engine, by client
         self._clients: OrderedDict[str, float] = OrderedDict()  # when each came last
 
@@ -108,9 +108,12 @@ class Admission:
         return now - min(self._clients.values()) > _OLD_SECONDS or len(self._clients) == 1
 
     @contextmanager
-    def engine(self, client: str = "") -> Iterator[None]:
-        """A request that was let in has its pixels, and waits for the engine alone."""
-        self._in_engine += 1
+    def engine(self, client: str = "", rows: int = 1) -> Iterator[None]:
+        """A request that was let in has its pixels, and waits for the engine alone.
+
+        rows: slots that it takes there.
+        """
+        self._in_engine += rows
         self._preparing[client] -= 1
         if self._in_engine > self.slots:
             self._rate.waiting()
@@ -118,7 +121,7 @@ class Admission:
             yield
             self._rate.completed()
         finally:
-            self._in_engine -= 1
+            self._in_engine -= rows
             self._preparing[client] += 1
             if self._in_engine <= self.slots:
                 self._rate.idle()

@@ -114,7 +114,7 @@ class Model:
             decoded = time.perf_counter()
             scheduling = replace(request.scheduling, arrival_time=decoded)
             ready = replace(request, pixels=slot, scheduling=scheduling)
-            with self.admission.engine(origin.client):
+            with self.admission.engine(origin.client, request.sampling.rows):
                 async with aclosing(self.links.dispatcher.generate(ready, origin.digest)) as news:
                     async for output in news:
                         yield _timed(output, decoded - started)
