@@ -10,6 +10,7 @@ from runtime.request import SamplingParams
 
 DEFAULT_MAX_NEW_TOKENS = 20  # what `generate` of Hugging Face's GIT says by default
 RANGES: dict[str, tuple[float, float]] = {  # the least and the most of each
+    "min_new_tokens": (0, 1024),
     "n": (1, 8),
     "logprobs": (0, 20),
     "num_beams": (1, 8),

@@ -40,6 +40,7 @@ class SamplingParams(Struct, frozen=True):
     and meanings are those of Hugging Face's `generate`.
 
     max_new_tokens: most tokens to generate, the end token included.
+    min_new_tokens: before so many the model does not say its end token.
     ignore_eos: generate all of them whatever the model says; for measuring speed.
     n: captions to return (`num_return_sequences`); several take beams, or a temperature.
     logprobs: of how many of the likeliest tokens at each place the log-probability is told.
@@ -66,6 +67,7 @@ class SamplingParams(Struct, frozen=True):
     top_k: int = 50
     top_p: float = 1.0
     seed: int = 0
+    min_new_tokens: int = 0
 
     @property
     def rows(self) -> int:

@@ -107,6 +107,7 @@ def _early(text: str) -> bool | str:
 
 _SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {  # flags that are sampling parameters
     "max_new_tokens": (int, "of a caption (20)"),
+    "min_new_tokens": (int, "of a caption (0)"),
     "n": (int, "captions of each image (1)"),
     "num_beams": (int, "texts to follow at once, of which the best is taken (1)"),
     "length_penalty": (float, "of beams: above 0 for long captions (1)"),

@@ -20,7 +20,8 @@ WAYS = [
     {"num_beams": 2, "early_stopping": True, "length_penalty": 2.0, "n": 2},
     {"num_beams": 8, "length_penalty": -1.0},
     {"num_beams": 4, "no_repeat_ngram_size": 2, "repetition_penalty": 1.4},
-    {"repetition_penalty": 1.3},
+    {"num_beams": 3, "min_new_tokens": 5},
+    {"repetition_penalty": 1.3, "min_new_tokens": 6},
     {"no_repeat_ngram_size": 2},
 ]
 

@@ -54,7 +54,7 @@ class Beams:
         """See Decoding: twice as many as beams, because as many may end."""
         wanted = max(2 * self._sampling.num_beams, self._sampling.logprobs)
         if self._penalises:
-            wanted += max(len({*self._prompt, *beam.token_ids}) for beam in self._beams)
+            wanted += 1 + max(len({*self._prompt, *beam.token_ids}) for beam in self._beams)
         return wanted
 
     @property
@@ -95,7 +95,8 @@ class Beams:
         for parent, (row, beam) in enumerate(zip(rows, self._beams, strict=True)):
             scores, ids = np.array(row.logprobs, np.float32), np.array(row.ids)
             if self._penalises:
-                scores = penalised(scores, ids, [*self._prompt, *beam.token_ids], sampling)
+                before = beam.token_ids
+                scores = penalised(scores, ids, self._prompt, before, sampling, self._eos)
             scores = scores + self._scores[parent]
             for place in np.argsort(-scores, kind="stable")[: 2 * sampling.num_beams]:
                 stops = row.ids[place] == self._eos and not sampling.ignore_eos

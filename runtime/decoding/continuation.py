@@ -27,7 +27,7 @@ class Continuation:
         sampling = self._sampling
         wanted = max(sampling.top_k if sampling.temperature else 1, sampling.logprobs)
         if self._penalises:
-            wanted += max(len({*self._prompt, *text.token_ids}) for text in self._texts)
+            wanted += 1 + max(len({*self._prompt, *text.token_ids}) for text in self._texts)
         return wanted
 
     @property
@@ -62,8 +62,8 @@ class Continuation:
         sampling, before = self._sampling, self._texts[index].token_ids
         logits = np.array(row.logprobs, np.float64) - row.logprobs[0] + row.best_logit
         if self._penalises:
-            text = [*self._prompt, *before]
-            logits = penalised(logits.astype(np.float32), np.array(row.ids), text, sampling)
+            scores, ids = logits.astype(np.float32), np.array(row.ids)
+            logits = penalised(scores, ids, self._prompt, before, sampling, self._eos)
         if not sampling.temperature:
             return int(logits.argmax())
         # Counted from the seed by text and token, so that a request that is tried again, or shares

@@ -1,4 +1,4 @@
-"""What keeps a text from repeating itself, by the meaning of Hugging Face's `generate`."""
+"""What keeps a text from repeating itself or ending early, as in Hugging Face's `generate`."""
 
 from collections.abc import Sequence
 
@@ -9,17 +9,24 @@ from runtime.request import SamplingParams
 
 def penalises(sampling: SamplingParams) -> bool:
     """Whether scores depend on the tokens before."""
-    return sampling.repetition_penalty != 1 or sampling.no_repeat_ngram_size > 0
+    asked = sampling.no_repeat_ngram_size or sampling.min_new_tokens
+    return sampling.repetition_penalty != 1 or asked > 0
 
 
 def penalised(
-    scores: np.ndarray, ids: np.ndarray, text: Sequence[int], sampling: SamplingParams
+    scores: np.ndarray,
+    ids: np.ndarray,
+    prompt: Sequence[int],
+    generated: Sequence[int],
+    sampling: SamplingParams,
+    eos: int,
 ) -> np.ndarray:
     """Scores of candidates, some lowered.
 
-    scores: float `[K]`, logits or log-probabilities of the tokens `ids`. text: the tokens before,
-    the prompt's included.
+    scores: float `[K]`, logits or log-probabilities of the tokens `ids`. prompt, generated: the
+    tokens before.
     """
+    text = [*prompt, *generated]
     if sampling.repetition_penalty != 1:
         seen = np.isin(ids, list(set(text)))
         penalty = np.where(scores < 0, sampling.repetition_penalty, 1 / sampling.repetition_penalty)
@@ -27,6 +34,8 @@ def penalised(
     if sampling.no_repeat_ngram_size:
         banned = _would_repeat(text, sampling.no_repeat_ngram_size)
         scores = np.where(np.isin(ids, list(banned)), -np.inf, scores)
+    if len(generated) < sampling.min_new_tokens:
+        scores = np.where(ids == eos, -np.inf, scores)
     return scores.astype(np.float32)
 
 

@@ -81,6 +81,9 @@ class CaptionFields(BaseModel):
         Field(ge=1, lt=10**_DIGITS, description="Most tokens of the caption; prompt and caption "
               "share the positions of a slot."),
     ] = None  # fmt: skip
+    min_new_tokens: Annotated[
+        _Number | None, _ranged("min_new_tokens", "Fewest tokens of the caption.")
+    ] = None
     timeout_ms: Annotated[
         _Number | None,
         Field(ge=100, le=3_600_000, description="Deadline; past it the answer is 504, and a "
