@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from runtime.errors import InvalidRequest
-from server.http.bodies import Parts, json_parts, media_type, read_form
+from server.bodies import Parts, json_parts, media_type, read_form
 from tests.fakes import fake_engine
 from tests.live import as_json, b64, png, serve, until
 

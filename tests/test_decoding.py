@@ -19,7 +19,8 @@ from runtime.model.manifest import Preprocessing
 from runtime.model.preprocess import preprocess
 from server.images.cost import TooHard, estimate
 from server.images.decoder import Place, Setup, Target
-from server.images.pool import Decoders, Job, Origin, _GaveWay, _OutOfTime
+from server.images.lane import GaveWay, OutOfTime
+from server.images.pool import Decoders, Job, Origin
 from server.ipc.shared import NoSharedMemory, PixelStore
 from server.service.admission import QueueFull
 from server.service.credit import Credit
@@ -327,9 +328,9 @@ def test_a_client_whose_images_take_longer_than_they_look_waits_with_the_dear_on
 
     async def out_of_time(client, errand):
         if errand.gives_way():
-            raise _GaveWay
+            raise GaveWay
         asked.append(client)
-        raise _OutOfTime
+        raise OutOfTime
 
     decoders._quick.ask = out_of_time
     for n in range(5):

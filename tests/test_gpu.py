@@ -15,7 +15,8 @@ from runtime.model import manifest as manifests
 from runtime.planning.config import EngineConfig
 from runtime.planning.plan import Plan
 from runtime.providers import cuda, openvino, registry, tensorrt
-from runtime.providers.gpu import Gpu, Memory, require_gpu, visible
+from runtime.providers.gpu import Gpu, require_gpu, visible
+from runtime.providers.gpu_memory import Memory
 from server.settings import Settings
 from tests.conftest import DEMO
 

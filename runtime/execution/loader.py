@@ -16,7 +16,8 @@ from runtime.planning.config import AUTO, EngineConfig
 from runtime.planning.machine import memory
 from runtime.planning.plan import Plan, resolve
 from runtime.providers import cuda, registry
-from runtime.providers.gpu import Memory, require_gpu
+from runtime.providers.gpu import require_gpu
+from runtime.providers.gpu_memory import Memory
 
 log = logging.getLogger(__name__)
 

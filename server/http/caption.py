@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 from runtime.errors import InvalidRequest
 from runtime.request import RequestOutput, captioned, joined
-from server.http.bodies import Parts, media_type, read_form
+from server.bodies import Parts, media_type, read_form
 from server.http.events import EventStream
 from server.http.forms import FORM, JSON, URLENCODED, asked, check_media_type, query_fields
 from server.http.intake import EVENTS, IntakeHandler

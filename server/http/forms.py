@@ -5,7 +5,7 @@ from typing import Any
 from tornado import httputil
 
 from runtime.errors import InvalidRequest
-from server.http.bodies import Parts, shown, text
+from server.bodies import Parts, shown, text
 from server.http.errors import UnsupportedMediaType
 from server.http.schemas import CaptionFields, checked
 

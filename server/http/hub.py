@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from runtime.errors import InvalidRequest
 from runtime.request import captioned
-from server.http.bodies import media_type
+from server.bodies import media_type
 from server.http.caption import whole
 from server.http.errors import Answer
 from server.http.forms import JSON, check_media_type

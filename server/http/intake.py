@@ -9,7 +9,7 @@ from collections.abc import Awaitable
 from contextlib import ExitStack
 
 from runtime.errors import InvalidRequest, VignetteError
-from server.http.bodies import PIECE, Parts, json_parts, shown
+from server.bodies import PIECE, Parts, json_parts, shown
 from server.http.errors import BodyTooLarge, UnsupportedMediaType
 from server.http.handler import Handler
 from server.ipc.dispatcher import Expired

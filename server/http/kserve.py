@@ -19,7 +19,7 @@ from tornado.web import HTTPError
 
 from runtime.errors import InvalidRequest
 from runtime.request import Caption, captioned
-from server.http.bodies import Parts, shown
+from server.bodies import Parts, shown
 from server.http.caption import whole
 from server.http.errors import Answer
 from server.http.handler import Handler

@@ -21,7 +21,7 @@ from runtime.request import (
     captioned,
     joined,
 )
-from server.http.bodies import media_type, shown
+from server.bodies import media_type, shown
 from server.http.errors import Answer, UnsupportedMediaType, answer_to
 from server.http.forms import JSON
 from server.http.handler import Handler

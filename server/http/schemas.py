@@ -17,7 +17,7 @@ from runtime.errors import InvalidRequest
 from runtime.limits import RANGES
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.request import Caption, Priority, SamplingParams
-from server.http.bodies import shown
+from server.bodies import shown
 
 _DIGITS = 9  # of a number in a form
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels, VignetteError
 from runtime.model.manifest import Preprocessing
 from runtime.model.preprocess import opened, prepared
-from server.http.bodies import json_parts
+from server.bodies import json_parts
 from server.images import heads
 from server.images.cost import TooHard, estimate
 from server.ipc.shared import PixelStore
@@ -189,5 +189,5 @@ def _pixels(
 
 
 def _parts(data: bytes) -> tuple[bytes, bytes]:
-    """A JSON body's parts, as `server.http.bodies.Parts.packed`."""
+    """A JSON body's parts, as `server.bodies.Parts.packed`."""
     return DONE, json_parts(data).packed()

@@ -19,7 +19,7 @@ from tornado.netutil import Resolver
 from tornado.simple_httpclient import HTTPTimeoutError, SimpleAsyncHTTPClient
 
 from runtime.errors import InvalidRequest, VignetteError
-from server.http.bodies import shown
+from server.bodies import shown
 from server.images.turns import Turns
 
 _REDIRECTS = 3

@@ -9,28 +9,21 @@ process that decodes them, at a lower priority, and the others never wait for an
 lanes the clients take turns.
 """
 
-import asyncio
 import json
-import logging
 import math
-import signal
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
-from runtime.errors import VignetteError
-from server.http.bodies import Parts
+from server.bodies import Parts
 from server.images.cost import TooHard
-from server.images.decoder import BUG, DEAR, FAILED, PARTS, PIXELS, Decoder, Place, Setup, raised
-from server.images.turns import Turns
+from server.images.decoder import DEAR, PARTS, PIXELS, Place, Setup
+from server.images.lane import UNFIT, Errand, GaveWay, Lane, OutOfTime, Unfit
 from server.ipc.remembered import Remembered
-from server.logs import Seldom
 from server.service.admission import QueueFull
 from server.service.credit import Credit
-
-log = logging.getLogger(__name__)
 
 _QUICK = 0.15  # estimated seconds of a core: what a camera's 12 megapixels take
 _QUICK_LIMIT = 0.6  # seconds of a core, of an image that was estimated wrongly
@@ -39,31 +32,13 @@ _MISJUDGED_SECONDS = 600.0  # that it takes to be forgotten, at most
 _WRONG = 0.1  # seconds of a core beyond the estimate that are none of a photograph's
 _QUICK_MEMORY = 768 * 2**20  # of a process that decodes usual images, its libraries included
 _LOWER = 5  # niceness of the slow lane, beside that of the others
-_START_SECONDS = 60.0
 _REMEMBERED_SECONDS = 3600.0
 _LONGEST_WAIT = 60  # seconds that a client is told to wait
 _LEARNING, _SLOWEST = 0.2, 4.0  # of the pace: how fast it is learnt, and the most that it becomes
-_UNFIT = (
-    "decoding this image crashed, or took too long: save it again with another program, or make it "
-    "smaller"
-)
 _WAITING = (
     "this image takes long to decode, and others of that kind wait already: send a smaller one, or "
     "try again later"
 )
-_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
-
-
-class _Unfit(VignetteError):
-    """An image crashed its decoder."""
-
-
-class _GaveWay(Exception):
-    """It was not asked after all."""
-
-
-class _OutOfTime(_Unfit):
-    """An image used up the seconds of a core that it was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +77,8 @@ class Decoders:
         self._seconds = seconds
         self._wall = 2 * seconds + 1  # by the clock: by then it is not the processor that it lacks
         quick = replace(setup, memory=min(setup.memory, _QUICK_MEMORY))
-        self._quick = _Lane(quick, count).start(count)
-        self._slow = _Lane(replace(setup, niceness=setup.niceness + _LOWER), 1)
+        self._quick = Lane(quick, count).start(count)
+        self._slow = Lane(replace(setup, niceness=setup.niceness + _LOWER), 1)
         self._too_hard = Remembered(_REMEMBERED_SECONDS)
         self._queued: Counter[str] = Counter()  # estimated ms in the slow lane, by client
         self._misjudged = Credit(*_MISJUDGED, longest=_MISJUDGED_SECONDS)
@@ -117,21 +92,21 @@ class Decoders:
         any more: at once if the decoding had not begun.
         """
         if job.origin.digest in self._too_hard:
-            raise TooHard(_UNFIT)
+            raise TooHard(UNFIT)
         try:
             seconds = await self._decode_quickly(job)
             if seconds:
                 await self._decode_slowly(job, seconds)
-        except _Unfit as cause:
+        except Unfit as cause:
             self._too_hard.add(job.origin.digest)
-            raise TooHard(_UNFIT) from cause
+            raise TooHard(UNFIT) from cause
 
     async def parts(self, body: bytes, client: str) -> Parts:
         """Take a JSON body apart. Raises InvalidRequest; TooHard if that takes too long."""
         try:
-            errand = _Errand(PARTS, body, self._seconds, self._wall)
+            errand = Errand(PARTS, body, self._seconds, self._wall)
             _, answer = await self._quick.ask(client, errand)
-        except _Unfit as cause:
+        except Unfit as cause:
             raise TooHard("reading this JSON took too long: send less of it") from cause
         return Parts.unpacked(answer)
 
@@ -139,15 +114,15 @@ class Decoders:
         """Decode what takes little, and return 0; of another image the seconds as estimated."""
         seconds = min(_QUICK_LIMIT, self._seconds)
         client = job.origin.client
-        errand = _Errand(
+        errand = Errand(
             PIXELS, job.image, seconds, self._wall, job.place, _QUICK,
             gives_way=lambda: self._misjudged.owes(client),
         )  # fmt: skip
         try:
             kind, answer = await self._quick.ask(client, errand)
-        except _GaveWay:
+        except GaveWay:
             return seconds
-        except _OutOfTime:
+        except OutOfTime:
             self._misjudged.spend(client, 1)
             if seconds == self._seconds:
                 raise
@@ -170,7 +145,7 @@ class Decoders:
         left = min(job.origin.deadline - started, self._longest_wait)
         if wait > left:
             raise QueueFull(_WAITING, min(_LONGEST_WAIT, math.ceil(wait)))
-        errand = _Errand(PIXELS, job.image, self._seconds, left, job.place, until=started + left)
+        errand = Errand(PIXELS, job.image, self._seconds, left, job.place, until=started + left)
         self._queued[job.origin.client] += cost
         try:
             with job.aside(job.origin):
@@ -192,133 +167,3 @@ class Decoders:
     def pids(self) -> list[int]:
         """Of all processes, the one for dear images last, if there is one."""
         return self._quick.pids + self._slow.pids
-
-
-_NOWHERE = Place(0, 0, -1)  # of what is no image
-
-
-@dataclass(frozen=True, slots=True)
-class _Errand:
-    """What a process is asked: kind, data, and where pixels go; an image only if it is estimated
-    to take at most `most` seconds.
-
-    seconds: of a core. wall: seconds by the clock, after which the process is replaced; until:
-    the same as a time of `perf_counter`. gives_way: asked when its turn has come.
-    """
-
-    what: bytes
-    data: bytes
-    seconds: float
-    wall: float
-    place: Place = _NOWHERE
-    most: float = math.inf
-    until: float = math.inf
-    gives_way: Callable[[], bool] = lambda: False
-
-
-class _Lane:
-    """Processes of one niceness, and those who wait for one."""
-
-    def __init__(self, setup: Setup, count: int) -> None:
-        self._setup, self._turns = setup, Turns(count)
-        self._idle: deque[Decoder] = deque()
-        self._seldom = Seldom(log)
-        self._all: set[Decoder] = set()
-
-    def start(self, count: int) -> "_Lane":
-        """Start processes now; others are when they are needed."""
-        self._idle.extend(self._new() for _ in range(count))
-        return self
-
-    async def ask(self, client: str, errand: _Errand) -> tuple[bytes, bytes]:
-        """Kind and content of the answer.
-
-        Raises what was wrong with the data, _Unfit, TooHard or _GaveWay, and TimeoutError if its
-        turn did not come in time. Cancelled, it ends when nothing writes to the slot any more: at
-        once if its turn had not come.
-        """
-        left = None if errand.until == math.inf else errand.until - time.perf_counter()
-        async with asyncio.timeout(left):
-            await self._turns.take(client)
-        if errand.gives_way():
-            self._turns.give(client)
-            raise _GaveWay
-        return await _to_the_end(asyncio.create_task(self._ask(client, errand)))
-
-    async def _ask(self, client: str, errand: _Errand) -> tuple[bytes, bytes]:
-        try:
-            found = await self._attempt(errand) or await self._attempt(errand)
-        finally:
-            self._turns.give(client)
-        if found is None:  # for want of memory, most likely
-            raise TooHard(_UNFIT)
-        kind, answer = found
-        if kind == FAILED:
-            raise raised(answer)
-        if kind == BUG:
-            self._seldom.warning("an image was refused for an error of ours: %s", answer.decode())
-            raise TooHard(_UNFIT)
-        return found
-
-    async def _attempt(self, errand: _Errand) -> tuple[bytes, bytes] | None:
-        """Ask a process; None if somebody else has killed it meanwhile."""
-        decoder = self._idle.popleft() if self._idle else self._new()
-        try:
-            if not decoder.process.is_alive():  # it died of something else than this image
-                decoder = self._replaced(decoder)
-            async with asyncio.timeout(_START_SECONDS):
-                await decoder.started()
-            async with asyncio.timeout(min(errand.wall, errand.until - time.perf_counter())):
-                return await decoder.ask(
-                    errand.what, errand.data, errand.place, errand.seconds, errand.most
-                )
-        except TimeoutError as cause:
-            decoder = self._replaced(decoder)
-            raise TooHard(_UNFIT) from cause
-        except (OSError, EOFError) as cause:
-            code = await decoder.death()
-            decoder = self._replaced(decoder)
-            if code in _FROM_OUTSIDE:
-                return None
-            raise (_OutOfTime if code == -signal.SIGPROF else _Unfit)(_UNFIT) from cause
-        finally:
-            self._idle.append(decoder)
-
-    def _new(self) -> Decoder:
-        decoder = Decoder(self._setup)
-        self._all.add(decoder)
-        return decoder
-
-    def _replaced(self, decoder: Decoder) -> Decoder:
-        process = decoder.process
-        self._seldom.warning("a decoder was replaced (exit code %s)", process.exitcode)
-        decoder.kill()
-        self._all.discard(decoder)
-        return self._new()
-
-    def close(self) -> None:
-        """End all processes."""
-        for decoder in self._all:
-            decoder.kill()
-
-    @property
-    def pids(self) -> list[int]:
-        """Of all processes."""
-        return [decoder.process.pid or 0 for decoder in self._all]
-
-
-async def _to_the_end(task: "asyncio.Task[tuple[bytes, bytes]]") -> tuple[bytes, bytes]:
-    """The result of a task that goes on while the caller is cancelled, who then waits for it."""
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        task.exception()  # asked for, or asyncio logs it
-        raise asyncio.CancelledError
-    try:
-        return task.result()
-    finally:
-        del task  # its error would hold this frame, and this frame the error, with an image in it

@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import os
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import aclosing
@@ -27,23 +26,16 @@ from runtime.engine import Engine, Observer, StepReport
 from runtime.errors import VignetteError
 from runtime.request import GenerationRequest
 from server.ipc.messages import (
-    BEAT_SECONDS,
-    FROM_SUPERVISOR,
     TO_WORKER,
-    Beat,
     Cancel,
     FailedToStart,
     Found,
     Generate,
-    Gone,
     Hello,
     Message,
     Output,
     StepFailed,
-    Stop,
     WorkerFacts,
-    WorkerReady,
-    control_address,
     packed,
     process_name,
     tell,
@@ -53,6 +45,7 @@ from server.ipc.shared import NoSharedMemory, PixelStore
 from server.logs import configure
 from server.metrics import WorkerMetrics, count_as
 from server.models import ServedModel
+from server.processes.pulse import Pulse
 from server.processes.system import follow_parent, give_way
 from server.settings import Settings
 
@@ -204,43 +197,6 @@ class Worker(Observer):
             self._metrics.decode_rows.observe(report.rows)
         self._metrics.running.set(report.running)
         self._metrics.waiting.set(report.waiting)
-
-
-class Pulse(threading.Thread):
-    """Tells the supervisor that this process lives, and hears from it when to stop."""
-
-    def __init__(self, context: zmq.Context, folder: Path, index: int, epoch: int) -> None:
-        super().__init__(name="pulse", daemon=True)
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.identity = process_name("worker", index, epoch).encode()
-        self._socket.linger = 1000
-        self._address = control_address(folder)
-        self._ready: tuple[Worker, WorkerFacts, asyncio.AbstractEventLoop] | None = None
-
-    def serving(self, worker: Worker, facts: WorkerFacts) -> None:
-        """From now on the worker serves, on this thread's event loop."""
-        self._ready = worker, facts, asyncio.get_running_loop()
-
-    def run(self) -> None:
-        """Beat until the process ends."""
-        self._socket.connect(self._address)
-        told = False
-        while True:
-            ready = self._ready
-            if ready is not None and not told:
-                self._socket.send(packed(WorkerReady(ready[1])))
-                told = True
-            self._socket.send(packed(Beat(ready[0].step_since if ready else None)))
-            if self._socket.poll(BEAT_SECONDS * 1000):
-                message = FROM_SUPERVISOR.decode(self._socket.recv())
-                if ready is None:
-                    continue
-                worker, _, loop = ready
-                match message:
-                    case Stop():
-                        loop.call_soon_threadsafe(worker.stop)
-                    case Gone(name):
-                        loop.call_soon_threadsafe(worker.forget, name.encode())
 
 
 def main(settings: Settings, model: ServedModel, folder: Path, index: int, epoch: int) -> None:

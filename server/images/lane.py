@@ -1,0 +1,167 @@
+"""Decoder processes of one niceness, and those who wait for one of them, client by client."""
+
+import asyncio
+import logging
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from runtime.errors import VignetteError
+from server.images.cost import TooHard
+from server.images.decoder import BUG, FAILED, Decoder, Place, Setup, raised
+from server.images.turns import Turns
+from server.logs import Seldom
+
+log = logging.getLogger(__name__)
+
+_START_SECONDS = 60.0
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+UNFIT = (
+    "decoding this image crashed, or took too long: save it again with another program, or make it "
+    "smaller"
+)
+
+
+class Unfit(VignetteError):
+    """An image crashed its decoder."""
+
+
+class GaveWay(Exception):
+    """It was not asked after all."""
+
+
+class OutOfTime(Unfit):
+    """An image used up the seconds of a core that it was given."""
+
+
+_NOWHERE = Place(0, 0, -1)  # of what is no image
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """What a process is asked: kind, data, and where pixels go; an image only if it is estimated
+    to take at most `most` seconds.
+
+    seconds: of a core. wall: seconds by the clock, after which the process is replaced; until:
+    the same as a time of `perf_counter`. gives_way: asked when its turn has come.
+    """
+
+    what: bytes
+    data: bytes
+    seconds: float
+    wall: float
+    place: Place = _NOWHERE
+    most: float = math.inf
+    until: float = math.inf
+    gives_way: Callable[[], bool] = lambda: False
+
+
+class Lane:
+    """Processes of one niceness, and those who wait for one."""
+
+    def __init__(self, setup: Setup, count: int) -> None:
+        self._setup, self._turns = setup, Turns(count)
+        self._idle: deque[Decoder] = deque()
+        self._seldom = Seldom(log)
+        self._all: set[Decoder] = set()
+
+    def start(self, count: int) -> "Lane":
+        """Start processes now; others are when they are needed."""
+        self._idle.extend(self._new() for _ in range(count))
+        return self
+
+    async def ask(self, client: str, errand: Errand) -> tuple[bytes, bytes]:
+        """Kind and content of the answer.
+
+        Raises what was wrong with the data, Unfit, TooHard or GaveWay, and TimeoutError if its
+        turn did not come in time. Cancelled, it ends when nothing writes to the slot any more: at
+        once if its turn had not come.
+        """
+        left = None if errand.until == math.inf else errand.until - time.perf_counter()
+        async with asyncio.timeout(left):
+            await self._turns.take(client)
+        if errand.gives_way():
+            self._turns.give(client)
+            raise GaveWay
+        return await _to_the_end(asyncio.create_task(self._ask(client, errand)))
+
+    async def _ask(self, client: str, errand: Errand) -> tuple[bytes, bytes]:
+        try:
+            found = await self._attempt(errand) or await self._attempt(errand)
+        finally:
+            self._turns.give(client)
+        if found is None:  # for want of memory, most likely
+            raise TooHard(UNFIT)
+        kind, answer = found
+        if kind == FAILED:
+            raise raised(answer)
+        if kind == BUG:
+            self._seldom.warning("an image was refused for an error of ours: %s", answer.decode())
+            raise TooHard(UNFIT)
+        return found
+
+    async def _attempt(self, errand: Errand) -> tuple[bytes, bytes] | None:
+        """Ask a process; None if somebody else has killed it meanwhile."""
+        decoder = self._idle.popleft() if self._idle else self._new()
+        try:
+            if not decoder.process.is_alive():  # it died of something else than this image
+                decoder = self._replaced(decoder)
+            async with asyncio.timeout(_START_SECONDS):
+                await decoder.started()
+            async with asyncio.timeout(min(errand.wall, errand.until - time.perf_counter())):
+                return await decoder.ask(
+                    errand.what, errand.data, errand.place, errand.seconds, errand.most
+                )
+        except TimeoutError as cause:
+            decoder = self._replaced(decoder)
+            raise TooHard(UNFIT) from cause
+        except (OSError, EOFError) as cause:
+            code = await decoder.death()
+            decoder = self._replaced(decoder)
+            if code in _FROM_OUTSIDE:
+                return None
+            raise (OutOfTime if code == -signal.SIGPROF else Unfit)(UNFIT) from cause
+        finally:
+            self._idle.append(decoder)
+
+    def _new(self) -> Decoder:
+        decoder = Decoder(self._setup)
+        self._all.add(decoder)
+        return decoder
+
+    def _replaced(self, decoder: Decoder) -> Decoder:
+        process = decoder.process
+        self._seldom.warning("a decoder was replaced (exit code %s)", process.exitcode)
+        decoder.kill()
+        self._all.discard(decoder)
+        return self._new()
+
+    def close(self) -> None:
+        """End all processes."""
+        for decoder in self._all:
+            decoder.kill()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of all processes."""
+        return [decoder.process.pid or 0 for decoder in self._all]
+
+
+async def _to_the_end(task: "asyncio.Task[tuple[bytes, bytes]]") -> tuple[bytes, bytes]:
+    """The result of a task that goes on while the caller is cancelled, who then waits for it."""
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        task.exception()  # asked for, or asyncio logs it
+        raise asyncio.CancelledError
+    try:
+        return task.result()
+    finally:
+        del task  # its error would hold this frame, and this frame the error, with an image in it

@@ -1,0 +1,72 @@
+"""A worker's line to the supervisor, on a thread of its own: a step may take long."""
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Protocol
+
+import zmq
+
+from server.ipc.messages import (
+    BEAT_SECONDS,
+    FROM_SUPERVISOR,
+    Beat,
+    Gone,
+    Stop,
+    WorkerFacts,
+    WorkerReady,
+    control_address,
+    packed,
+    process_name,
+)
+
+
+class Steered(Protocol):
+    """The part of a worker that the supervisor has a say in."""
+
+    @property
+    def step_since(self) -> float | None:
+        """When the step that its engine is in began (`time.monotonic`)."""
+
+    def stop(self) -> None:
+        """Finish what was begun."""
+
+    def forget(self, owner: bytes) -> None:
+        """A front-end has died."""
+
+
+class Pulse(threading.Thread):
+    """Tells the supervisor that this process lives, and hears from it when to stop."""
+
+    def __init__(self, context: zmq.Context, folder: Path, index: int, epoch: int) -> None:
+        super().__init__(name="pulse", daemon=True)
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.identity = process_name("worker", index, epoch).encode()
+        self._socket.linger = 1000
+        self._address = control_address(folder)
+        self._ready: tuple[Steered, WorkerFacts, asyncio.AbstractEventLoop] | None = None
+
+    def serving(self, worker: Steered, facts: WorkerFacts) -> None:
+        """From now on the worker serves, on this thread's event loop."""
+        self._ready = worker, facts, asyncio.get_running_loop()
+
+    def run(self) -> None:
+        """Beat until the process ends."""
+        self._socket.connect(self._address)
+        told = False
+        while True:
+            ready = self._ready
+            if ready is not None and not told:
+                self._socket.send(packed(WorkerReady(ready[1])))
+                told = True
+            self._socket.send(packed(Beat(ready[0].step_since if ready else None)))
+            if self._socket.poll(BEAT_SECONDS * 1000):
+                message = FROM_SUPERVISOR.decode(self._socket.recv())
+                if ready is None:
+                    continue
+                worker, _, loop = ready
+                match message:
+                    case Stop():
+                        loop.call_soon_threadsafe(worker.stop)
+                    case Gone(name):
+                        loop.call_soon_threadsafe(worker.forget, name.encode())
