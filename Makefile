@@ -32,7 +32,7 @@ PIP = -m pip install --quiet --disable-pip-version-check --constraint constraint
 .DEFAULT_GOAL := help
 .PHONY: help serve caption export tune check_export evaluate demo-model demo-engine \
   baseline benchmark batch_performance build run_docker test_container \
-  test lint format test_server gpu-check chaos soak siege clean
+  test lint format stubs test_server gpu-check chaos soak siege clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -119,6 +119,14 @@ siege: .venv-dev/ready  ## two hours of attacks from 1, 8 and 32 senders beside 
 soak: .venv-dev/ready  ## an hour of mixed load, good and bad
 	@$(DEV) -m bench.reliability 16 $(ARGS)
 
+STUBS = server/grpc/stubs
+stubs:  ## make the gRPC code again from the .proto files
+	@$(PYTHON) -m venv .venv-stubs
+	@.venv-stubs/bin/python -m pip install --quiet --disable-pip-version-check grpcio-tools==1.85.1
+	@cd $(STUBS) && ../../../.venv-stubs/bin/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. *.proto
+	@rm $(STUBS)/model_config_pb2_grpc.py
+	@sed -i -E 's/^import (grpc_service|model_config)_pb2/from server.grpc.stubs import \1_pb2/' $(STUBS)/*_pb2*.py
+
 test: .venv-dev/ready  ## run the tests (ARGS goes to pytest)
 	@$(DEV) -m pytest $(ARGS)
 
@@ -132,15 +140,15 @@ format: .venv-dev/ready  ## let ruff put the code in order
 	@$(DEV) -m ruff format .
 
 clean:  ## remove all environments
-	rm -rf .venv .venv-dev .venv-gpu .venv-gpu-dev
+	rm -rf .venv .venv-stubs .venv-dev .venv-gpu .venv-gpu-dev
 
-.venv/ready: EXTRAS = cpu
-.venv-dev/ready: EXTRAS = cpu,export,bench,dev,otel
+.venv/ready: EXTRAS = cpu,grpc
+.venv-dev/ready: EXTRAS = cpu,grpc,export,bench,dev,otel
 
-.venv-gpu/ready: EXTRAS = gpu
-.venv-gpu/ready-tensorrt: EXTRAS = gpu,tensorrt
-.venv-gpu-dev/ready: EXTRAS = gpu,export,bench,dev,otel
-.venv-gpu-dev/ready-tensorrt: EXTRAS = gpu,export,bench,dev,otel,tensorrt
+.venv-gpu/ready: EXTRAS = gpu,grpc
+.venv-gpu/ready-tensorrt: EXTRAS = gpu,grpc,tensorrt
+.venv-gpu-dev/ready: EXTRAS = gpu,grpc,export,bench,dev,otel
+.venv-gpu-dev/ready-tensorrt: EXTRAS = gpu,grpc,export,bench,dev,otel,tensorrt
 
 .venv/ready .venv-dev/ready $(foreach env,.venv-gpu .venv-gpu-dev,$(env)/ready $(env)/ready-tensorrt): \
   pyproject.toml constraints.txt

@@ -175,6 +175,17 @@ class Settings(BaseSettings):
         Field(ge=0, le=65535, description="serve health and metrics on this port instead, and not "
               "on the public one"),
     ] = None  # fmt: skip
+    grpc_port: Annotated[
+        int | None,
+        Field(ge=1, le=65535, description="speak gRPC, too, on this port (the Open Inference "
+              "Protocol, as Triton does); needs the grpc extra, which `make serve` installs"),
+    ] = None  # fmt: skip
+    grpc_certificate: Annotated[
+        Path | None, Field(description="PEM file of certificates for gRPC over TLS")
+    ] = None
+    grpc_key: Annotated[
+        Path | None, Field(description="PEM file of the private key of --grpc-certificate")
+    ] = None
     traces: Annotated[
         str | None,
         Field(pattern="^https?://[^/]", description="OTLP/HTTP endpoint of an OpenTelemetry "
@@ -245,6 +256,8 @@ def from_command_line(arguments: list[str] | None = None) -> Settings:
             for e in cause.errors()
         )
         raise InvalidSettings(f"{problems}. See vignette serve --help") from cause
+    if (settings.grpc_certificate is None) != (settings.grpc_key is None):
+        raise InvalidSettings("--grpc-certificate and --grpc-key go together: give both, or none")
     if settings.ops_port and settings.ops_port == settings.port:
         raise InvalidSettings(f"--ops-port {settings.ops_port} is the port itself: choose another")
     return settings

@@ -3,16 +3,18 @@
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import Any
 
 from runtime.errors import InvalidRequest
-from runtime.request import RequestOutput, captioned, joined
+from runtime.request import Caption, GenerationRequest, captioned
 from server.bodies import Parts, media_type, read_form
 from server.http.events import EventStream
 from server.http.forms import FORM, JSON, URLENCODED, asked, check_media_type, query_fields
 from server.http.intake import EVENTS, IntakeHandler
 from server.http.schemas import CaptionAnswer
+from server.service.model import Model
+from server.service.service import Images
 
 _ACCEPT = 1000  # characters of that header that are looked at
 _WEIGHT = re.compile(r"[01](\.[0-9]{0,3})?")
@@ -38,25 +40,33 @@ class CaptionHandler(IntakeHandler):
         request = model.request(
             fields.prompt, fields.sampling, fields.priority, fields.timeout_ms, streams
         )
-        events = EventStream(self, model)
-        async with aclosing(
-            self.service.generate(model, request, images, self.client)
-        ) as generated:
-            output = await (events.tell(generated) if streams else whole(generated))
-        if output is None:
-            return
-        caption = captioned(request, output, model.tokenizer)
-        seconds = time.perf_counter() - started
-        answer = CaptionAnswer.of(caption, model.name, model.tokenizer, seconds)
-        self.seconds = {stage: ms / 1e3 for stage, ms in answer["timing_ms"].items()}
         if streams:
-            await events.send("caption", answer)
-            self.finish()
-        elif _prefers_text(accept):
+            await self._stream(model, request, images, started)
+            return
+        caption = await self.service.caption(model, request, images, self.client)
+        answer = self._answer(model, caption, started)
+        if _prefers_text(accept):
             self.set_header("Content-Type", "text/plain; charset=utf-8")
             self.finish(caption.text + "\n")
         else:
             self.write_json(answer)
+
+    async def _stream(
+        self, model: Model, request: GenerationRequest, images: Images, started: float
+    ) -> None:
+        events = EventStream(self, model)
+        async with aclosing(self.service.generate(model, request, images, self.client)) as outputs:
+            output = await events.tell(outputs)
+        if output is not None:
+            caption = captioned(request, output, model.tokenizer)
+            await events.send("caption", self._answer(model, caption, started))
+            self.finish()
+
+    def _answer(self, model: Model, caption: Caption, started: float) -> dict[str, Any]:
+        seconds = time.perf_counter() - started
+        answer = CaptionAnswer.of(caption, model.name, model.tokenizer, seconds)
+        self.seconds = {stage: ms / 1e3 for stage, ms in answer["timing_ms"].items()}
+        return answer
 
     async def _parts(self, body: bytes) -> Parts:
         """The body taken apart, in pieces or by another process."""
@@ -76,11 +86,6 @@ class CaptionHandler(IntakeHandler):
                 "or a multipart form (curl -F image=@FILE)"
             )
         return Parts(images=[body])
-
-
-async def whole(generated: AsyncIterator[RequestOutput]) -> RequestOutput:
-    """All that is generated, at once."""
-    return joined([output async for output in generated])
 
 
 def _prefers_text(accept: str) -> bool:

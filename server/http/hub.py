@@ -2,16 +2,13 @@
 questions about an image.
 """
 
-from contextlib import aclosing
 from math import exp
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from runtime.errors import InvalidRequest
-from runtime.request import captioned
 from server.bodies import media_type
-from server.http.caption import whole
 from server.http.errors import Answer
 from server.http.forms import JSON, check_media_type
 from server.http.intake import IntakeHandler
@@ -91,8 +88,7 @@ class HubHandler(Page, IntakeHandler):
         model = self.service.model()
         self.model = model.name
         request = model.request(asked.asks, asked.sampling)
-        async with aclosing(self.service.generate(model, request, images, self.client)) as outputs:
-            caption = captioned(request, await whole(outputs), model.tokenizer)
+        caption = await self.service.caption(model, request, images, self.client)
         if asked.asks is None:
             self.write_json([{"generated_text": caption.text}])
         else:

@@ -178,9 +178,7 @@ class IntakeHandler(Handler):
     def outcome(self, code: str) -> None:
         """Count how the request ended; what is answered to a client that has gone is nothing."""
         if not self._gone:
-            self.service.metrics.requests.labels(self.model, code).inc()
-            if self.key is not None:
-                self.service.metrics.by_key.labels(self.key, code).inc()
+            self.service.count(self.model, self.key, code)
             if self.service.tracer is not None:
                 seconds = self.seconds or {"total": self.request.request_time()}
                 self.service.tracer.record(self.request.headers, code, seconds, self.name)

@@ -1,42 +1,39 @@
 """The Open Inference Protocol (KServe v2) with Triton's extensions, over HTTP.
 
-A model takes IMAGE, one or several encoded images, each of which is captioned by itself.
-https://github.com/kserve/open-inference-protocol,
+`server.kserve` says what tensors mean. https://github.com/kserve/open-inference-protocol,
 https://github.com/triton-inference-server/server/tree/main/docs/protocol
 """
 
-import asyncio
 import json
 import re
-from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 from tornado.web import HTTPError
 
 from runtime.errors import InvalidRequest
-from runtime.request import Caption, captioned
 from server.bodies import Parts, shown
-from server.http.caption import whole
 from server.http.errors import Answer
 from server.http.handler import Handler
 from server.http.intake import IntakeHandler
-from server.http.schemas import CaptionFields, checked
-from server.service.model import Model
+from server.http.schemas import checked
+from server.kserve import (
+    EXTENSIONS,
+    OUTPUTS,
+    VERSION,
+    Inputs,
+    captioned_so_far,
+    check_datatype,
+    check_outputs,
+    config,
+    index_entry,
+    metadata,
+    packed,
+    unpacked,
+)
 
 _LENGTH = "Inference-Header-Content-Length"
 _WHOLE = re.compile(r"[0-9]{1,9}")
-_VERSION = "1"
-_PLATFORM = "onnxruntime_git"
-_INPUTS = {"IMAGE": "BYTES", "PROMPT": "BYTES", "MAX_NEW_TOKENS": "INT32", "NUM_BEAMS": "INT32"}
-_OUTPUTS = {"CAPTION": "BYTES", "SCORE": "FP32"}
-_NUMBERS = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
-_SIZE = 4  # bytes before each element of a BYTES tensor
-_MOST_IMAGES = 64  # of one call
-_CONFIG_TYPES = {"BYTES": "TYPE_STRING", "INT32": "TYPE_INT32", "FP32": "TYPE_FP32"}
 
 
 class Tensor(BaseModel):
@@ -65,106 +62,6 @@ class InferRequest(BaseModel):
     parameters: dict[str, Any] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What a call asks for: images, a prompt for each or none, and fields of SamplingParams."""
-
-    images: list[bytes]
-    prompts: list[str | None]
-    sampling: dict[str, Any]
-
-    @classmethod
-    def of(cls, tensors: dict[str, list[Any]]) -> "Inputs":
-        """From values by the names of tensors. Raises InvalidRequest."""
-        if unknown := sorted(tensors.keys() - _INPUTS.keys()):
-            raise InvalidRequest(
-                f"unknown input {shown(unknown[0])}: there are {', '.join(_INPUTS)}"
-            )
-        images = tensors.get("IMAGE", [])
-        if not 0 < len(images) <= _MOST_IMAGES:
-            raise InvalidRequest(f"IMAGE must hold 1 to {_MOST_IMAGES} encoded images")
-        prompts: list[str | None] = [_text(prompt) for prompt in tensors.get("PROMPT", [])]
-        prompts = prompts or [None]
-        if len(prompts) not in (1, len(images)):
-            raise InvalidRequest("PROMPT must hold one prompt, or one for each image")
-        asked = {}
-        for name in ("MAX_NEW_TOKENS", "NUM_BEAMS"):
-            if values := tensors.get(name):
-                if len(values) != 1:
-                    raise InvalidRequest(f"{name} must hold one number")
-                asked[name.lower()] = values[0]
-        several = prompts if len(prompts) == len(images) else prompts * len(images)
-        return cls(images, several, checked(CaptionFields, asked).sampling)
-
-
-def _text(prompt: str | bytes) -> str:
-    try:
-        return prompt.decode() if isinstance(prompt, bytes) else prompt
-    except UnicodeDecodeError as cause:
-        raise InvalidRequest("PROMPT is not UTF-8") from cause
-
-
-def unpacked(tensor: Tensor, data: bytes) -> list[Any]:
-    """Values of a tensor that came as bytes. Raises InvalidRequest."""
-    if tensor.datatype in _NUMBERS:
-        kind = np.dtype(_NUMBERS[tensor.datatype])
-        if len(data) % kind.itemsize:
-            raise InvalidRequest(f"{shown(tensor.name)} holds a part of a number")
-        return np.frombuffer(data, kind.newbyteorder("<")).tolist()
-    values: list[Any] = []
-    at = 0
-    while at < len(data) and len(values) <= _MOST_IMAGES:
-        end = at + _SIZE + int.from_bytes(data[at : at + _SIZE], "little")
-        if at + _SIZE > len(data) or end > len(data):
-            raise InvalidRequest(f"{shown(tensor.name)} ends within an element")
-        values.append(data[at + _SIZE : end])
-        at = end
-    return values
-
-
-def packed(values: list[Any], datatype: str) -> bytes:
-    """Values of a tensor as bytes."""
-    if datatype in _NUMBERS:
-        return np.array(values, _NUMBERS[datatype]).tobytes()
-    texts = [value.encode() for value in values]
-    return b"".join(len(text).to_bytes(_SIZE, "little") + text for text in texts)
-
-
-def metadata(model: Model) -> dict[str, Any]:
-    """Inputs and outputs of a model."""
-
-    def tensors(kinds: dict[str, str]) -> list[dict[str, Any]]:
-        return [{"name": n, "datatype": kind, "shape": [-1]} for n, kind in kinds.items()]
-
-    return {
-        "name": model.name,
-        "versions": [_VERSION],
-        "platform": _PLATFORM,
-        "inputs": tensors(_INPUTS),
-        "outputs": tensors(_OUTPUTS),
-    }
-
-
-def config(model: Model) -> dict[str, Any]:
-    """As Triton's model configuration."""
-
-    def tensors(kinds: dict[str, str], **more: Any) -> list[dict[str, Any]]:
-        return [
-            {"name": n, "data_type": _CONFIG_TYPES[kind], "dims": [-1]}
-            | (more if n != "IMAGE" else {})
-            for n, kind in kinds.items()
-        ]
-
-    return {
-        "name": model.name,
-        "platform": _PLATFORM,
-        "backend": "onnxruntime",
-        "max_batch_size": 0,
-        "input": tensors(_INPUTS, optional=True),
-        "output": tensors(_OUTPUTS),
-    }
-
-
 class _Shape:
     """Errors as the protocol has them."""
 
@@ -179,8 +76,7 @@ class ServerHandler(_Shape, Handler):
     async def get(self) -> None:
         """Its name and extensions."""
         await self.paced()
-        extensions = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
-        self.write_json({"name": "vignette", "version": "0.1.0", "extensions": extensions})
+        self.write_json({"name": "vignette", "version": "0.1.0", "extensions": EXTENSIONS})
 
 
 class LiveHandler(_Shape, Handler):
@@ -213,23 +109,12 @@ class ModelHandler(_Shape, Handler):
                 counted = (await self.service.metrics.rendered()).decode()
                 stats = {
                     "name": name,
-                    "version": _VERSION,
-                    "inference_count": _captioned(counted, name),
+                    "version": VERSION,
+                    "inference_count": captioned_so_far(counted, name),
                 }
                 self.write_json({"model_stats": [stats]})
             case _:
                 raise HTTPError(404)
-
-
-def _captioned(metrics: str, model: str) -> int:
-    """Requests of a model that got their captions."""
-    wanted = {"model": model, "outcome": "ok"}
-    return sum(
-        int(sample.value)
-        for family in text_string_to_metric_families(metrics)
-        for sample in family.samples
-        if sample.name == "vignette_requests_total" and sample.labels == wanted
-    )
 
 
 class RepositoryHandler(_Shape, IntakeHandler):
@@ -240,17 +125,7 @@ class RepositoryHandler(_Shape, IntakeHandler):
 
     async def serve(self, body: bytes) -> None:
         """Their states."""
-        self.write_json(
-            [
-                {
-                    "name": model.name,
-                    "version": _VERSION,
-                    "state": "READY" if model.serves else "UNAVAILABLE",
-                    "reason": "" if model.serves else model.status,
-                }
-                for model in self.service.models.values()
-            ]
-        )
+        self.write_json([index_entry(model) for model in self.service.models.values()])
 
 
 class InferHandler(_Shape, IntakeHandler):
@@ -277,38 +152,18 @@ class InferHandler(_Shape, IntakeHandler):
         inputs = Inputs.of(_values(asked, parts, body[cut:]))
         for _ in inputs.images[1:]:  # the first has one since the head of the request
             self.take_place()
-        captions = await self._captions(inputs)
+        captions = await inputs.captions(self.service, self.asked_model, self.client)
         values: dict[str, list[Any]] = {
             "CAPTION": [caption.text for caption in captions],
             "SCORE": [caption.score for caption in captions],
         }
         self._answer(asked, values)
 
-    async def _captions(self, inputs: Inputs) -> list[Caption]:
-        """Of all images, side by side; the first error takes the others back."""
-        each = zip(inputs.images, inputs.prompts, strict=True)
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._caption(image, prompt, inputs.sampling))
-                    for image, prompt in each
-                ]
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        return [task.result() for task in tasks]
-
-    async def _caption(self, image: bytes, prompt: str | None, sampling: dict[str, Any]) -> Caption:
-        model = self.asked_model
-        request = model.request(prompt, sampling)
-        generated = self.service.generate(model, request, [image], self.client)
-        async with aclosing(generated) as outputs:
-            return captioned(request, await whole(outputs), model.tokenizer)
-
     def _answer(self, asked: InferRequest, values: dict[str, list[Any]]) -> None:
         everything = [WantedTensor(name=name, parameters=asked.parameters) for name in values]
         outputs, binary = [], []
         for wanted in asked.outputs or everything:
-            datatype, found = _OUTPUTS[wanted.name], values[wanted.name]
+            datatype, found = OUTPUTS[wanted.name], values[wanted.name]
             output: dict[str, Any] = {
                 "name": wanted.name,
                 "datatype": datatype,
@@ -321,7 +176,7 @@ class InferHandler(_Shape, IntakeHandler):
             else:
                 output["data"] = found
             outputs.append(output)
-        answer: dict[str, Any] = {"model_name": self.model, "model_version": _VERSION}
+        answer: dict[str, Any] = {"model_name": self.model, "model_version": VERSION}
         if asked.id:
             answer["id"] = asked.id
         head = json.dumps(answer | {"outputs": outputs}, ensure_ascii=False).encode()
@@ -335,23 +190,17 @@ class InferHandler(_Shape, IntakeHandler):
 
 def _values(asked: InferRequest, parts: Parts, binary: bytes) -> dict[str, list[Any]]:
     """Of each tensor, by name. Raises InvalidRequest."""
-    if asked.outputs and (unknown := {o.name for o in asked.outputs} - _OUTPUTS.keys()):
-        raise InvalidRequest(
-            f"unknown output {shown(min(unknown))}: there are {', '.join(_OUTPUTS)}"
-        )
+    check_outputs({output.name for output in asked.outputs or []})
     values: dict[str, list[Any]] = {}
     at = 0
     for tensor in asked.inputs:
-        if tensor.datatype != _INPUTS.get(tensor.name, tensor.datatype):
-            raise InvalidRequest(
-                f"{tensor.name} must be {_INPUTS[tensor.name]}, not {shown(tensor.datatype)}"
-            )
+        check_datatype(tensor.name, tensor.datatype)
         size = tensor.parameters.get("binary_data_size")
         if size is None:
             found = list(_flat(tensor.data or []))
             values[tensor.name] = _images(found, parts) if tensor.name == "IMAGE" else found
         elif isinstance(size, int) and 0 <= size <= len(binary) - at:
-            values[tensor.name] = unpacked(tensor, binary[at : at + size])
+            values[tensor.name] = unpacked(tensor.name, tensor.datatype, binary[at : at + size])
             at += size
         else:
             raise InvalidRequest(f"the data of {shown(tensor.name)} is not all there")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tornado.web
 import zmq
@@ -17,6 +18,7 @@ import zmq.asyncio
 from runtime.errors import VignetteError
 from runtime.model import manifest as manifests
 from runtime.model.tokenizer import CaptionTokenizer
+from server.grpc.listening import start as start_grpc
 from server.http.app import make_app, make_ops_app
 from server.http.listening import Server
 from server.http.loop import few_at_a_time
@@ -89,6 +91,7 @@ async def _serve(make: Callable[[], Service], folder: Path, ports: Ports, name: 
     servers = [listen(service, make_app(service), ports.public)]
     if ports.ops:
         servers.append(listen(service, make_ops_app(service), ports.ops))
+    grpc = await start_grpc(service)
     control = zmq.asyncio.Context.instance().socket(zmq.DEALER)
     control.identity = name.encode()
     control.connect(control_address(folder))
@@ -102,7 +105,7 @@ async def _serve(make: Callable[[], Service], folder: Path, ports: Ports, name: 
         await hear
         # Workers may still come and go while the last requests are finished.
         hear = asyncio.create_task(_hear(control, service))
-        await _drain(service, servers)
+        await _drain(service, servers, grpc)
         await control.send(packed(Drained()))
     finally:
         beat.cancel()
@@ -177,7 +180,7 @@ async def _beat(control: zmq.asyncio.Socket) -> None:
         await asyncio.sleep(BEAT_SECONDS)
 
 
-async def _drain(service: Service, servers: list[Server]) -> None:
+async def _drain(service: Service, servers: list[Server], grpc: Any) -> None:
     """Take nothing new, finish what was accepted, then let go."""
     service.drain()
     log.info("draining %d requests", service.inside)
@@ -188,6 +191,8 @@ async def _drain(service: Service, servers: list[Server]) -> None:
     if service.inside:
         log.warning("%d requests were not finished in time", service.inside)
     await asyncio.sleep(0.02)  # for the last answers to be written
+    if grpc is not None:
+        await grpc.stop(0)
     for server in servers:
         server.stop()
         await server.close_all_connections()

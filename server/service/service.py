@@ -16,7 +16,7 @@ from runtime.errors import InvalidRequest, VignetteError
 from runtime.limits import Limits
 from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
-from runtime.request import GenerationRequest, RequestOutput, Timing, joined
+from runtime.request import Caption, GenerationRequest, RequestOutput, Timing, captioned, joined
 from server.images.decoder import Setup, Target
 from server.images.fetch import Fetcher
 from server.images.pool import Decoders, Origin
@@ -132,6 +132,22 @@ class Service:
                 refusal = refusal or error
         assert refusal is not None
         raise refusal
+
+    async def caption(
+        self, model: Model, request: GenerationRequest, images: Images, client: str
+    ) -> Caption:
+        """All that is generated; raises what `generate` raises, and ComputationFailed."""
+        async with aclosing(self.generate(model, request, images, client)) as outputs:
+            output = joined([each async for each in outputs])
+        return captioned(request, output, model.tokenizer)
+
+    def count(self, model: str, key: str | None, code: str) -> None:
+        """How a request ended: ok, cancelled, or the code of its error. model: or none, if it was
+        refused before that was known.
+        """
+        self.metrics.requests.labels(model, code).inc()
+        if key is not None:
+            self.metrics.by_key.labels(key, code).inc()
 
     async def generate(
         self, model: Model, request: GenerationRequest, images: Images, client: str

@@ -1,0 +1,181 @@
+"""What the Open Inference Protocol (KServe v2) means for captions, over HTTP or gRPC.
+
+A model takes IMAGE, one or several encoded images, each of which is captioned by itself.
+https://github.com/kserve/open-inference-protocol
+"""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+
+from runtime.errors import InvalidRequest
+from runtime.request import Caption
+from server.bodies import shown
+from server.http.schemas import CaptionFields, checked
+from server.service.model import Model
+from server.service.service import Service
+
+VERSION = "1"  # of each model
+PLATFORM = "onnxruntime_git"
+INPUTS = {"IMAGE": "BYTES", "PROMPT": "BYTES", "MAX_NEW_TOKENS": "INT32", "NUM_BEAMS": "INT32"}
+OUTPUTS = {"CAPTION": "BYTES", "SCORE": "FP32"}
+NUMBERS = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
+SIZE = 4  # bytes before each element of a BYTES tensor
+MOST_IMAGES = 64  # of one call
+CONFIG_TYPES = {"BYTES": "TYPE_STRING", "INT32": "TYPE_INT32", "FP32": "TYPE_FP32"}
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
+
+
+def check_datatype(name: str, datatype: str) -> None:
+    """Raise InvalidRequest for a tensor of another type than its own."""
+    if datatype != INPUTS.get(name, datatype):
+        raise InvalidRequest(f"{name} must be {INPUTS[name]}, not {shown(datatype)}")
+
+
+def check_outputs(names: set[str]) -> None:
+    """Raise InvalidRequest for outputs that there are none of."""
+    if unknown := names - OUTPUTS.keys():
+        raise InvalidRequest(
+            f"unknown output {shown(min(unknown))}: there are {', '.join(OUTPUTS)}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a call asks for: images, a prompt for each or none, and fields of SamplingParams."""
+
+    images: list[bytes]
+    prompts: list[str | None]
+    sampling: dict[str, Any]
+
+    @classmethod
+    def of(cls, tensors: dict[str, list[Any]]) -> "Inputs":
+        """From values by the names of tensors. Raises InvalidRequest."""
+        if unknown := sorted(tensors.keys() - INPUTS.keys()):
+            raise InvalidRequest(
+                f"unknown input {shown(unknown[0])}: there are {', '.join(INPUTS)}"
+            )
+        images = tensors.get("IMAGE", [])
+        if not 0 < len(images) <= MOST_IMAGES:
+            raise InvalidRequest(f"IMAGE must hold 1 to {MOST_IMAGES} encoded images")
+        prompts: list[str | None] = [_text(prompt) for prompt in tensors.get("PROMPT", [])]
+        prompts = prompts or [None]
+        if len(prompts) not in (1, len(images)):
+            raise InvalidRequest("PROMPT must hold one prompt, or one for each image")
+        asked = {}
+        for name in ("MAX_NEW_TOKENS", "NUM_BEAMS"):
+            if values := tensors.get(name):
+                if len(values) != 1:
+                    raise InvalidRequest(f"{name} must hold one number")
+                asked[name.lower()] = values[0]
+        several = prompts if len(prompts) == len(images) else prompts * len(images)
+        return cls(images, several, checked(CaptionFields, asked).sampling)
+
+    async def captions(
+        self, service: Service, model: Model, client: str, timeout_ms: int | None = None
+    ) -> list[Caption]:
+        """Of all images, side by side; the first error takes the others back."""
+
+        async def caption(image: bytes, prompt: str | None) -> Caption:
+            request = model.request(prompt, self.sampling, timeout_ms=timeout_ms)
+            return await service.caption(model, request, [image], client)
+
+        each = zip(self.images, self.prompts, strict=True)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(caption(*one)) for one in each]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+
+def _text(prompt: str | bytes) -> str:
+    try:
+        return prompt.decode() if isinstance(prompt, bytes) else prompt
+    except UnicodeDecodeError as cause:
+        raise InvalidRequest("PROMPT is not UTF-8") from cause
+
+
+def unpacked(name: str, datatype: str, data: bytes) -> list[Any]:
+    """Values of a tensor that came as bytes. Raises InvalidRequest."""
+    if datatype in NUMBERS:
+        kind = np.dtype(NUMBERS[datatype])
+        if len(data) % kind.itemsize:
+            raise InvalidRequest(f"{shown(name)} holds a part of a number")
+        return np.frombuffer(data, kind.newbyteorder("<")).tolist()
+    values: list[Any] = []
+    at = 0
+    while at < len(data) and len(values) <= MOST_IMAGES:
+        end = at + SIZE + int.from_bytes(data[at : at + SIZE], "little")
+        if at + SIZE > len(data) or end > len(data):
+            raise InvalidRequest(f"{shown(name)} ends within an element")
+        values.append(data[at + SIZE : end])
+        at = end
+    return values
+
+
+def packed(values: list[Any], datatype: str) -> bytes:
+    """Values of a tensor as bytes."""
+    if datatype in NUMBERS:
+        return np.array(values, NUMBERS[datatype]).tobytes()
+    texts = [value.encode() for value in values]
+    return b"".join(len(text).to_bytes(SIZE, "little") + text for text in texts)
+
+
+def metadata(model: Model) -> dict[str, Any]:
+    """Inputs and outputs of a model."""
+
+    def tensors(kinds: dict[str, str]) -> list[dict[str, Any]]:
+        return [{"name": n, "datatype": kind, "shape": [-1]} for n, kind in kinds.items()]
+
+    return {
+        "name": model.name,
+        "versions": [VERSION],
+        "platform": PLATFORM,
+        "inputs": tensors(INPUTS),
+        "outputs": tensors(OUTPUTS),
+    }
+
+
+def index_entry(model: Model) -> dict[str, str]:
+    """A model in a list of all."""
+    return {
+        "name": model.name,
+        "version": VERSION,
+        "state": "READY" if model.serves else "UNAVAILABLE",
+        "reason": "" if model.serves else model.status,
+    }
+
+
+def config(model: Model) -> dict[str, Any]:
+    """As Triton's model configuration."""
+
+    def tensors(kinds: dict[str, str], **more: Any) -> list[dict[str, Any]]:
+        return [
+            {"name": n, "data_type": CONFIG_TYPES[kind], "dims": [-1]}
+            | (more if n != "IMAGE" else {})
+            for n, kind in kinds.items()
+        ]
+
+    return {
+        "name": model.name,
+        "platform": PLATFORM,
+        "backend": "onnxruntime",
+        "max_batch_size": 0,
+        "input": tensors(INPUTS, optional=True),
+        "output": tensors(OUTPUTS),
+    }
+
+
+def captioned_so_far(metrics: str, model: str) -> int:
+    """Requests of a model that got their captions."""
+    wanted = {"model": model, "outcome": "ok"}
+    return sum(
+        int(sample.value)
+        for family in text_string_to_metric_families(metrics)
+        for sample in family.samples
+        if sample.name == "vignette_requests_total" and sample.labels == wanted
+    )
