@@ -42,13 +42,13 @@ def test_no_stage_that_serves_installs_torch():
         ).stdout  # fmt: skip
         assert f"onnxruntime{'-gpu' if extra == 'gpu' else ''}" in wanted
         assert "torch" not in wanted
-        assert f"requirements.py {extra} >" in DOCKERFILE
+        assert f"requirements.py {extra} grpc >" in DOCKERFILE
 
 
 def test_the_dashboard_shows_metrics_that_there_are():
     dashboard = json.loads((DOCKER / "grafana/dashboards/vignette.json").read_text())
     metrics = Metrics()
-    WorkerMetrics(metrics.registry)
+    WorkerMetrics("m", metrics.registry)
     known = set(re.findall(r"^# TYPE (\S+)", metrics.render().decode(), re.MULTILINE))
     used = {
         re.sub(r"_(bucket|sum|count)$", "", name)
