@@ -22,10 +22,10 @@ SAMPLES = ROOT / "demo" / "samples"
 
 @pytest.fixture(scope="session", params=SHAPES)
 def exported(request, tmp_path_factory) -> tuple[Checkpoint, Path]:
-    """A small checkpoint of each shape and its engine, verified on 12 images of 20 tokens."""
+    """A small checkpoint of each shape and its engine, verified on 8 images of 20 tokens."""
     checkpoint = from_config(request.param, SHAPES[request.param])
     folder = tmp_path_factory.mktemp("engines") / request.param
-    build(checkpoint, folder, Proof(images=12, fast=False))
+    build(checkpoint, folder, Proof(images=8, fast=False))
     return checkpoint, folder
 
 

@@ -9,7 +9,7 @@ from export.build import Proof, build
 from export.pictures import generated
 from export.random_weights import from_config
 from runtime.engine import Engine
-from runtime.execution import device, loader
+from runtime.execution import device
 from runtime.execution.base import Candidates, leading
 from runtime.execution.device import DeviceRunner, bucket, buckets
 from runtime.execution.device_buffer import DeviceBuffer
@@ -142,7 +142,6 @@ def test_graphs_that_cant_be_captured_are_done_without_and_it_is_said(half, monk
         run(self, graph, wait)
 
     monkeypatch.setattr(device._Launch, "run", failing)
-    monkeypatch.setattr(loader, "DEVICES", ("cpu",))
     manifest, config = manifests.load(half), EngineConfig(encode_batch=4, patience=0)
     text = config.text_positions(manifest.sizes.text)
     plan = Plan(FUSED, "cpu", "cpu", encode_batch=4, slots=6, text_tokens=text)

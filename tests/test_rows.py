@@ -68,6 +68,7 @@ def test_every_row_of_the_8_bit_graphs_is_computed_as_if_alone(pictures, cache):
             "token_ids": np.array([[7 + row] for row in rows]),
             "lengths": np.full(len(rows), positions, np.int32),
             "total_length": np.array([positions + 1], np.int32),
+            "candidates": np.ones(1, np.int64),
         }
         for name, value in together.items():
             past = np.zeros((len(rows), *value.shape[1:]), value.dtype)

@@ -52,8 +52,9 @@ def test_a_picture_depends_on_its_seed_alone():
 def test_a_provider_that_computes_something_else_is_refused_when_it_is_named(monkeypatch):
     real = HostRunner.decode
 
-    def wrong(self, tokens, fed, forced=()):
-        return real(self, tokens, fed, forced) + (fed[0] == 2)
+    def wrong(self, tokens, fed, forced=(), candidates=1):
+        found = real(self, tokens, fed, forced, candidates)
+        return replace(found, ids=found.ids + (fed[0] == 2))
 
     monkeypatch.setattr(HostRunner, "decode", wrong)
     with pytest.raises(ProviderError, match=r"self-test failed: picture 1 of 2.* try another"):

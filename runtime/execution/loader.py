@@ -21,7 +21,7 @@ from runtime.providers.gpu_memory import Memory
 
 log = logging.getLogger(__name__)
 
-DEVICES = ("cuda",)  # providers of a decoder whose state stays with it; tests add the processor
+_ON_DEVICE = "float16"  # a cache of that type stays with the decoder, on a processor, too
 _SLOTS = 16  # on a processor: more rows make a step no cheaper for each
 _MOST_SLOTS = 64  # on a GPU, unless more are asked for
 _SHARE = 0.8  # of a machine's memory that the slots may take
@@ -131,7 +131,8 @@ def _opened(engine: Prepared, plan: Plan) -> tuple[AnyRunner, float]:
 
 def _warm_runner(engine: Prepared, plan: Plan) -> AnyRunner | None:
     """None if CUDA graphs were asked for and can't be captured; what it held is free again."""
-    kind = DeviceRunner if plan.decoder_provider in DEVICES else HostRunner
+    cache = engine.manifest.combination(plan.combination).cache
+    kind = DeviceRunner if cache == _ON_DEVICE else HostRunner
     runner: AnyRunner = kind(engine.folder, engine.manifest, plan)
     try:
         runner.warm_up()
