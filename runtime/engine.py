@@ -4,6 +4,7 @@
 for `generate` and for `runtime.async_engine`.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.decoding.base import Move
+from runtime.decoding.base import Move, Row
 from runtime.decoding.choice import decoding_of
 from runtime.errors import InvalidRequest, WrongThread
 from runtime.execution.base import ModelRunner
@@ -27,6 +28,7 @@ from runtime.pacing import Pacing
 from runtime.planning.config import EngineConfig
 from runtime.request import (
     Caption,
+    FinishReason,
     GenerationRequest,
     RequestOutput,
     captioned,
@@ -38,6 +40,8 @@ from runtime.stepper import Stepper
 
 if TYPE_CHECKING:
     from runtime.execution.loader import Prepared
+
+log = logging.getLogger(__name__)
 
 _ENCODE_BATCH = 4  # of an engine that was put together without a plan
 
@@ -158,7 +162,12 @@ class Engine:
         return GenerationRequest(pixels, prompt_ids, params, stream=stream)
 
     def submit(self, request: GenerationRequest) -> None:
-        """Queue a request. Raises WrongThread while another thread uses the engine."""
+        """Queue a request. Raises InvalidRequest for one that takes more slots than there are, and
+        WrongThread while another thread uses the engine.
+        """
+        rows = request.sampling.rows
+        if rows > (self.config.slots or 0):
+            raise InvalidRequest(f"it takes {rows} slots, and there are {self.config.slots}")
         self._claim()
         decoding = decoding_of(request, self.manifest.tokens.eos)
         self._sequences[request.id] = self.scheduler.add(request, decoding)
@@ -243,9 +252,18 @@ class Engine:
         for by_slot in found.rows():
             for sequence in running:
                 if sequence.finish_reason is None:  # else it ended earlier in this burst
-                    moves += sequence.advance([by_slot[slot] for slot in sequence.slots])
+                    moves += self._advanced(sequence, [by_slot[s] for s in sequence.slots])
         if moves:  # of beams, with which there are no bursts
             self.runner.reorder(moves, max(fed) + 1)
+
+    def _advanced(self, sequence: Sequence, rows: list[Row]) -> list[Move]:
+        """What its decoding makes of candidates; an error of ours there is its own alone."""
+        try:
+            return sequence.advance(rows)
+        except Exception:
+            log.exception("request %d failed as its next tokens were chosen", sequence.request.id)
+            sequence.finish_reason = FinishReason.FAILED
+            return []
 
     def _candidates(self, running: list[Sequence]) -> int:
         """A power of two, so that a runner meets few different numbers."""

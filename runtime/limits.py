@@ -65,6 +65,11 @@ class Limits:
                 f"max_new_tokens is {sampling.max_new_tokens}: with this prompt use 1 to {room}"
             )
         _check(sampling, asked)
+        if sampling.min_new_tokens > sampling.max_new_tokens:
+            raise InvalidRequest(
+                f"min_new_tokens is {sampling.min_new_tokens}, above max_new_tokens "
+                f"{sampling.max_new_tokens}"
+            )
         if stream and sampling.rows > 1:
             raise InvalidRequest(
                 "stream goes with num_beams and n of 1: which text is the best is known at the end"

@@ -160,9 +160,7 @@ def _places(fields: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
         yield inputs, "image"
     for tensor in inputs if isinstance(inputs, list) else []:
         if isinstance(tensor, dict) and tensor.get("name") == "IMAGE":
-            data = tensor.get("data")
-            texts = data if isinstance(data, list) else []
-            yield from ((texts, n) for n, text in enumerate(texts) if isinstance(text, str))
+            yield from _texts(tensor.get("data"))
     messages = fields.get("messages")
     for message in messages if isinstance(messages, list) else []:
         content = message.get("content") if isinstance(message, dict) else None
@@ -170,6 +168,15 @@ def _places(fields: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
             url = part.get("image_url") if isinstance(part, dict) else None
             if isinstance(url, dict) and str(url.get("url")).startswith(("data:", "\0")):
                 yield url, "url"
+
+
+def _texts(data: Any, depth: int = 1) -> Iterator[tuple[Any, Any]]:
+    """Where a tensor's data has strings, in rows or not."""
+    for place, each in enumerate(data if isinstance(data, list) and depth < _DEPTH else []):
+        if isinstance(each, str):
+            yield data, place
+        else:
+            yield from _texts(each, depth + 1)
 
 
 def _outline(body: bytes) -> tuple[bytes, list[bytes]]:

@@ -92,7 +92,9 @@ class Inputs:
         return [task.result() for task in tasks]
 
 
-def _text(prompt: str | bytes) -> str:
+def _text(prompt: object) -> str:
+    if not isinstance(prompt, str | bytes):
+        raise InvalidRequest("PROMPT must hold text")
     try:
         return prompt.decode() if isinstance(prompt, bytes) else prompt
     except UnicodeDecodeError as cause:
@@ -173,9 +175,10 @@ def config(model: Model) -> dict[str, Any]:
 def captioned_so_far(metrics: str, model: str) -> int:
     """Requests of a model that got their captions."""
     wanted = {"model": model, "outcome": "ok"}
+    lines = (line for line in metrics.splitlines() if line.startswith("vignette_requests_total"))
     return sum(
         int(sample.value)
-        for family in text_string_to_metric_families(metrics)
+        for family in text_string_to_metric_families("\n".join(lines) + "\n")
         for sample in family.samples
         if sample.name == "vignette_requests_total" and sample.labels == wanted
     )

@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     threads: Annotated[
         int,
         Field(ge=0, le=1024, description="operator threads of each graph; 0 shares all cores among "
-              "the workers"),
+              "a model's workers; several models each take all"),
     ] = 0  # fmt: skip
     workers: Annotated[
         int | None,

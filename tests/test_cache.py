@@ -2,6 +2,8 @@
 
 import asyncio
 
+from msgspec.structs import replace
+
 from runtime.request import Completion, FinishReason, RequestOutput, SamplingParams, Timing
 from server.service.cache import OutputCache
 from tests.fakes import fake_engine
@@ -90,6 +92,29 @@ def test_identical_images_are_captioned_once_if_that_is_wished():
         assert gone_through <= {"total"}, "no time was spent on what was known"
         assert live.metric('vignette_stage_seconds_count{stage="encode"}') == 2
         assert live.metric('vignette_stage_seconds_count{stage="total"}') == 3
+
+
+def test_the_bound_counts_all_that_is_kept():
+    top = tuple((token, -1.5) for token in range(20))
+    text = Completion(tuple(range(40)), (-0.5,) * 40, (top,) * 40, FinishReason.STOP)
+    large = replace(output(1), completion=text, others=(text,) * 7)
+
+    async def run():
+        cache = OutputCache(10_000_000)
+        await cache.get(key("x"), lambda: made(large))
+        assert cache.size > 700_000  # as measured
+
+    async def made(found):
+        return found
+
+    asyncio.run(run())
+
+
+def test_what_is_drawn_is_not_kept():
+    with serve(fake_engine, cache_mb=1) as live:
+        said = {live.caption(png(), "?temperature=5").json["caption"] for _ in range(8)}
+        assert len(said) > 1
+        assert live.metric("vignette_cache_hits_total") == 0
 
 
 def test_who_waits_too_long_for_anothers_flight_starts_one(monkeypatch):

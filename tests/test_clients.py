@@ -99,6 +99,11 @@ def test_openai_stops_where_it_is_told(live):
     text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
     assert text == cut.choices[0].message.content
     assert live.caption(IMAGE).status == 200
+    long = " ".join(["", *words[2:5]])  # it is there only after three more tokens
+    chunks = client(live).chat.completions.create(
+        model="fake", messages=message(), max_tokens=8, stop=long, stream=True
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == " ".join(words[:2])
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.decoding.beams import Beams
 from runtime.decoding.continuation import drawn
 from runtime.engine import Engine
 from runtime.errors import InvalidRequest
 from runtime.limits import Limits
 from runtime.planning.config import EngineConfig
-from runtime.request import SamplingParams
+from runtime.request import FinishReason, SamplingParams
 from tests.fakes import FakeTokenizer, fake_engine, image
 
 DRAWS = 20_000
@@ -105,6 +106,41 @@ def test_what_is_contradictory_is_named(asked, message):
 def test_what_several_texts_are_the_best_of_can_not_be_streamed():
     with pytest.raises(InvalidRequest, match="stream goes with num_beams and n of 1"):
         fake_engine().request(image(1), num_beams=2, stream=True)
+
+
+@pytest.mark.parametrize("penalty", [-10.0, 10.0])
+@pytest.mark.parametrize("early", [True, False, "never"])
+def test_the_strangest_penalty_still_ends_in_a_caption(penalty, early):
+    engine = fake_engine()
+    asked = {"num_beams": 3, "n": 3, "length_penalty": penalty, "early_stopping": early}
+    [caption] = engine.generate([image(3)], max_new_tokens=32, **asked)
+    assert len(texts([caption])) == 3
+
+
+def test_what_needs_more_slots_than_there_are_is_never_queued():
+    engine = fake_engine()
+    request = fake_engine(EngineConfig(slots=8)).request(image(1), num_beams=4)
+    with pytest.raises(InvalidRequest, match="takes 4 slots, and there are 3"):
+        engine.submit(request)
+    assert engine.idle
+
+
+def test_a_way_of_decoding_that_fails_fails_alone(monkeypatch, caplog):
+    def failing(self, rows):
+        raise IndexError("an error of ours")
+
+    expected = texts(fake_engine().generate([image(1)]))
+    monkeypatch.setattr(Beams, "advance", failing)
+    engine = fake_engine(EngineConfig(slots=4, patience=0))
+    bad, good = engine.request(image(1), num_beams=2), engine.request(image(1))
+    for request in (bad, good):
+        engine.submit(request)
+    found = {}
+    while not engine.idle:
+        found |= {output.id: output for output in engine.step()}
+    assert found[bad.id].finish_reason is FinishReason.FAILED
+    assert [found[good.id].token_ids] == expected
+    assert "an error of ours" in caplog.text
 
 
 ASKED = st.lists(

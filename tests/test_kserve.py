@@ -97,7 +97,7 @@ def test_images_may_come_in_json(live):
                 "datatype": "BYTES",
                 "data": list(map(b64, IMAGES[:2])),
             },
-            {"name": "PROMPT", "shape": [1], "datatype": "BYTES", "data": ["3"]},
+            {"name": "PROMPT", "shape": [1, 1], "datatype": "BYTES", "data": [["3"]]},
         ]
     )
     answer = live.request("POST", INFER, body, **JSON).json
@@ -142,6 +142,8 @@ def image(**changes) -> dict:
         ({"inputs": [image(parameters={"binary_data_size": 9})]}, "not all there"),
         ({"inputs": [image(parameters={"binary_data_size": -1})]}, "not all there"),
         ({"inputs": [image(), image(name="NUM_BEAMS", datatype="INT32", data=[9])]}, "num_beams"),
+        ({"inputs": [image(), image(name="PROMPT", data=[5])]}, "PROMPT must hold text"),
+        ({"inputs": [image(), image(name="PROMPT", data=[{"a": 1}])]}, "PROMPT must hold text"),
         (
             {"inputs": [image(), image(name="NUM_BEAMS", datatype="INT32", data=[2, 2])]},
             "NUM_BEAMS must hold one number",

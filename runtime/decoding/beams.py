@@ -3,6 +3,7 @@
 Scores are float32, as they are there: which of two beams is better may hang on a rounding.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class _Finished:
     """A text that is over, with the score that it is ranked by; none is there at first."""
 
     text: Hypothesis | None = None
-    score: np.float32 = _NEVER
+    score: float | np.float32 = -math.inf
 
 
 class Beams:

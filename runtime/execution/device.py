@@ -211,6 +211,11 @@ class DeviceRunner:
             binding.bind_output(name, "cpu")
         self._candidates.run_with_iobinding(binding)
         ids, logprobs, best = (value.numpy() for value in binding.get_outputs())
+        # Of equally likely tokens the decoder's choice comes first, as without candidates.
+        chosen = self._tokens.fetch().reshape(self._ring)[1, :rows]
+        for row in np.flatnonzero(ids[:, 0] != chosen):
+            for place in np.flatnonzero(ids[row] == chosen[row]):
+                ids[row, [0, place]] = ids[row, [place, 0]]
         return Candidates(ids[None], logprobs[None], best.T)
 
     def _clear(self, slot: int) -> None:
@@ -273,6 +278,9 @@ class DeviceRunner:
         for size in self._buckets:
             steps = min(self.burst, self.text_tokens)
             self.decode([0] * size, [0] * size, [[UNFORCED] * size] * (steps - 1))
+        self.decode([0], [0], candidates=2)
+        self.reorder([(0, self._slots - 1)], 1)
+        self.move(0, self._slots - 1)
 
     def _bind_encode(self, rows: int) -> _Launch:
         binding = self._encoder.io_binding()

@@ -6,6 +6,7 @@ from runtime.errors import VignetteError
 from server.service.service import Service
 from server.settings import Settings
 
+_SERVICE = "inference.GRPCInferenceService"
 _BESIDE = 64 * 1024  # bytes of a message beside its image
 _STREAMS = 128  # at once on one connection
 _CALLS = 2048  # at once
@@ -15,8 +16,26 @@ class CannotSpeakGrpc(VignetteError):
     """gRPC was asked for, and its packages are missing, or its port or files can't be used."""
 
 
-async def start(service: Service) -> Any:
-    """A grpc.aio.Server that serves, or None without --grpc-port. Raises CannotSpeakGrpc."""
+class GrpcServer:
+    """One that serves."""
+
+    def __init__(self, server: Any, health: Any, states: tuple[Any, Any]) -> None:
+        """states: what the standard health service says of a service that serves, or doesn't."""
+        self._server, self._health, self._states = server, health, states
+
+    async def tell(self, serves: bool) -> None:
+        """What health is to say from now on."""
+        for name in ("", _SERVICE):
+            await self._health.set(name, self._states[not serves])
+
+    async def stop(self) -> None:
+        """Take nothing new, and end what is not over."""
+        await self.tell(False)
+        await self._server.stop(0)
+
+
+async def start(service: Service) -> GrpcServer | None:
+    """One that serves, or None without --grpc-port. Raises CannotSpeakGrpc."""
     settings = service.settings
     if settings.grpc_port is None:
         return None
@@ -26,7 +45,7 @@ async def start(service: Service) -> Any:
         from grpc_reflection.v1alpha import reflection
 
         from server.grpc.service import InferenceService
-        from server.grpc.stubs import grpc_service_pb2, grpc_service_pb2_grpc
+        from server.grpc.stubs import grpc_service_pb2_grpc
     except ModuleNotFoundError as cause:
         raise CannotSpeakGrpc(
             f"--grpc-port needs {cause.name}: install the grpc extra (pip install -e '.[grpc]')"
@@ -44,12 +63,11 @@ async def start(service: Service) -> Any:
     )
     alive = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(alive, server)
-    names = [grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name]
-    for name in ("", *names):
-        await alive.set(name, health_pb2.HealthCheckResponse.SERVING)
-    reflection.enable_server_reflection(
-        (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-    )
+    names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    states = health_pb2.HealthCheckResponse
+    started = GrpcServer(server, alive, (states.SERVING, states.NOT_SERVING))
+    await started.tell(service.serves)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"{host}:{settings.grpc_port}"
     try:
@@ -57,7 +75,7 @@ async def start(service: Service) -> Any:
     except (RuntimeError, OSError) as cause:
         raise CannotSpeakGrpc(f"--grpc-port: can't listen on {address}: {cause}") from cause
     await server.start()
-    return server
+    return started
 
 
 def _open(server: Any, address: str, settings: Settings) -> None:

@@ -5,7 +5,7 @@ The stubs name their methods and messages, and say what each does.
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from server.http.origins import group_of
 from server.kserve import Inputs
 from server.service.model import Model
 from server.service.service import Service
+from server.streams import growing
 
 Context = Any  # grpc.aio.ServicerContext, which has no types
 _STATUS = {
@@ -34,11 +35,15 @@ _STATUS = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+_COPIES = 2  # of a message's images: its own, and those that are taken from it
+_WAITING = 64  # calls whose refusal waits its turn; others are refused at once
 _LEAST_MS = 100  # of a deadline: less is spent on the way
 
 
 class _Call:
     """One call: who makes it, and how it ended."""
+
+    waiting = 0  # of all calls
 
     def __init__(self, service: Service, context: Context) -> None:
         self.service, self._context = service, context
@@ -78,13 +83,14 @@ class _Call:
                 self.enter(held)
                 self.service.check_room(self.client)
                 client = self.client
+                size *= _COPIES
                 self.service.budget.hold(size, client)
                 held.callback(self.service.budget.let_go, size, client)
                 yield held
             except VignetteError as error:
                 self.service.count(self.model, self.key, answer_to(error, 500).code)
                 raise
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, GeneratorExit):
                 self.service.count(self.model, self.key, "cancelled")
                 raise
             except Exception:
@@ -92,9 +98,19 @@ class _Call:
                 raise
             self.service.count(self.model, self.key, "ok")
 
+    async def wait_turn(self) -> None:
+        """Wait until this client may be refused, unless too many wait."""
+        wait = self.service.refusals.spend(self.client, 1)
+        if wait and _Call.waiting < _WAITING:
+            _Call.waiting += 1
+            try:
+                await asyncio.sleep(wait)
+            finally:
+                _Call.waiting -= 1
+
     async def refuse(self, error: VignetteError) -> None:
         """End the call with an error, at once or when it is this client's turn to be refused."""
-        await asyncio.sleep(self.service.refusals.spend(self.client, 1))
+        await self.wait_turn()
         answer = answer_to(error, 500)
         retry_after = getattr(error, "retry_after", None)
         trailing = (("retry-after", str(retry_after)),) if retry_after is not None else ()
@@ -134,6 +150,8 @@ class InferenceService(GRPCInferenceServiceServicer):
 
     async def ModelStatistics(self, request: Any, context: Context) -> Any:  # noqa: D102, N802
         model = await self._model(request.name, context)
+        if self._service.settings.ops_port is not None:  # then they are not public
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "statistics are served by /metrics")
         counted = (await self._service.metrics.rendered()).decode()
         done = kserve.captioned_so_far(counted, model.name)
         found = pb.ModelStatistics(name=model.name, version=kserve.VERSION, inference_count=done)
@@ -159,10 +177,11 @@ class InferenceService(GRPCInferenceServiceServicer):
         async for request in requests:
             call = _Call(self._service, context)
             try:
-                async for response in self._stream(request, call):
-                    yield pb.ModelStreamInferResponse(infer_response=response)
+                async with aclosing(self._stream(request, call)) as responses:
+                    async for response in responses:
+                        yield pb.ModelStreamInferResponse(infer_response=response)
             except VignetteError as error:  # the stream goes on with the next request
-                await asyncio.sleep(self._service.refusals.spend(call.client, 1))
+                await call.wait_turn()
                 answer = answer_to(error, 500)
                 failed = pb.ModelInferResponse(id=request.id, model_name=request.model_name)
                 yield pb.ModelStreamInferResponse(
@@ -189,7 +208,7 @@ class InferenceService(GRPCInferenceServiceServicer):
             scores = [caption.score or 0.0 for caption in captions]
             return _response(request, model, [caption.text for caption in captions], scores)
 
-    async def _stream(self, request: Any, call: _Call) -> AsyncIterator[Any]:
+    async def _stream(self, request: Any, call: _Call) -> AsyncGenerator[Any, None]:
         """A response for each token, with the text so far, and one with the caption."""
         with call.held(request.ByteSize()):
             model = self._service.model(request.model_name)
@@ -200,17 +219,14 @@ class InferenceService(GRPCInferenceServiceServicer):
             asked = model.request(
                 inputs.prompts[0], inputs.sampling, timeout_ms=call.timeout_ms, stream=True
             )
-            tokens: list[int] = []
             logprobs: list[float] = []
             generated = self._service.generate(model, asked, inputs.images, call.client)
             async with aclosing(generated) as outputs:
-                async for output in outputs:
-                    tokens += output.token_ids
-                    logprobs += output.completion.logprobs
-                    last = output.finish_reason is not None
-                    text = model.tokenizer.text if last else model.tokenizer.whole_words
+                async for news in growing(outputs, model.tokenizer):
+                    logprobs += news.completion.logprobs
                     mean = sum(logprobs) / max(1, len(logprobs))
-                    response = _response(request, model, [text(tokens)], [mean])
+                    response = _response(request, model, [news.text], [mean])
+                    last = news.whole is not None
                     response.parameters["triton_final_response"].bool_param = last
                     yield response
 

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from runtime.errors import VignetteError
-from runtime.request import RequestOutput, joined
-from server.http.errors import answer_to
+from runtime.request import RequestOutput
 from server.http.intake import IntakeHandler
 from server.service.model import Model
+from server.streams import growing
 
 
 class EventStream:
@@ -26,25 +26,18 @@ class EventStream:
         Raises a VignetteError that comes before the first event. One that comes later is an event,
         too, and the answer is over: None.
         """
-        told: list[RequestOutput] = []
-        tokens: list[int] = []
+        whole: RequestOutput | None = None
         try:
-            async for output in outputs:
-                told.append(output)
-                for token in output.token_ids:
-                    tokens.append(token)
-                    text = self._model.tokenizer.whole_words(tokens)
-                    await self.send("token", {"text": text, "tokens": len(tokens)})
-            return joined(told)
+            async for news in growing(outputs, self._model.tokenizer):
+                whole = news.whole
+                if news.completion.token_ids:
+                    await self.send("token", {"text": news.text, "tokens": news.tokens})
         except VignetteError as error:
             if not self._handler.streams:
                 raise
-            answer = answer_to(error, 500)
-            self._handler.code = answer.code
-            message = answer.message or str(error)
-            await self.send("error", self._handler.shown_error(answer, message))
+            await self.send("error", self._handler.failed(error))
             self._handler.finish()
-            return None
+        return whole
 
     async def send(self, event: str, content: dict[str, Any]) -> None:
         """Write one."""

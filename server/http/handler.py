@@ -133,6 +133,11 @@ class Handler(tornado.web.RequestHandler):
         """Answer an error, at once or when it is this client's turn to be refused."""
         if self._refusing or self._finished:
             return
+        if self._headers_written:  # in the middle of a stream there is nothing to say any more
+            error = kwargs.get("exc_info", (None, None, None))[1]
+            self.outcome(answer_to(error, status_code).code)
+            self.request.connection.stream.close()  # type: ignore[union-attr]
+            return
         self._refusing = True
         stream, late = self.request.connection.stream, self.service.late  # type: ignore[union-attr]
         wait = 0.0 if stream.closed() else self.service.refusals.spend(self.client, 1)

@@ -8,12 +8,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from runtime.errors import InvalidRequest
-from server.bodies import media_type
+from server.bodies import media_type, shown
 from server.http.errors import Answer
 from server.http.forms import JSON, check_media_type
 from server.http.intake import IntakeHandler
 from server.http.pages import Page
-from server.http.schemas import CaptionFields, checked
+from server.http.schemas import SAMPLING, CaptionFields, checked
 
 
 class Question(BaseModel):
@@ -62,6 +62,10 @@ class HubRequest(BaseModel):
             asked = {k: v for k, v in asked.items() if k not in ("temperature", "top_k", "top_p")}
         if given.max_new_tokens is not None:
             asked["max_new_tokens"] = given.max_new_tokens
+        if unknown := sorted(asked.keys() - SAMPLING):
+            raise InvalidRequest(
+                f"unknown parameter {shown(unknown[0])}: there are {', '.join(sorted(SAMPLING))}"
+            )
         return checked(CaptionFields, asked).sampling
 
 

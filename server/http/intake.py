@@ -7,10 +7,13 @@ import asyncio
 import re
 from collections.abc import Awaitable
 from contextlib import ExitStack
+from typing import Any
+
+from tornado.web import Finish
 
 from runtime.errors import InvalidRequest, VignetteError
 from server.bodies import PIECE, Parts, json_parts, shown
-from server.http.errors import BodyTooLarge, UnsupportedMediaType
+from server.http.errors import BodyTooLarge, UnsupportedMediaType, answer_to
 from server.http.handler import Handler
 from server.ipc.dispatcher import Expired
 from server.service.service import Service
@@ -154,8 +157,21 @@ class IntakeHandler(Handler):
             self.set_header("Content-Type", EVENTS)
             self.set_header("X-Accel-Buffering", "no")  # for nginx, which gathers answers
         self.write(event)
-        async with asyncio.timeout(self.service.settings.body_seconds):
-            await self.flush()
+        try:
+            async with asyncio.timeout(self.service.settings.body_seconds):
+                await self.flush()
+        except TimeoutError:
+            self.outcome("cancelled")
+            self._gone = True
+            self.request.connection.stream.close()  # type: ignore[union-attr]
+            raise Finish from None
+
+    def failed(self, error: VignetteError) -> dict[str, Any]:
+        """What is told of an error once the answer has begun; it is logged if it is ours."""
+        self.log_exception(type(error), error, error.__traceback__)
+        answer = answer_to(error, 500)
+        self.code = answer.code
+        return self.shown_error(answer, answer.message or str(error))
 
     async def json_parts(self, body: bytes) -> Parts:
         """A JSON body taken apart, a large one by another process; InvalidRequest, or Expired after

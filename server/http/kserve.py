@@ -105,7 +105,7 @@ class ModelHandler(_Shape, Handler):
             case "ready":
                 self.set_status(200 if model.serves else 503)
                 self.write_json({"name": name, "ready": model.serves})
-            case "stats":
+            case "stats" if self.service.settings.ops_port is None:  # else they are not public
                 counted = (await self.service.metrics.rendered()).decode()
                 stats = {
                     "name": name,
@@ -117,14 +117,12 @@ class ModelHandler(_Shape, Handler):
                 raise HTTPError(404)
 
 
-class RepositoryHandler(_Shape, IntakeHandler):
+class RepositoryHandler(_Shape, Handler):
     """POST /v2/repository/index: all models."""
 
-    def check_head(self) -> None:
-        """Whatever it is, it is not looked at."""
-
-    async def serve(self, body: bytes) -> None:
-        """Their states."""
+    async def post(self) -> None:
+        """Their states, whatever is in the body."""
+        await self.paced()
         self.write_json([index_entry(model) for model in self.service.models.values()])
 
 

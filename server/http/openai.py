@@ -22,13 +22,14 @@ from runtime.request import (
     joined,
 )
 from server.bodies import media_type, shown
-from server.http.errors import Answer, UnsupportedMediaType, answer_to
+from server.http.errors import Answer, UnsupportedMediaType
 from server.http.forms import JSON
 from server.http.handler import Handler
 from server.http.intake import IntakeHandler
 from server.http.schemas import checked
 from server.service.model import Model
 from server.service.service import Images
+from server.streams import growing
 
 _KINDS = {401: "authentication_error", 404: "invalid_request_error", 429: "rate_limit_error"}
 _DONE = "data: [DONE]\n\n"
@@ -76,15 +77,15 @@ class ChatRequest(BaseModel):
 
     model: str | None = None
     messages: list[Message]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     logprobs: bool = False
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     frequency_penalty: Literal[0] | None = None
@@ -94,7 +95,12 @@ class ChatRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _absent(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in fields.items() if value is not None}
+        neutral = {"response_format": {"type": "text"}}
+        return {
+            name: value
+            for name, value in fields.items()
+            if value not in (None, [], {}) and value != neutral.get(name)
+        }
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -211,6 +217,13 @@ class _Completion:
         ends = [at for stop in self._asked.stops if stop and (at := text.find(stop)) >= 0]
         return (text[: min(ends)], True) if ends else (text, False)
 
+    def _held_back(self, text: str) -> int:
+        """Characters at the end of a text that may be the beginning of one that ends it."""
+        begun = (
+            n for stop in self._asked.stops for n in range(1, len(stop)) if text.endswith(stop[:n])
+        )
+        return max(begun, default=0)
+
     def _usage(self, completion_tokens: int) -> dict[str, int]:
         prompt_tokens = len(self._request.prompt_ids) - 1
         return {
@@ -236,39 +249,32 @@ class _Completion:
 
     async def stream(self, outputs: AsyncIterator[RequestOutput]) -> None:
         """Chunks of whole words as they come; what goes wrong after the first is an event, too."""
-        told: list[RequestOutput] = []
-        tokens: list[int] = []
         said, stopped = "", False
         try:
-            async for output in outputs:
-                told.append(output)
-                tokens += output.token_ids
-                ended = output.finish_reason is not None
-                tokenizer = self._model.tokenizer
-                text = tokenizer.text(tokens) if ended else tokenizer.whole_words(tokens)
-                text, stopped = self._stopped(text)
-                if len(told) == 1 and tokens:
+            async for news in growing(outputs, self._model.tokenizer):
+                if not self._handler.streams and news.completion.token_ids:
                     await self._chunk({"role": "assistant", "content": ""})
-                news = output.completion
-                logprobs = self._logprobs(news.token_ids, news.logprobs, news.top_logprobs)
+                text, stopped = self._stopped(news.text)
+                if not stopped and news.whole is None:
+                    text = text[: len(text) - self._held_back(text)]
+                completion = news.completion
+                logprobs = self._logprobs(
+                    completion.token_ids, completion.logprobs, completion.top_logprobs
+                )
                 if text[len(said) :] or logprobs:
                     await self._chunk({"content": text[len(said) :]}, logprobs=logprobs)
                 said = text
-                if stopped:
+                if stopped or news.whole is not None:
                     break
-            output = told[-1] if stopped else joined(told)
-            reason = "stop" if stopped else _reason(output.finish_reason)
-            await self._chunk({}, reason)
+            ended = None if news.whole is None else news.whole.finish_reason
+            await self._chunk({}, "stop" if stopped else _reason(ended))
             if self._asked.stream_options and self._asked.stream_options.include_usage:
-                ends = output.finish_reason is FinishReason.STOP
-                usage = self._usage(len(tokens) - ends)
+                usage = self._usage(news.tokens - (ended is FinishReason.STOP))
                 await self._send({**self._common, "choices": [], "usage": usage})
         except VignetteError as error:
             if not self._handler.streams:
                 raise
-            answer = answer_to(error, 500)
-            self._handler.code = answer.code
-            await self._send(self._handler.shown_error(answer, answer.message or str(error)))
+            await self._send(self._handler.failed(error))
         self._handler.write(_DONE)
         self._handler.finish()
 

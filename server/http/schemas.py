@@ -19,14 +19,15 @@ from runtime.model.tokenizer import CaptionTokenizer
 from runtime.request import Caption, Priority, SamplingParams
 from server.bodies import shown
 
-_DIGITS = 9  # of a number in a form
+_DIGITS = 9  # of a number of tokens
+_MOST_DIGITS = 19  # of any number: a seed has 63 bits
 
 
 def _whole(value: Any) -> Any:
     """Digits as forms and queries send them, as an int; all else as it is."""
     if isinstance(value, str):
         value = value.strip()
-        if value.isascii() and value.isdecimal() and len(value) <= _DIGITS:
+        if value.isascii() and value.isdecimal() and len(value) <= _MOST_DIGITS:
             return int(value)
     return value
 
@@ -42,7 +43,7 @@ def _ranged(name: str, description: str) -> Any:
     return Field(ge=least, le=most, allow_inf_nan=False, description=description)
 
 
-_SAMPLING = {field.name for field in fields(SamplingParams)}
+SAMPLING = {field.name for field in fields(SamplingParams)} - {"ignore_eos"}
 _Flag = Annotated[bool, Field(strict=True), BeforeValidator(_flag)]
 _Number = Annotated[int, Field(strict=True), BeforeValidator(_whole)]
 
@@ -138,7 +139,7 @@ class CaptionFields(BaseModel):
     @property
     def sampling(self) -> dict[str, Any]:
         """Fields of SamplingParams that were given."""
-        return self.model_dump(include=_SAMPLING, exclude_unset=True)
+        return self.model_dump(include=SAMPLING, exclude_unset=True)
 
     @model_validator(mode="before")
     @classmethod

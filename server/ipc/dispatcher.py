@@ -218,6 +218,9 @@ class Dispatcher:
             return  # it was taken back meanwhile
         if isinstance(message, Output):
             work.take(message.output)
+            if work.ended and link is not None:  # whether or not somebody has read it
+                link.inside.pop(number)
+                self._pump()
         else:
             self._again(work, blamed=True)
             self._pump()

@@ -1,4 +1,4 @@
-"""A front-end process: speaks HTTP on the shared port, and hears from the supervisor who serves."""
+"""A front-end process: speaks HTTP on the shared port, gRPC if it is to, and hears who serves."""
 
 import asyncio
 import gc
@@ -9,7 +9,6 @@ import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import tornado.web
 import zmq
@@ -18,6 +17,7 @@ import zmq.asyncio
 from runtime.errors import VignetteError
 from runtime.model import manifest as manifests
 from runtime.model.tokenizer import CaptionTokenizer
+from server.grpc.listening import GrpcServer
 from server.grpc.listening import start as start_grpc
 from server.http.app import make_app, make_ops_app
 from server.http.listening import Server
@@ -100,11 +100,11 @@ async def _serve(make: Callable[[], Service], folder: Path, ports: Ports, name: 
     _settle_garbage()
     await control.send(packed(FrontEndReady()))
     beat = asyncio.create_task(_beat(control))
-    hear = asyncio.create_task(_hear(control, service))
+    hear = asyncio.create_task(_hear(control, service, grpc))
     try:
         await hear
         # Workers may still come and go while the last requests are finished.
-        hear = asyncio.create_task(_hear(control, service))
+        hear = asyncio.create_task(_hear(control, service, grpc))
         await _drain(service, servers, grpc)
         await control.send(packed(Drained()))
     finally:
@@ -158,7 +158,7 @@ def update(service: Service, serving: Serving) -> None:
         model.update(ours, service.settings.front_ends)
 
 
-async def _hear(control: zmq.asyncio.Socket, service: Service) -> None:
+async def _hear(control: zmq.asyncio.Socket, service: Service, grpc: GrpcServer | None) -> None:
     """Follow what the supervisor says, until it says to drain."""
     while True:
         match FROM_SUPERVISOR.decode(await control.recv()):
@@ -166,6 +166,8 @@ async def _hear(control: zmq.asyncio.Socket, service: Service) -> None:
                 return
             case Serving() as serving:
                 update(service, serving)
+                if grpc is not None:
+                    await grpc.tell(service.serves)
 
 
 def _tell_refused(
@@ -180,9 +182,11 @@ async def _beat(control: zmq.asyncio.Socket) -> None:
         await asyncio.sleep(BEAT_SECONDS)
 
 
-async def _drain(service: Service, servers: list[Server], grpc: Any) -> None:
+async def _drain(service: Service, servers: list[Server], grpc: GrpcServer | None) -> None:
     """Take nothing new, finish what was accepted, then let go."""
     service.drain()
+    if grpc is not None:
+        await grpc.tell(False)
     log.info("draining %d requests", service.inside)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + service.settings.drain_seconds
@@ -192,7 +196,7 @@ async def _drain(service: Service, servers: list[Server], grpc: Any) -> None:
         log.warning("%d requests were not finished in time", service.inside)
     await asyncio.sleep(0.02)  # for the last answers to be written
     if grpc is not None:
-        await grpc.stop(0)
+        await grpc.stop()
     for server in servers:
         server.stop()
         await server.close_all_connections()

@@ -23,8 +23,14 @@ from msgspec.structs import replace
 
 from runtime.async_engine import AsyncEngine
 from runtime.engine import Engine, Observer, StepReport
-from runtime.errors import VignetteError
-from runtime.request import GenerationRequest
+from runtime.errors import InvalidRequest, VignetteError
+from runtime.request import (
+    Completion,
+    FinishReason,
+    GenerationRequest,
+    RequestOutput,
+    Timing,
+)
 from server.ipc.messages import (
     TO_WORKER,
     Cancel,
@@ -155,6 +161,10 @@ class Worker(Observer):
             async with aclosing(self._engine.generate(replace(request, pixels=pixels))) as outputs:
                 async for output in outputs:
                     await self._send(job.owner, Output(output))
+        except InvalidRequest as error:  # another worker of its model would have had the slots
+            log.error("request %d is refused here: %s", request.id, error)
+            failed = RequestOutput(request.id, Completion(()), FinishReason.FAILED, Timing())
+            await self._send(job.owner, Output(failed))
         except Exception as error:  # ONNX Runtime raises a class of its own for every status code
             await self._send(job.owner, StepFailed(request.id))
             self._note_failure(error)

@@ -64,7 +64,7 @@ class Model:
         if not ready:
             return
         facts = [w.facts for w in ready if w.facts is not None]
-        self.limits.slots = min(f.slots for f in facts)
+        self.limits.slots = min(w.facts.slots for w in workers if w.facts is not None)
         self.admission.slots = -(-sum(f.slots for f in facts) // front_ends)
         if known := [f.seconds for f in facts if f.seconds]:
             self.admission.expect(front_ends * min(known) / len(ready))

@@ -194,7 +194,8 @@ class Service:
             model.links.dispatcher.check(digest)
             origin = Origin(client, digest, deadline)
             found = model.run(request, encoded, origin)
-            if self.cache is not None and not request.stream:
+            drawn = request.sampling.temperature > 0  # it may never be drawn again
+            if self.cache is not None and not request.stream and not drawn:
                 found = self._known_or_run(self.cache, model, request, encoded, origin)
             async with aclosing(found) as outputs:
                 yield outputs
