@@ -40,7 +40,12 @@ class Tracer:
         self._tracer = self._provider.get_tracer("vignette")
 
     def record(
-        self, headers: Mapping[str, str], outcome: str, seconds: Mapping[str, float], name: str
+        self,
+        route: str,
+        headers: Mapping[str, str],
+        outcome: str,
+        seconds: Mapping[str, float],
+        name: str,
     ) -> None:
         """A request that has just ended. seconds: of its stages and in `total`; name: its id."""
         from opentelemetry.trace import set_span_in_context
@@ -49,7 +54,7 @@ class Tracer:
         start = end - round(seconds["total"] * 1e9)
         parent = self._propagate.extract({k.lower(): v for k, v in headers.items()})
         span = self._tracer.start_span(
-            "POST /caption",
+            f"POST {route}",
             context=parent,
             start_time=start,
             attributes={"vignette.outcome": outcome, "vignette.request_id": name},

@@ -65,7 +65,7 @@ class CaptionHandler(IntakeHandler):
     def _answer(self, model: Model, caption: Caption, started: float) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         answer = CaptionAnswer.of(caption, model.name, model.tokenizer, seconds)
-        self.seconds = {stage: ms / 1e3 for stage, ms in answer["timing_ms"].items()}
+        self.took(caption.timing)
         return answer
 
     async def _parts(self, body: bytes) -> Parts:

@@ -93,6 +93,7 @@ class HubHandler(Page, IntakeHandler):
         self.model = model.name
         request = model.request(asked.asks, asked.sampling)
         caption = await self.service.caption(model, request, images, self.client)
+        self.took(caption.timing)
         if asked.asks is None:
             self.write_json([{"generated_text": caption.text}])
         else:

@@ -12,12 +12,15 @@ from typing import Any
 from tornado.web import Finish
 
 from runtime.errors import InvalidRequest, VignetteError
+from runtime.request import Timing
 from server.bodies import PIECE, Parts, json_parts, shown
 from server.http.errors import BodyTooLarge, UnsupportedMediaType, answer_to
 from server.http.handler import Handler
 from server.ipc.dispatcher import Expired
+from server.logs import plain
 from server.service.service import Service
 
+_PATH = 200  # characters that are traced
 EVENTS = "text/event-stream"
 _DRAINED = 20  # times the body limit
 _FREE = 256 * 1024  # bytes of each body that are not paced: most images are no larger
@@ -150,6 +153,16 @@ class IntakeHandler(Handler):
         self.service.refusals.earn(self.client, 1)
         self.outcome(self.code)
 
+    def took(self, timing: Timing) -> None:
+        """Note the stages of a caption, for traces."""
+        self.seconds = {
+            "preprocess": timing.preprocess_s,
+            "queue": timing.queue_s,
+            "encode": timing.encode_s,
+            "decode": timing.decode_s,
+            "total": self.request.request_time(),
+        }
+
     async def send(self, event: str) -> None:
         """Write a server-sent event, and wait until the client has taken it, or `body_seconds`."""
         if not self.streams:
@@ -197,7 +210,9 @@ class IntakeHandler(Handler):
             self.service.count(self.model, self.key, code)
             if self.service.tracer is not None:
                 seconds = self.seconds or {"total": self.request.request_time()}
-                self.service.tracer.record(self.request.headers, code, seconds, self.name)
+                route = plain(self.request.path or "", _PATH)
+                headers = self.request.headers
+                self.service.tracer.record(route, headers, code, seconds, self.name)
 
     def on_finish(self) -> None:
         """The bytes of the body are free again, and the place of its key."""

@@ -151,6 +151,7 @@ class InferHandler(_Shape, IntakeHandler):
         for _ in inputs.images[1:]:  # the first has one since the head of the request
             self.take_place()
         captions = await inputs.captions(self.service, self.asked_model, self.client)
+        self.took(captions[0].timing)
         values: dict[str, list[Any]] = {
             "CAPTION": [caption.text for caption in captions],
             "SCORE": [caption.score for caption in captions],

@@ -194,6 +194,7 @@ class _Completion:
     def whole(self, output: RequestOutput) -> dict[str, Any]:
         """All of it."""
         caption = captioned(self._request, output, self._model.tokenizer)
+        self._handler.took(caption.timing)
         captions = (caption, *caption.others)
         return {
             **self._common,
@@ -267,6 +268,8 @@ class _Completion:
                 if stopped or news.whole is not None:
                     break
             ended = None if news.whole is None else news.whole.finish_reason
+            if news.whole is not None and news.whole.timing is not None:
+                self._handler.took(news.whole.timing)
             await self._chunk({}, "stop" if stopped else _reason(ended))
             if self._asked.stream_options and self._asked.stream_options.include_usage:
                 usage = self._usage(news.tokens - (ended is FinishReason.STOP))
