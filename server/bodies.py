@@ -25,6 +25,8 @@ _OUTLINE = 64 * 1024  # bytes of a JSON document without its image
 _QUOTES = 1024  # that end a string of a JSON document, or are escaped within one
 _DEPTH = 8
 _UNESCAPED = 16  # characters of an image for each escape: some programs escape each "/" or "+"
+_MARK = b'"\\u0000'  # that stands with a number for a long string, once
+_MOST_IMAGES = 64
 _WHITESPACE = str.maketrans("", "", " \t\r\n")
 _NO_OBJECT = 'send {"image": "<base64>"} in UTF-8'
 
@@ -143,8 +145,11 @@ def json_parts(body: bytes) -> Parts:
         raise InvalidRequest(f"the JSON is not an object: {_NO_OBJECT}")
     sent = fields.pop("image", None)
     several = [] if sent is None else sent if isinstance(sent, list) else [sent]
+    places = list(_places(fields))
+    if len(several) + len(places) > _MOST_IMAGES:
+        raise InvalidRequest(f"the JSON holds more than {_MOST_IMAGES} images")
     images = [_from_base64(image, long) for image in several]
-    for holder, key in _places(fields):
+    for holder, key in places:
         images.append(_from_base64(holder[key], long))
         holder[key] = len(images) - 1
     _check_short(fields)
@@ -152,11 +157,14 @@ def json_parts(body: bytes) -> Parts:
 
 
 def _places(fields: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """Where other protocols have images: what holds each, and by which key."""
+    """Where other protocols have images: what holds each, and by which key.
+
+    Nothing else may stand there: numbers will mean the images that were taken out.
+    """
     inputs = fields.get("inputs")
-    if isinstance(inputs, str):
+    if isinstance(inputs, str | int | float):
         yield fields, "inputs"
-    elif isinstance(inputs, dict) and isinstance(inputs.get("image"), str):
+    elif isinstance(inputs, dict) and "image" in inputs:
         yield inputs, "image"
     for tensor in inputs if isinstance(inputs, list) else []:
         if isinstance(tensor, dict) and tensor.get("name") == "IMAGE":
@@ -166,23 +174,28 @@ def _places(fields: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else []:
             url = part.get("image_url") if isinstance(part, dict) else None
-            if isinstance(url, dict) and str(url.get("url")).startswith(("data:", "\0")):
+            if isinstance(url, dict) and "url" in url and not _is_address(url["url"]):
                 yield url, "url"
 
 
 def _texts(data: Any, depth: int = 1) -> Iterator[tuple[Any, Any]]:
-    """Where a tensor's data has strings, in rows or not."""
+    """Where a tensor's data has its elements, in rows or not."""
     for place, each in enumerate(data if isinstance(data, list) and depth < _DEPTH else []):
-        if isinstance(each, str):
-            yield data, place
-        else:
+        if isinstance(each, list):
             yield from _texts(each, depth + 1)
+        else:
+            yield data, place
+
+
+def _is_address(url: Any) -> bool:
+    """Whether an image stands elsewhere."""
+    return isinstance(url, str) and not url.startswith(("data:", "\0"))
 
 
 def _outline(body: bytes) -> tuple[bytes, list[bytes]]:
     """A JSON text with marks in place of its long strings, and those strings as they are written.
 
-    A mark is a string of a zero byte and a number, which no field of ours may begin with.
+    A mark is a string of a zero byte and a number, which no string that is sent may begin with.
     """
     pieces: list[bytes] = []
     long: list[bytes] = []
@@ -200,8 +213,10 @@ def _outline(body: bytes) -> tuple[bytes, list[bytes]]:
         pieces.append(body[end:start])
         end = close + 1
         if end - start > _TEXT:
-            pieces.append(b'"\\u0000%d"' % len(long))
+            pieces.append(_MARK + b'%d"' % len(long))
             long.append(body[start:end])
+        elif body.startswith(_MARK, start):
+            raise InvalidRequest("a text in the JSON begins with a zero character")
         else:
             pieces.append(body[start:end])
     outline = b"".join([*pieces, body[end:]])

@@ -5,6 +5,7 @@ https://github.com/kserve/open-inference-protocol
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +31,18 @@ EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "
 
 
 def check_datatype(name: str, datatype: str) -> None:
-    """Raise InvalidRequest for a tensor of another type than its own."""
+    """Raise InvalidRequest for a tensor that there is none of, or of another type than its own."""
+    if name not in INPUTS:
+        raise InvalidRequest(f"unknown input {shown(name)}: there are {', '.join(INPUTS)}")
     if datatype != INPUTS.get(name, datatype):
         raise InvalidRequest(f"{name} must be {INPUTS[name]}, not {shown(datatype)}")
 
 
-def check_outputs(names: set[str]) -> None:
-    """Raise InvalidRequest for outputs that there are none of."""
-    if unknown := names - OUTPUTS.keys():
+def check_outputs(names: Sequence[str]) -> None:
+    """Raise InvalidRequest for outputs that there are none of, or that are asked for twice."""
+    if len(set(names)) < len(names):
+        raise InvalidRequest("an output is asked for twice")
+    if unknown := set(names) - OUTPUTS.keys():
         raise InvalidRequest(
             f"unknown output {shown(min(unknown))}: there are {', '.join(OUTPUTS)}"
         )
@@ -54,10 +59,6 @@ class Inputs:
     @classmethod
     def of(cls, tensors: dict[str, list[Any]]) -> "Inputs":
         """From values by the names of tensors. Raises InvalidRequest."""
-        if unknown := sorted(tensors.keys() - INPUTS.keys()):
-            raise InvalidRequest(
-                f"unknown input {shown(unknown[0])}: there are {', '.join(INPUTS)}"
-            )
         images = tensors.get("IMAGE", [])
         if not 0 < len(images) <= MOST_IMAGES:
             raise InvalidRequest(f"IMAGE must hold 1 to {MOST_IMAGES} encoded images")
@@ -79,17 +80,25 @@ class Inputs:
     ) -> list[Caption]:
         """Of all images, side by side; the first error takes the others back."""
 
-        async def caption(image: bytes, prompt: str | None) -> Caption:
-            request = model.request(prompt, self.sampling, timeout_ms=timeout_ms)
-            return await service.caption(model, request, [image], client)
-
-        each = zip(self.images, self.prompts, strict=True)
+        requests = []
+        for prompt in self.prompts:
+            requests.append(model.request(prompt, self.sampling, timeout_ms=timeout_ms))
+            await asyncio.sleep(0)  # a prompt may take a while
+        each = zip(requests, self.images, strict=True)
+        tasks = [
+            asyncio.create_task(service.caption(model, request, [image], client))
+            for request, image in each
+        ]
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(caption(*one)) for one in each]
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        return [task.result() for task in tasks]
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            for task in tasks:
+                if not task.cancelled():
+                    task.exception()  # asked for, or asyncio logs it
+            tasks.clear()  # their errors would hold this frame, and this frame them, with images
 
 
 def _text(prompt: object) -> str:
@@ -105,6 +114,8 @@ def unpacked(name: str, datatype: str, data: bytes) -> list[Any]:
     """Values of a tensor that came as bytes. Raises InvalidRequest."""
     if datatype in NUMBERS:
         kind = np.dtype(NUMBERS[datatype])
+        if len(data) > MOST_IMAGES * kind.itemsize:
+            raise InvalidRequest(f"{shown(name)} holds too many numbers")
         if len(data) % kind.itemsize:
             raise InvalidRequest(f"{shown(name)} holds a part of a number")
         return np.frombuffer(data, kind.newbyteorder("<")).tolist()

@@ -48,7 +48,7 @@ def test_a_form_is_read_in_pieces_and_has_few_parts():
         (b'{"prompt": "%s"}' % (b"x" * 20_000), "more than 16 KiB"),
         (b'{"%s": 1}' % (b"x" * 20_000), "more than 16 KiB"),
         (b'{"image": "%s"}' % (b"\xf0\x9f\x98\x80" * 20_000), "not base64"),
-        (b'{"image": "\\u0000 99"}', "not base64"),
+        (b'{"image": "\\u0000 99"}', "zero character"),
         (b'{"image": "%s"}' % (b"\\u0041" * 20_000), "not base64"),
         (b'{"image": "%s"}' % (b'\\"' * 20_000), "too large without its image"),
         (b'{"prompt": "%s"}' % (b"\\\\" * 20_000), "more than 16 KiB"),

@@ -134,8 +134,10 @@ def image(**changes) -> dict:
     [
         ({}, "inputs"),
         ({"inputs": []}, "IMAGE must hold 1 to 64"),
-        ({"inputs": [image(data=[0])]}, "IMAGE must hold strings"),
-        ({"inputs": [image(data=[b64(IMAGES[0]), 7])]}, "IMAGE must hold strings"),
+        ({"inputs": [image(data=[0])]}, "send it as base64"),
+        ({"inputs": [image(data=[b64(IMAGES[0]), 7])]}, "send it as base64"),
+        ({"inputs": [image(data=["\0" + "0"])]}, "zero character"),
+        ({"inputs": [image()], "outputs": [{"name": "CAPTION"}] * 2}, "asked for twice"),
         ({"inputs": [image(datatype="FP32")]}, "IMAGE must be BYTES"),
         ({"inputs": [image(), image(name="COLOUR", data=[])]}, "unknown input 'COLOUR'"),
         ({"inputs": [image()], "outputs": [{"name": "X"}]}, "unknown output 'X'"),

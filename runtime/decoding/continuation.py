@@ -9,6 +9,8 @@ from runtime.decoding.hypothesis import Hypothesis
 from runtime.decoding.penalties import penalised, penalises
 from runtime.request import Completion, FinishReason, SamplingParams
 
+_COLDEST = 1e-3  # temperature: below it the likeliest token is drawn all the same
+
 
 class Continuation:
     """`n` texts of one image, in as many rows, until the last of them is over."""
@@ -87,7 +89,7 @@ def drawn(logits: np.ndarray, sampling: SamplingParams, draw: float) -> int:
     logits: float `[K]` of the likeliest tokens. draw: from [0, 1).
     """
     order = np.argsort(-logits, kind="stable")[: sampling.top_k]
-    scaled = np.asarray(logits, np.float64)[order] / sampling.temperature
+    scaled = np.asarray(logits, np.float64)[order] / max(sampling.temperature, _COLDEST)
     weights = np.exp(scaled - scaled[0])
     share = weights.cumsum() / weights.sum()
     # The fewest that together reach top_p: those before which less than that is taken.

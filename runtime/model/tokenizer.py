@@ -1,6 +1,7 @@
 """Text to ids and back, by the `tokenizer.json` that travels with the engine."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -8,7 +9,8 @@ from tokenizers import Tokenizer
 from runtime.errors import EngineFolderError, InvalidRequest
 from runtime.model.manifest import TOKENIZER, Manifest
 
-_PROMPT_CHARACTERS = 4096  # far beyond any slot; more would only keep the tokenizer busy
+_REMEMBERED = 256  # prompts
+_PROMPT_CHARACTERS = 1024  # far beyond any slot; more would only keep the tokenizer busy
 
 
 class CaptionTokenizer:
@@ -22,6 +24,8 @@ class CaptionTokenizer:
             raise EngineFolderError(f"{path} can't be read: export the engine again") from cause
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # A question may be asked of many images.
+        self._encode = lru_cache(_REMEMBERED)(self._encoded)
         self._bos = manifest.tokens.bos
         unknown = getattr(self._tokenizer.model, "unk_token", None)  # a model of bytes has none
         # What marks a token that goes on with a word; a model of bytes has none.
@@ -45,10 +49,13 @@ class CaptionTokenizer:
             prompt.encode()
         except UnicodeEncodeError as cause:
             raise InvalidRequest("the prompt holds half a surrogate pair: send text") from cause
-        ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        ids = self._encode(prompt)
         if ids and set(ids) == {self._unknown}:
             raise InvalidRequest("the model knows no word of the prompt: ask in its own language")
         return (self._bos, *ids)
+
+    def _encoded(self, prompt: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(prompt, add_special_tokens=False).ids)
 
     def text(self, ids: Sequence[int]) -> str:
         """Generated ids as text, without special tokens."""

@@ -233,7 +233,7 @@ class InferenceService(GRPCInferenceServiceServicer):
 
 def _inputs(request: Any) -> Inputs:
     """What a call asks for. Raises InvalidRequest."""
-    kserve.check_outputs({output.name for output in request.outputs})
+    kserve.check_outputs([output.name for output in request.outputs])
     raw = list(request.raw_input_contents)
     if raw and len(raw) != len(request.inputs):
         raise InvalidRequest("raw_input_contents must hold all inputs, or none")

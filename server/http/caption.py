@@ -59,7 +59,7 @@ class CaptionHandler(IntakeHandler):
             output = await events.tell(outputs)
         if output is not None:
             caption = captioned(request, output, model.tokenizer)
-            await events.send("caption", self._answer(model, caption, started))
+            events.send("caption", self._answer(model, caption, started))
             self.finish()
 
     def _answer(self, model: Model, caption: Caption, started: float) -> dict[str, Any]:

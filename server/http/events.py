@@ -31,15 +31,15 @@ class EventStream:
             async for news in growing(outputs, self._model.tokenizer):
                 whole = news.whole
                 if news.completion.token_ids:
-                    await self.send("token", {"text": news.text, "tokens": news.tokens})
+                    self.send("token", {"text": news.text, "tokens": news.tokens})
         except VignetteError as error:
             if not self._handler.streams:
                 raise
-            await self.send("error", self._handler.failed(error))
+            self.send("error", self._handler.failed(error))
             self._handler.finish()
         return whole
 
-    async def send(self, event: str, content: dict[str, Any]) -> None:
+    def send(self, event: str, content: dict[str, Any]) -> None:
         """Write one."""
         data = json.dumps(content, ensure_ascii=False)
-        await self._handler.send(f"event: {event}\ndata: {data}\n\n")
+        self._handler.send(f"event: {event}\ndata: {data}\n\n")

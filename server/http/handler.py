@@ -40,6 +40,7 @@ class Handler(tornado.web.RequestHandler):
         """Tornado passes the service of the app here."""
         self.service = service
         self.name = ""
+        self.streamed = 0  # bytes that were written before the end
         self.model = ""  # the name of the one that is asked
         self.code = "ok"  # or of the error that is answered
         self.key: str | None = None  # the name of the client's API key
@@ -105,7 +106,7 @@ class Handler(tornado.web.RequestHandler):
         stream = self.request.connection.stream  # type: ignore[union-attr]
         if stream.writing():
             loop, budget = asyncio.get_running_loop(), self.service.budget
-            size = len(chunk or b"")
+            size = len(chunk or b"") + self.streamed
             start, unread = loop.time(), self.service.unread
             budget.owe(size, self.client)
 

@@ -60,7 +60,13 @@ class Message(BaseModel):
     """Of a chat; there is one, the user's."""
 
     role: str
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: (
+        str
+        | Annotated[
+            list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
+            Field(max_length=64),
+        ]
+    )
     name: str | None = None
 
 
@@ -76,9 +82,9 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
-    messages: list[Message]
-    max_tokens: Annotated[int | None, Field(ge=1)] = None
-    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    messages: Annotated[list[Message], Field(max_length=64)]
+    max_tokens: Annotated[int | None, Field(ge=1, le=10**9)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1, le=10**9)] = None
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = None
@@ -254,7 +260,7 @@ class _Completion:
         try:
             async for news in growing(outputs, self._model.tokenizer):
                 if not self._handler.streams and news.completion.token_ids:
-                    await self._chunk({"role": "assistant", "content": ""})
+                    self._chunk({"role": "assistant", "content": ""})
                 text, stopped = self._stopped(news.text)
                 if not stopped and news.whole is None:
                     text = text[: len(text) - self._held_back(text)]
@@ -263,37 +269,37 @@ class _Completion:
                     completion.token_ids, completion.logprobs, completion.top_logprobs
                 )
                 if text[len(said) :] or logprobs:
-                    await self._chunk({"content": text[len(said) :]}, logprobs=logprobs)
+                    self._chunk({"content": text[len(said) :]}, logprobs=logprobs)
                 said = text
                 if stopped or news.whole is not None:
                     break
             ended = None if news.whole is None else news.whole.finish_reason
             if news.whole is not None and news.whole.timing is not None:
                 self._handler.took(news.whole.timing)
-            await self._chunk({}, "stop" if stopped else _reason(ended))
+            self._chunk({}, "stop" if stopped else _reason(ended))
             if self._asked.stream_options and self._asked.stream_options.include_usage:
                 usage = self._usage(news.tokens - (ended is FinishReason.STOP))
-                await self._send({**self._common, "choices": [], "usage": usage})
+                self._send({**self._common, "choices": [], "usage": usage})
         except VignetteError as error:
             if not self._handler.streams:
                 raise
-            await self._send(self._handler.failed(error))
+            self._send(self._handler.failed(error))
         self._handler.write(_DONE)
         self._handler.finish()
 
-    async def _chunk(
+    def _chunk(
         self,
         delta: dict[str, Any],
         reason: str | None = None,
         logprobs: dict[str, Any] | None = None,
     ) -> None:
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
-        await self._send({**self._common, "choices": [choice]})
+        self._send({**self._common, "choices": [choice]})
 
-    async def _send(self, content: dict[str, Any]) -> None:
+    def _send(self, content: dict[str, Any]) -> None:
         if "choices" in content:
             content["object"] = "chat.completion.chunk"
-        await self._handler.send(f"data: {json.dumps(content, ensure_ascii=False)}\n\n")
+        self._handler.send(f"data: {json.dumps(content, ensure_ascii=False)}\n\n")
 
 
 def _reason(reason: FinishReason | None) -> str:

@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from server.ipc.messages import WorkerState
 from server.ipc.shared import PixelStore
 from server.ipc.transport import Workers
 from server.service.admission import Admission, State
+from server.service.shares import Shares
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +44,7 @@ class Model:
     links: Workers
     decoders: Decoders
     timeout_seconds: float
+    shares: Shares = field(default_factory=Shares)
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -65,7 +67,7 @@ class Model:
             return
         facts = [w.facts for w in ready if w.facts is not None]
         self.limits.slots = min(w.facts.slots for w in workers if w.facts is not None)
-        self.admission.slots = -(-sum(f.slots for f in facts) // front_ends)
+        self.shares.slots = self.admission.slots = -(-sum(f.slots for f in facts) // front_ends)
         if known := [f.seconds for f in facts if f.seconds]:
             self.admission.expect(front_ends * min(known) / len(ready))
         if self.admission.state is State.STARTING:
@@ -114,7 +116,12 @@ class Model:
             decoded = time.perf_counter()
             scheduling = replace(request.scheduling, arrival_time=decoded)
             ready = replace(request, pixels=slot, scheduling=scheduling)
-            with self.admission.engine(origin.client, request.sampling.rows):
+            async with AsyncExitStack() as held:
+                rows = request.sampling.rows
+                share = self.shares.take(origin.client, rows, scheduling.priority)
+                async with until(origin.deadline):
+                    await held.enter_async_context(share)
+                held.enter_context(self.admission.engine(origin.client, rows))
                 async with aclosing(self.links.dispatcher.generate(ready, origin.digest)) as news:
                     async for output in news:
                         yield _timed(output, decoded - started)

@@ -1,0 +1,120 @@
+"""What of a model's slots one client may have."""
+
+import asyncio
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.request import Priority
+from server.service.shares import Shares
+
+SLOTS = 8
+
+
+class Scene:
+    """Requests that hold their slots until they are told to end."""
+
+    def __init__(self) -> None:
+        self.shares = Shares()
+        self.shares.slots = SLOTS
+        self.inside: list[str] = []
+        self.ends: dict[str, asyncio.Event] = {}
+        self.tasks: dict[str, asyncio.Task] = {}
+
+    async def come(self, name: str, client: str, rows: int, batch: bool = False) -> None:
+        self.ends[name] = asyncio.Event()
+        self.tasks[name] = asyncio.create_task(self._hold(name, client, rows, batch))
+        await self.settle()
+
+    async def _hold(self, name: str, client: str, rows: int, batch: bool) -> None:
+        priority = Priority.BATCH if batch else Priority.INTERACTIVE
+        async with self.shares.take(client, rows, priority):
+            self.inside.append(name)
+            await self.ends[name].wait()
+            self.inside.remove(name)
+
+    async def end(self, name: str) -> None:
+        self.ends[name].set()
+        await self.settle()
+
+    async def settle(self) -> None:
+        for _ in range(4):
+            await asyncio.sleep(0)
+
+
+def scenario(test):
+    def run() -> None:
+        asyncio.run(test(Scene()))
+
+    run.__name__ = test.__name__
+    return run
+
+
+@scenario
+async def test_a_client_that_is_alone_has_all(scene):
+    for n in range(20):
+        await scene.come(f"a{n}", "a", 3)
+    assert len(scene.inside) == 20
+
+
+@scenario
+async def test_half_is_one_clients_while_another_is_here(scene):
+    await scene.come("b", "b", 1)
+    for n in range(6):
+        await scene.come(f"a{n}", "a", 2)
+    assert scene.inside == ["b", "a0", "a1"]
+    await scene.end("a0")
+    assert scene.inside == ["b", "a1", "a2"]
+    await scene.end("b")  # a is alone again
+    assert len(scene.inside) == 5
+
+
+@scenario
+async def test_one_request_may_take_more_than_half(scene):
+    await scene.come("b", "b", 1)
+    await scene.come("a0", "a", 8)
+    await scene.come("a1", "a", 1)
+    await scene.come("c", "c", 1)
+    assert scene.inside == ["b", "a0", "c"]
+
+
+@scenario
+async def test_a_clients_interactive_requests_come_before_its_others(scene):
+    await scene.come("b", "b", 1)
+    await scene.come("a0", "a", 4)
+    await scene.come("slow", "a", 1, batch=True)
+    await scene.come("soon", "a", 1)
+    await scene.end("a0")
+    assert scene.inside == ["b", "soon", "slow"]
+
+
+@scenario
+async def test_who_gives_up_leaves_nothing_behind(scene):
+    await scene.come("b", "b", 1)
+    await scene.come("a0", "a", 4)
+    await scene.come("a1", "a", 4)
+    scene.tasks["a1"].cancel()
+    scene.tasks["a0"].cancel()
+    await scene.settle()
+    await scene.end("b")
+    assert not scene.shares._taken and not scene.shares._waiting
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 8), st.booleans()), max_size=20),
+    st.randoms(use_true_random=False),
+)
+def test_everybody_comes_in_at_last(asked, random):
+    async def run() -> None:
+        scene = Scene()
+        for n, (client, rows, batch) in enumerate(asked):
+            await scene.come(str(n), client, rows, batch)
+        ended = 0
+        while scene.inside:
+            await scene.end(random.choice(scene.inside))
+            ended += 1
+        assert ended == len(asked)
+        assert not scene.shares._taken
+
+    asyncio.run(run())
