@@ -22,6 +22,7 @@ RANGES: dict[str, tuple[float, float]] = {  # the least and the most of each
     "top_p": (0, 1),
     "seed": (0, 2**63 - 1),
 }
+_MOST_LOGPROBS = 40  # at each place of all captions: telling them takes longer than finding them
 _DRAWING = ("top_k", "top_p", "seed")  # of no effect without a temperature
 _RANKING = ("length_penalty", "early_stopping")  # of no effect without beams
 
@@ -97,6 +98,11 @@ def _check(sampling: SamplingParams, asked: dict[str, object]) -> None:
         raise InvalidRequest(f"{drawing[0]} has no effect without a temperature above 0")
     if sampling.num_beams == 1 and (ranking := [name for name in _RANKING if name in asked]):
         raise InvalidRequest(f"{ranking[0]} has no effect without num_beams of 2 or more")
+    if sampling.n * sampling.logprobs > _MOST_LOGPROBS:
+        raise InvalidRequest(
+            f"logprobs of {sampling.logprobs} for each of {sampling.n} captions are too many: n "
+            f"times logprobs must be {_MOST_LOGPROBS} or less"
+        )
     if sampling.n > 1 and not sampling.temperature and sampling.n > sampling.num_beams:
         raise InvalidRequest(
             f"n is {sampling.n}: give num_beams of as many or more, or a temperature, or all of "

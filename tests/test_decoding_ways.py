@@ -94,6 +94,7 @@ def test_who_names_no_seed_gets_one_that_is_kept():
         ({"length_penalty": 2.0}, "length_penalty has no effect without num_beams"),
         ({"early_stopping": "soon", "num_beams": 2}, "early_stopping must be"),
         ({"n": 2}, "n is 2: give num_beams"),
+        ({"n": 3, "temperature": 1.0, "logprobs": 20}, "n times logprobs must be 40 or less"),
         ({"n": 3, "num_beams": 2}, "n is 3: give num_beams"),
         ({"num_beams": 4}, "num_beams is 4, and there are 3 slots"),
     ],
