@@ -2,18 +2,25 @@
 
 import json
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from bench import cuda
 from bench.common.arithmetic import affordable, highest, knee, percentile, rate
 from bench.common.isolated import Failed, isolated
-from bench.common.settings import Settings
+from bench.common.settings import TOKENS, Settings
+from bench.contestants import encoded_once
 from bench.contestants import servers as contestants
 from bench.load import apache
 from bench.report.page import write
 from bench.sections import offline, open_loop
 from bench.sections.scores import tenths, told_apart
+from export.pictures import generated
+from export.random_weights import from_config
+from export.reference import Case, TorchGraphs, caption
+from tests.checkpoints import SHAPES
 from tests.conftest import DEMO, SAMPLES
 from tests.isolated_jobs import answer, die, fail
 
@@ -224,3 +231,15 @@ def test_the_bars_of_a_gpu_are_held_against_what_was_measured():
 def test_each_missed_bar_of_a_gpu_is_told(part, worse):
     lines = cuda.verdicts(GPU | {part: {**GPU[part], **worse}})
     assert sum(line.passed is False for line in lines) == 1
+
+
+def test_the_best_pytorch_says_what_the_plain_loop_says(monkeypatch):
+    checkpoint = from_config("base", SHAPES["base"], seed=3)
+    monkeypatch.setattr(encoded_once, "random_weights", lambda shape: checkpoint)
+    rng = np.random.default_rng(0)
+    images = [generated(rng, checkpoint.sizes) for _ in range(3)]
+    cases = [Case(image, [checkpoint.tokens.bos]) for image in images]
+    endless = replace(checkpoint.tokens, eos=-1)
+    graphs = TorchGraphs(checkpoint)
+    expected = [a.tokens for a in caption(graphs, checkpoint.sizes, endless, cases, TOKENS)]
+    assert encoded_once.EncodedOnce("fp32", compiled=False).generate(images) == expected

@@ -52,7 +52,7 @@ class EncodedOnce:
         """Feed a token to each row, all of one age -> the next ones; the caches grow in place."""
         decoder, place = self._decoder, age + self._sizes.prefix
         hidden = decoder.embeddings(input_ids=ids[:, None], position_ids=age[None])
-        seen = torch.arange(caches[0][0].shape[2]) <= place
+        seen = (torch.arange(caches[0][0].shape[2]) <= place)[None]
         for layer, qkv, (keys, values) in zip(decoder.layers, decoder.qkv, caches, strict=True):
             heads = (qkv(hidden).view(len(ids), 3, self._sizes.heads, 1, -1)).unbind(1)
             keys.index_copy_(2, place, heads[1])

@@ -45,7 +45,7 @@ def _shares(graph: str, settings: Settings) -> list[tuple[str, float]]:
         )
         feeds = _feeds(session, manifest.sizes)
         for _ in range(_RUNS):
-            session.run(["next_ids"] if graph == "decoder" else None, feeds)
+            session.run(["candidate_ids"] if graph == "decoder" else None, feeds)
         events = json.loads(Path(session.end_profiling()).read_text())
     times: Counter[str] = Counter()
     for event in events:
@@ -73,4 +73,5 @@ def _feeds(session: ort.InferenceSession, sizes: manifests.Sizes) -> dict[str, n
         "token_ids": np.ones((_ROWS, 1), np.int64),
         "lengths": lengths,
         "total_length": lengths[:1] + 1,
+        "candidates": np.ones(1, np.int64),
     }
