@@ -14,8 +14,8 @@ SLOTS = 8
 class Scene:
     """Requests that hold their slots until they are told to end."""
 
-    def __init__(self) -> None:
-        self.shares = Shares()
+    def __init__(self, linger: float = 0.0) -> None:
+        self.shares = Shares(linger)
         self.shares.slots = SLOTS
         self.inside: list[str] = []
         self.ends: dict[str, asyncio.Event] = {}
@@ -67,6 +67,20 @@ async def test_half_is_one_clients_while_another_is_here(scene):
     assert scene.inside == ["b", "a1", "a2"]
     await scene.end("b")  # a is alone again
     assert len(scene.inside) == 5
+
+
+def test_who_was_here_a_moment_ago_counts():
+    async def run() -> None:
+        scene = Scene(linger=0.2)
+        await scene.come("b", "b", 1)
+        await scene.end("b")
+        for n in range(6):
+            await scene.come(f"a{n}", "a", 2)
+        assert scene.inside == ["a0", "a1"], "b's next request finds room"
+        await asyncio.sleep(0.3)
+        assert len(scene.inside) == 6, "and if none comes, nothing is held back"
+
+    asyncio.run(run())
 
 
 @scenario

@@ -5,12 +5,14 @@ client would keep all the others waiting.
 """
 
 import asyncio
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from runtime.request import Priority
+
+_LINGER_SECONDS = 2.0
 
 
 @dataclass(slots=True, eq=False)
@@ -26,9 +28,13 @@ class _Waiting:
 class Shares:
     """Counts slots by client. Used on the event loop's thread only."""
 
-    def __init__(self) -> None:
-        """slots: set it; half of them are one client's while others are here."""
+    def __init__(self, linger: float = _LINGER_SECONDS) -> None:
+        """slots: set it; half of them are one client's while others are here, or were a moment ago:
+        between two requests of theirs it must not take all.
+        """
         self.slots = 0
+        self._linger = linger
+        self._left: OrderedDict[str, float] = OrderedDict()  # when the last two clients did
         self._taken: Counter[str] = Counter()
         self._waiting: list[_Waiting] = []  # in the order of their coming, interactive ones first
 
@@ -40,6 +46,7 @@ class Shares:
         self._waiting.sort(key=lambda each: each.batch)
         try:
             self._admit()
+            self._look_again()
             await me.turn.wait()
             yield
         finally:
@@ -48,11 +55,29 @@ class Shares:
                 self._taken += Counter()  # without those that have none
             else:
                 self._waiting.remove(me)
+            self._note_left(client)
             self._admit()
+
+    def _note_left(self, client: str) -> None:
+        loop = asyncio.get_running_loop()
+        self._left[client] = loop.time()
+        self._left.move_to_end(client)
+        if len(self._left) > 2:  # this one, and whoever left last before it
+            self._left.popitem(last=False)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Once whoever left has been away for long enough, who waits may be alone."""
+        if self._waiting:
+            asyncio.get_running_loop().call_later(self._linger, self._admit)
 
     def _admit(self) -> None:
         """Let in who has its turn; nobody passes another of its own client and priority."""
-        alone = len({*self._taken, *(each.client for each in self._waiting)}) == 1
+        if not self._waiting:
+            return
+        now = asyncio.get_running_loop().time()
+        lately = (client for client, at in self._left.items() if now - at < self._linger)
+        alone = len({*self._taken, *lately, *(each.client for each in self._waiting)}) == 1
         blocked: set[str] = set()
         left = []
         for each in self._waiting:
