@@ -168,7 +168,10 @@ def read(folder: Path) -> Manifest:
     try:
         content = json.loads(path.read_text())
         if content.pop("format") != FORMAT:
-            raise EngineFolderError(f"{path} was written by another version: export it again")
+            raise EngineFolderError(
+                f"{path} was written by another version: export it again, with "
+                f"`make export MODEL={content.get('model', '...')} NAME={folder.name}`"
+            )
         manifest = _parsed(content)
         _check_named(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as cause:
