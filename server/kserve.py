@@ -19,6 +19,7 @@ from server.http.schemas import CaptionFields, checked
 from server.service.model import Model
 from server.service.service import Service
 
+SERVER = {"name": "vignette", "version": "0.1.0"}
 VERSION = "1"  # of each model
 PLATFORM = "onnxruntime_git"
 INPUTS = {"IMAGE": "BYTES", "PROMPT": "BYTES", "MAX_NEW_TOKENS": "INT32", "NUM_BEAMS": "INT32"}
@@ -34,7 +35,7 @@ def check_datatype(name: str, datatype: str) -> None:
     """Raise InvalidRequest for a tensor that there is none of, or of another type than its own."""
     if name not in INPUTS:
         raise InvalidRequest(f"unknown input {shown(name)}: there are {', '.join(INPUTS)}")
-    if datatype != INPUTS.get(name, datatype):
+    if datatype != INPUTS[name]:
         raise InvalidRequest(f"{name} must be {INPUTS[name]}, not {shown(datatype)}")
 
 
@@ -79,7 +80,6 @@ class Inputs:
         self, service: Service, model: Model, client: str, timeout_ms: int | None = None
     ) -> list[Caption]:
         """Of all images, side by side; the first error takes the others back."""
-
         requests = []
         for prompt in self.prompts:
             requests.append(model.request(prompt, self.sampling, timeout_ms=timeout_ms))

@@ -136,9 +136,7 @@ class InferenceService(GRPCInferenceServiceServicer):
         return pb.ModelReadyResponse(ready=model.serves)
 
     async def ServerMetadata(self, request: Any, context: Context) -> Any:  # noqa: D102, N802
-        return pb.ServerMetadataResponse(
-            name="vignette", version="0.1.0", extensions=kserve.EXTENSIONS
-        )
+        return pb.ServerMetadataResponse(**kserve.SERVER, extensions=kserve.EXTENSIONS)
 
     async def ModelMetadata(self, request: Any, context: Context) -> Any:  # noqa: D102, N802
         known = kserve.metadata(await self._model(request.name, context))

@@ -20,6 +20,7 @@ from server.http.schemas import checked
 from server.kserve import (
     EXTENSIONS,
     OUTPUTS,
+    SERVER,
     VERSION,
     Inputs,
     captioned_so_far,
@@ -77,7 +78,7 @@ class ServerHandler(_Shape, Handler):
     async def get(self) -> None:
         """Its name and extensions."""
         await self.paced()
-        self.write_json({"name": "vignette", "version": "0.1.0", "extensions": EXTENSIONS})
+        self.write_json(SERVER | {"extensions": EXTENSIONS})
 
 
 class LiveHandler(_Shape, Handler):

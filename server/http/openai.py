@@ -226,10 +226,12 @@ class _Completion:
 
     def _held_back(self, text: str) -> int:
         """Characters at the end of a text that may be the beginning of one that ends it."""
-        begun = (
-            n for stop in self._asked.stops for n in range(1, len(stop)) if text.endswith(stop[:n])
-        )
-        return max(begun, default=0)
+        begun = 0
+        for stop in self._asked.stops:
+            for length in range(1, min(len(stop), len(text) + 1)):
+                if text.endswith(stop[:length]):
+                    begun = max(begun, length)
+        return begun
 
     def _usage(self, completion_tokens: int) -> dict[str, int]:
         prompt_tokens = len(self._request.prompt_ids) - 1
