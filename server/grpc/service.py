@@ -19,6 +19,7 @@ from server.grpc.stubs.grpc_service_pb2_grpc import GRPCInferenceServiceServicer
 from server.http.errors import INTERNAL, answer_to
 from server.http.origins import group_of
 from server.kserve import Inputs
+from server.service.keys import sent
 from server.service.model import Model
 from server.service.service import Service
 from server.streams import growing
@@ -70,10 +71,7 @@ class _Call:
     def enter(self, held: ExitStack) -> None:
         """Count a caption among those of its key. Raises Unauthorised or TooFast."""
         if self.service.keys is not None:
-            scheme, _, token = str(self._metadata.get("authorization", "")).partition(" ")
-            bearer = token.strip() if scheme.lower() == "bearer" else None
-            key = bearer or self._metadata.get("x-api-key")
-            self.key = held.enter_context(self.service.keys.enter(key))
+            self.key = held.enter_context(self.service.keys.enter(sent(self._metadata)))
 
     @contextmanager
     def held(self, size: int) -> Iterator[ExitStack]:

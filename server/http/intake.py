@@ -16,6 +16,7 @@ from server.http.errors import BodyTooLarge, UnsupportedMediaType, answer_to
 from server.http.handler import Handler
 from server.ipc.dispatcher import Expired
 from server.logs import plain
+from server.service.keys import sent
 from server.service.service import Service
 
 _PATH = 200  # characters that are traced
@@ -90,7 +91,8 @@ class IntakeHandler(Handler):
         Raises Unauthorised or TooFast.
         """
         if self.service.keys is not None:
-            self.key = self._place.enter_context(self.service.keys.enter(self._key()))
+            key = sent(self.request.headers)  # by names in any case
+            self.key = self._place.enter_context(self.service.keys.enter(key))
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         """Gather the body; a chunked one tells its length only as it comes."""
@@ -192,11 +194,6 @@ class IntakeHandler(Handler):
                 return await self.service.decoders.parts(body, self.client)
         except TimeoutError:
             raise Expired("the deadline passed before the body was read") from None
-
-    def _key(self) -> str | None:
-        scheme, _, token = self.request.headers.get("Authorization", "").partition(" ")
-        bearer = token.strip() if scheme.lower() == "bearer" else None
-        return bearer or self.request.headers.get("X-API-Key")
 
     def outcome(self, code: str) -> None:
         """Count how the request ended; what is answered to a client that has gone is nothing."""

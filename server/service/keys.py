@@ -11,7 +11,7 @@ import math
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +106,13 @@ class Keys:
         if found is None:
             raise Unauthorised("this key is not known here")
         return found
+
+
+def sent(headers: Mapping[str, str]) -> str | None:
+    """The key of a request: a bearer token, or x-api-key. Names are in lower case."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    bearer = token.strip() if scheme.lower() == "bearer" else None
+    return bearer or headers.get("x-api-key")
 
 
 def read(path: Path) -> list[Client]:
