@@ -32,7 +32,7 @@ PIP = -m pip install --quiet --disable-pip-version-check --constraint constraint
 .DEFAULT_GOAL := help
 .PHONY: help serve caption export tune check_export evaluate demo-model demo-engine \
   baseline benchmark batch_performance build run_docker test_container \
-  test lint format stubs test_server gpu-check chaos soak siege clean
+  test kills lint format stubs test_server gpu-check chaos soak siege clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -40,7 +40,7 @@ help:  ## list the targets
 serve: $(SERVE_READY)  ## start the server (PORT=8000 ENGINE=engines/demo ARGS=...; DEVICE=cuda)
 	@$(SERVE) -P -m vignette serve --engine "$$ENGINE" --port "$$PORT" $(if $(GPU),--provider $(DEVICE)) $(ARGS)
 
-caption: $(SERVE_READY)  ## caption a folder of images (IMAGES, OUTPUT, ENGINE or URL, ARGS; DEVICE)
+caption: $(SERVE_READY) .venv$(GPU)/ready-bulk  ## caption images in bulk (IMAGES, OUTPUT, ENGINE or URL, ARGS; DEVICE)
 	@$(SERVE) -P -m vignette caption "$$IMAGES" --output "$$OUTPUT" $(if $(URL),--url "$$URL",--engine "$$ENGINE") \
 	  $(if $(GPU),--provider $(DEVICE)) $(ARGS)
 
@@ -130,6 +130,9 @@ stubs:  ## make the gRPC code again from the .proto files
 test: .venv-dev/ready  ## run the tests (ARGS goes to pytest)
 	@$(DEV) -m pytest $(ARGS)
 
+kills: .venv-dev/ready  ## kill bulk runs 50 times for each form of output
+	@KILLS=50 $(DEV) -m pytest tests/test_bulk_outputs.py -k killed
+
 lint: .venv-dev/ready  ## ruff and mypy
 	@$(DEV) -m ruff check .
 	@$(DEV) -m ruff format --check .
@@ -143,14 +146,16 @@ clean:  ## remove all environments
 	rm -rf .venv .venv-stubs .venv-dev .venv-gpu .venv-gpu-dev
 
 .venv/ready: EXTRAS = cpu,grpc
-.venv-dev/ready: EXTRAS = cpu,grpc,export,bench,dev,otel
+.venv/ready-bulk: EXTRAS = cpu,grpc,bulk
+.venv-dev/ready: EXTRAS = cpu,grpc,bulk,export,bench,dev,otel
 
 .venv-gpu/ready: EXTRAS = gpu,grpc
+.venv-gpu/ready-bulk: EXTRAS = gpu,grpc,bulk
 .venv-gpu/ready-tensorrt: EXTRAS = gpu,grpc,tensorrt
-.venv-gpu-dev/ready: EXTRAS = gpu,grpc,export,bench,dev,otel
-.venv-gpu-dev/ready-tensorrt: EXTRAS = gpu,grpc,export,bench,dev,otel,tensorrt
+.venv-gpu-dev/ready: EXTRAS = gpu,grpc,bulk,export,bench,dev,otel
+.venv-gpu-dev/ready-tensorrt: EXTRAS = gpu,grpc,bulk,export,bench,dev,otel,tensorrt
 
-.venv/ready .venv-dev/ready $(foreach env,.venv-gpu .venv-gpu-dev,$(env)/ready $(env)/ready-tensorrt): \
+.venv/ready .venv/ready-bulk .venv-gpu/ready-bulk .venv-dev/ready $(foreach env,.venv-gpu .venv-gpu-dev,$(env)/ready $(env)/ready-tensorrt): \
   pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.11'; exit 2; }

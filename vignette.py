@@ -22,7 +22,7 @@ class Command:
 
 COMMANDS = {
     "serve": Command("captions over HTTP", "server.__main__"),
-    "caption": Command("files, into lines of JSON, here or by a service elsewhere", "server.bulk"),
+    "caption": Command("images in bulk, here or by a service elsewhere", "server.bulk.command"),
     "export": Command(
         "a GIT checkpoint, to an engine folder", "export.__main__",
         ("onnxruntime", "torch", "optimum"), "export,cpu",

@@ -2,7 +2,7 @@
 
 Reading order: `model/` (what an engine folder says) -> `planning/` -> `providers/` ->
 `execution/` -> `request`, `sequence`, `scheduler`, `pacing` -> `engine` -> `stepper`,
-`async_engine` -> `offline/`.
+`async_engine`.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Folders of images into lines of captions: all of them, whatever is wrong with some."""
+"""`vignette caption`: all images captioned, whatever is wrong with some, and none twice."""
 
 import json
 import os
@@ -11,10 +11,15 @@ from PIL import Image
 
 from runtime.errors import InvalidRequest
 from runtime.model.manifest import EXACT, read
-from runtime.offline.files import caption_files
-from runtime.offline.jsonl import CaptionLines, state
+from runtime.model.preprocess import MAX_PIXELS
 from runtime.planning.config import EngineConfig
-from server.bulk import main
+from server.bulk.captioning import Captioning, Plan
+from server.bulk.command import main
+from server.bulk.index import Kept
+from server.bulk.inputs import items, parts
+from server.bulk.lists import Columns
+from server.bulk.local import LocalCaptioner
+from server.bulk.output import Lines
 from tests.conftest import DEMO, SAMPLES
 from tests.fakes import FakeRunner, fake_engine
 
@@ -23,8 +28,9 @@ SAID = {
     for name, said in json.loads((SAMPLES / "captions.json").read_text()).items()
 }
 MADE_BY = {
-    "model": "vignette-demo", "engine": read(DEMO).fingerprint, "precision": "fp32/fp32/float32",
-}  # fmt: skip
+    "model": "vignette-demo",
+    "settings": {"engine": read(DEMO).fingerprint, "precision": "fp32/fp32/float32"},
+}
 PHOTOS = {"owl.png", "cats.png", "donuts.png", "umbrella.png"}
 
 
@@ -47,7 +53,7 @@ def run(*arguments: Path | str) -> int:
 
 def entries(output: Path) -> dict[str, dict[str, str]]:
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    found = {Path(line["file"]).name.lower(): line for line in lines}
+    found = {Path(line["id"]).name.lower(): line for line in lines}
     assert len(found) == len(lines)
     return found
 
@@ -57,7 +63,7 @@ def test_a_folder_is_captioned_with_those_below_it(photos, tmp_path):
     assert run(photos, photos / "cats.png", "--output", output) == 0
     found = entries(output)
     assert {name: line["caption"] for name, line in found.items()} == {n: SAID[n] for n in PHOTOS}
-    assert found["owl.png"]["file"] == str(photos / "more" / "owl.PNG")
+    assert found["owl.png"]["id"] == str(photos / "more" / "owl.PNG")
 
 
 def test_lines_go_to_standard_output_and_answer_a_prompt(capfd):
@@ -70,7 +76,8 @@ def test_beams_and_scores_are_in_the_lines(capfd):
     flags = ("--num-beams", "3", "--n", "2", "--early-stopping", "never")
     assert run(SAMPLES / "owl.png", *flags) == 0
     line = json.loads(capfd.readouterr().out)
-    assert (line["num_beams"], line["n"], line["early_stopping"]) == (3, 2, "never")
+    asked = line["settings"]
+    assert (asked["num_beams"], asked["n"], asked["early_stopping"]) == (3, 2, "never")
     assert line["caption"] == SAID["owl.png"] == line["captions"][0]["caption"]
     scores = [each["score"] for each in line["captions"]]
     assert len(scores) == 2 and max(scores) < 0
@@ -93,38 +100,48 @@ def test_a_file_that_is_no_image_fails_alone(photos, tmp_path, capfd):
 def test_the_same_command_goes_on_after_a_kill(photos, tmp_path, capfd):
     output = tmp_path / "captions.jsonl"
     cats = photos / "cats.png"
+    state = cats.stat()
     lines = (
-        {"file": str(cats), "caption": "kept as it is", **state(cats)},
-        {"file": "elsewhere.png", "error": "not of this run"},
-        {"file": str(photos / "donuts.png"), "error": "tried again"},
-        {"file": str(photos / "umbrella.png"), "caption": "cut off"},
-    )
+        {"id": str(cats), "caption": "kept as it is", "size": state.st_size,
+         "modified": state.st_mtime_ns},
+        {"id": "elsewhere.png", "error": "not of this run"},
+        {"id": str(photos / "donuts.png"), "error": "left as it is"},
+        {"id": str(photos / "umbrella.png"), "caption": "cut off"},
+    )  # fmt: skip
     output.write_text("\n".join(json.dumps(line | MADE_BY) for line in lines)[:-4])
     link = tmp_path / "link.jsonl"
     link.symlink_to(output)
     assert run(photos, "--output", link) == 0
     found = entries(output)
     assert found.pop("elsewhere.png")["error"] == "not of this run"
+    assert found.pop("donuts.png")["error"] == "left as it is"
     captions = {name: line["caption"] for name, line in found.items()}
-    assert captions == {n: SAID[n] for n in PHOTOS} | {"cats.png": "kept as it is"}
+    assert captions == {n: SAID[n] for n in PHOTOS - {"donuts.png"}} | {"cats.png": "kept as it is"}
+    assert "2 captioned, 2 before, 0 failed" in capfd.readouterr().err
+    assert run(photos, "--output", link, "--retry-failed") == 0
+    assert entries(output)["donuts.png"]["caption"] == SAID["donuts.png"]
     assert link.is_symlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["captions.jsonl", "link.jsonl", "photos"]
-    assert "3 captioned, 1 before, 0 failed" in capfd.readouterr().err
+    assert "1 captioned, 3 before, 0 failed" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("file,caption\na.png,an owl\n", "line 1, is no caption"),
-        ('{"file": "a.png", "model": "git-base", "caption": "a cat"}\n', "another model"),
+        ("file,caption\na.png,an owl\n", "line 1, is no row of ours"),
+        ("a note without an end", "line 1, is no row of ours"),
+        ('{"id": "a.png", "model": "git-base", "caption": "a cat"}\n', "another model"),
         *(
-            (json.dumps(MADE_BY | {"file": "a", "caption": "b", key: value}) + "\n",
-             f"another {key}")
-            for key, value in (("prompt", "how many"), ("max_new_tokens", 3), ("engine", "x"),
-                               ("precision", "int8/int8/int8"))
+            (json.dumps({"id": "a", "caption": "b"} | MADE_BY | other) + "\n", f"another {what}")
+            for what, other in (
+                ("prompt", {"prompt": "how many"}),
+                ("max_new_tokens", {"settings": MADE_BY["settings"] | {"max_new_tokens": 3}}),
+                ("engine", {"settings": MADE_BY["settings"] | {"engine": "x"}}),
+                ("precision", {"settings": MADE_BY["settings"] | {"precision": "int8/int8/int8"}}),
+            )
         ),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_holds_something_else_is_left_alone(
     content, complaint, photos, tmp_path, capfd
 ):
@@ -139,9 +156,11 @@ def test_a_file_that_holds_something_else_is_left_alone(
     ("arguments", "complaint"),
     [
         (["nowhere"], "nowhere does not exist"),
+        (["{empty}/*.tar"], "nothing is called like"),
         (["{empty}"], "holds no images"),
         ([str(SAMPLES), "--max-new-tokens", "1000"], "max_new_tokens is 1000"),
         ([str(SAMPLES), "--output", "{empty}/no/such/captions.jsonl"], "No such file or directory"),
+        ([str(SAMPLES), "--output", "{empty}/captions.xlsx"], "name an output that ends in .jsonl"),
     ],
 )
 def test_what_can_not_be_done_is_said(arguments, complaint, tmp_path, capfd):
@@ -153,11 +172,10 @@ def test_what_can_not_be_done_is_said(arguments, complaint, tmp_path, capfd):
 
 def test_two_runs_do_not_write_to_one_file(photos, tmp_path, capfd):
     output = tmp_path / "captions.jsonl"
-    with CaptionLines.resume(output, MADE_BY, ()) as first:
-        assert run(photos, "--output", output) == 1
-        assert "another run writes" in capfd.readouterr().err
-        first.write(Path("a.png"), OSError("gone"))
-    assert json.loads(output.read_text())["error"] == "gone"
+    first = Lines(output)
+    assert run(photos, "--output", output) == 1
+    assert "another run writes" in capfd.readouterr().err
+    first.close()
     assert run(photos, "--output", output) == 0
 
 
@@ -170,6 +188,17 @@ def test_what_was_cut_off_and_what_was_skipped_is_told(photos, capfd):
     assert "skipped what is not named like an image: 1 .txt, 1 .heic" in said.err
 
 
+def captioned(engine, given: list[Path], **plan) -> dict[str, object]:
+    """What an engine says of files, or what was wrong with each."""
+    captioner = LocalCaptioner(engine, {}, MAX_PIXELS)
+    try:
+        captioning = Captioning(captioner, Plan(None, 10**8, **plan), Kept())
+        outcomes = captioning.run(items(parts(map(str, given), Columns(), 10**8)))
+        return {each.item.id: each.error or each.said[0].caption for each in outcomes}
+    finally:
+        captioner.close()
+
+
 def test_a_step_that_fails_costs_no_more_than_the_image_it_fails_on(tmp_path):
     class Allergic(FakeRunner):
         def decode(self, tokens, fed, forced=(), candidates=1):
@@ -180,14 +209,47 @@ def test_a_step_that_fails_costs_no_more_than_the_image_it_fails_on(tmp_path):
     engine = fake_engine(EngineConfig(slots=4))
     engine.runner = Allergic()
     files = small_images(tmp_path, 20)
-    outcomes = dict(caption_files(engine, files))
-    assert len(outcomes) == 20
-    [failed] = [file for file, outcome in outcomes.items() if isinstance(outcome, Exception)]
-    assert failed.name == "007.png"
+    outcomes = captioned(engine, files)
+    assert outcomes.pop(str(files[7])) == "no kernel"
     expected = fake_engine().generate([file.read_bytes() for file in files])
-    for file, caption in zip(files, expected, strict=True):
-        if file != failed:
-            assert outcomes[file].token_ids == caption.token_ids
+    said = {str(f): c.text for f, c in zip(files, expected, strict=True)}
+    assert outcomes == {name: text for name, text in said.items() if name != str(files[7])}
+
+
+def test_equal_images_are_captioned_once(tmp_path):
+    engine, files = fake_engine(), small_images(tmp_path, 4)
+    for copy in range(10):
+        files.append(tmp_path / f"copy{copy}.png")
+        shutil.copy(files[copy % 4], files[-1])
+    outcomes = captioned(engine, files, once=True)
+    assert len(engine.runner.seen) == 4
+    for copy in range(10):
+        assert outcomes[str(files[4 + copy])] == outcomes[str(files[copy % 4])]
+
+
+def test_rows_can_come_in_the_order_of_the_input(tmp_path):
+    files = small_images(tmp_path, 60)
+    files.insert(3, tmp_path / "none.png")
+    files[3].write_bytes(b"GIF")
+    outcomes = captioned(fake_engine(EngineConfig(slots=4)), files, ordered=True)
+    assert list(outcomes) == [str(file) for file in files]
+    assert "not an image" in outcomes[str(files[3])]
+
+
+def test_an_image_that_is_too_large_fails_alone(tmp_path, capfd):
+    [small] = small_images(tmp_path, 1)
+    large = tmp_path / "large.png"
+    Image.effect_noise((600, 600), 100).save(large)
+    many = tmp_path / "many.png"
+    Image.new("L", (4000, 4000)).save(many)
+    flags = ("--max-image-mb", "0.1", "--max-pixels", "1000000")
+    assert run(tmp_path, *flags) == 1
+    said = {
+        Path(line["id"]).name: line for line in map(json.loads, capfd.readouterr().out.splitlines())
+    }
+    assert "more than 0.1 MB" in said["large.png"]["error"]
+    assert "too many pixels" in said["many.png"]["error"]
+    assert said[small.name]["caption"]
 
 
 def test_names_need_not_be_utf_8(tmp_path):
@@ -197,7 +259,7 @@ def test_names_need_not_be_utf_8(tmp_path):
     for _ in range(2):  # the second finds it done
         assert run(tmp_path / name, "--output", output) == 0
         [line] = output.read_text("utf-8").splitlines()
-        written = json.loads(line)["file"]
+        written = json.loads(line)["id"]
         back = written.encode("latin-1", "backslashreplace").decode("unicode_escape")
         assert os.fsencode(str(tmp_path / name)).endswith(back.encode("latin-1")[-9:])
         assert written.endswith(r"\xe9t\xe9.png")
@@ -218,12 +280,6 @@ def test_a_caption_is_for_one_content_and_one_way_of_making_it(photos, tmp_path,
     assert {line["finish_reason"] for line in entries(output).values()} == {"length"}
 
 
-@pytest.mark.parametrize("name", ["captions.csv", "captions.parquet"])
-def test_what_is_not_written_is_refused(name, photos, tmp_path, capfd):
-    assert run(photos, "--output", tmp_path / name) == 1
-    assert "only lines of JSON" in capfd.readouterr().err
-
-
 def test_hidden_folders_are_left_out(photos, tmp_path):
     hidden = photos / ".thumbnails"
     hidden.mkdir()
@@ -242,27 +298,31 @@ def small_images(folder: Path, count: int) -> list[Path]:
 
 
 def test_only_as_many_are_held_as_keep_the_engine_busy(tmp_path):
-    files, taken = small_images(tmp_path, 100), []
-    engine = fake_engine(EngineConfig(slots=4))
-    outcomes = caption_files(engine, (taken.append(file) or file for file in files))
-    ended = []
-    for file, _ in outcomes:
-        ended.append(file)
-        assert len(taken) - len(ended) <= 4 * 4  # slots: running, and as many decoded or told
-    assert sorted(ended) == files
+    files, taken = small_images(tmp_path, 300), []
+    captioner = LocalCaptioner(fake_engine(EngineConfig(slots=4)), {}, MAX_PIXELS)
+    found = items(parts(map(str, files), Columns(), 10**8))
+    outcomes = Captioning(captioner, Plan(None, 10**8), Kept()).run(
+        taken.append(item) or item for item in found
+    )
+    for ended, _ in enumerate(outcomes, 1):
+        assert len(taken) - ended <= 2 * (8 + 64)  # in the captioner and on their way, or told
+    assert len(taken) == 300
+    captioner.close()
 
 
 def test_a_caller_that_has_enough_leaves_the_engine_free(tmp_path):
     engine = fake_engine(EngineConfig(slots=4))
-    outcomes = caption_files(engine, small_images(tmp_path, 30))
+    captioner = LocalCaptioner(engine, {}, MAX_PIXELS)
+    found = items(parts(map(str, small_images(tmp_path, 30)), Columns(), 10**8))
+    outcomes = Captioning(captioner, Plan(None, 10**8), Kept()).run(found)
     next(outcomes)
     outcomes.close()
+    captioner.close()
     assert engine.scheduler.idle
-    assert len(list(caption_files(engine, small_images(tmp_path, 30)))) == 30
 
 
-def test_a_model_of_several_frames_is_refused_at_once(tmp_path):
+def test_a_model_of_several_frames_is_refused_at_once():
     engine = fake_engine()
     engine.manifest = replace(engine.manifest, sizes=replace(engine.manifest.sizes, frames=6))
     with pytest.raises(InvalidRequest, match="several frames"):
-        next(caption_files(engine, small_images(tmp_path, 1)))
+        LocalCaptioner(engine, {}, MAX_PIXELS)

@@ -7,9 +7,13 @@ import threading
 import pytest
 
 from runtime.planning.config import EngineConfig
-from server.bulk import main
+from server.bulk.captioning import Captioning, Plan, RunFailed
+from server.bulk.command import main
+from server.bulk.index import Kept
+from server.bulk.inputs import items, parts
+from server.bulk.lists import Columns
 from server.http import client as remote
-from server.http.client import NoCaption, RemoteService, ServiceFailed, caption_remotely
+from server.http.client import RemoteCaptioner, RemoteService, ServiceFailed
 from server.service import keys
 from tests.fakes import fake_engine, gated
 from tests.live import serve, until
@@ -21,23 +25,28 @@ def said(files, prompt=None) -> dict:
     return {file: caption.text for file, caption in zip(files, expected, strict=True)}
 
 
+def outcomes_of(service, files, prompt=None, **sampling) -> dict:
+    """By file: its caption, or what was wrong with it."""
+    captioner = RemoteCaptioner(service, sampling)
+    found = Captioning(captioner, Plan(prompt, 10**8), Kept()).run(
+        items(parts(map(str, files), Columns(), 10**8))
+    )
+    outcomes = {each.item.id: each.error or each.said[0].caption for each in found}
+    captioner.close()
+    return {file: outcomes[str(file)] for file in files}
+
+
 def test_each_file_gets_its_caption(tmp_path):
     files = small_images(tmp_path, 40)
     files[7].write_bytes(b"GIF")
-    files.append(tmp_path / "none.png")
     with serve(lambda: fake_engine(EngineConfig(slots=4)), slots=4) as live:
         service = RemoteService.at(f"http://127.0.0.1:{live.port}/")
         assert (service.model, service.connections) == ("fake", 8)
-        outcomes = dict(caption_remotely(service, files, prompt="3", max_new_tokens=4))
-    assert isinstance(outcomes.pop(tmp_path / "none.png"), FileNotFoundError)
-    broken = outcomes.pop(files[7])
-    assert isinstance(broken, NoCaption)
-    assert "not an image" in str(broken)
+        outcomes = outcomes_of(service, files, prompt="3", max_new_tokens=4)
+    assert "not an image" in outcomes.pop(files[7])
     whole = [file for file in files[:40] if file != files[7]]
     expected = fake_engine().generate([f.read_bytes() for f in whole], ["3"] * 39, max_new_tokens=4)
-    assert {f: c.text for f, c in outcomes.items()} == {
-        f: c.text for f, c in zip(whole, expected, strict=True)
-    }
+    assert outcomes == {f: c.text for f, c in zip(whole, expected, strict=True)}
 
 
 def test_what_is_refused_for_now_is_sent_again(tmp_path):
@@ -46,13 +55,13 @@ def test_what_is_refused_for_now_is_sent_again(tmp_path):
     with serve(lambda: engine, slots=1, max_queue=1) as live:
         engine.runner.open.clear()
         service = RemoteService(f"http://127.0.0.1:{live.port}", None, {"model": "fake"}, 6)
-        asking = threading.Thread(target=lambda: outcomes.update(caption_remotely(service, files)))
+        asking = threading.Thread(target=lambda: outcomes.update(outcomes_of(service, files)))
         asking.start()
         refused = 'vignette_requests_total{outcome="queue_full"}'
         until(lambda: live.metric(refused) >= 2)
         engine.runner.open.set()
         asking.join(60)
-    assert {file: caption.text for file, caption in outcomes.items()} == said(files)
+    assert outcomes == said(files)
 
 
 def test_a_service_that_is_none_is_told(tmp_path):
@@ -67,8 +76,8 @@ def test_a_service_that_is_none_is_told(tmp_path):
 def test_a_service_that_went_away_is_told_and_not_waited_for_for_good(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "_PATIENCE", 0.5)
     service = RemoteService("http://127.0.0.1:1", None, {"model": "fake"}, 2)
-    with pytest.raises(ServiceFailed, match=r"for too long.*refused"):
-        list(caption_remotely(service, small_images(tmp_path, 5)))
+    with pytest.raises(RunFailed, match=r"for too long.*refused"):
+        outcomes_of(service, small_images(tmp_path, 5))
 
 
 def test_the_command_line_takes_a_service_and_its_key(tmp_path, monkeypatch, capsys):
@@ -92,6 +101,6 @@ def test_the_command_line_takes_a_service_and_its_key(tmp_path, monkeypatch, cap
         assert main(arguments) == 0
         assert "0 captioned, 3 before, 0 failed" in capsys.readouterr().err
     found = {
-        line["file"]: line["caption"] for line in map(json.loads, output.read_text().splitlines())
+        line["id"]: line["caption"] for line in map(json.loads, output.read_text().splitlines())
     }
     assert found == {str(file): text for file, text in said(files).items()}

@@ -1,23 +1,16 @@
-"""Captions of image files by a service elsewhere, as `runtime.offline.files` makes them here.
-
-Each of many threads sends one image at a time over a connection of its own. What the service can't
-take yet is sent again when it says; what it can't ever take is that image's own failure.
-"""
+"""Captions by a service elsewhere, as `server.bulk.local` makes them here."""
 
 import http.client
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from queue import Queue
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from runtime.errors import VignetteError
-from runtime.offline.files import Outcome
-from runtime.request import Caption, FinishReason, Timing
+from server.bulk.captioning import RunFailed, Unfit
+from server.bulk.items import Said
 
 _MOST_CONNECTIONS = 256
 _SECONDS = 120.0  # for one answer
@@ -29,10 +22,6 @@ _WRONG_SERVICE = (401, 404, 405)  # whatever is sent, it will answer that
 
 class ServiceFailed(VignetteError):
     """The service can't be reached, is none of ours, or wants a key."""
-
-
-class NoCaption(VignetteError):
-    """What the service says is wrong with one image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,96 +66,70 @@ class RemoteService:
         return cls(url, key, identity[0], max(1, min(_MOST_CONNECTIONS, 2 * slots)))
 
 
-def caption_remotely(
-    service: RemoteService,
-    files: Iterable[Path],
-    prompt: str | None = None,
-    **sampling: Any,
-) -> Iterator[Outcome]:
-    """Each file with its caption, or with what was wrong with it, in the order they finish.
+class RemoteCaptioner:
+    """Has a service caption images, each of many threads over a connection of its own.
 
-    sampling: fields of SamplingParams. Raises ServiceFailed when the service is gone for minutes,
-    or wants another key.
+    What the service can't take yet is sent again when it says; what it can't ever take is that
+    image's own failure.
     """
-    asked = {"model": service.model, "prompt": prompt, "priority": "batch", **sampling}
-    path = "/caption?" + urlencode(
-        {k: str(v).lower() if isinstance(v, bool) else v for k, v in asked.items() if v is not None}
-    )
-    remaining, taking, stop = iter(files), threading.Lock(), threading.Event()
-    outcomes: Queue[Outcome | Exception | None] = Queue(2 * service.connections)
 
-    def work() -> None:
-        try:
-            with _Connection(service.url, service.key) as connection:
-                while not stop.is_set():
-                    with taking:
-                        file = next(remaining, None)
-                    if file is None:
-                        break
-                    outcomes.put((file, _captioned(connection, path, file, stop)))
-            outcomes.put(None)
-        except Exception as error:
-            outcomes.put(error)
+    def __init__(self, service: RemoteService, sampling: dict[str, Any]) -> None:
+        """sampling: fields of SamplingParams."""
+        self._service, self._sampling = service, sampling
+        self.identity, self.at_once = service.identity, service.connections
+        self.where = f"{service.model} on {service.url}, {service.connections} at a time"
+        self._mine, self._all = threading.local(), list[_Connection]()
+        self._over = threading.Event()
 
-    for _ in range(service.connections):
-        threading.Thread(target=work, daemon=True).start()
-    try:
-        working = service.connections
-        while working:
-            outcome = outcomes.get()
-            if isinstance(outcome, Exception):
-                raise outcome
-            if outcome is None:
-                working -= 1
-            else:
-                yield outcome
-    finally:
-        stop.set()
+    def caption(self, image: bytes, prompt: str | None) -> tuple[Said, ...]:
+        """What is said of an image, sent as often as it takes.
 
+        Raises Unfit, and RunFailed when the service is gone for minutes, or wants another key.
+        """
+        connection = self._connection()
+        asked = {"model": self._service.model, "prompt": prompt, "priority": "batch"}
+        fields = {k: v for k, v in (asked | self._sampling).items() if v is not None}
+        query = {k: str(v).lower() if isinstance(v, bool) else v for k, v in fields.items()}
+        path = "/caption?" + urlencode(query)
+        give_up = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                status, retry_after, answer = connection.ask("POST", path, image)
+                if status == 200:
+                    return _said(answer)
+                reason = answer["error"]["message"]
+            except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+                connection.close()
+                status, retry_after, reason = _LATER[0], 1.0, repr(error)
+            if status in _WRONG_SERVICE:
+                raise RunFailed(f"{connection.url}: {reason}")
+            if status not in _LATER:
+                raise Unfit(reason)
+            if time.monotonic() + retry_after > give_up or self._over.wait(retry_after):
+                raise RunFailed(f"{connection.url} gave no caption for too long: {reason}")
 
-def _captioned(
-    connection: "_Connection", path: str, file: Path, stop: threading.Event
-) -> Caption | Exception:
-    """One image, as often as it takes; raises ServiceFailed when that was too long."""
-    try:
-        image = file.read_bytes()
-    except OSError as error:
-        return error
-    give_up = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            status, retry_after, answer = connection.ask("POST", path, image)
-            if status == 200:
-                return _caption(answer)
-            reason = answer["error"]["message"]
-        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+    def stop(self) -> None:
+        """Send nothing again."""
+        self._over.set()
+
+    def close(self) -> None:
+        """Close all connections."""
+        for connection in self._all:
             connection.close()
-            status, retry_after, reason = _LATER[0], 1.0, repr(error)
-        if status in _WRONG_SERVICE:
-            raise ServiceFailed(f"{connection.url}: {reason}")
-        if status not in _LATER:
-            return NoCaption(reason)
-        if time.monotonic() + retry_after > give_up or stop.wait(retry_after):
-            raise ServiceFailed(f"{connection.url} gave no caption for too long: {reason}")
+
+    def _connection(self) -> "_Connection":
+        """This thread's."""
+        if not hasattr(self._mine, "connection"):
+            self._mine.connection = _Connection(self._service.url, self._service.key)
+            self._all.append(self._mine.connection)
+        return self._mine.connection
 
 
-def _caption(answer: dict[str, Any]) -> Caption:
-    usage, seconds = answer["usage"], {k: v / 1e3 for k, v in answer["timing_ms"].items()}
-    timing = Timing(*(seconds[stage] for stage in ("queue", "encode", "decode", "preprocess")))
-
-    def caption(said: dict[str, Any], others: tuple[Caption, ...] = ()) -> Caption:
-        return Caption(
-            text=said["caption"],
-            token_ids=(),  # they stay there
-            finish_reason=FinishReason(said["finish_reason"]),
-            prompt_tokens=usage["prompt_tokens"],
-            completion_tokens=usage["completion_tokens"],
-            timing=timing,
-            score=said["score"],
-            others=others,
-        )
-
-    return caption(answer, tuple(map(caption, answer.get("captions", [])[1:])))
+def _said(answer: dict[str, Any]) -> tuple[Said, ...]:
+    return tuple(
+        Said(each["caption"], each["finish_reason"], each["score"])
+        for each in (answer, *answer.get("captions", [])[1:])
+    )
 
 
 class _Connection:

@@ -1,1 +1,0 @@
-"""Files captioned without a server, as lines of JSON."""

@@ -1,0 +1,1 @@
+"""Captions in bulk: images from wherever they lie, rows to where they are read."""

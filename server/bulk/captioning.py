@@ -1,0 +1,154 @@
+"""Items in, outcomes out: on threads, as many at a time as keep the captioner busy."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice
+from typing import Protocol
+
+import msgspec
+
+from runtime.errors import VignetteError
+from server.bulk.fetching import fetch, is_url
+from server.bulk.index import Kept
+from server.bulk.items import Item, Outcome, Said
+
+_FETCHES = 64  # of images elsewhere that wait to be captioned, beside those that are
+_AHEAD = 8  # times as many as run may wait for one before them, where the order is kept
+
+
+class Unfit(VignetteError):
+    """What is wrong with one image."""
+
+
+class RunFailed(Exception):
+    """No image can be captioned any more."""
+
+
+class Captioner(Protocol):
+    """Captions images for any number of threads, at most `at_once` of them with gain."""
+
+    at_once: int
+
+    def caption(self, image: bytes, prompt: str | None) -> tuple[Said, ...]:
+        """What is said of an image, the best first. Raises VignetteError for what is wrong with
+        it, and RunFailed, which ends the run.
+        """
+
+    def stop(self) -> None:
+        """The run is over: give up what would be tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How items are captioned. limit: bytes of an image. once: equal images are captioned once."""
+
+    prompt: str | None
+    limit: int
+    ordered: bool = False
+    once: bool = False
+
+
+class Captioning:
+    """Outcomes of items, as they end or in their order."""
+
+    def __init__(self, captioner: Captioner, plan: Plan, kept: Kept) -> None:
+        self._captioner, self._plan, self._kept = captioner, plan, kept
+        self._asking = threading.Semaphore(captioner.at_once)
+        self._same: dict[str, Future[tuple[Said, ...]]] = {}
+        self._lock = threading.Lock()
+
+    def run(self, items: Iterable[Item]) -> Iterator[Outcome]:
+        """Raises what ended the run; closing it leaves what was not begun."""
+        most = self._captioner.at_once + _FETCHES
+        pool = ThreadPoolExecutor(most, "item")
+        remaining, running = iter(items), OrderedDict[Future[Outcome], None]()
+        held = most * _AHEAD if self._plan.ordered else most
+        try:
+            while True:
+                unfinished = sum(not each.done() for each in running)
+                room = min(most - unfinished, held - len(running))
+                for item in islice(remaining, max(0, room)):
+                    running[pool.submit(self._outcome, item)] = None
+                if not running:
+                    return
+                yield from self._ended(running)
+        finally:
+            self._captioner.stop()
+            pool.shutdown(cancel_futures=True)
+
+    def _ended(self, running: OrderedDict[Future[Outcome], None]) -> Iterator[Outcome]:
+        """Those that have ended, at least one; where the order is kept, up to one that hasn't."""
+        first = [next(iter(running))] if self._plan.ordered else running
+        wait(first, return_when=FIRST_COMPLETED)
+        for future in list(running):
+            if future.done():
+                del running[future]
+                yield future.result()
+            elif self._plan.ordered:
+                return
+
+    def _outcome(self, item: Item) -> Outcome:
+        image = digest = None
+        try:
+            if item.wrong is not None:
+                raise Unfit(item.wrong)
+            image = item.image if isinstance(item.image, bytes) else self._fetched(item.image)
+            digest = sha256(image).hexdigest() if self._plan.once else None
+            prompt = item.prompt or self._plan.prompt
+            if digest is None:
+                said = self._ask(image, prompt)
+            else:
+                said = self._once(same(digest, prompt), image, prompt)
+            return Outcome(item, said, image=image, sha256=digest)
+        except (VignetteError, OSError) as error:
+            return Outcome(item, error=_told(error), image=image, sha256=digest)
+
+    def _fetched(self, location: str) -> bytes:
+        try:
+            return fetch(location, self._plan.limit)
+        except (VignetteError, OSError):
+            raise
+        except Exception as error:  # each file system of fsspec has its own
+            if not is_url(location):
+                raise
+            raise Unfit(f"{type(error).__name__}: {error}") from error
+
+    def _ask(self, image: bytes, prompt: str | None) -> tuple[Said, ...]:
+        with self._asking:
+            return self._captioner.caption(image, prompt)
+
+    def _once(self, key: str, image: bytes, prompt: str | None) -> tuple[Said, ...]:
+        """The caption of the first that was the same, or is being captioned."""
+        with self._lock:
+            if (kept := self._kept.get(key)) is not None:
+                return msgspec.msgpack.decode(kept, type=tuple[Said, ...])
+            leader = key not in self._same
+            future = self._same.setdefault(key, Future())
+        if not leader:
+            return future.result()
+        try:
+            said = self._ask(image, prompt)
+            self._kept.keep(key, msgspec.msgpack.encode(said))
+            future.set_result(said)
+            return said
+        except BaseException as error:
+            future.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._same[key]
+
+
+def same(digest: str, prompt: str | None) -> str:
+    """By which images with one caption are known."""
+    return f"{digest} {prompt or ''}"
+
+
+def _told(error: Exception) -> str:
+    """What is said of it in a row; a name that is no UTF-8 is spelled out."""
+    said = str(error) or type(error).__name__
+    return said.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,206 @@
+"""`vignette caption`: caption images in bulk, here or by a service elsewhere.
+
+Inputs are image files, folders, patterns ("photos/**/*.jpg"), lists (.txt, .csv, .jsonl, .parquet),
+WebDataset shards (.tar), or - for a list on standard input; all of them also by URL: s3://, gs://,
+hf://, https:// and whatever else fsspec knows. A run that was interrupted, or killed, goes on where
+it was when the same command is given again. The exit status is 0 if all images have captions, 1 if
+any has none, 2 for a wrong argument, 130 if interrupted.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from runtime.engine import Engine
+from runtime.errors import VignetteError
+from runtime.model.preprocess import MAX_PIXELS, SUFFIXES
+from runtime.planning.config import AUTO, PROVIDERS, EngineConfig, demo_engine
+from server.bulk.captioning import Captioning, Plan, RunFailed
+from server.bulk.folders import Files
+from server.bulk.inputs import NoImages, Part, items, parts
+from server.bulk.job import About, Job, Told
+from server.bulk.lists import Columns
+from server.bulk.local import LocalCaptioner
+from server.bulk.outputs import open_output
+from server.bulk.progress import Progress
+from server.http.client import RemoteCaptioner, RemoteService
+
+_KEY = "VIGNETTE_API_KEY"
+_SKIPPED = 5  # kinds of files that are named
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 1 if any image has no caption."""
+    args = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    limit = int(args.max_image_mb * 1e6)
+    columns = Columns(args.column, args.prompt_column, args.id_column)
+    try:
+        given = parts(args.images, columns, limit)
+        with (
+            closing(open_output(args.output, args.overwrite)) as output,
+            closing(_remote(args) if args.url else _local(args)) as captioner,
+        ):
+            job = Job(output, _about(args, captioner.identity), args.again, args.retry_failed)
+            job.read()
+            print(captioner.where, file=sys.stderr)
+            plan = Plan(args.prompt, limit, args.ordered, args.dedupe)
+            captioning = Captioning(captioner, plan, job.kept)
+            with Progress(given) as progress:
+                told = job.run(items(given), captioning.run, progress.show)
+        _tell_skipped(given, told)
+    except (VignetteError, RunFailed, OSError) as error:  # of a single image, none gets here
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        again = "" if args.output == "-" else "; the same command goes on from here"
+        print(f"interrupted{again}", file=sys.stderr)
+        return 130
+    cut = f", {told.cut} of them cut off (see --max-new-tokens)" if told.cut else ""
+    before = f", {told.before} before" if told.before else ""
+    retry = "; try these again with --retry-failed" if told.failed and args.output != "-" else ""
+    print(f"{told.captioned} captioned{cut}{before}, {told.failed} failed{retry}", file=sys.stderr)
+    return 1 if told.failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vignette caption", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("images", nargs="+", metavar="INPUT", help="what to caption, see above")
+    _add_reading(parser.add_argument_group("reading"))
+    _add_writing(parser.add_argument_group("writing"))
+    _add_captioning(parser.add_argument_group("captioning"))
+    return parser
+
+
+def _add_reading(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--column", metavar="NAME",
+        help="of a list: paths, URLs or image bytes (image); of a shard the member's extension",
+    )  # fmt: skip
+    group.add_argument("--prompt-column", metavar="NAME", help="likewise, of each image's prompt")
+    group.add_argument(
+        "--id-column", metavar="NAME",
+        help="of a list: what its rows are called in the output (the path or URL)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-image-mb", type=float, default=100, metavar="N", help="of an image's file (100)"
+    )
+    group.add_argument(
+        "--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="of an image (%(default)s)"
+    )
+
+
+def _add_writing(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--output", default="-", metavar="NAME",
+        help="go on from what is there: .jsonl, .csv, .parquet, .tar (WebDataset), a folder/ that "
+        "gets a .txt for each image, or - for lines of JSON on standard output (-)",
+    )  # fmt: skip
+    group.add_argument("--ordered", action="store_true", help="rows in the order of the input")
+    group.add_argument(
+        "--dedupe", action="store_true", help="caption images that are equal, byte by byte, once"
+    )
+    group.add_argument(
+        "--retry-failed", action="store_true", help="try those again that the output has errors of"
+    )
+    group.add_argument(
+        "--again", action="store_true",
+        help="caption anew what the output has from other settings, or of files that changed since",
+    )  # fmt: skip
+    group.add_argument(
+        "--overwrite", action="store_true", help="also .txt files that this did not write"
+    )
+
+
+def _add_captioning(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--engine", type=Path, default=demo_engine(), help="engine folder (%(default)s)"
+    )
+    group.add_argument(
+        "--url",
+        help="of a service that is to caption them, such as http://host:8000, instead of an engine "
+        f"here; its key, if it wants one, is taken from ${_KEY}",
+    )
+    group.add_argument("--model", help="of the service's, where it has several (its first)")
+    group.add_argument("--prompt", help="a question about each image, or how its caption begins")
+    for name, (kind, does) in _SAMPLING.items():
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=kind, metavar="N", dest=name, help=does)
+    group.add_argument("--provider", choices=PROVIDERS, default=AUTO, help="of the encoder (auto)")
+    group.add_argument(
+        "--precision", default=AUTO,
+        help="encoder/decoder/cache, one of the combinations in the engine's manifest.json (auto)",
+    )  # fmt: skip
+    group.add_argument("--slots", type=int, help="sequences that decode together (16; GPU: more)")
+
+
+def _early(text: str) -> bool | str:
+    """A value of --early-stopping."""
+    return {"true": True, "false": False}.get(text, text)
+
+
+_SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {  # flags that are sampling parameters
+    "max_new_tokens": (int, "of a caption (20)"),
+    "min_new_tokens": (int, "of a caption (0)"),
+    "n": (int, "captions of each image (1)"),
+    "num_beams": (int, "texts to follow at once, of which the best is taken (1)"),
+    "length_penalty": (float, "of beams: above 0 for long captions (1)"),
+    "early_stopping": (_early, "of beams: true, false or never (false)"),
+    "no_repeat_ngram_size": (int, "so many tokens in a row are there only once (0: any)"),
+    "repetition_penalty": (float, "above 1 for fewer repetitions (1)"),
+    "temperature": (float, "0 takes the likeliest token, more draws one (0)"),
+    "top_k": (int, "draw from so many of the likeliest tokens (50)"),
+    "top_p": (float, "draw from the fewest tokens that are together so likely (1)"),
+    "seed": (int, "the same one draws the same captions"),
+}
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given of it."""
+    given = {name: getattr(args, name) for name in _SAMPLING}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _tell_skipped(given: list[Part], told: Told) -> None:
+    """What in folders was no image. Raises NoImages if nothing was."""
+    skipped: Counter[str] = Counter()
+    for part in given:
+        skipped += part.skipped if isinstance(part, Files) else Counter()
+    if kinds := +skipped:
+        names = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(_SKIPPED))
+        more = " and others" if len(kinds) > _SKIPPED else ""
+        print(f"skipped what is not named like an image: {names}{more}", file=sys.stderr)
+    if not told.ended and not told.before:
+        names = ", ".join(part.path for part in given)
+        raise NoImages(f"{names} holds no images: none ends in {', '.join(SUFFIXES)}")
+
+
+def _local(args: argparse.Namespace) -> LocalCaptioner:
+    config = EngineConfig(slots=args.slots, provider=args.provider, precision=args.precision)
+    engine = Engine.open(args.engine, config)
+    engine.limits.check(args.prompt, _sampling(args))
+    return LocalCaptioner(engine, _sampling(args), args.max_pixels)
+
+
+def _remote(args: argparse.Namespace) -> RemoteCaptioner:
+    service = RemoteService.at(args.url, os.environ.get(_KEY), args.model)
+    return RemoteCaptioner(service, _sampling(args))
+
+
+def _about(args: argparse.Namespace, identity: dict[str, str]) -> About:
+    settings = {name: value for name, value in identity.items() if name != "model"}
+    varied = args.prompt_column is not None
+    return About(identity["model"], settings | _sampling(args), args.prompt, varied)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Which items have a row: on disk beyond some megabytes, whatever their number."""
+
+import hashlib
+import sqlite3
+import threading
+
+from server.bulk.items import Row
+
+_CACHE_KIB = 64 * 1024  # of memory
+
+
+class Index:
+    """Rows by the ids of their items. Used by one thread.
+
+    A row that comes later is the item's; that it replaced one is remembered in `replaced`.
+    """
+
+    def __init__(self) -> None:
+        """Empty: it is made again from the rows at every start."""
+        self._table = _table("(id BLOB PRIMARY KEY, row INTEGER, done INTEGER) WITHOUT ROWID")
+        self._next = 0
+        self.replaced = False
+
+    def add(self, row: Row, done: bool) -> None:
+        """The next row of the output. done: its item is not to be captioned again."""
+        key = _key(row.id)
+        known = self._table.execute("SELECT row FROM t WHERE id = ?", (key,)).fetchone()
+        self.replaced |= known is not None and known[0] is not None
+        self._table.execute("INSERT OR REPLACE INTO t VALUES (?, ?, ?)", (key, self._next, done))
+        self._next += 1
+
+    def claim(self, item_id: str) -> bool:
+        """Whether an item is still to be captioned; from now on it isn't."""
+        found = self._table.execute(
+            "INSERT INTO t VALUES (?, NULL, 1) ON CONFLICT(id) DO UPDATE SET done = 1 "
+            "WHERE done = 0",
+            (_key(item_id),),
+        )
+        return found.rowcount > 0
+
+    def latest(self, row: Row, number: int) -> bool:
+        """Whether the output's row of this number is its item's last."""
+        [[last]] = self._table.execute("SELECT row FROM t WHERE id = ?", (_key(row.id),))
+        return last == number
+
+
+class Kept:
+    """Bytes by text, the last for each. Used by any thread."""
+
+    def __init__(self) -> None:
+        self._table = _table("(key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> bytes | None:
+        """What was kept."""
+        with self._lock:
+            found = self._table.execute("SELECT value FROM t WHERE key = ?", (_key(key),))
+            row = found.fetchone()
+        return row and row[0]
+
+    def keep(self, key: str, value: bytes) -> None:
+        """For `get`."""
+        with self._lock:
+            self._table.execute("INSERT OR REPLACE INTO t VALUES (?, ?)", (_key(key), value))
+
+
+def _table(columns: str) -> sqlite3.Connection:
+    """A table `t` in a file without a name: SQLite keeps it in memory, and beyond its cache in a
+    file that goes by itself.
+    """
+    made = sqlite3.connect("", check_same_thread=False, isolation_level=None)
+    made.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+    made.execute("PRAGMA journal_mode = OFF")
+    made.execute(f"CREATE TABLE t {columns}")
+    made.execute("BEGIN")
+    return made
+
+
+def _key(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

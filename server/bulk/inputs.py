@@ -1,0 +1,63 @@
+"""What the arguments of `vignette caption` mean, as parts that stream."""
+
+import os
+from collections.abc import Iterable, Iterator
+
+from runtime.errors import VignetteError
+from server.bulk.fetching import NoWay, is_url
+from server.bulk.folders import Files, is_pattern, matches, plain
+from server.bulk.items import Item
+from server.bulk.lists import Columns, NoColumn, Table
+from server.bulk.shards import Shard
+
+Part = Files | Table | Shard
+_SHARDS = (".tar", ".tar.gz", ".tgz")
+
+
+class NoImages(VignetteError):
+    """There is nothing to caption."""
+
+
+def parts(given: Iterable[str], columns: Columns, limit: int) -> list[Part]:
+    """A part for each argument. limit: bytes of an image in a shard.
+
+    Raises NoImages for a path that does not exist.
+    """
+    found: list[Part] = []
+    for path in dict.fromkeys(each for pattern in given for each in _expanded(pattern)):
+        if not (path == "-" or is_url(path) or is_pattern(path) or os.path.lexists(path)):
+            raise NoImages(f"{path} does not exist")
+        if path == "-" or path.lower().endswith(Table.suffixes):
+            found.append(Table(path, columns))
+        elif path.lower().endswith(_SHARDS):
+            found.append(Shard(path, columns, limit))
+        else:
+            found.append(Files(path))
+    return found
+
+
+def _expanded(path: str) -> list[str]:
+    """A pattern of lists or shards means each of them; one of images stays, it may mean millions.
+
+    Raises NoImages if there is none.
+    """
+    if not is_pattern(path) or not path.lower().endswith((*Table.suffixes, *_SHARDS)):
+        return [path]
+    found = [file for file, _ in matches(path)]
+    if not found:
+        raise NoImages(f"nothing is called like {path}")
+    return found
+
+
+def items(parts: Iterable[Part]) -> Iterator[Item]:
+    """Of all parts, one after the other. A part that breaks off has an item that says so.
+
+    Raises NoColumn and NoWay.
+    """
+    for part in parts:
+        try:
+            yield from part.items()
+        except (NoColumn, NoWay):
+            raise
+        except (VignetteError, OSError, ValueError) as error:
+            yield Item(plain(part.path), wrong=f"it can't be read to its end: {error}")

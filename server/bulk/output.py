@@ -1,0 +1,157 @@
+"""Where rows go: what every kind of output promises, and lines of JSON, which most kinds begin as.
+
+A row is there once `append` returned, whatever is killed then; a run that is given again finds it.
+"""
+
+import fcntl
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+from typing_extensions import override
+
+from runtime.errors import VignetteError
+from server.bulk.index import Index
+from server.bulk.items import Outcome, Row
+
+_BEGINNING = b'{"id":'  # of a row
+
+
+class OutputConflict(VignetteError):
+    """The output holds something else, or another run writes to it."""
+
+
+class NotWritten(VignetteError):
+    """A row can't be written where it belongs; nothing is wrong with the others."""
+
+
+class Output(ABC):
+    """Rows of a run, and of those before it."""
+
+    @abstractmethod
+    def rows(self) -> Iterator[Row]:
+        """All that are there, in their order; what a killed run left half written is removed.
+
+        Read once, before anything else. Raises OutputConflict.
+        """
+
+    @abstractmethod
+    def append(self, row: Row, outcome: Outcome) -> None:
+        """Add a row. Raises NotWritten, OSError."""
+
+    @abstractmethod
+    def finish(self, index: Index) -> None:
+        """All are there: put the output in its final form, each item's last row alone."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the files."""
+
+
+class Printed(Output):
+    """Lines of JSON on standard output."""
+
+    @override
+    def rows(self) -> Iterator[Row]:
+        return iter(())
+
+    @override
+    def append(self, row: Row, outcome: Outcome) -> None:
+        print(msgspec.json.encode(row).decode(), flush=True)
+
+    @override
+    def finish(self, index: Index) -> None:
+        pass
+
+    @override
+    def close(self) -> None:
+        pass
+
+
+class Lines(Output):
+    """A file of JSON lines, each written at once."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OutputConflict if another run writes to it."""
+        self.path = path.resolve()  # what is replaced is the file, not a link to it
+        self._stream = locked(self.path)
+
+    @override
+    def rows(self) -> Iterator[Row]:
+        """Raises OutputConflict for a line that is none of ours."""
+        self._stream.seek(0)
+        whole = 0
+        for number, line in enumerate(self._stream, 1):
+            if not line.endswith(b"\n") and line.startswith(_BEGINNING[: len(line)]):
+                break  # the last run was killed while it wrote this
+            yield self._row(line, number)
+            whole += len(line)
+        if whole < self._stream.seek(0, os.SEEK_END):
+            self._stream.truncate(whole)
+
+    @override
+    def append(self, row: Row, outcome: Outcome) -> None:
+        self._stream.write(msgspec.json.encode(row) + b"\n")
+        self._stream.flush()
+
+    @override
+    def finish(self, index: Index) -> None:
+        if index.replaced:
+            with replacing(self.path) as stream:
+                for row in latest(self.rows(), index):
+                    stream.write(msgspec.json.encode(row) + b"\n")
+
+    @override
+    def close(self) -> None:
+        self._stream.close()
+
+    def _row(self, line: bytes, number: int) -> Row:
+        try:
+            return msgspec.json.decode(line, type=Row)
+        except msgspec.MsgspecError as cause:
+            raise OutputConflict(
+                f"{self.path}, line {number}, is no row of ours: name another output"
+            ) from cause
+
+
+def latest(rows: Iterable[Row], index: Index) -> Iterator[Row]:
+    """The last row of each item. rows: all of the output."""
+    return (row for number, row in enumerate(rows) if index.latest(row, number))
+
+
+class replacing:  # noqa: N801 - used like a function
+    """A file in the making, which takes the place of another when it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._partial = path, path.with_name(f".{path.name}.partial")
+
+    def __enter__(self) -> BinaryIO:
+        self._stream = self._partial.open("wb")
+        return self._stream
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        self._stream.close()
+        if kind is None:
+            self._partial.replace(self._path)
+        else:
+            self._partial.unlink()
+
+
+def locked(path: Path) -> BinaryIO:
+    """A file to read and append to. Raises OutputConflict if another run has it."""
+    while True:
+        stream = path.open("a+b")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+            raise OutputConflict(f"another run writes to {path}: name another output") from None
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+            return stream
+        stream.close()  # the other run has just put the whole file in its place

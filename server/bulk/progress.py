@@ -1,0 +1,56 @@
+"""How far a run is: one line on a terminal, else a line a minute."""
+
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from server.bulk.inputs import Part
+from server.bulk.job import Told
+
+_MINUTE = 60.0
+
+
+class Progress:
+    """Shows what is told of a run. The input is counted meanwhile, where that is cheap."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts, self._over = parts, threading.Event()
+        self._bar = tqdm(unit="image", disable=not sys.stderr.isatty(), smoothing=0.1)
+        self._total: int | None = None
+        self._started = self._said = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        threading.Thread(target=self._count, name="count", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._bar.close()
+
+    def show(self, told: Told) -> None:
+        """Of the run so far."""
+        now = time.monotonic()
+        left = None if self._total is None else max(told.ended, self._total - told.before)
+        if not self._bar.disable:
+            self._bar.total = left
+            self._bar.set_postfix(failed=told.failed, refresh=False)
+            self._bar.update(told.ended - self._bar.n)
+        elif now - self._said >= _MINUTE:
+            self._said = now
+            meter = tqdm.format_meter(
+                told.ended, left or 0, now - self._started, unit="image", ncols=0,
+                postfix=f"failed={told.failed}",
+            )  # fmt: skip
+            print(meter, file=sys.stderr, flush=True)
+
+    def _count(self) -> None:
+        total = 0
+        for part in self._parts:
+            count = part.count(self._over)
+            if count is None:
+                return
+            total += count
+        self._total = total

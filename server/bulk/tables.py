@@ -1,0 +1,155 @@
+"""Tables of rows. A table can't grow under kills and stay whole: until a run ends its rows are
+lines of JSON beside it, and then the table takes its place in one piece.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+from typing_extensions import override
+
+from server.bulk.index import Index
+from server.bulk.items import Outcome, Row
+from server.bulk.lists import parquet
+from server.bulk.output import Lines, Output, OutputConflict, latest, replacing
+
+_COLUMNS = Row.__struct_fields__
+_KINDS: dict[str, Callable[[str], Any]] = {  # of what is no text in a CSV file
+    "captions": json.loads, "settings": json.loads, "score": float, "size": int, "modified": int,
+}  # fmt: skip
+_GROUP = 10_000  # rows of a Parquet row group
+
+
+class Table(Output):
+    """A table that is written when a run has ended."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OutputConflict if another run writes to it."""
+        self.path = path.resolve()
+        self._lines = Lines(self.path.with_name(f"{path.name}.rows.jsonl"))
+        self._new = False
+
+    @override
+    def rows(self) -> Iterator[Row]:
+        """Of the table, then those that came since. Raises OutputConflict for another table."""
+        return chain(self._table(), self._since())
+
+    @override
+    def append(self, row: Row, outcome: Outcome) -> None:
+        self._new = True
+        self._lines.append(row, outcome)
+
+    @override
+    def finish(self, index: Index) -> None:
+        if self._new or not self.path.exists():
+            rows = latest(chain(self._table(), self._lines.rows()), index)
+            with replacing(self.path) as stream:
+                self.write(stream, rows)
+        self._lines.path.unlink()
+
+    @override
+    def close(self) -> None:
+        self._lines.close()
+
+    def _since(self) -> Iterator[Row]:
+        for row in self._lines.rows():
+            self._new = True
+            yield row
+
+    def _table(self) -> Iterator[Row]:
+        if not self.path.exists():
+            return
+        try:
+            yield from (msgspec.convert(each, Row) for each in self.read())
+        except (ValueError, msgspec.MsgspecError) as cause:
+            raise OutputConflict(
+                f"{self.path} is no table of ours ({cause}): name another output"
+            ) from cause
+
+    def read(self) -> Iterable[dict[str, Any]]:
+        """What the file has of each row. Raises ValueError if it is another's."""
+        raise NotImplementedError
+
+    def write(self, stream: BinaryIO, rows: Iterator[Row]) -> None:
+        """The whole file."""
+        raise NotImplementedError
+
+
+class Csv(Table):
+    """Comma-separated values with a head; `captions` and `settings` are JSON."""
+
+    @override
+    def read(self) -> Iterable[dict[str, Any]]:
+        with self.path.open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream)
+            if tuple(reader.fieldnames or ()) != _COLUMNS:
+                raise ValueError(f"its columns are not {', '.join(_COLUMNS)}")
+            for row in reader:
+                found: dict[str, Any] = {name: value for name, value in row.items() if value != ""}
+                for name, kind in _KINDS.items():
+                    if name in found:
+                        found[name] = kind(found[name])
+                if "error" not in found:
+                    found.setdefault("caption", "")
+                yield found
+
+    @override
+    def write(self, stream: BinaryIO, rows: Iterator[Row]) -> None:
+        text = io.TextIOWrapper(stream, "utf-8", newline="")
+        writer = csv.writer(text)
+        writer.writerow(_COLUMNS)
+        for row in rows:
+            known = msgspec.to_builtins(row)
+            for name in ("captions", "settings"):
+                if name in known:
+                    known[name] = json.dumps(known[name], ensure_ascii=False)
+            writer.writerow([known.get(name) for name in _COLUMNS])
+        text.flush()
+        text.detach()
+
+
+class Parquet(Table):
+    """Row groups of ten thousand; `settings` is JSON."""
+
+    @override
+    def read(self) -> Iterable[dict[str, Any]]:
+        file = parquet().ParquetFile(self.path)
+        if file.schema_arrow != _schema():
+            raise ValueError(f"its columns are not {', '.join(_COLUMNS)}")
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                found = {name: value for name, value in row.items() if value is not None}
+                yield found | {"settings": json.loads(found.get("settings", "{}"))}
+
+    @override
+    def write(self, stream: BinaryIO, rows: Iterator[Row]) -> None:
+        import pyarrow as pa
+
+        schema = _schema()
+        with parquet().ParquetWriter(stream, schema) as writer:
+            while group := list(islice(rows, _GROUP)):
+                found = [msgspec.to_builtins(row) for row in group]
+                for row in found:
+                    if "settings" in row:
+                        row["settings"] = json.dumps(row["settings"])
+                writer.write_table(pa.Table.from_pylist(found, schema))
+
+
+def _schema() -> Any:
+    parquet()
+    import pyarrow as pa
+
+    text = pa.string()
+    said = [("caption", text), ("finish_reason", text), ("score", pa.float64())]
+    kinds: dict[str, Any] = {
+        "score": pa.float64(),
+        "captions": pa.list_(pa.struct(said)),
+        "size": pa.int64(),
+        "modified": pa.int64(),
+    }
+    return pa.schema({name: kinds.get(name, text) for name in _COLUMNS})

@@ -1,0 +1,219 @@
+"""Rows in every form: each image exactly one, whatever is killed when."""
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from runtime.errors import VignetteError
+from server.bulk.output import OutputConflict
+from tests.bulk_job import run, said_of
+
+KINDS = ("rows.jsonl", "rows.csv", "rows.parquet", "rows.tar", "texts/")
+KILLS = int(os.environ.get("KILLS", "5"))  # of each kind
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    for number in range(40):
+        file = folder / f"{number % 3}" / f"{number:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (2, 2), (number, 0, 0)).save(file)
+    return folder
+
+
+def rows_of(output: str) -> list[dict]:
+    """As a user of each form would read it."""
+    path = Path(output)
+    match path.suffix:
+        case ".jsonl":
+            return [json.loads(line) for line in path.read_text().splitlines()]
+        case ".csv":
+            with path.open(newline="") as stream:
+                return list(csv.DictReader(stream))
+        case ".parquet":
+            return pyarrow.parquet.read_table(path).to_pylist()
+        case ".tar":
+            return [json.loads(data) for name, data in members(path) if name.endswith(".json")]
+    rows = [json.loads(line) for line in (path / ".vignette.jsonl").read_text().splitlines()]
+    for row in rows:
+        if "caption" in row:
+            assert (path / row["text"]).read_text() == row["caption"]
+    return rows
+
+
+def members(path: Path) -> list[tuple[str, bytes]]:
+    with tarfile.open(path) as archive:
+        return [(m.name, archive.extractfile(m).read()) for m in archive]
+
+
+def check(output: str, photos: Path) -> None:
+    """Each photo has one row, and that says what it should."""
+    rows = rows_of(output)
+    assert Counter(row["id"] for row in rows) == dict.fromkeys(map(str, photos.rglob("*.png")), 1)
+    for row in rows:
+        assert row["caption"] == said_of(Path(row["id"]).read_bytes())
+
+
+@pytest.fixture(params=KINDS)
+def output(request, tmp_path) -> str:
+    return f"{tmp_path}/{request.param}"
+
+
+def test_each_image_has_one_row_that_says_all_there_is(output, photos):
+    job = run(output, str(photos))
+    assert (job.told.captioned, job.told.failed, job.told.before) == (40, 0, 0)
+    check(output, photos)
+    row = rows_of(output)[0]
+    assert (row["model"], float(row["score"]), row["finish_reason"]) == ("words", -0.5, "stop")
+    settings = row["settings"]
+    assert (json.loads(settings) if isinstance(settings, str) else settings) == {"engine": "none"}
+    left = {path.name for path in Path(output).parent.iterdir()}
+    assert left == {"photos", Path(output).name}
+
+
+def test_a_run_given_again_does_what_is_new(output, photos):
+    run(output, str(photos / "0"))
+    job = run(output, str(photos))
+    assert (job.told.captioned, job.told.before) == (26, 14)
+    check(output, photos)
+    before = Path(output).stat().st_mtime_ns
+    assert run(output, str(photos)).told.before == 40
+    assert Path(output).stat().st_mtime_ns == before
+
+
+def test_failures_are_rows_and_are_tried_alone(output, photos):
+    file = next(photos.rglob("*.png"))
+    content = file.read_bytes()
+    file.unlink()
+    file.symlink_to("nowhere")
+    job = run(output, str(photos), wrong=("one", "two"))
+    assert (job.told.captioned, job.told.failed) == (39, 3)
+    errors = {row["id"]: row["error"] for row in rows_of(output) if row.get("error")}
+    assert errors.pop(str(file)).startswith("[Errno 2] No such file")
+    assert errors == {"one": "one", "two": "two"}
+    file.unlink()
+    file.write_bytes(content)
+    assert run(output, str(photos)).told.ended == 0
+    job = run(output, str(photos), retry=True)
+    assert (job.told.captioned, job.told.before) == (1, 39)
+    rows = rows_of(output)
+    assert len(rows) == 42
+    assert [row["caption"] for row in rows if row["id"] == str(file)] == [said_of(content)]
+
+
+def test_what_changed_is_captioned_anew(output, photos):
+    run(output, str(photos))
+    file = next(photos.rglob("*.png"))
+    Image.new("RGB", (5, 5)).save(file)
+    with pytest.raises(OutputConflict, match=f"{file} was captioned with another content"):
+        run(output, str(photos))
+    assert run(output, str(photos), again=True).told.captioned == 1
+    check(output, photos)
+
+
+def test_no_run_goes_on_where_other_things_are(output, photos):
+    if output.endswith("/"):
+        Path(output).mkdir()
+        (Path(output) / ".vignette.jsonl").write_text('{"file": "x"}\n')
+    elif output.endswith(".tar"):
+        with tarfile.open(output, "w") as archive:
+            archive.add(photos / "0", "0")
+    elif output.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"id": ["a"]}), output)
+    else:
+        Path(output).write_text("name,said\na.png,an owl\n")
+    kept = Path(output).stat().st_size
+    with pytest.raises(OutputConflict, match="name another output"):
+        run(output, str(photos))
+    assert Path(output).stat().st_size == kept
+
+
+def test_a_shard_keeps_its_samples(photos, tmp_path):
+    run(f"{tmp_path}/first.tar", str(photos))
+    keys = {name.partition(".")[0] for name, _ in members(tmp_path / "first.tar")}
+    assert len(keys) == 40
+    run(f"{tmp_path}/second.tar", f"{tmp_path}/first.tar")
+    second = dict(members(tmp_path / "second.tar"))
+    for name, content in members(tmp_path / "first.tar"):
+        key, _, extension = name.partition(".")
+        kept = name if extension == "png" else f"{key}.original.{extension}"
+        assert second[kept] == content
+    assert len(second) == 40 * 5
+
+
+def test_no_text_is_overwritten_that_somebody_else_wrote(photos, tmp_path):
+    mine = photos / "0" / "000.txt"
+    mine.write_text("what I wrote")
+    (photos / "0" / "000.jpg").write_bytes((photos / "0" / "000.png").read_bytes())
+    job = run(f"{photos}/", str(photos))
+    assert mine.read_text() == "what I wrote"
+    assert job.told.failed == 2
+    errors = [row["error"] for row in rows_of(f"{photos}/") if "error" in row]
+    assert all("0/000.txt is there, and not written by this" in error for error in errors)
+    mine.unlink()
+    job = run(f"{photos}/", str(photos), retry=True)
+    assert (job.told.captioned, job.told.failed) == (1, 1)
+    [error] = [row["error"] for row in rows_of(f"{photos}/") if "error" in row]
+    assert "0/000.txt has the caption of" in error
+    (photos / "1" / "001.txt").write_text("edited")
+    run(f"{photos}/", str(photos), again=True, overwrite=True)
+    assert (photos / "1" / "001.txt").read_text() == "edited"  # its row is there, and stands
+
+
+def test_no_text_lands_outside(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "link").symlink_to(tmp_path / "elsewhere")
+    image = tmp_path / "in" / "link" / "a.png"
+    image.parent.mkdir(parents=True)
+    Image.new("RGB", (2, 2)).save(image)
+    assert run(f"{tmp_path}/texts/", f"{tmp_path}/in").told.failed == 1
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_equal_images_share_a_row_s_caption_over_runs(photos, tmp_path):
+    output = f"{tmp_path}/rows.jsonl"
+    run(output, str(photos / "0"), once=True)
+    shutil.copy(photos / "0" / "000.png", photos / "copy.png")
+    job = run(output, str(photos / "copy.png"), once=True)
+    assert job.told.captioned == 1
+    assert job.kept.get(f"{rows_of(output)[-1]['sha256']} ") is not None
+
+
+def test_a_run_that_is_killed_goes_on_with_no_row_lost_or_doubled(output, photos):
+    command = [sys.executable, "-m", "tests.bulk_job", output, str(photos)]
+    chance = random.Random(output[-5:])
+    killed = 0
+    for _ in range(KILLS):
+        process = subprocess.Popen(command)
+        began = time.monotonic()
+        while not any(Path(output).parent.glob(f"{Path(output).name}*")):
+            assert time.monotonic() - began < 60
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.08)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        if not killed:
+            shutil.rmtree(output) if output.endswith("/") else Path(output).unlink()
+    assert killed
+    run(output, str(photos))
+    check(output, photos)
+
+
+def test_an_output_that_means_nothing_is_refused(photos, tmp_path):
+    with pytest.raises(VignetteError, match=r"name an output that ends in \.jsonl"):
+        run(f"{tmp_path}/rows.xlsx", str(photos))
