@@ -1,9 +1,21 @@
-"""A bulk run without an engine, in a process that can be killed: `python -m tests.bulk_job`."""
+"""Bulk runs without an engine; `python -m tests.bulk_job` kills some at random moments."""
 
+import csv
 import hashlib
+import json
+import os
+import random
+import shutil
+import signal
 import sys
+import tarfile
 import time
+from collections import Counter
+from functools import partial
 from itertools import chain
+from pathlib import Path
+
+import pyarrow.parquet
 
 from server.bulk.captioning import Captioning, Plan
 from server.bulk.inputs import items, parts
@@ -32,11 +44,12 @@ def said_of(image: bytes) -> str:
     return f'"{hashlib.sha256(image).hexdigest()[:8]}",\nof {len(image)} bytes'
 
 
-def run(output: str, *inputs: str, wrong: tuple[str, ...] = (), **how) -> Job:
+def run(output: str, *inputs: str, wrong=(), begun=lambda: None, **how) -> Job:
     opened = open_output(output, how.pop("overwrite", False))
     job = Job(opened, ABOUT, how.pop("again", False), how.pop("retry", False))
     try:
         job.read()
+        begun()
         captioning = Captioning(Words(), Plan(None, 10**7, **how), job.kept)
         given = chain(items(parts(inputs, Columns(), 10**7)), (Item(w, wrong=w) for w in wrong))
         job.run(given, captioning.run, lambda told: None)
@@ -45,5 +58,64 @@ def run(output: str, *inputs: str, wrong: tuple[str, ...] = (), **how) -> Job:
     return job
 
 
+def rows_of(output: str) -> list[dict]:
+    """As a user of each form would read it."""
+    path = Path(output)
+    match path.suffix:
+        case ".jsonl":
+            return [json.loads(line) for line in path.read_text().splitlines()]
+        case ".csv":
+            with path.open(newline="") as stream:
+                return list(csv.DictReader(stream))
+        case ".parquet":
+            return pyarrow.parquet.read_table(path).to_pylist()
+        case ".tar":
+            return [json.loads(data) for name, data in members(path) if name.endswith(".json")]
+    rows = [json.loads(line) for line in (path / ".vignette.jsonl").read_text().splitlines()]
+    for row in rows:
+        if "caption" in row:
+            assert (path / row["text"]).read_text() == row["caption"]
+    return rows
+
+
+def members(path: Path) -> list[tuple[str, bytes]]:
+    with tarfile.open(path) as archive:
+        return [(m.name, archive.extractfile(m).read()) for m in archive]
+
+
+def check(output: str, photos: Path) -> None:
+    """Each photo has one row, and that says what it should."""
+    rows = rows_of(output)
+    assert Counter(row["id"] for row in rows) == dict.fromkeys(map(str, photos.rglob("*.png")), 1)
+    for row in rows:
+        assert row["caption"] == said_of(Path(row["id"]).read_bytes())
+
+
+def killed(times: int, output: str, photos: Path) -> int:
+    """Kill so many runs, each at a random moment of its work; those that ended first are checked,
+    and what they wrote is removed.
+    """
+    chance, done = random.Random(output), 0
+    while done < times:
+        reading, writing = os.pipe()
+        if not (child := os.fork()):
+            run(output, str(photos), begun=partial(os.write, writing, b"."))
+            os._exit(0)
+        os.close(writing)
+        assert os.read(reading, 1), "it ended before it began"
+        time.sleep(chance.random() * 0.15)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        os.close(reading)
+        if os.WIFSIGNALED(status):
+            done += 1
+        else:
+            assert status == 0
+            check(output, photos)
+            shutil.rmtree(output) if output.endswith("/") else Path(output).unlink()
+    return done
+
+
 if __name__ == "__main__":
-    run(*sys.argv[1:])
+    times, output, photos = sys.argv[1:]
+    print(f"{killed(int(times), output, Path(photos))} killed")
