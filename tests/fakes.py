@@ -1,7 +1,10 @@
 """A runner without graphs whose every answer depends on what its slot's cache holds."""
 
+import os
+import signal
 import threading
 from collections.abc import Sequence as ListLike
+from dataclasses import replace
 
 import numpy as np
 
@@ -138,3 +141,30 @@ def drained(engine: Engine) -> dict[int, tuple[int, ...]]:
         for output in engine.step():
             found[output.id] = found.get(output.id, ()) + output.token_ids
     return found
+
+
+class Allergic(FakeRunner):
+    """Bears no image of one colour."""
+
+    def __init__(self, crashes: bool) -> None:
+        super().__init__()
+        self.crashes = crashes
+
+    def decode(self, tokens, fed, forced=(), candidates=1):
+        if any(self.cache[row][0] == 3 * 16 * 7 for row in range(len(tokens))):
+            if self.crashes:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            raise RuntimeError("no kernel")
+        return super().decode(tokens, fed, forced, candidates)
+
+
+def allergic_engine(crashes: bool) -> Engine:
+    engine = fake_engine(EngineConfig(slots=4))
+    engine.runner = Allergic(crashes)
+    return engine
+
+
+def video_engine() -> Engine:
+    engine = fake_engine()
+    engine.manifest = replace(engine.manifest, sizes=replace(engine.manifest.sizes, frames=6))
+    return engine

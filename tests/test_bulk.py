@@ -3,25 +3,26 @@
 import json
 import os
 import shutil
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from runtime.errors import InvalidRequest
 from runtime.model.manifest import EXACT, read
 from runtime.model.preprocess import MAX_PIXELS
 from runtime.planning.config import EngineConfig
 from server.bulk.captioning import Captioning, Plan
 from server.bulk.command import main
+from server.bulk.engine_process import NoEngine
 from server.bulk.index import Kept
 from server.bulk.inputs import items, parts
+from server.bulk.items import Said
 from server.bulk.lists import Columns
 from server.bulk.local import LocalCaptioner
 from server.bulk.output import Lines
 from tests.conftest import DEMO, SAMPLES
-from tests.fakes import FakeRunner, fake_engine
+from tests.fakes import allergic_engine, fake_engine, video_engine
 
 SAID = {
     name: said["caption"]
@@ -188,9 +189,12 @@ def test_what_was_cut_off_and_what_was_skipped_is_told(photos, capfd):
     assert "skipped what is not named like an image: 1 .txt, 1 .heic" in said.err
 
 
-def captioned(engine, given: list[Path], **plan) -> dict[str, object]:
+FOUR_SLOTS = partial(fake_engine, EngineConfig(slots=4))
+
+
+def captioned(open_engine, given: list[Path], **plan) -> dict[str, object]:
     """What an engine says of files, or what was wrong with each."""
-    captioner = LocalCaptioner(engine, {}, MAX_PIXELS)
+    captioner = LocalCaptioner(open_engine, None, {}, MAX_PIXELS)
     try:
         captioning = Captioning(captioner, Plan(None, 10**8, **plan), Kept())
         outcomes = captioning.run(items(parts(map(str, given), Columns(), 10**8)))
@@ -199,39 +203,48 @@ def captioned(engine, given: list[Path], **plan) -> dict[str, object]:
         captioner.close()
 
 
-def test_a_step_that_fails_costs_no_more_than_the_image_it_fails_on(tmp_path):
-    class Allergic(FakeRunner):
-        def decode(self, tokens, fed, forced=(), candidates=1):
-            if any(self.cache[row][0] == 3 * 16 * 7 for row in range(len(tokens))):
-                raise RuntimeError("no kernel")
-            return super().decode(tokens, fed, forced, candidates)
-
-    engine = fake_engine(EngineConfig(slots=4))
-    engine.runner = Allergic()
+@pytest.mark.parametrize("crashes", [False, True])
+def test_an_image_that_an_engine_can_not_bear_fails_alone(crashes, tmp_path):
     files = small_images(tmp_path, 20)
-    outcomes = captioned(engine, files)
-    assert outcomes.pop(str(files[7])) == "no kernel"
+    outcomes = captioned(partial(allergic_engine, crashes), files)
+    said = "the engine's process ended" if crashes else "no kernel"
+    assert outcomes.pop(str(files[7])) == f"captioning it failed, also alone: {said}"
     expected = fake_engine().generate([file.read_bytes() for file in files])
     said = {str(f): c.text for f, c in zip(files, expected, strict=True)}
     assert outcomes == {name: text for name, text in said.items() if name != str(files[7])}
 
 
+class Counting:
+    """Counts what it is asked."""
+
+    at_once, asked = 4, 0
+
+    def caption(self, image: bytes, prompt: str | None) -> tuple[Said, ...]:
+        self.asked += 1
+        return (Said(f"{len(image)} {prompt}", "stop"),)
+
+    def stop(self) -> None:
+        pass
+
+
 def test_equal_images_are_captioned_once(tmp_path):
-    engine, files = fake_engine(), small_images(tmp_path, 4)
+    files = small_images(tmp_path, 4)
     for copy in range(10):
         files.append(tmp_path / f"copy{copy}.png")
         shutil.copy(files[copy % 4], files[-1])
-    outcomes = captioned(engine, files, once=True)
-    assert len(engine.runner.seen) == 4
-    for copy in range(10):
-        assert outcomes[str(files[4 + copy])] == outcomes[str(files[copy % 4])]
+    captioner = Counting()
+    captioning = Captioning(captioner, Plan("x", 10**8, once=True), Kept())
+    outcomes = list(captioning.run(items(parts(map(str, files), Columns(), 10**8))))
+    assert (len(outcomes), captioner.asked) == (14, 4)
+    for outcome in outcomes:
+        assert outcome.said[0].caption == f"{Path(outcome.item.id).stat().st_size} x"
 
 
 def test_rows_can_come_in_the_order_of_the_input(tmp_path):
     files = small_images(tmp_path, 60)
     files.insert(3, tmp_path / "none.png")
     files[3].write_bytes(b"GIF")
-    outcomes = captioned(fake_engine(EngineConfig(slots=4)), files, ordered=True)
+    outcomes = captioned(FOUR_SLOTS, files, ordered=True)
     assert list(outcomes) == [str(file) for file in files]
     assert "not an image" in outcomes[str(files[3])]
 
@@ -299,7 +312,7 @@ def small_images(folder: Path, count: int) -> list[Path]:
 
 def test_only_as_many_are_held_as_keep_the_engine_busy(tmp_path):
     files, taken = small_images(tmp_path, 300), []
-    captioner = LocalCaptioner(fake_engine(EngineConfig(slots=4)), {}, MAX_PIXELS)
+    captioner = LocalCaptioner(FOUR_SLOTS, None, {}, MAX_PIXELS)
     found = items(parts(map(str, files), Columns(), 10**8))
     outcomes = Captioning(captioner, Plan(None, 10**8), Kept()).run(
         taken.append(item) or item for item in found
@@ -310,19 +323,17 @@ def test_only_as_many_are_held_as_keep_the_engine_busy(tmp_path):
     captioner.close()
 
 
-def test_a_caller_that_has_enough_leaves_the_engine_free(tmp_path):
-    engine = fake_engine(EngineConfig(slots=4))
-    captioner = LocalCaptioner(engine, {}, MAX_PIXELS)
-    found = items(parts(map(str, small_images(tmp_path, 30)), Columns(), 10**8))
-    outcomes = Captioning(captioner, Plan(None, 10**8), Kept()).run(found)
+def test_a_caller_that_has_enough_is_let_go(tmp_path):
+    captioner, taken = Counting(), []
+    found = items(parts(map(str, small_images(tmp_path, 300)), Columns(), 10**8))
+    outcomes = Captioning(captioner, Plan(None, 10**8), Kept()).run(
+        taken.append(item) or item for item in found
+    )
     next(outcomes)
     outcomes.close()
-    captioner.close()
-    assert engine.scheduler.idle
+    assert len(taken) < 300
 
 
 def test_a_model_of_several_frames_is_refused_at_once():
-    engine = fake_engine()
-    engine.manifest = replace(engine.manifest, sizes=replace(engine.manifest.sizes, frames=6))
-    with pytest.raises(InvalidRequest, match="several frames"):
-        LocalCaptioner(engine, {}, MAX_PIXELS)
+    with pytest.raises(NoEngine, match="several frames"):
+        LocalCaptioner(video_engine, None, {}, MAX_PIXELS)

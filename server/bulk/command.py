@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +187,8 @@ def _tell_skipped(given: list[Part], told: Told) -> None:
 
 def _local(args: argparse.Namespace) -> LocalCaptioner:
     config = EngineConfig(slots=args.slots, provider=args.provider, precision=args.precision)
-    engine = Engine.open(args.engine, config)
-    engine.limits.check(args.prompt, _sampling(args))
-    return LocalCaptioner(engine, _sampling(args), args.max_pixels)
+    open_engine = partial(Engine.open, args.engine, config)
+    return LocalCaptioner(open_engine, args.prompt, _sampling(args), args.max_pixels)
 
 
 def _remote(args: argparse.Namespace) -> RemoteCaptioner:

@@ -1,0 +1,171 @@
+"""An engine in a process of its own, for any number of threads.
+
+An image that crashes it takes that process with it and nothing else: the next finds a new one.
+"""
+
+import itertools
+import logging
+import multiprocessing
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from msgspec import Struct
+
+from runtime.engine import Engine
+from runtime.errors import InvalidRequest, VignetteError
+from runtime.model.manifest import Preprocessing
+from server.bulk.items import Said, said_in
+from server.processes.system import follow_parent
+
+log = logging.getLogger(__name__)
+
+_CONTEXT = multiprocessing.get_context("spawn")
+
+
+class NoEngine(VignetteError):
+    """The engine can't be opened, or not again after it died."""
+
+
+class EngineDied(Exception):
+    """The process ended with this image in it, and perhaps with others."""
+
+
+class Facts(Struct, frozen=True):
+    """What an engine is. shape: of an image's pixels, uint8."""
+
+    identity: dict[str, str]
+    runs_on: str
+    slots: int
+    shape: tuple[int, ...]
+    preprocessing: Preprocessing
+
+
+class _Job(Struct, frozen=True):
+    pixels: np.ndarray
+    prompt: str | None
+
+
+class EngineProcess:
+    """`generate` for threads; `facts` once it is there."""
+
+    def __init__(
+        self, open_engine: Callable[[], Engine], prompt: str | None, sampling: dict[str, Any]
+    ) -> None:
+        """sampling: fields of SamplingParams. Raises NoEngine, with the reason, also where the
+        engine can't serve this prompt or sampling.
+        """
+        self._open = open_engine, prompt, sampling
+        self._lock, self._numbers = threading.Lock(), itertools.count()
+        self._running: dict[int, Future[tuple[Said, ...]]] = {}
+        self._closed = False
+        self._ready: Future[Facts] = Future()
+        self._keeper = threading.Thread(target=self._keep, name="engine", daemon=True)
+        self._keeper.start()
+        self.facts = self._ready.result()
+
+    def generate(self, pixels: np.ndarray, prompt: str | None) -> tuple[Said, ...]:
+        """What is said of an image. Raises VignetteError for what it can't serve, EngineDied, and
+        RuntimeError for what a step raised.
+        """
+        while True:
+            self._ready.result()
+            future: Future[tuple[Said, ...]] = Future()
+            with self._lock:
+                number = next(self._numbers)
+                self._running[number] = future
+                try:
+                    self._connection.send((number, _Job(pixels, prompt)))
+                    break
+                except OSError:  # it is being replaced; this image was not in it
+                    del self._running[number]
+        return future.result()
+
+    def close(self) -> None:
+        """End the process."""
+        self._closed = True
+        self._process.kill()
+        self._keeper.join()
+
+    def _keep(self) -> None:
+        """On one thread, which the processes die with: start one after the other."""
+        while not self._closed:
+            self._connection, theirs = _CONTEXT.Pipe()
+            process = _CONTEXT.Process(target=_serve, args=(theirs, *self._open), daemon=True)
+            self._process = process
+            process.start()
+            theirs.close()
+            try:
+                self._listen()
+            except (EOFError, OSError):
+                self._died()
+
+    def _listen(self) -> None:
+        facts = self._connection.recv()
+        if isinstance(facts, Exception):
+            self._closed = True
+            self._ready.set_exception(facts)
+            return
+        self._ready.set_result(facts)
+        while True:
+            number, said = self._connection.recv()
+            with self._lock:
+                future = self._running.pop(number)
+            if isinstance(said, Exception):
+                future.set_exception(said)
+            else:
+                future.set_result(said)
+
+    def _died(self) -> None:
+        with self._lock:
+            self._connection.close()
+            ended, self._running = self._running, {}
+            if self._ready.done():
+                self._ready = Future()
+        if not self._closed:
+            self._process.join()
+            log.warning("the engine's process ended (exit code %s)", self._process.exitcode)
+        for future in ended.values():
+            future.set_exception(EngineDied("the engine's process ended"))
+
+
+def _serve(
+    connection: Connection,
+    open_engine: Callable[[], Engine],
+    prompt: str | None,
+    sampling: dict[str, Any],
+) -> None:
+    """The process: captions what comes until nobody is there any more."""
+    follow_parent()
+    try:
+        engine = open_engine()
+        if engine.manifest.sizes.frames:
+            raise InvalidRequest(
+                "a video model takes several frames a caption: send them to a server"
+            )
+        engine.limits.check(prompt, sampling)
+    except VignetteError as error:
+        connection.send(NoEngine(str(error)))
+        return
+    slots, sizes = engine.config.slots or 1, engine.manifest.sizes
+    how = engine.manifest.preprocessing
+    connection.send(Facts(engine.identity, engine.runs_on, slots, sizes.pixels, how))
+    sending = threading.Lock()
+
+    def answer(number: int, job: _Job) -> None:
+        said: tuple[Said, ...] | Exception
+        try:
+            said = said_in(engine.generate([job.pixels], [job.prompt], **sampling)[0])
+        except VignetteError as error:
+            said = error
+        except Exception as error:  # ONNX Runtime raises a class of its own for every status code
+            said = RuntimeError(str(error))
+        with sending:
+            connection.send((number, said))
+
+    with ThreadPoolExecutor(2 * slots, "caption") as pool:
+        while True:
+            pool.submit(answer, *connection.recv())
