@@ -52,7 +52,7 @@ def run(output: str, *inputs: str, wrong=(), begun=lambda: None, **how) -> Job:
         begun()
         captioning = Captioning(Words(), Plan(None, 10**7, **how), job.kept)
         given = chain(items(parts(inputs, Columns(), 10**7)), (Item(w, wrong=w) for w in wrong))
-        job.run(given, captioning.run, lambda told: None)
+        job.write(captioning.run(job.left(given)), lambda told: None)
     finally:
         opened.close()
     return job

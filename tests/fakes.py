@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Sequence as ListLike
 from dataclasses import replace
 
@@ -146,11 +147,12 @@ def drained(engine: Engine) -> dict[int, tuple[int, ...]]:
 class Allergic(FakeRunner):
     """Bears no image of one colour."""
 
-    def __init__(self, crashes: bool) -> None:
+    def __init__(self, crashes: bool, seconds: float) -> None:
         super().__init__()
-        self.crashes = crashes
+        self.crashes, self.seconds = crashes, seconds
 
     def decode(self, tokens, fed, forced=(), candidates=1):
+        time.sleep(self.seconds)
         if any(self.cache[row][0] == 3 * 16 * 7 for row in range(len(tokens))):
             if self.crashes:
                 os.kill(os.getpid(), signal.SIGSEGV)
@@ -158,9 +160,9 @@ class Allergic(FakeRunner):
         return super().decode(tokens, fed, forced, candidates)
 
 
-def allergic_engine(crashes: bool) -> Engine:
+def allergic_engine(crashes: bool, seconds: float = 0) -> Engine:
     engine = fake_engine(EngineConfig(slots=4))
-    engine.runner = Allergic(crashes)
+    engine.runner = Allergic(crashes, seconds)
     return engine
 
 
@@ -168,3 +170,8 @@ def video_engine() -> Engine:
     engine = fake_engine()
     engine.manifest = replace(engine.manifest, sizes=replace(engine.manifest.sizes, frames=6))
     return engine
+
+
+def ray_engine(threads: int) -> Engine:
+    assert threads == 1
+    return allergic_engine(crashes=True, seconds=0.02)

@@ -334,6 +334,11 @@ def test_a_caller_that_has_enough_is_let_go(tmp_path):
     assert len(taken) < 300
 
 
+def test_an_engine_that_dies_while_it_is_opened_is_told():
+    with pytest.raises(NoEngine, match="ended while it was opened"):
+        LocalCaptioner(partial(os._exit, 3), None, {}, MAX_PIXELS)
+
+
 def test_a_model_of_several_frames_is_refused_at_once():
     with pytest.raises(NoEngine, match="several frames"):
         LocalCaptioner(video_engine, None, {}, MAX_PIXELS)

@@ -94,9 +94,7 @@ class Captioning:
     def _outcome(self, item: Item) -> Outcome:
         image = digest = None
         try:
-            if item.wrong is not None:
-                raise Unfit(item.wrong)
-            image = item.image if isinstance(item.image, bytes) else self._fetched(item.image)
+            image = image_of(item, self._plan.limit)
             digest = sha256(image).hexdigest() if self._plan.once else None
             prompt = item.prompt or self._plan.prompt
             if digest is None:
@@ -105,17 +103,7 @@ class Captioning:
                 said = self._once(same(digest, prompt), image, prompt)
             return Outcome(item, said, image=image, sha256=digest)
         except (VignetteError, OSError) as error:
-            return Outcome(item, error=_told(error), image=image, sha256=digest)
-
-    def _fetched(self, location: str) -> bytes:
-        try:
-            return fetch(location, self._plan.limit)
-        except (VignetteError, OSError):
-            raise
-        except Exception as error:  # each file system of fsspec has its own
-            if not is_url(location):
-                raise
-            raise Unfit(f"{type(error).__name__}: {error}") from error
+            return Outcome(item, error=told(error), image=image, sha256=digest)
 
     def _ask(self, image: bytes, prompt: str | None) -> tuple[Said, ...]:
         with self._asking:
@@ -148,7 +136,23 @@ def same(digest: str, prompt: str | None) -> str:
     return f"{digest} {prompt or ''}"
 
 
-def _told(error: Exception) -> str:
+def image_of(item: Item, limit: int) -> bytes:
+    """The bytes of an item's image, `limit` at most. Raises VignetteError and OSError."""
+    if item.wrong is not None:
+        raise Unfit(item.wrong)
+    if isinstance(item.image, bytes):
+        return item.image
+    try:
+        return fetch(item.image, limit)
+    except (VignetteError, OSError):
+        raise
+    except Exception as error:  # each file system of fsspec has its own
+        if not is_url(item.image):
+            raise
+        raise Unfit(f"{type(error).__name__}: {error}") from error
+
+
+def told(error: Exception) -> str:
     """What is said of it in a row; a name that is no UTF-8 is spelled out."""
     said = str(error) or type(error).__name__
     return said.encode("utf-8", "backslashreplace").decode()

@@ -28,33 +28,34 @@ from server.bulk.inputs import NoImages, Part, items, parts
 from server.bulk.job import About, Job, Told
 from server.bulk.lists import Columns
 from server.bulk.local import LocalCaptioner
+from server.bulk.output import Output
 from server.bulk.outputs import open_output
 from server.bulk.progress import Progress
+from server.bulk.tar import Tar
 from server.http.client import RemoteCaptioner, RemoteService
 
 _KEY = "VIGNETTE_API_KEY"
+_LOCAL = "local"
 _SKIPPED = 5  # kinds of files that are named
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 1 if any image has no caption."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.ray and (args.ordered or args.dedupe or args.url):
+        parser.error("--ordered, --dedupe and --url are for one machine: leave out --ray")
+    if args.ordered and (args.again or args.retry_failed):
+        parser.error("rows that are made again come last: leave out --ordered")
     logging.basicConfig(format="%(message)s")
     limit = int(args.max_image_mb * 1e6)
     columns = Columns(args.column, args.prompt_column, args.id_column)
     try:
         given = parts(args.images, columns, limit)
-        with (
-            closing(open_output(args.output, args.overwrite)) as output,
-            closing(_remote(args) if args.url else _local(args)) as captioner,
-        ):
-            job = Job(output, _about(args, captioner.identity), args.again, args.retry_failed)
-            job.read()
-            print(captioner.where, file=sys.stderr)
-            plan = Plan(args.prompt, limit, args.ordered, args.dedupe)
-            captioning = Captioning(captioner, plan, job.kept)
-            with Progress(given) as progress:
-                told = job.run(items(given), captioning.run, progress.show)
+        plan = Plan(args.prompt, limit, args.ordered, args.dedupe)
+        with closing(open_output(args.output, args.overwrite)) as output:
+            run = _on_ray if args.ray else _here
+            told = run(args, plan, given, output)
         _tell_skipped(given, told)
     except (VignetteError, RunFailed, OSError) as error:  # of a single image, none gets here
         print(f"error: {error}", file=sys.stderr)
@@ -141,6 +142,15 @@ def _add_captioning(group: argparse._ArgumentGroup) -> None:
         "--precision", default=AUTO,
         help="encoder/decoder/cache, one of the combinations in the engine's manifest.json (auto)",
     )  # fmt: skip
+    group.add_argument(
+        "--ray", nargs="?", const=_LOCAL, metavar="ADDRESS",
+        help="on a Ray cluster (auto: the one that this machine is of); without an address on one "
+        "that is started for it; engine and package have to be on every node",
+    )  # fmt: skip
+    group.add_argument(
+        "--ray-cores", type=int, default=4, metavar="N",
+        help="of each engine there, where there are no GPUs (%(default)s)",
+    )  # fmt: skip
     group.add_argument("--slots", type=int, help="sequences that decode together (16; GPU: more)")
 
 
@@ -171,6 +181,39 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _here(args: argparse.Namespace, plan: Plan, given: list[Part], output: Output) -> Told:
+    """By an engine of this machine, or a service."""
+    with closing(_remote(args) if args.url else _local(args)) as captioner:
+        job = _job(args, output, captioner.identity)
+        print(captioner.where, file=sys.stderr)
+        outcomes = Captioning(captioner, plan, job.kept).run(job.left(items(given)))
+        with Progress(given) as progress:
+            return job.write(outcomes, progress.show)
+
+
+def _on_ray(args: argparse.Namespace, plan: Plan, given: list[Part], output: Output) -> Told:
+    from server.bulk.ray import Cluster, RayCaptioning, Work, open_engine
+
+    address = None if args.ray == _LOCAL else args.ray
+    opening = partial(open_engine, str(args.engine.absolute()), _config(args))
+    work = Work(opening, _sampling(args), plan, args.max_pixels, isinstance(output, Tar))
+    with closing(RayCaptioning(Cluster(address, args.ray_cores), work)) as captioning:
+        job = _job(args, output, captioning.identity)
+        job.told.before = len(job.index.keys().sorted)
+        print(captioning.where, file=sys.stderr)
+        with Progress(given) as progress:
+            return job.write(job.once(captioning.run(given, job.index)), progress.show)
+
+
+def _job(args: argparse.Namespace, output: Output, identity: dict[str, str]) -> Job:
+    settings = {name: value for name, value in identity.items() if name != "model"}
+    varied = args.prompt_column is not None
+    about = About(identity["model"], settings | _sampling(args), args.prompt, varied)
+    job = Job(output, about, args.again, args.retry_failed)
+    job.read()
+    return job
+
+
 def _tell_skipped(given: list[Part], told: Told) -> None:
     """What in folders was no image. Raises NoImages if nothing was."""
     skipped: Counter[str] = Counter()
@@ -186,20 +229,17 @@ def _tell_skipped(given: list[Part], told: Told) -> None:
 
 
 def _local(args: argparse.Namespace) -> LocalCaptioner:
-    config = EngineConfig(slots=args.slots, provider=args.provider, precision=args.precision)
-    open_engine = partial(Engine.open, args.engine, config)
+    open_engine = partial(Engine.open, args.engine, _config(args))
     return LocalCaptioner(open_engine, args.prompt, _sampling(args), args.max_pixels)
+
+
+def _config(args: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(slots=args.slots, provider=args.provider, precision=args.precision)
 
 
 def _remote(args: argparse.Namespace) -> RemoteCaptioner:
     service = RemoteService.at(args.url, os.environ.get(_KEY), args.model)
     return RemoteCaptioner(service, _sampling(args))
-
-
-def _about(args: argparse.Namespace, identity: dict[str, str]) -> About:
-    settings = {name: value for name, value in identity.items() if name != "model"}
-    varied = args.prompt_column is not None
-    return About(identity["model"], settings | _sampling(args), args.prompt, varied)
 
 
 if __name__ == "__main__":

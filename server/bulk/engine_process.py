@@ -123,11 +123,15 @@ class EngineProcess:
         with self._lock:
             self._connection.close()
             ended, self._running = self._running, {}
-            if self._ready.done():
-                self._ready = Future()
+            starting, self._ready = self._ready, Future()
+        self._process.join()
         if not self._closed:
-            self._process.join()
             log.warning("the engine's process ended (exit code %s)", self._process.exitcode)
+        if not starting.done():
+            self._closed = True
+            code = self._process.exitcode
+            self._ready.set_exception(NoEngine(f"it ended while it was opened (exit code {code})"))
+            starting.set_exception(self._ready.exception())
         for future in ended.values():
             future.set_exception(EngineDied("the engine's process ended"))
 

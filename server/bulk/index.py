@@ -3,9 +3,13 @@
 import hashlib
 import sqlite3
 import threading
+from dataclasses import dataclass
+
+import numpy as np
 
 from server.bulk.items import Row
 
+_KEY_BYTES = 16
 _CACHE_KIB = 64 * 1024  # of memory
 
 
@@ -38,10 +42,27 @@ class Index:
         )
         return found.rowcount > 0
 
+    def keys(self) -> "Keys":
+        """Of what is not to be captioned again, for other processes."""
+        found = self._table.execute("SELECT id FROM t WHERE done ORDER BY id")
+        return Keys(np.array([key for [key] in found], f"S{_KEY_BYTES}"))
+
     def latest(self, row: Row, number: int) -> bool:
         """Whether the output's row of this number is its item's last."""
         [[last]] = self._table.execute("SELECT row FROM t WHERE id = ?", (_key(row.id),))
         return last == number
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Items that are done, 16 bytes each. sorted: S16 [items]."""
+
+    sorted: np.ndarray
+
+    def __contains__(self, item_id: str) -> bool:
+        key = np.bytes_(_key(item_id))
+        place = int(np.searchsorted(self.sorted, key))
+        return place < len(self.sorted) and self.sorted[place] == key
 
 
 class Kept:
@@ -77,4 +98,4 @@ def _table(columns: str) -> sqlite3.Connection:
 
 
 def _key(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return hashlib.blake2b(text.encode(), digest_size=_KEY_BYTES).digest()

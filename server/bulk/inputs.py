@@ -49,6 +49,13 @@ def _expanded(path: str) -> list[str]:
     return found
 
 
+def split(parts: Iterable[Part]) -> list[Part]:
+    """The same in smaller parts, which can be read side by side."""
+    return [
+        each for part in parts for each in (part.parts() if isinstance(part, Table) else [part])
+    ]
+
+
 def items(parts: Iterable[Part]) -> Iterator[Item]:
     """Of all parts, one after the other. A part that breaks off has an item that says so.
 

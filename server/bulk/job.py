@@ -72,16 +72,20 @@ class Job:
             if row.sha256 is not None and row.said and not other:
                 self.kept.keep(same(row.sha256, row.prompt), msgspec.msgpack.encode(row.said))
 
-    def run(
-        self,
-        items: Iterable[Item],
-        captioned: Callable[[Iterator[Item]], Iterator[Outcome]],
-        tell: Callable[[Told], object],
-    ) -> Told:
-        """A row for each item; tell is called after each. Raises OSError when none can be written,
-        and what ended the run.
+    def left(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Those that have no row yet; from now on they count as if they had."""
+        for item in items:
+            if self.index.claim(item.id):
+                yield item
+            else:
+                self.told.before += 1
+
+    def write(self, outcomes: Iterable[Outcome], tell: Callable[[Told], object]) -> Told:
+        """A row for each, then the output's final form; tell is called after each.
+
+        Raises OSError when none can be written, and what ended the run.
         """
-        for outcome in captioned(self._left(items)):
+        for outcome in outcomes:
             row = self._write(outcome)
             self.told.failed += row.error is not None
             self.told.captioned += row.error is None
@@ -90,12 +94,9 @@ class Job:
         self.output.finish(self.index)
         return self.told
 
-    def _left(self, items: Iterable[Item]) -> Iterator[Item]:
-        for item in items:
-            if self.index.claim(item.id):
-                yield item
-            else:
-                self.told.before += 1
+    def once(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+        """Without those of items that have a row, which may come again from elsewhere."""
+        return (outcome for outcome in outcomes if self.index.claim(outcome.item.id))
 
     def _write(self, outcome: Outcome) -> Row:
         row = self._row(outcome)

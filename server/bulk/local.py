@@ -33,7 +33,7 @@ class LocalCaptioner:
         """sampling: fields of SamplingParams. Raises NoEngine."""
         self._engine = EngineProcess(open_engine, prompt, sampling)
         facts = self._engine.facts
-        self.identity, self.where = facts.identity, facts.runs_on
+        self.identity, self.where, self.shape = facts.identity, facts.runs_on, facts.shape
         self.at_once = 2 * facts.slots
         cores = this_machine().cores
         self._decoding = Decoding(facts.preprocessing, facts.shape, cores, max_pixels)

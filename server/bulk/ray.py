@@ -1,0 +1,222 @@
+"""The same run on a Ray cluster: Ray Data reads, decodes and captions, and a row for each item
+comes back here, where the output is. What a node had that died is done again elsewhere.
+
+Engine folder and package have to be on every node, under the same paths.
+"""
+
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any, ClassVar
+
+import numpy as np
+from msgspec import structs
+
+from runtime.engine import Engine
+from runtime.errors import VignetteError
+from runtime.planning.config import EngineConfig
+from server.bulk.captioning import Plan, RunFailed, image_of, told
+from server.bulk.decoding import Decoding
+from server.bulk.engine_process import EngineProcess, Facts
+from server.bulk.index import Index, Keys
+from server.bulk.inputs import Part, items, split
+from server.bulk.items import Item, Outcome
+from server.bulk.local import LocalCaptioner
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers otherwise
+
+import ray
+import ray.data
+
+_ROWS = 16  # of a block: what a task decodes, and an engine is given at a time
+_AT_ONCE = 2  # blocks that an engine works on
+_READING = 0.25  # of a core: reading is waiting
+_LEFT = 0.75  # of the cluster's cores for engines at most; the others decode
+Batch = Mapping[str, np.ndarray]
+
+
+class TooSmall(VignetteError):
+    """The cluster has no room for an engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What to run engines on. address: None starts a cluster of this machine alone.
+
+    cores: of each engine, on a cluster without GPUs.
+    """
+
+    address: str | None
+    cores: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What all tasks are given. open: an engine that computes on so many threads, 0 for all.
+
+    whole: images come back with what was said of them.
+    """
+
+    open: Callable[[int], Engine]
+    sampling: dict[str, Any]
+    plan: Plan
+    max_pixels: int
+    whole: bool
+    threads: int = 0
+
+    @property
+    def engine(self) -> Callable[[], Engine]:
+        """Opens it."""
+        return partial(self.open, self.threads)
+
+
+def open_engine(folder: str, config: EngineConfig, threads: int) -> Engine:
+    """For `Work.open`."""
+    return Engine.open(folder, replace(config, threads=threads))
+
+
+class RayCaptioning:
+    """Outcomes of inputs, as they end somewhere on the cluster."""
+
+    def __init__(self, cluster: Cluster, work: Work) -> None:
+        """Join the cluster and ask an engine there what it is. Raises NoEngine and TooSmall."""
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
+        there = ray.cluster_resources()
+        self._gpus = int(there.get("GPU", 0))
+        cores = int(there.get("CPU", 0))
+        self._each = {"num_gpus": 1} if self._gpus else {"num_cpus": cluster.cores}
+        self._most = self._gpus or max(1, int(cores * _LEFT) // cluster.cores)
+        if not self._gpus and cluster.cores >= cores:
+            raise TooSmall(
+                f"an engine takes {cluster.cores} cores (--ray-cores), decoding another, and the "
+                f"cluster has {cores}"
+            )
+        threads = 0 if self._gpus else cluster.cores
+        self._work = replace(work, threads=threads)
+        self.facts: Facts = ray.get(ray.remote(**self._each)(_facts).remote(self._work))
+        self.identity = self.facts.identity
+        self.where = f"up to {self._most} engines on Ray, {self.facts.runs_on}"
+
+    def run(self, parts: list[Part], index: Index) -> Iterator[Outcome]:
+        """Those that `index` does not know; an item may come twice if a node dies."""
+        apart = split(parts)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        outcomes = (
+            ray.data.from_items(
+                [{"part": pickle.dumps(part)} for part in apart], override_num_blocks=len(apart)
+            )
+            .map_batches(
+                _read, batch_size=1, num_cpus=_READING, fn_kwargs={"known": ray.put(index.keys())}
+            )
+            .repartition(target_num_rows_per_block=_ROWS)
+            .map_batches(
+                _Decoder.decode, batch_size=_ROWS, num_cpus=1, fn_args=(self._work, self.facts)
+            )
+            .map_batches(
+                _Engine,
+                fn_constructor_args=(self._work,),
+                batch_size=_ROWS,
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=1,
+                    max_size=self._most,
+                    max_concurrent_calls_per_actor=_AT_ONCE,
+                    enable_true_multi_threading=True,
+                ),
+                **self._each,
+            )
+        )
+        try:
+            for batch in outcomes.iter_batches(batch_size=None, batch_format="numpy"):
+                for packed in batch["outcome"]:
+                    yield pickle.loads(packed)
+        except ray.exceptions.RayError as error:
+            raise RunFailed(f"the cluster could not go on: {error}") from error
+
+    def close(self) -> None:
+        """Leave the cluster."""
+        ray.shutdown()
+
+
+def _facts(work: Work) -> Facts:
+    process = EngineProcess(work.engine, work.plan.prompt, work.sampling)
+    process.close()
+    return process.facts
+
+
+def _read(batch: Batch, known: "ray.ObjectRef[Keys]") -> Iterator[Batch]:
+    """The items of a part that are still to be captioned."""
+    done = ray.get(known)
+    left = (item for item in items(map(pickle.loads, batch["part"])) if item.id not in done)
+    while some := list(islice(left, _ROWS)):
+        yield {"item": _packed(some)}
+
+
+class _Decoder:
+    """Fetches and decodes for the tasks of one process, which is used again and again."""
+
+    made: "ClassVar[_Decoder | None]" = None
+
+    def __init__(self, work: Work, facts: Facts) -> None:
+        self._work = work
+        self._decoding = Decoding(facts.preprocessing, facts.shape, 1, work.max_pixels)
+        self._threads = ThreadPoolExecutor(_ROWS, "fetch")
+
+    @classmethod
+    def decode(cls, batch: Batch, work: Work, facts: Facts) -> Batch:
+        """Images as pixels, or what is wrong with them."""
+        if cls.made is None or cls.made._work != work:
+            cls.made = cls(work, facts)
+        found = list(cls.made._threads.map(cls.made._decoded, batch["item"]))
+        return {
+            "outcome": _packed(outcome for outcome, _ in found),
+            "pixels": np.array([pixels for _, pixels in found], object),
+        }
+
+    def _decoded(self, packed: bytes) -> tuple[Outcome, bytes]:
+        item, image = pickle.loads(packed), None
+        pixels, error = b"", None
+        try:
+            image = image_of(item, self._work.plan.limit)
+            pixels = self._decoding.pixels(image).tobytes()
+        except (VignetteError, OSError) as cause:
+            error = told(cause)
+        if not self._work.whole:
+            there = item.image if isinstance(item.image, str) else b""
+            item, image = structs.replace(item, image=there, members={}), None
+        return Outcome(item, error=error, image=image), pixels
+
+
+class _Engine:
+    """An actor with an engine."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._captioner = LocalCaptioner(work.engine, work.plan.prompt, work.sampling, 1)
+        self._threads = ThreadPoolExecutor(_AT_ONCE * _ROWS, "caption")
+
+    def __call__(self, batch: Batch) -> Batch:
+        """What is said of images that could be decoded."""
+        return {
+            "outcome": _packed(self._threads.map(self._said, batch["outcome"], batch["pixels"]))
+        }
+
+    def _said(self, packed: bytes, pixels: bytes) -> Outcome:
+        outcome = pickle.loads(packed)
+        if outcome.error is not None:
+            return outcome
+        image = np.frombuffer(pixels, np.uint8).reshape(self._captioner.shape)
+        try:
+            prompt = outcome.item.prompt or self._work.plan.prompt
+            return structs.replace(outcome, said=self._captioner.say(image, prompt))
+        except VignetteError as cause:
+            return structs.replace(outcome, error=told(cause))
+
+
+def _packed(values: Iterable[Item | Outcome]) -> np.ndarray:
+    return np.array([pickle.dumps(value) for value in values], object)

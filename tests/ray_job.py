@@ -1,0 +1,48 @@
+"""Bulk runs on a Ray cluster of this machine: `python -m tests.ray_job OUTPUT INPUT`.
+
+A node dies in the middle, and one is added.
+"""
+
+import sys
+from contextlib import closing
+from functools import partial
+
+from ray.cluster_utils import Cluster
+
+from runtime.model.preprocess import MAX_PIXELS
+from server.bulk import ray as bulk_ray
+from server.bulk.captioning import Plan
+from server.bulk.inputs import parts
+from server.bulk.job import About, Job
+from server.bulk.lists import Columns
+from server.bulk.outputs import open_output
+from server.bulk.ray import RayCaptioning, Work
+from tests.fakes import ray_engine
+
+
+def main(output: str, given: str) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
+    cluster.wait_for_nodes()
+    work = Work(ray_engine, {}, Plan(None, 10**7), MAX_PIXELS, whole=False)
+    with (
+        closing(open_output(output, overwrite=False)) as opened,
+        closing(RayCaptioning(bulk_ray.Cluster(cluster.address, 1), work)) as captioning,
+    ):
+        job = Job(opened, About("fake", captioning.identity))
+        job.read()
+        found = captioning.run(parts([given], Columns(), 10**7), job.index)
+        job.write(job.once(found), partial(disturb, cluster, nodes))
+    cluster.shutdown()
+    print(f"{job.told.captioned} captioned, {job.told.failed} failed, {len(nodes)} left")
+
+
+def disturb(cluster: Cluster, nodes: list, told) -> None:
+    if told.ended == 40 and len(nodes) == 2:
+        nodes.append(cluster.add_node(num_cpus=2))
+    if told.ended == 80:
+        cluster.remove_node(nodes.pop(0), allow_graceful=False)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

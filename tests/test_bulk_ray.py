@@ -1,0 +1,40 @@
+"""Bulk runs on a cluster: each image one row, whatever dies there."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import fake_engine
+from tests.test_bulk import small_images
+
+pytest.importorskip("ray", reason="needs the extra ray")
+
+
+def test_a_node_that_dies_costs_no_row_and_one_that_comes_is_used(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    files = small_images(photos, 200)
+    (photos / "broken.png").write_bytes(b"GIF")
+    output = tmp_path / "rows.jsonl"
+    output.write_text(
+        json.dumps({"id": str(files[3]), "caption": "before", "model": "fake"}) + "\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-m", "tests.ray_job", str(output), str(photos)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "198 captioned, 2 failed, 2 left"
+    rows = {row["id"]: row for row in map(json.loads, output.read_text().splitlines())}
+    assert Counter(map(Path, rows)) == Counter([*files, photos / "broken.png"])
+    assert len(output.read_text().splitlines()) == 201
+    assert "not an image" in rows.pop(str(photos / "broken.png"))["error"]
+    assert rows.pop(str(files[3]))["caption"] == "before"
+    assert "the engine's process ended" in rows.pop(str(files[7]))["error"]
+    left = [file for number, file in enumerate(files) if number not in (3, 7)]
+    expected = fake_engine().generate([file.read_bytes() for file in left])
+    assert {name: row["caption"] for name, row in rows.items()} == {
+        str(file): caption.text for file, caption in zip(left, expected, strict=True)
+    }
