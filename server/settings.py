@@ -178,7 +178,8 @@ class Settings(BaseSettings):
     grpc_port: Annotated[
         int | None,
         Field(ge=1, le=65535, description="speak gRPC, too, on this port (the Open Inference "
-              "Protocol, as Triton does); needs the grpc extra, which `make serve` installs"),
+              "Protocol, as Triton does), in a front-end of its own; needs the grpc extra, which "
+              "`make serve` installs"),
     ] = None  # fmt: skip
     grpc_certificate: Annotated[
         Path | None, Field(description="PEM file of certificates for gRPC over TLS")
@@ -210,6 +211,11 @@ class Settings(BaseSettings):
         """Of each worker, if there are several on a processor; 0 leaves all cores to the one."""
         several = (self.workers or 1) > 1 and self.provider not in ("cuda", "tensorrt")
         return max(1, _CORES // (self.workers or 1)) if several else 0
+
+    @property
+    def doors(self) -> int:
+        """Front-ends, that for gRPC included: they share the queue."""
+        return self.front_ends + (self.grpc_port is not None)
 
     @property
     def engine_config(self) -> EngineConfig:

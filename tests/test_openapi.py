@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from runtime.request import Priority
+from server.errors import ERRORS, HTTP_ERRORS, INTERNAL
 from server.http.app import make_app
-from server.http.errors import ERRORS, HTTP_ERRORS, INTERNAL
 from server.http.schemas import CaptionFields, ReadyAnswer, WorkerAnswer
 from tests.fakes import fake_engine
 from tests.live import png, serve

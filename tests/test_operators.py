@@ -18,7 +18,7 @@ from bench.contestants.servers import free_port
 from bench.reliability.load import Clients, after
 from bench.reliability.running import said, sample, service, wait_for
 from runtime.planning.config import EngineConfig
-from server.http.origins import address_of, networks
+from server.addresses import address_of, networks
 from server.logs import _Json
 from server.service.admission import Admission, QueueFull, State
 from server.service.keys import Keys
@@ -155,9 +155,8 @@ def test_an_origin_is_not_echoed_where_all_are_let_in():
     ],
 )
 def test_only_proxies_that_are_named_are_believed(peer, said_by_it, address):
-    headers = {"X-Forwarded-For": said_by_it}
-    assert address_of(peer, headers, networks(("10.0.0.0/8",))) == address
-    assert address_of(peer, headers, []) == peer
+    assert address_of(peer, said_by_it, networks(("10.0.0.0/8",))) == address
+    assert address_of(peer, said_by_it, []) == peer
 
 
 def test_an_access_log_has_fields(caplog, tmp_path):

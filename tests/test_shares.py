@@ -51,10 +51,12 @@ def scenario(test):
 
 
 @scenario
-async def test_a_client_that_is_alone_has_all(scene):
+async def test_a_client_that_is_alone_has_all_and_half_as_many_in_front_of_the_engine(scene):
     for n in range(20):
         await scene.come(f"a{n}", "a", 3)
-    assert len(scene.inside) == 20
+    assert 3 * len(scene.inside) == SLOTS * 3 // 2
+    await scene.end("a0")
+    assert "a4" in scene.inside
 
 
 @scenario

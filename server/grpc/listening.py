@@ -1,5 +1,7 @@
-"""The port that speaks gRPC, on a front-end's own event loop."""
+"""The port that speaks gRPC, on the event loop of a front-end that has no other."""
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 from runtime.errors import VignetteError
@@ -10,6 +12,9 @@ _SERVICE = "inference.GRPCInferenceService"
 _BESIDE = 64 * 1024  # bytes of a message beside its image
 _STREAMS = 128  # at once on one connection
 _CALLS = 2048  # at once
+_IDLE_MS, _AGE_MS = 120_000, 3_600_000  # of a connection; then its client makes another
+_IDENTITY = 1  # the one algorithm that is on: what comes is as large as it is counted
+_SELDOM_SECONDS = 60.0
 
 
 class CannotSpeakGrpc(VignetteError):
@@ -44,8 +49,8 @@ async def start(service: Service) -> GrpcServer | None:
         from grpc_health.v1 import health, health_pb2, health_pb2_grpc
         from grpc_reflection.v1alpha import reflection
 
-        from server.grpc.service import InferenceService
-        from server.grpc.stubs import grpc_service_pb2_grpc
+        from server.grpc.calls import Bounds
+        from server.grpc.service import CAPTIONING, handlers
     except ModuleNotFoundError as cause:
         raise CannotSpeakGrpc(
             f"--grpc-port needs {cause.name}: install the grpc extra (pip install -e '.[grpc]')"
@@ -54,13 +59,19 @@ async def start(service: Service) -> GrpcServer | None:
         options=(
             ("grpc.max_receive_message_length", settings.max_body_bytes + _BESIDE),
             ("grpc.max_concurrent_streams", _STREAMS),
-            ("grpc.so_reuseport", 1),  # all front-ends listen, and the system shares calls out
+            ("grpc.max_connection_idle_ms", _IDLE_MS),
+            ("grpc.max_connection_age_ms", _AGE_MS),
+            ("grpc.compression_enabled_algorithms_bitset", _IDENTITY),
+            ("grpc.so_reuseport", 0),
         ),
         maximum_concurrent_rpcs=_CALLS,
+        interceptors=[Bounds(service, frozenset(f"/{_SERVICE}/{name}" for name in CAPTIONING))],
     )
-    grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-        InferenceService(service), server
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler(_SERVICE, handlers(service))]
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_once_a_minute())
     alive = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(alive, server)
     names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -76,6 +87,22 @@ async def start(service: Service) -> GrpcServer | None:
         raise CannotSpeakGrpc(f"--grpc-port: can't listen on {address}: {cause}") from cause
     await server.start()
     return started
+
+
+def _once_a_minute() -> Callable[[logging.LogRecord], bool]:
+    """Lets what grpc complains of by once a minute: strangers can have it do so without end."""
+    said: dict[str, float] = {}
+
+    def passes(record: logging.LogRecord) -> bool:
+        if not record.name.startswith("grpc"):
+            return True
+        last = said.get(record.msg, -_SELDOM_SECONDS)
+        if record.created - last < _SELDOM_SECONDS:
+            return False
+        said[record.msg] = record.created
+        return True
+
+    return passes
 
 
 def _open(server: Any, address: str, settings: Settings) -> None:

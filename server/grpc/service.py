@@ -4,120 +4,60 @@ The stubs name their methods and messages, and say what each does.
 """
 
 import asyncio
-import math
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import ExitStack, aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
 
 from runtime.errors import InvalidRequest, VignetteError
 from server import kserve
+from server.grpc.calls import Call, Context, Refusal
 from server.grpc.stubs import grpc_service_pb2 as pb
 from server.grpc.stubs import model_config_pb2
-from server.grpc.stubs.grpc_service_pb2_grpc import GRPCInferenceServiceServicer
-from server.http.errors import INTERNAL, answer_to
-from server.http.origins import group_of
+from server.grpc.wire import call_in
 from server.kserve import Inputs
-from server.service.keys import sent
 from server.service.model import Model
 from server.service.service import Service
 from server.streams import growing
 
-Context = Any  # grpc.aio.ServicerContext, which has no types
-_STATUS = {
-    400: grpc.StatusCode.INVALID_ARGUMENT,
-    401: grpc.StatusCode.UNAUTHENTICATED,
-    404: grpc.StatusCode.NOT_FOUND,
-    413: grpc.StatusCode.INVALID_ARGUMENT,
-    422: grpc.StatusCode.INVALID_ARGUMENT,
-    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    500: grpc.StatusCode.INTERNAL,
-    503: grpc.StatusCode.UNAVAILABLE,
-    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+_IDLE_SECONDS = 300.0  # that a stream is kept open for its next request
+_SILENT = "the stream was silent for too long: read its answers, or open another"
+_METHODS = {  # that are not to caption, and their requests
+    "ServerLive": pb.ServerLiveRequest,
+    "ServerReady": pb.ServerReadyRequest,
+    "ModelReady": pb.ModelReadyRequest,
+    "ServerMetadata": pb.ServerMetadataRequest,
+    "ModelMetadata": pb.ModelMetadataRequest,
+    "ModelConfig": pb.ModelConfigRequest,
+    "ModelStatistics": pb.ModelStatisticsRequest,
+    "RepositoryIndex": pb.RepositoryIndexRequest,
 }
-_COPIES = 2  # of a message's images: its own, and those that are taken from it
-_WAITING = 64  # calls whose refusal waits its turn; others are refused at once
-_LEAST_MS = 100  # of a deadline: less is spent on the way
+CAPTIONING = ("ModelInfer", "ModelStreamInfer")  # their requests come as bytes
 
 
-class _Call:
-    """One call: who makes it, and how it ended."""
-
-    waiting = 0  # of all calls
-
-    def __init__(self, service: Service, context: Context) -> None:
-        self.service, self._context = service, context
-        self._metadata = {key.lower(): value for key, value in context.invocation_metadata() or ()}
-        self.model = ""
-        self.key: str | None = None
-        peer = context.peer().split(":", 1)[-1].rpartition(":")[0]  # ipv4:1.2.3.4:5, ipv6:[::1]:5
-        self._address = group_of(peer.strip("[]").removeprefix("%5B").removesuffix("%5D"))
-
-    @property
-    def client(self) -> str:
-        """With whom it shares its turns."""
-        return self.key or self._address
-
-    @property
-    def timeout_ms(self) -> int | None:
-        """What is left of its deadline."""
-        left = self._context.time_remaining()
-        longest = self.service.settings.timeout_seconds
-        if left is None or left > longest:
-            return None
-        return max(_LEAST_MS, math.floor(left * 1e3))
-
-    def enter(self, held: ExitStack) -> None:
-        """Count a caption among those of its key. Raises Unauthorised or TooFast."""
-        if self.service.keys is not None:
-            self.key = held.enter_context(self.service.keys.enter(sent(self._metadata)))
-
-    @contextmanager
-    def held(self, size: int) -> Iterator[ExitStack]:
-        """Its place and its bytes, while it is served; raises what refuses it. Counts its end."""
-        with ExitStack() as held:
-            try:
-                self.enter(held)
-                self.service.check_room(self.client)
-                client = self.client
-                size *= _COPIES
-                self.service.budget.hold(size, client)
-                held.callback(self.service.budget.let_go, size, client)
-                yield held
-            except VignetteError as error:
-                self.service.count(self.model, self.key, answer_to(error, 500).code)
-                raise
-            except (asyncio.CancelledError, GeneratorExit):
-                self.service.count(self.model, self.key, "cancelled")
-                raise
-            except Exception:
-                self.service.count(self.model, self.key, INTERNAL.code)
-                raise
-            self.service.count(self.model, self.key, "ok")
-
-    async def wait_turn(self) -> None:
-        """Wait until this client may be refused, unless too many wait."""
-        wait = self.service.refusals.spend(self.client, 1)
-        if wait and _Call.waiting < _WAITING:
-            _Call.waiting += 1
-            try:
-                await asyncio.sleep(wait)
-            finally:
-                _Call.waiting -= 1
-
-    async def refuse(self, error: VignetteError) -> None:
-        """End the call with an error, at once or when it is this client's turn to be refused."""
-        await self.wait_turn()
-        answer = answer_to(error, 500)
-        retry_after = getattr(error, "retry_after", None)
-        trailing = (("retry-after", str(retry_after)),) if retry_after is not None else ()
-        message = f"{answer.code}: {answer.message or error}"
-        status = _STATUS.get(answer.status, grpc.StatusCode.UNKNOWN)
-        await self._context.abort(status, message, trailing)
+def handlers(service: Service) -> dict[str, Any]:
+    """Of all methods that are served, by their names."""
+    ours = InferenceService(service)
+    return {
+        **{
+            name: grpc.unary_unary_rpc_method_handler(
+                getattr(ours, name), request.FromString, _serialized
+            )
+            for name, request in _METHODS.items()
+        },
+        "ModelInfer": grpc.unary_unary_rpc_method_handler(ours.ModelInfer, None, _serialized),
+        "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(
+            ours.ModelStreamInfer, None, _serialized
+        ),
+    }
 
 
-class InferenceService(GRPCInferenceServiceServicer):
+def _serialized(message: Any) -> bytes:
+    return bytes(message.SerializeToString())
+
+
+class InferenceService:
     """For one front-end."""
 
     def __init__(self, service: Service) -> None:
@@ -160,55 +100,85 @@ class InferenceService(GRPCInferenceServiceServicer):
         ]
         return pb.RepositoryIndexResponse(models=models)
 
-    async def ModelInfer(self, request: Any, context: Context) -> Any:  # noqa: D102, N802
-        call = _Call(self._service, context)
+    async def ModelInfer(self, data: bytes, context: Context) -> Any:  # noqa: D102, N802
+        call = Call(self._service, context)
         try:
-            return await self._infer(request, call)
+            return await self._infer(data, call)
         except VignetteError as error:
-            return await call.refuse(error)
+            refusal = Refusal(error)
+        del data  # or what is raised next would hold it
+        return await call.refuse(refusal, call.images)
 
     async def ModelStreamInfer(  # noqa: D102, N802
-        self, requests: AsyncIterator[Any], context: Context
-    ) -> AsyncIterator[Any]:
-        async for request in requests:
-            call = _Call(self._service, context)
+        self, requests: AsyncIterator[bytes], context: Context
+    ) -> None:
+        try:
+            await self._answered(requests, context)
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, _SILENT)
+
+    async def _answered(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        """All requests of a stream, one after the other. Raises TimeoutError when none comes, or
+        an answer is not read.
+        """
+        while True:
+            async with asyncio.timeout(_IDLE_SECONDS):
+                data = await anext(requests, None)
+            if data is None:
+                return
+            call = Call(self._service, context)
+            answers: asyncio.Queue[Any] = asyncio.Queue()
+            answering = asyncio.create_task(self._answer(data, call, answers))
+            del data
             try:
-                async with aclosing(self._stream(request, call)) as responses:
-                    async for response in responses:
-                        yield pb.ModelStreamInferResponse(infer_response=response)
-            except VignetteError as error:  # the stream goes on with the next request
-                await call.wait_turn()
-                answer = answer_to(error, 500)
-                failed = pb.ModelInferResponse(id=request.id, model_name=request.model_name)
-                yield pb.ModelStreamInferResponse(
-                    error_message=f"{answer.code}: {answer.message or error}", infer_response=failed
+                while (answer := await answers.get()) is not None:
+                    async with asyncio.timeout(self._service.settings.body_seconds):
+                        await context.write(answer)
+                await answering
+            finally:
+                answering.cancel()
+
+    async def _answer(self, data: bytes, call: Call, answers: "asyncio.Queue[Any]") -> None:
+        """All of a stream's answers to one request, whether they are read or not, and None."""
+        try:
+            async with aclosing(self._stream(data, call)) as responses:
+                async for response in responses:
+                    answers.put_nowait(pb.ModelStreamInferResponse(infer_response=response))
+        except VignetteError as error:  # the stream goes on with the next request
+            await call.wait_turn()
+            failed = pb.ModelInferResponse(id=call.id, model_name=call.model)
+            answers.put_nowait(
+                pb.ModelStreamInferResponse(
+                    error_message=Refusal(error).message, infer_response=failed
                 )
+            )
+        finally:
+            answers.put_nowait(None)
 
     async def _model(self, name: str, context: Context) -> Model:
-        call = _Call(self._service, context)
-        await asyncio.sleep(self._service.visits.spend(call.client, 1))
         try:
             return self._service.model(name)
         except VignetteError as error:
-            await call.refuse(error)
+            await Call(self._service, context).refuse(Refusal(error))
             raise AssertionError("a refused call is over") from error
 
-    async def _infer(self, request: Any, call: _Call) -> Any:
-        with call.held(request.ByteSize()) as held:
-            model = self._service.model(request.model_name)
-            call.model = model.name
+    async def _infer(self, data: bytes, call: Call) -> Any:
+        with call.held(len(data)) as held:
+            request = call_in(data)
+            model = call.asks(request)
             inputs = _inputs(request)
+            call.images = len(inputs.images)
             for _ in inputs.images[1:]:
                 call.enter(held)
             captions = await inputs.captions(self._service, model, call.client, call.timeout_ms)
             scores = [caption.score or 0.0 for caption in captions]
             return _response(request, model, [caption.text for caption in captions], scores)
 
-    async def _stream(self, request: Any, call: _Call) -> AsyncGenerator[Any, None]:
+    async def _stream(self, data: bytes, call: Call) -> AsyncGenerator[Any, None]:
         """A response for each token, with the text so far, and one with the caption."""
-        with call.held(request.ByteSize()):
-            model = self._service.model(request.model_name)
-            call.model = model.name
+        with call.held(len(data)):
+            request = call_in(data)
+            model = call.asks(request)
             inputs = _inputs(request)
             if len(inputs.images) != 1:
                 raise InvalidRequest("of a stream each request holds one image")

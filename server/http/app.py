@@ -5,9 +5,9 @@ from typing import cast
 
 import tornado.web
 
+from server.addresses import networks
 from server.http import caption, health, hub, kserve, metrics, openai, pages
 from server.http.handler import Handler
-from server.http.origins import networks
 from server.logs import plain
 from server.service.service import Service
 

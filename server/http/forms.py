@@ -6,7 +6,7 @@ from tornado import httputil
 
 from runtime.errors import InvalidRequest
 from server.bodies import Parts, shown, text
-from server.http.errors import UnsupportedMediaType
+from server.errors import UnsupportedMediaType
 from server.http.schemas import CaptionFields, checked
 
 JSON, FORM = "application/json", "multipart/form-data"

@@ -12,8 +12,9 @@ from typing import Any
 
 import tornado.web
 
-from server.http.errors import INTERNAL, Answer, answer_to
-from server.http.origins import PREFLIGHT, address_of, cors_headers, group_of, networks
+from server.addresses import address_of, group_of, networks
+from server.errors import INTERNAL, Answer, answer_to
+from server.http.origins import PREFLIGHT, cors_headers
 from server.logs import request_id
 from server.service.service import Service
 
@@ -46,7 +47,9 @@ class Handler(tornado.web.RequestHandler):
         self.key: str | None = None  # the name of the client's API key
         peer = self.request.remote_ip or ""
         self.address = address_of(
-            peer, self.request.headers, networks(service.settings.trusted_proxies)
+            peer,
+            self.request.headers.get("X-Forwarded-For", ""),
+            networks(service.settings.trusted_proxies),
         )
         self._refusing = False
         self._timer: asyncio.TimerHandle | None = None  # of a refusal that waits
@@ -183,7 +186,7 @@ class Handler(tornado.web.RequestHandler):
         self._refuse()
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """Answer any error, ours or Tornado's, by the table in `server.http.errors`."""
+        """Answer any error, ours or Tornado's, by the table in `server.errors`."""
         error = kwargs.get("exc_info", (None, None, None))[1]
         answer = answer_to(error, status_code)
         self.set_status(answer.status)

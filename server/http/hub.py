@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from runtime.errors import InvalidRequest
 from server.bodies import media_type, shown
-from server.http.errors import Answer
+from server.errors import Answer
 from server.http.forms import JSON, check_media_type
 from server.http.intake import IntakeHandler
 from server.http.pages import Page

@@ -12,7 +12,7 @@ from typing import Any
 from runtime.errors import InvalidRequest, VignetteError
 from runtime.request import Timing
 from server.bodies import PIECE, Parts, json_parts, shown
-from server.http.errors import BodyTooLarge, UnsupportedMediaType, answer_to
+from server.errors import BodyTooLarge, UnsupportedMediaType, answer_to
 from server.http.handler import Handler
 from server.ipc.dispatcher import Expired
 from server.logs import plain

@@ -13,7 +13,7 @@ from tornado.web import HTTPError
 
 from runtime.errors import InvalidRequest
 from server.bodies import Parts, shown
-from server.http.errors import Answer
+from server.errors import Answer
 from server.http.handler import Handler
 from server.http.intake import IntakeHandler
 from server.http.schemas import checked
@@ -42,7 +42,7 @@ class Tensor(BaseModel):
     """A tensor as it is sent; its data in JSON, or behind it (`binary_data_size`)."""
 
     name: str
-    shape: list[int]
+    shape: Annotated[list[int], Field(max_length=8, fail_fast=True)]
     datatype: str
     data: list[Any] | None = None
     parameters: dict[str, Any] = {}
@@ -59,8 +59,8 @@ class InferRequest(BaseModel):
     """A call."""
 
     id: str = ""
-    inputs: Annotated[list[Tensor], Field(max_length=16)]
-    outputs: Annotated[list[WantedTensor], Field(max_length=16)] | None = None
+    inputs: Annotated[list[Tensor], Field(max_length=16, fail_fast=True)]
+    outputs: Annotated[list[WantedTensor], Field(max_length=16, fail_fast=True)] | None = None
     parameters: dict[str, Any] = {}
 
 

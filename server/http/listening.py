@@ -24,7 +24,7 @@ from tornado.httputil import (
 )
 from tornado.iostream import IOStream, StreamClosedError
 
-from server.http.origins import group_of
+from server.addresses import group_of
 from server.logs import Seldom
 
 log = logging.getLogger(__name__)

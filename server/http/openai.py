@@ -22,7 +22,7 @@ from runtime.request import (
     joined,
 )
 from server.bodies import media_type, shown
-from server.http.errors import Answer, UnsupportedMediaType
+from server.errors import Answer, UnsupportedMediaType
 from server.http.forms import JSON
 from server.http.handler import Handler
 from server.http.intake import IntakeHandler
@@ -64,7 +64,7 @@ class Message(BaseModel):
         str
         | Annotated[
             list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
-            Field(max_length=64),
+            Field(max_length=64, fail_fast=True),
         ]
     )
     name: str | None = None
@@ -82,14 +82,14 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(max_length=64)]
+    messages: Annotated[list[Message], Field(max_length=64, fail_fast=True)]
     max_tokens: Annotated[int | None, Field(ge=1, le=10**9)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1, le=10**9)] = None
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = None
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=4, fail_fast=True)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     stream: bool = False

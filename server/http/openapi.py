@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from server.http.errors import ERRORS, HTTP_ERRORS, INTERNAL
+from server.errors import ERRORS, HTTP_ERRORS, INTERNAL
 from server.http.kserve import InferRequest
 from server.http.openai import ChatRequest
 from server.http.schemas import (

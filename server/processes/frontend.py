@@ -41,7 +41,7 @@ from server.logs import configure
 from server.metrics import count_as
 from server.models import ServedModel
 from server.processes.ports import Ports
-from server.processes.system import follow_parent
+from server.processes.system import follow_parent, give_way, limit_memory
 from server.service.service import Service, make_service
 from server.settings import Settings
 
@@ -51,6 +51,7 @@ _HEADER_BYTES = 56 * 1024  # a prompt of 4,096 characters takes 48 KiB in a quer
 _READ_BYTES = 64 * 1024  # of a body at a time
 _OTHER_BODY_BYTES = 64 * 1024  # of requests that are not for /caption, which sets its own limit
 _COLLECTIONS = 5_000, 20, 50  # objects to a young one, those to a middle one, to a full one
+_GRPC_MEMORY = 4 * 2**30  # bytes of address space: messages that come in there are not counted
 _OTHER_FILES = 256  # that are no connections: sockets to the other processes, libraries
 
 
@@ -88,10 +89,15 @@ def _service(
 
 async def _serve(make: Callable[[], Service], folder: Path, ports: Ports, name: str) -> None:
     service = make()
-    servers = [listen(service, make_app(service), ports.public)]
-    if ports.ops:
-        servers.append(listen(service, make_ops_app(service), ports.ops))
-    grpc = await start_grpc(service)
+    servers, grpc = [], None
+    if service.index < service.settings.front_ends:
+        servers.append(listen(service, make_app(service), ports.public))
+        if ports.ops:
+            servers.append(listen(service, make_ops_app(service), ports.ops))
+    else:  # the last one, which no flood of frames on that port takes from HTTP
+        give_way()
+        limit_memory(_GRPC_MEMORY + sum(model.store.size for model in service.models.values()))
+        grpc = await start_grpc(service)
     control = zmq.asyncio.Context.instance().socket(zmq.DEALER)
     control.identity = name.encode()
     control.connect(control_address(folder))
@@ -155,7 +161,7 @@ def update(service: Service, serving: Serving) -> None:
         for digest, until in serving.refused.get(name, {}).items():
             model.links.dispatcher.refuse(digest, until)
         ours = [worker for worker in serving.workers if worker.model == name]
-        model.update(ours, service.settings.front_ends)
+        model.update(ours, service.settings.doors)
 
 
 async def _hear(control: zmq.asyncio.Socket, service: Service, grpc: GrpcServer | None) -> None:

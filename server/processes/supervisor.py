@@ -91,7 +91,7 @@ class Supervisor:
                 self._workers.append(Child("worker", number, run, model.name, _variables(device)))
         main = partial(frontend.main, settings, models, self._folder, self._ports)
         self._later = [
-            Child("front", index, main, environment=_MEMORY) for index in range(settings.front_ends)
+            Child("front", index, main, environment=_MEMORY) for index in range(settings.doors)
         ]
         self._front_ends: list[Child] = []  # those, once the engine is whole
         self._whole: set[str] = set()  # models whose engine was found so

@@ -103,7 +103,7 @@ class Service:
         """On a thread: many keys take long."""
         path = self.settings.api_keys
         assert path is not None
-        ours = self.settings.front_ends, self.index, reading
+        ours = self.settings.doors, self.index, reading
         try:
             self.keys = await asyncio.to_thread(Keys.open, path, self.folder, *ours)
         except VignetteError as error:
@@ -259,7 +259,7 @@ Known = Mapping[str, tuple[Manifest, CaptionTokenizer]]  # of each model, by its
 def make_service(settings: Settings, known: Known, folder: Path, index: int, epoch: int) -> Service:
     """The parts of one front-end. `folder` is the run's."""
     name = process_name("front", index, epoch)
-    share = -(-settings.max_queue // settings.front_ends)
+    share = -(-settings.max_queue // settings.doors)
     # Decodings may outlast requests that gave up.
     places = (settings.slots or SLOTS) * (settings.workers or 1) + share + settings.decoders + ASIDE
     stores = [
@@ -295,10 +295,10 @@ def make_service(settings: Settings, known: Known, folder: Path, index: int, epo
     return Service(
         settings=settings,
         models=models,
-        budget=ByteBudget(settings.max_queue_bytes // settings.front_ends),
+        budget=ByteBudget(settings.max_queue_bytes // settings.doors),
         metrics=Metrics(),
         decoders=decoders,
-        keys=Keys.open(keys, folder, settings.front_ends, index) if keys else None,
+        keys=Keys.open(keys, folder, settings.doors, index) if keys else None,
         cache=OutputCache(settings.cache_mb * 2**20) if settings.cache_mb else None,
         fetcher=Fetcher(domains, settings.max_body_bytes) if domains else None,
         tracer=Tracer(settings.traces) if settings.traces else None,

@@ -30,7 +30,8 @@ class Shares:
 
     def __init__(self, linger: float = _LINGER_SECONDS) -> None:
         """slots: set it; half of them are one client's while others are here, or were a moment ago:
-        between two requests of theirs it must not take all.
+        between two requests of theirs it must not take all. Who is alone has all, and half as many
+        wait in the engine, so that it encodes several together: whoever comes is behind those.
         """
         self.slots = 0
         self._linger = linger
@@ -82,7 +83,8 @@ class Shares:
         left = []
         for each in self._waiting:
             mine = self._taken[each.client]
-            fits = not mine or alone or mine + each.rows <= self.slots // 2
+            most = self.slots + self.slots // 2 if alone else self.slots // 2
+            fits = not mine or mine + each.rows <= most
             if each.client in blocked or not fits:
                 blocked.add(each.client)
                 left.append(each)
