@@ -33,6 +33,7 @@ _STATUS = {
 _COPIES = 2  # of a message's images: its own, and those that are taken from it
 _LEAST_MS = 100  # of a deadline: less is spent on the way
 _EACH = 256  # calls that one address has at once
+_SMALL = 64 * 1024  # bytes
 _LARGEST = 4096  # bytes of a message that is not to caption
 _TOO_MANY = "too_many_calls: this address has, or makes, more calls than one may: wait for answers"
 _TOO_LARGE = "invalid_request: the message is larger than this method takes"
@@ -116,6 +117,11 @@ class Call:
                 self.service.count(self.model, self.key, INTERNAL.code)
                 raise
             self.service.count(self.model, self.key, "ok")
+
+    async def wait_for(self, size: int) -> None:
+        """Wait until this client may have sent so many bytes; small messages are free."""
+        if size > _SMALL:
+            await asyncio.sleep(self.service.intake.spend(self.client, size))
 
     async def wait_turn(self, images: int = 1) -> None:
         """Wait until this client may be refused so many images."""

@@ -163,6 +163,7 @@ class InferenceService:
             raise AssertionError("a refused call is over") from error
 
     async def _infer(self, data: bytes, call: Call) -> Any:
+        await call.wait_for(len(data))
         with call.held(len(data)) as held:
             request = call_in(data)
             model = call.asks(request)
@@ -176,6 +177,7 @@ class InferenceService:
 
     async def _stream(self, data: bytes, call: Call) -> AsyncGenerator[Any, None]:
         """A response for each token, with the text so far, and one with the caption."""
+        await call.wait_for(len(data))
         with call.held(len(data)):
             request = call_in(data)
             model = call.asks(request)
