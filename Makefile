@@ -11,11 +11,12 @@ OUTPUT ?= captions.jsonl
 PYTHON ?= python3
 TARGET ?= gpu
 DEVICE ?= cpu
+DATA ?=
 WHEELS ?=
 TORCH_INDEX ?=
 
 # Recipes read these from their environment, whatever is in them: blanks, quotes, dollars.
-export PORT ENGINE MODEL NAME IMAGE IMAGES OUTPUT URL DEVICE
+export PORT ENGINE MODEL NAME IMAGE IMAGES OUTPUT URL DEVICE DATA
 export TOKENIZERS_PARALLELISM = false
 export ORT_DISABLE_TELEMETRY = 1
 
@@ -73,8 +74,8 @@ demo-engine: .venv-dev/ready  ## rebuild engines/demo from the committed weights
 	@$(DEV) -m vignette export demo/model --name vignette-demo --images demo/.cache/pictures \
 	  --verify-images 64 --target cuda --output engines/demo --about '$(ABOUT)'
 
-evaluate: .venv-dev/ready  ## score engines/demo on 1,000 held-out scenes of each kind
-	@$(DEV) -m vignette evaluate --engine "$$ENGINE" $(ARGS)
+evaluate: .venv-dev/ready  ## score ENGINE on 1,000 held-out scenes; with DATA (references) and IMAGES on yours
+	@$(DEV) -m $(if $(DATA),vignette evaluate --data "$$DATA" --images "$$IMAGES",demo evaluate) --engine "$$ENGINE" $(ARGS)
 
 baseline: engines/random-git-base/manifest.json  ## PyTorch servers under ApacheBench (QUICK=1)
 	@$(BENCH) --baseline --output bench/runs/baseline --called '$(CALLED)' http $(ARGS)
@@ -147,7 +148,7 @@ clean:  ## remove all environments
 
 .venv/ready: EXTRAS = cpu,grpc
 .venv/ready-bulk: EXTRAS = cpu,grpc,bulk
-.venv-dev/ready: EXTRAS = cpu,grpc,bulk,export,bench,dev,otel
+.venv-dev/ready: EXTRAS = cpu,grpc,bulk,ray,export,bench,quality,dev,otel
 
 .venv-gpu/ready: EXTRAS = gpu,grpc
 .venv-gpu/ready-bulk: EXTRAS = gpu,grpc,bulk

@@ -29,8 +29,8 @@ COMMANDS = {
     ),
     "tune": Command("an engine, to this machine", "runtime.planning.tune"),
     "evaluate": Command(
-        "an engine of the demo model, on scenes it never saw", "demo.__main__",
-        before=("evaluate",),
+        "what settings do to captions, on pictures that people described", "bench.quality.command",
+        ("onnxruntime", "pycocoevalcap", "nltk"), "quality,cpu",
     ),
     "bench": Command(
         "Vignette against PyTorch, side by side", "bench.__main__",

@@ -31,9 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--pairs", type=float, help="share of scenes with two nouns")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
     train.set_defaults(run=_train)
-    evaluate = commands.add_parser(
-        "evaluate", prog="vignette evaluate", help="score an engine on held-out scenes"
-    )
+    evaluate = commands.add_parser("evaluate", help="score an engine on held-out scenes")
     evaluate.add_argument("--engine", type=Path, default=demo_engine())
     evaluate.add_argument("--scenes", type=int, default=1000, help="of each kind")
     evaluate.add_argument("--provider", default="auto", help="execution provider of the encoder")

@@ -1,0 +1,1 @@
+"""What a setting does to captions, on pictures that people described."""
