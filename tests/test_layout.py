@@ -22,6 +22,7 @@ ALLOWED_IN = {
     "export/reference.py": {"runtime.decoding", "runtime.request"},  # the choice among beams
     "export/__main__.py": {"runtime"},
     "export/pictures.py": {"runtime.model.preprocess"},  # what Hugging Face's leaves to its caller
+    "bench/sections/bulk.py": {"server.bulk"},  # no server: what it measures runs in the process
     "bench/reliability/faulty.py": {"server"},  # the service, with faults built in
 }
 HEAVY = {"torch", "transformers", "optimum", "onnx"}

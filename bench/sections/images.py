@@ -20,7 +20,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     how = manifests.load(settings.engine).preprocessing
     rows = []
     for width, height in tqdm(_SIZES, desc="preprocessing", unit="size"):
-        data = _jpeg(width, height)
+        data = jpeg(width, height)
         exact = to_pixels(decode(data), how)
         served = preprocess(data, how)
         rows.append(
@@ -34,7 +34,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def _jpeg(width: int, height: int) -> bytes:
+def jpeg(width: int, height: int) -> bytes:
     """Colour patches under fine grain, which costs a decoder about what a photograph does."""
     rng = np.random.default_rng(0)
     patches = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))

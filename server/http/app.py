@@ -27,6 +27,8 @@ def make_app(service: Service) -> tornado.web.Application:
     routes: list[tuple[str, type[Handler]]] = [
         (r"/", hub.HubHandler),
         (r"/openapi.json", pages.OpenApiHandler),
+        (r"/docs", pages.DocsHandler),
+        (r"/static/([a-z./-]+)", pages.StaticHandler),
         (r"/samples/([a-z-]+\.png)", pages.SampleHandler),
         (r"/caption", caption.CaptionHandler),
         (r"/v2", kserve.ServerHandler),

@@ -1,4 +1,4 @@
-"""GET /: what this is and how to call it. Unknown routes end here too."""
+"""GET / to try the service, GET /docs with its interface, and what they are made of."""
 
 import json
 from functools import cache
@@ -9,23 +9,74 @@ import tornado.web
 from server.http.handler import Handler
 from server.http.openapi import document
 
-_PAGE = Path(__file__).with_name("page.html")
+_STATIC = Path(__file__).with_name("static")
 _SAMPLES = Path(__file__).parents[2] / "demo" / "samples"
 _DEMO = "vignette-demo"
-_FACTS = "{/* what the server says of itself */}"
+_ASKED = "vqa"  # in the names of checkpoints that were trained to answer questions
+_TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+}
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
-class Page(Handler):
-    """A short page to try the service on."""
+class _Page(Handler):
+    """What a browser shows."""
+
+    def show(self, content: str) -> None:
+        """Answer with a page, which may load nothing from elsewhere and run nothing of others."""
+        self.set_header("Content-Type", _TYPES[".html"])
+        self.set_header("Content-Security-Policy", _POLICY)
+        self.set_header("X-Content-Type-Options", "nosniff")
+        self.set_header("Referrer-Policy", "no-referrer")
+        self.finish(content)
+
+
+class Page(_Page):
+    """GET /: a page to try the service on."""
 
     async def get(self) -> None:
-        """HTML, self-contained but for the samples of the demo model."""
+        """HTML; all else that it needs is served here, too."""
         await self.paced()
-        models = {name: model.manifest.about for name, model in self.service.models.items()}
-        facts = {"models": models, "samples": _samples() if _DEMO in models else []}
-        self.set_header("Content-Type", "text/html; charset=utf-8")
-        # "</script>" in a text would end the script that it stands in.
-        self.finish(_page().replace(_FACTS, json.dumps(facts).replace("<", "\\u003c")))
+        models = {
+            name: {"about": model.manifest.about, "asked": name == _DEMO or _ASKED in name}
+            for name, model in self.service.models.items()
+        }
+        facts = {
+            "models": models,
+            "samples": _samples() if _DEMO in models else [],
+            "ops": self.service.settings.ops_port is None,
+        }
+        # "</script>" in a text would end the element that it stands in.
+        written = json.dumps(facts).replace("<", "\\u003c")
+        self.show(_read("page.html").decode().replace("FACTS", written))
+
+
+class DocsHandler(_Page):
+    """GET /docs: the interface, to read and to try."""
+
+    async def get(self) -> None:
+        """HTML."""
+        await self.paced()
+        self.show(_read("docs.html").decode())
+
+
+class StaticHandler(Handler):
+    """GET /static/NAME: what the pages are made of."""
+
+    async def get(self, name: str) -> None:
+        """One of the files."""
+        await self.paced()
+        if name not in _files():
+            raise tornado.web.HTTPError(404)
+        self.set_header("Content-Type", _TYPES[Path(name).suffix])
+        self.set_header("X-Content-Type-Options", "nosniff")
+        self.set_header("Cache-Control", "no-cache")  # asked for again, answered 304
+        self.finish(_read(name))
 
 
 class SampleHandler(Handler):
@@ -61,8 +112,14 @@ class NotFoundHandler(Handler):
 
 
 @cache
-def _page() -> str:
-    return _PAGE.read_text()
+def _files() -> list[str]:
+    names = (path.relative_to(_STATIC) for path in _STATIC.rglob("*"))
+    return [name.as_posix() for name in names if name.suffix in _TYPES]
+
+
+@cache
+def _read(name: str) -> bytes:
+    return (_STATIC / name).read_bytes()
 
 
 @cache

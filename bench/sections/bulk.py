@@ -1,0 +1,73 @@
+"""`vignette caption` against the engine alone: what reading, decoding and writing cost."""
+
+import statistics
+import tempfile
+import time
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bench.common.settings import TOKENS, Settings
+from bench.common.timing import seconds
+from bench.sections.images import jpeg
+from runtime.engine import Engine
+from runtime.model.preprocess import MAX_PIXELS, preprocess
+from server.bulk.captioning import Captioning, Plan
+from server.bulk.index import Kept
+from server.bulk.inputs import items, parts
+from server.bulk.job import About, Job
+from server.bulk.lists import Columns
+from server.bulk.local import LocalCaptioner
+from server.bulk.outputs import open_output
+
+_OUTPUTS = ("rows.jsonl", "rows.csv", "rows.parquet", "rows.tar", "texts/")
+_SAMPLING: dict[str, Any] = {"max_new_tokens": TOKENS, "ignore_eos": True}
+_SIZE = 640, 480
+_LIMIT = 10**8  # bytes of an image
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Images a second for each output, in turns with the engine's own on decoded images; medians,
+    and each as a share of the engine's in the same turn.
+    """
+    image = jpeg(*_SIZE)
+    engine = Engine.open(settings.engine)
+    pixels = [preprocess(image, engine.manifest.preprocessing)] * settings.images
+    rates: dict[str, list[float]] = {name: [] for name in ("engine", *_OUTPUTS)}
+    opening = partial(Engine.open, settings.engine)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(LocalCaptioner(opening, None, _SAMPLING, MAX_PIXELS)) as captioner,
+    ):
+        photos = Path(folder, "photos")
+        photos.mkdir()
+        for number in range(settings.images):
+            (photos / f"{number}.jpg").write_bytes(image)
+        _run(captioner, photos, f"{folder}/first.jsonl")  # its decoders start
+        for turn in tqdm(range(settings.repeats), desc="bulk", unit="turn"):
+            taken = seconds(lambda: engine.generate(pixels, **_SAMPLING))
+            rates["engine"].append(settings.images / taken)
+            for name in _OUTPUTS:
+                started = time.perf_counter()
+                _run(captioner, photos, f"{folder}/{turn}-{name}")
+                rates[name].append(settings.images / (time.perf_counter() - started))
+    shares = {
+        name: statistics.median(r / own for r, own in zip(found, rates["engine"], strict=True))
+        for name, found in rates.items()
+    }
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    return {"images": settings.images, "rates": medians, "shares": shares}
+
+
+def _run(captioner: LocalCaptioner, photos: Path, output: str) -> None:
+    with closing(open_output(output, overwrite=False)) as opened:
+        job = Job(opened, About("bench", captioner.identity))
+        job.read()
+        found = Captioning(captioner, Plan(None, _LIMIT), Kept()).run(
+            job.left(items(parts([str(photos)], Columns(), _LIMIT)))
+        )
+        told = job.write(found, lambda told: None)
+    assert not told.failed
