@@ -113,11 +113,16 @@ def _keep(found: Parts, segment: MultipartSegment, content: bytes) -> None:
         return
     if segment.filename is not None:
         raise InvalidRequest(f"unknown file field {shown(name)}: use the field 'image'")
-    if name in found.fields:
-        raise InvalidRequest(f"the field {shown(name)} is given twice: send it once")
     if len(content) > _TEXT:
         raise InvalidRequest(f"the field {shown(name)} is longer than {_TEXT} bytes")
-    found.fields[name] = text(name, content)
+    value = text(name, content)
+    if name in found.fields and name == "prompt":  # one for each image
+        before = found.fields[name]
+        found.fields[name] = [*(before if isinstance(before, list) else [before]), value]
+    elif name in found.fields:
+        raise InvalidRequest(f"the field {shown(name)} is given twice: send it once")
+    else:
+        found.fields[name] = value
 
 
 def text(name: str, value: bytes) -> str:
@@ -131,10 +136,10 @@ def text(name: str, value: bytes) -> str:
 def json_parts(body: bytes) -> Parts:
     """The fields of a JSON object, with the images in it (base64, or data URLs) decoded.
 
-    They stand in `image` (one, or a list), which is taken out, or where other protocols have them:
-    in `inputs`, `inputs.image`, the `data` of a tensor IMAGE in `inputs`, or `image_url.url` of a
-    part of a message's content. There each leaves its place in the list of images. Raises
-    InvalidRequest naming what is wrong.
+    They stand in `image` (one, or a list), which is taken out, in `images` (each as it is, or as
+    `image` of an object), or where other protocols have them: in `inputs`, `inputs.image`, the
+    `data` of a tensor IMAGE in `inputs`, or `image_url.url` of a part of a message's content.
+    There each leaves its place in the list of images. Raises InvalidRequest naming what is wrong.
     """
     outline, long = _outline(body)
     try:
@@ -157,10 +162,17 @@ def json_parts(body: bytes) -> Parts:
 
 
 def _places(fields: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """Where other protocols have images: what holds each, and by which key.
+    """Where images are beside `image`: what holds each, and by which key.
 
     Nothing else may stand there: numbers will mean the images that were taken out.
     """
+    images = fields.get("images")
+    for place, each in enumerate(images if isinstance(images, list) else []):
+        if isinstance(each, dict):
+            each.setdefault("image", None)
+            yield each, "image"
+        else:
+            yield images, place
     inputs = fields.get("inputs")
     if isinstance(inputs, str | int | float):
         yield fields, "inputs"

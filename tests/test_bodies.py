@@ -67,7 +67,7 @@ def test_quotes_behind_any_number_of_backslashes_end_what_they_end():
 
 
 def test_a_field_of_a_form_is_given_once():
-    part = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n3\r\n'
+    part = b'--b\r\nContent-Disposition: form-data; name="n"\r\n\r\n3\r\n'
     with pytest.raises(InvalidRequest, match="given twice"):
         list(read_form(part * 2 + b"--b--\r\n", "b", Parts()))
 

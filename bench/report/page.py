@@ -281,8 +281,8 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
                 "batch is the best of those under 'Time against batch size'. Where PyTorch's fp32 "
                 "products run far below the machine's peak (see 'Against the machine's limits'), "
                 "bf16 is the fairer rival.", _offline),
-    "bulk": ("Captions in bulk", "A folder of JPEGs of 640 x 480 through vignette caption, once for "
-             "each kind of output, in turns with the engine alone.", _bulk),
+    "bulk": ("Captions in bulk", "A folder of JPEGs of 640 x 480 through vignette caption, once "
+             "for each kind of output, in turns with the engine alone.", _bulk),
     "rival": ("PyTorch at its best", "The same modules with the image encoded once, a static "
               "cache, bfloat16, and compiled with frozen weights.", _rival),
     "beams": ("Beam search", "Hugging Face encodes the image again for every beam and token; "

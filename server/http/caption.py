@@ -6,13 +6,22 @@ import time
 from contextlib import aclosing
 from typing import Any
 
-from runtime.errors import InvalidRequest
+from runtime.errors import InvalidRequest, VignetteError
 from runtime.request import Caption, GenerationRequest, captioned
 from server.bodies import Parts, media_type, read_form
+from server.errors import answer_to
 from server.http.events import EventStream
-from server.http.forms import FORM, JSON, URLENCODED, asked, check_media_type, query_fields
+from server.http.forms import (
+    FORM,
+    JSON,
+    URLENCODED,
+    Asked,
+    asked,
+    check_media_type,
+    query_fields,
+)
 from server.http.intake import EVENTS, IntakeHandler
-from server.http.schemas import CaptionAnswer
+from server.http.schemas import CaptionAnswer, CaptionFields
 from server.service.model import Model
 from server.service.service import Images
 
@@ -31,12 +40,17 @@ class CaptionHandler(IntakeHandler):
     async def serve(self, body: bytes) -> None:
         """Answer with the caption, as JSON or, for `Accept: text/plain`, as it is."""
         started = time.perf_counter()
-        fields, images = asked(await self._parts(body), query_fields(self.request))
+        wanted = asked(await self._parts(body), query_fields(self.request))
         del body
+        fields, images = wanted.fields, wanted.images
         model = self.service.model(fields.model)
         self.model = model.name
         accept = self.request.headers.get("Accept", "")[:_ACCEPT]
         streams = fields.stream or EVENTS in accept
+        several = isinstance(images, list) and len(images) > 1 and not model.manifest.sizes.frames
+        if several or wanted.prompts is not None:
+            await self._several(model, wanted, streams, started)
+            return
         request = model.request(
             fields.prompt, fields.sampling, fields.priority, fields.timeout_ms, streams
         )
@@ -50,6 +64,41 @@ class CaptionHandler(IntakeHandler):
             self.finish(caption.text + "\n")
         else:
             self.write_json(answer)
+
+    async def _several(self, model: Model, wanted: Asked, streams: bool, started: float) -> None:
+        """Answer with a list: of each image its caption, or what was wrong with it."""
+        assert isinstance(wanted.images, list)
+        if streams or model.manifest.sizes.frames:
+            raise InvalidRequest("several images go without stream, and with models of one image")
+        for _ in wanted.images[1:]:
+            self.take_place()
+        prompts = wanted.prompts or [None] * len(wanted.images)
+        tasks = [
+            asyncio.create_task(self._one(model, wanted.fields, image, prompt, started))
+            for image, prompt in zip(wanted.images, prompts, strict=True)
+        ]
+        try:
+            results = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        self.service.refusals.spend(self.client, sum("error" in result for result in results))
+        self.write_json({"results": results})
+
+    async def _one(
+        self, model: Model, fields: CaptionFields, image: bytes, prompt: str | None, started: float
+    ) -> dict[str, Any]:
+        try:
+            if not image:
+                raise InvalidRequest("the image is empty: send a whole file")
+            request = model.request(
+                prompt or fields.prompt, fields.sampling, fields.priority, fields.timeout_ms
+            )
+            caption = await self.service.caption(model, request, [image], self.client)
+        except VignetteError as error:
+            answer = answer_to(error, 500)
+            return self.shown_error(answer, answer.message or str(error))
+        return self._answer(model, caption, started)
 
     async def _stream(
         self, model: Model, request: GenerationRequest, images: Images, started: float

@@ -1,5 +1,6 @@
 """What a caption request asks for, whichever way it was sent: its fields, checked."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from tornado import httputil
@@ -37,18 +38,56 @@ def query_fields(request: httputil.HTTPServerRequest) -> dict[str, Any]:
     return fields
 
 
-def asked(parts: Parts, query: dict[str, Any]) -> tuple[CaptionFields, list[bytes] | str]:
-    """What to do, and with what: encoded images, one or one a frame, or where one is to be fetched.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to do, and with what. images: encoded, or where one is to be fetched.
 
-    Fields of the body count above those of the query. Raises InvalidRequest naming what is wrong.
+    prompts: of each image, where they are asked for one by one; fields.prompt is that of those
+    which have none.
+    """
+
+    fields: CaptionFields
+    images: list[bytes] | str
+    prompts: list[str | None] | None
+
+
+def asked(parts: Parts, query: dict[str, Any]) -> Asked:
+    """Fields of the body count above those of the query.
+
+    Raises InvalidRequest naming what is wrong.
     """
     fields = query | parts.fields
-    url = fields.pop("image_url", None)
+    url, entries = fields.pop("image_url", None), fields.pop("images", None)
     if url is not None and (parts.images or not isinstance(url, str)):
         raise InvalidRequest("send either image or image_url, and the latter as a string")
+    prompts = None if entries is None else _prompts(entries, len(parts.images))
+    if isinstance(fields.get("prompt"), list):
+        prompts = fields.pop("prompt")
+        if len(prompts) != len(parts.images):
+            raise InvalidRequest(
+                f"{len(prompts)} prompts and {len(parts.images)} images were sent: send one prompt "
+                "for all, or one for each"
+            )
     wanted = checked(CaptionFields, fields)
     if url is None and not parts.images:
         raise InvalidRequest("the field 'image' is missing or not a string: send it as base64")
-    if not all(parts.images):
+    if prompts is None and not all(parts.images):
         raise InvalidRequest("the image is empty: send a whole file")
-    return wanted, url or parts.images
+    return Asked(wanted, url or parts.images, prompts)
+
+
+def _prompts(entries: Any, images: int) -> list[str | None]:
+    """Of the images of a JSON body. Raises InvalidRequest."""
+    if not isinstance(entries, list) or not entries or len(entries) != images:
+        raise InvalidRequest(
+            "images must be a list of base64, or of objects with image and prompt, and stand alone"
+        )
+    found = []
+    for entry in entries:
+        prompt = entry.get("prompt") if isinstance(entry, dict) else None
+        if isinstance(entry, dict) and (other := sorted(entry.keys() - {"image", "prompt"})):
+            raise InvalidRequest(f"unknown field {shown(other[0])} of images: image and prompt")
+        if not isinstance(prompt, str | None):
+            raise InvalidRequest("the field images.prompt must be a string")
+        found.append(prompt)
+    return found

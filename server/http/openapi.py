@@ -16,6 +16,7 @@ from server.http.schemas import (
     CaptionRequest,
     ErrorAnswer,
     ReadyAnswer,
+    SeveralAnswer,
 )
 
 _ROUTES = Path(__file__).with_name("openapi.json")
@@ -27,6 +28,7 @@ _SHAPES = (
     CaptionAnswer,
     ErrorAnswer,
     ReadyAnswer,
+    SeveralAnswer,
 )
 _REFERENCE = "#/components/schemas/{model}"
 

@@ -147,14 +147,25 @@ class CaptionFields(BaseModel):
         return {name: value for name, value in fields.items() if value not in (None, "")}
 
 
+class ImageEntry(BaseModel):
+    """One of several images. image: base64, also as a data URL."""
+
+    image: str
+    prompt: str | None = None
+
+
 class CaptionRequest(CaptionFields):
-    """Either image or image_url."""
+    """Either image, images or image_url."""
 
     image: Annotated[
         str | list[str] | None,
         Field(description="Base64, also as a data URL; a list with one for each frame for video "
               "checkpoints."),
     ] = None  # fmt: skip
+    images: Annotated[
+        list[str | ImageEntry] | None,
+        Field(max_length=64, description="Several, each with a caption or an error of its own."),
+    ] = None
     image_url: Annotated[
         str | None,
         Field(pattern="^https://", description="Where to fetch the image; switched off unless the "
@@ -254,6 +265,12 @@ class CaptionAnswer(AnotherCaption):
         stages = zip(Milliseconds.model_fields, seconds, strict=True)
         fields["timing_ms"] = {stage: round(each * 1e3, 2) for stage, each in stages}
         return fields
+
+
+class SeveralAnswer(BaseModel):
+    """Of several images, in their order."""
+
+    results: list["CaptionAnswer | ErrorAnswer"]
 
 
 class WorkerAnswer(BaseModel):
