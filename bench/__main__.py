@@ -27,6 +27,7 @@ from bench.sections import (
     offline,
     open_loop,
     profile,
+    protocols,
     rival,
     scheduling,
     scores,
@@ -61,6 +62,7 @@ SECTIONS: dict[str, Section] = {
     "scheduling": lambda settings, _: scheduling.measure(settings),
     "http": lambda settings, _: apache.measure(settings),
     "service": lambda settings, _: service.measure(settings),
+    "protocols": lambda settings, _: protocols.measure(settings),
     "front_ends": lambda settings, _: front_ends.measure(settings),
     "open_loop": lambda settings, done: open_loop.measure(settings, _known_rates(done)),
 }

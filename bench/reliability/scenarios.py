@@ -9,6 +9,7 @@ from bench.reliability import (
     endurance,
     images,
     processes,
+    protocols,
     surroundings,
     urls,
 )
@@ -45,4 +46,5 @@ SCENARIOS: dict[str, tuple[int, Callable[..., Verdict]]] = {
     "ambiguous images among others": (28, surroundings.neighbours),
     "signals, heads, decoders": (29, surroundings.small_ones),
     "all attacks for two hours": (30, beside.siege),
+    "a worker killed under streams and gRPC": (31, protocols.killed_under_streams),
 }

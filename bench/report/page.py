@@ -95,6 +95,14 @@ def _offline(section: dict[str, Any]) -> str:
     return _table(head, rows) + ratios + said + failed
 
 
+def _protocols(section: dict[str, Any]) -> str:
+    rows = [
+        (name, _number(rate, 2), f"{section['shares'][name]:.1%}")
+        for name, rate in section["rates"].items()
+    ]
+    return _table(("", "captions a second", "of /caption's"), rows)
+
+
 def _bulk(section: dict[str, Any]) -> str:
     rows = [
         ("the engine alone, images decoded" if name == "engine" else name,
@@ -292,6 +300,8 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
                "right answer of two, one right and one wrong, has the higher score.", _scores),
     "http": ("Over HTTP", "ApacheBench: each client sends its next request when the last is "
              "answered. Slow contestants get fewer requests; every run is finished.", _http),
+    "protocols": ("Other protocols", "16 clients that each send the next image when one is "
+                  "captioned; the protocols in turns, each as a share of /caption.", _protocols),
     "service": ("The service itself", "Vignette as its processes.", _service),
     "front_ends": ("Taking images in", "JPEGs of 640x480 over HTTP, 64 clients, on the demo "
                    "engine, whose captions cost little.", _front_ends),
