@@ -146,9 +146,9 @@ format: .venv-dev/ready  ## let ruff put the code in order
 clean:  ## remove all environments
 	rm -rf .venv .venv-stubs .venv-dev .venv-gpu .venv-gpu-dev
 
-.venv/ready: EXTRAS = cpu,grpc
-.venv/ready-bulk: EXTRAS = cpu,grpc,bulk
-.venv-dev/ready: EXTRAS = cpu,grpc,bulk,ray,export,bench,quality,dev,otel
+.venv/ready: EXTRAS = cpu,grpc,video
+.venv/ready-bulk: EXTRAS = cpu,grpc,video,bulk
+.venv-dev/ready: EXTRAS = cpu,grpc,video,bulk,ray,export,bench,quality,dev,otel
 
 .venv-gpu/ready: EXTRAS = gpu,grpc
 .venv-gpu/ready-bulk: EXTRAS = gpu,grpc,bulk

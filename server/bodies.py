@@ -39,27 +39,29 @@ def shown(text: object) -> str:
 
 @dataclass(slots=True)
 class Parts:
-    """What a body holds: texts and numbers by name, and encoded images."""
+    """What a body holds: texts and numbers by name, and encoded images, or a clip."""
 
     fields: dict[str, Any] = field(default_factory=dict)
     images: list[bytes] = field(default_factory=list)
+    video: bytes | None = None
 
     def packed(self) -> bytes:
         """As bytes; `unpacked` reads them."""
-        text = json.dumps([self.fields, [len(image) for image in self.images]], ensure_ascii=False)
-        head = text.encode("utf-8", "surrogatepass")
-        return b"".join([len(head).to_bytes(4, "big"), head, *self.images])
+        parts = [*self.images, *([] if self.video is None else [self.video])]
+        about = [self.fields, [len(part) for part in parts], self.video is not None]
+        head = json.dumps(about, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        return b"".join([len(head).to_bytes(4, "big"), head, *parts])
 
     @classmethod
     def unpacked(cls, data: bytes) -> "Parts":
         """What `packed` made."""
         start = 4 + int.from_bytes(data[:4], "big")
-        fields, lengths = json.loads(data[4:start].decode("utf-8", "surrogatepass"))
-        images = []
+        fields, lengths, clip = json.loads(data[4:start].decode("utf-8", "surrogatepass"))
+        parts = []
         for length in lengths:
-            images.append(data[start : start + length])
+            parts.append(data[start : start + length])
             start += length
-        return cls(fields, images)
+        return cls(fields, parts[:-1] if clip else parts, parts[-1] if clip else None)
 
 
 def media_type(header: str) -> tuple[str, str]:
@@ -102,7 +104,7 @@ def read_form(body: bytes, boundary: str, found: Parts) -> Iterator[None]:
         raise InvalidRequest(
             f"the multipart body can't be read, check its boundary and headers: {shown(cause)}"
         ) from cause
-    if not found.images:
+    if not found.images and found.video is None:
         raise InvalidRequest("the form has no field 'image': add the image under that name")
 
 
@@ -110,6 +112,11 @@ def _keep(found: Parts, segment: MultipartSegment, content: bytes) -> None:
     name = segment.name
     if name == "image":
         found.images.append(content)
+        return
+    if name == "video":
+        if found.video is not None:
+            raise InvalidRequest("the field 'video' is given twice: send it once")
+        found.video = content
         return
     if segment.filename is not None:
         raise InvalidRequest(f"unknown file field {shown(name)}: use the field 'image'")
@@ -148,7 +155,7 @@ def json_parts(body: bytes) -> Parts:
         raise InvalidRequest(f"the body is not JSON: {_NO_OBJECT}") from cause
     if not isinstance(fields, dict):
         raise InvalidRequest(f"the JSON is not an object: {_NO_OBJECT}")
-    sent = fields.pop("image", None)
+    sent, clip = fields.pop("image", None), fields.pop("video", None)
     several = [] if sent is None else sent if isinstance(sent, list) else [sent]
     places = list(_places(fields))
     if len(several) + len(places) > _MOST_IMAGES:
@@ -158,7 +165,7 @@ def json_parts(body: bytes) -> Parts:
         images.append(_from_base64(holder[key], long))
         holder[key] = len(images) - 1
     _check_short(fields)
-    return Parts(fields, images)
+    return Parts(fields, images, None if clip is None else _from_base64(clip, long, "video"))
 
 
 def _places(fields: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
@@ -260,10 +267,10 @@ def _check_short(value: Any, depth: int = 1) -> None:
         raise InvalidRequest(f"the JSON holds a text of more than {_TEXT // 1024} KiB")
 
 
-def _from_base64(image: Any, long: list[bytes]) -> bytes:
-    """An image of a JSON body. Raises InvalidRequest."""
+def _from_base64(image: Any, long: list[bytes], name: str = "image") -> bytes:
+    """An image or clip of a JSON body. Raises InvalidRequest."""
     if not isinstance(image, str):
-        raise InvalidRequest("the field 'image' is missing or not a string: send it as base64")
+        raise InvalidRequest(f"the field {name!r} is missing or not a string: send it as base64")
     try:
         if image.startswith("\0"):
             written = long[int(image[1:])]
@@ -275,4 +282,4 @@ def _from_base64(image: Any, long: list[bytes]) -> bytes:
         image = image.translate(_WHITESPACE)  # of programs that break lines, as MIME has it
         return base64.b64decode(image + "=" * (-len(image) % 4), validate=True)
     except (binascii.Error, ValueError, IndexError) as cause:
-        raise InvalidRequest("the field 'image' is not base64") from cause
+        raise InvalidRequest(f"the field {name!r} is not base64") from cause

@@ -11,6 +11,7 @@ from runtime.errors import (
     TooManyPixels,
     VignetteError,
 )
+from server.images.clips import NoVideo
 from server.images.cost import TooHard
 from server.images.fetch import FetchFailed, ForbiddenUrl
 from server.ipc.dispatcher import EngineFailed, Expired
@@ -45,6 +46,7 @@ ERRORS: dict[type[Exception], Answer] = {
     BodyTooLarge: Answer(413, "body_too_large"),
     UnknownModel: Answer(404, "unknown_model"),
     UnsupportedMediaType: Answer(415, "unsupported_media_type"),
+    NoVideo: Answer(415, "unsupported_media_type"),
     TooManyPixels: Answer(422, "too_many_pixels"),
     TooHard: Answer(422, "too_hard_to_decode"),
     FetchFailed: Answer(422, "fetch_failed"),

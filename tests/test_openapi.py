@@ -53,8 +53,14 @@ def test_every_error_is_documented(document):
 
 def test_every_field_is_documented(document):
     schemas, fields = document["components"]["schemas"], set(CaptionFields.model_fields)
-    assert set(schemas["CaptionForm"]["properties"]) == {"image", *fields}
-    assert set(schemas["CaptionRequest"]["properties"]) == {"image", "images", "image_url", *fields}
+    assert set(schemas["CaptionForm"]["properties"]) == {"image", "video", *fields}
+    assert set(schemas["CaptionRequest"]["properties"]) == {
+        "image",
+        "images",
+        "image_url",
+        "video",
+        *fields,
+    }
     parameters = document["paths"]["/caption"]["post"]["parameters"]
     assert {p["name"] for p in parameters if p["in"] == "query"} == fields
     assert schemas["Priority"]["enum"] == list(Priority)

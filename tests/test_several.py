@@ -108,3 +108,11 @@ def test_for_a_model_of_clips_several_images_are_its_frames(images):
     with serve(video_engine, manifest=video_engine().manifest) as live:
         reply = ask(live, images=[in_base64(images[0])] * 2)
     assert (reply.status, reply.error) == (400, "invalid_request")
+
+
+def test_urls_are_a_list_too(live):
+    reply = ask(live, image_url=["https://example.org/a.png", "https://example.org/b.png"])
+    assert reply.status == 200
+    assert ["switched off" in e["error"]["message"] for e in reply.json["results"]] == [True, True]
+    for wrong in ([], [1], ["https://example.org/a.png"] * 65):
+        assert ask(live, image_url=wrong).error == "invalid_request"

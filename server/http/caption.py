@@ -15,6 +15,7 @@ from server.http.forms import (
     FORM,
     JSON,
     URLENCODED,
+    VIDEO,
     Asked,
     asked,
     check_media_type,
@@ -22,6 +23,8 @@ from server.http.forms import (
 )
 from server.http.intake import EVENTS, IntakeHandler
 from server.http.schemas import CaptionAnswer, CaptionFields
+from server.images import clips
+from server.images.clips import Clip
 from server.service.model import Model
 from server.service.service import Images
 
@@ -42,15 +45,16 @@ class CaptionHandler(IntakeHandler):
         started = time.perf_counter()
         wanted = asked(await self._parts(body), query_fields(self.request))
         del body
-        fields, images = wanted.fields, wanted.images
+        fields = wanted.fields
         model = self.service.model(fields.model)
         self.model = model.name
         accept = self.request.headers.get("Accept", "")[:_ACCEPT]
         streams = fields.stream or EVENTS in accept
-        several = isinstance(images, list) and len(images) > 1 and not model.manifest.sizes.frames
-        if several or wanted.prompts is not None:
+        _check_clip(model, wanted)
+        if wanted.is_list(model.manifest.sizes.frames):
             await self._several(model, wanted, streams, started)
             return
+        images = wanted.alone
         request = model.request(
             fields.prompt, fields.sampling, fields.priority, fields.timeout_ms, streams
         )
@@ -67,7 +71,6 @@ class CaptionHandler(IntakeHandler):
 
     async def _several(self, model: Model, wanted: Asked, streams: bool, started: float) -> None:
         """Answer with a list: of each image its caption, or what was wrong with it."""
-        assert isinstance(wanted.images, list)
         if streams or model.manifest.sizes.frames:
             raise InvalidRequest("several images go without stream, and with models of one image")
         for _ in wanted.images[1:]:
@@ -86,15 +89,21 @@ class CaptionHandler(IntakeHandler):
         self.write_json({"results": results})
 
     async def _one(
-        self, model: Model, fields: CaptionFields, image: bytes, prompt: str | None, started: float
+        self,
+        model: Model,
+        fields: CaptionFields,
+        image: bytes | str,
+        prompt: str | None,
+        started: float,
     ) -> dict[str, Any]:
+        images: Images = image if isinstance(image, str) else [image]
         try:
             if not image:
                 raise InvalidRequest("the image is empty: send a whole file")
             request = model.request(
                 prompt or fields.prompt, fields.sampling, fields.priority, fields.timeout_ms
             )
-            caption = await self.service.caption(model, request, [image], self.client)
+            caption = await self.service.caption(model, request, images, self.client)
         except VignetteError as error:
             answer = answer_to(error, 500)
             return self.shown_error(answer, answer.message or str(error))
@@ -134,7 +143,24 @@ class CaptionHandler(IntakeHandler):
                 "this is an urlencoded form: send the file itself (curl --data-binary @FILE), "
                 "or a multipart form (curl -F image=@FILE)"
             )
+        if self._kind.startswith(VIDEO):
+            return Parts(video=body)
         return Parts(images=[body])
+
+
+def _check_clip(model: Model, wanted: Asked) -> None:
+    """Raise InvalidRequest or NoVideo for a clip that this model, or this server, does not take."""
+    clip = next((each for each in wanted.images if isinstance(each, Clip)), None)
+    if clip is None:
+        return
+    if not clip:
+        raise InvalidRequest("the clip is empty: send a whole file")
+    if not model.manifest.sizes.frames and not wanted.fields.first_frame:
+        raise InvalidRequest(
+            "this model takes one image: ask for a clip's first frame with first_frame=true, or "
+            "use a video checkpoint"
+        )
+    clips.check(clip)
 
 
 def _prefers_text(accept: str) -> bool:

@@ -9,8 +9,11 @@ from runtime.errors import InvalidRequest
 from server.bodies import Parts, shown, text
 from server.errors import UnsupportedMediaType
 from server.http.schemas import CaptionFields, checked
+from server.images.clips import Clip
+from server.service.service import Images
 
-JSON, FORM = "application/json", "multipart/form-data"
+_MOST = 64  # images of a request
+JSON, FORM, VIDEO = "application/json", "multipart/form-data", "video/"
 URLENCODED = "application/x-www-form-urlencoded"
 # curl --data-binary says x-www-form-urlencoded unless told otherwise; the body is the image.
 _RAW_TYPES = ("", "application/octet-stream", URLENCODED)
@@ -18,10 +21,10 @@ _RAW_TYPES = ("", "application/octet-stream", URLENCODED)
 
 def check_media_type(kind: str) -> None:
     """Raise UnsupportedMediaType for what is no image, form or JSON."""
-    if kind not in (*_RAW_TYPES, JSON, FORM) and not kind.startswith("image/"):
+    if kind not in (*_RAW_TYPES, JSON, FORM) and not kind.startswith(("image/", VIDEO)):
         raise UnsupportedMediaType(
-            f"Content-Type {shown(kind)} is not taken: send image/*, application/octet-stream, "
-            "multipart/form-data or application/json"
+            f"Content-Type {shown(kind)} is not taken: send image/*, video/*, "
+            "application/octet-stream, multipart/form-data or application/json"
         )
 
 
@@ -40,15 +43,29 @@ def query_fields(request: httputil.HTTPServerRequest) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What to do, and with what. images: encoded, or where one is to be fetched.
+    """What to do, and with what. images: encoded, or where they are to be fetched. listed: sent as
+    a list, to be answered as one.
 
     prompts: of each image, where they are asked for one by one; fields.prompt is that of those
     which have none.
     """
 
     fields: CaptionFields
-    images: list[bytes] | str
-    prompts: list[str | None] | None
+    images: list[bytes | str]
+    prompts: list[str | None] | None = None
+    listed: bool = False
+
+    def is_list(self, frames: int | None) -> bool:
+        """Whether each image is to be answered for itself. frames: that the model takes."""
+        return self.listed or (len(self.images) > 1 and not frames)
+
+    @property
+    def alone(self) -> Images:
+        """What is captioned together."""
+        first = self.images[0]
+        if isinstance(first, str):
+            return first
+        return [each for each in self.images if isinstance(each, bytes)]
 
 
 def asked(parts: Parts, query: dict[str, Any]) -> Asked:
@@ -58,8 +75,11 @@ def asked(parts: Parts, query: dict[str, Any]) -> Asked:
     """
     fields = query | parts.fields
     url, entries = fields.pop("image_url", None), fields.pop("images", None)
-    if url is not None and (parts.images or not isinstance(url, str)):
-        raise InvalidRequest("send either image or image_url, and the latter as a string")
+    urls = url if isinstance(url, list) else [] if url is None else [url]
+    if len(urls) > _MOST or not all(isinstance(each, str) for each in urls):
+        raise InvalidRequest(f"image_url must be a string, or a list of {_MOST} at most")
+    if url is not None and (parts.images or not urls):
+        raise InvalidRequest("send either image or image_url")
     prompts = None if entries is None else _prompts(entries, len(parts.images))
     if isinstance(fields.get("prompt"), list):
         prompts = fields.pop("prompt")
@@ -69,11 +89,16 @@ def asked(parts: Parts, query: dict[str, Any]) -> Asked:
                 "for all, or one for each"
             )
     wanted = checked(CaptionFields, fields)
+    if parts.video is not None:
+        if url is not None or parts.images or prompts is not None:
+            raise InvalidRequest("send either video or images")
+        return Asked(wanted, [Clip(parts.video)])
     if url is None and not parts.images:
         raise InvalidRequest("the field 'image' is missing or not a string: send it as base64")
     if prompts is None and not all(parts.images):
         raise InvalidRequest("the image is empty: send a whole file")
-    return Asked(wanted, url or parts.images, prompts)
+    listed = prompts is not None or isinstance(url, list)
+    return Asked(wanted, [*urls, *parts.images], prompts, listed)
 
 
 def _prompts(entries: Any, images: int) -> list[str | None]:

@@ -45,8 +45,10 @@ def document() -> str:
     schemas["CaptionForm"] = {
         **fields,
         "title": "CaptionForm",
-        "required": ["image"],
-        "properties": {"image": {"$ref": _REFERENCE.format(model="Image")}, **fields["properties"]},
+        "properties": {
+            **{name: {"$ref": _REFERENCE.format(model="Image")} for name in ("image", "video")},
+            **fields["properties"],
+        },
     }
     codes = {answer.code for answer in (*ERRORS.values(), *HTTP_ERRORS.values(), INTERNAL)}
     schemas["ErrorDetail"]["properties"]["code"]["enum"] = sorted(codes)

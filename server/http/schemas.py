@@ -93,6 +93,9 @@ class CaptionFields(BaseModel):
     priority: Annotated[
         Priority, Field(description="batch waits while interactive requests wait.")
     ] = Priority.INTERACTIVE
+    first_frame: Annotated[
+        _Flag, Field(description="Of a clip take the first frame, where a model takes one image.")
+    ] = False
     stream: Annotated[
         _Flag,
         Field(description="Answer with server-sent events, one for each token, as Accept: "
@@ -166,10 +169,13 @@ class CaptionRequest(CaptionFields):
         list[str | ImageEntry] | None,
         Field(max_length=64, description="Several, each with a caption or an error of its own."),
     ] = None
+    video: Annotated[
+        str | None, Field(description="Base64 of a clip, of which frames are taken evenly.")
+    ] = None
     image_url: Annotated[
-        str | None,
-        Field(pattern="^https://", description="Where to fetch the image; switched off unless the "
-              "server allows domains."),
+        Annotated[str, Field(pattern="^https://")] | list[str] | None,
+        Field(description="Where to fetch the image, or several; switched off unless the server "
+              "allows domains."),
     ] = None  # fmt: skip
 
 

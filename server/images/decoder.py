@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels, VignetteError
 from runtime.model.manifest import Preprocessing
-from runtime.model.preprocess import opened, prepared
+from runtime.model.preprocess import opened, prepared, to_pixels
 from server.bodies import json_parts
 from server.images import heads
+from server.images.clips import frames_of
 from server.images.cost import TooHard, estimate
 from server.ipc.shared import PixelStore
 from server.processes.system import environment, follow_parent, give_way, limit_memory, trim_memory
@@ -34,7 +35,8 @@ _ENVIRONMENT = {  # which the process has before it loads anything
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
 }
-PIXELS, PARTS = b"P", b"J"  # what is asked for: an image's pixels, a JSON body's parts
+# What is asked for: an image's pixels, those of a clip's frames, a JSON body's parts.
+PIXELS, FRAMES, PARTS = b"P", b"F", b"J"
 # What is answered: the parts, or the seconds of a core that an image took beyond its estimate; what
 # was wrong; the estimate of an image that was left alone; an error of ours.
 DONE, FAILED, DEAR, BUG = b"D", b"F", b"E", b"B"
@@ -43,6 +45,7 @@ _HEAD = struct.Struct("=cIHIidd")
 _ANSWER = struct.Struct("=cI")  # what, bytes that follow
 _READY = b"R"
 _PIECE = 2**20
+_CLIP_AXES = 4  # of a slot's pixels: frames, channels, height, width
 _USUAL_MEMORY = 256 * 2**20  # that an image may take beside others
 _ERRORS = {kind.__name__: kind for kind in (InvalidImage, InvalidRequest, TooManyPixels, TooHard)}
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -154,9 +157,12 @@ def _serve(socket: socket.socket, setup: Setup) -> None:
         data = stream.read(size)
         signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the process
         try:
-            kind, answer = (
-                _parts(data) if what == PARTS else _pixels(data, setup, stores, Place(*place), most)
-            )
+            if what == PARTS:
+                kind, answer = _parts(data)
+            elif what == FRAMES:
+                kind, answer = _frames(data, setup, stores, Place(*place))
+            else:
+                kind, answer = _pixels(data, setup, stores, Place(*place), most)
         except VignetteError as error:
             kind, answer = FAILED, json.dumps([type(error).__name__, str(error)]).encode()
         except Exception:
@@ -186,6 +192,18 @@ def _pixels(
     pixels = prepared(image, how, setup.max_pixels)
     stores[place.model][place.slot][... if place.frame < 0 else place.frame] = pixels
     return DONE, json.dumps(time.process_time() - started - cost.seconds).encode()
+
+
+def _frames(
+    data: bytes, setup: Setup, stores: list[PixelStore], place: Place
+) -> tuple[bytes, bytes]:
+    """A clip's frames into a slot of the store, as many as it has room for."""
+    heads.check(data)
+    how, slot = setup.targets[place.model].how, stores[place.model][place.slot]
+    rows = slot if slot.ndim == _CLIP_AXES else slot[None]
+    for row, frame in zip(rows, frames_of(data, len(rows), setup.max_pixels), strict=True):
+        row[...] = to_pixels(frame, how)
+    return DONE, json.dumps(0.0).encode()
 
 
 def _parts(data: bytes) -> tuple[bytes, bytes]:

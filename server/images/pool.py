@@ -18,8 +18,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from server.bodies import Parts
+from server.images.clips import Clip
 from server.images.cost import TooHard
-from server.images.decoder import DEAR, PARTS, PIXELS, Place, Setup
+from server.images.decoder import DEAR, FRAMES, PARTS, PIXELS, Place, Setup
 from server.images.lane import UNFIT, Errand, GaveWay, Lane, OutOfTime, Unfit
 from server.ipc.remembered import Remembered
 from server.service.admission import QueueFull
@@ -29,6 +30,7 @@ _QUICK = 0.15  # estimated seconds of a core: what a camera's 12 megapixels take
 _QUICK_LIMIT = 0.6  # seconds of a core, of an image that was estimated wrongly
 _MISJUDGED = 1 / 60, 2.0  # of a client, a second and at once: more than that is taken for dear
 _MISJUDGED_SECONDS = 600.0  # that it takes to be forgotten, at most
+_CLIP_SECONDS = 1.0  # that a clip counts as among the dear ones
 _WRONG = 0.1  # seconds of a core beyond the estimate that are none of a photograph's
 _QUICK_MEMORY = 768 * 2**20  # of a process that decodes usual images, its libraries included
 _LOWER = 5  # niceness of the slow lane, beside that of the others
@@ -94,7 +96,8 @@ class Decoders:
         if job.origin.digest in self._too_hard:
             raise TooHard(UNFIT)
         try:
-            seconds = await self._decode_quickly(job)
+            clip = isinstance(job.image, Clip)  # its head does not tell how long one takes
+            seconds = _CLIP_SECONDS if clip else await self._decode_quickly(job)
             if seconds:
                 await self._decode_slowly(job, seconds)
         except Unfit as cause:
@@ -145,7 +148,8 @@ class Decoders:
         left = min(job.origin.deadline - started, self._longest_wait)
         if wait > left:
             raise QueueFull(_WAITING, min(_LONGEST_WAIT, math.ceil(wait)))
-        errand = Errand(PIXELS, job.image, self._seconds, left, job.place, until=started + left)
+        what = FRAMES if isinstance(job.image, Clip) else PIXELS
+        errand = Errand(what, job.image, self._seconds, left, job.place, until=started + left)
         self._queued[job.origin.client] += cost
         try:
             with job.aside(job.origin):

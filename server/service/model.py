@@ -20,6 +20,7 @@ from runtime.request import (
     RequestOutput,
     SchedulingParams,
 )
+from server.images.clips import Clip
 from server.images.decoder import Place
 from server.images.pool import Decoders, Job, Origin
 from server.ipc.dispatcher import Expired
@@ -98,7 +99,9 @@ class Model:
         Raises what the decoders and the dispatcher raise, and Expired.
         """
         frames = self.manifest.sizes.frames
-        if len(images) != (frames or 1):
+        if isinstance(images[0], Clip):
+            frames = None  # one job fills the slot
+        elif len(images) != (frames or 1):
             raise InvalidRequest(
                 f"{len(images)} images were sent: this model takes {frames or 1} for each request"
             )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from runtime.request import Priority
 
 _LINGER_SECONDS = 2.0
+_AHEAD = 2  # that may wait in an engine of few slots
 
 
 @dataclass(slots=True, eq=False)
@@ -83,7 +84,7 @@ class Shares:
         left = []
         for each in self._waiting:
             mine = self._taken[each.client]
-            most = self.slots + self.slots // 2 if alone else self.slots // 2
+            most = self.slots + max(_AHEAD, self.slots // 2) if alone else self.slots // 2
             fits = not mine or mine + each.rows <= most
             if each.client in blocked or not fits:
                 blocked.add(each.client)

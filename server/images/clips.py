@@ -1,0 +1,103 @@
+"""Frames of a clip, evenly over its whole length, as GIT's video checkpoints were trained.
+
+Animations are read by Pillow, videos by PyAV (an extra). Runs in a decoder process, under its
+limits: of a long video every frame up to the last that is wanted is decoded.
+"""
+
+import io
+from importlib.util import find_spec
+from typing import Any
+
+from PIL import Image
+
+from runtime.errors import InvalidImage, TooManyPixels, VignetteError
+from runtime.model.preprocess import opened
+
+_ANIMATIONS = (b"GIF8", b"RIFF", b"\x89PNG")  # GIF, WebP, PNG
+_NO_CLIP = "not a clip that can be decoded: send mp4, webm, mov, GIF, or animated WebP or PNG"
+_QUARTERS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180,
+             270: Image.Transpose.ROTATE_270}  # fmt: skip
+
+
+class Clip(bytes):
+    """An encoded clip, where others have an image."""
+
+
+class NoVideo(VignetteError):
+    """Videos can't be decoded here."""
+
+
+def check(data: bytes) -> None:
+    """Raise NoVideo for a video where PyAV is missing."""
+    if not data.startswith(_ANIMATIONS) and find_spec("av") is None:
+        raise NoVideo(
+            "videos are not taken here, for want of the package av (the extra video): send frames "
+            "as images, or an animation"
+        )
+
+
+def frames_of(data: bytes, count: int, max_pixels: int) -> list[Image.Image]:
+    """So many frames, the first and the last of the clip among them; of a shorter one some twice.
+
+    Raises InvalidImage or TooManyPixels.
+    """
+    if data.startswith(_ANIMATIONS):
+        return _animation(opened(data, max_pixels), count)
+    return _video(data, count, max_pixels)
+
+
+def places(length: int, count: int) -> list[int]:
+    """Which frames of so many are taken."""
+    if count == 1:
+        return [0]
+    return [round(place * (length - 1) / (count - 1)) for place in range(count)]
+
+
+def _animation(image: Image.Image, count: int) -> list[Image.Image]:
+    try:
+        found = []
+        for place in places(getattr(image, "n_frames", 1), count):
+            image.seek(place)
+            found.append(image.convert("RGB"))
+    except (OSError, ValueError, EOFError, SyntaxError) as cause:
+        raise InvalidImage(_NO_CLIP) from cause
+    return found
+
+
+def _video(data: bytes, count: int, max_pixels: int) -> list[Image.Image]:
+    import av
+
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            stream = _stream(container, max_pixels)
+            length = sum(packet.size > 0 for packet in container.demux(stream))
+        with av.open(io.BytesIO(data)) as container:
+            stream = _stream(container, max_pixels)
+            wanted, found = places(length, count), {}
+            for place, frame in enumerate(container.decode(stream)):
+                if place in wanted:
+                    found[place] = _upright(frame)
+                if place >= wanted[-1]:
+                    break
+    except (av.error.FFmpegError, IndexError, ValueError) as cause:
+        raise InvalidImage(_NO_CLIP) from cause
+    if not found:
+        raise InvalidImage(_NO_CLIP)
+    last = max(found)  # a container may tell of more frames than there are
+    return [found.get(place, found[last]) for place in wanted]
+
+
+def _stream(container: Any, max_pixels: int) -> Any:
+    """The first video stream, on one thread."""
+    stream = container.streams.video[0]
+    stream.codec_context.thread_count = 1
+    if stream.codec_context.width * stream.codec_context.height > max_pixels:
+        raise TooManyPixels(f"the clip has more than {max_pixels / 1e6:g} megapixels a frame")
+    return stream
+
+
+def _upright(frame: Any) -> Image.Image:
+    """A frame as it is to be seen."""
+    image: Image.Image = frame.to_image()
+    turn = _QUARTERS.get(round(getattr(frame, "rotation", 0)) % 360)
+    return image if turn is None else image.transpose(turn)

@@ -1,0 +1,142 @@
+"""Clips: frames evenly over their length, under the decoders' limits."""
+
+import base64
+import io
+import json
+import sys
+from dataclasses import replace
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtime.errors import InvalidImage, TooManyPixels
+from server.images import clips
+from server.images.clips import Clip, NoVideo, frames_of, places
+from tests.fakes import MANIFEST, SIZES, fake_engine
+from tests.live import serve
+
+LENGTH, FRAMES = 21, 6
+GREYS = [10 * place for place in range(LENGTH)]
+KINDS = {"mp4": "mpeg4", "mov": "mpeg4", "webm": "libvpx", "gif": "", "webp": "", "png": ""}
+
+
+def clip(kind: str, size: tuple[int, int] = (64, 48)) -> bytes:
+    """Frames of one grey each, lighter from one to the next."""
+    images = [Image.new("RGB", size, (grey, grey, grey)) for grey in GREYS]
+    content = io.BytesIO()
+    if not KINDS[kind]:
+        options = {"lossless": True} if kind == "webp" else {}
+        first, *others = images
+        first.save(content, kind, save_all=True, append_images=others, duration=40, **options)
+        return content.getvalue()
+    with av.open(content, "w", format=kind) as container:
+        stream = container.add_stream(KINDS[kind], rate=Fraction(25))
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = *size, "yuv420p", 4_000_000
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode(None))
+    return content.getvalue()
+
+
+def greys(frames: list[Image.Image]) -> list[float]:
+    return [float(np.asarray(frame).mean()) for frame in frames]
+
+
+def test_frames_are_spread_over_the_whole_clip():
+    assert places(LENGTH, FRAMES) == [0, 4, 8, 12, 16, 20]
+    assert places(3, FRAMES) == [0, 0, 1, 1, 2, 2]
+    assert places(1, FRAMES) == [0] * FRAMES
+    assert places(LENGTH, 1) == [0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frames_of_each_kind(kind):
+    found = greys(frames_of(clip(kind), FRAMES, 10**6))
+    assert found == pytest.approx([GREYS[place] for place in places(LENGTH, FRAMES)], abs=4)
+
+
+def test_what_is_no_clip_and_what_is_too_large_is_told():
+    with pytest.raises(InvalidImage, match="not a clip"):
+        frames_of(b"\0\0\0\x20ftypisom" + bytes(200), FRAMES, 10**6)
+    with pytest.raises(InvalidImage, match=r"not an image|not a clip"):
+        frames_of(b"GIF89a" + bytes(20), FRAMES, 10**6)
+    for kind in ("mp4", "gif"):
+        with pytest.raises(TooManyPixels):
+            frames_of(clip(kind), FRAMES, 1000)
+
+
+MANY = replace(MANIFEST, sizes=replace(SIZES, frames=3))
+
+
+def video_engine():
+    engine = fake_engine()
+    engine.manifest, engine.runner.pixels_shape = MANY, (3, 3, 4, 4)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def live():
+    with serve(video_engine, manifest=MANY) as live:
+        yield live
+
+
+def said_of(data: bytes) -> str:
+    """What frames of these say that are sent one by one."""
+    pictures = []
+    for frame in frames_of(data, 3, 10**6):
+        content = io.BytesIO()
+        frame.save(content, "PNG")
+        pictures.append(base64.b64encode(content.getvalue()).decode())
+    with serve(video_engine, manifest=MANY) as live:
+        body = json.dumps({"image": pictures}).encode()
+        return live.caption(body, **{"Content-Type": "application/json"}).json["caption"]
+
+
+@pytest.mark.parametrize("kind", ["mp4", "gif"])
+def test_a_clip_says_what_its_frames_say(live, kind):
+    data = clip(kind)
+    expected = said_of(data)
+    raw = live.caption(data, **{"Content-Type": f"video/{kind}"})
+    assert raw.json["caption"] == expected
+    in_json = json.dumps({"video": base64.b64encode(data).decode()}).encode()
+    assert live.caption(in_json, **{"Content-Type": "application/json"}).json["caption"] == expected
+    head = b'--b\r\nContent-Disposition: form-data; name="video"; filename="x"\r\n\r\n'
+    form = {"Content-Type": "multipart/form-data; boundary=b"}
+    assert live.caption(head + data + b"\r\n--b--\r\n", **form).json["caption"] == expected
+
+
+def test_a_model_of_one_image_takes_a_clips_first_frame_if_asked():
+    kind = {"Content-Type": "video/mp4"}
+    data = clip("mp4")
+    with serve(fake_engine) as live:
+        reply = live.caption(data, **kind)
+        assert (reply.status, reply.error) == (400, "invalid_request")
+        assert "first_frame=true" in reply.body.decode()
+        content = io.BytesIO()
+        frames_of(data, 1, 10**6)[0].save(content, "PNG")
+        first = live.caption(content.getvalue()).json["caption"]
+        assert live.caption(data, "?first_frame=true", **kind).json["caption"] == first
+
+
+def test_what_is_wrong_with_a_clip_is_told(live):
+    kind = {"Content-Type": "video/mp4"}
+    reply = live.caption(b"\0\0\0\x20ftypisom" + bytes(200), **kind)
+    assert (reply.status, reply.error) == (400, "invalid_image")
+    body = json.dumps({"video": "AA==", "image": "AA=="}).encode()
+    reply = live.caption(body, **{"Content-Type": "application/json"})
+    assert "either video or images" in reply.body.decode()
+
+
+def test_without_the_package_videos_are_refused_and_animations_taken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.setattr(clips, "find_spec", lambda name: None)
+    with pytest.raises(NoVideo, match="the extra video"):
+        clips.check(Clip(clip_head()))
+    clips.check(Clip(b"GIF89a"))
+
+
+def clip_head() -> bytes:
+    return b"\0\0\0\x20ftypisom"
