@@ -38,6 +38,7 @@ class Shares:
         self._linger = linger
         self._left: OrderedDict[str, float] = OrderedDict()  # when the last two clients did
         self._taken: Counter[str] = Counter()
+        self._batch: Counter[str] = Counter()  # of those, by requests that let others pass
         self._waiting: list[_Waiting] = []  # in the order of their coming, interactive ones first
 
     @asynccontextmanager
@@ -53,12 +54,17 @@ class Shares:
             yield
         finally:
             if me.turn.is_set():
-                self._taken[client] -= rows
-                self._taken += Counter()  # without those that have none
+                self._take(me, -rows)
             else:
                 self._waiting.remove(me)
             self._note_left(client)
             self._admit()
+
+    def _take(self, each: _Waiting, rows: int) -> None:
+        for taken in (self._taken, self._batch) if each.batch else (self._taken,):
+            taken[each.client] += rows
+            if not taken[each.client]:
+                del taken[each.client]
 
     def _note_left(self, client: str) -> None:
         loop = asyncio.get_running_loop()
@@ -83,13 +89,15 @@ class Shares:
         blocked: set[str] = set()
         left = []
         for each in self._waiting:
-            mine = self._taken[each.client]
-            most = self.slots + max(_AHEAD, self.slots // 2) if alone else self.slots // 2
+            mine, most = self._taken[each.client], self.slots // 2
+            if alone:
+                most = self.slots + max(_AHEAD, self.slots // 2)
+                mine -= 0 if each.batch else self._batch[each.client]  # it passes those there
             fits = not mine or mine + each.rows <= most
             if each.client in blocked or not fits:
                 blocked.add(each.client)
                 left.append(each)
             else:
-                self._taken[each.client] += each.rows
+                self._take(each, each.rows)
                 each.turn.set()
         self._waiting = left
