@@ -33,7 +33,7 @@ PIP = -m pip install --quiet --disable-pip-version-check --constraint constraint
 .DEFAULT_GOAL := help
 .PHONY: help serve caption export tune check_export evaluate demo-model demo-engine \
   baseline benchmark batch_performance build run_docker test_container \
-  test kills lint format stubs test_server gpu-check chaos soak siege clean
+  test kills clients lint format stubs test_server gpu-check chaos soak siege clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -134,6 +134,11 @@ test: .venv-dev/ready  ## run the tests (ARGS goes to pytest)
 kills: .venv-dev/ready  ## kill bulk runs 50 times for each form of output
 	@KILLS=50 $(DEV) -m pytest tests/test_bulk_outputs.py -k killed
 
+clients: .venv-dev/ready  ## kserve's own client and NVIDIA's aiperf, in environments of their own, against a server
+	@for client in kserve==0.21.0 aiperf==0.13.0; do $(PYTHON) -m venv .venv-$${client%%=*} && \
+	  .venv-$${client%%=*}/bin/python -m pip install --quiet --disable-pip-version-check $$client; done
+	@$(DEV) -m tests.clients .venv-kserve .venv-aiperf
+
 lint: .venv-dev/ready  ## ruff and mypy
 	@$(DEV) -m ruff check .
 	@$(DEV) -m ruff format --check .
@@ -144,7 +149,7 @@ format: .venv-dev/ready  ## let ruff put the code in order
 	@$(DEV) -m ruff format .
 
 clean:  ## remove all environments
-	rm -rf .venv .venv-stubs .venv-dev .venv-gpu .venv-gpu-dev
+	rm -rf .venv .venv-stubs .venv-kserve .venv-aiperf .venv-dev .venv-gpu .venv-gpu-dev
 
 .venv/ready: EXTRAS = cpu,grpc,video
 .venv/ready-bulk: EXTRAS = cpu,grpc,video,bulk

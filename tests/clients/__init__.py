@@ -1,0 +1,1 @@
+"""Clients that can't share an environment with the rest: `make clients` runs them."""
