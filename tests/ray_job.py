@@ -29,7 +29,7 @@ def main(output: str, given: str) -> None:
         closing(open_output(output, overwrite=False)) as opened,
         closing(RayCaptioning(bulk_ray.Cluster(cluster.address, 1), work)) as captioning,
     ):
-        job = Job(opened, About("fake", captioning.identity))
+        job = Job(opened, About("fake", {}))
         job.read()
         found = captioning.run(parts([given], Columns(), 10**7), job.index)
         job.write(job.once(found), partial(disturb, cluster, nodes))

