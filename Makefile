@@ -151,8 +151,8 @@ format: .venv-dev/ready  ## let ruff put the code in order
 clean:  ## remove all environments
 	rm -rf .venv .venv-stubs .venv-kserve .venv-aiperf .venv-dev .venv-gpu .venv-gpu-dev
 
-.venv/ready: EXTRAS = cpu,grpc,video
-.venv/ready-bulk: EXTRAS = cpu,grpc,video,bulk
+.venv/ready: EXTRAS = cpu,grpc
+.venv/ready-bulk: EXTRAS = cpu,grpc,bulk
 .venv-dev/ready: EXTRAS = cpu,grpc,video,bulk,ray,export,bench,quality,dev,otel
 
 .venv-gpu/ready: EXTRAS = gpu,grpc

@@ -133,7 +133,7 @@ def test_what_is_wrong_with_a_clip_is_told(live):
 def test_without_the_package_videos_are_refused_and_animations_taken(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.setattr(clips, "find_spec", lambda name: None)
-    with pytest.raises(NoVideo, match="the extra video"):
+    with pytest.raises(NoVideo, match="pip install av"):
         clips.check(Clip(clip_head()))
     clips.check(Clip(b"GIF89a"))
 

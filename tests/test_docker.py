@@ -42,7 +42,7 @@ def test_no_stage_that_serves_installs_torch():
         ).stdout  # fmt: skip
         assert f"onnxruntime{'-gpu' if extra == 'gpu' else ''}" in wanted
         assert "torch" not in wanted
-        assert f"requirements.py {extra} grpc video >" in DOCKERFILE
+        assert f"requirements.py {extra} grpc >" in DOCKERFILE
 
 
 def test_the_dashboard_shows_metrics_that_there_are():

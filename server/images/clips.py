@@ -31,8 +31,8 @@ def check(data: bytes) -> None:
     """Raise NoVideo for a video where PyAV is missing."""
     if not data.startswith(_ANIMATIONS) and find_spec("av") is None:
         raise NoVideo(
-            "videos are not taken here, for want of the package av (the extra video): send frames "
-            "as images, or an animation"
+            "videos are not taken here, for want of the package av (pip install av, or the extra "
+            "video): send frames as images, or an animation"
         )
 
 
