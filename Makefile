@@ -89,7 +89,7 @@ benchmark: engines/random-git-base/manifest.json  ## PyTorch and Vignette side b
 endif
 
 gpu-check: .venv-gpu-dev/ready  ## on a GPU host: test and measure all of it (WHEELS=<folder>: offline)
-	@$(GPU_DEV) -m pytest -m gpu -rs
+	@$(GPU_DEV) -m pytest -m gpu -rs tests/test_on_gpu.py
 	@$(GPU_DEV) -m bench.cuda --quick --output bench/runs/gpu-check --called 'make gpu-check'
 
 batch_performance: engines/random-git-base/manifest.json  ## time against batch size (QUICK=1)
