@@ -2,7 +2,6 @@
 
 import statistics
 import tempfile
-import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -30,13 +29,14 @@ _LIMIT = 10**8  # bytes of an image
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Images a second for each output, in turns with the engine's own on decoded images; medians,
-    and each as a share of the engine's in the same turn.
+    """Images a second for each output, each in turns with the engine's own on decoded images;
+    medians, and each as a share of the engine's just before.
     """
     image = jpeg(*_SIZE)
     engine = Engine.open(settings.engine)
     pixels = [preprocess(image, engine.manifest.preprocessing)] * settings.images
     rates: dict[str, list[float]] = {name: [] for name in ("engine", *_OUTPUTS)}
+    shares: dict[str, list[float]] = {name: [] for name in _OUTPUTS}
     opening = partial(Engine.open, settings.engine)
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -48,18 +48,18 @@ def measure(settings: Settings) -> dict[str, Any]:
             (photos / f"{number}.jpg").write_bytes(image)
         _run(captioner, photos, f"{folder}/first.jsonl")  # its decoders start
         for turn in tqdm(range(settings.repeats), desc="bulk", unit="turn"):
-            taken = seconds(lambda: engine.generate(pixels, **_SAMPLING))
-            rates["engine"].append(settings.images / taken)
             for name in _OUTPUTS:
-                started = time.perf_counter()
-                _run(captioner, photos, f"{folder}/{turn}-{name}")
-                rates[name].append(settings.images / (time.perf_counter() - started))
-    shares = {
-        name: statistics.median(r / own for r, own in zip(found, rates["engine"], strict=True))
-        for name, found in rates.items()
+                own = seconds(lambda: engine.generate(pixels, **_SAMPLING))
+                output = f"{folder}/{turn}-{name}"
+                ours = seconds(partial(_run, captioner, photos, output))
+                rates["engine"].append(settings.images / own)
+                rates[name].append(settings.images / ours)
+                shares[name].append(own / ours)
+    return {
+        "images": settings.images,
+        "rates": {name: statistics.median(found) for name, found in rates.items()},
+        "shares": {"engine": 1.0, **{name: statistics.median(s) for name, s in shares.items()}},
     }
-    medians = {name: statistics.median(found) for name, found in rates.items()}
-    return {"images": settings.images, "rates": medians, "shares": shares}
 
 
 def _run(captioner: LocalCaptioner, photos: Path, output: str) -> None:
