@@ -62,7 +62,7 @@ async def _measure(
         expected = {await ask() for ask in asks.values()}
         assert len(expected) == 1, f"the protocols caption differently: {expected}"
         rates: dict[str, list[float]] = {name: [] for name in asks}
-        for _ in tqdm(range(max(2, settings.repeats)), desc="protocols", unit="turn"):
+        for _ in tqdm(range(2 * settings.repeats), desc="protocols", unit="turn"):
             for name, ask in asks.items():
                 rates[name].append(await _rate(ask, settings.images))
     return rates
