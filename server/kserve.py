@@ -18,6 +18,7 @@ from server.bodies import shown
 from server.http.schemas import CaptionFields, checked
 from server.service.model import Model
 from server.service.service import Service
+from server.service.together import together
 
 SERVER = {"name": "vignette", "version": "0.1.0"}
 VERSION = "1"  # of each model
@@ -85,20 +86,9 @@ class Inputs:
             requests.append(model.request(prompt, self.sampling, timeout_ms=timeout_ms))
             await asyncio.sleep(0)  # a prompt may take a while
         each = zip(requests, self.images, strict=True)
-        tasks = [
-            asyncio.create_task(service.caption(model, request, [image], client))
-            for request, image in each
-        ]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-            for task in tasks:
-                if not task.cancelled():
-                    task.exception()  # asked for, or asyncio logs it
-            tasks.clear()  # their errors would hold this frame, and this frame them, with images
+        return await together(
+            service.caption(model, request, [image], client) for request, image in each
+        )
 
 
 def _text(prompt: object) -> str:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
 
@@ -41,7 +42,7 @@ def clip(kind: str, size: tuple[int, int] = (64, 48)) -> bytes:
     return content.getvalue()
 
 
-def greys(frames: list[Image.Image]) -> list[float]:
+def greys(frames: Iterable[Image.Image]) -> list[float]:
     return [float(np.asarray(frame).mean()) for frame in frames]
 
 
@@ -60,12 +61,12 @@ def test_frames_of_each_kind(kind):
 
 def test_what_is_no_clip_and_what_is_too_large_is_told():
     with pytest.raises(InvalidImage, match="not a clip"):
-        frames_of(b"\0\0\0\x20ftypisom" + bytes(200), FRAMES, 10**6)
+        next(frames_of(b"\0\0\0\x20ftypisom" + bytes(200), FRAMES, 10**6))
     with pytest.raises(InvalidImage, match=r"not an image|not a clip"):
-        frames_of(b"GIF89a" + bytes(20), FRAMES, 10**6)
+        next(frames_of(b"GIF89a" + bytes(20), FRAMES, 10**6))
     for kind in ("mp4", "gif"):
         with pytest.raises(TooManyPixels):
-            frames_of(clip(kind), FRAMES, 1000)
+            next(frames_of(clip(kind), FRAMES, 1000))
 
 
 MANY = replace(MANIFEST, sizes=replace(SIZES, frames=3))
@@ -116,7 +117,7 @@ def test_a_model_of_one_image_takes_a_clips_first_frame_if_asked():
         assert (reply.status, reply.error) == (400, "invalid_request")
         assert "first_frame=true" in reply.body.decode()
         content = io.BytesIO()
-        frames_of(data, 1, 10**6)[0].save(content, "PNG")
+        next(frames_of(data, 1, 10**6)).save(content, "PNG")
         first = live.caption(content.getvalue()).json["caption"]
         assert live.caption(data, "?first_frame=true", **kind).json["caption"] == first
 

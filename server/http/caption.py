@@ -27,6 +27,7 @@ from server.images import clips
 from server.images.clips import Clip
 from server.service.model import Model
 from server.service.service import Images
+from server.service.together import together
 
 _ACCEPT = 1000  # characters of that header that are looked at
 _WEIGHT = re.compile(r"[01](\.[0-9]{0,3})?")
@@ -76,15 +77,10 @@ class CaptionHandler(IntakeHandler):
         for _ in wanted.images[1:]:
             self.take_place()
         prompts = wanted.prompts or [None] * len(wanted.images)
-        tasks = [
-            asyncio.create_task(self._one(model, wanted.fields, image, prompt, started))
+        results = await together(
+            self._one(model, wanted.fields, image, prompt, started)
             for image, prompt in zip(wanted.images, prompts, strict=True)
-        ]
-        try:
-            results = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+        )
         self.service.refusals.spend(self.client, sum("error" in result for result in results))
         self.write_json({"results": results})
 

@@ -5,6 +5,8 @@ limits: of a long video every frame up to the last that is wanted is decoded.
 """
 
 import io
+from collections import deque
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -36,8 +38,8 @@ def check(data: bytes) -> None:
         )
 
 
-def frames_of(data: bytes, count: int, max_pixels: int) -> list[Image.Image]:
-    """So many frames, the first and the last of the clip among them; of a shorter one some twice.
+def frames_of(data: bytes, count: int, max_pixels: int) -> Iterator[Image.Image]:
+    """So many frames, one held at a time; of a shorter clip some twice.
 
     Raises InvalidImage or TooManyPixels.
     """
@@ -53,38 +55,36 @@ def places(length: int, count: int) -> list[int]:
     return [round(place * (length - 1) / (count - 1)) for place in range(count)]
 
 
-def _animation(image: Image.Image, count: int) -> list[Image.Image]:
+def _animation(image: Image.Image, count: int) -> Iterator[Image.Image]:
     try:
-        found = []
         for place in places(getattr(image, "n_frames", 1), count):
             image.seek(place)
-            found.append(image.convert("RGB"))
+            yield image.convert("RGB")
     except (OSError, ValueError, EOFError, SyntaxError) as cause:
         raise InvalidImage(_NO_CLIP) from cause
-    return found
 
 
-def _video(data: bytes, count: int, max_pixels: int) -> list[Image.Image]:
+def _video(data: bytes, count: int, max_pixels: int) -> Iterator[Image.Image]:
     import av
 
     try:
         with av.open(io.BytesIO(data)) as container:
             stream = _stream(container, max_pixels)
             length = sum(packet.size > 0 for packet in container.demux(stream))
+        wanted, frame = deque(places(length, count)), None
         with av.open(io.BytesIO(data)) as container:
-            stream = _stream(container, max_pixels)
-            wanted, found = places(length, count), {}
-            for place, frame in enumerate(container.decode(stream)):
-                if place in wanted:
-                    found[place] = _upright(frame)
-                if place >= wanted[-1]:
-                    break
+            for place, frame in enumerate(container.decode(_stream(container, max_pixels))):
+                while wanted and wanted[0] == place:
+                    wanted.popleft()
+                    yield _upright(frame)
+                if not wanted:
+                    return
     except (av.error.FFmpegError, IndexError, ValueError) as cause:
         raise InvalidImage(_NO_CLIP) from cause
-    if not found:
+    if frame is None:
         raise InvalidImage(_NO_CLIP)
-    last = max(found)  # a container may tell of more frames than there are
-    return [found.get(place, found[last]) for place in wanted]
+    for _ in wanted:  # a container may tell of more frames than there are
+        yield _upright(frame)
 
 
 def _stream(container: Any, max_pixels: int) -> Any:

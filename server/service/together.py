@@ -1,0 +1,28 @@
+"""Parts of one request, side by side."""
+
+import asyncio
+from collections.abc import Coroutine, Iterable
+from typing import Any, TypeVar
+
+_Result = TypeVar("_Result")
+
+
+async def together(parts: Iterable[Coroutine[Any, Any, _Result]]) -> list[_Result]:
+    """What they return, in their order. The first error takes the others back, and is raised once
+    they have ended. The event loop turns between their beginnings: reading a prompt takes a while.
+    """
+    tasks: list[asyncio.Task[_Result]] = []
+    try:
+        for part in parts:
+            tasks.append(asyncio.create_task(part))
+            await asyncio.sleep(0)
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        for task in tasks:
+            if not task.cancelled():
+                task.exception()  # asked for, or asyncio logs it
+        tasks.clear()  # their errors would hold this frame, and this frame them, with images
