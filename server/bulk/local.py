@@ -18,35 +18,23 @@ from server.bulk.items import Said
 log = logging.getLogger(__name__)
 
 
-class LocalCaptioner:
-    """Captions with an engine. A step that fails is repeated for each of its images alone, and so
-    is what was in an engine that crashed.
+class TryingEngine:
+    """An engine for threads. A step that fails is repeated for each of its images alone, and so is
+    what was in an engine that crashed.
     """
 
     def __init__(
-        self,
-        open_engine: Callable[[], Engine],
-        prompt: str | None,
-        sampling: dict[str, Any],
-        max_pixels: int,
+        self, open_engine: Callable[[], Engine], prompt: str | None, sampling: dict[str, Any]
     ) -> None:
         """sampling: fields of SamplingParams. Raises NoEngine."""
         self._engine = EngineProcess(open_engine, prompt, sampling)
-        facts = self._engine.facts
-        self.identity, self.where, self.shape = facts.identity, facts.runs_on, facts.shape
-        self.at_once = 2 * facts.slots
-        cores = this_machine().cores
-        self._decoding = Decoding(facts.preprocessing, facts.shape, cores, max_pixels)
+        self.facts = self._engine.facts
         self._apart = _Apart()
 
-    def caption(self, image: bytes, prompt: str | None) -> tuple[Said, ...]:
+    def say(self, pixels: np.ndarray, prompt: str | None) -> tuple[Said, ...]:
         """What is said of an image. Raises VignetteError for what is wrong with it, and
         RunFailed.
         """
-        return self.say(self._decoding.pixels(image), prompt)
-
-    def say(self, pixels: np.ndarray, prompt: str | None) -> tuple[Said, ...]:
-        """The same of an image that is decoded."""
         try:
             with self._apart.together():
                 return self._engine.generate(pixels, prompt)
@@ -59,6 +47,35 @@ class LocalCaptioner:
                 return self._engine.generate(pixels, prompt)
         except (EngineDied, RuntimeError) as error:
             raise Unfit(f"captioning it failed, also alone: {error}") from error
+
+    def close(self) -> None:
+        """End its process."""
+        self._engine.close()
+
+
+class LocalCaptioner:
+    """Decodes and captions on this machine."""
+
+    def __init__(
+        self,
+        open_engine: Callable[[], Engine],
+        prompt: str | None,
+        sampling: dict[str, Any],
+        max_pixels: int,
+    ) -> None:
+        """sampling: fields of SamplingParams. Raises NoEngine."""
+        self._engine = TryingEngine(open_engine, prompt, sampling)
+        facts = self._engine.facts
+        self.identity, self.where = facts.identity, facts.runs_on
+        self.at_once = 2 * facts.slots
+        cores = this_machine().cores
+        self._decoding = Decoding(facts.preprocessing, facts.shape, cores, max_pixels)
+
+    def caption(self, image: bytes, prompt: str | None) -> tuple[Said, ...]:
+        """What is said of an image. Raises VignetteError for what is wrong with it, and
+        RunFailed.
+        """
+        return self._engine.say(self._decoding.pixels(image), prompt)
 
     def stop(self) -> None:
         """Nothing is done again that could be given up."""

@@ -26,7 +26,7 @@ from server.bulk.engine_process import EngineProcess, Facts
 from server.bulk.index import Index, Keys
 from server.bulk.inputs import Part, items, split
 from server.bulk.items import Item, Outcome
-from server.bulk.local import LocalCaptioner
+from server.bulk.local import TryingEngine
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers otherwise
 
@@ -201,7 +201,7 @@ class _Engine:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._captioner = LocalCaptioner(work.engine, work.plan.prompt, work.sampling, 1)
+        self._engine = TryingEngine(work.engine, work.plan.prompt, work.sampling)
         self._threads = ThreadPoolExecutor(_AT_ONCE * _ROWS, "caption")
 
     def __call__(self, batch: Batch) -> Batch:
@@ -214,10 +214,10 @@ class _Engine:
         outcome = pickle.loads(packed)
         if outcome.error is not None:
             return outcome
-        image = np.frombuffer(pixels, np.uint8).reshape(self._captioner.shape)
+        image = np.frombuffer(pixels, np.uint8).reshape(self._engine.facts.shape)
         try:
             prompt = outcome.item.prompt or self._work.plan.prompt
-            return structs.replace(outcome, said=self._captioner.say(image, prompt))
+            return structs.replace(outcome, said=self._engine.say(image, prompt))
         except VignetteError as cause:
             return structs.replace(outcome, error=told(cause))
 

@@ -50,11 +50,14 @@ class Refusal:
         self.status = _STATUS.get(answer.status, grpc.StatusCode.UNKNOWN)
 
 
+def _metadata(context: Context) -> dict[str, Any]:
+    return {key.lower(): value for key, value in context.invocation_metadata() or ()}
+
+
 def address_in(service: Service, context: Context) -> str:
     """Whom a call is from."""
     peer = unquote(context.peer()).partition(":")[2]  # ipv4:1.2.3.4:5, ipv6:[::1]:5
-    metadata = {key.lower(): value for key, value in context.invocation_metadata() or ()}
-    forwarded = str(metadata.get("x-forwarded-for", ""))
+    forwarded = str(_metadata(context).get("x-forwarded-for", ""))
     return group_of(address_of(peer, forwarded, networks(service.settings.trusted_proxies)))
 
 
@@ -63,7 +66,7 @@ class Call:
 
     def __init__(self, service: Service, context: Context) -> None:
         self.service, self._context = service, context
-        self._metadata = {key.lower(): value for key, value in context.invocation_metadata() or ()}
+        self._metadata = _metadata(context)
         self.model = self.id = ""
         self.images = 1
         self.key: str | None = None
