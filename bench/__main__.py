@@ -71,7 +71,8 @@ BASELINE: Section = lambda settings, _: apache.measure(settings, only_baselines=
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; status 1 when a part failed."""
-    args = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    args = _parser().parse_args(given)
     settings = dataclasses.replace(QUICK if args.quick else Settings(), engine=args.engine)
     if manifests.load(settings.engine).model != f"random/{SHAPE}":
         print(f"error: both sides run {SHAPE} with random weights: leave --engine", file=sys.stderr)
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.time()
     about = machine.about() | {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": args.called or shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+        "command": args.called or shlex.join(["vignette", "bench", *given]),
         "work": f"{SHAPE} with random weights, {TOKENS} new tokens a caption",
     }
     results: dict[str, Any] = {"about": about, "sections": {}}

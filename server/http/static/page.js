@@ -113,7 +113,7 @@ function showAnswer(way, answer) {
     label.append(mark, `${name} ${ms < 10 ? ms.toFixed(1) : Math.round(ms)}`);
     legend.append(label, " ");
   }
-  legend.append(`of ${Math.round(answer.timing_ms.total)} ms`);
+  legend.append(Object.assign(document.createElement("b"), { textContent: `of ${Math.round(answer.timing_ms.total)} ms` }));
 }
 
 async function fill(card, way, fields) {
