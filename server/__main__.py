@@ -12,8 +12,7 @@ from runtime.planning.config import AUTO
 from runtime.providers.gpu import Gpu, visible_gpus
 from server.logs import configure
 from server.models import served
-from server.processes import worker
-from server.processes.supervisor import Supervisor
+from server.processes import local, worker
 from server.processes.system import raise_file_limit
 from server.service import keys
 from server.settings import Settings, from_command_line, unknown_variables
@@ -41,7 +40,7 @@ async def _supervise(settings: Settings) -> None:
         keys.read(settings.api_keys)  # each front-end does, but now is the time to complain
     models, devices = served(settings.engine), _devices(settings)
     settings = settings.model_copy(update={"workers": len(devices)})  # pixels are kept for all
-    await Supervisor(settings, models, worker.main, devices).run()
+    await local.run(settings, models, worker.main, devices)
 
 
 def _devices(settings: Settings) -> list[str]:

@@ -64,7 +64,7 @@ class Scene:
         self.engine = fake_engine(EngineConfig(slots=4, encode_batch=4, patience=0))
         self.socket = Socket()
         self.worker = Worker(self.engine, self.socket, WorkerMetrics("fake"))
-        self.stores = self.worker._stores = {b"a": Store(1), b"b": Store(2)}
+        self.stores = self.worker.stores = {b"a": Store(1), b"b": Store(2)}
 
     async def run(self, asked, then=lambda scene: None):
         """Until all is answered."""

@@ -15,8 +15,7 @@ from runtime.engine import Engine
 from runtime.execution.host import HostRunner
 from server.logs import configure
 from server.models import ServedModel, served
-from server.processes import worker
-from server.processes.supervisor import Supervisor
+from server.processes import local, worker
 from server.settings import Settings, from_command_line
 
 RED, GREEN = 255, 0  # and a blue that says how it fails
@@ -77,7 +76,7 @@ def main() -> None:
     settings = from_command_line()
     configure(settings)
     settings = settings.model_copy(update={"workers": 1})
-    asyncio.run(Supervisor(settings, served(settings.engine), worker_main, [""]).run())
+    asyncio.run(local.run(settings, served(settings.engine), worker_main, [""]))
 
 
 if __name__ == "__main__":

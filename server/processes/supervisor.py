@@ -7,11 +7,8 @@ that fails as it starts after a pause that doubles.
 
 import asyncio
 import logging
-import signal
 import time
-from collections.abc import Callable, Coroutine
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import zmq
 import zmq.asyncio
@@ -33,17 +30,14 @@ from server.ipc.messages import (
     Serving,
     Stop,
     WorkerReady,
+    WorkerState,
     control_address,
     packed,
 )
 from server.ipc.remembered import Remembered
 from server.ipc.shared import RunFolder
-from server.logs import flush
-from server.models import ServedModel
-from server.processes import frontend
 from server.processes.child import Child
 from server.processes.ports import Ports
-from server.processes.system import OPERATORS_SIGNALS
 from server.service import keys
 from server.settings import Settings
 
@@ -53,8 +47,6 @@ _WATCH_SECONDS = 0.1
 _FROZEN_SECONDS = 1.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _STOP_SECONDS = 5.0
-_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # large bodies go back to the system at once
-_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
 class CannotStart(VignetteError):
@@ -62,60 +54,71 @@ class CannotStart(VignetteError):
 
 
 class Supervisor:
-    """One run of the service."""
+    """One run of the service, or of a part of it.
+
+    on_ready: called once all serve. on_change: told who does, as front-ends are. elsewhere: engine
+    workers that are no processes of this run.
+    """
 
     def __init__(
         self,
         settings: Settings,
-        models: tuple[ServedModel, ...],
-        worker_main: Callable[..., Any],
-        devices: list[str],
+        models: Sequence[str],
+        run: RunFolder,
+        workers: list[Child],
+        front_ends: list[Child],
+        ports: Ports | None = None,
     ) -> None:
-        """devices: CUDA_VISIBLE_DEVICES of each of a model's workers; an empty string changes
-        nothing.
-
-        Raises CannotListen.
-        """
+        """models: their names. Folder and ports are let go of in the end."""
         self._settings, self._draining, self._over = settings, False, asyncio.Event()
         self._failure: str | None = None
         self._reading = 0  # how often the API keys were read again
         self._announced = self._stopping = False
-        self._ports = Ports(settings)
-        self._run = RunFolder()
-        self._folder = self._run.path
-        self._workers: list[Child] = []
-        for model in models:
-            run = partial(worker_main, settings, model, self._folder)
-            for device in devices:
-                number = len(self._workers)
-                self._workers.append(Child("worker", number, run, model.name, _variables(device)))
-        main = partial(frontend.main, settings, models, self._folder, self._ports)
-        self._later = [
-            Child("front", index, main, environment=_MEMORY) for index in range(settings.doors)
-        ]
+        self._run, self._folder, self._ports = run, run.path, ports
+        self._workers, self._later = workers, front_ends
         self._front_ends: list[Child] = []  # those, once the engine is whole
         self._whole: set[str] = set()  # models whose engine was found so
-        self._refused = {model.name: Remembered(QUARANTINE_SECONDS) for model in models}
+        self.refused = {model: Remembered(QUARANTINE_SECONDS) for model in models}
+        self.elsewhere: tuple[WorkerState, ...] = ()
+        self.on_ready: Callable[[], object] = lambda: None
+        self.on_change: Callable[[Serving], object] = lambda serving: None
         self._control = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
 
-    async def run(self) -> None:
+    async def run(self, stop: asyncio.Event) -> None:
         """Serve until told to stop. Raises NoSharedMemory or CannotStart."""
         try:
             names = [child.station for child in [*self._workers, *self._later]]
             path = self._settings.api_keys
             known = len(keys.read(path)) if path else 0
-            metrics.make_files(self._folder / "metrics", names, known, len(self._refused))
+            metrics.make_files(self._folder / "metrics", names, known, len(self.refused))
             self._control.bind(control_address(self._folder))
-            await self._serve(_stop_event(self._read_keys))
+            await self._serve(stop)
         finally:
             self._kill_all()
             self._control.close(linger=0)
-            self._ports.close()
+            self._close_ports()
             self._run.remove()
+
+    async def learn(
+        self, elsewhere: tuple[WorkerState, ...], refused: Mapping[str, Mapping[str, float]]
+    ) -> None:
+        """Who serves elsewhere now, and which images are refused there until when."""
+        news = elsewhere != self.elsewhere
+        self.elsewhere = elsewhere
+        for model, digests in refused.items():
+            for digest, until in digests.items():
+                if digest not in self.refused[model]:
+                    self.refused[model].add(digest, until)
+                    news = True
+        if news:
+            await self._tell_front_ends()
+            self._announce()
 
     async def _serve(self, stop: asyncio.Event) -> None:
         for child in self._workers:
             child.start()
+        if not self._workers:
+            self._open_front_ends()
         hearing = asyncio.create_task(self._hear())
         watching = asyncio.create_task(self._watch())
         stopping = asyncio.create_task(stop.wait())
@@ -189,7 +192,7 @@ class Supervisor:
             self._failure = self._failure or f"no {child.kind} process stays up: see the log"
             self._over.set()
 
-    async def _read_keys(self) -> None:
+    async def read_keys(self) -> None:
         """Have all front-ends read the file of API keys again, if it can be used."""
         path = self._settings.api_keys
         if path is None:
@@ -218,7 +221,7 @@ class Supervisor:
                     log.error("%s: %s", sender.decode(), reason)
                 case Found(model):
                     self._whole.add(model)
-                    if self._whole == set(self._refused) and not self._front_ends:
+                    if self._whole == set(self.refused) and not self._front_ends:
                         self._open_front_ends()  # all engines are whole: the port may open
                 case FrontEndReady() if child is not None and self._draining:
                     child.kill()  # it would take requests that nobody drains
@@ -230,7 +233,7 @@ class Supervisor:
                 case Beat(step_since) if child is not None:
                     child.heard_at, child.step_since = time.monotonic(), step_since
                 case Refused(model, digest, until):
-                    self._refused[model].add(digest, until)
+                    self.refused[model].add(digest, until)
                     await self._tell_front_ends()
                 case Drained() if child is not None:
                     child.state = "over"
@@ -246,9 +249,10 @@ class Supervisor:
         return next((child for child in children if child.name == name), None)
 
     async def _tell_front_ends(self) -> None:
-        workers = tuple(child.public() for child in self._workers)
-        refused = {model: dict(digests.items()) for model, digests in self._refused.items()}
+        workers = (*(child.public() for child in self._workers), *self.elsewhere)
+        refused = {model: dict(digests.items()) for model, digests in self.refused.items()}
         message = Serving(workers, refused, self._reading)
+        self.on_change(message)
         for child in self._front_ends:
             if child.state == "ready":
                 await self._send(child, message)
@@ -257,26 +261,16 @@ class Supervisor:
         await self._control.send_multipart([child.name.encode(), packed(message)])
 
     def _announce(self) -> None:
-        ready = [w for w in self._workers if w.state == "ready"]
-        up = self._front_ends and all(f.state == "ready" for f in self._front_ends)
-        if self._announced or {w.model for w in ready} != set(self._refused) or not up:
+        children = [child.public() for child in self._workers]
+        ready = [state for state in (*children, *self.elsewhere) if state.state == "ready"]
+        up = all(child.state == "ready" for child in self._later)
+        if self._announced or {state.model for state in ready} != set(self.refused) or not up:
             return
         self._announced = True
-        for worker in ready:
-            if worker.facts is not None:
-                log.info("model %s, %s", worker.model, worker.facts.runs_on)
-        host, port = self._settings.host, self._ports.number
-        shown = "localhost" if host in ("0.0.0.0", "127.0.0.1", "::", "::1") else host
-        shown = f"[{shown}]" if ":" in shown else shown
-        if self._settings.log_format == "json":  # whoever reads that wants nothing else
-            log.info("ready on http://%s:%d", shown, port)
-            return
-        flush()
-        print(
-            f"\nVignette is ready on http://{shown}:{port} - try:\n\n"
-            f"  curl --data-binary @demo/samples/owl.png http://{shown}:{port}/caption\n",
-            flush=True,
-        )
+        for state in ready:
+            if state.facts is not None:
+                log.info("model %s, %s", state.model, state.facts.runs_on)
+        self.on_ready()
 
     # --- The end ----------------------------------------------------------------------------------
 
@@ -291,7 +285,7 @@ class Supervisor:
         deadline = time.monotonic() + self._settings.drain_seconds + _STOP_SECONDS
         while any(c.state != "over" for c in self._front_ends) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        self._ports.close()  # who comes now is told at once that nobody serves
+        self._close_ports()  # who comes now is told at once that nobody serves
         for child in self._workers:
             if child.state == "ready":
                 await self._send(child, Stop())
@@ -301,35 +295,12 @@ class Supervisor:
         while any(c.alive for c in self._workers) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
+    def _close_ports(self) -> None:
+        if self._ports is not None:
+            self._ports.close()
+
     def _kill_all(self) -> None:
         for child in [*self._workers, *self._front_ends]:
             child.kill()
             if child.process is not None:
                 child.process.join(_STOP_SECONDS)
-
-
-def _variables(device: str) -> dict[str, str]:
-    return {"CUDA_VISIBLE_DEVICES": device} if device else {}
-
-
-def _stop_event(on_hangup: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Event:
-    """Set by the first signal that asks to end; the second takes its default course, at once.
-
-    on_hangup: what SIGHUP does. The other signals of an operator do nothing.
-    """
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    running: set[asyncio.Task[None]] = set()  # or they could be collected before they end
-
-    def on_signal(number: signal.Signals) -> None:
-        loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_DFL)
-        stop.set()
-
-    for number in OPERATORS_SIGNALS:
-        if number in _ENDING:
-            loop.add_signal_handler(number, on_signal, number)
-        elif number is signal.SIGHUP:
-            loop.add_signal_handler(number, lambda: running.add(loop.create_task(on_hangup())))
-        else:
-            loop.add_signal_handler(number, log.warning, "%s does nothing here", number.name)
-    return stop

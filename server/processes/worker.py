@@ -13,8 +13,6 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import zmq
@@ -32,22 +30,16 @@ from runtime.request import (
     Timing,
 )
 from server.ipc.messages import (
-    TO_WORKER,
-    Cancel,
     FailedToStart,
     Found,
-    Generate,
-    Hello,
-    Message,
     Output,
     StepFailed,
     WorkerFacts,
-    packed,
     process_name,
     tell,
     worker_address,
 )
-from server.ipc.shared import NoSharedMemory, PixelStore
+from server.ipc.receiver import Job, Owner, Receiver
 from server.logs import configure
 from server.metrics import WorkerMetrics, count_as
 from server.models import ServedModel
@@ -58,19 +50,9 @@ from server.settings import Settings
 log = logging.getLogger(__name__)
 
 _FAILURES = 2  # steps that may raise in a row
-Owner = bytes  # identity of the front-end that a message came from
 
 
-@dataclass(slots=True, eq=False)
-class Job:
-    """A request, whose it is, and the task that answers it."""
-
-    owner: Owner
-    message: Generate
-    task: asyncio.Task[None] | None = field(default=None)
-
-
-class Worker(Observer):
+class Worker(Receiver, Observer):
     """Feeds what front-ends send to an engine, and answers them.
 
     broken: after a GPU's error nothing in this process works any more, and what keeps failing may
@@ -78,95 +60,67 @@ class Worker(Observer):
     """
 
     def __init__(self, engine: Engine, socket: zmq.asyncio.Socket, metrics: WorkerMetrics) -> None:
-        self._engine, self._socket, self._metrics = AsyncEngine(engine), socket, metrics
-        self._stores: dict[Owner, PixelStore] = {}
-        self._jobs: dict[int, Job] = {}  # in the engine, by the ids of their requests
+        super().__init__(socket)
+        self._engine, self._metrics = AsyncEngine(engine), metrics
         self._held: deque[Job] = deque()  # behind one that has to run alone
         self._alone: int | None = None
-        self._over, self._changed = asyncio.Event(), asyncio.Event()
         self._failure: Exception | None = None
         self.broken = False
         engine.observer = self
         metrics.graphs.set(engine.runner.graphs)
 
-    async def run(self) -> None:
-        """Serve until told to stop, then finish what was begun."""
-        receiving = asyncio.create_task(self._receive())
-        try:
-            await self._over.wait()
-            while (self._jobs or self._held) and not self.broken:
-                self._changed.clear()
-                await self._changed.wait()
-        finally:
-            receiving.cancel()
-
-    def stop(self) -> None:
-        """Finish what was begun."""
-        self._over.set()
+    @property
+    def idle(self) -> bool:
+        """Whether it may end."""
+        return self.broken or not (self.jobs or self._held)
 
     def forget(self, owner: Owner) -> None:
         """A front-end has died: nobody waits for what it sent."""
-        self._stores.pop(owner, None)
-        for job in (*self._held, *self._jobs.values()):
+        super().forget(owner)
+        for job in list(self._held):
             if job.owner == owner:
-                self._cancel(job.message.request.id)
+                self.cancel(job.message.request.id)
 
     @property
     def step_since(self) -> float | None:
         """When the step that the engine is in began (`time.monotonic`)."""
         return self._engine.engine.stepper.step_since
 
-    async def _receive(self) -> None:
-        while True:
-            owner, data = await self._socket.recv_multipart()
-            match TO_WORKER.decode(data):
-                case Hello() as hello:
-                    self._open(owner, hello)
-                case Generate() as message:
-                    self._held.append(Job(owner, message))
-                    self._start_held()
-                case Cancel() as message:
-                    self._cancel(message.id)
+    def came(self, job: Job) -> None:
+        """Begin with a request when its turn has come."""
+        self._held.append(job)
+        self._begin_held()
 
-    def _open(self, owner: Owner, hello: Hello) -> None:
-        try:
-            self._stores[owner] = PixelStore(Path(hello.store), hello.slots, hello.shape)
-        except (OSError, NoSharedMemory) as cause:  # it has died, and its file is gone
-            log.warning("the pixels of %s can't be opened: %s", owner.decode(), cause)
-
-    def _start_held(self) -> None:
+    def _begin_held(self) -> None:
         """Hand requests to the engine in their order; a suspect runs alone, whoever sent it."""
         while self._held and self._alone is None:
             job = self._held[0]
-            if job.message.alone and self._jobs:
+            if job.message.alone and self.jobs:
                 return
             self._held.popleft()
-            number = job.message.request.id
-            self._jobs[number] = job
-            self._alone = number if job.message.alone else None
-            job.task = asyncio.create_task(self._serve(job))
-            job.task.add_done_callback(partial(self._ended, number))
+            self._alone = job.message.request.id if job.message.alone else None
+            self.begin(job)
 
-    def _ended(self, number: int, task: asyncio.Task[None]) -> None:
-        del self._jobs[number]
+    def ended(self, number: int) -> None:
+        """Others may have waited for this one."""
         if self._alone == number:
             self._alone = None
-        self._start_held()
-        self._changed.set()
+        self._begin_held()
 
-    async def _serve(self, job: Job) -> None:
+    async def serve(self, job: Job) -> None:
+        """Have the engine generate; what it says goes to who asked."""
         request = job.message.request
         try:
-            pixels = self._stores[job.owner][request.pixels]
-            async with aclosing(self._engine.generate(replace(request, pixels=pixels))) as outputs:
+            ready = replace(request, pixels=self.pixels(job))
+            async with aclosing(self._engine.generate(ready)) as outputs:
                 async for output in outputs:
-                    await self._send(job.owner, Output(output))
+                    await self.send(job.owner, Output(output))
         except InvalidRequest as error:  # another worker of its model would have had the slots
             log.error("request %d is refused here: %s", request.id, error)
             failed = RequestOutput(request.id, Completion(()), FinishReason.FAILED, Timing())
-            await self._send(job.owner, Output(failed))
+            await self.send(job.owner, Output(failed))
         except Exception as error:  # ONNX Runtime raises a class of its own for every status code
-            await self._send(job.owner, StepFailed(request.id))
+            await self.send(job.owner, StepFailed(request.id))
             self._note_failure(error)
 
     def _note_failure(self, error: Exception) -> None:
@@ -177,25 +131,21 @@ class Worker(Observer):
         engine = self._engine.engine
         if engine.runner.on_gpu or engine.stepper.failures > _FAILURES:
             self.broken = True
-            self._over.set()
+            self.stop()
 
-    def _cancel(self, number: int) -> None:
-        if (job := self._jobs.get(number)) is not None and job.task is not None:
-            job.task.cancel()
+    def cancel(self, number: int) -> None:
+        """Nobody waits for a request."""
+        super().cancel(number)
         for held in [job for job in self._held if job.message.request.id == number]:
             self._held.remove(held)
-            self._changed.set()
-
-    async def _send(self, owner: Owner, message: Message) -> None:
-        await self._socket.send_multipart([owner, packed(message)])
 
     # --- On the thread that steps -----------------------------------------------------------------
 
     def admitted(self, requests: list[GenerationRequest]) -> None:
         """If this process dies now, it is because of one of these."""
         for request in requests:
-            job = self._jobs.get(request.id)  # None if it was cancelled at this moment
-            store = self._stores.get(job.owner) if job else None
+            job = self.jobs.get(request.id)  # None if it was cancelled at this moment
+            store = self.stores.get(job.owner) if job else None
             if job and store:
                 store.started[job.message.request.pixels] = request.id
 

@@ -1,0 +1,82 @@
+"""A run on this machine alone: workers and front-ends under one supervisor."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from server.ipc.shared import RunFolder
+from server.logs import flush
+from server.models import ServedModel
+from server.processes.crew import front_ends, workers
+from server.processes.ports import Ports
+from server.processes.supervisor import Supervisor
+from server.processes.system import OPERATORS_SIGNALS
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
+
+async def run(
+    settings: Settings,
+    models: Sequence[ServedModel],
+    worker_main: Callable[..., Any],
+    devices: Sequence[str],
+) -> None:
+    """Serve until a signal asks to end. devices: as `crew.workers` takes them.
+
+    Raises CannotListen, NoSharedMemory or CannotStart.
+    """
+    ports, folder = Ports(settings), RunFolder()
+    supervisor = Supervisor(
+        settings,
+        [model.name for model in models],
+        folder,
+        workers(settings, models, folder.path, worker_main, devices),
+        front_ends(settings, models, folder.path, ports),
+        ports,
+    )
+    supervisor.on_ready = lambda: announce(settings, ports)
+    await supervisor.run(stop_event(supervisor.read_keys))
+
+
+def announce(settings: Settings, ports: Ports) -> None:
+    """Say where the service is, and what to try."""
+    host, port = settings.host, ports.number
+    shown = "localhost" if host in ("0.0.0.0", "127.0.0.1", "::", "::1") else host
+    shown = f"[{shown}]" if ":" in shown else shown
+    if settings.log_format == "json":  # whoever reads that wants nothing else
+        log.info("ready on http://%s:%d", shown, port)
+        return
+    flush()
+    print(
+        f"\nVignette is ready on http://{shown}:{port} - try:\n\n"
+        f"  curl --data-binary @demo/samples/owl.png http://{shown}:{port}/caption\n",
+        flush=True,
+    )
+
+
+def stop_event(on_hangup: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Event:
+    """Set by the first signal that asks to end; the second takes its default course, at once.
+
+    on_hangup: what SIGHUP does. The other signals of an operator do nothing.
+    """
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    running: set[asyncio.Task[None]] = set()  # or they could be collected before they end
+
+    def on_signal(number: signal.Signals) -> None:
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)
+        stop.set()
+
+    for number in OPERATORS_SIGNALS:
+        if number in _ENDING:
+            loop.add_signal_handler(number, on_signal, number)
+        elif number is signal.SIGHUP:
+            loop.add_signal_handler(number, lambda: running.add(loop.create_task(on_hangup())))
+        else:
+            loop.add_signal_handler(number, log.warning, "%s does nothing here", number.name)
+    return stop
