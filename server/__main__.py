@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 from runtime.errors import ProviderError, VignetteError
 from runtime.planning.config import AUTO
@@ -15,7 +16,7 @@ from server.models import served
 from server.processes import local, worker
 from server.processes.system import raise_file_limit
 from server.service import keys
-from server.settings import Settings, from_command_line, unknown_variables
+from server.settings import InvalidSettings, Settings, from_command_line, unknown_variables
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
         for unknown in unknown_variables(os.environ):
             log.warning(unknown)
         raise_file_limit()
-        asyncio.run(_supervise(settings))
+        if settings.ray is None:
+            asyncio.run(_supervise(settings))
+        else:
+            _serve_on_ray(settings)
     except VignetteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -41,6 +45,14 @@ async def _supervise(settings: Settings) -> None:
     models, devices = served(settings.engine), _devices(settings)
     settings = settings.model_copy(update={"workers": len(devices)})  # pixels are kept for all
     await local.run(settings, models, worker.main, devices)
+
+
+def _serve_on_ray(settings: Settings) -> None:
+    if find_spec("ray") is None or find_spec("ray.serve") is None:
+        raise InvalidSettings("--ray needs Ray: install vignette with the extras [cpu,ray]")
+    from server.cluster.command import serve
+
+    serve(settings)
 
 
 def _devices(settings: Settings) -> list[str]:

@@ -14,7 +14,7 @@ from runtime.errors import (
 from server.images.clips import NoVideo
 from server.images.cost import TooHard
 from server.images.fetch import FetchFailed, ForbiddenUrl
-from server.ipc.dispatcher import EngineFailed, Expired
+from server.ipc.dispatcher import EngineFailed, EnginesFull, Expired
 from server.service.admission import NotServing, QueueFull
 from server.service.keys import TooFast, Unauthorised
 from server.service.service import UnknownModel
@@ -52,6 +52,7 @@ ERRORS: dict[type[Exception], Answer] = {
     FetchFailed: Answer(422, "fetch_failed"),
     TooFast: Answer(429, "too_fast"),
     QueueFull: Answer(429, "queue_full"),
+    EnginesFull: Answer(429, "queue_full"),
     NotServing: Answer(503, "not_serving"),
     ComputationFailed: Answer(500, "engine_failed"),
     EngineFailed: Answer(500, "engine_failed"),

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from runtime.planning.machine import this_machine
 
 _CORES = this_machine().cores
 _PREFIX = "VIGNETTE_"
+LOCAL = "local"  # in place of a Ray cluster's address: one that is started here
 
 
 class InvalidSettings(VignetteError):
@@ -192,6 +194,32 @@ class Settings(BaseSettings):
         Field(pattern="^https?://[^/]", description="OTLP/HTTP endpoint of an OpenTelemetry "
               "collector, such as http://localhost:4318/v1/traces; needs the otel extra"),
     ] = None  # fmt: skip
+    ray: Annotated[
+        str | None,
+        Field(description="serve over a Ray cluster: its address, or auto for the one that this "
+              "machine is of; without an address over one that is started here; needs the ray "
+              "extra, and engines under the same paths on all nodes"),
+    ] = None  # fmt: skip
+    ray_replicas: Annotated[
+        str,
+        Field(pattern=r"^[1-9]\d{0,3}(-[1-9]\d{0,3})?$", description="engines of each model on "
+              "the cluster: a number, or the fewest and the most, such as 1-8, by the requests "
+              "that are inside"),
+    ] = "1"  # fmt: skip
+    ray_cores: Annotated[
+        int | None,
+        Field(ge=1, le=1024, description="of each engine on a cluster without GPUs; left out, 4, "
+              "or what its largest node has"),
+    ] = None  # fmt: skip
+    ray_doors: Annotated[
+        int | None,
+        Field(ge=1, le=1024, description="nodes that listen on the port; left out, all"),
+    ] = None  # fmt: skip
+    ray_detach: Annotated[
+        bool,
+        Field(description="deploy to the cluster, or update what is there, and return; `serve "
+              "shutdown` ends it"),
+    ] = False  # fmt: skip
     log_format: Annotated[
         str, Field(pattern="^(text|json)$", description="text for people, json for machines")
     ] = "text"
@@ -211,6 +239,12 @@ class Settings(BaseSettings):
         """Of each worker, if there are several on a processor; 0 leaves all cores to the one."""
         several = (self.workers or 1) > 1 and self.provider not in ("cuda", "tensorrt")
         return max(1, _CORES // (self.workers or 1)) if several else 0
+
+    @property
+    def replicas(self) -> tuple[int, int]:
+        """Fewest and most engines of a model on a Ray cluster."""
+        least, _, most = self.ray_replicas.partition("-")
+        return int(least), int(most or least)
 
     @property
     def doors(self) -> int:
@@ -249,13 +283,22 @@ def unknown_variables(environment: Iterable[str]) -> list[str]:
     return said
 
 
+def _with_address(arguments: list[str]) -> list[str]:
+    """Flags, of which --ray may stand alone."""
+    found = []
+    for flag, after in zip(arguments, [*arguments[1:], "-"], strict=True):
+        found += [flag, LOCAL] if flag == "--ray" and after.startswith("-") else [flag]
+    return found
+
+
 def from_command_line(arguments: list[str] | None = None) -> Settings:
     """Settings from flags, then variables, then defaults; InvalidSettings names the wrong ones."""
     for name, value in os.environ.items():
         if name.startswith(_PREFIX) and not value and name.removeprefix(_PREFIX) in _names():
             raise InvalidSettings(f"{name} is empty: give it a value, or unset it")
+    arguments = _with_address(sys.argv[1:] if arguments is None else arguments)
     try:
-        settings = Settings(_cli_parse_args=True if arguments is None else arguments)  # type: ignore[call-arg]
+        settings = Settings(_cli_parse_args=arguments)  # type: ignore[call-arg]
     except ValidationError as cause:
         problems = "; ".join(
             f"--{'-'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']} (got {e['input']!r})"
@@ -264,6 +307,11 @@ def from_command_line(arguments: list[str] | None = None) -> Settings:
         raise InvalidSettings(f"{problems}. See vignette serve --help") from cause
     if (settings.grpc_certificate is None) != (settings.grpc_key is None):
         raise InvalidSettings("--grpc-certificate and --grpc-key go together: give both, or none")
+    least, most = settings.replicas
+    if least > most:
+        raise InvalidSettings(f"--ray-replicas {settings.ray_replicas}: the fewest come first")
+    if settings.ray_detach and settings.ray in (None, LOCAL):
+        raise InvalidSettings("--ray-detach leaves a cluster alone: give its address with --ray")
     if settings.ops_port and settings.ops_port == settings.port:
         raise InvalidSettings(f"--ops-port {settings.ops_port} is the port itself: choose another")
     return settings

@@ -4,6 +4,7 @@ No image makes a healthy engine fail, so these are known by their colour.
 """
 
 import asyncio
+import importlib
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -75,6 +76,12 @@ def main() -> None:
     """Serve until told to stop."""
     settings = from_command_line()
     configure(settings)
+    if settings.ray is not None:
+        from server.cluster import command
+
+        ours = importlib.import_module("bench.reliability.faulty")  # by which replicas know it
+        command.serve(settings, ours.worker_main)
+        return
     settings = settings.model_copy(update={"workers": 1})
     asyncio.run(local.run(settings, served(settings.engine), worker_main, [""]))
 

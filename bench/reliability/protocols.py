@@ -52,7 +52,7 @@ async def _asked_until(over: Awaitable[None], url: str, grpc_port: int) -> dict[
     ):
         await _ready(grpc)
         kinds: dict[str, Ask] = {
-            "streams": lambda: _stream(http, url),
+            "streams": lambda: stream(http, url),
             "chat streams": lambda: _chat_stream(http, url),
             "gRPC calls": lambda: _call(grpc),
             "gRPC streams": lambda: _grpc_stream(grpc),
@@ -93,7 +93,8 @@ def _judged(texts: list[str], whole: str) -> str:
     return f"{whole!r} after {texts}"
 
 
-async def _stream(http: aiohttp.ClientSession, url: str) -> str:
+async def stream(http: aiohttp.ClientSession, url: str) -> str:
+    """One streamed caption: "right", or what was wrong."""
     headers = {"Accept": "text/event-stream", "Content-Type": "image/png"}
     texts, whole = [], ""
     async with http.post(f"{url}/caption", data=sample(), headers=headers) as answer:

@@ -6,6 +6,7 @@ from bench.reliability import (
     admission,
     beside,
     clients,
+    cluster,
     endurance,
     images,
     processes,
@@ -47,4 +48,5 @@ SCENARIOS: dict[str, tuple[int, Callable[..., Verdict]]] = {
     "signals, heads, decoders": (29, surroundings.small_ones),
     "all attacks for two hours": (30, beside.siege),
     "a worker killed under streams and gRPC": (31, protocols.killed_under_streams),
+    "replicas and nodes of a cluster that die": (32, cluster.dying_cluster),
 }

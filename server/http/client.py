@@ -52,7 +52,7 @@ class RemoteService:
                 status, _, answer = connection.ask("GET", "/health/ready")
                 name = model or next(iter(answer["models"]))
                 workers = [w for w in answer["workers"] if w["model"] == name]
-                slots = sum(worker.get("slots", 0) for worker in workers)
+                slots = sum(w.get("slots", 0) * w.get("engines", 1) for w in workers)
                 ready = [w for w in workers if w["state"] == "ready"]
                 identity = [{name: w[name] for name in _IDENTITY} for w in ready]
             except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as cause:

@@ -296,6 +296,7 @@ class WorkerAnswer(BaseModel):
     seconds: float | None = None
     device: str = ""
     slots: int = 0
+    engines: int = 1
 
 
 class ReadyAnswer(BaseModel):

@@ -11,8 +11,8 @@
   given up in the end is not refused the next time.
 * A step that raises is treated as a crash: its requests are tried again one by one.
 * A request that is tried again is generated from its beginning; what was handed on before is left
-  out, so that who reads along sees neither a gap nor a repeat: the same image and prompt give the
-  same tokens, whatever they are decoded with.
+  out (`server/ipc/told.py`).
+* A worker may stand for engines elsewhere, and say of a request what was found out there.
 """
 
 import asyncio
@@ -24,12 +24,20 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from msgspec.structs import replace
-
 from runtime.errors import VignetteError
 from runtime.request import FinishReason, GenerationRequest, RequestOutput
-from server.ipc.messages import Cancel, Generate, Hello, Output, StepFailed, packed
+from server.ipc.messages import (
+    Cancel,
+    Generate,
+    Hello,
+    Output,
+    StepFailed,
+    Unserved,
+    Why,
+    packed,
+)
 from server.ipc.remembered import Remembered
+from server.ipc.told import Told
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +46,23 @@ BLAMED = ("crashed", "stuck")  # ends of a worker that are its own doing, or its
 _CRASHES, _LOSSES = 2, 4  # of a worker with a request in it, until that is given up
 _DEADLY = "the engine failed on this image twice: it is not tried again for ten minutes"
 _UNLUCKY = "the engine was killed several times with this request: try again later"
+_FULL = "the queue of the cluster is full: try again later"
+_REPLACED = "the model was replaced by another meanwhile: try again"
+_LATE = "the deadline passed while it was queued"
 
 
 class EngineFailed(VignetteError):
-    """The engine broke twice on this request; it goes on with the others."""
+    """The engine broke on this request several times; it goes on with the others."""
+
+
+class Deadly(EngineFailed):
+    """The engine broke twice because of this request's image."""
+
+
+class EnginesFull(VignetteError):
+    """The engines elsewhere have no room; `retry_after` in seconds."""
+
+    retry_after = 1
 
 
 class Expired(VignetteError):
@@ -52,8 +73,7 @@ class Expired(VignetteError):
 class Work:
     """A request on its way through a worker. Its pixels are in a slot of the front-end's store.
 
-    digest: of its images, by which a killer is known again. told: tokens that were handed on;
-    position: tokens that came in the life of the worker that it is with.
+    digest: of its images, by which a killer is known again.
     """
 
     request: GenerationRequest
@@ -61,8 +81,7 @@ class Work:
     suspect: bool = False
     crashes: int = 0  # of workers that had started it
     losses: int = 0  # the same, and those that somebody killed
-    told: int = 0
-    position: int = 0
+    told: Told = field(default_factory=Told)
     link: "Link | None" = None
     news: "asyncio.Queue[RequestOutput | VignetteError]" = field(default_factory=asyncio.Queue)
     ended: bool = False
@@ -75,12 +94,9 @@ class Work:
 
     def take(self, output: RequestOutput) -> None:
         """Hand on what is new in an output of a worker."""
-        known = max(0, self.told - self.position)
-        self.position += len(output.token_ids)
-        self.told = max(self.told, self.position)
-        output = replace(output, completion=output.completion.after(known))
+        output = self.told.fresh(output)
         if output.finish_reason is FinishReason.EXPIRED:
-            self.end(Expired("the deadline passed while it was queued"))
+            self.end(Expired(_LATE))
         elif output.finish_reason is not None:
             self.end(output)
         elif output.token_ids:
@@ -149,7 +165,7 @@ class Dispatcher:
     def check(self, digest: str) -> None:
         """Raise EngineFailed for an image that killed a worker twice."""
         if digest in self._quarantine:
-            raise EngineFailed(_DEADLY)
+            raise Deadly(_DEADLY)
 
     def refuse(self, digest: str, until: float | None = None) -> float:
         """Take no image with this digest until then: it killed workers, here or for another."""
@@ -209,20 +225,23 @@ class Dispatcher:
         """Of the workers that serve."""
         return set(self._links)
 
-    def received(self, key: tuple[int, int], message: Output | StepFailed) -> None:
+    def received(self, key: tuple[int, int], message: Output | StepFailed | Unserved) -> None:
         """What a worker says of a request."""
         link = self._links.get(key)
         number = message.output.id if isinstance(message, Output) else message.id
         work = link.inside.get(number) if link else None
-        if work is None or work.ended:
+        if link is None or work is None or work.ended:
             return  # it was taken back meanwhile
-        if isinstance(message, Output):
-            work.take(message.output)
-            if work.ended and link is not None:  # whether or not somebody has read it
-                link.inside.pop(number)
-                self._pump()
-        else:
-            self._again(work, blamed=True)
+        match message:
+            case Output(output):
+                work.take(output)
+            case StepFailed():
+                self._again(work, blamed=True)
+            case Unserved(_, why):
+                self._unserved(work, why)
+        if work.ended:  # whether or not somebody has read it
+            link.inside.pop(number, None)
+        if work.ended or isinstance(message, StepFailed):
             self._pump()
 
     def _again(self, work: Work, blamed: bool) -> None:
@@ -240,23 +259,36 @@ class Dispatcher:
         work.losses += 1
         work.crashes += blamed
         if work.crashes >= _CRASHES:
+            self._unserved(work, Why.DEADLY)
+        elif work.losses >= _LOSSES:
+            self._unserved(work, Why.UNLUCKY)
+        else:
+            self._suspects.append(work)
+
+    def _unserved(self, work: Work, why: Why) -> None:
+        """It has no caption, and who waits for it is told so."""
+        if why is Why.DEADLY:
             self.on_refused(work.digest, self.refuse(work.digest))
             log.error(
                 "the engine failed twice on an image, which is refused for %.0f minutes: sha256 %s",
                 QUARANTINE_SECONDS / 60, work.digest,
             )  # fmt: skip
-            work.end(EngineFailed(_DEADLY))
-        elif work.losses >= _LOSSES:
-            work.end(EngineFailed(_UNLUCKY))
-        else:
-            self._suspects.append(work)
+        work.end(
+            {
+                Why.DEADLY: Deadly(_DEADLY),
+                Why.UNLUCKY: EngineFailed(_UNLUCKY),
+                Why.EXPIRED: Expired(_LATE),
+                Why.FULL: EnginesFull(_FULL),
+                Why.REPLACED: EngineFailed(_REPLACED),
+            }[why]
+        )
 
     def _pump(self) -> None:
         """Send what can be sent; what turned out to be deadly meanwhile is refused."""
         for queue in (self._pending, self._suspects) if self._quarantine else ():
             for work in [w for w in queue if w.digest in self._quarantine]:
                 queue.remove(work)
-                work.end(EngineFailed(_DEADLY))
+                work.end(Deadly(_DEADLY))
         while (self._suspects or self._pending) and self._links:
             link = min(self._links.values(), key=lambda link: len(link.inside))
             if self._suspects and not link.inside:
@@ -270,10 +302,11 @@ class Dispatcher:
                 return
 
     def _send(self, work: Work, link: Link) -> None:
-        work.link, work.position = link, 0
+        work.link = link
+        work.told.again()
         link.inside[work.request.id] = work
         self._started[work.request.pixels] = 0
-        link.pipe.send(packed(Generate(work.request, alone=work.suspect)))
+        link.pipe.send(packed(Generate(work.request, work.suspect, work.digest)))
 
     def _forget(self, work: Work) -> None:
         """It was answered, or its caller gave up."""

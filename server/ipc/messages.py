@@ -7,7 +7,7 @@ next epoch, so that nothing that was queued for the dead one reaches it by itsel
 | from | to | messages |
 | --- | --- | --- |
 | front-end | worker | Hello, Generate, Cancel |
-| worker | front-end | Output, StepFailed |
+| worker | front-end | Output, StepFailed, Unserved |
 | worker, front-end | supervisor | Beat, FailedToStart |
 | worker | supervisor | Found, WorkerReady |
 | front-end | supervisor | FrontEndReady, Refused, Drained |
@@ -15,6 +15,7 @@ next epoch, so that nothing that was queued for the dead one reaches it by itsel
 | supervisor | worker | Gone, Stop |
 """
 
+from enum import StrEnum
 from pathlib import Path
 
 import zmq
@@ -38,10 +39,14 @@ class Hello(Message, frozen=True):
 
 
 class Generate(Message, frozen=True):
-    """A request whose pixels are in a slot of the sender's store. alone: with nothing beside it."""
+    """A request whose pixels are in a slot of the sender's store.
+
+    alone: with nothing beside it. digest: of its images.
+    """
 
     request: GenerationRequest
     alone: bool
+    digest: str = ""
 
 
 class Cancel(Message, frozen=True):
@@ -60,6 +65,23 @@ class StepFailed(Message, frozen=True):
     """A step that this request was in raised."""
 
     id: int
+
+
+class Why(StrEnum):
+    """A request was not served."""
+
+    DEADLY = "deadly"  # its image broke an engine twice, and is refused from now on
+    UNLUCKY = "unlucky"  # engines were killed with it inside, several times
+    EXPIRED = "expired"  # its deadline passed
+    FULL = "full"  # engines have no room for it
+    REPLACED = "replaced"  # by another model, which it was not made for
+
+
+class Unserved(Message, frozen=True):
+    """A request has ended without a caption, for a reason that was found elsewhere."""
+
+    id: int
+    why: Why
 
 
 class Beat(Message, frozen=True):
@@ -81,7 +103,10 @@ class FailedToStart(Message, frozen=True):
 
 
 class WorkerFacts(Struct, frozen=True):
-    """What a worker runs. seconds: that a caption of the self-test took."""
+    """What a worker runs. seconds: that a caption of the self-test took.
+
+    slots: of each of its engines. engines: that it stands for.
+    """
 
     engine: str
     precision: str
@@ -91,6 +116,7 @@ class WorkerFacts(Struct, frozen=True):
     seconds: float | None
     device: str
     slots: int
+    engines: int = 1
 
 
 class WorkerReady(Message, frozen=True):
@@ -153,7 +179,7 @@ class Stop(Message, frozen=True):
 
 
 TO_WORKER = msgpack.Decoder(Hello | Generate | Cancel)
-TO_FRONT_END = msgpack.Decoder(Output | StepFailed)
+TO_FRONT_END = msgpack.Decoder(Output | StepFailed | Unserved)
 TO_SUPERVISOR = msgpack.Decoder(
     Beat | Found | FailedToStart | WorkerReady | FrontEndReady | Refused | Drained
 )

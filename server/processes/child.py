@@ -43,11 +43,10 @@ class Child:
         self.epoch += 1
         self.state, self.step_since = "starting", None
         self.heard_at = time.monotonic()
-        self.process = _CONTEXT.Process(
-            target=self.main, args=(self.index, self.epoch), name=self.name
-        )
+        process = _CONTEXT.Process(target=self.main, args=(self.index, self.epoch), name=self.name)
         with environment(self.environment):
-            self.process.start()
+            process.start()
+        self.process = process
 
     def note_end(self, reason: str) -> None:
         """Remember how this life ended: killed by somebody, stuck, hung, or crashed by itself."""

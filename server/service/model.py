@@ -68,9 +68,10 @@ class Model:
             return
         facts = [w.facts for w in ready if w.facts is not None]
         self.limits.slots = min(w.facts.slots for w in workers if w.facts is not None)
-        self.shares.slots = self.admission.slots = -(-sum(f.slots for f in facts) // front_ends)
+        slots, engines = sum(f.slots * f.engines for f in facts), sum(f.engines for f in facts)
+        self.shares.slots = self.admission.slots = -(-slots // front_ends)
         if known := [f.seconds for f in facts if f.seconds]:
-            self.admission.expect(front_ends * min(known) / len(ready))
+            self.admission.expect(front_ends * min(known) / engines)
         if self.admission.state is State.STARTING:
             self.admission.state = State.READY
 

@@ -1,0 +1,150 @@
+"""What is deployed: an application for each model, and one of doors. Ray Serve imports both.
+
+In a file for `serve deploy`, with settings as arguments (those of `vignette serve`, with
+underscores):
+
+    applications:
+      - name: vignette-git-base        # vignette- and the model's name
+        import_path: server.cluster.application:model
+        args: {engine: engines/git-base, ray_replicas: 1-8, ray_cores: 8}
+      - name: vignette
+        import_path: server.cluster.application:doors
+        args: {engine: engines/git-base, host: 0.0.0.0}
+"""
+
+import hashlib
+import time
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
+
+from runtime.errors import VignetteError
+from server.cluster.door import Door
+from server.cluster.notices import Notices
+from server.cluster.replica import Replica
+from server.models import ServedModel, served
+from server.processes import worker
+from server.service.service import SLOTS
+from server.settings import Settings
+
+_CORES = 4  # of an engine, where nodes have as many
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+_EACH = {"health_check_period_s": 2, "health_check_timeout_s": 20, "logging_config": QUIET}
+_LOOK_SECONDS = 1.0
+
+
+class NoRoom(VignetteError):
+    """No node of the cluster has room for an engine."""
+
+
+def model(args: Settings) -> Application:
+    """A model's replicas: the engine folder that the settings name, or the first of several."""
+    return replicas(args, served(args.engine)[0])
+
+
+def replicas(settings: Settings, model: ServedModel, worker_main: Any = worker.main) -> Application:
+    """The application of one model. Raises NoRoom."""
+    needed = _resources(settings)
+    cores = int(needed.get("num_cpus", 0))
+    settings = settings.model_copy(update={"workers": 1, "threads": settings.threads or cores})
+    slots = settings.slots or (SLOTS if "num_gpus" in needed else 16)
+    least, most = settings.replicas
+    scaled: dict[str, Any] = {"num_replicas": least}
+    if most > least:
+        scaling = AutoscalingConfig(
+            min_replicas=least,
+            max_replicas=most,
+            target_ongoing_requests=slots,
+            look_back_period_s=10,
+            upscale_delay_s=5,
+            downscale_delay_s=60,
+        )
+        scaled = {"autoscaling_config": scaling}
+    return serve.deployment(Replica).options(
+        name=model.name,
+        ray_actor_options=needed,
+        max_ongoing_requests=2 * slots,  # so that the next ones are there when slots are free
+        max_queued_requests=settings.max_queue,
+        graceful_shutdown_timeout_s=settings.drain_seconds,
+        max_surge_percent=100 if _spare(needed, most) else 0,
+        **scaled,
+        **_EACH,
+    ).bind(settings, model, worker_main, 2 * slots)  # fmt: skip
+
+
+def doors(args: Settings) -> Application:
+    """Doors for the models that the settings name."""
+    return opened(args, tuple(model.name for model in served(args.engine)))
+
+
+def opened(settings: Settings, models: tuple[str, ...]) -> Application:
+    """The application of the doors of these models."""
+    notices = serve.deployment(Notices).options(
+        name="Notices", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000, **_EACH
+    ).bind(made_of(settings, models))  # fmt: skip
+    scaled: dict[str, Any] = {"num_replicas": settings.ray_doors}
+    if settings.ray_doors is None:
+        scaling = AutoscalingConfig(
+            min_replicas=1,
+            max_replicas=10_000,
+            policy=AutoscalingPolicy(policy_function=one_for_each_node),
+        )
+        scaled = {"autoscaling_config": scaling}
+    return serve.deployment(Door).options(
+        name="Door",
+        ray_actor_options={"num_cpus": 0},
+        max_replicas_per_node=1,
+        graceful_shutdown_timeout_s=settings.drain_seconds + 10,
+        **scaled,
+        **_EACH,
+    ).bind(settings, models, notices)  # fmt: skip
+
+
+def made_of(settings: Settings, models: tuple[str, ...]) -> bytes:
+    """By what doors differ: they know no engine folders, nor how many engines there are."""
+    engines = {"engine", "ray", "ray_replicas", "ray_cores", "ray_detach", "provider", "precision"}
+    keys = settings.api_keys.read_bytes() if settings.api_keys else b""
+    told = settings.model_dump_json(exclude=engines).encode() + repr(models).encode()
+    return hashlib.sha256(told + keys).digest()
+
+
+def one_for_each_node(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+    """As many replicas as there are nodes."""
+    state = context.policy_state
+    now = time.monotonic()
+    if now - state.get("looked", 0.0) > _LOOK_SECONDS:
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        state = {"looked": now, "nodes": nodes}
+    return state["nodes"], state
+
+
+def _resources(settings: Settings) -> dict[str, float]:
+    """Of a replica: a GPU, or cores."""
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = any(node.get("GPU", 0) for node in there)
+    if settings.provider in ("cuda", "tensorrt") or (settings.provider == "auto" and gpus):
+        if not gpus:
+            raise NoRoom(f"--provider {settings.provider}: the cluster has no GPU")
+        return {"num_gpus": 1, "num_cpus": 0}
+    most = int(max((node.get("CPU", 0) for node in there), default=0))
+    cores = settings.ray_cores or min(_CORES, most)
+    if not cores or cores > most:
+        raise NoRoom(
+            f"an engine takes {cores or _CORES} cores (--ray-cores), and no node of the cluster "
+            f"has more than {most}"
+        )
+    return {"num_cpus": cores}
+
+
+def _spare(needed: dict[str, float], replicas: int) -> bool:
+    """Whether one more than these replicas has room, so that an update need not stop one first.
+
+    If it had none, an update that waits for it would never end.
+    """
+    kind, wanted = ("GPU", 1.0) if "num_gpus" in needed else ("CPU", needed["num_cpus"])
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(int(node.get(kind, 0) // wanted) for node in nodes)
+    return room > replicas and ray.available_resources().get(kind, 0) >= wanted

@@ -1,0 +1,41 @@
+"""What a door has to know of a model, told by a replica: doors need no engine folder."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from msgspec import Struct
+
+from runtime.model import manifest as manifests
+from runtime.model.tokenizer import CaptionTokenizer
+
+
+class Card(Struct, frozen=True):
+    """The files of an engine folder that a front-end reads. kind: see `kind_of`."""
+
+    manifest: bytes
+    tokenizer: bytes
+    kind: str
+
+    @classmethod
+    def of(cls, folder: Path) -> "Card":
+        """Of an engine folder. Raises EngineFolderError."""
+        manifest = manifests.read(folder)
+        CaptionTokenizer(folder, manifest)  # complains if it can't be read
+        tokenizer = (folder / manifests.TOKENIZER).read_bytes()
+        return cls((folder / manifests.FILE).read_bytes(), tokenizer, kind_of(manifest))
+
+    def write(self, folder: Path) -> Path:
+        """Make a folder of it that a front-end can read."""
+        folder.mkdir(parents=True)
+        (folder / manifests.FILE).write_bytes(self.manifest)
+        (folder / manifests.TOKENIZER).write_bytes(self.tokenizer)
+        return folder
+
+
+def kind_of(manifest: manifests.Manifest) -> str:
+    """The same for engines that can take each other's requests: of equal tokens, images, sizes."""
+    parts = [asdict(manifest.sizes), asdict(manifest.tokens), asdict(manifest.preprocessing)]
+    told = json.dumps([*parts, manifest.files.get(manifests.TOKENIZER)], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:12]

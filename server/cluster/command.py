@@ -1,0 +1,133 @@
+"""`vignette serve --ray`: deploy to a cluster, say where the doors are, and end it when told to."""
+
+import asyncio
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers otherwise
+
+import ray
+from ray import serve as ray_serve
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus
+
+from runtime.errors import VignetteError
+from server.cluster.application import QUIET, made_of, opened, replicas
+from server.cluster.door import application_of
+from server.cluster.notices import KNOWN, Known
+from server.cluster.replica import DOORS
+from server.models import ServedModel, served
+from server.processes import worker
+from server.processes.local import stop_event
+from server.service import keys
+from server.settings import LOCAL, Settings
+
+log = logging.getLogger(__name__)
+
+_ASK_SECONDS = 20.0
+_LOOK_SECONDS = 0.2
+_ERROR = re.compile(r"[\w.]+: .")  # a line of a traceback that names the error
+
+
+class NotDeployed(VignetteError):
+    """The cluster could not be reached, or did not take the service."""
+
+
+def serve(settings: Settings, worker_main: Callable[..., Any] = worker.main) -> None:
+    """Deploy, or update what is there, and serve until a signal asks to end.
+
+    worker_main: of an engine worker's process.
+
+    Raises EngineFolderError, NoRoom, and NotDeployed.
+    """
+    if settings.api_keys:
+        keys.read(settings.api_keys)  # doors do, but now is the time to complain
+    models = served(settings.engine)
+    address = None if settings.ray == LOCAL else settings.ray
+    try:
+        ray.init(address=address, logging_level="warning")
+    except (ConnectionError, RuntimeError, ValueError) as cause:
+        raise NotDeployed(f"--ray {settings.ray}: no cluster could be reached ({cause})") from cause
+    try:
+        ray_serve.start(proxy_location="Disabled", logging_config=QUIET)
+        deploy(settings, models, worker_main)
+        for url in doors(models):
+            print(f"Vignette has a door on {url}", flush=True)
+        if not settings.ray_detach:
+            asyncio.run(_told_to_stop())
+            end(models)
+    finally:
+        ray.shutdown()
+
+
+def deploy(
+    settings: Settings, models: tuple[ServedModel, ...], worker_main: Callable[..., Any]
+) -> None:
+    """Have models and doors on the cluster; those that are there are updated, one by one.
+
+    Doors stay open if nothing that concerns them has changed. Raises NoRoom and NotDeployed.
+    """
+    try:
+        for model in models:
+            name = application_of(model.name)
+            ray_serve.run(replicas(settings, model, worker_main), name=name, route_prefix=None)
+        names = tuple(model.name for model in models)
+        if _doors_made_of() != made_of(settings, names):
+            ray_serve.run(opened(settings, names), name=DOORS, route_prefix=None)
+    except RuntimeError as cause:  # it holds the traceback of what went wrong, somewhere
+        raise NotDeployed(f"the cluster did not take the service: {_reason()}") from cause
+
+
+def doors(models: tuple[ServedModel, ...]) -> list[str]:
+    """Where the service is, once all its models are. Raises NotDeployed if that takes too long."""
+    end = time.monotonic() + _ASK_SECONDS
+    wanted = {model.name for model in models}
+    while time.monotonic() < end:
+        known = _known()
+        if known.doors and {notice.state.model for notice in known.replicas} >= wanted:
+            return sorted({notice.url for notice in known.doors})
+        time.sleep(_LOOK_SECONDS)
+    raise NotDeployed("no door opened: see the log of the cluster (ray logs)")
+
+
+def end(models: tuple[ServedModel, ...]) -> None:
+    """Close the doors, which finish what they accepted, and then the engines."""
+    for name in (DOORS, *(application_of(model.name) for model in models)):
+        ray_serve.delete(name)
+
+
+def _notices() -> DeploymentHandle:
+    return ray_serve.get_deployment_handle("Notices", DOORS)
+
+
+def _known() -> Known:
+    return KNOWN.decode(_notices().known.remote().result(timeout_s=_ASK_SECONDS))
+
+
+def _doors_made_of() -> bytes | None:
+    """What the doors that are there were made of; None if there are none that work."""
+    found = ray_serve.status().applications.get(DOORS)
+    if found is None or found.status is not ApplicationStatus.RUNNING:
+        return None
+    return _notices().settings.remote().result(timeout_s=_ASK_SECONDS)
+
+
+def _reason() -> str:
+    """What went wrong where something did: the last line of the first traceback."""
+    for application in ray_serve.status().applications.values():
+        for deployment in application.deployments.values():
+            lines = [line for line in deployment.message.splitlines() if _ERROR.match(line)]
+            if lines:
+                return lines[-1]
+    return "see its log (ray logs)"
+
+
+async def _told_to_stop() -> None:
+    async def hangup() -> None:
+        log.warning("SIGHUP does nothing on a cluster: deploy again, and doors read the API keys")
+
+    await stop_event(hangup).wait()

@@ -1,0 +1,195 @@
+"""A door: the front-ends of one node, under a supervisor, with relays in place of workers."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+import zmq
+import zmq.asyncio
+from msgspec import msgpack
+from msgspec.structs import replace
+from ray import serve
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from server.cluster.card import Card
+from server.cluster.notices import KNOWN, TELL_SECONDS, DoorNotice, Known, ReplicaNotice
+from server.cluster.relay import Relay
+from server.ipc.messages import WorkerState, worker_address
+from server.ipc.shared import RunFolder
+from server.logs import configure
+from server.models import ServedModel
+from server.processes.crew import front_ends
+from server.processes.ports import Ports
+from server.processes.supervisor import CannotStart, Supervisor
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_CARD = msgpack.Decoder(Card)
+_LOOK_SECONDS = 0.5  # for a model that is not there yet
+
+
+def application_of(model: str) -> str:
+    """The name of a model's application; its deployment has the model's own."""
+    return f"vignette-{model}"
+
+
+class _Line:
+    """A model's relay, while any replica serves. Each life has an epoch, as a worker's has."""
+
+    def __init__(self, folder: Path, index: int, name: str, kind: str) -> None:
+        self.name, self.kind = name, kind
+        self._folder, self._index, self._epoch = folder, index, 0
+        self._socket: zmq.asyncio.Socket | None = None
+        self._running: asyncio.Task[None] | None = None
+
+    @property
+    def opened(self) -> bool:
+        """Whether it takes calls."""
+        return self._running is not None
+
+    def follow(self, replicas: Sequence[ReplicaNotice]) -> WorkerState:
+        """Take calls while there are replicas; what front-ends are told of them, as one worker."""
+        ready = [each.state for each in replicas if each.state.state == "ready"]
+        if ready and self._running is None:
+            self._open()
+        elif not ready and self._running is not None:
+            self.close()
+        restarts = sum(each.state.restarts for each in replicas)
+        facts = next((state.facts for state in ready if state.facts is not None), None)
+        if facts is not None:
+            nodes = sorted({each.node for each in replicas})
+            device = f"{len(ready)} replicas on {', '.join(nodes)}"
+            slots = min(state.facts.slots for state in ready if state.facts is not None)
+            facts = replace(facts, engines=len(ready), device=device, slots=slots)
+        state = "ready" if facts else "recovering" if self._epoch else "starting"
+        return WorkerState(self.name, self._index, self._epoch, state, None, restarts, None, facts)
+
+    def _open(self) -> None:
+        self._epoch += 1
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
+        self._socket.sndhwm = self._socket.rcvhwm = 0
+        self._socket.bind(worker_address(self._folder, self._index, self._epoch))
+        replicas = serve.get_deployment_handle(self.name, application_of(self.name))
+        self._running = asyncio.create_task(Relay(self._socket, replicas, self.kind).run())
+
+    def close(self) -> None:
+        """No replica is left: front-ends send again what is not answered yet, once one is."""
+        if self._running is not None and self._socket is not None:
+            self._running.cancel()
+            self._socket.close(linger=0)
+        self._running = self._socket = None
+
+
+class Door:
+    """A deployment with one replica on each node."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, models: tuple[str, ...], notices: DeploymentHandle
+    ) -> None:
+        """Wait for the models, then listen. Raises CannotListen, NoSharedMemory and CannotStart."""
+        configure(settings)
+        self._settings, self._notices = settings, notices
+        cards = {name: await _card(name) for name in models}
+        ports, run = Ports(settings), RunFolder()
+        self._url = f"http://{_address(settings.host)}:{ports.number}"
+        self._lines = [
+            _Line(run.path, index, name, card.kind)
+            for index, (name, card) in enumerate(cards.items())
+        ]
+        served = [
+            ServedModel(name, card.write(run.path / "models" / str(index)), 1.0)
+            for index, (name, card) in enumerate(cards.items())
+        ]
+        children = front_ends(settings, served, run.path, ports)
+        self._supervisor = Supervisor(settings, list(models), run, [], children, ports)
+        self._stale: str | None = None
+        self._stop, ready = asyncio.Event(), asyncio.Event()
+        self._supervisor.on_ready = ready.set
+        self._running = asyncio.create_task(self._supervisor.run(self._stop))
+        self._following = asyncio.create_task(self._follow())
+        starting = asyncio.create_task(ready.wait())
+        everything = {self._running, self._following, starting}
+        await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
+        starting.cancel()
+        for task in (self._running, self._following):
+            if task.done():
+                task.result()
+                raise CannotStart("the door ended as it opened: see the log")
+        log.info("a door is open on %s", self._url)
+
+    async def __del__(self) -> None:
+        """Serve lets go of it: finish what was accepted."""
+        self._stop.set()
+        await self._running
+        self._following.cancel()
+        for line in self._lines:
+            line.close()
+
+    def check_health(self) -> None:
+        """Raise if it has to be opened anew."""
+        if self._running.done() or self._following.done():
+            raise CannotStart("the door's supervisor has ended: see the log")
+        if self._stale is not None:
+            raise CannotStart(
+                f"{self._stale} was replaced by a model of other tokens or images: the door opens "
+                "again for that"
+            )
+
+    async def _follow(self) -> None:
+        """Hear once a second who serves, and which images are refused."""
+        name = ray.get_runtime_context().get_actor_id() or ""
+        while True:
+            now = time.monotonic()
+            refused = {
+                model: {digest: until - now for digest, until in kept.items().items()}
+                for model, kept in self._supervisor.refused.items()
+            }
+            notice = msgpack.encode(DoorNotice(name, self._url, refused))
+            try:
+                known = KNOWN.decode(await self._notices.door.remote(notice))
+            except Exception as error:  # of several libraries: what is known stays, for now
+                log.warning("notices are not to be had: %r", error)
+            else:
+                await self._learn(known)
+            await asyncio.sleep(TELL_SECONDS)
+
+    async def _learn(self, known: Known) -> None:
+        states = []
+        for line in self._lines:
+            replicas = [each for each in known.replicas if each.state.model == line.name]
+            if not known.complete and not replicas and line.opened:
+                return  # they are there, and were not heard of yet
+            ours = [each for each in replicas if each.kind == line.kind]
+            if replicas and not ours:
+                self._stale = line.name
+            states.append(line.follow(ours))
+        now = time.monotonic()
+        refused = {
+            model: {digest: now + left for digest, left in digests.items()}
+            for model, digests in known.refused.items()
+            if model in self._supervisor.refused
+        }
+        await self._supervisor.learn(tuple(states), refused)
+
+
+def _address(host: str) -> str:
+    """Where a host that is listened on is reached."""
+    if host in ("0.0.0.0", "::"):
+        host = ray.util.get_node_ip_address()
+    return f"[{host}]" if ":" in host else host
+
+
+async def _card(model: str) -> Card:
+    """Ask a replica for it, as soon as there is one."""
+    while True:
+        try:
+            replicas = serve.get_deployment_handle(model, application_of(model))
+            return _CARD.decode(await replicas.card.remote())
+        except RayServeException as error:
+            log.info("%s is not there yet (%s)", model, error)
+            await asyncio.sleep(_LOOK_SECONDS)

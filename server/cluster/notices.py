@@ -1,0 +1,100 @@
+"""What doors and replicas of a cluster tell each other: who serves, which images are refused.
+
+Everybody tells all that he knows about once a second, so that nothing is lost with this actor's
+life. Times are told as seconds that are left: machines have clocks of their own.
+"""
+
+import time
+from collections.abc import Callable
+
+from msgspec import Struct, msgpack
+
+from server.ipc.dispatcher import QUARANTINE_SECONDS
+from server.ipc.messages import WorkerState
+from server.ipc.remembered import Remembered
+
+TELL_SECONDS = 1.0
+_HEARD_SECONDS = 5.0  # after which somebody is taken for gone
+_YOUNG_SECONDS = 3.0  # in which not all may have been heard of
+
+Refused = dict[str, dict[str, float]]  # by model and digest, for how many seconds more
+
+
+class ReplicaNotice(Struct, frozen=True):
+    """Of a replica: its worker, and the kind of its model (`Card.kind`)."""
+
+    name: str
+    node: str
+    kind: str
+    state: WorkerState
+
+
+class DoorNotice(Struct, frozen=True):
+    """Of a door: where it listens, and the images that it knows to be refused."""
+
+    name: str
+    url: str
+    refused: Refused
+
+
+class Known(Struct, frozen=True):
+    """What is known of the cluster. complete: or somebody may not have been heard of yet."""
+
+    replicas: tuple[ReplicaNotice, ...]
+    doors: tuple[DoorNotice, ...]
+    refused: Refused
+    complete: bool
+
+
+REPLICA, DOOR = msgpack.Decoder(ReplicaNotice), msgpack.Decoder(DoorNotice)
+KNOWN = msgpack.Decoder(Known)
+
+
+class Notices:
+    """A deployment of one replica."""
+
+    def __init__(self, settings: bytes = b"", clock: Callable[[], float] = time.monotonic) -> None:
+        """settings: what the doors were made of."""
+        self._settings, self._clock, self._began = settings, clock, clock()
+        self._replicas: dict[str, tuple[float, ReplicaNotice]] = {}
+        self._doors: dict[str, tuple[float, DoorNotice]] = {}
+        self._refused: dict[str, Remembered] = {}
+
+    def settings(self) -> bytes:
+        """What the doors were made of."""
+        return self._settings
+
+    def replica(self, notice: bytes) -> None:
+        """Hear of a replica."""
+        told = REPLICA.decode(notice)
+        self._replicas[told.name] = self._clock(), told
+
+    def door(self, notice: bytes) -> bytes:
+        """Hear of a door, and tell it what is `Known`."""
+        told = DOOR.decode(notice)
+        now = self._clock()
+        self._doors[told.name] = now, told
+        for model, digests in told.refused.items():
+            kept = self._refused.setdefault(model, Remembered(QUARANTINE_SECONDS, self._clock))
+            for digest, left in digests.items():
+                kept.add(digest, now + left)
+        return self.known()
+
+    def known(self) -> bytes:
+        """What is `Known` now."""
+        now = self._clock()
+        for heard in (self._replicas, self._doors):
+            for name in [name for name, (at, _) in heard.items() if now - at > _HEARD_SECONDS]:
+                del heard[name]
+        refused = {
+            model: {digest: until - now for digest, until in kept.items().items()}
+            for model, kept in self._refused.items()
+        }
+        return msgpack.encode(
+            Known(
+                tuple(told for _, told in self._replicas.values()),
+                tuple(told for _, told in self._doors.values()),
+                refused,
+                now - self._began > _YOUNG_SECONDS,
+            )
+        )

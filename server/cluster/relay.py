@@ -1,0 +1,87 @@
+"""Takes what a door's front-ends ask of a model, and has its replicas answer.
+
+To the front-ends it is a worker. A request that is lost with its replica is sent again, and what
+was handed on before is left out.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import zmq.asyncio
+from msgspec import msgpack
+from msgspec.structs import replace
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from server.cluster.replica import SAID, Asked, Said
+from server.ipc.messages import Output, Unserved, Why
+from server.ipc.receiver import Job, Receiver
+from server.ipc.told import Told
+
+log = logging.getLogger(__name__)
+
+_LOSSES = 4  # of replicas with a request in them, until that is given up
+_PAUSE_SECONDS = 0.05  # after the first, and twice as long after each further one
+
+
+class Relay(Receiver):
+    """A worker that stands for all replicas of a model."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, replicas: DeploymentHandle, kind: str) -> None:
+        """kind: of the model that requests are made for (`Card.kind`)."""
+        super().__init__(socket)
+        self._replicas, self._kind = replicas, kind
+
+    async def serve(self, job: Job) -> None:
+        """Answer a request, whatever happens to replicas meanwhile."""
+        number = job.message.request.id
+        told, engine, why = Told(), None, Why.UNLUCKY
+        for losses in range(_LOSSES):
+            try:
+                told.again()
+                async with aclosing(self._asked(job)) as news:
+                    async for said in news:
+                        if said.output is None or (told.tokens and said.engine != engine):
+                            await self.send(job.owner, Unserved(number, said.why or Why.REPLACED))
+                            return
+                        engine = said.engine
+                        fresh = replace(told.fresh(said.output), id=number)
+                        await self.send(job.owner, Output(fresh))
+                return
+            except BackPressureError:
+                why = Why.FULL
+                break
+            except (RayError, RayServeException) as error:
+                log.warning("a request is sent again: its replica is gone (%r)", error)
+                await asyncio.sleep(_PAUSE_SECONDS * 2**losses)
+        await self.send(job.owner, Unserved(number, why))
+
+    async def _asked(self, job: Job) -> AsyncGenerator[Said, None]:
+        """What a replica says of a request; closing takes it back."""
+        request = job.message.request
+        deadline = request.scheduling.deadline
+        left = None if deadline is None else max(0.0, deadline - time.perf_counter())
+        told = replace(request, pixels=None)
+        asked = msgpack.encode(Asked(told, job.message.digest, left, self._kind))
+        pixels = self.pixels(job).copy()  # the slot is another's as soon as nobody waits
+        response: Any
+        if request.stream:
+            response = self._replicas.options(stream=True).stream.remote(asked, pixels)
+        else:
+            response = self._replicas.caption.remote(asked, pixels)
+        ended = False
+        try:
+            if request.stream:
+                async for said in response:
+                    yield SAID.decode(said)
+            else:
+                yield SAID.decode(await response)
+            ended = True
+        finally:
+            if not ended:
+                response.cancel()

@@ -1,0 +1,185 @@
+"""A replica of a model's deployment: a worker under a supervisor, asked by doors through Ray Serve.
+
+The engine has a process of its own, as on one machine. So what crashes it is found out here, where
+that can be told, and the replica goes on; a replica that dies with its node proves nothing.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import numpy as np
+import ray
+from msgspec import Struct, msgpack
+from msgspec.structs import replace
+from ray import serve
+
+from runtime.model import manifest as manifests
+from runtime.request import GenerationRequest, RequestOutput
+from server.cluster.card import Card
+from server.cluster.notices import TELL_SECONDS, ReplicaNotice
+from server.ipc.dispatcher import Deadly, EngineFailed, Expired
+from server.ipc.messages import Serving, Why, process_name
+from server.ipc.shared import PixelStore, RunFolder
+from server.ipc.transport import Workers
+from server.logs import configure
+from server.models import ServedModel
+from server.processes.crew import workers
+from server.processes.supervisor import CannotStart, Supervisor
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+DOORS = "vignette"  # the application of doors and notices
+_FAILED_STARTS = 3  # of the worker in a row, after which another replica may do better
+
+
+class Asked(Struct, frozen=True):
+    """A request as a door sends it, beside its pixels.
+
+    seconds: that are left until its deadline. kind: of the model that it was made for.
+    """
+
+    request: GenerationRequest
+    digest: str
+    seconds: float | None
+    kind: str
+
+
+class Said(Struct, frozen=True):
+    """What a replica answers: news of a request, or why there are none. engine: its fingerprint."""
+
+    engine: str
+    output: RequestOutput | None
+    why: Why | None = None
+
+
+ASKED, SAID = msgpack.Decoder(Asked), msgpack.Decoder(Said)
+
+
+class Replica:
+    """Captions for doors. Its methods are called by Ray Serve, on one event loop."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, model: ServedModel, worker_main: Callable[..., Any], places: int
+    ) -> None:
+        """places: requests that may be here at once.
+
+        Raises EngineFolderError, NoSharedMemory and CannotStart.
+        """
+        configure(settings)
+        self._model = model
+        self._card = Card.of(model.engine)
+        self._engine = manifests.read(model.engine).fingerprint
+        self._numbers = itertools.count(1)
+        folder = RunFolder()
+        name = process_name("front", 0, 1)
+        self._store = PixelStore(
+            folder.path / f"{name}.pixels", places, manifests.read(model.engine).sizes.pixels, True
+        )
+        self._free = asyncio.Semaphore(places)
+        self._links = Workers(folder.path, self._store, name)
+        self._children = workers(settings, [model], folder.path, worker_main, [""])
+        supervisor = Supervisor(settings, [model.name], folder, self._children, [])
+        supervisor.on_change = self._changed
+        self._stop, ready = asyncio.Event(), asyncio.Event()
+        supervisor.on_ready = ready.set
+        self._running = asyncio.create_task(supervisor.run(self._stop))
+        starting = asyncio.create_task(ready.wait())
+        await asyncio.wait({self._running, starting}, return_when=asyncio.FIRST_COMPLETED)
+        starting.cancel()
+        if self._running.done():
+            self._running.result()
+            raise CannotStart("the replica's worker ended as it started: see the log")
+        self._telling = asyncio.create_task(self._tell())
+
+    async def __del__(self) -> None:
+        """Serve lets go of it; what was asked has been answered."""
+        self._telling.cancel()
+        self._stop.set()
+        await self._links.close()
+        await self._running
+
+    def check_health(self) -> None:
+        """Raise if another replica would do better. A worker that is stuck in a step or has crashed
+        is replaced here.
+        """
+        if self._running.done():
+            raise CannotStart("the replica's supervisor has ended: see the log")
+        if any(child.failures >= _FAILED_STARTS for child in self._children):
+            raise CannotStart("the replica's worker does not start any more: see the log")
+
+    def card(self) -> bytes:
+        """A `Card`."""
+        return msgpack.encode(self._card)
+
+    async def caption(self, asked: bytes, pixels: np.ndarray) -> bytes:
+        """What is `Said` of a request that is not streamed. asked: `Asked`. pixels: uint8."""
+        async with aclosing(self._said(ASKED.decode(asked), pixels)) as news:
+            [said] = [each async for each in news]
+        return msgpack.encode(said)
+
+    async def stream(self, asked: bytes, pixels: np.ndarray) -> AsyncGenerator[bytes, None]:
+        """What is `Said` of a request, as it comes."""
+        async with aclosing(self._said(ASKED.decode(asked), pixels)) as news:
+            async for said in news:
+                yield msgpack.encode(said)
+
+    async def _said(self, asked: Asked, pixels: np.ndarray) -> AsyncGenerator[Said, None]:
+        if asked.kind != self._card.kind:
+            yield Said(self._engine, None, Why.REPLACED)
+            return
+        try:
+            async with aclosing(self._outputs(asked, pixels)) as outputs:
+                async for output in outputs:
+                    yield Said(self._engine, output)
+        except Deadly:
+            yield Said(self._engine, None, Why.DEADLY)
+        except EngineFailed:
+            yield Said(self._engine, None, Why.UNLUCKY)
+        except Expired:
+            yield Said(self._engine, None, Why.EXPIRED)
+
+    async def _outputs(
+        self, asked: Asked, pixels: np.ndarray
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Of the request, as its own and not a door's: other doors count from the same numbers."""
+        now = time.perf_counter()
+        deadline = None if asked.seconds is None else now + asked.seconds
+        scheduling = replace(asked.request.scheduling, arrival_time=now, deadline=deadline)
+        self._links.dispatcher.check(asked.digest)
+        async with self._free:
+            slot = self._store.take()
+            try:
+                self._store[slot][:] = pixels
+                request = replace(
+                    asked.request, pixels=slot, scheduling=scheduling, id=next(self._numbers)
+                )
+                generated = self._links.dispatcher.generate(request, asked.digest)
+                async with aclosing(generated) as outputs:
+                    async for output in outputs:
+                        yield output
+            finally:
+                self._store.give_back(slot)
+
+    def _changed(self, serving: Serving) -> None:
+        ready = {(w.index, w.epoch) for w in serving.workers if w.state == "ready"}
+        self._links.update(ready, {w.index: w.last_end for w in serving.workers})
+
+    async def _tell(self) -> None:
+        """Say once a second that it is here."""
+        context = ray.get_runtime_context()
+        name, node = context.get_actor_id() or "", ray.util.get_node_ip_address()
+        while True:
+            [child] = self._children
+            notice = ReplicaNotice(name, node, self._card.kind, child.public())
+            try:
+                notices = serve.get_deployment_handle("Notices", DOORS)
+                await notices.replica.remote(msgpack.encode(notice))
+            except Exception as error:  # of several libraries: nobody hears, for now
+                log.debug("notices are not to be had: %r", error)
+            await asyncio.sleep(TELL_SECONDS)
