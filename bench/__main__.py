@@ -22,6 +22,7 @@ from bench.sections import (
     batches,
     beams,
     bulk,
+    cluster,
     front_ends,
     images,
     offline,
@@ -63,6 +64,7 @@ SECTIONS: dict[str, Section] = {
     "http": lambda settings, _: apache.measure(settings),
     "service": lambda settings, _: service.measure(settings),
     "protocols": lambda settings, _: protocols.measure(settings),
+    "cluster": lambda settings, _: cluster.measure(settings),
     "front_ends": lambda settings, _: front_ends.measure(settings),
     "open_loop": lambda settings, done: open_loop.measure(settings, _known_rates(done)),
 }

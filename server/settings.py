@@ -286,7 +286,7 @@ def unknown_variables(environment: Iterable[str]) -> list[str]:
 def _with_address(arguments: list[str]) -> list[str]:
     """Flags, of which --ray may stand alone."""
     found = []
-    for flag, after in zip(arguments, [*arguments[1:], "-"], strict=True):
+    for flag, after in zip(arguments, [*arguments[1:], "-"], strict=False):
         found += [flag, LOCAL] if flag == "--ray" and after.startswith("-") else [flag]
     return found
 

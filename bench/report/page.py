@@ -4,6 +4,7 @@ import base64
 import html
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -95,12 +96,12 @@ def _offline(section: dict[str, Any]) -> str:
     return _table(head, rows) + ratios + said + failed
 
 
-def _protocols(section: dict[str, Any]) -> str:
+def _shares(of: str, section: dict[str, Any]) -> str:
     rows = [
         (name, _number(rate, 2), f"{section['shares'][name]:.1%}")
         for name, rate in section["rates"].items()
     ]
-    return _table(("", "captions a second", "of /caption's"), rows)
+    return _table(("", "captions a second", of), rows)
 
 
 def _bulk(section: dict[str, Any]) -> str:
@@ -301,7 +302,10 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "http": ("Over HTTP", "ApacheBench: each client sends its next request when the last is "
              "answered. Slow contestants get fewer requests; every run is finished.", _http),
     "protocols": ("Other protocols", "16 clients that each send the next image when one is "
-                  "captioned; the protocols in turns, each as a share of /caption.", _protocols),
+                  "captioned; the protocols in turns, each as a share of /caption.",
+                  partial(_shares, "of /caption's")),
+    "cluster": ("Over a Ray cluster", "The service, and one replica of it on a cluster of this "
+                "machine alone, 16 clients, in turns.", partial(_shares, "of those without Ray")),
     "service": ("The service itself", "Vignette as its processes.", _service),
     "front_ends": ("Taking images in", "JPEGs of 640x480 over HTTP, 64 clients, on the demo "
                    "engine, whose captions cost little.", _front_ends),

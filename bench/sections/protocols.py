@@ -5,8 +5,6 @@ import base64
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,9 +16,9 @@ from tqdm import tqdm
 
 from bench.common.settings import TOKENS, Settings
 from bench.contestants.servers import free_port, picture, running, vignette
+from bench.load.closed_loop import Ask, caption, rate
 
 _CLIENTS = 16
-Ask = Callable[[], Awaitable[str]]
 
 
 def measure(settings: Settings) -> dict[str, Any]:
@@ -54,7 +52,7 @@ async def _measure(
         async with http.get(f"{base}/v1/models") as answer:
             model = (await answer.json())["data"][0]["id"]
         asks: dict[str, Ask] = {
-            "/caption": lambda: _caption(http, url, image),
+            "/caption": lambda: caption(http, url, image),
             "OpenAI": lambda: _chat(http, base, model, image),
             "Open Inference Protocol, HTTP": lambda: _infer(http, base, model, image),
             "Open Inference Protocol, gRPC": lambda: _grpc(grpc, model, image),
@@ -64,26 +62,8 @@ async def _measure(
         rates: dict[str, list[float]] = {name: [] for name in asks}
         for _ in tqdm(range(2 * settings.repeats), desc="protocols", unit="turn"):
             for name, ask in asks.items():
-                rates[name].append(await _rate(ask, settings.images))
+                rates[name].append(await rate(ask, settings.images, _CLIENTS))
     return rates
-
-
-async def _rate(ask: Ask, count: int) -> float:
-    """Captions a second of so many, from clients that each send the next when one is answered."""
-    left = iter(range(count))
-
-    async def client() -> None:
-        for _ in left:  # all clients share it
-            await ask()
-
-    started = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(_CLIENTS)))
-    return count / (time.perf_counter() - started)
-
-
-async def _caption(http: aiohttp.ClientSession, url: str, image: bytes) -> str:
-    async with http.post(url, data=image, headers={"Content-Type": "image/jpeg"}) as answer:
-        return str((await answer.json())["caption"])
 
 
 async def _chat(http: aiohttp.ClientSession, base: str, model: str, image: bytes) -> str:

@@ -38,26 +38,26 @@ def application_of(model: str) -> str:
     return f"vignette-{model}"
 
 
-class _Line:
-    """A model's relay, while any replica serves. Each life has an epoch, as a worker's has."""
+class Line:
+    """A model's relay, while any replica serves. Each of its lives has an epoch, as a worker's."""
 
     def __init__(self, folder: Path, index: int, name: str, kind: str) -> None:
         self.name, self.kind = name, kind
         self._folder, self._index, self._epoch = folder, index, 0
-        self._socket: zmq.asyncio.Socket | None = None
-        self._running: asyncio.Task[None] | None = None
+        self._relay: asyncio.Task[None] | None = None
 
     @property
     def opened(self) -> bool:
         """Whether it takes calls."""
-        return self._running is not None
+        return self._relay is not None
 
     def follow(self, replicas: Sequence[ReplicaNotice]) -> WorkerState:
         """Take calls while there are replicas; what front-ends are told of them, as one worker."""
         ready = [each.state for each in replicas if each.state.state == "ready"]
-        if ready and self._running is None:
-            self._open()
-        elif not ready and self._running is not None:
+        if ready and not self.opened:
+            self._epoch += 1
+            self._relay = asyncio.create_task(self._serve())
+        elif not ready:
             self.close()
         restarts = sum(each.state.restarts for each in replicas)
         facts = next((state.facts for state in ready if state.facts is not None), None)
@@ -69,20 +69,21 @@ class _Line:
         state = "ready" if facts else "recovering" if self._epoch else "starting"
         return WorkerState(self.name, self._index, self._epoch, state, None, restarts, None, facts)
 
-    def _open(self) -> None:
-        self._epoch += 1
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
-        self._socket.sndhwm = self._socket.rcvhwm = 0
-        self._socket.bind(worker_address(self._folder, self._index, self._epoch))
+    async def _serve(self) -> None:
+        socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
+        socket.sndhwm = socket.rcvhwm = 0
+        socket.bind(worker_address(self._folder, self._index, self._epoch))
         replicas = serve.get_deployment_handle(self.name, application_of(self.name))
-        self._running = asyncio.create_task(Relay(self._socket, replicas, self.kind).run())
+        try:
+            await Relay(socket, replicas, self.kind).run()
+        finally:
+            socket.close(linger=0)
 
     def close(self) -> None:
         """No replica is left: front-ends send again what is not answered yet, once one is."""
-        if self._running is not None and self._socket is not None:
-            self._running.cancel()
-            self._socket.close(linger=0)
-        self._running = self._socket = None
+        if self._relay is not None:
+            self._relay.cancel()
+        self._relay = None
 
 
 class Door:
@@ -98,7 +99,7 @@ class Door:
         ports, run = Ports(settings), RunFolder()
         self._url = f"http://{_address(settings.host)}:{ports.number}"
         self._lines = [
-            _Line(run.path, index, name, card.kind)
+            Line(run.path, index, name, card.kind)
             for index, (name, card) in enumerate(cards.items())
         ]
         served = [

@@ -1,0 +1,303 @@
+"""Parts of the service over a Ray cluster; scenario 32 of `bench.reliability` tries it whole."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ray
+from msgspec import msgpack
+from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import BackPressureError
+
+from runtime.model import manifest as manifests
+from runtime.request import (
+    Completion,
+    FinishReason,
+    GenerationRequest,
+    Priority,
+    RequestOutput,
+    SamplingParams,
+    SchedulingParams,
+)
+from server.cluster.application import one_for_each_node
+from server.cluster.card import Card, kind_of
+from server.cluster.door import Line
+from server.cluster.notices import KNOWN, DoorNotice, Notices, ReplicaNotice
+from server.cluster.relay import Relay
+from server.cluster.replica import ASKED, Said
+from server.ipc.messages import (
+    TO_FRONT_END,
+    Cancel,
+    Generate,
+    Unserved,
+    Why,
+    WorkerFacts,
+    WorkerState,
+    packed,
+)
+from server.settings import LOCAL, InvalidSettings, from_command_line
+from tests.fakes import image
+
+DIED = ActorDiedError()
+DEMO = Path("engines/demo")
+
+
+class Response:
+    """Of a replica: what it says, and whether it was taken back."""
+
+    def __init__(self, news: list[Said | Exception | None]) -> None:
+        self._news, self.cancelled = news, False
+
+    def __await__(self):
+        return self._one().__await__()
+
+    async def _one(self) -> bytes:
+        return await anext(aiter(self))
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for said in self._news:
+            if said is None:
+                await asyncio.Event().wait()
+            if isinstance(said, Exception):
+                raise said
+            yield msgpack.encode(said)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Replicas:
+    """A handle whose calls are answered one after the other as it was told."""
+
+    def __init__(self, *answers: list[Said | Exception | None]) -> None:
+        self._answers, self.asked, self.responses = list(answers), [], []
+        self.caption = self.stream = self
+
+    def options(self, stream: bool) -> "Replicas":
+        return self
+
+    def remote(self, asked: bytes, pixels: np.ndarray) -> Response:
+        self.asked.append((ASKED.decode(asked), pixels))
+        self.responses.append(Response(self._answers.pop(0)))
+        return self.responses[-1]
+
+
+class Socket:
+    """Of a relay; tests say what comes and read what was sent."""
+
+    def __init__(self) -> None:
+        self.coming, self.sent = asyncio.Queue(), []
+
+    async def recv_multipart(self):
+        return await self.coming.get()
+
+    async def send_multipart(self, parts):
+        self.sent.append(TO_FRONT_END.decode(parts[1]))
+
+
+def said(*tokens: int, ends: bool = False, engine: str = "a") -> Said:
+    reason = FinishReason.STOP if ends else None
+    return Said(engine, RequestOutput(77, Completion(tokens, finish_reason=reason), reason))
+
+
+def relayed(replicas: Replicas, stream: bool = True, then: Callable[[Socket], object] = str):
+    """What a front-end hears of one request, number 5."""
+
+    async def run() -> list:
+        socket = Socket()
+        relay = Relay(socket, replicas, "kind")  # type: ignore[arg-type]
+        relay.stores[b"front"] = [image(9)]  # type: ignore[assignment]
+        serving = asyncio.create_task(relay.run())
+        scheduling = SchedulingParams(None, Priority.BATCH, time.perf_counter() + 20)
+        request = GenerationRequest(0, (0, 4), SamplingParams(7), scheduling, stream, id=5)
+        socket.coming.put_nowait([b"front", packed(Generate(request, False, "digest"))])
+        await asyncio.sleep(0.05)
+        then(socket)
+        await asyncio.sleep(0.05)
+        relay.stop()
+        await asyncio.wait_for(serving, 20)
+        return socket.sent
+
+    return asyncio.run(run())
+
+
+def tokens(sent: list) -> list[tuple[int, ...]]:
+    assert {message.output.id for message in sent} == {5}
+    return [message.output.token_ids for message in sent]
+
+
+def test_a_request_reaches_a_replica_whole():
+    replicas = Replicas([said(3, 1, ends=True)])
+    assert tokens(relayed(replicas, stream=False)) == [(3, 1)]
+    [(asked, pixels)] = replicas.asked
+    assert asked.request.prompt_ids == (0, 4)
+    assert asked.request.sampling == SamplingParams(7)
+    assert asked.request.scheduling.priority is Priority.BATCH
+    assert (asked.digest, asked.kind) == ("digest", "kind")
+    assert 15 < asked.seconds < 20  # not when: another machine's clock counts from elsewhere
+    assert pixels.dtype == np.uint8
+    assert (pixels == image(9)).all()
+
+
+def test_a_stream_goes_on_after_its_replica_died():
+    replicas = Replicas([said(3), said(4), DIED], [DIED], [said(3), said(4, 5), said(1, ends=True)])
+    sent = relayed(replicas)
+    assert [t for told in tokens(sent) for t in told] == [3, 4, 5, 1]
+
+
+def test_what_is_lost_again_and_again_is_given_up():
+    assert relayed(Replicas(*[[DIED]] * 4)) == [Unserved(5, Why.UNLUCKY)]
+
+
+def test_a_stream_does_not_go_on_with_another_model():
+    replicas = Replicas([said(3), DIED], [said(8, engine="b"), said(1, ends=True, engine="b")])
+    sent = relayed(replicas)
+    assert sent[-1] == Unserved(5, Why.REPLACED)
+    assert tokens(sent[:-1]) == [(3,)]
+
+
+def test_what_was_not_begun_may_be_answered_by_another_model():
+    replicas = Replicas([DIED], [said(8, 1, ends=True, engine="b")])
+    assert tokens(relayed(replicas)) == [(8, 1)]
+
+
+@pytest.mark.parametrize("why", list(Why))
+def test_what_a_replica_found_out_is_told(why):
+    assert relayed(Replicas([Said("a", None, why)]), stream=False) == [Unserved(5, why)]
+
+
+def test_a_full_cluster_is_told_and_not_asked_again():
+    replicas = Replicas([BackPressureError(1, 1)])
+    assert relayed(replicas) == [Unserved(5, Why.FULL)]
+    assert len(replicas.asked) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_gives_up_takes_the_request_back_from_the_replica(stream):
+    replicas = Replicas([None])
+    gone = relayed(replicas, stream, lambda it: it.coming.put_nowait([b"front", packed(Cancel(5))]))
+    assert gone == []
+    assert replicas.responses[0].cancelled
+
+
+def notice(name: str = "r1", state: str = "ready", slots: int = 16) -> bytes:
+    return msgpack.encode(replica(name, state, slots))
+
+
+def replica(name: str = "r1", state: str = "ready", slots: int = 16) -> ReplicaNotice:
+    facts = WorkerFacts("e", "fp32", "cpu", "cpu", "passed", 0.1, "cpu", slots)
+    return ReplicaNotice(
+        name, f"node of {name}", "k", WorkerState("m", 0, 1, state, 1, 2, None, facts)
+    )
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_who_is_not_heard_of_is_gone():
+    clock = Clock()
+    notices = Notices(clock=clock)
+    notices.replica(notice("r1"))
+    clock.now += 4
+    notices.replica(notice("r2"))
+    door = DoorNotice("d1", "http://d1", {})
+    assert len(KNOWN.decode(notices.door(msgpack.encode(door))).replicas) == 2
+    clock.now += 2
+    known = KNOWN.decode(notices.known())
+    assert [replica.name for replica in known.replicas] == ["r2"]
+    assert [door.url for door in known.doors] == ["http://d1"]
+
+
+def test_an_image_that_one_door_refuses_is_refused_by_all_until_then():
+    clock = Clock()
+    notices = Notices(clock=clock)
+    notices.door(msgpack.encode(DoorNotice("d1", "", {"m": {"bad": 500.0}})))
+    clock.now += 100
+    second = msgpack.encode(DoorNotice("d2", "", {}))
+    assert KNOWN.decode(notices.door(second)).refused == {"m": {"bad": 400.0}}
+    clock.now += 401
+    assert KNOWN.decode(notices.door(second)).refused == {"m": {}}
+
+
+def test_notices_that_were_just_born_say_so():
+    clock = Clock()
+    notices = Notices(clock=clock)
+    assert not KNOWN.decode(notices.known()).complete
+    clock.now += 4
+    assert KNOWN.decode(notices.known()).complete
+
+
+def test_front_ends_see_one_worker_for_all_replicas(monkeypatch, tmp_path):
+    monkeypatch.setattr(Line, "_serve", lambda self: asyncio.sleep(20))
+
+    async def run() -> None:
+        line = Line(tmp_path, 0, "m", "k")
+        assert line.follow([]).state == "starting"
+        others = replica("r2", slots=8), replica("r3", "starting")
+        state = line.follow([replica("r1", slots=16), *others])
+        assert state.state == "ready"
+        assert state.facts is not None
+        assert (state.facts.engines, state.facts.slots, state.restarts) == (2, 8, 6)
+        assert "node of r1, node of r2" in state.facts.device
+        assert line.follow([]).state == "recovering"
+        assert line.follow([replica()]).epoch == 2  # what the one before had is sent again
+        line.close()
+
+    asyncio.run(run())
+
+
+def test_doors_know_a_model_by_its_card(tmp_path):
+    card = Card.of(DEMO)
+    assert Card.of(card.write(tmp_path / "card")) == card
+
+
+def test_only_an_engine_of_other_tokens_or_images_is_another_kind():
+    manifest = manifests.read(DEMO)
+    kind = kind_of(manifest)
+    weights = manifest.files | {"decoder.onnx": "0" * 64}
+    assert kind_of(replace(manifest, files=weights, about="trained longer")) == kind
+    tokenizer = manifest.files | {"tokenizer.json": "0" * 64}
+    assert kind_of(replace(manifest, files=tokenizer)) != kind
+    assert kind_of(replace(manifest, sizes=replace(manifest.sizes, image=10))) != kind
+
+
+def test_doors_are_as_many_as_nodes(monkeypatch):
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}, {"Alive": False}, {"Alive": True}])
+
+    context = SimpleNamespace(policy_state={})
+    assert one_for_each_node(context)[0] == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("flags", "address"),
+    [
+        (["--ray"], LOCAL),
+        (["--ray", "--port", "1"], LOCAL),
+        (["--ray", "auto"], "auto"),
+        ([], None),
+    ],
+)
+def test_ray_is_given_an_address_or_none(flags, address):
+    assert from_command_line(flags).ray == address
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--ray-replicas", "8-1"], "the fewest come first"),
+        (["--ray-replicas", "some"], "--ray-replicas"),
+        (["--ray", "--ray-detach"], "give its address"),
+    ],
+)
+def test_what_can_not_be_asked_of_a_cluster_is_said(flags, problem):
+    with pytest.raises(InvalidSettings, match=problem):
+        from_command_line(flags)
