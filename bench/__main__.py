@@ -30,6 +30,7 @@ from bench.sections import (
     profile,
     protocols,
     rival,
+    scaling,
     scheduling,
     scores,
     service,
@@ -65,6 +66,7 @@ SECTIONS: dict[str, Section] = {
     "service": lambda settings, _: service.measure(settings),
     "protocols": lambda settings, _: protocols.measure(settings),
     "cluster": lambda settings, _: cluster.measure(settings),
+    "scaling": lambda settings, _: scaling.measure(settings),
     "front_ends": lambda settings, _: front_ends.measure(settings),
     "open_loop": lambda settings, done: open_loop.measure(settings, _known_rates(done)),
 }

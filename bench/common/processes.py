@@ -11,6 +11,24 @@ def family(pid: int) -> list[int]:
         return [pid]
 
 
+def server_on(port: int) -> int:
+    """The process that was started as a server on this port. Raises RuntimeError."""
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "server" in words and str(port) in words:
+            return int(process.pid)
+    raise RuntimeError(f"no server was started on port {port}")
+
+
+def worked(pid: int) -> float:
+    """Core seconds that a process has had; 0 if it has ended."""
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(times.user + times.system)
+
+
 def pss(pid: int) -> int:
     """Resident bytes of a process, its share of what it shares; 0 if it has ended."""
     try:

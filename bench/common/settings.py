@@ -24,6 +24,7 @@ class Settings:
     ablation_batch: images at once in the ablation's static steps.
     scenes: of the demo model's held-out ones, of each kind.
     least_queries: fewest queries of an open-loop test.
+    most_hosts: of a simulated cluster.
     """
 
     engine: Path = ENGINE
@@ -41,6 +42,7 @@ class Settings:
     ablation_batch: int = 8
     scenes: int = 1000
     least_queries: int = 20
+    most_hosts: int = 256
 
 
 QUICK = Settings(
@@ -58,4 +60,5 @@ QUICK = Settings(
     ablation_batch=1,
     scenes=100,
     least_queries=6,
+    most_hosts=4,
 )

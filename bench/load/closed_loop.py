@@ -24,6 +24,9 @@ async def rate(ask: Ask, count: int, clients: int) -> float:
 
 
 async def caption(http: aiohttp.ClientSession, url: str, image: bytes) -> str:
-    """What a service says of a JPEG. url: with path and query."""
+    """What a service says of a JPEG. url: with path and query. Raises RuntimeError if nothing."""
     async with http.post(url, data=image, headers={"Content-Type": "image/jpeg"}) as answer:
-        return str((await answer.json())["caption"])
+        body = await answer.json()
+    if answer.status != 200:
+        raise RuntimeError(f"{answer.status}: {body}")
+    return str(body["caption"])

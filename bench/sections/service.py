@@ -1,6 +1,5 @@
 """The service as a process: how soon it is ready, what it holds in memory, what HTTP costs."""
 
-import re
 import statistics
 import subprocess
 import sys
@@ -10,11 +9,12 @@ import urllib.request
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 from bench.common.isolated import isolated
-from bench.common.processes import family, pss
+from bench.common.processes import family, pss, server_on
 from bench.common.settings import TOKENS, Settings
 from bench.common.timing import pictures, seconds
 from bench.contestants.servers import ask, free_port, in_process, picture, running, vignette
@@ -116,14 +116,6 @@ def _shares(settings: Settings) -> dict[str, float]:
 def _resident_mib(url: str) -> float:
     """Memory of the server that listens at `url` and all its processes, pages shared between them
     counted once (PSS), as Linux counts it."""
-    port = re.search(r":(\d+)/", url)
+    port = urlsplit(url).port
     assert port is not None
-    wanted = port.group(1).encode()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_bytes().split(b"\0")
-        except OSError:  # it has ended
-            continue
-        if b"server" in command and wanted in command:
-            return sum(map(pss, family(int(process.name)))) / 2**20
-    raise RuntimeError("the server's process was not found")
+    return sum(map(pss, family(server_on(port)))) / 2**20

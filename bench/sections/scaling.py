@@ -1,0 +1,213 @@
+"""Many machines on paper: what they would caption, how soon, and for how much money.
+
+Service times are measured here, and put into a simulation (`bench.scaling`). Before that may say
+anything of many hosts it has to say of this one what is measured here over HTTP.
+"""
+
+import asyncio
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import numpy as np
+from tqdm import tqdm
+
+from bench.common.arithmetic import percentile
+from bench.common.isolated import isolated
+from bench.common.machine import about
+from bench.common.processes import family, runs_engine, server_on, worked
+from bench.common.settings import TOKENS, Settings
+from bench.common.timing import median_s
+from bench.contestants.servers import picture, running, vignette
+from bench.load.arrivals import coco_jobs
+from bench.load.closed_loop import caption, rate
+from bench.load.replay import Costs, measure_costs
+from bench.scaling.hosts import Cluster, Kind
+from bench.sections.images import jpeg
+from runtime.model import manifest as manifests
+from runtime.model.preprocess import preprocess
+from runtime.planning.machine import this_machine
+
+_CLIENTS = 1, 4, 16, 64  # over HTTP, measured and simulated
+_WITHIN = 0.1
+_CPU_HOSTS = 1, 4, 16, 64, 256
+_GPU_HOSTS = 1, 4, 16, 64
+_LOAD = 0.8  # of what a cluster can caption, at which its p99 is told
+_EACH_CPU, _EACH_GPU = 100, 1000  # requests of a simulation for each host
+_DAY = 86_400
+_WANTED = 1e6, 1e9  # captions a day
+_LARGE = 4000, 3000  # pixels of a photograph as a phone takes it
+# Prices are stated, not looked up: of renting such a host for an hour.
+_CPU_DOLLARS, _GPU_DOLLARS = 0.10, 4.00
+# No GPU has been measured yet. These are its targets: 3,500 captions a second of COCO's lengths, an
+# image 0.15 ms of the encoder, a step of 64 rows 0.5 ms.
+_GPU_CORES, _GPU_ENCODE_S, _GPU_STEP_S, _GPU_SLOTS = 16, 0.15e-3, 0.5e-3, 64
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """The check, and clusters of CPU and GPU hosts."""
+    turns = 2 * settings.repeats + 1
+    costs, runs_on = isolated(measure_costs, settings.engine, turns, statistics.median)
+    loops, front_s, client_s = _over_http(settings)
+    how = manifests.read(settings.engine).preprocessing
+    with tempfile.TemporaryDirectory() as folder:
+        small, large = picture(Path(folder)), jpeg(*_LARGE)
+    decode_s, large_s = (median_s(lambda: preprocess(i, how), 9) for i in (small, large))  # noqa: B023
+    cores = this_machine().cores
+    host = Kind(
+        f"{cores} cores, as measured", cores, costs, front_s - decode_s, decode_s, True,
+        _CPU_DOLLARS, image_bytes=len(small),
+    )  # fmt: skip
+    found = {
+        "runs_on": runs_on,
+        "machine": about()["machine"],
+        "costs_ms": {
+            "encoder, an image": 1e3 * costs.encode_s[-1] / len(costs.encode_s),
+            f"decode step of {len(costs.decode_s)} rows": 1e3 * costs.decode_s[-1],
+            "JPEG decoding, 640 x 480": 1e3 * decode_s,
+            f"JPEG decoding, {_LARGE[0]} x {_LARGE[1]}": 1e3 * large_s,
+            "front-end, of a core": 1e3 * host.front_s,
+        },
+        "check": _check(loops, host, client_s, settings),
+    }
+    worst = max(
+        abs(row[said] / row[measured] - 1)
+        for row in found["check"]
+        for said, measured in (("rate", "measured"), ("median_s", "measured_median_s"))
+    )
+    if worst > _WITHIN:
+        return found | {"failed": f"the simulation is off by {worst:.0%}: nothing further is said"}
+    gpu = Kind(
+        f"a GPU (target, not measured) and {_GPU_CORES} cores as these", _GPU_CORES, _gpu_costs(),
+        host.front_s, decode_s, False, _GPU_DOLLARS, image_bytes=len(small),
+    )  # fmt: skip
+    photos = replace(
+        gpu, name=f"{gpu.name}, photographs of {_LARGE[0]} x {_LARGE[1]}", decode_s=large_s,
+        image_bytes=len(large),
+    )  # fmt: skip
+    rows = []
+    plan = [(host, n, _EACH_CPU) for n in _CPU_HOSTS]
+    plan += [(kind, n, _EACH_GPU) for kind in (gpu, photos) for n in _GPU_HOSTS]
+    for kind, count, each in tqdm(plan, desc="scaling", unit="cluster"):
+        if count <= settings.most_hosts:
+            rows.append(_row(kind, count, each, settings))
+    return found | {"rows": rows, "needed": list(_needed(rows))}
+
+
+def _gpu_costs() -> Costs:
+    """Encoder calls by images and steps by rows, of a GPU that meets its targets."""
+    encode = [0.3e-3 + _GPU_ENCODE_S * n for n in range(1, 33)]
+    decode = [_GPU_STEP_S * (0.6 + 0.4 * n / _GPU_SLOTS) for n in range(1, _GPU_SLOTS + 1)]
+    return Costs(encode, decode)
+
+
+@dataclass(slots=True)
+class _Loop:
+    """What closed loops of so many clients gave: captions a second, seconds of each request."""
+
+    rates: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def _over_http(settings: Settings) -> tuple[dict[int, _Loop], float, float]:
+    """Of this machine: closed loops by their clients; core seconds that a request takes outside
+    the engine; and those of its client.
+    """
+    loops = {clients: _Loop() for clients in _CLIENTS}
+    with tempfile.TemporaryDirectory() as folder:
+        image = picture(Path(folder))
+        with running(vignette(settings), image) as url:
+            asyncio.run(_ask(url, image, 16, settings.images, _Loop()))  # to warm up
+            port = urlsplit(url).port
+            assert port is not None
+            others = [pid for pid in family(server_on(port)) if not runs_engine(pid)]
+            before, ours, count = sum(map(worked, others)), time.process_time(), 0
+            for _ in range(settings.repeats):
+                for clients, loop in loops.items():
+                    requests = _requests(clients, settings)
+                    asyncio.run(_ask(url, image, clients, requests, loop))
+                    count += requests
+            front_s = (sum(map(worked, others)) - before) / count
+            return loops, front_s, (time.process_time() - ours) / count
+
+
+def _requests(clients: int, settings: Settings) -> int:
+    """Of a closed loop, measured and simulated."""
+    return max(3 * clients, settings.images // (4 if clients < 4 else 1))
+
+
+async def _ask(url: str, image: bytes, clients: int, count: int, loop: _Loop) -> None:
+    async with aiohttp.ClientSession() as http:
+
+        async def ask() -> None:
+            began = time.perf_counter()
+            await caption(http, url, image)
+            loop.seconds.append(time.perf_counter() - began)
+
+        loop.rates.append(await rate(ask, count, clients))
+
+
+def _check(
+    loops: dict[int, _Loop], host: Kind, client_s: float, settings: Settings
+) -> list[dict[str, float]]:
+    """The same loops, simulated; their clients take the time of this machine's cores, too."""
+    here, rows = replace(host, front_s=host.front_s + client_s), []
+    for clients, loop in loops.items():
+        cluster = Cluster(here, 1, settings.engine)
+        cluster.closed_loop(clients, [TOKENS] * _requests(clients, settings))
+        rows.append(
+            {
+                "clients": clients,
+                "measured": statistics.median(loop.rates),
+                "rate": cluster.rate,
+                "measured_median_s": statistics.median(loop.seconds),
+                "median_s": statistics.median(cluster.seconds),
+            }
+        )
+    return rows
+
+
+def _row(kind: Kind, count: int, each: int, settings: Settings) -> dict[str, Any]:
+    """A cluster of so many hosts: when it is full, and at 80 % of that."""
+    lengths = [tokens for _, tokens in coco_jobs([np.zeros(0)], each * count)]
+    full = Cluster(kind, count, settings.engine)
+    full.closed_loop(3 * kind.slots * count, lengths)
+    used = full.used()
+    usual = Cluster(kind, count, settings.engine)
+    usual.poisson(_LOAD * full.rate, lengths)
+    return {
+        "kind": kind.name,
+        "hosts": count,
+        "dollars": kind.dollars,
+        "rate": full.rate,
+        "p99_s": percentile(usual.seconds, 0.99),
+        "dollars_per_million": 1e6 * kind.dollars * count / 3600 / full.rate,
+        "bound": max(used, key=lambda part: used[part]),
+        "used": used,
+        "image_bits": full.rate * kind.image_bytes * 8,
+        "limits": kind.limits,
+    }
+
+
+def _needed(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Hosts of each kind for so many captions a day, at 80 % of what they can."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        kinds[row["kind"]] = row  # that of the most hosts
+    for wanted in _WANTED:
+        for name, row in kinds.items():
+            hosts = math.ceil(wanted / _DAY / (_LOAD * row["rate"] / row["hosts"]))
+            yield {
+                "a_day": wanted,
+                "kind": name,
+                "hosts": hosts,
+                "dollars_a_day": 24 * hosts * row["dollars"],
+                "gigabits": wanted / _DAY * row["image_bits"] / row["rate"] / 1e9,
+            }
