@@ -279,6 +279,8 @@ def _from_base64(image: Any, long: list[bytes], name: str = "image") -> bytes:
             image = json.loads(written) if b"\\" in written else written[1:-1].decode()
         if image.startswith("data:"):
             image = image.partition(",")[2]
+        if not image.isascii():
+            raise ValueError("it has other characters")  # looking them up one by one takes long
         image = image.translate(_WHITESPACE)  # of programs that break lines, as MIME has it
         return base64.b64decode(image + "=" * (-len(image) % 4), validate=True)
     except (binascii.Error, ValueError, IndexError) as cause:

@@ -21,6 +21,7 @@ from server.http.forms import (
     check_media_type,
     query_fields,
 )
+from server.http.handler import as_json
 from server.http.intake import EVENTS, IntakeHandler
 from server.http.schemas import CaptionAnswer, CaptionFields
 from server.images import clips
@@ -29,6 +30,8 @@ from server.service.model import Model
 from server.service.service import Images
 from server.service.together import together
 
+_MOST_LOGPROBS = 160  # at each place of all captions of several images
+_VISIT = 8 * 1024  # characters of an answer that count as a visit
 _ACCEPT = 1000  # characters of that header that are looked at
 _WEIGHT = re.compile(r"[01](\.[0-9]{0,3})?")
 
@@ -68,12 +71,17 @@ class CaptionHandler(IntakeHandler):
             self.set_header("Content-Type", "text/plain; charset=utf-8")
             self.finish(caption.text + "\n")
         else:
-            self.write_json(answer)
+            await self._finish(as_json(answer))
 
     async def _several(self, model: Model, wanted: Asked, streams: bool, started: float) -> None:
         """Answer with a list: of each image its caption, or what was wrong with it."""
         if streams or model.manifest.sizes.frames:
             raise InvalidRequest("several images go without stream, and with models of one image")
+        told = len(wanted.images) * (wanted.fields.n or 1) * (wanted.fields.logprobs or 0)
+        if told > _MOST_LOGPROBS:
+            raise InvalidRequest(
+                f"images times n times logprobs is {told}: {_MOST_LOGPROBS} at most are told"
+            )
         for _ in wanted.images[1:]:
             self.take_place()
         prompts = wanted.prompts or [None] * len(wanted.images)
@@ -81,8 +89,19 @@ class CaptionHandler(IntakeHandler):
             self._one(model, wanted.fields, image, prompt, started)
             for image, prompt in zip(wanted.images, prompts, strict=True)
         )
-        self.service.refusals.spend(self.client, sum("error" in result for result in results))
-        self.write_json({"results": results})
+        errors = sum("error" in result for result in results)
+        await self.held_back(self.service.refusals.spend(self.client, errors))
+        texts = []
+        for result in results:
+            texts.append(as_json(result))
+            await asyncio.sleep(0)
+        await self._finish(f'{{"results": [{", ".join(texts)}]}}')
+
+    async def _finish(self, text: str) -> None:
+        """Answer with JSON; a long one costs as much as several requests for something else."""
+        if visits := len(text) // _VISIT:
+            await self.paced(visits)
+        self.finish_json(text)
 
     async def _one(
         self,

@@ -83,6 +83,8 @@ def asked(parts: Parts, query: dict[str, Any]) -> Asked:
     prompts = None if entries is None else _prompts(entries, len(parts.images))
     if isinstance(fields.get("prompt"), list):
         prompts = fields.pop("prompt")
+        if not all(isinstance(prompt, str | None) for prompt in prompts):
+            raise InvalidRequest("the field prompt must be a string, or a list of them")
         if len(prompts) != len(parts.images):
             raise InvalidRequest(
                 f"{len(prompts)} prompts and {len(parts.images)} images were sent: send one prompt "

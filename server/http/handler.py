@@ -33,6 +33,11 @@ def _bare(error: BaseException) -> BaseException:
     return error
 
 
+def as_json(content: Any) -> str:
+    """As people can read it, UTF-8 as it is."""
+    return json.dumps(content, ensure_ascii=False)
+
+
 @tornado.web.stream_request_body  # or Tornado would parse bodies that nobody asked for
 class Handler(tornado.web.RequestHandler):
     """Base of our handlers."""
@@ -130,8 +135,12 @@ class Handler(tornado.web.RequestHandler):
 
     def write_json(self, content: Any) -> None:
         """Answer with JSON that people can read, UTF-8 as it is."""
+        self.finish_json(as_json(content))
+
+    def finish_json(self, text: str) -> None:
+        """Answer with what `as_json` made."""
         self.set_header("Content-Type", "application/json; charset=utf-8")
-        self.finish(json.dumps(content, ensure_ascii=False) + "\n")
+        self.finish(text + "\n")
 
     def send_error(self, status_code: int = 500, **kwargs: Any) -> None:
         """Answer an error, at once or when it is this client's turn to be refused."""
@@ -141,6 +150,7 @@ class Handler(tornado.web.RequestHandler):
             error = kwargs.get("exc_info", (None, None, None))[1]
             self.outcome(answer_to(error, status_code).code)
             self.request.connection.stream.close()  # type: ignore[union-attr]
+            self.on_finish()  # Tornado calls it for what has an end
             return
         self._refusing = True
         stream, late = self.request.connection.stream, self.service.late  # type: ignore[union-attr]
@@ -160,8 +170,12 @@ class Handler(tornado.web.RequestHandler):
 
     async def paced(self, visits: float = 1) -> None:
         """Wait until this client may have what costs a front-end something and is no caption."""
+        await self.held_back(self.service.visits.spend(self.client, visits))
+
+    async def held_back(self, wait: float) -> None:
+        """Wait so many seconds; a client of which too many wait is cut off."""
         stream, late = self.request.connection.stream, self.service.late  # type: ignore[union-attr]
-        if not (wait := self.service.visits.spend(self.client, visits)):
+        if not wait:
             return
         if len(late) >= _LATE:
             stream.close()

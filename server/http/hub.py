@@ -89,6 +89,8 @@ class HubHandler(Page, IntakeHandler):
         if self._kind == JSON:
             parts = await self.json_parts(body)
             images, asked = parts.images[:1], checked(HubRequest, parts.fields)
+        if not images:
+            raise InvalidRequest("inputs has no image: send one as base64")
         model = self.service.model()
         self.model = model.name
         request = model.request(asked.asks, asked.sampling)

@@ -216,7 +216,8 @@ class IntakeHandler(Handler):
         self._drop_body()
         if self._task is None or self._task.done():
             self._place.close()
-        else:  # it is closed when the task has ended
+        else:
             self.outcome("cancelled")
             self._gone = True
+            self._task.add_done_callback(lambda _: self._place.close())
             self._task.cancel()

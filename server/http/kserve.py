@@ -147,6 +147,8 @@ class InferHandler(_Shape, IntakeHandler):
     async def serve(self, body: bytes) -> None:
         """Answer with all captions, or with the first error."""
         cut = len(body) if self._json_length is None else self._json_length
+        if cut > len(body):
+            raise InvalidRequest(f"{_LENGTH} is {cut}, and the body has {len(body)} bytes")
         parts = await self.json_parts(body[:cut])
         self.hold(len(body) - cut)  # the images are copied from it
         asked = checked(InferRequest, parts.fields)

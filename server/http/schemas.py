@@ -259,9 +259,10 @@ class CaptionAnswer(AnotherCaption):
         timing, captions = caption.timing, (caption, *caption.others)
         completion = sum(each.completion_tokens for each in captions)
         seconds = timing.queue_s, timing.preprocess_s, timing.encode_s, timing.decode_s, total_s
-        fields = cls.fields_of(caption, tokenizer)
-        if caption.others:
-            fields["captions"] = [cls.fields_of(each, tokenizer) for each in captions]
+        first, *others = (cls.fields_of(each, tokenizer) for each in captions)
+        fields = dict(first)
+        if others:
+            fields["captions"] = [first, *others]
         fields["model"] = model
         fields["usage"] = {
             "prompt_tokens": caption.prompt_tokens,

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from runtime.errors import InvalidImage, TooManyPixels, VignetteError
-from runtime.model.preprocess import opened
+from runtime.model.preprocess import opened, to_rgb
 
 _ANIMATIONS = (b"GIF8", b"RIFF", b"\x89PNG")  # GIF, WebP, PNG
 _NO_CLIP = "not a clip that can be decoded: send mp4, webm, mov, GIF, or animated WebP or PNG"
@@ -59,7 +59,7 @@ def _animation(image: Image.Image, count: int) -> Iterator[Image.Image]:
     try:
         for place in places(getattr(image, "n_frames", 1), count):
             image.seek(place)
-            yield image.convert("RGB")
+            yield to_rgb(image)
     except (OSError, ValueError, EOFError, SyntaxError) as cause:
         raise InvalidImage(_NO_CLIP) from cause
 

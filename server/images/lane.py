@@ -63,7 +63,7 @@ class Lane:
     """Processes of one niceness, and those who wait for one."""
 
     def __init__(self, setup: Setup, count: int) -> None:
-        self._setup, self._turns = setup, Turns(count)
+        self._setup, self._turns = setup, Turns(count, beside=max(1, count // 2))
         self._idle: deque[Decoder] = deque()
         self._seldom = Seldom(log)
         self._all: set[Decoder] = set()
@@ -84,15 +84,16 @@ class Lane:
         async with asyncio.timeout(left):
             await self._turns.take(client)
         if errand.gives_way():
-            self._turns.give(client)
+            self._turns.give(client, 0)
             raise GaveWay
         return await _to_the_end(asyncio.create_task(self._ask(client, errand)))
 
     async def _ask(self, client: str, errand: Errand) -> tuple[bytes, bytes]:
+        began = time.perf_counter()
         try:
             found = await self._attempt(errand) or await self._attempt(errand)
         finally:
-            self._turns.give(client)
+            self._turns.give(client, time.perf_counter() - began)
         if found is None:  # for want of memory, most likely
             raise TooHard(UNFIT)
         kind, answer = found

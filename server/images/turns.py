@@ -1,23 +1,47 @@
-"""Places that clients take in turns: one with many requests waits behind itself."""
+"""Places that clients take in turns, by what each has had of them: a dear one waits for many cheap
+ones of others, and a client with many requests behind itself.
+"""
 
 import asyncio
 from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from time import monotonic
+
+_CLIENTS = 1024  # that are remembered
+_PRESENT_SECONDS = 1.0  # after it came, that a client counts as another
 
 
 class Turns:
-    """A number of places. Used on the event loop's thread only."""
+    """A number of places. Used on the event loop's thread only.
 
-    def __init__(self, places: int, each: int | None = None) -> None:
-        """each: places that one client has at most at a time."""
+    Start-time fair queueing: each client has a clock, which goes on by what its turns took, and
+    never stands behind that of the turn before. The one whose clock is least is next.
+    """
+
+    def __init__(
+        self,
+        places: int,
+        each: int | None = None,
+        beside: int | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        """each: places that a client has at most at a time. beside: the same while others come."""
         self._free, self._each = places, each or places
+        self._beside, self._clock = beside or self._each, clock
         self._held: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self._had: OrderedDict[str, float] = OrderedDict()  # the clients' clocks
+        self._now = 0.0  # that of the turn before
+        self._came: OrderedDict[str, float] = OrderedDict()  # the last two, and when
 
     async def take(self, client: str) -> None:
-        """Wait for a place: the clients that wait get one each in turn, in order for each."""
-        if self._free and self._held[client] < self._each:
-            self._free -= 1
-            self._held[client] += 1
+        """Wait for a place."""
+        self._came[client] = self._clock()
+        self._came.move_to_end(client)
+        if len(self._came) > 2:  # this one, and whoever came last before it
+            self._came.popitem(last=False)
+        if self._free and self._may(client):
+            self._begin(client)
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(client, deque()).append(turn)
@@ -25,25 +49,49 @@ class Turns:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self.give(client)  # it came at the same moment
+                self.give(client, 0)  # it came at the same moment
             raise
 
-    def give(self, client: str) -> None:
-        """A place of this client's is free again: for the one whose turn it is."""
+    def give(self, client: str, took: float = 1.0) -> None:
+        """A place of this client's is free again, for the one whose turn it is. took: in any unit,
+        the same for all.
+        """
         self._held[client] -= 1
         if not self._held[client]:
             del self._held[client]
-        for waiting, turns in list(self._waiting.items()):
+        self._had[client] = self._had.get(client, self._now) + took
+        self._had.move_to_end(client)
+        if len(self._had) > _CLIENTS:
+            self._had.popitem(last=False)
+        self._free += 1
+        while self._free and (next_ := self._next()) is not None:
+            turns = self._waiting[next_]
+            turns.popleft().set_result(None)
+            if not turns:
+                del self._waiting[next_]
+            self._begin(next_)
+
+    def _begin(self, client: str) -> None:
+        self._free -= 1
+        self._held[client] += 1
+        self._now = self._had[client] = self._time_of(client)
+
+    def _time_of(self, client: str) -> float:
+        return max(self._now, self._had.get(client, 0.0))
+
+    def _may(self, client: str) -> bool:
+        """Whether it may have one more place."""
+        now = self._clock()
+        others = (at for other, at in self._came.items() if other != client)
+        alone = all(now - at > _PRESENT_SECONDS for at in others)
+        return self._held[client] < (self._each if alone else self._beside)
+
+    def _next(self) -> str | None:
+        """The client whose turn it is, of those that wait."""
+        for client, turns in list(self._waiting.items()):
             while turns and turns[0].done():
                 turns.popleft()  # who waited has gone
             if not turns:
-                del self._waiting[waiting]
-            elif self._held[waiting] < self._each:
-                turn = turns.popleft()
-                self._waiting.move_to_end(waiting)  # behind the others
-                if not turns:
-                    del self._waiting[waiting]
-                self._held[waiting] += 1
-                turn.set_result(None)
-                return
-        self._free += 1
+                del self._waiting[client]
+        could = (client for client in self._waiting if self._may(client))
+        return min(could, key=self._time_of, default=None)

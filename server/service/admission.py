@@ -152,6 +152,11 @@ class Admission:
                 self.inside += 1
 
     @property
+    def accepted(self) -> int:
+        """Requests that were let in and are not over, those that stepped aside included."""
+        return self.inside + len(self._aside)
+
+    @property
     def _most(self) -> int:
         """Requests that may be inside: those for which there is room, and time.
 

@@ -26,6 +26,7 @@ class ByteBudget:
 
     def owe(self, size: int, client: str) -> None:
         """Count bytes of an answer in, which can't be refused any more."""
+        assert size >= 0, "less than nothing would make room for others' bytes"
         self.held += size
         self._by_client[client] += size
 

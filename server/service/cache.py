@@ -40,11 +40,15 @@ class OutputCache:
             if key in self._entries:
                 self._entries.move_to_end(key)
                 return replace(self._entries[key], timing=Timing())
-            if key not in self._flights:
+            if key not in self._flights or self._flights[key].done():
                 return await self._fly(key, make)
             landed, _ = await asyncio.wait([self._flights[key]], timeout=end - loop.time())
             if not landed:  # it waits for its own client's turn, or has less of a hurry
-                return await make()
+                found = await make()
+                self._keep(key, found)
+                if (flight := self._flights.get(key)) is not None:
+                    flight.cancel()  # those who wait for it find this one
+                return found
 
     async def _fly(self, key: Key, make: Callable[[], Awaitable[RequestOutput]]) -> RequestOutput:
         landed: asyncio.Future[RequestOutput] = asyncio.get_running_loop().create_future()
@@ -52,12 +56,15 @@ class OutputCache:
         try:
             found = await make()
         finally:
-            del self._flights[key]
+            if self._flights.get(key) is landed:
+                del self._flights[key]
             landed.cancel()
         self._keep(key, found)
         return found
 
     def _keep(self, key: Key, output: RequestOutput) -> None:
+        if (before := self._entries.pop(key, None)) is not None:  # two made it side by side
+            self.size -= _bytes(key, before)
         self._entries[key] = output
         self.size += _bytes(key, output)
         while self.size > self._limit:

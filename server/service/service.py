@@ -17,6 +17,7 @@ from runtime.limits import Limits
 from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.request import Caption, GenerationRequest, RequestOutput, Timing, captioned, joined
+from server.images.clips import Clip
 from server.images.decoder import Setup, Target
 from server.images.fetch import Fetcher
 from server.images.pool import Decoders, Origin
@@ -86,7 +87,7 @@ class Service:
     @property
     def inside(self) -> int:
         """Requests that were let in and not answered yet."""
-        return sum(model.admission.inside for model in self.models.values())
+        return sum(model.admission.accepted for model in self.models.values())
 
     def drain(self) -> None:
         """Take nothing new."""
@@ -248,7 +249,8 @@ class Service:
 
 def _digest(images: list[bytes]) -> str:
     digest = hashlib.sha256()
-    for image in images:
+    for image in images:  # the same bytes are another image if they are read as a clip
+        digest.update(b"clip" if isinstance(image, Clip) else b"image")
         digest.update(hashlib.sha256(image).digest())
     return digest.hexdigest()
 
