@@ -207,7 +207,7 @@ def test_who_is_not_heard_of_is_gone():
     clock = Clock()
     notices = Notices(clock=clock)
     notices.replica(notice("r1"))
-    clock.now += 4
+    clock.now += 6
     notices.replica(notice("r2"))
     door = DoorNotice("d1", "http://d1", {})
     assert len(KNOWN.decode(notices.door(msgpack.encode(door))).replicas) == 2
@@ -232,7 +232,7 @@ def test_notices_that_were_just_born_say_so():
     clock = Clock()
     notices = Notices(clock=clock)
     assert not KNOWN.decode(notices.known()).complete
-    clock.now += 4
+    clock.now += 6
     assert KNOWN.decode(notices.known()).complete
 
 

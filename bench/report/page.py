@@ -270,6 +270,36 @@ def _service(section: dict[str, Any]) -> str:
     )
 
 
+def _scaling(section: dict[str, Any]) -> str:
+    costs = _table(("measured", "ms"), ((k, _number(v, 2)) for k, v in section["costs_ms"].items()))
+    check = _table(
+        ("clients", "measured", "simulated", "median measured", "median simulated"),
+        (
+            (row["clients"], f"{row['measured']:.2f}/s", f"{row['rate']:.2f}/s",
+             f"{row['measured_median_s']:.3f} s", f"{row['median_s']:.3f} s")
+            for row in section["check"]
+        ),
+    )  # fmt: skip
+    rows = _table(
+        ("host", "hosts", "captions/s", "p99 at 80 %", "dollars a million", "bound by"),
+        (
+            (row["kind"], row["hosts"], _number(row["rate"]), f"{row['p99_s']:.2f} s",
+             _number(row["dollars_per_million"], 2),
+             f"{row['bound']}, {row['used'][row['bound']]:.0%} of its time")
+            for row in section["rows"]
+        ),
+    )  # fmt: skip
+    needed = _table(
+        ("captions a day", "host", "hosts", "dollars a day", "images, Gbit/s"),
+        (
+            (f"{row['a_day']:,.0f}", row["kind"], row["hosts"], _number(row["dollars_a_day"], 2),
+             _number(row["gigabits"], 2))
+            for row in section["needed"]
+        ),
+    )  # fmt: skip
+    return costs + check + rows + needed
+
+
 def _front_ends(section: dict[str, Any]) -> str:
     rows = ((str(r["front_ends"]), _number(r["per_second"])) for r in section["rows"])
     return _table((f"front-ends on {section['cores']} cores", "images/s"), rows)
@@ -307,6 +337,11 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "cluster": ("Over a Ray cluster", "The service, and one replica of it on a cluster of this "
                 "machine alone, 16 clients, in turns.", partial(_shares, "of those without Ray")),
     "service": ("The service itself", "Vignette as its processes.", _service),
+    "scaling": ("Many machines, on paper", "A simulation with the engine's own loop and the times "
+                "that were measured here. It is checked first: the same clients on this machine, "
+                "measured and simulated. GPUs are targets, and nobody has measured one yet. "
+                "Prices are stated in bench/sections/scaling.py; 'bound by' is what works most.",
+                _scaling),
     "front_ends": ("Taking images in", "JPEGs of 640x480 over HTTP, 64 clients, on the demo "
                    "engine, whose captions cost little.", _front_ends),
     "open_loop": ("At a given rate", "MLPerf LoadGen: Poisson arrivals, latency from the time a "

@@ -134,6 +134,26 @@ def _policy(row: dict[str, Any]) -> str:
     return f"{row['encode_batch']}, {row['patience']:g}"
 
 
+def _scaling(axes: Axes, section: dict[str, Any]) -> None:
+    """Captions a second, p99 and price by the number of hosts."""
+    figure = axes.figure
+    axes.remove()
+    figure.set_size_inches(10, 3.6)  # type: ignore[union-attr]
+    shown = {"rate": "captions a second", "p99_s": "p99 at 80 % load, seconds",
+             "dollars_per_million": "dollars for a million captions"}  # fmt: skip
+    panels = figure.subplots(1, len(shown))
+    kinds = dict.fromkeys(row["kind"] for row in section["rows"])
+    for panel, (field, label) in zip(panels, shown.items(), strict=True):
+        for kind, colour in zip(kinds, (OURS, *THEIRS), strict=False):
+            rows = [row for row in section["rows"] if row["kind"] == kind]
+            hosts, values = [row["hosts"] for row in rows], [row[field] for row in rows]
+            panel.plot(hosts, values, "o-", label=kind, color=colour)
+        panel.set(xscale="log", yscale="log", xlabel="hosts", ylabel=label)
+    figure.tight_layout()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="upper left", fontsize=8,
+                  bbox_to_anchor=(0.04, 0.0), frameon=False)  # fmt: skip
+
+
 _DRAWINGS: dict[str, Callable[[Axes, dict[str, Any]], None]] = {
     "http": _http,
     "offline": _offline,
@@ -141,4 +161,5 @@ _DRAWINGS: dict[str, Callable[[Axes, dict[str, Any]], None]] = {
     "ablation": _ablation,
     "batches": _batches,
     "scheduling": _scheduling,
+    "scaling": _scaling,
 }

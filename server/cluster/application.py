@@ -32,6 +32,11 @@ from server.settings import Settings
 
 _CORES = 4  # of an engine, where nodes have as many
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
+# Requests need no threads beside the event loop that answers them.
+_ENVIRONMENT = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
 _EACH = {"health_check_period_s": 2, "health_check_timeout_s": 20, "logging_config": QUIET}
 _LOOK_SECONDS = 1.0
 
@@ -65,7 +70,7 @@ def replicas(settings: Settings, model: ServedModel, worker_main: Any = worker.m
         scaled = {"autoscaling_config": scaling}
     return serve.deployment(Replica).options(
         name=model.name,
-        ray_actor_options=needed,
+        ray_actor_options=_actor(needed),
         max_ongoing_requests=2 * slots,  # so that the next ones are there when slots are free
         max_queued_requests=settings.max_queue,
         graceful_shutdown_timeout_s=settings.drain_seconds,
@@ -83,7 +88,10 @@ def doors(args: Settings) -> Application:
 def opened(settings: Settings, models: tuple[str, ...]) -> Application:
     """The application of the doors of these models."""
     notices = serve.deployment(Notices).options(
-        name="Notices", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000, **_EACH
+        name="Notices",
+        ray_actor_options=_actor({"num_cpus": 0}),
+        max_ongoing_requests=1000,
+        **_EACH,
     ).bind(made_of(settings, models))  # fmt: skip
     scaled: dict[str, Any] = {"num_replicas": settings.ray_doors}
     if settings.ray_doors is None:
@@ -95,7 +103,7 @@ def opened(settings: Settings, models: tuple[str, ...]) -> Application:
         scaled = {"autoscaling_config": scaling}
     return serve.deployment(Door).options(
         name="Door",
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=_actor({"num_cpus": 0}),
         max_replicas_per_node=1,
         graceful_shutdown_timeout_s=settings.drain_seconds + 10,
         **scaled,
@@ -119,6 +127,10 @@ def one_for_each_node(context: AutoscalingContext) -> tuple[int, dict[str, Any]]
         nodes = sum(node["Alive"] for node in ray.nodes())
         state = {"looked": now, "nodes": nodes}
     return state["nodes"], state
+
+
+def _actor(needed: dict[str, float]) -> dict[str, Any]:
+    return {**needed, "runtime_env": {"env_vars": _ENVIRONMENT}}
 
 
 def _resources(settings: Settings) -> dict[str, float]:

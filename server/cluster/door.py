@@ -142,7 +142,7 @@ class Door:
             )
 
     async def _follow(self) -> None:
-        """Hear once a second who serves, and which images are refused."""
+        """Hear every other second who serves, and which images are refused."""
         name = ray.get_runtime_context().get_actor_id() or ""
         while True:
             now = time.monotonic()

@@ -1,6 +1,6 @@
 """What doors and replicas of a cluster tell each other: who serves, which images are refused.
 
-Everybody tells all that he knows about once a second, so that nothing is lost with this actor's
+Everybody tells all that it knows every other second, so that nothing is lost with this actor's
 life. Times are told as seconds that are left: machines have clocks of their own.
 """
 
@@ -13,9 +13,9 @@ from server.ipc.dispatcher import QUARANTINE_SECONDS
 from server.ipc.messages import WorkerState
 from server.ipc.remembered import Remembered
 
-TELL_SECONDS = 1.0
-_HEARD_SECONDS = 5.0  # after which somebody is taken for gone
-_YOUNG_SECONDS = 3.0  # in which not all may have been heard of
+TELL_SECONDS = 2.0
+_HEARD_SECONDS = 7.0  # after which somebody is taken for gone
+_YOUNG_SECONDS = 5.0  # in which not all may have been heard of
 
 Refused = dict[str, dict[str, float]]  # by model and digest, for how many seconds more
 

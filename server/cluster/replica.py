@@ -171,7 +171,7 @@ class Replica:
         self._links.update(ready, {w.index: w.last_end for w in serving.workers})
 
     async def _tell(self) -> None:
-        """Say once a second that it is here."""
+        """Say every other second that it is here."""
         context = ray.get_runtime_context()
         name, node = context.get_actor_id() or "", ray.util.get_node_ip_address()
         while True:
