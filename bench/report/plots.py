@@ -149,7 +149,7 @@ def _scaling(axes: Axes, section: dict[str, Any]) -> None:
             hosts, values = [row["hosts"] for row in rows], [row[field] for row in rows]
             panel.plot(hosts, values, "o-", label=kind, color=colour)
         panel.set(xscale="log", yscale="log", xlabel="hosts", ylabel=label)
-    figure.tight_layout()
+    figure.tight_layout()  # type: ignore[union-attr]
     figure.legend(*panels[0].get_legend_handles_labels(), loc="upper left", fontsize=8,
                   bbox_to_anchor=(0.04, 0.0), frameon=False)  # fmt: skip
 

@@ -23,7 +23,6 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 
 from runtime.errors import VignetteError
 from server.cluster.door import Door
-from server.cluster.notices import Notices
 from server.cluster.replica import Replica
 from server.models import ServedModel, served
 from server.processes import worker
@@ -87,12 +86,6 @@ def doors(args: Settings) -> Application:
 
 def opened(settings: Settings, models: tuple[str, ...]) -> Application:
     """The application of the doors of these models."""
-    notices = serve.deployment(Notices).options(
-        name="Notices",
-        ray_actor_options=_actor({"num_cpus": 0}),
-        max_ongoing_requests=1000,
-        **_EACH,
-    ).bind(made_of(settings, models))  # fmt: skip
     scaled: dict[str, Any] = {"num_replicas": settings.ray_doors}
     if settings.ray_doors is None:
         scaling = AutoscalingConfig(
@@ -108,7 +101,7 @@ def opened(settings: Settings, models: tuple[str, ...]) -> Application:
         graceful_shutdown_timeout_s=settings.drain_seconds + 10,
         **scaled,
         **_EACH,
-    ).bind(settings, models, notices)  # fmt: skip
+    ).bind(settings, models, made_of(settings, models))  # fmt: skip
 
 
 def made_of(settings: Settings, models: tuple[str, ...]) -> bytes:

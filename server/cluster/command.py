@@ -14,14 +14,12 @@ os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
 
 import ray
 from ray import serve as ray_serve
-from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from runtime.errors import VignetteError
 from server.cluster.application import QUIET, made_of, opened, replicas
 from server.cluster.door import application_of
-from server.cluster.notices import KNOWN, Known
-from server.cluster.replica import DOORS
+from server.cluster.notices import KNOWN, Known, notices
 from server.models import ServedModel, served
 from server.processes import worker
 from server.processes.local import stop_event
@@ -30,6 +28,7 @@ from server.settings import LOCAL, Settings
 
 log = logging.getLogger(__name__)
 
+DOORS = "vignette"  # the application of doors
 _ASK_SECONDS = 20.0
 _LOOK_SECONDS = 0.2
 _ERROR = re.compile(r"[\w.]+: .")  # a line of a traceback that names the error
@@ -79,7 +78,7 @@ def deploy(
             name = application_of(model.name)
             ray_serve.run(replicas(settings, model, worker_main), name=name, route_prefix=None)
         names = tuple(model.name for model in models)
-        if _doors_made_of() != made_of(settings, names):
+        if _doors_made_of() != {made_of(settings, names)}:
             ray_serve.run(opened(settings, names), name=DOORS, route_prefix=None)
     except RuntimeError as cause:  # it holds the traceback of what went wrong, somewhere
         raise NotDeployed(f"the cluster did not take the service: {_reason()}") from cause
@@ -101,22 +100,19 @@ def end(models: tuple[ServedModel, ...]) -> None:
     """Close the doors, which finish what they accepted, and then the engines."""
     for name in (DOORS, *(application_of(model.name) for model in models)):
         ray_serve.delete(name)
-
-
-def _notices() -> DeploymentHandle:
-    return ray_serve.get_deployment_handle("Notices", DOORS)
+    ray.kill(notices())
 
 
 def _known() -> Known:
-    return KNOWN.decode(_notices().known.remote().result(timeout_s=_ASK_SECONDS))
+    return KNOWN.decode(ray.get(notices().known.remote(), timeout=_ASK_SECONDS))
 
 
-def _doors_made_of() -> bytes | None:
-    """What the doors that are there were made of; None if there are none that work."""
+def _doors_made_of() -> set[bytes]:
+    """What the doors that are there were made of; nothing if there are none that work."""
     found = ray_serve.status().applications.get(DOORS)
     if found is None or found.status is not ApplicationStatus.RUNNING:
-        return None
-    return _notices().settings.remote().result(timeout_s=_ASK_SECONDS)
+        return set()
+    return {door.made_of for door in _known().doors}
 
 
 def _reason() -> str:

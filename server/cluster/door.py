@@ -12,11 +12,11 @@ import zmq.asyncio
 from msgspec import msgpack
 from msgspec.structs import replace
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
 
 from server.cluster.card import Card
-from server.cluster.notices import KNOWN, TELL_SECONDS, DoorNotice, Known, ReplicaNotice
+from server.cluster.notices import KNOWN, TELL_SECONDS, DoorNotice, Known, ReplicaNotice, notices
 from server.cluster.relay import Relay
 from server.ipc.messages import WorkerState, worker_address
 from server.ipc.shared import RunFolder
@@ -90,11 +90,13 @@ class Door:
     """A deployment with one replica on each node."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: Settings, models: tuple[str, ...], notices: DeploymentHandle
+        self, settings: Settings, models: tuple[str, ...], made_of: bytes
     ) -> None:
-        """Wait for the models, then listen. Raises CannotListen, NoSharedMemory and CannotStart."""
+        """made_of: by what this door is told from another.
+
+        Wait for the models, then listen. Raises CannotListen, NoSharedMemory and CannotStart."""
         configure(settings)
-        self._settings, self._notices = settings, notices
+        self._made_of, self._notices = made_of, notices()
         cards = {name: await _card(name) for name in models}
         ports, run = Ports(settings), RunFolder()
         self._url = f"http://{_address(settings.host)}:{ports.number}"
@@ -150,11 +152,11 @@ class Door:
                 model: {digest: until - now for digest, until in kept.items().items()}
                 for model, kept in self._supervisor.refused.items()
             }
-            notice = msgpack.encode(DoorNotice(name, self._url, refused))
+            notice = msgpack.encode(DoorNotice(name, self._url, self._made_of, refused))
             try:
                 known = KNOWN.decode(await self._notices.door.remote(notice))
-            except Exception as error:  # of several libraries: what is known stays, for now
-                log.warning("notices are not to be had: %r", error)
+            except RayError as error:
+                log.warning("this door hears nothing new, for now: %r", error)
             else:
                 await self._learn(known)
             await asyncio.sleep(TELL_SECONDS)

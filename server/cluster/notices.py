@@ -7,7 +7,9 @@ life. Times are told as seconds that are left: machines have clocks of their own
 import time
 from collections.abc import Callable
 
+import ray
 from msgspec import Struct, msgpack
+from ray.actor import ActorHandle
 
 from server.ipc.dispatcher import QUARANTINE_SECONDS
 from server.ipc.messages import WorkerState
@@ -17,6 +19,7 @@ TELL_SECONDS = 2.0
 _HEARD_SECONDS = 7.0  # after which somebody is taken for gone
 _YOUNG_SECONDS = 5.0  # in which not all may have been heard of
 
+_NAME = "vignette"  # of the actor, and its namespace
 Refused = dict[str, dict[str, float]]  # by model and digest, for how many seconds more
 
 
@@ -30,10 +33,11 @@ class ReplicaNotice(Struct, frozen=True):
 
 
 class DoorNotice(Struct, frozen=True):
-    """Of a door: where it listens, and the images that it knows to be refused."""
+    """Of a door: where it listens, what it was made of, and the images that it refuses."""
 
     name: str
     url: str
+    made_of: bytes
     refused: Refused
 
 
@@ -51,18 +55,13 @@ KNOWN = msgpack.Decoder(Known)
 
 
 class Notices:
-    """A deployment of one replica."""
+    """An actor, of which a cluster has one."""
 
-    def __init__(self, settings: bytes = b"", clock: Callable[[], float] = time.monotonic) -> None:
-        """settings: what the doors were made of."""
-        self._settings, self._clock, self._began = settings, clock, clock()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._began = clock, clock()
         self._replicas: dict[str, tuple[float, ReplicaNotice]] = {}
         self._doors: dict[str, tuple[float, DoorNotice]] = {}
         self._refused: dict[str, Remembered] = {}
-
-    def settings(self) -> bytes:
-        """What the doors were made of."""
-        return self._settings
 
     def replica(self, notice: bytes) -> None:
         """Hear of a replica."""
@@ -98,3 +97,19 @@ class Notices:
                 now - self._began > _YOUNG_SECONDS,
             )
         )
+
+
+def notices() -> ActorHandle:
+    """The cluster's; it is made if it is not there. It outlives who makes it, and its node."""
+    return (
+        ray.remote(Notices)
+        .options(
+            name=_NAME,
+            namespace=_NAME,
+            get_if_exists=True,
+            lifetime="detached",
+            max_restarts=-1,
+            num_cpus=0,
+        )
+        .remote()
+    )

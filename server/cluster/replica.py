@@ -16,12 +16,12 @@ import numpy as np
 import ray
 from msgspec import Struct, msgpack
 from msgspec.structs import replace
-from ray import serve
+from ray.exceptions import RayError
 
 from runtime.model import manifest as manifests
 from runtime.request import GenerationRequest, RequestOutput
 from server.cluster.card import Card
-from server.cluster.notices import TELL_SECONDS, ReplicaNotice
+from server.cluster.notices import TELL_SECONDS, ReplicaNotice, notices
 from server.ipc.dispatcher import Deadly, EngineFailed, Expired
 from server.ipc.messages import Serving, Why, process_name
 from server.ipc.shared import PixelStore, RunFolder
@@ -34,7 +34,6 @@ from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-DOORS = "vignette"  # the application of doors and notices
 _FAILED_STARTS = 3  # of the worker in a row, after which another replica may do better
 
 
@@ -117,19 +116,19 @@ class Replica:
         """A `Card`."""
         return msgpack.encode(self._card)
 
-    async def caption(self, asked: bytes, pixels: np.ndarray) -> bytes:
-        """What is `Said` of a request that is not streamed. asked: `Asked`. pixels: uint8."""
-        async with aclosing(self._said(ASKED.decode(asked), pixels)) as news:
+    async def caption(self, asked: bytes, *pixels: bytes) -> bytes:
+        """What is `Said` of a request that is not streamed. asked: `Asked`. pixels: in pieces."""
+        async with aclosing(self._said(ASKED.decode(asked), b"".join(pixels))) as news:
             [said] = [each async for each in news]
         return msgpack.encode(said)
 
-    async def stream(self, asked: bytes, pixels: np.ndarray) -> AsyncGenerator[bytes, None]:
+    async def stream(self, asked: bytes, *pixels: bytes) -> AsyncGenerator[bytes, None]:
         """What is `Said` of a request, as it comes."""
-        async with aclosing(self._said(ASKED.decode(asked), pixels)) as news:
+        async with aclosing(self._said(ASKED.decode(asked), b"".join(pixels))) as news:
             async for said in news:
                 yield msgpack.encode(said)
 
-    async def _said(self, asked: Asked, pixels: np.ndarray) -> AsyncGenerator[Said, None]:
+    async def _said(self, asked: Asked, pixels: bytes) -> AsyncGenerator[Said, None]:
         if asked.kind != self._card.kind:
             yield Said(self._engine, None, Why.REPLACED)
             return
@@ -144,9 +143,7 @@ class Replica:
         except Expired:
             yield Said(self._engine, None, Why.EXPIRED)
 
-    async def _outputs(
-        self, asked: Asked, pixels: np.ndarray
-    ) -> AsyncGenerator[RequestOutput, None]:
+    async def _outputs(self, asked: Asked, pixels: bytes) -> AsyncGenerator[RequestOutput, None]:
         """Of the request, as its own and not a door's: other doors count from the same numbers."""
         now = time.perf_counter()
         deadline = None if asked.seconds is None else now + asked.seconds
@@ -155,7 +152,7 @@ class Replica:
         async with self._free:
             slot = self._store.take()
             try:
-                self._store[slot][:] = pixels
+                self._store[slot].reshape(-1)[:] = np.frombuffer(pixels, np.uint8)
                 request = replace(
                     asked.request, pixels=slot, scheduling=scheduling, id=next(self._numbers)
                 )
@@ -173,13 +170,13 @@ class Replica:
     async def _tell(self) -> None:
         """Say every other second that it is here."""
         context = ray.get_runtime_context()
+        told = notices()
         name, node = context.get_actor_id() or "", ray.util.get_node_ip_address()
         while True:
             [child] = self._children
             notice = ReplicaNotice(name, node, self._card.kind, child.public())
             try:
-                notices = serve.get_deployment_handle("Notices", DOORS)
-                await notices.replica.remote(msgpack.encode(notice))
-            except Exception as error:  # of several libraries: nobody hears, for now
-                log.debug("notices are not to be had: %r", error)
+                await told.replica.remote(msgpack.encode(notice))
+            except RayError as error:
+                log.warning("nobody hears of this replica, for now: %r", error)
             await asyncio.sleep(TELL_SECONDS)
