@@ -1,5 +1,6 @@
 """Manifests against Kubernetes' own schemas, and against what the server really does."""
 
+import importlib
 import json
 import re
 import shutil
@@ -129,6 +130,29 @@ def test_the_ray_job_is_a_command_that_there_is():
     for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, **group["template"]}
         kubernetes_validate.validate(pod, "1.33", strict=True)
+
+
+def test_the_ray_service_is_one_that_serve_takes():
+    schema = pytest.importorskip("ray.serve.schema", reason="needs the extra ray")
+    [ray, service] = documents(FOLDER / "ray" / "service.yaml")
+    assert (ray["kind"], ray["apiVersion"]) == ("RayService", "ray.io/v1")
+    kubernetes_validate.validate(service, "1.33", strict=True)
+    config = schema.ServeDeploySchema(**yaml.safe_load(ray["spec"]["serveConfigV2"]))
+    cluster = ray["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        template = group["template"]
+        pod = {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {"name": "ray"}}
+        kubernetes_validate.validate(pod, "1.33", strict=True)
+        assert service["spec"]["selector"] == template["metadata"]["labels"]
+    for application in config.applications:
+        module, name = application.import_path.split(":")
+        build = getattr(importlib.import_module(module), name)
+        settings = build.__annotations__["args"].model_validate(application.args)
+        ports = template["spec"]["containers"][0]["ports"]
+        assert [port["containerPort"] for port in ports] == [settings.port, settings.ops_port]
+        assert settings.replicas == (2, 16)
+    model, _, _ = settings.engine.partition("=")
+    assert [each.name for each in config.applications] == [f"vignette-{model}", "vignette"]
 
 
 def rules() -> list[dict]:

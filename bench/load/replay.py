@@ -4,19 +4,24 @@ The engine's loop, scheduler and pacing are the real ones. What other work on th
 blur, and what would take an hour, is compared in seconds, and comes out the same each time.
 """
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bench.common.timing import pictures, seconds
+from bench.load.arrivals import closed_loop
 from runtime.engine import Engine
 from runtime.execution.base import Candidates, leading
 from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.planning.config import EngineConfig
+
+_IN_USE, _CLIENTS = 32, 16  # images and clients of the loop that shows what calls take in use
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,49 @@ def measure_costs(
     usual = [of(times) for times in zip(*taken, strict=True)]
     encode_s, decode_s = usual[:images], usual[images:]
     return Costs(encode_s, decode_s), engine.runs_on
+
+
+def measure_in_use(folder: Path, turns: int, tokens: int) -> tuple[Costs, str]:
+    """The same, as they take while the engine serves: each call by itself finds the caches warm,
+    and between calls there is the engine's loop, which is added to its steps.
+
+    tokens: of each caption of the 16 clients that it serves for this.
+    """
+    alone, runs_on = measure_costs(folder, turns, statistics.median)
+    engine = Engine.open(folder)
+    runner = engine.runner = _Timed(engine.runner)
+    work = [(image, tokens) for image in pictures(_IN_USE, runner.pixels_shape)]
+    closed_loop(engine, work[:_CLIENTS], _CLIENTS)
+    runner.encodes, runner.decodes = [], []
+    took = seconds(lambda: closed_loop(engine, work * turns, _CLIENTS))
+    encoding, decoding = (sum(s for _, s in calls) for calls in (runner.encodes, runner.decodes))
+    encode = encoding / sum(alone.encode_s[n - 1] for n, _ in runner.encodes)
+    decode = decoding / sum(alone.decode_s[n - 1] for n, _ in runner.decodes)
+    between = (took - encoding - decoding) / len(runner.decodes)
+    return Costs(
+        [encode * s for s in alone.encode_s], [decode * s + between for s in alone.decode_s]
+    ), runs_on
+
+
+class _Timed:
+    """A runner whose calls are timed: images or rows of each, and its seconds."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self.encodes: list[tuple[int, float]] = []
+        self.decodes: list[tuple[int, float]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def encode(self, pixels: Sequence[np.ndarray], *rest: Any) -> None:
+        self.encodes.append((len(pixels), seconds(lambda: self._runner.encode(pixels, *rest))))
+
+    def decode(self, tokens: Sequence[int], *rest: Any) -> Candidates:
+        found: list[Candidates] = []
+        took = seconds(lambda: found.append(self._runner.decode(tokens, *rest)))
+        self.decodes.append((len(tokens), took))
+        return found[0]
 
 
 @dataclass(slots=True)

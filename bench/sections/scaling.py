@@ -28,7 +28,7 @@ from bench.common.timing import median_s
 from bench.contestants.servers import picture, running, vignette
 from bench.load.arrivals import coco_jobs
 from bench.load.closed_loop import caption, rate
-from bench.load.replay import Costs, measure_costs
+from bench.load.replay import Costs, measure_in_use
 from bench.scaling.hosts import Cluster, Kind
 from bench.sections.images import jpeg
 from runtime.model import manifest as manifests
@@ -54,7 +54,7 @@ _GPU_CORES, _GPU_ENCODE_S, _GPU_STEP_S, _GPU_SLOTS = 16, 0.15e-3, 0.5e-3, 64
 def measure(settings: Settings) -> dict[str, Any]:
     """The check, and clusters of CPU and GPU hosts."""
     turns = 2 * settings.repeats + 1
-    costs, runs_on = isolated(measure_costs, settings.engine, turns, statistics.median)
+    costs, runs_on = isolated(measure_in_use, settings.engine, turns, TOKENS)
     loops, front_s, client_s = _over_http(settings)
     how = manifests.read(settings.engine).preprocessing
     with tempfile.TemporaryDirectory() as folder:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from runtime.errors import VignetteError
 from server.cluster.application import QUIET, made_of, opened, replicas
 from server.cluster.door import application_of
 from server.cluster.notices import KNOWN, Known, notices
+from server.logs import flush
 from server.models import ServedModel, served
 from server.processes import worker
 from server.processes.local import stop_event
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 
 DOORS = "vignette"  # the application of doors
 _ASK_SECONDS = 20.0
+_END_SECONDS = 20.0  # for doors and engines to end, once they have finished what was accepted
 _LOOK_SECONDS = 0.2
 _ERROR = re.compile(r"[\w.]+: .")  # a line of a traceback that names the error
 
@@ -61,7 +64,7 @@ def serve(settings: Settings, worker_main: Callable[..., Any] = worker.main) -> 
             print(f"Vignette has a door on {url}", flush=True)
         if not settings.ray_detach:
             asyncio.run(_told_to_stop())
-            end(models)
+            _end_in_time(models, settings.drain_seconds + _END_SECONDS)
     finally:
         ray.shutdown()
 
@@ -101,6 +104,17 @@ def end(models: tuple[ServedModel, ...]) -> None:
     for name in (DOORS, *(application_of(model.name) for model in models)):
         ray_serve.delete(name)
     ray.kill(notices())
+
+
+def _end_in_time(models: tuple[ServedModel, ...], seconds: float) -> None:
+    """A cluster that was ended at the same moment answers nobody, and Ray would ask it for long."""
+    ending = threading.Thread(target=end, args=(models,), daemon=True)
+    ending.start()
+    ending.join(seconds)
+    if ending.is_alive():
+        log.error("the cluster does not answer: what it still runs ends with it")
+        flush()
+        os._exit(1)
 
 
 def _known() -> Known:
