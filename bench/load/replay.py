@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from bench.common.timing import pictures, seconds
-from bench.load.arrivals import closed_loop
+from bench.load.arrivals import Job, closed_loop
 from runtime.engine import Engine
 from runtime.execution.base import Candidates, leading
 from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.planning.config import EngineConfig
 
-_IN_USE, _CLIENTS = 32, 16  # images and clients of the loop that shows what calls take in use
+_IN_USE, _CLIENTS = 64, 16  # images and clients of the loop that shows what calls take in use
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +58,58 @@ def measure_costs(
 
 
 def measure_in_use(folder: Path, turns: int, tokens: int) -> tuple[Costs, str]:
-    """The same, as they take while the engine serves: each call by itself finds the caches warm,
-    and between calls there is the engine's loop, which is added to its steps.
+    """The same, as they take while the engine serves: a call by itself finds the caches warm, and
+    between calls there is the engine's loop, which is added to its steps.
 
-    tokens: of each caption of the 16 clients that it serves for this.
+    tokens: of each caption of the clients that it serves for this; one alone shows what the
+    smallest calls take, and many what the largest do.
     """
     alone, runs_on = measure_costs(folder, turns, statistics.median)
     engine = Engine.open(folder)
     runner = engine.runner = _Timed(engine.runner)
     work = [(image, tokens) for image in pictures(_IN_USE, runner.pixels_shape)]
-    closed_loop(engine, work[:_CLIENTS], _CLIENTS)
-    runner.encodes, runner.decodes = [], []
-    took = seconds(lambda: closed_loop(engine, work * turns, _CLIENTS))
-    encoding, decoding = (sum(s for _, s in calls) for calls in (runner.encodes, runner.decodes))
-    encode = encoding / sum(alone.encode_s[n - 1] for n, _ in runner.encodes)
-    decode = decoding / sum(alone.decode_s[n - 1] for n, _ in runner.decodes)
-    between = (took - encoding - decoding) / len(runner.decodes)
-    return Costs(
-        [encode * s for s in alone.encode_s], [decode * s + between for s in alone.decode_s]
-    ), runs_on
+    closed_loop(engine, work, _CLIENTS)
+    small, large = (
+        _Use.of(engine, runner, alone, work[: 4 * clients] * turns, clients)
+        for clients in (1, _CLIENTS)
+    )
+
+    def between(first: float, last: float, place: int, places: int) -> float:
+        return first + (last - first) * place / max(1, places - 1)
+
+    encode = [
+        s * between(small.encode, large.encode, n, len(alone.encode_s))
+        for n, s in enumerate(alone.encode_s)
+    ]
+    rows = len(alone.decode_s)
+    decode = [
+        s * between(small.decode, large.decode, n, rows) + between(small.loop, large.loop, n, rows)
+        for n, s in enumerate(alone.decode_s)
+    ]
+    return Costs(encode, decode), runs_on
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """encode, decode: times what calls take alone. loop: seconds beside each step."""
+
+    encode: float
+    decode: float
+    loop: float
+
+    @classmethod
+    def of(
+        cls, engine: Engine, runner: "_Timed", alone: Costs, work: list[Job], clients: int
+    ) -> "_Use":
+        """Measured on an engine that serves so many clients."""
+        runner.encodes, runner.decodes = [], []
+        took = seconds(lambda: closed_loop(engine, work, clients))
+        encoding, decoding = (sum(s for _, s in each) for each in (runner.encodes, runner.decodes))
+        return cls(
+            encoding / sum(alone.encode_s[n - 1] for n, _ in runner.encodes),
+            decoding / sum(alone.decode_s[n - 1] for n, _ in runner.decodes),
+            (took - encoding - decoding) / len(runner.decodes),
+        )
 
 
 class _Timed:
