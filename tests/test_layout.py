@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,16 @@ def test_imports_run_one_way(package):
             if module.split(".")[0] in OURS:
                 known = any(f"{module}.".startswith(f"{a}.") for a in allowed)
                 assert known, f"{name} imports {module}"
+
+
+def test_a_wheel_has_all_packages():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {
+        init.parent.relative_to(ROOT)
+        for name in OURS
+        for init in (ROOT / name).rglob("__init__.py")
+    }
+    assert {str(path).replace("/", ".") for path in there} == set(listed) - {"engines.demo"}
 
 
 def test_serving_never_imports_what_exporting_needs():

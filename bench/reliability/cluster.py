@@ -26,8 +26,7 @@ from bench.reliability.protocols import stream
 from bench.reliability.running import DEMO, Verdict, command, get, said, sample, wait_for
 
 _CLIENTS = 8  # half of them read streams
-_SLOTS = 2  # so that these clients want three replicas
-_MOST = 3
+_SLOTS = 2  # so that these clients want four replicas
 _CRASHES = 40  # the blue of an image that crashes the engine
 _OTHER = "fp32/fp32/float32"  # what the model is updated to
 _SECONDS = 120.0  # for the cluster to do something
@@ -36,10 +35,11 @@ _SECONDS = 120.0  # for the cluster to do something
 class Fleet:
     """A cluster that begins with one node, the service on it, and its door there."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, most: int) -> None:
+        """most: replicas."""
         from ray.cluster_utils import Cluster
 
-        self.folder = folder
+        self.folder, self.most = folder, most
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
         self.nodes: list[Any] = []
         self.port = free_port()
@@ -52,7 +52,7 @@ class Fleet:
     def _command(self, *flags: str) -> list[str]:
         flags = (
             "--provider", "cpu", "--slots", str(_SLOTS), "--ray", self.cluster.address,
-            "--ray-replicas", f"1-{_MOST}", "--ray-cores", "1", "--ray-doors", "1", *flags,
+            "--ray-replicas", f"1-{self.most}", "--ray-cores", "1", "--ray-doors", "1", *flags,
         )  # fmt: skip
         return command(self.port, *flags, program="bench.reliability.faulty")
 
@@ -99,10 +99,10 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def fleet() -> Iterator[Fleet]:
-    """One that serves."""
+def fleet(most: int) -> Iterator[Fleet]:
+    """One that serves, of up to so many replicas."""
     folder = Path(tempfile.mkdtemp(prefix="vignette-fleet-"))
-    started = Fleet(folder)
+    started = Fleet(folder, most)
     try:
         wait_for(started.facts, _SECONDS, started.log)
         yield started
@@ -115,8 +115,8 @@ def dying_cluster(long: bool) -> Verdict:
     """32: under load: scale out, SIGKILL of replicas, nodes that die, an image that crashes
     engines, a new engine; then scale in.
     """
-    kills, nodes = (20, 3) if long else (2, 1)
-    with fleet() as it, ThreadPoolExecutor(1) as pool:
+    kills, nodes, most = (20, 3, 3) if long else (2, 1, 2)
+    with fleet(most) as it, ThreadPoolExecutor(1) as pool:
         over = False
         load = pool.submit(lambda: asyncio.run(_asked_until(lambda: over, it.url)))
         try:
@@ -136,10 +136,10 @@ def dying_cluster(long: bool) -> Verdict:
 
 
 def _out(it: Fleet) -> str:
-    for _ in range(_MOST - 1):
+    for _ in range(it.most - 1):
         it.add_node()
-    wait_for(lambda: it.facts().get("engines") == _MOST, _SECONDS, it.log)
-    return f"out to {_MOST} replicas"
+    wait_for(lambda: it.facts().get("engines") == it.most, _SECONDS, it.log)
+    return f"out to {it.most} replicas"
 
 
 def _kills(it: Fleet, times: int) -> str:
@@ -153,7 +153,7 @@ def _kills(it: Fleet, times: int) -> str:
 def _nodes(it: Fleet, times: int) -> str:
     """Nodes with a replica die."""
     for _ in range(times):
-        wait_for(lambda: it.facts().get("engines") == _MOST, _SECONDS, it.log)
+        wait_for(lambda: it.facts().get("engines") == it.most, _SECONDS, it.log)
         it.kill_node()
         time.sleep(2.0)
         it.add_node()

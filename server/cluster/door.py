@@ -74,9 +74,12 @@ class Line:
         socket.sndhwm = socket.rcvhwm = 0
         socket.bind(worker_address(self._folder, self._index, self._epoch))
         replicas = serve.get_deployment_handle(self.name, application_of(self.name))
+        relay = Relay(socket, replicas, self.kind)
         try:
-            await Relay(socket, replicas, self.kind).run()
+            await relay.run()
         finally:
+            for number in list(relay.jobs):
+                relay.cancel(number)
             socket.close(linger=0)
 
     def close(self) -> None:
