@@ -70,7 +70,7 @@ def measure_in_use(folder: Path, turns: int, tokens: int) -> tuple[Costs, str]:
     work = [(image, tokens) for image in pictures(_IN_USE, runner.pixels_shape)]
     closed_loop(engine, work, _CLIENTS)
     small, large = (
-        _Use.of(engine, runner, alone, work[: 4 * clients] * turns, clients)
+        _Use.of(engine, runner, alone, work[: 4 * clients], clients, turns)
         for clients in (1, _CLIENTS)
     )
 
@@ -99,17 +99,29 @@ class _Use:
 
     @classmethod
     def of(
-        cls, engine: Engine, runner: "_Timed", alone: Costs, work: list[Job], clients: int
+        cls,
+        engine: Engine,
+        runner: "_Timed",
+        alone: Costs,
+        work: list[Job],
+        clients: int,
+        turns: int,
     ) -> "_Use":
-        """Measured on an engine that serves so many clients."""
-        runner.encodes, runner.decodes = [], []
-        took = seconds(lambda: closed_loop(engine, work, clients))
-        encoding, decoding = (sum(s for _, s in each) for each in (runner.encodes, runner.decodes))
-        return cls(
-            encoding / sum(alone.encode_s[n - 1] for n, _ in runner.encodes),
-            decoding / sum(alone.decode_s[n - 1] for n, _ in runner.decodes),
-            (took - encoding - decoding) / len(runner.decodes),
-        )
+        """Medians of so many turns, on an engine that serves so many clients."""
+        found = []
+        for _ in range(turns):
+            runner.encodes, runner.decodes = [], []
+            took = seconds(lambda: closed_loop(engine, work, clients))
+            encoding = sum(s for _, s in runner.encodes)
+            decoding = sum(s for _, s in runner.decodes)
+            found.append(
+                (
+                    encoding / sum(alone.encode_s[n - 1] for n, _ in runner.encodes),
+                    decoding / sum(alone.decode_s[n - 1] for n, _ in runner.decodes),
+                    (took - encoding - decoding) / len(runner.decodes),
+                )
+            )
+        return cls(*(statistics.median(each) for each in zip(*found, strict=True)))
 
 
 class _Timed:
