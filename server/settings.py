@@ -17,7 +17,7 @@ from runtime.planning.machine import this_machine
 
 _CORES = this_machine().cores
 _PREFIX = "VIGNETTE_"
-LOCAL = "local"  # in place of a Ray cluster's address: one that is started here
+LOCAL = "local"  # which Ray takes for a cluster that is started here, and no other
 
 
 class InvalidSettings(VignetteError):

@@ -35,7 +35,7 @@ from server.bulk.tar import Tar
 from server.http.client import RemoteCaptioner, RemoteService
 
 _KEY = "VIGNETTE_API_KEY"
-_LOCAL = "local"
+_LOCAL = "local"  # which Ray takes for a cluster that is started here, and no other
 _SKIPPED = 5  # kinds of files that are named
 
 
@@ -194,10 +194,9 @@ def _here(args: argparse.Namespace, plan: Plan, given: list[Part], output: Outpu
 def _on_ray(args: argparse.Namespace, plan: Plan, given: list[Part], output: Output) -> Told:
     from server.bulk.ray import Cluster, RayCaptioning, Work, open_engine
 
-    address = None if args.ray == _LOCAL else args.ray
     opening = partial(open_engine, str(args.engine.absolute()), _config(args))
     work = Work(opening, _sampling(args), plan, args.max_pixels, isinstance(output, Tar))
-    with closing(RayCaptioning(Cluster(address, args.ray_cores), work)) as captioning:
+    with closing(RayCaptioning(Cluster(args.ray, args.ray_cores), work)) as captioning:
         job = _job(args, output, captioning.identity)
         job.told.before = len(job.index.keys().sorted)
         print(captioning.where, file=sys.stderr)

@@ -47,12 +47,12 @@ class TooSmall(VignetteError):
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What to run engines on. address: None starts a cluster of this machine alone.
+    """What to run engines on. address: "local" starts a cluster of this machine alone.
 
     cores: of each engine, on a cluster without GPUs.
     """
 
-    address: str | None
+    address: str
     cores: int
 
 

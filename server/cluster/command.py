@@ -51,10 +51,9 @@ def serve(settings: Settings, worker_main: Callable[..., Any] = worker.main) -> 
     if settings.api_keys:
         keys.read(settings.api_keys)  # doors do, but now is the time to complain
     models = served(settings.engine)
-    address = None if settings.ray == LOCAL else settings.ray
+    ours = settings.ray == LOCAL
     try:
-        ray.init(address=address, include_dashboard=None if address else False,
-                 logging_level="warning")  # fmt: skip
+        ray.init(settings.ray, include_dashboard=False if ours else None, logging_level="warning")
     except (ConnectionError, RuntimeError, ValueError) as cause:
         raise NotDeployed(f"--ray {settings.ray}: no cluster could be reached ({cause})") from cause
     try:
