@@ -29,6 +29,7 @@ _CLIENTS = 8  # half of them read streams
 _SLOTS = 2  # so that these clients want four replicas
 _CRASHES = 40  # the blue of an image that crashes the engine
 _OTHER = "fp32/fp32/float32"  # what the model is updated to
+_REPLICA = "ray::ServeReplica:vignette-vignette-demo:"  # how Ray titles their processes
 _SECONDS = 120.0  # for the cluster to do something
 
 
@@ -74,10 +75,15 @@ class Fleet:
         return json.loads(body)["workers"][0] if status == 200 else {}
 
     def replicas(self) -> list[psutil.Process]:
-        """Their processes."""
-        title = "ray::ServeReplica:vignette-vignette-demo:"
-        found = psutil.process_iter(["cmdline"])
-        return [p for p in found if "".join(p.info["cmdline"] or []).startswith(title)]
+        """Their processes, whose parents are the nodes of this cluster."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            if "".join(process.info["cmdline"] or []).startswith(_REPLICA):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                    node = process.parent()
+                    if node is not None and self.cluster.address in " ".join(node.cmdline()):
+                        found.append(process)
+        return found
 
     def add_node(self) -> None:
         """With room for one engine."""
