@@ -50,7 +50,11 @@ def model(args: Settings) -> Application:
 
 
 def replicas(settings: Settings, model: ServedModel, worker_main: Any = worker.main) -> Application:
-    """The application of one model. Raises NoRoom."""
+    """The application of one model. Raises NoRoom.
+
+    An update stops a replica before it starts the next: one that waited for room that a cluster of
+    fixed size does not have would never end. With a single one requests wait for it meanwhile.
+    """
     needed = _resources(settings)
     cores = int(needed.get("num_cpus", 0))
     settings = settings.model_copy(update={"workers": 1, "threads": settings.threads or cores})
@@ -73,7 +77,6 @@ def replicas(settings: Settings, model: ServedModel, worker_main: Any = worker.m
         max_ongoing_requests=2 * slots,  # so that the next ones are there when slots are free
         max_queued_requests=settings.max_queue,
         graceful_shutdown_timeout_s=settings.drain_seconds,
-        max_surge_percent=100 if _spare(needed, most) else 0,
         **scaled,
         **_EACH,
     ).bind(settings, model, worker_main, 2 * slots)  # fmt: skip
@@ -142,14 +145,3 @@ def _resources(settings: Settings) -> dict[str, float]:
             f"has more than {most}"
         )
     return {"num_cpus": cores}
-
-
-def _spare(needed: dict[str, float], replicas: int) -> bool:
-    """Whether one more than these replicas has room, so that an update need not stop one first.
-
-    If it had none, an update that waits for it would never end.
-    """
-    kind, wanted = ("GPU", 1.0) if "num_gpus" in needed else ("CPU", needed["num_cpus"])
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(int(node.get(kind, 0) // wanted) for node in nodes)
-    return room > replicas and ray.available_resources().get(kind, 0) >= wanted
