@@ -64,7 +64,11 @@ class Fleet:
     def update(self, *flags: str) -> None:
         """Deploy the model again, otherwise."""
         done = subprocess.run(
-            self._command(*flags, "--ray-detach"), capture_output=True, text=True, check=False
+            self._command(*flags, "--ray-detach"),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_SECONDS,
         )
         if done.returncode:
             raise RuntimeError(f"the update failed: {done.stderr[-1000:]}")
