@@ -6,16 +6,23 @@ import hashlib
 import io
 import socket
 import threading
+import time
+import zlib
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import pytest
 from PIL import Image
 
-from runtime.errors import InvalidRequest
+from runtime.errors import InvalidImage, InvalidRequest
 from runtime.request import Completion, FinishReason, RequestOutput, SamplingParams, Timing
 from server.bodies import json_parts
 from server.http.handler import Handler
+from server.images import heads
+from server.images.fetch import Fetcher, ForbiddenUrl, is_public
 from server.images.turns import Turns
-from server.service.admission import Admission, State
+from server.service.admission import Admission, QueueFull, State
+from server.service.budget import ByteBudget
 from server.service.cache import OutputCache
 from tests.fakes import fake_engine, gated
 from tests.live import as_json, b64, png, serve, until
@@ -231,3 +238,128 @@ def test_many_errors_in_one_answer_are_refusals_that_are_waited_for(monkeypatch)
             assert live.caption(as_json(images=[b64(b"x")] * 64), **JSON).status == 200
     assert waits[0] == 0
     assert waits[-1] > 1
+
+
+def test_who_is_new_all_the_time_does_not_go_before_those_who_were_there():
+    async def run() -> int:
+        places, had = Turns(1), 0
+
+        async def steady() -> None:
+            nonlocal had
+            while True:
+                await places.take("steady")
+                had += 1
+                await asyncio.sleep(0)
+                places.give("steady", 0.01)
+
+        async def newcomer(number: int) -> None:
+            await places.take(f"new {number}")
+            await asyncio.sleep(0)
+            places.give(f"new {number}", 0.01)
+
+        tasks = [asyncio.create_task(steady())]
+        for number in range(400):  # two come for each that is served
+            tasks.append(asyncio.create_task(newcomer(number)))
+            await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return had
+
+    assert asyncio.run(run()) >= 5
+
+
+@pytest.mark.parametrize(("pieces", "answered"), [(20, True), (400, False)])
+def test_a_head_that_comes_in_bytes_is_hung_up_on(pieces, answered):
+    with serve(fake_engine) as live, socket.create_connection(("127.0.0.1", live.port)) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-Long: ")
+        client.settimeout(0.002)
+        ended = False
+        for _ in range(pieces):
+            try:
+                client.sendall(b"a")
+                ended = client.recv(1) == b""
+            except TimeoutError:
+                continue
+            except OSError:
+                ended = True
+            if ended:
+                break
+        assert ended is not answered
+        if answered:
+            client.settimeout(10)
+            client.sendall(b"\r\n\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+        assert live.request("GET", "/health/live").status == 200
+
+
+def test_a_long_head_in_a_few_pieces_is_read():
+    with serve(fake_engine) as live, socket.create_connection(("127.0.0.1", live.port)) as client:
+        client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 40_000)
+        for part in (b"\r", b"\n", b"\r", b"\n"):  # its end lies between two looks
+            client.sendall(part)
+            time.sleep(0.01)
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_images_that_fail_count_by_what_they_took(monkeypatch):
+    monkeypatch.setattr("server.images.pool._QUICK", -1.0)  # as if each took a second too long
+    with serve(fake_engine) as live:
+        client = "127.0.0.1"
+        for _ in range(3):
+            assert live.caption(b"no image").error == "invalid_image"
+        assert live.service.decoders._misjudged.owes(client)
+
+
+def test_a_png_of_many_parts_that_unpack_is_refused_unopened():
+    def part(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return len(data).to_bytes(4, "big") + kind + data + check.to_bytes(4, "big")
+
+    image = png()
+    packed = part(b"zTXt", b"k\0\0" + zlib.compress(bytes(1000)))
+    heads.check(image[:33] + 30 * packed + image[33:])
+    with pytest.raises(InvalidImage, match="save it again"):
+        heads.check(image[:33] + 40 * packed + image[33:])
+
+
+def test_two_clients_leave_room_for_the_bytes_of_a_third():
+    budget = ByteBudget(1000)
+    for client, most in (("a", 500), ("b", 250), ("c", 125)):
+        budget.hold(most, client)
+        with pytest.raises(QueueFull):
+            budget.hold(1, client)
+
+
+def test_two_clients_leave_room_aside_for_a_third():
+    @dataclass(frozen=True)
+    class Dear:
+        client: str
+        number: int
+
+    admission = Admission(queue=100, deadline=30)
+    admission.state, admission.slots = State.READY, 2
+    with ExitStack() as held:
+        counts = []
+        for client in ("a", "b", "c"):
+            for number in range(40):
+                try:
+                    held.enter_context(admission.aside(Dear(client, number)))
+                except QueueFull:
+                    counts.append(number)
+                    break
+    assert counts == [16, 8, 4]
+
+
+@pytest.mark.parametrize(
+    "host", ["é.example.org", "a" * 64 + ".example.org", "a." * 130 + "example.org"]
+)
+def test_hosts_that_take_long_to_look_up_are_not_looked_up(host):
+    with pytest.raises(ForbiddenUrl, match="ASCII"):
+        Fetcher((".example.org",), 1000).check(f"https://{host}/x.png")
+
+
+@pytest.mark.parametrize("address", ["192.0.0.192", "168.63.129.16", "3fff::1", "5f00::1"])
+def test_addresses_of_clouds_are_none_of_the_internet(address):
+    assert not is_public(address)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 from tornado.web import HTTPError
 
-from runtime.errors import InvalidRequest
+from runtime.errors import InvalidRequest, VignetteError
 from server.bodies import Parts, shown
 from server.errors import Answer
 from server.http.handler import Handler
@@ -155,7 +155,11 @@ class InferHandler(_Shape, IntakeHandler):
         inputs = Inputs.of(_values(asked, parts, body[cut:]))
         for _ in inputs.images[1:]:  # the first has one since the head of the request
             self.take_place()
-        captions = await inputs.captions(self.service, self.asked_model, self.client)
+        try:
+            captions = await inputs.captions(self.service, self.asked_model, self.client)
+        except VignetteError:
+            self.service.refusals.spend(self.client, len(inputs.images) - 1)
+            raise
         self.took(captions[0].timing)
         values: dict[str, list[Any]] = {
             "CAPTION": [caption.text for caption in captions],

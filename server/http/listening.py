@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _HEADERS, _FIELDS = 200, 100  # lines of a head, and fields of a query: each takes a while to parse
 _CHUNKS, _CHUNK = 256, 512  # of a connection whatever their size, and bytes of the others
+_PIECES, _PIECE = 64, 512  # of a head whatever their size, and bytes of the others
+_END = 4  # bytes that end a head at most
 _HANG_UP_SECONDS = 2.0
 _PAUSE_SECONDS = 0.5  # without accepting, when the system has no room for another connection
 
@@ -161,7 +163,8 @@ def _address(connection: HTTP1ServerConnection) -> str:
 class _Stream(IOStream):
     """A connection whose client may end its side of it and still wait for the answer.
 
-    One that sends a body in chunks of a few bytes is hung up on: each takes as long as a large one.
+    One that sends a head in pieces, or a body in chunks, of a few bytes is hung up on: each of them
+    takes as long as a large one.
 
     last: the client has said that it sends no other request (Connection: close), and the one it
     sent is here. That nothing more comes then says nothing; otherwise it says that the client has
@@ -171,11 +174,17 @@ class _Stream(IOStream):
     last = False
     _ended = False
     _received = _chunks = 0
+    _pieces: int | None = None  # of the head that is being read
+    _searched = 0  # bytes of it
 
     def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
         """Bytes that were read; None if there are none now, 0 if there won't be any."""
         count = super().read_from_fd(buf)
         self._received += count or 0
+        if count and self._pieces is not None:
+            self._pieces += 1
+            if self._pieces > _PIECES + len(self._read_buffer) / _PIECE:
+                return 0  # as if it had gone
         if count != 0 or not self.last:
             return count
         if self._ended:
@@ -187,10 +196,25 @@ class _Stream(IOStream):
 
     async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
         """Bytes up to a pattern: the head of the next request, in Tornado's server."""
-        head = await super().read_until_regex(regex, max_bytes)
+        self._pieces = self._searched = 0
+        try:
+            head = await super().read_until_regex(regex, max_bytes)
+        finally:
+            self._pieces = None
         if head.count(b"\n") > _HEADERS or head.count(b"&") > _FIELDS:
             await self._hang_up()
         return head
+
+    def _find_read_pos(self) -> int | None:
+        """As Tornado's, which looks through all of a head again for each piece of it."""
+        regex = self._read_regex
+        if regex is None:
+            return super()._find_read_pos()
+        found = regex.search(self._read_buffer, max(0, self._searched - _END))
+        self._searched = len(self._read_buffer)
+        end = self._read_buffer_size if found is None else found.end()
+        self._check_max_bytes(regex, end)
+        return None if found is None else end
 
     async def _hang_up(self) -> bytes:
         """End a connection after a while, for a client that would come again at once."""

@@ -38,7 +38,8 @@ _ENVIRONMENT = {  # which the process has before it loads anything
 # What is asked for: an image's pixels, those of a clip's frames, a JSON body's parts.
 PIXELS, FRAMES, PARTS = b"P", b"F", b"J"
 # What is answered: the parts, or the seconds of a core that an image took beyond its estimate; what
-# was wrong; the estimate of an image that was left alone; an error of ours.
+# was wrong, and the seconds until that was seen; the estimate of an image that was left alone; an
+# error of ours.
 DONE, FAILED, DEAR, BUG = b"D", b"F", b"E", b"B"
 # what, bytes that follow, place, seconds of processor time, most seconds as estimated
 _HEAD = struct.Struct("=cIHIidd")
@@ -136,10 +137,10 @@ class Decoder:
         self._socket.close()
 
 
-def raised(payload: bytes) -> VignetteError:
-    """The error that a FAILED answer tells of."""
-    kind, message = json.loads(payload)
-    return _ERRORS[kind](message)
+def raised(payload: bytes) -> tuple[VignetteError, float]:
+    """The error that a FAILED answer tells of, and the seconds of a core until it was seen."""
+    kind, message, seconds = json.loads(payload)
+    return _ERRORS[kind](message), seconds
 
 
 def _serve(socket: socket.socket, setup: Setup) -> None:
@@ -156,6 +157,7 @@ def _serve(socket: socket.socket, setup: Setup) -> None:
         what, size, *place, seconds, most = _HEAD.unpack(head)
         data = stream.read(size)
         signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the process
+        started = time.process_time()
         try:
             if what == PARTS:
                 kind, answer = _parts(data)
@@ -164,7 +166,8 @@ def _serve(socket: socket.socket, setup: Setup) -> None:
             else:
                 kind, answer = _pixels(data, setup, stores, Place(*place), most)
         except VignetteError as error:
-            kind, answer = FAILED, json.dumps([type(error).__name__, str(error)]).encode()
+            told = [type(error).__name__, str(error), time.process_time() - started]
+            kind, answer = FAILED, json.dumps(told).encode()
         except Exception:
             kind, answer = BUG, traceback.format_exc().encode(errors="replace")
         signal.setitimer(signal.ITIMER_PROF, 0)

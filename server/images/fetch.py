@@ -29,8 +29,13 @@ _HEAD_BYTES = 16 * 1024
 # What Python's own list lacks, or lacked until lately: local translators, old site-local addresses,
 # IPv4 written the old way within IPv6, or translated (RFC 2765).
 _NOT_PUBLIC = tuple(
-    map(ipaddress.ip_network, ("64:ff9b:1::/48", "fec0::/10", "::/96", "::ffff:0:0:0/96"))
-)
+    map(
+        ipaddress.ip_network,
+        ("64:ff9b:1::/48", "fec0::/10", "::/96", "::ffff:0:0:0/96", "3fff::/20", "5f00::/16",
+         "192.0.0.0/24", "168.63.129.16/32"),  # the last two are clouds' own
+    )
+)  # fmt: skip
+_HOST, _LABEL = 253, 63  # characters (RFC 1035, 2.3.4); looking up others takes Python long
 _MOVED = (301, 302, 303, 307, 308)
 
 
@@ -78,9 +83,9 @@ class PublicResolver(Resolver):
 def is_public(address: str) -> bool:
     """Whether an IP address is one of the open internet, also if it is written within another."""
     ip = ipaddress.ip_address(address.partition("%")[0])
+    if any(ip in network for network in _NOT_PUBLIC):
+        return False
     if isinstance(ip, ipaddress.IPv6Address):
-        if any(ip in network for network in _NOT_PUBLIC):
-            return False
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
         if inner is not None:
             return inner.is_global
@@ -119,6 +124,9 @@ class Fetcher:
             raise ForbiddenUrl("image_url must begin with https://")
         if parts.username is not None or parts.password is not None or "\\" in url:
             raise ForbiddenUrl("image_url must not hold a user name or backslashes")
+        labels = host.split(".")
+        if not host.isascii() or len(host) > _HOST or max(map(len, labels)) > _LABEL:
+            raise ForbiddenUrl("image_url must name its host in ASCII (xn--...), and not at length")
         if port not in (None, 443) and "port" not in self._client:
             raise ForbiddenUrl("image_url must use the usual port")
         allowed = any(

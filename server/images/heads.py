@@ -10,6 +10,7 @@ from runtime.errors import InvalidImage
 
 _PARTS = 1000  # before the image itself, and in PNG beside so much for each of its pieces
 _PIECE = 2048  # bytes of a PNG for which it may have another chunk
+_PACKED, _MOST_PACKED = (b"iCCP", b"zTXt", b"iTXt"), 32  # chunks that unpack to a megabyte each
 _PADDING = 64  # bytes of 0xFF before a JPEG's marker
 _JPEG, _PNG, _GIF = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", (b"GIF87a", b"GIF89a")
 _TIFF, _BIG_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), 43
@@ -59,11 +60,14 @@ def _check_jpeg(data: bytes) -> None:
 
 def _check_png(data: bytes) -> None:
     """ISO/IEC 15948, 5.3: chunks of a length, a type, data and a checksum, up to the end."""
-    place = len(_PNG)
+    place, packed = len(_PNG), 0
     for _ in range(_PARTS + len(data) // _PIECE):
         head = data[place : place + 8]
         if len(head) < 8 or head[4:] == b"IEND":
             return
+        packed += head[4:] in _PACKED
+        if packed > _MOST_PACKED:
+            break
         place += 12 + int.from_bytes(head[:4], "big")
     raise _too_many()
 

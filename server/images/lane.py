@@ -46,7 +46,8 @@ class Errand:
     to take at most `most` seconds.
 
     seconds: of a core. wall: seconds by the clock, after which the process is replaced; until:
-    the same as a time of `perf_counter`. gives_way: asked when its turn has come.
+    the same as a time of `perf_counter`. gives_way: asked when its turn has come. failed: told the
+    seconds of a core that were spent on data with which something is wrong.
     """
 
     what: bytes
@@ -57,6 +58,7 @@ class Errand:
     most: float = math.inf
     until: float = math.inf
     gives_way: Callable[[], bool] = lambda: False
+    failed: Callable[[float], object] = lambda seconds: None
 
 
 class Lane:
@@ -98,7 +100,9 @@ class Lane:
             raise TooHard(UNFIT)
         kind, answer = found
         if kind == FAILED:
-            raise raised(answer)
+            error, seconds = raised(answer)
+            errand.failed(seconds)
+            raise error
         if kind == BUG:
             self._seldom.warning("an image was refused for an error of ours: %s", answer.decode())
             raise TooHard(UNFIT)

@@ -120,6 +120,7 @@ class Decoders:
         errand = Errand(
             PIXELS, job.image, seconds, self._wall, job.place, _QUICK,
             gives_way=lambda: self._misjudged.owes(client),
+            failed=lambda spent: self._took(client, spent - _QUICK),
         )  # fmt: skip
         try:
             kind, answer = await self._quick.ask(client, errand)
@@ -132,9 +133,13 @@ class Decoders:
             return self._seconds  # the estimate was wrong
         if kind == DEAR:
             return json.loads(answer)
-        if (wrong := json.loads(answer)) > _WRONG:
-            self._misjudged.spend(client, wrong / _QUICK_LIMIT)
+        self._took(client, json.loads(answer))
         return 0.0
+
+    def _took(self, client: str, beyond: float) -> None:
+        """An image of this client's took so many seconds more than it was to."""
+        if beyond > _WRONG:
+            self._misjudged.spend(client, beyond / _QUICK_LIMIT)
 
     async def _decode_slowly(self, job: Job, seconds: float) -> None:
         """Decode in the slow lane; what would wait there beyond its deadline is refused now."""

@@ -14,8 +14,9 @@ _PRESENT_SECONDS = 1.0  # after it came, that a client counts as another
 class Turns:
     """A number of places. Used on the event loop's thread only.
 
-    Start-time fair queueing: each client has a clock, which goes on by what its turns took, and
-    never stands behind that of the turn before. The one whose clock is least is next.
+    Fair queueing: each client has a clock, which goes on by what its turns took, and the place has
+    one, which goes on by each client's share of that. No client's stands behind the place's, and
+    the one whose clock is least is next, of equal ones the one that waits longest.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class Turns:
         self._held: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
         self._had: OrderedDict[str, float] = OrderedDict()  # the clients' clocks
-        self._now = 0.0  # that of the turn before
+        self._now = 0.0  # the place's
         self._came: OrderedDict[str, float] = OrderedDict()  # the last two, and when
 
     async def take(self, client: str) -> None:
@@ -60,6 +61,8 @@ class Turns:
         if not self._held[client]:
             del self._held[client]
         self._had[client] = self._had.get(client, self._now) + took
+        # Time goes on for all, or those who are new all the time would always be before the others.
+        self._now += took / len({client, *self._held, *self._waiting})
         self._had.move_to_end(client)
         if len(self._had) > _CLIENTS:
             self._had.popitem(last=False)
@@ -74,7 +77,7 @@ class Turns:
     def _begin(self, client: str) -> None:
         self._free -= 1
         self._held[client] += 1
-        self._now = self._had[client] = self._time_of(client)
+        self._had[client] = self._time_of(client)
 
     def _time_of(self, client: str) -> float:
         return max(self._now, self._had.get(client, 0.0))

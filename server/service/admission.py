@@ -135,7 +135,8 @@ class Admission:
         """
         first = request not in self._aside
         of_client = sum(other.client == request.client for other in self._aside)
-        if first and (len(self._aside) >= ASIDE or of_client >= ASIDE // 2):
+        left = ASIDE - (len(self._aside) - of_client)  # by others, of which half may be one's own
+        if first and (len(self._aside) >= ASIDE or of_client >= -(-left // 2)):
             raise QueueFull(
                 "too many images that take long to decode are waiting: send smaller ones, or try "
                 "again later",

@@ -11,15 +11,16 @@ class ByteBudget:
     """Counts them, by client. Used on the event loop's thread only."""
 
     def __init__(self, most: int) -> None:
-        """Let at most `most` in together; half of them may be one client's."""
+        """Let at most `most` in together; of what others leave, half may be one client's."""
         self.held = 0
         self._most = most
         self._by_client: Counter[str] = Counter()
 
     def hold(self, size: int, client: str) -> None:
         """Count bytes of a body in. Raises QueueFull if there are too many already."""
-        of_client = self._by_client[client] + size
-        if self.held + size > self._most or of_client > self._most // 2:
+        before = self._by_client[client]
+        left = self._most - (self.held - before)
+        if self.held + size > self._most or before + size > left // 2:
             message = "too many bytes are being sent at once: try again later"
             raise QueueFull(message, _RETRY_SECONDS)
         self.owe(size, client)

@@ -150,6 +150,9 @@ class Model:
     def _give_back(self, slot: int, jobs: "list[asyncio.Task[None]]") -> None:
         """Free the slot once nothing writes to it any more; who gave up need not wait for that."""
         running = [job for job in jobs if not job.done()]
+        for job in jobs:
+            if job.done() and not job.cancelled():
+                job.exception()  # asked for, or asyncio logs it
         if not running:
             self._free(slot)
             return
