@@ -75,7 +75,7 @@ def test_who_waits_for_a_decoder_keeps_nobody_from_the_engine():
         assert admission.inside == 0
         with admission.enter(), pytest.raises(QueueFull):
             held.enter_context(admission.aside(Slow("bad", 99)))
-        for number in range(16):
+        for number in range(8):  # half of what is left
             held.enter_context(admission.enter())
             held.enter_context(admission.aside(Slow("good", number)))
         for _ in range(20):  # one now and then: the time between them is no time that one takes
@@ -86,12 +86,15 @@ def test_who_waits_for_a_decoder_keeps_nobody_from_the_engine():
     assert admission.inside == 0
 
 
-def test_a_client_holds_at_most_half_of_the_bytes():
+def test_a_client_holds_at_most_half_of_the_bytes_that_others_leave():
     budget = ByteBudget(1000)
     budget.hold(500, "bad")
     with pytest.raises(QueueFull):
         budget.hold(1, "bad")
-    budget.hold(500, "good")
+    budget.hold(250, "good")
+    with pytest.raises(QueueFull):
+        budget.hold(1, "good")
     budget.let_go(500, "bad")
+    budget.hold(250, "good")
     budget.let_go(500, "good")
     assert budget.held == 0 and not budget._by_client
