@@ -117,7 +117,7 @@ def oversized(long: bool) -> Verdict:
             b"Content-Encoding: gzip\r\nContent-Length: 20\r\n\r\n\x1f\x8b" + b"x" * 18,
         )
         chunked = b"Transfer-Encoding: chunked\r\n\r\n" + tiny
-        for kind in (*kinds * 10, chunked):
+        for kind in (*kinds * 30, chunked):
             _raw(it.port, kind)  # to warm up
         statuses = []
         before = it.resident()
