@@ -11,7 +11,6 @@ import time
 import pytest
 
 from server.http.loop import few_at_a_time
-from server.images.turns import Turns
 from server.service.credit import Credit
 from tests.fakes import fake_engine
 from tests.live import fetch, png, serve, until
@@ -252,30 +251,3 @@ def test_timers_come_between_thousands_of_busy_connections():
         turns, seen = runner.run(run())
     assert max(turns) <= 64, "asyncio's own loop takes up all at once"
     assert len(seen) == 300, "everybody has a turn"
-
-
-def test_one_client_has_half_of_the_places_at_most_where_that_is_wished():
-    async def run() -> list[str]:
-        turns, taken = Turns(4, each=2), []
-
-        async def take(client: str) -> None:
-            await turns.take(client)
-            taken.append(client)
-
-        greedy = [asyncio.create_task(take("greedy")) for _ in range(6)]
-        await asyncio.sleep(0)
-        await take("honest")
-        await take("honest")
-        other = asyncio.create_task(take("other"))
-        await asyncio.sleep(0)
-        turns.give("honest")
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        turns.give("greedy")
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        for task in (*greedy, other):
-            task.cancel()
-        return taken
-
-    assert asyncio.run(run()) == ["greedy", "greedy", "honest", "honest", "other", "greedy"]

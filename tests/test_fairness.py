@@ -20,7 +20,6 @@ from server.bodies import json_parts
 from server.http.handler import Handler
 from server.images import heads
 from server.images.fetch import Fetcher, ForbiddenUrl, is_public
-from server.images.turns import Turns
 from server.service.admission import Admission, QueueFull, State
 from server.service.budget import ByteBudget
 from server.service.cache import OutputCache
@@ -29,88 +28,6 @@ from tests.live import as_json, b64, png, serve, until
 
 JSON = {"Content_Type": "application/json"}
 INFER = "/v2/models/fake/infer"
-
-
-def taken(costs: dict[str, float], turns: int) -> dict[str, int]:
-    """How often each client had a place, of clients that always want one."""
-
-    async def run() -> dict[str, int]:
-        places, had = Turns(1), dict.fromkeys(costs, 0)
-
-        async def client(name: str, number: int) -> None:
-            while True:
-                await places.take(name)
-                had[name] += 1
-                await asyncio.sleep(0)
-                places.give(name, costs[name])
-
-        tasks = [asyncio.create_task(client(name, n)) for name in costs for n in range(4)]
-        while sum(had.values()) < turns:
-            await asyncio.sleep(0)
-        for task in tasks:
-            task.cancel()
-        return had
-
-    return asyncio.run(run())
-
-
-def test_turns_are_of_equal_time_and_not_of_equal_number():
-    had = taken({"dear": 0.13, "cheap": 0.005, "also cheap": 0.005}, 600)
-    assert had["dear"] < 20
-    assert had["cheap"] == pytest.approx(had["also cheap"], abs=3)
-
-
-def test_turns_that_cost_the_same_are_of_equal_number():
-    had = taken({"a": 1.0, "b": 1.0, "c": 1.0}, 300)
-    assert max(had.values()) - min(had.values()) <= 2
-
-
-def test_a_client_that_was_away_has_saved_nothing():
-    async def run() -> list[str]:
-        places, order = Turns(1), []
-        await places.take("busy")
-
-        async def client(name: str) -> None:
-            await places.take(name)
-            order.append(name)
-            places.give(name, 1.0)
-
-        for _ in range(100):
-            places.give("busy", 1.0)
-            await places.take("busy")
-        names = ["busy", "away", "away", "away", "busy", "away", "busy"]
-        tasks = [asyncio.create_task(client(name)) for name in names]
-        await asyncio.sleep(0)
-        places.give("busy", 1.0)
-        await asyncio.gather(*tasks)
-        return order
-
-    order = asyncio.run(run())
-    assert order[0] == "away"
-    assert order.index("busy") <= 2
-
-
-def test_beside_others_a_client_has_some_of_the_places_only():
-    async def run() -> list[str]:
-        clock = [100.0]
-        places, order = Turns(4, beside=2, clock=lambda: clock[0]), []
-
-        async def take(name: str) -> None:
-            await places.take(name)
-            order.append(name)
-
-        tasks = [asyncio.create_task(take("lone")) for _ in range(3)]
-        await asyncio.sleep(0)
-        assert order == ["lone"] * 3, "nobody else is there"
-        for _ in range(3):
-            places.give("lone")
-        tasks += [asyncio.create_task(take(name)) for name in ("other", "lone", "lone", "lone")]
-        await asyncio.sleep(0)
-        for task in tasks:
-            task.cancel()
-        return order[3:]
-
-    assert asyncio.run(run()) == ["other", "lone", "lone"]
 
 
 def test_base64_of_other_characters_is_refused_before_it_is_read_through():
@@ -238,35 +155,6 @@ def test_many_errors_in_one_answer_are_refusals_that_are_waited_for(monkeypatch)
             assert live.caption(as_json(images=[b64(b"x")] * 64), **JSON).status == 200
     assert waits[0] == 0
     assert waits[-1] > 1
-
-
-def test_who_is_new_all_the_time_does_not_go_before_those_who_were_there():
-    async def run() -> int:
-        places, had = Turns(1), 0
-
-        async def steady() -> None:
-            nonlocal had
-            while True:
-                await places.take("steady")
-                had += 1
-                await asyncio.sleep(0)
-                places.give("steady", 0.01)
-
-        async def newcomer(number: int) -> None:
-            await places.take(f"new {number}")
-            await asyncio.sleep(0)
-            places.give(f"new {number}", 0.01)
-
-        tasks = [asyncio.create_task(steady())]
-        for number in range(400):  # two come for each that is served
-            tasks.append(asyncio.create_task(newcomer(number)))
-            await asyncio.sleep(0)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        return had
-
-    assert asyncio.run(run()) >= 5
 
 
 @pytest.mark.parametrize(("pieces", "answered"), [(20, True), (400, False)])

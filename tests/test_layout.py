@@ -55,6 +55,14 @@ def test_imports_run_one_way(package):
                 assert known, f"{name} imports {module}"
 
 
+def test_ray_is_known_where_many_machines_are():
+    users = {p.relative_to(ROOT) for p in files("server") if "ray" in imports(p)}
+    assert {path.parent.name for path in users} == {"bulk", "cluster"}
+    for path in files("server"):  # the import is not made unless it is asked for
+        if path.parent.name != "cluster" and path.name != "__main__.py":
+            assert not any(module.startswith("server.cluster") for module in imports(path)), path
+
+
 def test_a_wheel_has_all_packages():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     there = {

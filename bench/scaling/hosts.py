@@ -47,15 +47,6 @@ class Kind:
         """Of its engine."""
         return len(self.engine.decode_s)
 
-    @property
-    def limits(self) -> dict[str, float]:
-        """Requests a second that each part could serve if it were alone."""
-        return {
-            "JPEG decoding": self.cores / self.decode_s,
-            "front-ends": self.cores / self.front_s,
-            "network": self.bits / 8 / self.image_bytes,
-        }
-
 
 class Host:
     """One of a kind, with an engine of its own. busy: seconds that each part worked."""

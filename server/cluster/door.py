@@ -95,9 +95,10 @@ class Door:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, models: tuple[str, ...], made_of: bytes
     ) -> None:
-        """made_of: by what this door is told from another.
+        """Wait for the models, then listen. made_of: by what this door is told from another.
 
-        Wait for the models, then listen. Raises CannotListen, NoSharedMemory and CannotStart."""
+        Raises CannotListen, NoSharedMemory and CannotStart.
+        """
         configure(settings)
         self._made_of, self._notices = made_of, notices()
         cards = {name: await _card(name) for name in models}

@@ -113,5 +113,7 @@ class Receiver:
 
     def _ended(self, number: int, task: asyncio.Task[None]) -> None:
         del self.jobs[number]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("request %d was not answered", number, exc_info=error)
         self.ended(number)
         self._changed.set()
