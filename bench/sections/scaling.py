@@ -47,7 +47,7 @@ _LARGE = 4000, 3000  # pixels of a photograph as a phone takes it
 # Prices are stated, not looked up: of renting such a host for an hour.
 _CPU_DOLLARS, _GPU_DOLLARS = 0.10, 4.00
 # No GPU has been measured yet. These are targets: 0.15 ms of the encoder for an image, 0.5 ms for a
-# step of 64 rows. With nothing else to wait for that would be 4,000 captions a second of COCO's lengths.
+# step of 64 rows. With nothing else to wait for that would be 4,000 captions a second.
 _GPU_CORES, _GPU_ENCODE_S, _GPU_STEP_S, _GPU_SLOTS = 16, 0.15e-3, 0.5e-3, 64
 
 
