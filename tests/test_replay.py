@@ -3,7 +3,8 @@
 import pytest
 
 from bench.load import arrivals
-from bench.load.replay import Costs, replayed
+from bench.load.costs import Costs
+from bench.load.replay import replayed
 from runtime.model import manifest as manifests
 from runtime.planning.config import EngineConfig
 from tests.conftest import ROOT

@@ -6,7 +6,7 @@ import pytest
 import simpy
 
 from bench.common.settings import QUICK
-from bench.load.replay import Costs
+from bench.load.costs import Costs
 from bench.scaling.cores import Cores
 from bench.scaling.hosts import Cluster, Kind
 from bench.sections import scaling
@@ -77,6 +77,14 @@ def test_an_engine_on_a_gpu_leaves_the_cores_alone():
     assert found.used()["engine"] > 0.9
 
 
+def test_what_bounds_a_host_is_not_an_engine_that_waits_for_images():
+    found = Cluster(kind(on_cores=False, decode_s=0.5), 1, DEMO)
+    found.closed_loop(8, [5] * 40)
+    used = found.used()
+    assert used["JPEG decoding"] > 0.9
+    assert used["engine"] < 0.5
+
+
 def test_twice_the_hosts_caption_twice_as_much():
     rates = []
     for hosts in (2, 4):
@@ -95,8 +103,8 @@ def test_nothing_is_said_of_many_hosts_unless_this_one_is_reproduced(monkeypatch
         cluster = Cluster(kind(front_s=0.003), 1, DEMO)
         cluster.closed_loop(clients, [16] * scaling._requests(clients, QUICK))
         loops[clients] = scaling._Loop([off * cluster.rate], [s / off for s in cluster.seconds])
-    monkeypatch.setattr(scaling, "isolated", lambda *_: (costs, "fake"))
-    monkeypatch.setattr(scaling, "_over_http", lambda settings: (loops, 0.006, 0.001))
+    here = scaling._Here(loops, [costs], "fake", front_s=0.006, client_s=0.001)
+    monkeypatch.setattr(scaling, "_measured", lambda settings: here)
     monkeypatch.setattr(scaling, "median_s", lambda action, repeats: 0.004)
     monkeypatch.setattr(scaling, "_GPU_HOSTS", (1,))
     found = scaling.measure(replace(QUICK, engine=DEMO))

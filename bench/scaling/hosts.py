@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import simpy
 
-from bench.load.replay import Costs, replayed
+from bench.load.costs import Costs
+from bench.load.replay import replayed
 from bench.scaling.cores import Cores
+from runtime.engine import Observer, StepReport
 from runtime.model import manifest as manifests
 from runtime.planning.config import EngineConfig
 
@@ -48,8 +50,20 @@ class Kind:
         return len(self.engine.decode_s)
 
 
+class _Work(Observer):
+    """seconds: that the steps of an engine would have taken in full calls."""
+
+    def __init__(self, costs: Costs) -> None:
+        self.seconds = 0.0
+        self._image_s = costs.encode_s[-1] / len(costs.encode_s)
+        self._row_s = costs.decode_s[-1] / len(costs.decode_s)
+
+    def stepped(self, report: StepReport) -> None:
+        self.seconds += report.encoded * self._image_s + report.rows * self._row_s
+
+
 class Host:
-    """One of a kind, with an engine of its own. busy: seconds that each part worked."""
+    """One of a kind, with an engine of its own."""
 
     def __init__(self, env: simpy.Environment, kind: Kind, folder: Path) -> None:
         """folder: of an engine, for its sizes."""
@@ -60,11 +74,12 @@ class Host:
         config = EngineConfig(slots=kind.slots, encode_batch=len(kind.engine.encode_s))
         manifest = manifests.read(folder)
         self._engine, self._clock = replayed(folder, manifest, kind.engine, config)
+        self._work = self._engine.observer = _Work(kind.engine)
         self._pixels = np.zeros(manifest.sizes.pixels, np.uint8)
         self._waiting: dict[int, simpy.Event] = {}
         self._came = env.event()
         self.inside = 0
-        self.busy = {"engine": 0.0, "JPEG decoding": 0.0, "front-ends": 0.0, "network": 0.0}
+        self._busy = {"JPEG decoding": 0.0, "front-ends": 0.0, "network": 0.0}
         env.process(self._step())
 
     def caption(self, tokens: int) -> Steps:
@@ -81,8 +96,15 @@ class Host:
         yield self._generate(tokens)
         self.inside -= 1
 
+    @property
+    def busy(self) -> dict[str, float]:
+        """Seconds that each part worked; of the engine, what full calls would have taken: one that
+        runs with few rows all the time is not what others wait for.
+        """
+        return {"engine": self._work.seconds} | self._busy
+
     def _spend(self, part: str, seconds: float) -> float:
-        self.busy[part] += seconds
+        self._busy[part] += seconds
         return seconds
 
     def _generate(self, tokens: int) -> simpy.Event:
@@ -102,7 +124,7 @@ class Host:
                 yield self._came
             self._clock.now = began = self._env.now
             outputs = self._engine.step()
-            seconds = self._spend("engine", self._clock.now - began)
+            seconds = self._clock.now - began
             if kind.on_cores:
                 yield self._cores.run(seconds, AFTER, kind.cores)
             else:
@@ -155,7 +177,7 @@ class Cluster:
         return len(self.seconds) / self.env.now
 
     def used(self) -> dict[str, float]:
-        """Share of the time that each part worked, of what it could."""
+        """Share of the time that each part worked, of what it could (see `Host.busy`)."""
         cores = self._kind.cores
         width = {"engine": 1, "JPEG decoding": cores, "front-ends": cores, "network": 1}
         whole = self.env.now * len(self.hosts)

@@ -28,7 +28,7 @@ from bench.common.timing import median_s
 from bench.contestants.servers import picture, running, vignette
 from bench.load.arrivals import coco_jobs
 from bench.load.closed_loop import caption, rate
-from bench.load.replay import Costs, measure_in_use
+from bench.load.costs import Costs, measure_in_use
 from bench.scaling.hosts import Cluster, Kind
 from bench.sections.images import jpeg
 from runtime.model import manifest as manifests
@@ -53,20 +53,19 @@ _GPU_CORES, _GPU_ENCODE_S, _GPU_STEP_S, _GPU_SLOTS = 16, 0.15e-3, 0.5e-3, 64
 
 def measure(settings: Settings) -> dict[str, Any]:
     """The check, and clusters of CPU and GPU hosts."""
-    turns = 2 * settings.repeats + 1
-    costs, runs_on = isolated(measure_in_use, settings.engine, turns, TOKENS)
-    loops, front_s, client_s = _over_http(settings)
+    here = _measured(settings)
+    costs = Costs.median(here.costs)
     how = manifests.read(settings.engine).preprocessing
     with tempfile.TemporaryDirectory() as folder:
         small, large = picture(Path(folder)), jpeg(*_LARGE)
     decode_s, large_s = (median_s(lambda: preprocess(i, how), 9) for i in (small, large))  # noqa: B023
     cores = this_machine().cores
     host = Kind(
-        f"{cores} cores, as measured", cores, costs, front_s - decode_s, decode_s, True,
+        f"{cores} cores, as measured", cores, costs, here.front_s - decode_s, decode_s, True,
         _CPU_DOLLARS, image_bytes=len(small),
     )  # fmt: skip
     found = {
-        "runs_on": runs_on,
+        "runs_on": here.runs_on,
         "machine": about()["machine"],
         "costs_ms": {
             "encoder, an image": 1e3 * costs.encode_s[-1] / len(costs.encode_s),
@@ -75,7 +74,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             f"JPEG decoding, {_LARGE[0]} x {_LARGE[1]}": 1e3 * large_s,
             "front-end, of a core": 1e3 * host.front_s,
         },
-        "check": _check(loops, host, client_s, settings),
+        "check": _check(here, host, settings),
     }
     worst = max(
         abs(row[said] / row[measured] - 1)
@@ -116,11 +115,25 @@ class _Loop:
     seconds: list[float] = field(default_factory=list)
 
 
-def _over_http(settings: Settings) -> tuple[dict[int, _Loop], float, float]:
-    """Of this machine: closed loops by their clients; core seconds that a request takes outside
-    the engine; and those of its client.
+@dataclass(slots=True)
+class _Here:
+    """This machine. loops: by their clients. costs: of the engine's calls in use, of each turn.
+    front_s, client_s: core seconds that a request takes outside the engine, and that its client
+    takes.
     """
-    loops = {clients: _Loop() for clients in _CLIENTS}
+
+    loops: dict[int, _Loop] = field(
+        default_factory=lambda: {clients: _Loop() for clients in _CLIENTS}
+    )
+    costs: list[Costs] = field(default_factory=list)
+    runs_on: str = ""
+    front_s: float = 0.0
+    client_s: float = 0.0
+
+
+def _measured(settings: Settings) -> _Here:
+    """The engine in use and the service over HTTP, in turns: what slows the machine slows both."""
+    here, count = _Here(), 0
     with tempfile.TemporaryDirectory() as folder:
         image = picture(Path(folder))
         with running(vignette(settings), image) as url:
@@ -128,14 +141,19 @@ def _over_http(settings: Settings) -> tuple[dict[int, _Loop], float, float]:
             port = urlsplit(url).port
             assert port is not None
             others = [pid for pid in family(server_on(port)) if not runs_engine(pid)]
-            before, ours, count = sum(map(worked, others)), time.process_time(), 0
+            before = sum(map(worked, others))
             for _ in range(settings.repeats):
-                for clients, loop in loops.items():
+                costs, here.runs_on = isolated(measure_in_use, settings.engine)
+                here.costs.append(costs)
+                began = time.process_time()
+                for clients, loop in here.loops.items():
                     requests = _requests(clients, settings)
                     asyncio.run(_ask(url, image, clients, requests, loop))
                     count += requests
-            front_s = (sum(map(worked, others)) - before) / count
-            return loops, front_s, (time.process_time() - ours) / count
+                here.client_s += time.process_time() - began
+            here.front_s = (sum(map(worked, others)) - before) / count
+            here.client_s /= count
+    return here
 
 
 def _requests(clients: int, settings: Settings) -> int:
@@ -154,13 +172,11 @@ async def _ask(url: str, image: bytes, clients: int, count: int, loop: _Loop) ->
         loop.rates.append(await rate(ask, count, clients))
 
 
-def _check(
-    loops: dict[int, _Loop], host: Kind, client_s: float, settings: Settings
-) -> list[dict[str, float]]:
+def _check(here: _Here, host: Kind, settings: Settings) -> list[dict[str, float]]:
     """The same loops, simulated; their clients take the time of this machine's cores, too."""
-    here, rows = replace(host, front_s=host.front_s + client_s), []
-    for clients, loop in loops.items():
-        cluster = Cluster(here, 1, settings.engine)
+    both, rows = replace(host, front_s=host.front_s + here.client_s), []
+    for clients, loop in here.loops.items():
+        cluster = Cluster(both, 1, settings.engine)
         cluster.closed_loop(clients, [TOKENS] * _requests(clients, settings))
         rows.append(
             {

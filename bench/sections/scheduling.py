@@ -21,7 +21,8 @@ from bench.common.isolated import isolated
 from bench.common.settings import Settings
 from bench.common.timing import pictures
 from bench.load import arrivals
-from bench.load.replay import Clock, Costs, measure_costs, replayed
+from bench.load.costs import Costs, measure_alone
+from bench.load.replay import Clock, replayed
 from runtime.engine import Engine
 from runtime.model import manifest as manifests
 from runtime.planning.config import EngineConfig
@@ -41,7 +42,7 @@ _CHECKED = 16  # clients
 def measure(settings: Settings) -> dict[str, Any]:
     """Rate, mean and p99 latency of every policy, in a closed loop and with Poisson arrivals."""
     with tqdm(total=2, desc="scheduling", unit="part") as progress:
-        costs, runs_on = isolated(measure_costs, settings.engine, _TURNS * settings.repeats)
+        costs, runs_on = isolated(measure_alone, settings.engine, _TURNS * settings.repeats)
         measured = isolated(_rate, settings)
         progress.update()
         rows = _rows(settings, costs)
