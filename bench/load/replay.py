@@ -17,6 +17,7 @@ from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.planning.config import EngineConfig
 
+
 @dataclass(slots=True)
 class Clock:
     """Time that passes only when somebody says so, in seconds."""
