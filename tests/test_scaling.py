@@ -1,6 +1,7 @@
 """The simulation of many hosts: cores that are shared, requests on their way, and its check."""
 
 from dataclasses import replace
+from statistics import median
 
 import pytest
 import simpy
@@ -102,8 +103,9 @@ def test_nothing_is_said_of_many_hosts_unless_this_one_is_reproduced(monkeypatch
     for clients in (1, 4):
         cluster = Cluster(kind(front_s=0.003), 1, DEMO)
         cluster.closed_loop(clients, [16] * scaling._requests(clients, QUICK))
-        loops[clients] = scaling._Loop([off * cluster.rate], [s / off for s in cluster.seconds])
-    here = scaling._Here(loops, [costs], "fake", front_s=0.006, client_s=0.001)
+        loops[clients] = scaling._Loop(off * cluster.rate, median(cluster.seconds) / off)
+    turn = scaling._Turn(costs, loops)
+    here = scaling._Here([turn], "fake", front_s=0.006, client_s=0.001)
     monkeypatch.setattr(scaling, "_measured", lambda settings: here)
     monkeypatch.setattr(scaling, "median_s", lambda action, repeats: 0.004)
     monkeypatch.setattr(scaling, "_GPU_HOSTS", (1,))

@@ -273,10 +273,11 @@ def _service(section: dict[str, Any]) -> str:
 def _scaling(section: dict[str, Any]) -> str:
     costs = _table(("measured", "ms"), ((k, _number(v, 2)) for k, v in section["costs_ms"].items()))
     check = _table(
-        ("clients", "measured", "simulated", "median measured", "median simulated"),
+        ("clients", "measured", "simulated", "off", "median measured", "median simulated", "off"),
         (
             (row["clients"], f"{row['measured']:.2f}/s", f"{row['rate']:.2f}/s",
-             f"{row['measured_median_s']:.3f} s", f"{row['median_s']:.3f} s")
+             f"{row['rate_off']:+.1%}", f"{row['measured_median_s']:.3f} s",
+             f"{row['median_s']:.3f} s", f"{row['median_off']:+.1%}")
             for row in section["check"]
         ),
     )  # fmt: skip
@@ -339,7 +340,7 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "service": ("The service itself", "Vignette as its processes.", _service),
     "scaling": ("Many machines, on paper", "A simulation with the engine's own loop and the times "
                 "that were measured here. It is checked first: the same clients on this machine, "
-                "measured and simulated. GPUs are targets, and nobody has measured one yet. "
+                "measured and simulated in turns, of which the medians are told. GPUs are targets, and nobody has measured one yet. "
                 "Prices are stated in bench/sections/scaling.py; 'bound by' is what works most.",
                 _scaling),
     "front_ends": ("Taking images in", "JPEGs of 640x480 over HTTP, 64 clients, on the demo "
