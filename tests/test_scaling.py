@@ -115,6 +115,7 @@ def test_nothing_is_said_of_many_hosts_unless_this_one_is_reproduced(monkeypatch
         assert "rows" not in found
     else:
         assert "failed" not in found
-        assert {row["hosts"] for row in found["rows"] if row["bound"] == "engine"} >= {1, 4}
+        few_hosts = {row["hosts"] for row in found["rows"] if row["bound"].startswith("engine")}
+        assert few_hosts >= {1, 4}
         [few, *_] = [row for row in found["needed"] if row["a_day"] == 1e6]
         assert few["hosts"] >= 1

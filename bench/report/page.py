@@ -285,8 +285,7 @@ def _scaling(section: dict[str, Any]) -> str:
         ("host", "hosts", "captions/s", "p99 at 80 %", "dollars a million", "bound by"),
         (
             (row["kind"], row["hosts"], _number(row["rate"]), f"{row['p99_s']:.2f} s",
-             _number(row["dollars_per_million"], 2),
-             f"{row['bound']}, {row['used'][row['bound']]:.0%} of its time")
+             _number(row["dollars_per_million"], 2), row["bound"])
             for row in section["rows"]
         ),
     )  # fmt: skip
@@ -340,8 +339,9 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "service": ("The service itself", "Vignette as its processes.", _service),
     "scaling": ("Many machines, on paper", "A simulation with the engine's own loop and the times "
                 "that were measured here. It is checked first: the same clients on this machine, "
-                "measured and simulated in turns, of which the medians are told. GPUs are targets, and nobody has measured one yet. "
-                "Prices are stated in bench/sections/scaling.py; 'bound by' is what works most.",
+                "measured and simulated in turns, of which the medians are told. GPUs are targets, "
+                "and nobody has measured one yet. Prices are stated in bench/sections/scaling.py; "
+                "'bound by' is what works most, and how much of what it could.",
                 _scaling),
     "front_ends": ("Taking images in", "JPEGs of 640x480 over HTTP, 64 clients, on the demo "
                    "engine, whose captions cost little.", _front_ends),
