@@ -13,6 +13,9 @@ from server.images.lane import Errand, Lane
 from server.ipc.shared import PixelStore, RunFolder
 from server.settings import Settings
 
+# An engine's threads wait for each other, so it loses twice what decoders take of one. They decode
+# ahead: what the engine leaves is enough for them.
+_NICENESS = 15
 _Result = TypeVar("_Result")
 
 
@@ -33,7 +36,7 @@ class Decoding:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="decoding", daemon=True)
         self._thread.start()
-        setup = Setup((target,), max_pixels, memory, niceness=0)
+        setup = Setup((target,), max_pixels, memory, _NICENESS)
         self._lane = self._on_loop(self._start(setup, processes))
 
     def pixels(self, image: bytes) -> np.ndarray:

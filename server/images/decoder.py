@@ -28,12 +28,13 @@ from server.images.cost import TooHard, estimate
 from server.ipc.shared import PixelStore
 from server.processes.system import environment, follow_parent, give_way, limit_memory, trim_memory
 
+_KEPT = 64 * 2**20  # bytes of freed memory that are no matter
 _ENVIRONMENT = {  # which the process has before it loads anything
     "OPENBLAS_NUM_THREADS": "1",  # its threads' stacks would count as address space
     # glibc's allocator keeps what is freed, up to so many bytes, for the next image: pages that the
     # system gives out anew each time take as long to clear as a small image takes to decode.
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(_KEPT),
 }
 # What is asked for: an image's pixels, those of a clip's frames, a JSON body's parts.
 PIXELS, FRAMES, PARTS = b"P", b"F", b"J"
@@ -172,8 +173,6 @@ def _serve(socket: socket.socket, setup: Setup) -> None:
             kind, answer = BUG, traceback.format_exc().encode(errors="replace")
         signal.setitimer(signal.ITIMER_PROF, 0)
         socket.sendall(_ANSWER.pack(kind, len(answer)) + answer)
-        if most == math.inf:  # it may have been a large one, in the many pieces that Pillow makes
-            trim_memory()
 
 
 def _pixels(
@@ -192,7 +191,11 @@ def _pixels(
             f"decoding this image would take {cost.memory // 2**20} MiB, and there are "
             f"{setup.memory // 2**20}: make it smaller"
         )
-    pixels = prepared(image, how, setup.max_pixels)
+    try:
+        pixels = prepared(image, how, setup.max_pixels)
+    finally:
+        if cost.memory > _KEPT:  # it is in the many pieces that Pillow makes
+            trim_memory()
     stores[place.model][place.slot][... if place.frame < 0 else place.frame] = pixels
     return DONE, json.dumps(time.process_time() - started - cost.seconds).encode()
 
@@ -204,11 +207,17 @@ def _frames(
     heads.check(data)
     how, slot = setup.targets[place.model].how, stores[place.model][place.slot]
     rows = slot if slot.ndim == _CLIP_AXES else slot[None]
-    for row, frame in zip(rows, frames_of(data, len(rows), setup.max_pixels), strict=True):
-        row[...] = to_pixels(frame, how)
+    try:
+        for row, frame in zip(rows, frames_of(data, len(rows), setup.max_pixels), strict=True):
+            row[...] = to_pixels(frame, how)
+    finally:
+        trim_memory()
     return DONE, json.dumps(0.0).encode()
 
 
 def _parts(data: bytes) -> tuple[bytes, bytes]:
     """A JSON body's parts, as `server.bodies.Parts.packed`."""
-    return DONE, json_parts(data).packed()
+    try:
+        return DONE, json_parts(data).packed()
+    finally:
+        trim_memory()
