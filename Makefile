@@ -111,8 +111,8 @@ run_docker:  ## run it on all GPUs (PORT, ENGINE, ARGS; TARGET=cpu without a GPU
 test_container:  ## build the CPU image and see it work (docker, or podman and buildah; GPU_IMAGE=1)
 	@$(PYTHON) docker/check.py $(if $(GPU_IMAGE),gpu)
 
-chaos: engines/random-git-base/manifest.json  ## kill, stop, overload and fuzz a running server (half an hour)
-	@$(DEV) -m bench.reliability $(ARGS) --without 16 30
+chaos: $(if $(QUICK),.venv-dev/ready,engines/random-git-base/manifest.json)  ## kill, stop, overload and fuzz a running server (half an hour; QUICK=1)
+	@$(DEV) -m bench.reliability $(if $(QUICK),--short) $(ARGS) --without $(if $(QUICK),,16) 30
 
 siege: .venv-dev/ready  ## two hours of attacks from 1, 8 and 32 senders beside honest clients
 	@$(DEV) -m bench.reliability 30 $(ARGS)

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.reliability", description=__doc__)
     parser.add_argument("numbers", nargs="*", type=int, help="of scenarios (default: all)")
     parser.add_argument("--without", type=int, nargs="*", default=[], help="numbers to leave out")
-    parser.add_argument("--short", action="store_true", help="the short forms, as in make test")
+    parser.add_argument("--short", action="store_true", help="short forms, kept nowhere")
     parser.add_argument("--minutes", type=float, default=120, help="of the siege (120)")
     parser.add_argument("--output", type=Path, default=Path("bench/results"))
     args = parser.parse_args()
@@ -29,12 +30,13 @@ def main() -> int:
             siege = {"minutes": args.minutes} if scenario is beside.siege else {}
             verdict = scenario(not args.short, **siege)
         except Exception as error:  # of any kind: the other scenarios are still worth running
+            traceback.print_exc()
             verdict = Verdict(f"{type(error).__name__}: {error}", False)
         row = Row(
             number,
             name,
             verdict.figure,
-            verdict.passed and verdict.in_time,
+            verdict.passed and (verdict.in_time or args.short),
             f"{datetime.now(UTC):%Y-%m-%d}",
             facts["commit"],
             f"{facts['machine']}; {verdict.engine.name}",
