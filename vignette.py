@@ -17,7 +17,6 @@ class Command:
     module: str
     needs: tuple[str, ...] = ("onnxruntime",)
     extras: str = "cpu"
-    before: tuple[str, ...] = ()  # arguments that come first
 
 
 COMMANDS = {
@@ -62,7 +61,7 @@ def main() -> int:
         )
         return _NOT_RUN
     run = importlib.import_module(command.module).main
-    return int(run([*command.before, *arguments]) or 0)
+    return int(run(arguments) or 0)
 
 
 def _usage() -> str:

@@ -1,8 +1,8 @@
 """Runs an exported GIT: a batched decode loop over ONNX Runtime.
 
 Reading order: `model/` (what an engine folder says) -> `planning/` -> `providers/` ->
-`execution/` -> `request`, `sequence`, `scheduler`, `pacing` -> `engine` -> `stepper`,
-`async_engine`.
+`execution/` -> `request`, `limits` -> `decoding/` -> `sequence`, `scheduler`, `pacing` -> `engine`
+-> `stepper`, `async_engine`.
 """
 
 import os

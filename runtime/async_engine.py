@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
 from functools import partial
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from runtime.engine import Engine
 from runtime.request import Caption, GenerationRequest, RequestOutput
@@ -52,17 +52,17 @@ class _Mailbox:
     """Takes news to an event loop, those of one step at once."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._call = loop.call_soon_threadsafe
+        self._loop = ref(loop)  # which is its key in a WeakKeyDictionary
         self._news: deque[tuple[asyncio.Queue[_News], _News]] = deque()
         self._called = False
 
     def put(self, queue: "asyncio.Queue[_News]", news: _News) -> None:
         """On the thread that steps."""
         self._news.append((queue, news))
-        if not self._called:
+        if not self._called and (loop := self._loop()) is not None:
             self._called = True
             try:
-                self._call(self._deliver)
+                loop.call_soon_threadsafe(self._deliver)
             except RuntimeError:  # the loop is closed: nobody waits
                 self._news.clear()
 

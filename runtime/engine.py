@@ -14,8 +14,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from runtime.decoding.base import Move, Row
 from runtime.decoding.choice import decoding_of
 from runtime.errors import InvalidRequest, WrongThread
@@ -143,20 +141,21 @@ class Engine:
         image: AnyImage,
         prompt: str | None = None,
         stream: bool = False,
+        place: int = 1,
         **sampling: Any,
     ) -> GenerationRequest:
-        """A request that this engine can serve. image: see `runtime.model.images.pixels_of`; an
-        array is pixels as `preprocess` makes them, stacked for video checkpoints. sampling: fields
-        of SamplingParams.
+        """A request that this engine can serve. image: see `runtime.model.images.pixels_of`; video
+        checkpoints take stacked pixels. place: of the image among others, for messages. sampling:
+        fields of SamplingParams.
 
         Raises what `pixels_of` raises, and InvalidRequest when shape, prompt or sampling can never
         be served.
         """
-        pixels = image if isinstance(image, np.ndarray) else pixels_of(image, self.manifest, 1)
-        if pixels.dtype != np.uint8 or pixels.shape != self.runner.pixels_shape:
+        pixels = pixels_of(image, self.manifest, place)
+        if pixels.shape != self.manifest.sizes.pixels:
             raise InvalidRequest(
-                f"pixels must be uint8 of shape {list(self.runner.pixels_shape)}, "
-                f"not {pixels.dtype} of {list(pixels.shape)}"
+                f"a video model takes pixels of shape {list(self.manifest.sizes.pixels)}, "
+                f"not {list(pixels.shape)}"
             )
         prompt_ids, params = self.limits.check(prompt, sampling, stream)
         return GenerationRequest(pixels, prompt_ids, params, stream=stream)
@@ -262,7 +261,7 @@ class Engine:
             return sequence.advance(rows)
         except Exception:
             log.exception("request %d failed as its next tokens were chosen", sequence.request.id)
-            sequence.finish_reason = FinishReason.FAILED
+            sequence.finish_reason = FinishReason.ERROR
             return []
 
     def _candidates(self, running: list[Sequence]) -> int:
@@ -307,7 +306,7 @@ class Engine:
         """
         prompts = prompts or [None] * len(images)
         requests = [
-            self.request(pixels_of(image, self.manifest, place), prompt, **sampling)
+            self.request(image, prompt, place=place, **sampling)
             for place, (image, prompt) in enumerate(zip(images, prompts, strict=True), 1)
         ]
         outputs = self._run(requests)
@@ -332,5 +331,5 @@ class Engine:
         return ended
 
     def caption(self, request: GenerationRequest, *outputs: RequestOutput) -> Caption:
-        """What a request that has ended got. Raises ComputationFailed if its numbers broke down."""
+        """What a request that has ended got. Raises ComputationFailed if it failed."""
         return captioned(request, joined(outputs), self.tokenizer)

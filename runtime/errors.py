@@ -29,7 +29,9 @@ class WrongThread(VignetteError):
 
 
 class ComputationFailed(VignetteError):
-    """The model's numbers broke down on one image; others are not affected."""
+    """Captioning one image failed, as the model's numbers broke down or by an error of ours; others
+    are not affected.
+    """
 
 
 class InvalidImage(VignetteError):

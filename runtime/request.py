@@ -26,6 +26,7 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"  # the caller took it back
     EXPIRED = "expired"  # its deadline passed while it waited; it was never run
     FAILED = "failed"  # the model's numbers broke down (NaN), of this row alone
+    ERROR = "error"  # an error of ours, which the log tells
 
 
 class Priority(StrEnum):
@@ -184,7 +185,9 @@ class Caption(Struct, frozen=True):
 
 
 def joined(outputs: Iterable[RequestOutput]) -> RequestOutput:
-    """The outputs of a request that has ended as one. Raises ComputationFailed if it FAILED."""
+    """The outputs of a request that has ended as one. Raises ComputationFailed if it FAILED, or
+    ended in an ERROR.
+    """
     news = []
     for output in outputs:
         news.append(output.completion)
@@ -193,6 +196,8 @@ def joined(outputs: Iterable[RequestOutput]) -> RequestOutput:
             "the model's numbers broke down (NaN) on this image: caption it with an engine of "
             "another precision, such as fp32"
         )
+    if output.finish_reason is FinishReason.ERROR:
+        raise ComputationFailed("captioning this image met an error: the service's log tells which")
     whole = Completion(
         tuple(itertools.chain.from_iterable(each.token_ids for each in news)),
         tuple(itertools.chain.from_iterable(each.logprobs for each in news)),

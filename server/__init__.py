@@ -1,7 +1,8 @@
 """Captions over HTTP: front-ends that speak it, workers that own engines, a supervisor over both.
 
-Reading order: `settings` -> `__main__` -> `supervisor`, `children`, `ports` -> `wire` (what the
-processes say) -> `frontend` -> `app` (routes) -> `handlers/` -> `forms` -> `errors` (the table of
-answers) -> `service` (a request's way) -> `keys`, `usage`, `admission`, `cache`, `fetching` ->
-`decoding` -> `links`, `dispatch` -> `worker` -> `metrics`, `logs`, `tracing`.
+Reading order, along a request: `__main__` and `settings` -> `processes/supervisor` ->
+`processes/frontend` -> `http/app` (routes), `http/caption`, `http/intake` -> `service/service`,
+`service/model` -> `images/pool` -> `ipc/dispatcher`, `ipc/messages` -> `processes/worker`; then
+`errors` (the table of answers), `metrics`, `logs`, `tracing`. `bulk/` captions files, `grpc/`
+speaks KServe's protocol, `cluster/` runs all of it on Ray.
 """

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import csv
 import http.server
 import io
 import json
@@ -88,6 +89,25 @@ def test_a_column_that_is_not_there_is_told(tmp_path):
     with pytest.raises(NoColumn, match=r"no column image: name one of url, text with --column"):
         read(tmp_path / "list.csv")
     assert [item.id for item in read(tmp_path / "list.csv", image="url")] == ["https://a/b.png"]
+
+
+def test_images_may_lie_in_a_csv_file_themselves(tmp_path):
+    inline = "data:image/png;base64," + "A" * 200_000  # beyond what Python's csv takes by itself
+    (tmp_path / "list.csv").write_text(f'image,prompt\n"{inline}",what?\nb.png,\n')
+    found = read(tmp_path / "list.csv", prompt="prompt")
+    assert [item.prompt for item in found] == ["what?", None]
+    assert [item.wrong for item in found] == [None, None]
+
+
+def test_a_csv_file_that_is_none_is_told_and_ends_nothing(tmp_path, monkeypatch):
+    before = csv.field_size_limit(1000)
+    try:
+        (tmp_path / "list.csv").write_text("image\na.png\n" + "x" * 2000 + "\n")
+        *good, bad = read(tmp_path / "list.csv")
+    finally:
+        csv.field_size_limit(before)
+    assert [item.id for item in good] == ["a.png"]
+    assert "can't be read to its end: field larger than field limit" in bad.wrong
 
 
 def test_a_line_that_is_none_fails_alone(tmp_path):

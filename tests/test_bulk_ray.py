@@ -1,17 +1,45 @@
 """Bulk runs on a cluster: each image one row, whatever dies there."""
 
 import json
+import pickle
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from runtime.model.preprocess import MAX_PIXELS
+from runtime.planning.config import EngineConfig
+from server.bulk.captioning import Plan
+from server.bulk.engine_process import Facts
+from server.bulk.items import Item
 from tests.fakes import fake_engine
 from tests.test_bulk import small_images
 
 pytest.importorskip("ray", reason="needs the extra ray")
+
+
+def test_a_process_keeps_its_decoder_from_task_to_task(tmp_path):
+    from server.bulk import ray  # which needs the extra
+
+    [file] = small_images(tmp_path, 1)
+    engine = fake_engine()
+    facts = Facts({}, "", 4, engine.manifest.sizes.pixels, engine.manifest.preprocessing)
+    opening = ray.Opening("engine", EngineConfig())
+    work = ray.Work(opening, {}, Plan(None, 10**7), MAX_PIXELS, whole=False)
+    batch = {"item": [pickle.dumps(Item(str(file), image=str(file)))]}
+    made = []
+    for limit in (MAX_PIXELS, MAX_PIXELS, 1):
+        copy = pickle.loads(pickle.dumps(replace(work, max_pixels=limit)))  # as tasks are given
+        found = ray._Decoder.decode(batch, copy, facts)
+        made.append(ray._Decoder.made)
+    assert made[0] is made[1] is not made[2]
+    assert not made[0]._decoding._thread.is_alive()
+    assert "too many pixels" in pickle.loads(found["outcome"][0]).error
+    made[2]._close()
+    ray._Decoder.made = None
 
 
 def test_a_node_that_dies_costs_no_row_and_one_that_comes_is_used(tmp_path):

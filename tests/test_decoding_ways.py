@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from runtime.decoding.beams import Beams
 from runtime.decoding.continuation import drawn
 from runtime.engine import Engine
-from runtime.errors import InvalidRequest
+from runtime.errors import ComputationFailed, InvalidRequest
 from runtime.limits import Limits
 from runtime.planning.config import EngineConfig
 from runtime.request import FinishReason, SamplingParams
@@ -139,7 +139,9 @@ def test_a_way_of_decoding_that_fails_fails_alone(monkeypatch, caplog):
     found = {}
     while not engine.idle:
         found |= {output.id: output for output in engine.step()}
-    assert found[bad.id].finish_reason is FinishReason.FAILED
+    assert found[bad.id].finish_reason is FinishReason.ERROR
+    with pytest.raises(ComputationFailed, match="log tells"):
+        engine.caption(bad, found[bad.id])
     assert [found[good.id].token_ids] == expected
     assert "an error of ours" in caplog.text
 

@@ -152,8 +152,8 @@ def test_ignore_eos_generates_to_the_limit():
 @pytest.mark.parametrize(
     ("pixels", "words", "most", "message"),
     [
-        (np.zeros((3, 5, 4), np.uint8), "", 4, "shape"),
-        (np.zeros((3, 4, 4), np.float32), "", 4, "uint8"),
+        (np.zeros((3, 5, 4), np.uint8), "", 4, r"\[3, 5, 4\] is no image"),
+        (np.zeros((3, 4, 4), np.float32), "", 4, "pass uint8"),
         (image(0), "", 0, "max_new_tokens is 0: with this prompt use 1 to 32"),
         (image(0), "3 4 5", 30, "use 1 to 29"),
         (image(0), " ".join(["3"] * 40), None, "40 tokens: shorten it to 31"),
@@ -161,7 +161,7 @@ def test_ignore_eos_generates_to_the_limit():
 )
 def test_what_never_fits_is_refused_with_the_limit(pixels, words, most, message):
     engine = fake_engine()
-    with pytest.raises(InvalidRequest, match=message):
+    with pytest.raises((InvalidRequest, InvalidImage), match=message):
         engine.request(pixels, words, max_new_tokens=most)
     assert engine.scheduler.idle
 

@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from server.service.keys import InvalidKeys, Keys, TooFast, Unauthorised, main, read
 from tests.conftest import ROOT
 from tests.fakes import fake_engine
-from tests.live import png, serve
+from tests.live import png, serve, until
 
 JSON = {"Content_Type": "application/json"}
 
@@ -108,6 +109,35 @@ def test_a_key_that_the_server_would_refuse_is_not_made(words, capsys):
     assert not said.out
 
 
+def test_of_two_readings_at_once_the_later_one_counts(tmp_path, monkeypatch):
+    path = keys_file(tmp_path, line("web", "a"))
+    read_slowly, opened = threading.Event(), Keys.open
+
+    def slow_once(*given):
+        found = opened(*given)
+        if given[-1] == 1:
+            read_slowly.wait(20)
+        return found
+
+    with serve(fake_engine, api_keys=path) as live:
+        monkeypatch.setattr(Keys, "open", slow_once)
+        for reading, key in enumerate("bc", 1):
+            keys_file(tmp_path, line("web", key))
+            live.loop.call_soon_threadsafe(live.service.read_keys, reading)
+            until(lambda reading=reading: live.service.keys_read == reading)
+        read_slowly.set()
+        until(lambda: live.caption(png(), X_API_Key="c").status == 200)
+        assert live.caption(png(), X_API_Key="b").status == 401
+        assert len(list(live.service.folder.glob("usage-*"))) == 1
+
+
+def test_a_front_end_that_finds_another_file_counts_for_itself(tmp_path):
+    ours = Keys.open(keys_file(tmp_path, line("a", "a"), line("b", "b", "0", "1")), tmp_path, 2, 0)
+    edited = keys_file(tmp_path, line("b", "b", "0", "1"), line("a", "a"))
+    with ours.enter("b"), Keys.open(edited, tmp_path, 2, 1).enter("a"):
+        pass
+
+
 def test_keys_that_are_read_again_leave_nothing_of_the_old_ones_behind(tmp_path):
     path = keys_file(tmp_path, f"web {hashlib.sha256(b'a').hexdigest()} 0 1\n")
     files = len(list(Path("/proc/self/fd").iterdir()))
@@ -117,5 +147,5 @@ def test_keys_that_are_read_again_leave_nothing_of_the_old_ones_behind(tmp_path)
             old, keys = keys, Keys.open(path, tmp_path, reading=reading)
             old.close()
         del old
-    assert [p.name for p in tmp_path.glob("usage-*")] == ["usage-19"]
+    assert [p.name.split("-")[1] for p in tmp_path.glob("usage-*")] == ["19"]
     assert len(list(Path("/proc/self/fd").iterdir())) <= files + 2

@@ -1,6 +1,7 @@
 """Threads and tasks that share an engine, and the forms in which they pass images."""
 
 import asyncio
+import gc
 import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -145,6 +146,14 @@ def test_tasks_iterate_over_what_is_generated_for_them():
         [caption] = alone.generate([image(n % 10)], ["3"], max_new_tokens=12, ignore_eos=True)
         assert {tokens[n] for tokens in found} == {caption.token_ids}
     until(lambda: engine.engine.idle)
+
+
+def test_event_loops_that_are_over_are_let_go():
+    engine = AsyncEngine(fake_engine())
+    for n in range(3):
+        assert asyncio.run(engine.caption(engine.engine.request(image(n)))).token_ids
+    gc.collect()
+    assert not engine._mailboxes
 
 
 def test_a_task_is_told_what_a_step_raised_and_others_go_on():

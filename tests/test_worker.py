@@ -2,6 +2,7 @@
 
 import asyncio
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -110,6 +111,18 @@ def test_a_process_that_keeps_failing_is_left():
     assert made.worker.broken
     assert made.socket.failed == [1, 2, 3]
     assert made.stores[b"a"].started[0] == 3
+
+
+def test_a_process_that_can_take_no_requests_ends():
+    """Else it would go on saying that it lives."""
+
+    async def run():
+        made = Scene()
+        made.socket.coming.put_nowait([b"a", b"no message"])
+        with pytest.raises(msgspec.DecodeError):
+            await asyncio.wait_for(made.worker.run(), 20)
+
+    asyncio.run(run())
 
 
 def test_a_suspect_runs_alone_whichever_front_end_sends_what():

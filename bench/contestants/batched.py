@@ -1,7 +1,8 @@
 """The original's last version: PyTorch behind Tornado with a micro-batch queue.
 
-What comes in within 1 ms is captioned together, at most 64 images. `python -m
-bench.baselines.batched PORT PRECISION`
+What comes in within 1 ms is captioned together, at most 64 images.
+
+`python -m bench.contestants.batched PORT PRECISION`
 """
 
 import asyncio

@@ -1,5 +1,6 @@
-"""LitServe around `generate`, with its own batching. `python -m bench.baselines.litserve_app PORT
-PRECISION`
+"""LitServe around `generate`, with its own batching.
+
+`python -m bench.contestants.litserve_app PORT PRECISION`
 """
 
 import base64

@@ -1,6 +1,6 @@
 """The original's first version: PyTorch behind Tornado, one request at a time.
 
-`python -m bench.baselines.single PORT PRECISION`
+`python -m bench.contestants.single PORT PRECISION`
 """
 
 import asyncio

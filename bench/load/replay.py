@@ -5,7 +5,7 @@ blur, and what would take an hour, is compared in seconds, and comes out the sam
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,6 @@ class _Runner:
     provider: str = "replay"
     precision: str = "replay"
     runs_on: str = "replay"
-    _token: int = field(default=0)
 
     def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:
         self.clock.pass_by(self.costs.encode_s[len(pixels) - 1])

@@ -41,11 +41,6 @@ class Machine:
         """8-bit products are summed in 32 bits without saturating on the way, and fast."""
         return any(i in self.instructions for i in _INT8_DOT)
 
-    @property
-    def has_amx(self) -> bool:
-        """Matrix units for bf16 and int8."""
-        return "amx_bf16" in self.instructions
-
     def __str__(self) -> str:
         known = ", ".join(self.instructions) or "no known instruction sets"
         return f"{self.cores} cores of {self.cpu} ({known})"

@@ -5,16 +5,12 @@ the port opens.
 """
 
 import contextlib
-import logging
 import os
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 from runtime.errors import ProviderError
-
-log = logging.getLogger(__name__)
-
 
 _NO_DRIVER = (
     "no NVIDIA driver is reachable: install it on the host (`nvidia-smi` must work there) and "

@@ -28,21 +28,9 @@ class Provider:
 _PROVIDERS = {
     p.name: p
     for p in (
-        Provider(
-            "tensorrt",
-            tensorrt.EP,
-            tensorrt.REMEDY,
-        ),
-        Provider(
-            "cuda",
-            cuda.EP,
-            cuda.REMEDY,
-        ),
-        Provider(
-            "openvino",
-            openvino.EP,
-            openvino.REMEDY,
-        ),
+        Provider("tensorrt", tensorrt.EP, tensorrt.REMEDY),
+        Provider("cuda", cuda.EP, cuda.REMEDY),
+        Provider("openvino", openvino.EP, openvino.REMEDY),
         Provider("cpu", "CPUExecutionProvider", "reinstall onnxruntime"),
     )
 }

@@ -192,9 +192,9 @@ def _here(args: argparse.Namespace, plan: Plan, given: list[Part], output: Outpu
 
 
 def _on_ray(args: argparse.Namespace, plan: Plan, given: list[Part], output: Output) -> Told:
-    from server.bulk.ray import Cluster, RayCaptioning, Work, open_engine
+    from server.bulk.ray import Cluster, Opening, RayCaptioning, Work
 
-    opening = partial(open_engine, str(args.engine.absolute()), _config(args))
+    opening = Opening(str(args.engine.absolute()), _config(args))
     work = Work(opening, _sampling(args), plan, args.max_pixels, isinstance(output, Tar))
     with closing(RayCaptioning(Cluster(args.ray, args.ray_cores), work)) as captioning:
         job = _job(args, output, captioning.identity)

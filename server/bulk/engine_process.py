@@ -86,22 +86,36 @@ class EngineProcess:
 
     def close(self) -> None:
         """End the process."""
-        self._closed = True
-        self._process.kill()
+        with self._lock:
+            self._closed = True
+            self._process.kill()
         self._keeper.join()
 
     def _keep(self) -> None:
         """On one thread, which the processes die with: start one after the other."""
-        while not self._closed:
-            self._connection, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_serve, args=(theirs, *self._open), daemon=True)
-            self._process = process
-            process.start()
-            theirs.close()
+        while self._start():
             try:
                 self._listen()
             except (EOFError, OSError):
                 self._died()
+        with self._lock:
+            left, self._running = self._running, {}
+            if not self._ready.done():
+                self._ready.set_exception(NoEngine("it was closed"))
+        for future in left.values():
+            future.set_exception(EngineDied("the engine's process has ended for good"))
+
+    def _start(self) -> bool:
+        """The next process, unless this is closed."""
+        with self._lock:
+            if self._closed:
+                return False
+            self._connection, theirs = _CONTEXT.Pipe()
+            process = _CONTEXT.Process(target=_serve, args=(theirs, *self._open), daemon=True)
+            process.start()
+            self._process = process
+            theirs.close()
+            return True
 
     def _listen(self) -> None:
         facts = self._connection.recv()

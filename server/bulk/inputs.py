@@ -1,5 +1,6 @@
 """What the arguments of `vignette caption` mean, as parts that stream."""
 
+import csv
 import os
 from collections.abc import Iterable, Iterator
 
@@ -66,5 +67,5 @@ def items(parts: Iterable[Part]) -> Iterator[Item]:
             yield from part.items()
         except (NoColumn, NoWay):
             raise
-        except (VignetteError, OSError, ValueError) as error:
+        except (VignetteError, OSError, ValueError, csv.Error) as error:
             yield Item(plain(part.path), wrong=f"it can't be read to its end: {error}")

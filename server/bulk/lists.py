@@ -18,6 +18,7 @@ from server.bulk.items import Item
 _ROWS = 64  # of a Parquet file that are held at a time: they may be images
 _COLUMN = "image"  # unless another is named
 _LONGEST_LINE = 64 * 2**20  # a data URI of an image fits
+csv.field_size_limit(_LONGEST_LINE)
 
 
 class NoColumn(VignetteError):

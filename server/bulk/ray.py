@@ -76,9 +76,16 @@ class Work:
         return partial(self.open, self.threads)
 
 
-def open_engine(folder: str, config: EngineConfig, threads: int) -> Engine:
-    """For `Work.open`."""
-    return Engine.open(folder, replace(config, threads=threads))
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """For `Work.open`: the engine of a folder. Equal to its copies in other processes."""
+
+    folder: str
+    config: EngineConfig
+
+    def __call__(self, threads: int) -> Engine:
+        """threads: 0 for all."""
+        return Engine.open(self.folder, replace(self.config, threads=threads))
 
 
 class RayCaptioning:
@@ -174,13 +181,19 @@ class _Decoder:
     @classmethod
     def decode(cls, batch: Batch, work: Work, facts: Facts) -> Batch:
         """Images as pixels, or what is wrong with them."""
-        if cls.made is None or cls.made._work != work:
-            cls.made = cls(work, facts)
+        if cls.made is not None and cls.made._work != work:
+            cls.made._close()
+            cls.made = None
+        cls.made = cls.made or cls(work, facts)
         found = list(cls.made._threads.map(cls.made._decoded, batch["item"]))
         return {
             "outcome": _packed(outcome for outcome, _ in found),
             "pixels": np.array([pixels for _, pixels in found], object),
         }
+
+    def _close(self) -> None:
+        self._threads.shutdown()
+        self._decoding.close()
 
     def _decoded(self, packed: bytes) -> tuple[Outcome, bytes]:
         item, image = pickle.loads(packed), None

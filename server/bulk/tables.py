@@ -66,7 +66,7 @@ class Table(Output):
             return
         try:
             yield from (msgspec.convert(each, Row) for each in self.read())
-        except (ValueError, msgspec.MsgspecError) as cause:
+        except (ValueError, csv.Error, msgspec.MsgspecError) as cause:
             raise OutputConflict(
                 f"{self.path} is no table of ours ({cause}): name another output"
             ) from cause

@@ -111,7 +111,8 @@ class Server(HTTPServer):
         )
         for waiting in (self._late, self._unread):
             while waiting:
-                stream, _ = waiting.popitem()
+                stream = next(iter(waiting))
+                del waiting[stream]
                 if not stream.closed():
                     stream.close()
                     return True

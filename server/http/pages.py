@@ -33,7 +33,6 @@ class _Page(Handler):
         """Answer with a page, which may load nothing from elsewhere and run nothing of others."""
         self.set_header("Content-Type", _TYPES[".html"])
         self.set_header("Content-Security-Policy", _POLICY)
-        self.set_header("X-Content-Type-Options", "nosniff")
         self.set_header("Referrer-Policy", "no-referrer")
         self.finish(content)
 
@@ -78,7 +77,6 @@ class StaticHandler(Handler):
             raise tornado.web.HTTPError(404)
         self._name = name
         self.set_header("Content-Type", _TYPES[Path(name).suffix])
-        self.set_header("X-Content-Type-Options", "nosniff")
         self.set_header("Cache-Control", "no-cache")  # asked for again, answered 304
         self.finish(_read(name))
 

@@ -130,7 +130,7 @@ class FrontEndReady(Message, frozen=True):
 
 
 class Refused(Message, frozen=True):
-    """An image that broke two workers is refused until then (`time.time`), by all front-ends."""
+    """All front-ends refuse an image that broke two workers, until then (`time.monotonic`)."""
 
     model: str
     digest: str

@@ -52,15 +52,19 @@ class Receiver:
         return not self.jobs
 
     async def run(self) -> None:
-        """Serve until told to stop, then finish what was begun."""
+        """Serve until told to stop, then finish what was begun. Raises what receiving raised."""
         receiving = asyncio.create_task(self._receive())
+        over = asyncio.create_task(self.over.wait())
         try:
-            await self.over.wait()
+            await asyncio.wait({receiving, over}, return_when=asyncio.FIRST_COMPLETED)
+            if receiving.done():
+                receiving.result()
             while not self.idle:
                 self._changed.clear()
                 await self._changed.wait()
         finally:
             receiving.cancel()
+            over.cancel()
 
     def stop(self) -> None:
         """Finish what was begun."""
@@ -108,7 +112,7 @@ class Receiver:
     def _open(self, owner: Owner, hello: Hello) -> None:
         try:
             self.stores[owner] = PixelStore(Path(hello.store), hello.slots, hello.shape)
-        except (OSError, NoSharedMemory) as cause:  # it has died, and its file is gone
+        except (OSError, ValueError, NoSharedMemory) as cause:  # it has died, and its file is gone
             log.warning("the pixels of %s can't be opened: %s", owner.decode(), cause)
 
     def _ended(self, number: int, task: asyncio.Task[None]) -> None:

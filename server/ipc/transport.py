@@ -1,6 +1,7 @@
 """A front-end's sockets to the engine workers."""
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import zmq.asyncio
 from server.ipc.dispatcher import BLAMED, Dispatcher
 from server.ipc.messages import TO_FRONT_END, Hello, worker_address
 from server.ipc.shared import PixelStore
+
+log = logging.getLogger(__name__)
 
 
 class Workers:
@@ -39,7 +42,11 @@ class Workers:
 
     async def _read(self, key: tuple[int, int], socket: zmq.asyncio.Socket) -> None:
         while True:
-            self.dispatcher.received(key, TO_FRONT_END.decode(await socket.recv()))
+            data = await socket.recv()
+            try:
+                self.dispatcher.received(key, TO_FRONT_END.decode(data))
+            except Exception:  # an error of ours with one message; others may still be taken
+                log.exception("a message of worker %d could not be taken", key[0])
 
     async def close(self) -> None:
         """Let go of all workers."""

@@ -117,7 +117,7 @@ class Worker(Receiver, Observer):
                     await self.send(job.owner, Output(output))
         except InvalidRequest as error:  # another worker of its model would have had the slots
             log.error("request %d is refused here: %s", request.id, error)
-            failed = RequestOutput(request.id, Completion(()), FinishReason.FAILED, Timing())
+            failed = RequestOutput(request.id, Completion(()), FinishReason.ERROR, Timing())
             await self.send(job.owner, Output(failed))
         except Exception as error:  # ONNX Runtime raises a class of its own for every status code
             await self.send(job.owner, StepFailed(request.id))

@@ -51,19 +51,23 @@ class Client:
 class Keys:
     """The keys that a front-end takes. Its limits are those of all front-ends together."""
 
-    def __init__(self, clients: list[Client], usage: Usage, reading: int = 0) -> None:
-        """reading: how often the file was read again; each has counts of its own."""
-        self._clients, self._usage, self.reading = clients, usage, reading
+    def __init__(self, clients: list[Client], usage: Usage) -> None:
+        self._clients, self._usage = clients, usage
         self._indices = {client.digest: n for n, client in enumerate(clients)}
 
     @classmethod
     def open(
         cls, path: Path, folder: Path, front_ends: int = 1, index: int = 0, reading: int = 0
     ) -> "Keys":
-        """For front-end `index`, counting in the run's `folder`. Raises InvalidKeys."""
+        """For front-end `index`, counting in the run's `folder`. Raises InvalidKeys.
+
+        reading: how often the file was read again. Each has counts of its own, and so has a file
+        that was changed meanwhile: a front-end that starts anew may find another one than the rest.
+        """
         clients = read(path)
-        usage = Usage(folder / f"usage-{reading}", len(clients), front_ends, index)
-        return cls(clients, usage, reading)
+        digest = hashlib.sha256(b"".join(client.digest for client in clients)).hexdigest()
+        usage = Usage(folder / f"usage-{reading}-{digest}", len(clients), front_ends, index)
+        return cls(clients, usage)
 
     def close(self) -> None:
         """Others count from now on; who is inside leaves as if nothing had happened."""

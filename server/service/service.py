@@ -98,19 +98,23 @@ class Service:
         """Take the keys that the file has now; a wrong file is logged. Who was let in goes on."""
         if self.keys is not None and self.keys_read != reading:
             self.keys_read = reading
-            self.keys_reader = asyncio.create_task(self._read_keys(self.keys, reading))
+            if self.keys_reader is None or self.keys_reader.done():
+                self.keys_reader = asyncio.create_task(self._read_keys(self.keys))
 
-    async def _read_keys(self, old: Keys, reading: int) -> None:
-        """On a thread: many keys take long."""
-        path = self.settings.api_keys
+    async def _read_keys(self, keys: Keys) -> None:
+        """On a thread, as many keys take long; again if the file was to be read again meanwhile."""
+        path, reading = self.settings.api_keys, -1
         assert path is not None
-        ours = self.settings.doors, self.index, reading
-        try:
-            self.keys = await asyncio.to_thread(Keys.open, path, self.folder, *ours)
-        except VignetteError as error:
-            log.error("the API keys stay as they were: %s", error)
-        else:
-            old.close()
+        while reading != self.keys_read:
+            reading = self.keys_read
+            ours = self.settings.doors, self.index, reading
+            try:
+                fresh = await asyncio.to_thread(Keys.open, path, self.folder, *ours)
+            except VignetteError as error:
+                log.error("the API keys stay as they were: %s", error)
+            else:
+                keys.close()
+                self.keys = keys = fresh
 
     def model(self, name: str | None = None) -> Model:
         """The model of that name, or the default. Raises UnknownModel."""
