@@ -5,7 +5,7 @@ import asyncio
 from msgspec.structs import replace
 
 from runtime.request import Completion, FinishReason, RequestOutput, SamplingParams, Timing
-from server.service.cache import OutputCache
+from server.service.cache import Key, OutputCache
 from tests.fakes import fake_engine
 from tests.live import png, serve
 
@@ -16,8 +16,8 @@ def output(*tokens: int) -> RequestOutput:
     return RequestOutput(1, Completion(tokens), FinishReason.STOP, Timing(1.0, 1.0, 1.0))
 
 
-def key(digest: str) -> tuple[str, str, tuple[int, ...], SamplingParams]:
-    return "fake", digest, (0,), SamplingParams(20)
+def key(digest: str) -> Key:
+    return "fake", "fp32", digest, (0,), SamplingParams(20)
 
 
 def test_one_flight_serves_all_who_ask_meanwhile():
@@ -92,6 +92,15 @@ def test_identical_images_are_captioned_once_if_that_is_wished():
         assert gone_through <= {"total"}, "no time was spent on what was known"
         assert live.metric('vignette_stage_seconds_count{stage="encode"}') == 2
         assert live.metric('vignette_stage_seconds_count{stage="total"}') == 3
+
+
+def test_captions_of_another_engine_of_the_model_are_not_known():
+    """Doors stay open while a cluster is updated."""
+    with serve(fake_engine, cache_mb=1) as live:
+        for identity in ("new fp32", "new int8"):
+            live.model.identity = identity
+            assert live.caption(png()).status == 200
+        assert live.metric("vignette_cache_hits_total") == 0
 
 
 def test_the_bound_counts_all_that_is_kept():

@@ -187,8 +187,10 @@ def notice(name: str = "r1", state: str = "ready", slots: int = 16) -> bytes:
     return msgpack.encode(replica(name, state, slots))
 
 
-def replica(name: str = "r1", state: str = "ready", slots: int = 16) -> ReplicaNotice:
-    facts = WorkerFacts("e", "fp32", "cpu", "cpu", "passed", 0.1, "cpu", slots)
+def replica(
+    name: str = "r1", state: str = "ready", slots: int = 16, precision: str = "fp32"
+) -> ReplicaNotice:
+    facts = WorkerFacts("e", precision, "cpu", "cpu", "passed", 0.1, "cpu", slots)
     return ReplicaNotice(
         name, f"node of {name}", "k", WorkerState("m", 0, 1, state, 1, 2, None, facts)
     )
@@ -246,6 +248,11 @@ def test_front_ends_see_one_worker_for_all_replicas(monkeypatch, tmp_path):
         assert state.facts is not None
         assert (state.facts.engines, state.facts.slots, state.restarts) == (2, 8, 6)
         assert "node of r1, node of r2" in state.facts.device
+        mixed = line.follow([replica("r1"), replica("r2", precision="int8")]).facts
+        assert mixed.identity not in {
+            state.facts.identity,
+            replica(precision="int8").state.facts.identity,
+        }
         assert line.follow([]).state == "recovering"
         assert line.follow([replica()]).epoch == 2  # what the one before had is sent again
         line.close()

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ray
@@ -18,7 +18,7 @@ from ray.serve.exceptions import RayServeException
 from server.cluster.card import Card
 from server.cluster.notices import KNOWN, TELL_SECONDS, DoorNotice, Known, ReplicaNotice, notices
 from server.cluster.relay import Relay
-from server.ipc.messages import WorkerState, worker_address
+from server.ipc.messages import WorkerFacts, WorkerState, worker_address
 from server.ipc.shared import RunFolder
 from server.logs import configure
 from server.models import ServedModel
@@ -36,6 +36,20 @@ _LOOK_SECONDS = 0.5  # for a model that is not there yet
 def application_of(model: str) -> str:
     """The name of a model's application; its deployment has the model's own."""
     return f"vignette-{model}"
+
+
+def _together(known: list[WorkerFacts], nodes: Iterable[str]) -> WorkerFacts:
+    """Of all replicas, as of one worker. Those of several engines, as during an update, are one of
+    another identity: what is said meanwhile is no caption of either.
+    """
+    return replace(
+        known[0],
+        engine=" ".join(sorted({facts.engine for facts in known})),
+        precision=" ".join(sorted({facts.precision for facts in known})),
+        engines=len(known),
+        device=f"{len(known)} replicas on {', '.join(sorted(set(nodes)))}",
+        slots=min(facts.slots for facts in known),
+    )
 
 
 class Line:
@@ -60,12 +74,8 @@ class Line:
         elif not ready:
             self.close()
         restarts = sum(each.state.restarts for each in replicas)
-        facts = next((state.facts for state in ready if state.facts is not None), None)
-        if facts is not None:
-            nodes = sorted({each.node for each in replicas})
-            device = f"{len(ready)} replicas on {', '.join(nodes)}"
-            slots = min(state.facts.slots for state in ready if state.facts is not None)
-            facts = replace(facts, engines=len(ready), device=device, slots=slots)
+        known = [state.facts for state in ready if state.facts is not None]
+        facts = _together(known, [each.node for each in replicas]) if known else None
         state = "ready" if facts else "recovering" if self._epoch else "starting"
         return WorkerState(self.name, self._index, self._epoch, state, None, restarts, None, facts)
 

@@ -50,7 +50,10 @@ class Asked(Struct, frozen=True):
 
 
 class Said(Struct, frozen=True):
-    """What a replica answers: news of a request, or why there are none. engine: its fingerprint."""
+    """What a replica answers: news of a request, or why there are none.
+
+    engine: its identity (`WorkerFacts.identity`).
+    """
 
     engine: str
     output: RequestOutput | None
@@ -73,7 +76,6 @@ class Replica:
         configure(settings)
         self._model = model
         self._card = Card.of(model.engine)
-        self._engine = manifests.read(model.engine).fingerprint
         self._numbers = itertools.count(1)
         folder = RunFolder()
         name = process_name("front", 0, 1)
@@ -129,19 +131,21 @@ class Replica:
                 yield msgpack.encode(said)
 
     async def _said(self, asked: Asked, pixels: bytes) -> AsyncGenerator[Said, None]:
+        [child] = self._children
+        identity = child.facts.identity if child.facts is not None else ""
         if asked.kind != self._card.kind:
-            yield Said(self._engine, None, Why.REPLACED)
+            yield Said(identity, None, Why.REPLACED)
             return
         try:
             async with aclosing(self._outputs(asked, pixels)) as outputs:
                 async for output in outputs:
-                    yield Said(self._engine, output)
+                    yield Said(identity, output)
         except Deadly:
-            yield Said(self._engine, None, Why.DEADLY)
+            yield Said(identity, None, Why.DEADLY)
         except EngineFailed:
-            yield Said(self._engine, None, Why.UNLUCKY)
+            yield Said(identity, None, Why.UNLUCKY)
         except Expired:
-            yield Said(self._engine, None, Why.EXPIRED)
+            yield Said(identity, None, Why.EXPIRED)
 
     async def _outputs(self, asked: Asked, pixels: bytes) -> AsyncGenerator[RequestOutput, None]:
         """Of the request, as its own and not a door's: other doors count from the same numbers."""

@@ -118,6 +118,11 @@ class WorkerFacts(Struct, frozen=True):
     slots: int
     engines: int = 1
 
+    @property
+    def identity(self) -> str:
+        """What captions depend on; the same for workers whose captions are the same."""
+        return f"{self.engine} {self.precision}"
+
 
 class WorkerReady(Message, frozen=True):
     """A worker serves."""

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from runtime.request import RequestOutput, SamplingParams, Timing
 
-# Name of the model, digest of the images, prompt, what is asked for.
-Key = tuple[str, str, tuple[int, ...], SamplingParams]
+# Name of the model, identity of its engine, digest of the images, prompt, what is asked for.
+Key = tuple[str, str, str, tuple[int, ...], SamplingParams]
 _PATIENCE_SECONDS = 2.0  # with another's flight, before one starts one's own
 _TOKEN_BYTES, _TOP_BYTES = 120, 130  # of a token with its log-probability; of one beside it
 _ENTRY_BYTES = 600  # of an entry without its texts: measured as tuples, ints and the dict's share
@@ -74,6 +74,7 @@ class OutputCache:
 
 def _bytes(key: Key, output: RequestOutput) -> int:
     texts = (output.completion, *output.others)
-    tokens = len(key[2]) + sum(len(text.token_ids) for text in texts)
+    _, _, _, prompt_ids, _ = key
+    tokens = len(prompt_ids) + sum(len(text.token_ids) for text in texts)
     tops = sum(len(top) for text in texts for top in text.top_logprobs)
     return _ENTRY_BYTES * len(texts) + _TOKEN_BYTES * tokens + _TOP_BYTES * tops

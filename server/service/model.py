@@ -45,6 +45,7 @@ class Model:
     links: Workers
     decoders: Decoders
     timeout_seconds: float
+    identity: str = ""  # of its engine, once a worker was ready (`WorkerFacts.identity`)
     shares: Shares = field(default_factory=Shares)
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -67,6 +68,7 @@ class Model:
         if not ready:
             return
         facts = [w.facts for w in ready if w.facts is not None]
+        self.identity = facts[0].identity
         self.limits.slots = min(w.facts.slots for w in workers if w.facts is not None)
         slots, engines = sum(f.slots * f.engines for f in facts), sum(f.engines for f in facts)
         self.shares.slots = self.admission.slots = -(-slots // front_ends)

@@ -221,7 +221,7 @@ class Service:
             async with aclosing(model.run(request, images, origin)) as outputs:
                 return joined([output async for output in outputs])
 
-        key = model.name, origin.digest, request.prompt_ids, request.sampling
+        key = model.name, model.identity, origin.digest, request.prompt_ids, request.sampling
         async with until(origin.deadline):
             found = await cache.get(key, make)
         if not made:
