@@ -14,9 +14,9 @@ from runtime.providers.gpu import Gpu, visible_gpus
 from server.logs import configure
 from server.models import served
 from server.processes import local, worker
-from server.processes.system import raise_file_limit
 from server.service import keys
 from server.settings import InvalidSettings, Settings, from_command_line, unknown_variables
+from server.system import raise_file_limit
 
 log = logging.getLogger(__name__)
 

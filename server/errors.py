@@ -11,11 +11,12 @@ from runtime.errors import (
     TooManyPixels,
     VignetteError,
 )
+from server.fairness.errors import QueueFull
 from server.images.clips import NoVideo
 from server.images.cost import TooHard
 from server.images.fetch import FetchFailed, ForbiddenUrl
 from server.ipc.dispatcher import EngineFailed, EnginesFull, Expired
-from server.service.admission import NotServing, QueueFull
+from server.service.admission import NotServing
 from server.service.keys import TooFast, Unauthorised
 from server.service.service import UnknownModel
 

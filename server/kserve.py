@@ -15,10 +15,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from runtime.errors import InvalidRequest
 from runtime.request import Caption
 from server.bodies import shown
-from server.http.schemas import CaptionFields, checked
+from server.fields import CaptionFields, checked
+from server.service.gather import gather_or_cancel
 from server.service.model import Model
 from server.service.service import Service
-from server.service.together import together
 
 SERVER = {"name": "vignette", "version": "0.1.0"}
 VERSION = "1"  # of each model
@@ -86,7 +86,7 @@ class Inputs:
             requests.append(model.request(prompt, self.sampling, timeout_ms=timeout_ms))
             await asyncio.sleep(0)  # a prompt may take a while
         each = zip(requests, self.images, strict=True)
-        return await together(
+        return await gather_or_cancel(
             service.caption(model, request, [image], client) for request, image in each
         )
 

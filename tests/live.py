@@ -54,6 +54,7 @@ class Reply:
 @dataclass
 class Live:
     service: Service
+    app: tornado.web.Application
     port: int
     loop: asyncio.AbstractEventLoop
 
@@ -109,10 +110,11 @@ def serve(
         service = make_service(given, known, folder, 0, 0)
         service.metrics.rest = 0  # each look is at what is there by then
         sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
-        server = listen(service, make_app(service), sockets)
+        app = make_app(service)
+        server = listen(service, app, sockets)
         stop.append(asyncio.Event())
         loop = asyncio.get_running_loop()
-        live.append(Live(service, sockets[0].getsockname()[1], loop))
+        live.append(Live(service, app, sockets[0].getsockname()[1], loop))
         worker = _WorkerThread(open_engine, live[0], folder)
         worker.start()
         if not wait:

@@ -14,7 +14,8 @@ from runtime.request import (
     SchedulingParams,
 )
 from runtime.scheduler import Scheduler
-from server.service.admission import Admission, QueueFull, State
+from server.fairness.errors import QueueFull
+from server.service.admission import Admission, State
 from tests.fakes import fake_engine, gated
 from tests.live import as_json, b64, png, serve, until
 

@@ -17,13 +17,13 @@ from PIL import Image
 from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels
 from runtime.model.manifest import Preprocessing
 from runtime.model.preprocess import preprocess
+from server.fairness.errors import QueueFull
+from server.fairness.token_buckets import TokenBuckets
 from server.images.cost import TooHard, estimate
 from server.images.decoder import Place, Setup, Target
 from server.images.lane import GaveWay, OutOfTime
 from server.images.pool import Decoders, Job, Origin
 from server.ipc.shared import NoSharedMemory, PixelStore
-from server.service.admission import QueueFull
-from server.service.credit import Credit
 from tests.live import png
 
 HOW = Preprocessing(32, 32, 3)
@@ -364,7 +364,7 @@ def test_images_that_wait_already_when_a_client_is_found_out_wait_with_the_dear_
 
 def test_what_a_client_owes_for_images_that_deceived_is_not_forgotten_at_once():
     now = [0.0]
-    credit = Credit(1 / 60, 2.0, lambda: now[0], longest=600.0)
+    credit = TokenBuckets(1 / 60, 2.0, lambda: now[0], longest=600.0)
     for _ in range(60):
         credit.spend("deceiver", 1)
     now[0] = 300.0

@@ -17,11 +17,12 @@ from PIL import Image
 from runtime.errors import InvalidImage, InvalidRequest
 from runtime.request import Completion, FinishReason, RequestOutput, SamplingParams, Timing
 from server.bodies import json_parts
+from server.fairness.byte_budget import ByteBudget
+from server.fairness.errors import QueueFull
 from server.http.handler import Handler
 from server.images import heads
 from server.images.fetch import Fetcher, ForbiddenUrl, is_public
-from server.service.admission import Admission, QueueFull, State
-from server.service.budget import ByteBudget
+from server.service.admission import Admission, State
 from server.service.cache import OutputCache
 from tests.fakes import fake_engine, gated
 from tests.live import as_json, b64, png, serve, until
@@ -99,7 +100,7 @@ def test_who_leaves_a_stream_gives_the_place_of_the_key_back(tmp_path, request):
 
 def test_a_flight_that_is_held_up_holds_others_up_once(monkeypatch):
     monkeypatch.setattr("server.service.cache._PATIENCE_SECONDS", 0.05)
-    key = "fake", "x", (0,), SamplingParams(20)
+    key = "fake", "fp32", "x", (0,), SamplingParams(20)
     output = RequestOutput(1, Completion((1,)), FinishReason.STOP, Timing(1.0, 1.0, 1.0))
 
     async def run() -> int:

@@ -55,6 +55,19 @@ def test_imports_run_one_way(package):
                 assert known, f"{name} imports {module}"
 
 
+def test_rooms_of_the_server_do_not_import_each_other_in_circles():
+    rooms = {p.name for p in (ROOT / "server").iterdir() if p.is_dir()}
+    needs: dict[str, set[str]] = {}
+    for path in files("server"):
+        of = path.relative_to(ROOT / "server").parts[0].removesuffix(".py")
+        modules = (m.split(".")[1] for m in imports(path) if m.startswith("server."))
+        needs.setdefault(of, set()).update(set(modules) - {of})
+    while free := {room for room in needs if not needs[room] & needs.keys()}:
+        for room in free:
+            del needs[room]
+    assert not needs.keys() & rooms, needs
+
+
 def test_ray_is_known_where_many_machines_are():
     users = {p.relative_to(ROOT) for p in files("server") if "ray" in imports(p)}
     assert {path.parent.name for path in users} == {"bulk", "cluster"}

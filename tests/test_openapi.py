@@ -12,8 +12,9 @@ import pytest
 
 from runtime.request import Priority
 from server.errors import ERRORS, HTTP_ERRORS, INTERNAL
+from server.fields import CaptionFields
 from server.http.app import make_app
-from server.http.schemas import CaptionFields, ReadyAnswer, WorkerAnswer
+from server.http.schemas import ReadyAnswer, WorkerAnswer
 from tests.fakes import fake_engine
 from tests.live import png, serve
 

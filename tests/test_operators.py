@@ -19,8 +19,9 @@ from bench.reliability.load import Clients, after
 from bench.reliability.running import said, sample, service, wait_for
 from runtime.planning.config import EngineConfig
 from server.addresses import address_of, networks
+from server.fairness.errors import QueueFull
 from server.logs import _Json
-from server.service.admission import Admission, QueueFull, State
+from server.service.admission import Admission, State
 from server.service.keys import Keys
 from server.settings import InvalidSettings, from_command_line
 from tests.fakes import fake_engine, gated

@@ -86,7 +86,7 @@ def test_a_server_captions_without_what_only_linux_has(elsewhere, tmp_path):
 def test_its_processes_end_with_it(elsewhere):
     program = (
         "import multiprocessing, os, time\n"
-        "from server.processes.system import follow_parent\n"
+        "from server.system import follow_parent\n"
         "def child(pipe):\n"
         "    follow_parent(); pipe.send(os.getpid()); time.sleep(60)\n"
         "if __name__ == '__main__':\n"

@@ -7,13 +7,14 @@ import threading
 import pytest
 
 from runtime.planning.config import EngineConfig
+from server.bulk import remote
 from server.bulk.captioning import Captioning, Plan, RunFailed
 from server.bulk.command import main
 from server.bulk.index import Kept
 from server.bulk.inputs import items, parts
 from server.bulk.lists import Columns
-from server.http import client as remote
-from server.http.client import RemoteCaptioner, RemoteService, ServiceFailed
+from server.bulk.remote import RemoteCaptioner
+from server.http.client import RemoteService, ServiceFailed
 from server.service import keys
 from tests.fakes import fake_engine, gated
 from tests.live import serve, until

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.request import Priority
-from server.service.shares import Shares
+from server.fairness.slot_shares import SlotShares
 
 SLOTS = 8
 
@@ -15,7 +15,7 @@ class Scene:
     """Requests that hold their slots until they are told to end."""
 
     def __init__(self, linger: float = 0.0) -> None:
-        self.shares = Shares(linger)
+        self.shares = SlotShares(linger)
         self.shares.slots = SLOTS
         self.inside: list[str] = []
         self.ends: dict[str, asyncio.Event] = {}

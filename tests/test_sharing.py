@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from server.fairness.byte_budget import ByteBudget
+from server.fairness.errors import QueueFull
+from server.fairness.token_buckets import TokenBuckets
 from server.ipc.remembered import Remembered
-from server.service.admission import Admission, QueueFull, State
-from server.service.budget import ByteBudget
-from server.service.credit import Credit
+from server.service.admission import Admission, State
 from tests.fakes import fake_engine
 from tests.live import png, serve
 
@@ -17,7 +18,7 @@ JSON = {"Content_Type": "application/json"}
 
 def test_who_spends_more_than_it_has_waits_for_it_and_nobody_else():
     now = [0.0]
-    credit = Credit(50.0, 100.0, lambda: now[0])
+    credit = TokenBuckets(50.0, 100.0, lambda: now[0])
     assert not any(credit.spend("bad", 1) for _ in range(100))
     assert 0 < credit.spend("bad", 1) < credit.spend("bad", 1) < 0.1
     assert credit.spend("good", 1) == 0

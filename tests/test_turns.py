@@ -4,14 +4,14 @@ import asyncio
 
 import pytest
 
-from server.images.turns import Turns
+from server.fairness.fair_queue import FairQueue
 
 
 def taken(costs: dict[str, float], turns: int) -> dict[str, int]:
     """How often each client had a place, of clients that always want one."""
 
     async def run() -> dict[str, int]:
-        places, had = Turns(1), dict.fromkeys(costs, 0)
+        places, had = FairQueue(1), dict.fromkeys(costs, 0)
 
         async def client(name: str, number: int) -> None:
             while True:
@@ -43,7 +43,7 @@ def test_turns_that_cost_the_same_are_of_equal_number():
 
 def test_a_client_that_was_away_has_saved_nothing():
     async def run() -> list[str]:
-        places, order = Turns(1), []
+        places, order = FairQueue(1), []
         await places.take("busy")
 
         async def client(name: str) -> None:
@@ -69,7 +69,7 @@ def test_a_client_that_was_away_has_saved_nothing():
 def test_beside_others_a_client_has_some_of_the_places_only():
     async def run() -> list[str]:
         clock = [100.0]
-        places, order = Turns(4, beside=2, clock=lambda: clock[0]), []
+        places, order = FairQueue(4, beside=2, clock=lambda: clock[0]), []
 
         async def take(name: str) -> None:
             await places.take(name)
@@ -91,7 +91,7 @@ def test_beside_others_a_client_has_some_of_the_places_only():
 
 def test_who_is_new_all_the_time_does_not_go_before_those_who_were_there():
     async def run() -> int:
-        places, had = Turns(1), 0
+        places, had = FairQueue(1), 0
 
         async def steady() -> None:
             nonlocal had
@@ -120,7 +120,7 @@ def test_who_is_new_all_the_time_does_not_go_before_those_who_were_there():
 
 def test_one_client_has_half_of_the_places_at_most_where_that_is_wished():
     async def run() -> list[str]:
-        turns, taken = Turns(4, each=2), []
+        turns, taken = FairQueue(4, each=2), []
 
         async def take(client: str) -> None:
             await turns.take(client)

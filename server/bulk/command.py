@@ -31,8 +31,9 @@ from server.bulk.local import LocalCaptioner
 from server.bulk.output import Output
 from server.bulk.outputs import open_output
 from server.bulk.progress import Progress
+from server.bulk.remote import RemoteCaptioner
 from server.bulk.tar import Tar
-from server.http.client import RemoteCaptioner, RemoteService
+from server.http.client import RemoteService
 
 _KEY = "VIGNETTE_API_KEY"
 _LOCAL = "local"  # which Ray takes for a cluster that is started here, and no other

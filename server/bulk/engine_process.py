@@ -19,7 +19,7 @@ from runtime.engine import Engine
 from runtime.errors import InvalidRequest, VignetteError
 from runtime.model.manifest import Preprocessing
 from server.bulk.items import Said, said_in
-from server.processes.system import follow_parent
+from server.system import follow_parent
 
 log = logging.getLogger(__name__)
 

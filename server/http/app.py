@@ -54,6 +54,8 @@ def _app(service: Service, routes: list[tuple[str, type[Handler]]]) -> tornado.w
         [(path, handler, parts) for path, handler in routes],
         default_handler_class=pages.NotFoundHandler,
         default_handler_args=parts,
+        late={},  # connections that wait for no caption
+        unread={},  # connections that don't take their answers
         log_function=_log if service.settings.access_log else lambda handler: None,
     )
 

@@ -10,6 +10,7 @@ from runtime.errors import InvalidRequest, VignetteError
 from runtime.request import Caption, GenerationRequest, captioned
 from server.bodies import Parts, media_type, read_form
 from server.errors import answer_to
+from server.fields import CaptionFields
 from server.http.events import EventStream
 from server.http.forms import (
     FORM,
@@ -23,12 +24,12 @@ from server.http.forms import (
 )
 from server.http.handler import as_json
 from server.http.intake import EVENTS, IntakeHandler
-from server.http.schemas import CaptionAnswer, CaptionFields
+from server.http.schemas import CaptionAnswer
 from server.images import clips
 from server.images.clips import Clip
+from server.service.gather import gather_or_cancel
 from server.service.model import Model
 from server.service.service import Images
-from server.service.together import together
 
 _MOST_LOGPROBS = 160  # at each place of all captions of several images
 _VISIT = 8 * 1024  # characters of an answer that count as a visit
@@ -86,7 +87,7 @@ class CaptionHandler(IntakeHandler):
             self.take_place()
         await self.held_back(self.service.refusals.spend(self.client, 0))  # for those before
         prompts = wanted.prompts or [None] * len(wanted.images)
-        results = await together(
+        results = await gather_or_cancel(
             self._one(model, wanted.fields, image, prompt, started)
             for image, prompt in zip(wanted.images, prompts, strict=True)
         )

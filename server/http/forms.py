@@ -8,7 +8,7 @@ from tornado import httputil
 from runtime.errors import InvalidRequest
 from server.bodies import Parts, shown, text
 from server.errors import UnsupportedMediaType
-from server.http.schemas import CaptionFields, checked
+from server.fields import CaptionFields, checked
 from server.images.clips import Clip
 from server.service.service import Images
 

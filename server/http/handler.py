@@ -115,7 +115,7 @@ class Handler(tornado.web.RequestHandler):
         if stream.writing():
             loop, budget = asyncio.get_running_loop(), self.service.budget
             size = len(chunk or b"") + self.streamed
-            start, unread = loop.time(), self.service.unread
+            start, unread = loop.time(), self.settings["unread"]
             budget.owe(size, self.client)
 
             def look() -> None:
@@ -153,7 +153,7 @@ class Handler(tornado.web.RequestHandler):
             self.on_finish()  # Tornado calls it for what has an end
             return
         self._refusing = True
-        stream, late = self.request.connection.stream, self.service.late  # type: ignore[union-attr]
+        stream, late = self.request.connection.stream, self.settings["late"]  # type: ignore[union-attr]
         wait = 0.0 if stream.closed() else self.service.refusals.spend(self.client, 1)
         if wait and len(late) >= _LATE:
             stream.close()  # this client gets more than it can be refused
@@ -174,7 +174,7 @@ class Handler(tornado.web.RequestHandler):
 
     async def held_back(self, wait: float) -> None:
         """Wait so many seconds; a client of which too many wait is cut off."""
-        stream, late = self.request.connection.stream, self.service.late  # type: ignore[union-attr]
+        stream, late = self.request.connection.stream, self.settings["late"]  # type: ignore[union-attr]
         if not wait:
             return
         if len(late) >= _LATE:
@@ -190,7 +190,7 @@ class Handler(tornado.web.RequestHandler):
         """Answer a refusal that waited; to a client that has gone, so that all is given back."""
         if self._timer is not None:
             self._timer.cancel()
-            self.service.late.pop(self.request.connection.stream, None)  # type: ignore[union-attr]
+            self.settings["late"].pop(self.request.connection.stream, None)  # type: ignore[union-attr]
             if not self._finished:
                 self._answer_error()
 

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict
 from runtime.errors import InvalidRequest
 from server.bodies import media_type, shown
 from server.errors import Answer
+from server.fields import SAMPLING, CaptionFields, checked
 from server.http.forms import JSON, check_media_type
 from server.http.intake import IntakeHandler
 from server.http.pages import Page
-from server.http.schemas import SAMPLING, CaptionFields, checked
 
 
 class Question(BaseModel):

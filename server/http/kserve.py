@@ -14,9 +14,9 @@ from tornado.web import HTTPError
 from runtime.errors import InvalidRequest, VignetteError
 from server.bodies import Parts, shown
 from server.errors import Answer
+from server.fields import checked
 from server.http.handler import Handler
 from server.http.intake import IntakeHandler
-from server.http.schemas import checked
 from server.kserve import (
     EXTENSIONS,
     OUTPUTS,

@@ -23,10 +23,10 @@ from runtime.request import (
 )
 from server.bodies import media_type, shown
 from server.errors import Answer, UnsupportedMediaType
+from server.fields import checked
 from server.http.forms import JSON
 from server.http.handler import Handler
 from server.http.intake import IntakeHandler
-from server.http.schemas import checked
 from server.service.model import Model
 from server.service.service import Images
 from server.streams import growing

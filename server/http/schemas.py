@@ -1,153 +1,15 @@
 """What requests and answers hold: checked by these classes, and described by them in OpenAPI."""
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from msgspec.structs import fields
 from pydantic import (
-    AliasChoices,
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
-    ValidationError,
-    model_validator,
 )
 
-from runtime.errors import InvalidRequest
-from runtime.limits import RANGES
 from runtime.model.tokenizer import CaptionTokenizer
-from runtime.request import Caption, Priority, SamplingParams
-from server.bodies import shown
-
-_DIGITS = 9  # of a number of tokens
-_MOST_DIGITS = 19  # of any number: a seed has 63 bits
-
-
-def _whole(value: Any) -> Any:
-    """Digits as forms and queries send them, as an int; all else as it is."""
-    if isinstance(value, str):
-        value = value.strip()
-        if value.isascii() and value.isdecimal() and len(value) <= _MOST_DIGITS:
-            return int(value)
-    return value
-
-
-def _flag(value: Any) -> Any:
-    """true and false as forms and queries send them; all else as it is."""
-    known = {"true": True, "false": False}
-    return known.get(value.lower(), value) if isinstance(value, str) else value
-
-
-def _ranged(name: str, description: str) -> Any:
-    least, most = RANGES[name]
-    return Field(ge=least, le=most, allow_inf_nan=False, description=description)
-
-
-SAMPLING = {field.name for field in fields(SamplingParams)} - {"ignore_eos"}
-_Flag = Annotated[bool, Field(strict=True), BeforeValidator(_flag)]
-_Number = Annotated[int, Field(strict=True), BeforeValidator(_whole)]
-
-
-Shape = TypeVar("Shape", bound=BaseModel)
-
-
-def checked(shape: type[Shape], fields: dict[str, Any]) -> Shape:
-    """The fields of a request. Raises InvalidRequest naming what is wrong."""
-    try:
-        return shape.model_validate(fields)
-    except ValidationError as cause:
-        error = cause.errors(include_url=False, include_input=False)[0]
-        name = shown(".".join(map(str, error["loc"])))
-        if error["type"] == "extra_forbidden":
-            there = ", ".join(shape.model_fields)
-            raise InvalidRequest(f"unknown field {name}: there are {there}") from None
-        said = error["msg"].removeprefix("Input ")
-        raise InvalidRequest(f"the field {name} {said}") from None
-
-
-class CaptionFields(BaseModel):
-    """What to do with an image."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: Annotated[
-        str | None, Field(description="Which of the server's models; the first if none is named.")
-    ] = None
-    prompt: Annotated[
-        str | None,
-        Field(description="Text that the caption goes on from; for VQA checkpoints the question."),
-    ] = None
-    max_new_tokens: Annotated[
-        _Number | None,
-        Field(ge=1, lt=10**_DIGITS, description="Most tokens of the caption; prompt and caption "
-              "share the positions of a slot."),
-    ] = None  # fmt: skip
-    min_new_tokens: Annotated[
-        _Number | None, _ranged("min_new_tokens", "Fewest tokens of the caption.")
-    ] = None
-    timeout_ms: Annotated[
-        _Number | None,
-        Field(ge=100, le=3_600_000, description="Deadline; past it the answer is 504, and a "
-              "request that still waits is not run."),
-    ] = None  # fmt: skip
-    priority: Annotated[
-        Priority, Field(description="batch waits while interactive requests wait.")
-    ] = Priority.INTERACTIVE
-    first_frame: Annotated[
-        _Flag, Field(description="Of a clip take the first frame, where a model takes one image.")
-    ] = False
-    stream: Annotated[
-        _Flag,
-        Field(description="Answer with server-sent events, one for each token, as Accept: "
-              "text/event-stream does."),
-    ] = False  # fmt: skip
-    n: Annotated[
-        _Number | None,
-        _ranged("n", "Captions to return; several take num_beams, or a temperature."),
-        Field(validation_alias=AliasChoices("n", "num_return_sequences")),
-    ] = None
-    logprobs: Annotated[
-        _Number | None,
-        _ranged("logprobs", "Tell each token's log-probability, and so many of the likeliest."),
-    ] = None
-    num_beams: Annotated[
-        _Number | None, _ranged("num_beams", "Texts to follow at once; the best is returned.")
-    ] = None
-    length_penalty: Annotated[
-        float | None, _ranged("length_penalty", "Of beams: above 0 for long captions.")
-    ] = None
-    early_stopping: Annotated[
-        _Flag | Literal["never"] | None,
-        Field(description="Of beams: true ends once there are num_beams captions, never looks for "
-              "better ones to the last."),
-    ] = None  # fmt: skip
-    no_repeat_ngram_size: Annotated[
-        _Number | None,
-        _ranged("no_repeat_ngram_size", "So many tokens in a row are there only once."),
-    ] = None
-    repetition_penalty: Annotated[
-        float | None, _ranged("repetition_penalty", "Above 1 for fewer repetitions.")
-    ] = None
-    temperature: Annotated[
-        float | None, _ranged("temperature", "0 takes the likeliest token, more draws one.")
-    ] = None
-    top_k: Annotated[
-        _Number | None, _ranged("top_k", "Draw from so many of the likeliest tokens.")
-    ] = None
-    top_p: Annotated[
-        float | None, _ranged("top_p", "Draw from the fewest tokens that are together so likely.")
-    ] = None
-    seed: Annotated[_Number | None, _ranged("seed", "The same one draws the same tokens.")] = None
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """Fields of SamplingParams that were given."""
-        return self.model_dump(include=SAMPLING, exclude_unset=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_is_absent(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in fields.items() if value not in (None, "")}
+from runtime.request import Caption
+from server.fields import CaptionFields
 
 
 class ImageEntry(BaseModel):

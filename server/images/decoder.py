@@ -26,7 +26,7 @@ from server.images import heads
 from server.images.clips import frames_of
 from server.images.cost import TooHard, estimate
 from server.ipc.shared import PixelStore
-from server.processes.system import environment, follow_parent, give_way, limit_memory, trim_memory
+from server.system import environment, follow_parent, give_way, limit_memory, trim_memory
 
 _KEPT = 64 * 2**20  # bytes of freed memory that are no matter
 _ENVIRONMENT = {  # which the process has before it loads anything

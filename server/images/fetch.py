@@ -20,7 +20,7 @@ from tornado.simple_httpclient import HTTPTimeoutError, SimpleAsyncHTTPClient
 
 from runtime.errors import InvalidRequest, VignetteError
 from server.bodies import shown
-from server.images.turns import Turns
+from server.fairness.fair_queue import FairQueue
 
 _REDIRECTS = 3
 _LOOKUPS, _FETCHES = 8, 32  # at a time
@@ -110,7 +110,7 @@ class Fetcher:
             max_buffer_size=limit + 64 * 1024,
             max_clients=_FETCHES,
         )
-        self._turns = Turns(_FETCHES, _FETCHES // 2)
+        self._turns = FairQueue(_FETCHES, _FETCHES // 2)
         self._client = client
 
     def check(self, url: str) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from runtime.errors import VignetteError
+from server.fairness.fair_queue import FairQueue
 from server.images.cost import TooHard
 from server.images.decoder import BUG, FAILED, Decoder, Place, Setup, raised
-from server.images.turns import Turns
 from server.logs import Seldom
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Lane:
     """Processes of one niceness, and those who wait for one."""
 
     def __init__(self, setup: Setup, count: int) -> None:
-        self._setup, self._turns = setup, Turns(count, beside=max(1, count // 2))
+        self._setup, self._turns = setup, FairQueue(count, beside=max(1, count // 2))
         self._idle: deque[Decoder] = deque()
         self._seldom = Seldom(log)
         self._all: set[Decoder] = set()

@@ -18,13 +18,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from server.bodies import Parts
+from server.fairness.errors import QueueFull
+from server.fairness.token_buckets import TokenBuckets
 from server.images.clips import Clip
 from server.images.cost import TooHard
 from server.images.decoder import DEAR, FRAMES, PARTS, PIXELS, Place, Setup
 from server.images.lane import UNFIT, Errand, GaveWay, Lane, OutOfTime, Unfit
 from server.ipc.remembered import Remembered
-from server.service.admission import QueueFull
-from server.service.credit import Credit
 
 _QUICK = 0.15  # estimated seconds of a core: what a camera's 12 megapixels take
 _QUICK_LIMIT = 0.6  # seconds of a core, of an image that was estimated wrongly
@@ -83,7 +83,7 @@ class Decoders:
         self._slow = Lane(replace(setup, niceness=setup.niceness + _LOWER), 1)
         self._too_hard = Remembered(_REMEMBERED_SECONDS)
         self._queued: Counter[str] = Counter()  # estimated ms in the slow lane, by client
-        self._misjudged = Credit(*_MISJUDGED, longest=_MISJUDGED_SECONDS)
+        self._misjudged = TokenBuckets(*_MISJUDGED, longest=_MISJUDGED_SECONDS)
         self._pace = 1.0  # seconds that an estimated one takes there
 
     async def decode(self, job: Job) -> None:

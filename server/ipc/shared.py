@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.errors import VignetteError
-from server.processes.system import allocate
+from server.system import allocate
 
 _PREFIX, _LOCK = "vignette-", "lock"
 _FRESH_SECONDS = 60.0  # a folder without a lock is being made

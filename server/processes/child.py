@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 
 from server.ipc.messages import WorkerFacts, WorkerState, process_name
-from server.processes.system import environment
+from server.system import environment
 
 _SILENCE_SECONDS = 3.0  # without a beat: it is stopped, or starved
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)

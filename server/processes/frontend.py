@@ -41,9 +41,9 @@ from server.logs import configure
 from server.metrics import count_as
 from server.models import ServedModel
 from server.processes.ports import Ports
-from server.processes.system import follow_parent, give_way, limit_memory
 from server.service.service import Service, make_service
 from server.settings import Settings
+from server.system import follow_parent, give_way, limit_memory
 
 log = logging.getLogger(__name__)
 
@@ -138,8 +138,8 @@ def listen(service: Service, app: tornado.web.Application, sockets: list[socket.
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     server = Server(
         app,
-        late=service.late,
-        unread=service.unread,
+        late=app.settings["late"],
+        unread=app.settings["unread"],
         most=max(1, min(service.settings.max_connections, files - _OTHER_FILES)),
         idle_connection_timeout=service.settings.header_seconds,
         body_timeout=service.settings.body_seconds,

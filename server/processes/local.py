@@ -12,8 +12,8 @@ from server.models import ServedModel
 from server.processes.crew import front_ends, workers
 from server.processes.ports import Ports
 from server.processes.supervisor import Supervisor
-from server.processes.system import OPERATORS_SIGNALS
 from server.settings import Settings
+from server.system import OPERATORS_SIGNALS
 
 log = logging.getLogger(__name__)
 

@@ -44,8 +44,8 @@ from server.logs import configure
 from server.metrics import WorkerMetrics, count_as
 from server.models import ServedModel
 from server.processes.pulse import Pulse
-from server.processes.system import follow_parent, give_way
 from server.settings import Settings
+from server.system import follow_parent, give_way
 
 log = logging.getLogger(__name__)
 

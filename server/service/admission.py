@@ -2,13 +2,15 @@
 
 import math
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Protocol
 
 from runtime.errors import VignetteError
+from server.fairness.errors import QueueFull
+from server.fairness.recent_clients import RecentClients
 from server.service.drain_rate import DrainRate
 
 _OLD_SECONDS = 60.0  # after which a client that came says nothing any more
@@ -27,14 +29,6 @@ class State(StrEnum):
 
 class NotServing(VignetteError):
     """The server, or this model of it, is starting or draining."""
-
-
-class QueueFull(VignetteError):
-    """No room for another request; `retry_after` says in how many seconds there may be."""
-
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
 
 
 class Aside(Hashable, Protocol):
@@ -64,9 +58,9 @@ class Admission:
         self._aside: Counter[Aside] = Counter()
         self._queue, self._deadline = queue, deadline
         self._clock, self._rate = clock, DrainRate(clock)
+        self._recent = RecentClients(clock)
         self._in_engine = 0  # rows
         self._preparing: Counter[str] = Counter()  # requests before the engine, by client
-        self._clients: OrderedDict[str, float] = OrderedDict()  # when each came last
 
     @contextmanager
     def enter(self, client: str = "") -> Iterator[None]:
@@ -89,7 +83,8 @@ class Admission:
         """
         if self.state is not State.READY:
             raise NotServing(f"the server is {self.state}: try again soon, or another instance")
-        alone = self._comes(client)
+        self._recent.note(client)
+        alone = self._recent.within(_OLD_SECONDS) == {client}
         if self.inside >= self._most:
             raise QueueFull("the queue is full: try again later", self._seconds_to_drain())
         if not alone and self._preparing[client] >= max(self.slots, self._most // 2):
@@ -97,15 +92,6 @@ class Admission:
                 "half of the queue is yours, and others wait, too: try again later",
                 self._seconds_to_drain(),
             )
-
-    def _comes(self, client: str) -> bool:
-        """Note who comes; whether no other has come for a while."""
-        now = self._clock()
-        self._clients[client] = now
-        self._clients.move_to_end(client)
-        if len(self._clients) > 2:  # this one, and whoever came last before it
-            self._clients.popitem(last=False)
-        return now - min(self._clients.values()) > _OLD_SECONDS or len(self._clients) == 1
 
     @contextmanager
     def engine(self, client: str = "", rows: int = 1) -> Iterator[None]:

@@ -20,6 +20,7 @@ from runtime.request import (
     RequestOutput,
     SchedulingParams,
 )
+from server.fairness.slot_shares import SlotShares
 from server.images.clips import Clip
 from server.images.decoder import Place
 from server.images.pool import Decoders, Job, Origin
@@ -28,7 +29,6 @@ from server.ipc.messages import WorkerState
 from server.ipc.shared import PixelStore
 from server.ipc.transport import Workers
 from server.service.admission import Admission, State
-from server.service.shares import Shares
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +46,7 @@ class Model:
     decoders: Decoders
     timeout_seconds: float
     identity: str = ""  # of its engine, once a worker was ready (`WorkerFacts.identity`)
-    shares: Shares = field(default_factory=Shares)
+    shares: SlotShares = field(default_factory=SlotShares)
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

@@ -10,13 +10,13 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tornado.iostream import IOStream
-
 from runtime.errors import InvalidRequest, VignetteError
 from runtime.limits import Limits
 from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.request import Caption, GenerationRequest, RequestOutput, Timing, captioned, joined
+from server.fairness.byte_budget import ByteBudget
+from server.fairness.token_buckets import TokenBuckets
 from server.images.clips import Clip
 from server.images.decoder import Setup, Target
 from server.images.fetch import Fetcher
@@ -25,14 +25,12 @@ from server.ipc.messages import WorkerState, process_name
 from server.ipc.shared import PixelStore
 from server.ipc.transport import Workers
 from server.metrics import Metrics
-from server.processes.system import NICENESS
 from server.service.admission import ASIDE, Admission, State
-from server.service.budget import ByteBudget
 from server.service.cache import OutputCache
-from server.service.credit import Credit
 from server.service.keys import Keys
 from server.service.model import Model, until
 from server.settings import Settings
+from server.system import NICENESS
 from server.tracing import Tracer
 
 log = logging.getLogger(__name__)
@@ -66,11 +64,9 @@ class Service:
     index: int
     keys_read: int = field(default=0, init=False)  # how often the file was read again
     keys_reader: asyncio.Task[None] | None = field(default=None, init=False)
-    intake: Credit = field(default_factory=lambda: Credit(*_BYTES))
-    refusals: Credit = field(default_factory=lambda: Credit(*_REFUSALS))
-    visits: Credit = field(default_factory=lambda: Credit(*_VISITS))
-    late: dict[IOStream, None] = field(default_factory=dict)  # connections that wait for no caption
-    unread: dict[IOStream, None] = field(default_factory=dict)  # that don't take their answers
+    intake: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_BYTES))
+    refusals: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_REFUSALS))
+    visits: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_VISITS))
     workers: tuple[WorkerState, ...] = ()
 
     @property

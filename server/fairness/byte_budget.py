@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from server.service.admission import QueueFull
+from server.fairness.errors import QueueFull
 
 _RETRY_SECONDS = 1
 

@@ -7,11 +7,13 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from time import monotonic
 
+from server.fairness.recent_clients import RecentClients
+
 _CLIENTS = 1024  # that are remembered
 _PRESENT_SECONDS = 1.0  # after it came, that a client counts as another
 
 
-class Turns:
+class FairQueue:
     """A number of places. Used on the event loop's thread only.
 
     Fair queueing: each client has a clock, which goes on by what its turns took, and the place has
@@ -28,19 +30,16 @@ class Turns:
     ) -> None:
         """each: places that a client has at most at a time. beside: the same while others come."""
         self._free, self._each = places, each or places
-        self._beside, self._clock = beside or self._each, clock
+        self._beside = beside or self._each
         self._held: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
         self._had: OrderedDict[str, float] = OrderedDict()  # the clients' clocks
         self._now = 0.0  # the place's
-        self._came: OrderedDict[str, float] = OrderedDict()  # the last two, and when
+        self._recent = RecentClients(clock)
 
     async def take(self, client: str) -> None:
         """Wait for a place."""
-        self._came[client] = self._clock()
-        self._came.move_to_end(client)
-        if len(self._came) > 2:  # this one, and whoever came last before it
-            self._came.popitem(last=False)
+        self._recent.note(client)
         if self._free and self._may(client):
             self._begin(client)
             return
@@ -84,9 +83,7 @@ class Turns:
 
     def _may(self, client: str) -> bool:
         """Whether it may have one more place."""
-        now = self._clock()
-        others = (at for other, at in self._came.items() if other != client)
-        alone = all(now - at > _PRESENT_SECONDS for at in others)
+        alone = self._recent.within(_PRESENT_SECONDS) <= {client}
         return self._held[client] < (self._each if alone else self._beside)
 
     def _next(self) -> str | None:

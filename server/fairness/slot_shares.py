@@ -5,12 +5,13 @@ client would keep all the others waiting.
 """
 
 import asyncio
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from runtime.request import Priority
+from server.fairness.recent_clients import RecentClients
 
 _LINGER_SECONDS = 2.0
 _AHEAD = 2  # that may wait in an engine of few slots
@@ -26,7 +27,7 @@ class _Waiting:
     turn: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class Shares:
+class SlotShares:
     """Counts slots by client. Used on the event loop's thread only."""
 
     def __init__(self, linger: float = _LINGER_SECONDS) -> None:
@@ -36,7 +37,7 @@ class Shares:
         """
         self.slots = 0
         self._linger = linger
-        self._left: OrderedDict[str, float] = OrderedDict()  # when the last two clients did
+        self._left = RecentClients()
         self._taken: Counter[str] = Counter()
         self._batch: Counter[str] = Counter()  # of those, by requests that let others pass
         self._waiting: list[_Waiting] = []  # in the order of their coming, interactive ones first
@@ -57,7 +58,8 @@ class Shares:
                 self._take(me, -rows)
             else:
                 self._waiting.remove(me)
-            self._note_left(client)
+            self._left.note(client)
+            self._look_again()
             self._admit()
 
     def _take(self, each: _Waiting, rows: int) -> None:
@@ -65,14 +67,6 @@ class Shares:
             taken[each.client] += rows
             if not taken[each.client]:
                 del taken[each.client]
-
-    def _note_left(self, client: str) -> None:
-        loop = asyncio.get_running_loop()
-        self._left[client] = loop.time()
-        self._left.move_to_end(client)
-        if len(self._left) > 2:  # this one, and whoever left last before it
-            self._left.popitem(last=False)
-        self._look_again()
 
     def _look_again(self) -> None:
         """Once whoever left has been away for long enough, who waits may be alone."""
@@ -83,8 +77,7 @@ class Shares:
         """Let in who has its turn; nobody passes another of its own client and priority."""
         if not self._waiting:
             return
-        now = asyncio.get_running_loop().time()
-        lately = (client for client, at in self._left.items() if now - at < self._linger)
+        lately = self._left.within(self._linger)
         alone = len({*self._taken, *lately, *(each.client for each in self._waiting)}) == 1
         blocked: set[str] = set()
         left = []

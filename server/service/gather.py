@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 _Result = TypeVar("_Result")
 
 
-async def together(parts: Iterable[Coroutine[Any, Any, _Result]]) -> list[_Result]:
+async def gather_or_cancel(parts: Iterable[Coroutine[Any, Any, _Result]]) -> list[_Result]:
     """What they return, in their order. The first error takes the others back, and is raised once
     they have ended. The event loop turns between their beginnings: reading a prompt takes a while.
     """

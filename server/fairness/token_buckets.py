@@ -12,7 +12,7 @@ _LONGEST_SECONDS = 5.0  # that a client is let wait
 _CLIENTS = 1024  # that are remembered
 
 
-class Credit:
+class TokenBuckets:
     """Of each client. Used on the event loop's thread only."""
 
     def __init__(

@@ -1,0 +1,81 @@
+"""Captions by a service elsewhere, as `server.bulk.local` makes them here."""
+
+import http.client
+import threading
+import time
+from typing import Any
+from urllib.parse import urlencode
+
+from server.bulk.captioning import RunFailed, Unfit
+from server.bulk.items import Said
+from server.http.client import Connection, RemoteService
+
+_PATIENCE = 300.0  # seconds without an answer of any use, before all is given up
+_LATER = (429, 503, 504)
+_WRONG_SERVICE = (401, 404, 405)  # whatever is sent, it will answer that
+
+
+class RemoteCaptioner:
+    """Has a service caption images, each of many threads over a connection of its own.
+
+    What the service can't take yet is sent again when it says; what it can't ever take is that
+    image's own failure.
+    """
+
+    def __init__(self, service: RemoteService, sampling: dict[str, Any]) -> None:
+        """sampling: fields of SamplingParams."""
+        self._service, self._sampling = service, sampling
+        self.identity, self.at_once = service.identity, service.connections
+        self.where = f"{service.model} on {service.url}, {service.connections} at a time"
+        self._mine, self._all = threading.local(), list[Connection]()
+        self._over = threading.Event()
+
+    def caption(self, image: bytes, prompt: str | None) -> tuple[Said, ...]:
+        """What is said of an image, sent as often as it takes.
+
+        Raises Unfit, and RunFailed when the service is gone for minutes, or wants another key.
+        """
+        connection = self._connection()
+        asked = {"model": self._service.model, "prompt": prompt, "priority": "batch"}
+        fields = {k: v for k, v in (asked | self._sampling).items() if v is not None}
+        query = {k: str(v).lower() if isinstance(v, bool) else v for k, v in fields.items()}
+        path = "/caption?" + urlencode(query)
+        give_up = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                status, retry_after, answer = connection.ask("POST", path, image)
+                if status == 200:
+                    return _said(answer)
+                reason = answer["error"]["message"]
+            except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+                connection.close()
+                status, retry_after, reason = _LATER[0], 1.0, repr(error)
+            if status in _WRONG_SERVICE:
+                raise RunFailed(f"{connection.url}: {reason}")
+            if status not in _LATER:
+                raise Unfit(reason)
+            if time.monotonic() + retry_after > give_up or self._over.wait(retry_after):
+                raise RunFailed(f"{connection.url} gave no caption for too long: {reason}")
+
+    def stop(self) -> None:
+        """Send nothing again."""
+        self._over.set()
+
+    def close(self) -> None:
+        """Close all connections."""
+        for connection in self._all:
+            connection.close()
+
+    def _connection(self) -> Connection:
+        """This thread's."""
+        if not hasattr(self._mine, "connection"):
+            self._mine.connection = Connection(self._service.url, self._service.key)
+            self._all.append(self._mine.connection)
+        return self._mine.connection
+
+
+def _said(answer: dict[str, Any]) -> tuple[Said, ...]:
+    return tuple(
+        Said(each["caption"], each["finish_reason"], each["score"])
+        for each in (answer, *answer.get("captions", [])[1:])
+    )
