@@ -220,8 +220,8 @@ class Engine:
         if admitted:
             self.observer.admitted([s.request for s in admitted])
         self._encode(admitted)
-        for move in self.scheduler.compact(self.runner.bucket):
-            self.runner.move(move.source, move.target)
+        for source, target in self.scheduler.compact(self.runner.bucket):
+            self.runner.move(source, target)
         running = self.scheduler.running
         if running:
             self._decode(running)

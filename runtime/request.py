@@ -72,7 +72,7 @@ class SamplingParams(Struct, frozen=True):
 
     @property
     def rows(self) -> int:
-        """Of a batch that it takes."""
+        """Rows of the batch, each a slot, that the request takes."""
         return max(self.num_beams, self.n)
 
 

@@ -9,21 +9,12 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from runtime.decoding.base import Decoding
 from runtime.request import FinishReason, GenerationRequest, Priority
 from runtime.sequence import Sequence
 
 _REFILLED = 4  # of the slots, that share is waited for
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """The cache of a running sequence has to be copied from one slot to another."""
-
-    source: int
-    target: int
 
 
 class Scheduler:
@@ -116,19 +107,20 @@ class Scheduler:
             admitted.append(sequence)
         return admitted
 
-    def compact(self, bucket: Callable[[int], int] = lambda rows: rows) -> list[Move]:
-        """Close holes as far as that makes a step smaller; the caller copies the caches it names.
+    def compact(self, bucket: Callable[[int], int]) -> list[tuple[int, int]]:
+        """Close holes as far as that makes a step smaller. Returns from which slot to which the
+        caller has to copy the caches.
 
         bucket: the rows that a step works on for so many leading ones.
         """
-        moves: list[Move] = []
+        moves = []
         while self._running and bucket(max(self._running) + 1) > bucket(len(self._running)):
             source = max(self._running)
             target = heapq.heapreplace(self._free, source)
             sequence = self._running.pop(source)
             sequence.slots[sequence.slots.index(source)] = target
             self._running[target] = sequence
-            moves.append(Move(source, target))
+            moves.append((source, target))
         return moves
 
     def release_finished(self) -> list[Sequence]:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from runtime.errors import ProviderError, VignetteError
-from runtime.planning.config import AUTO
+from runtime.planning.config import AUTO, NVIDIA
 from runtime.providers.gpu import Gpu, visible_gpus
 from server.logs import configure
 from server.models import served
@@ -58,7 +58,7 @@ def _serve_on_ray(settings: Settings) -> None:
 def _devices(settings: Settings) -> list[str]:
     """CUDA_VISIBLE_DEVICES of each worker of a model, one GPU each; on processors nothing."""
     gpus: list[Gpu] = []
-    if settings.provider in ("cuda", "tensorrt"):
+    if settings.provider in NVIDIA:
         gpus = visible_gpus()
     elif settings.provider == AUTO and _serves_gpus():
         with contextlib.suppress(ProviderError):  # the worker says what auto takes instead

@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from runtime.errors import VignetteError
 from runtime.model.preprocess import MAX_PIXELS
-from runtime.planning.config import PROVIDERS, EngineConfig, demo_engine
+from runtime.planning.config import NVIDIA, PROVIDERS, EngineConfig, demo_engine
 from runtime.planning.machine import this_machine
 
 _CORES = this_machine().cores
@@ -237,7 +237,7 @@ class Settings(BaseSettings):
     @property
     def _shared_threads(self) -> int:
         """Of each worker, if there are several on a processor; 0 leaves all cores to the one."""
-        several = (self.workers or 1) > 1 and self.provider not in ("cuda", "tensorrt")
+        several = (self.workers or 1) > 1 and self.provider not in NVIDIA
         return max(1, _CORES // (self.workers or 1)) if several else 0
 
     @property
@@ -247,7 +247,7 @@ class Settings(BaseSettings):
         return int(least), int(most or least)
 
     @property
-    def doors(self) -> int:
+    def front_end_processes(self) -> int:
         """Front-ends, that for gRPC included: they share the queue."""
         return self.front_ends + (self.grpc_port is not None)
 

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 
 OPERATORS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1,
                      signal.SIGUSR2)  # fmt: skip
+# Exit codes of a process that somebody else ended.
+KILLED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 NICENESS = 5  # of workers and decoders
 _FILES = 65536  # most that a process is allowed: tables of all of them are not to become large
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG

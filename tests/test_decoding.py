@@ -22,7 +22,7 @@ from server.fairness.token_buckets import TokenBuckets
 from server.images.cost import TooHard, estimate
 from server.images.decoder import Place, Setup, Target
 from server.images.lane import GaveWay, OutOfTime
-from server.images.pool import Decoders, Job, Origin
+from server.images.pool import ImageDecoders, Job, Origin
 from server.ipc.shared import NoSharedMemory, PixelStore
 from tests.live import png
 
@@ -36,7 +36,7 @@ def store(tmp_path):
 
 def pool(store, seconds=20.0, memory=2048, count=1, pixels=1_000_000):
     setup = Setup((Target((store.path, store.slots, store.shape), HOW),), pixels, memory * 2**20, 0)
-    return Decoders(count, setup, seconds)
+    return ImageDecoders(count, setup, seconds)
 
 
 def job(image, slot=0, client="somebody", seconds=30.0, digest=""):
@@ -326,8 +326,8 @@ def test_both_ends_of_a_store_see_the_same_bytes(tmp_path):
 def test_a_client_whose_images_take_longer_than_they_look_waits_with_the_dear_ones(store):
     decoders, asked = pool(store), []
 
-    async def out_of_time(client, errand):
-        if errand.gives_way():
+    async def out_of_time(client, task):
+        if task.gives_way():
             raise GaveWay
         asked.append(client)
         raise OutOfTime
@@ -346,9 +346,9 @@ def test_images_that_wait_already_when_a_client_is_found_out_wait_with_the_dear_
     decoders, asked = pool(store), []
     real = decoders._quick._ask
 
-    async def expensive(client, errand):
+    async def expensive(client, task):
         asked.append(client)
-        kind, _ = await real(client, errand)
+        kind, _ = await real(client, task)
         return kind, b"0.6"  # seconds more than it looked like
 
     decoders._quick._ask = expensive

@@ -5,7 +5,7 @@ import sys
 
 from runtime.decoding.continuation import Continuation
 from runtime.request import FinishReason, GenerationRequest, SamplingParams
-from runtime.scheduler import Move, Scheduler
+from runtime.scheduler import Scheduler
 from runtime.sequence import Sequence
 
 
@@ -76,7 +76,7 @@ def test_a_freed_slot_is_filled_before_anything_moves():
     assert scheduler.release_finished() == [first]
     assert scheduler.admit() == [late]
     assert late.slots == [0]
-    assert scheduler.compact() == []
+    assert scheduler.compact(int) == []
 
 
 def test_holes_are_closed_from_the_top():
@@ -85,7 +85,7 @@ def test_holes_are_closed_from_the_top():
     scheduler.admit()
     finish(a, c)
     scheduler.release_finished()
-    assert scheduler.compact() == [Move(source=3, target=0)]
+    assert scheduler.compact(int) == [(3, 0)]
     assert (d.slots, b.slots) == ([0], [1])
     assert scheduler.running == [d, b]
 

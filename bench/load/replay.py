@@ -61,7 +61,7 @@ class _Runner:
         return Candidates(np.zeros(shape, np.int64), np.zeros(shape, np.float32))
 
     def bucket(self, rows: int) -> int:
-        """Each row costs."""
+        """No rows are added: a step works on as many as there are."""
         return rows
 
     def reorder(self, moves: Sequence[tuple[int, int]], fed: int) -> None:

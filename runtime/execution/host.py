@@ -128,7 +128,7 @@ class HostRunner:
         return step.found
 
     def bucket(self, rows: int) -> int:
-        """Each row costs."""
+        """No rows are added: a step works on as many as there are."""
         return rows
 
     def move(self, source: int, target: int) -> None:

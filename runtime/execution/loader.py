@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 _ON_DEVICE = "float16"  # a cache of that type stays with the decoder, on a processor, too
 _SLOTS = 16  # on a processor: more rows make a step no cheaper for each
-_MOST_SLOTS = 64  # on a GPU, unless more are asked for
+_MOST_SLOTS = 64  # on a GPU, where none are asked for and memory has room for more
 _SHARE = 0.8  # of a machine's memory that the slots may take
 _HALF = 2  # bytes
 _ARENA = 2  # ONNX Runtime's allocator for tensors beside a session takes up to twice their size

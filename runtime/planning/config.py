@@ -8,6 +8,7 @@ from runtime.errors import InvalidRequest
 _DEMO = Path("engines/demo")
 AUTO = "auto"
 PROVIDERS = (AUTO, "tensorrt", "cuda", "openvino", "cpu")  # after auto, in the order it tries
+NVIDIA = ("cuda", "tensorrt")  # of these
 TEXT_TOKENS = 64  # positions of a slot, unless told otherwise: captions are short
 
 
@@ -43,7 +44,7 @@ class EngineConfig:
     cuda_graphs: bool = True
 
     def text_positions(self, model: int) -> int:
-        """Of a slot, for a model that has so many."""
+        """Text positions of a slot. model: the most that the model has."""
         return min(self.text_tokens or TEXT_TOKENS, model)
 
     def __post_init__(self) -> None:

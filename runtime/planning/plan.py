@@ -12,7 +12,7 @@ from pathlib import Path
 from runtime.errors import EngineFolderError
 from runtime.model import manifest as manifests
 from runtime.model.manifest import EXACT, Manifest
-from runtime.planning.config import AUTO, TEXT_TOKENS, EngineConfig
+from runtime.planning.config import AUTO, NVIDIA, TEXT_TOKENS, EngineConfig
 from runtime.planning.machine import Machine, this_machine
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ _PLAIN_HALF = ("fp16/fp16/float16",)  # an encoder that TensorRT takes
 _CALIBRATED_ENCODER = ("int8-static/int8/int8", "int8-static/int8/float32")  # OpenVINO's form
 _ENCODE_BATCH = {"openvino": 4, "cuda": 16, "tensorrt": 16}
 _MOST_STREAMS = 16  # as many as there are slots
-_GPU = ("cuda", "tensorrt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ def default(manifest: Manifest, config: EngineConfig, provider: str, machine: Ma
             log.warning("%s was not proven on a processor such as %s", combination, machine)
     else:
         combination = _preferred(manifest, provider, machine)
-    on_gpu = provider in _GPU and combination.endswith("/float16")
+    on_gpu = provider in NVIDIA and combination.endswith("/float16")
     streams = most_streams(provider, config.threads or machine.cores)
     batch = config.encode_batch or _ENCODE_BATCH.get(provider) or stream_batch(streams)
     return Plan(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import onnxruntime as ort
 
 from runtime.errors import ProviderError
-from runtime.planning.config import PROVIDERS
+from runtime.planning.config import NVIDIA, PROVIDERS
 from runtime.providers import cuda, gpu, openvino, tensorrt
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ _PROVIDERS = {
         Provider("cpu", "CPUExecutionProvider", "reinstall onnxruntime"),
     )
 }
-_NVIDIA = ("cuda", "tensorrt")
 
 
 def available() -> tuple[str, ...]:
@@ -58,7 +57,7 @@ def require(name: str) -> None:
     provider = by_name(name)
     if not _is_installed(provider):
         raise ProviderError(f"{provider.name} is not available here: {provider.remedy}")
-    if name in _NVIDIA:
+    if name in NVIDIA:
         gpu.require_gpu(cuda.major())
         cuda.load()
     if name == "tensorrt":

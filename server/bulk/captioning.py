@@ -132,7 +132,7 @@ class Captioning:
 
 
 def same(digest: str, prompt: str | None) -> str:
-    """By which images with one caption are known."""
+    """The key under which the caption of equal images is kept."""
     return f"{digest} {prompt or ''}"
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from runtime.model.manifest import Preprocessing
 from server.images.decoder import PIXELS, Place, Setup, Target
-from server.images.lane import Errand, Lane
+from server.images.lane import DecodeTask, Lane
 from server.ipc.shared import PixelStore, RunFolder
 from server.settings import Settings
 
@@ -60,8 +60,8 @@ class Decoding:
             slot = self._store.take()
             try:
                 wall = 2 * self._seconds + 1
-                errand = Errand(PIXELS, image, self._seconds, wall, Place(0, slot, -1))
-                await self._lane.ask("", errand)
+                task = DecodeTask(PIXELS, image, self._seconds, wall, Place(0, slot, -1))
+                await self._lane.ask("", task)
                 return self._store[slot].copy()
             finally:
                 self._store.give_back(slot)

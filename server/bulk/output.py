@@ -7,6 +7,7 @@ import fcntl
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -122,25 +123,19 @@ def latest(rows: Iterable[Row], index: Index) -> Iterator[Row]:
     return (row for number, row in enumerate(rows) if index.latest(row, number))
 
 
-class replacing:  # noqa: N801 - used like a function
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file in the making, which takes the place of another when it is whole."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._partial = path, path.with_name(f".{path.name}.partial")
-
-    def __enter__(self) -> BinaryIO:
-        self._stream = self._partial.open("wb")
-        return self._stream
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-        self._stream.close()
-        if kind is None:
-            self._partial.replace(self._path)
-        else:
-            self._partial.unlink()
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def locked(path: Path) -> BinaryIO:

@@ -5,6 +5,7 @@ lines of JSON beside it, and then the table takes its place in one piece.
 import csv
 import io
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -71,13 +72,13 @@ class Table(Output):
                 f"{self.path} is no table of ours ({cause}): name another output"
             ) from cause
 
+    @abstractmethod
     def read(self) -> Iterable[dict[str, Any]]:
         """What the file has of each row. Raises ValueError if it is another's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, stream: BinaryIO, rows: Iterator[Row]) -> None:
         """The whole file."""
-        raise NotImplementedError
 
 
 class Csv(Table):

@@ -22,6 +22,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
 from runtime.errors import VignetteError
+from runtime.planning.config import NVIDIA
 from server.cluster.door import Door
 from server.cluster.replica import Replica
 from server.models import ServedModel, served
@@ -108,7 +109,9 @@ def opened(settings: Settings, models: tuple[str, ...]) -> Application:
 
 
 def made_of(settings: Settings, models: tuple[str, ...]) -> bytes:
-    """By what doors differ: they know no engine folders, nor how many engines there are."""
+    """Digest of the settings that doors have to be opened anew for: they know no engine folders,
+    nor how many engines there are.
+    """
     engines = {"engine", "ray", "ray_replicas", "ray_cores", "ray_detach", "provider", "precision"}
     keys = settings.api_keys.read_bytes() if settings.api_keys else b""
     told = settings.model_dump_json(exclude=engines).encode() + repr(models).encode()
@@ -133,7 +136,7 @@ def _resources(settings: Settings) -> dict[str, float]:
     """Of a replica: a GPU, or cores."""
     there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = any(node.get("GPU", 0) for node in there)
-    if settings.provider in ("cuda", "tensorrt") or (settings.provider == "auto" and gpus):
+    if settings.provider in NVIDIA or (settings.provider == "auto" and gpus):
         if not gpus:
             raise NoRoom(f"--provider {settings.provider}: the cluster has no GPU")
         return {"num_gpus": 1, "num_cpus": 0}

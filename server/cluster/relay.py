@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from server.cluster.replica import SAID, Asked, Said
 from server.ipc.messages import Output, Unserved, Why
 from server.ipc.receiver import Job, Receiver
-from server.ipc.told import Told
+from server.ipc.replay_filter import ReplayFilter
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Relay(Receiver):
     async def serve(self, job: Job) -> None:
         """Answer a request, whatever happens to replicas meanwhile."""
         number = job.message.request.id
-        told, engine, why = Told(), None, Why.UNLUCKY
+        told, engine, why = ReplayFilter(), None, Why.UNLUCKY
         for losses in range(_LOSSES):
             try:
                 told.again()

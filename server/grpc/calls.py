@@ -100,7 +100,10 @@ class Call:
 
     @contextmanager
     def held(self, size: int) -> Iterator[ExitStack]:
-        """Its place and its bytes, while it is served; raises what refuses it. Counts its end."""
+        """Hold a place and the message's bytes while the call is served, and count how it ended.
+
+        Raises what refuses it.
+        """
         with ExitStack() as held:
             try:
                 self.enter(held)

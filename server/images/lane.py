@@ -14,11 +14,11 @@ from server.fairness.fair_queue import FairQueue
 from server.images.cost import TooHard
 from server.images.decoder import BUG, FAILED, Decoder, Place, Setup, raised
 from server.logs import Seldom
+from server.system import KILLED_FROM_OUTSIDE
 
 log = logging.getLogger(__name__)
 
 _START_SECONDS = 60.0
-_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 UNFIT = (
     "decoding this image crashed, or took too long: save it again with another program, or make it "
     "smaller"
@@ -30,7 +30,7 @@ class Unfit(VignetteError):
 
 
 class GaveWay(Exception):
-    """It was not asked after all."""
+    """The task withdrew when its turn came."""
 
 
 class OutOfTime(Unfit):
@@ -41,7 +41,7 @@ _NOWHERE = Place(0, 0, -1)  # of what is no image
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class DecodeTask:
     """What a process is asked: kind, data, and where pixels go; an image only if it is estimated
     to take at most `most` seconds.
 
@@ -75,25 +75,25 @@ class Lane:
         self._idle.extend(self._new() for _ in range(count))
         return self
 
-    async def ask(self, client: str, errand: Errand) -> tuple[bytes, bytes]:
+    async def ask(self, client: str, task: DecodeTask) -> tuple[bytes, bytes]:
         """Kind and content of the answer.
 
         Raises what was wrong with the data, Unfit, TooHard or GaveWay, and TimeoutError if its
         turn did not come in time. Cancelled, it ends when nothing writes to the slot any more: at
         once if its turn had not come.
         """
-        left = None if errand.until == math.inf else errand.until - time.perf_counter()
+        left = None if task.until == math.inf else task.until - time.perf_counter()
         async with asyncio.timeout(left):
             await self._turns.take(client)
-        if errand.gives_way():
+        if task.gives_way():
             self._turns.give(client, 0)
             raise GaveWay
-        return await _to_the_end(asyncio.create_task(self._ask(client, errand)))
+        return await _to_the_end(asyncio.create_task(self._ask(client, task)))
 
-    async def _ask(self, client: str, errand: Errand) -> tuple[bytes, bytes]:
+    async def _ask(self, client: str, task: DecodeTask) -> tuple[bytes, bytes]:
         began = time.perf_counter()
         try:
-            found = await self._attempt(errand) or await self._attempt(errand)
+            found = await self._attempt(task) or await self._attempt(task)
         finally:
             self._turns.give(client, time.perf_counter() - began)
         if found is None:  # for want of memory, most likely
@@ -101,14 +101,14 @@ class Lane:
         kind, answer = found
         if kind == FAILED:
             error, seconds = raised(answer)
-            errand.failed(seconds)
+            task.failed(seconds)
             raise error
         if kind == BUG:
             self._seldom.warning("an image was refused for an error of ours: %s", answer.decode())
             raise TooHard(UNFIT)
         return found
 
-    async def _attempt(self, errand: Errand) -> tuple[bytes, bytes] | None:
+    async def _attempt(self, task: DecodeTask) -> tuple[bytes, bytes] | None:
         """Ask a process; None if somebody else has killed it meanwhile."""
         decoder = self._idle.popleft() if self._idle else self._new()
         try:
@@ -116,17 +116,15 @@ class Lane:
                 decoder = self._replaced(decoder)
             async with asyncio.timeout(_START_SECONDS):
                 await decoder.started()
-            async with asyncio.timeout(min(errand.wall, errand.until - time.perf_counter())):
-                return await decoder.ask(
-                    errand.what, errand.data, errand.place, errand.seconds, errand.most
-                )
+            async with asyncio.timeout(min(task.wall, task.until - time.perf_counter())):
+                return await decoder.ask(task.what, task.data, task.place, task.seconds, task.most)
         except TimeoutError as cause:
             decoder = self._replaced(decoder)
             raise TooHard(UNFIT) from cause
         except (OSError, EOFError) as cause:
             code = await decoder.death()
             decoder = self._replaced(decoder)
-            if code in _FROM_OUTSIDE:
+            if code in KILLED_FROM_OUTSIDE:
                 return None
             raise (OutOfTime if code == -signal.SIGPROF else Unfit)(UNFIT) from cause
         finally:

@@ -23,7 +23,7 @@ from server.fairness.token_buckets import TokenBuckets
 from server.images.clips import Clip
 from server.images.cost import TooHard
 from server.images.decoder import DEAR, FRAMES, PARTS, PIXELS, Place, Setup
-from server.images.lane import UNFIT, Errand, GaveWay, Lane, OutOfTime, Unfit
+from server.images.lane import UNFIT, DecodeTask, GaveWay, Lane, OutOfTime, Unfit
 from server.ipc.remembered import Remembered
 
 _QUICK = 0.15  # estimated seconds of a core: what a camera's 12 megapixels take
@@ -64,7 +64,7 @@ class Job:
     aside: Callable[[Origin], AbstractContextManager[None]] = lambda origin: nullcontext()
 
 
-class Decoders:
+class ImageDecoders:
     """The decoder processes of a front-end. Used on one thread, which has to outlive them."""
 
     def __init__(
@@ -107,8 +107,8 @@ class Decoders:
     async def parts(self, body: bytes, client: str) -> Parts:
         """Take a JSON body apart. Raises InvalidRequest; TooHard if that takes too long."""
         try:
-            errand = Errand(PARTS, body, self._seconds, self._wall)
-            _, answer = await self._quick.ask(client, errand)
+            task = DecodeTask(PARTS, body, self._seconds, self._wall)
+            _, answer = await self._quick.ask(client, task)
         except Unfit as cause:
             raise TooHard("reading this JSON took too long: send less of it") from cause
         return Parts.unpacked(answer)
@@ -117,13 +117,13 @@ class Decoders:
         """Decode what takes little, and return 0; of another image the seconds as estimated."""
         seconds = min(_QUICK_LIMIT, self._seconds)
         client = job.origin.client
-        errand = Errand(
+        task = DecodeTask(
             PIXELS, job.image, seconds, self._wall, job.place, _QUICK,
             gives_way=lambda: self._misjudged.owes(client),
             failed=lambda spent: self._took(client, spent - _QUICK),
         )  # fmt: skip
         try:
-            kind, answer = await self._quick.ask(client, errand)
+            kind, answer = await self._quick.ask(client, task)
         except GaveWay:
             return seconds
         except OutOfTime:
@@ -154,11 +154,11 @@ class Decoders:
         if wait > left:
             raise QueueFull(_WAITING, min(_LONGEST_WAIT, math.ceil(wait)))
         what = FRAMES if isinstance(job.image, Clip) else PIXELS
-        errand = Errand(what, job.image, self._seconds, left, job.place, until=started + left)
+        task = DecodeTask(what, job.image, self._seconds, left, job.place, until=started + left)
         self._queued[job.origin.client] += cost
         try:
             with job.aside(job.origin):
-                await self._slow.ask(job.origin.client, errand)
+                await self._slow.ask(job.origin.client, task)
         except TimeoutError:
             raise QueueFull(_WAITING, _LONGEST_WAIT) from None
         finally:

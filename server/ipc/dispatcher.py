@@ -11,7 +11,7 @@
   given up in the end is not refused the next time.
 * A step that raises is treated as a crash: its requests are tried again one by one.
 * A request that is tried again is generated from its beginning; what was handed on before is left
-  out (`server/ipc/told.py`).
+  out (`server/ipc/replay_filter.py`).
 * A worker may stand for engines elsewhere, and say of a request what was found out there.
 """
 
@@ -37,7 +37,7 @@ from server.ipc.messages import (
     packed,
 )
 from server.ipc.remembered import Remembered
-from server.ipc.told import Told
+from server.ipc.replay_filter import ReplayFilter
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Work:
     suspect: bool = False
     crashes: int = 0  # of workers that had started it
     losses: int = 0  # the same, and those that somebody killed
-    told: Told = field(default_factory=Told)
+    told: ReplayFilter = field(default_factory=ReplayFilter)
     link: "Link | None" = None
     news: "asyncio.Queue[RequestOutput | VignetteError]" = field(default_factory=asyncio.Queue)
     ended: bool = False
@@ -136,7 +136,7 @@ class Link:
 
 
 class Dispatcher:
-    """Sends work to workers and settles its future, whatever happens to them.
+    """Sends requests to workers and yields their outputs, whatever happens to the workers.
 
     Used on the event loop's thread only.
     """

@@ -97,7 +97,7 @@ class Found(Message, frozen=True):
 
 
 class FailedToStart(Message, frozen=True):
-    """And why, for people."""
+    """The process could not start; `reason` is told to the operator."""
 
     reason: str
 

@@ -40,7 +40,7 @@ class Receiver:
         raise NotImplementedError
 
     def came(self, job: Job) -> None:
-        """Begin with a request, now or later."""
+        """A request was received; subclasses may call `begin` later."""
         self.begin(job)
 
     def ended(self, number: int) -> None:

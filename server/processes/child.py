@@ -1,17 +1,15 @@
 """A process that the supervisor keeps alive: what is known of it, and whether it is well."""
 
 import multiprocessing
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 
 from server.ipc.messages import WorkerFacts, WorkerState, process_name
-from server.system import environment
+from server.system import KILLED_FROM_OUTSIDE, environment
 
 _SILENCE_SECONDS = 3.0  # without a beat: it is stopped, or starved
-_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -50,7 +48,7 @@ class Child:
 
     def note_end(self, reason: str) -> None:
         """Remember how this life ended: killed by somebody, stuck, hung, or crashed by itself."""
-        killed = self.process is not None and self.process.exitcode in _FROM_OUTSIDE
+        killed = self.process is not None and self.process.exitcode in KILLED_FROM_OUTSIDE
         self.last_end = reason if reason != "ended" else "killed" if killed else "crashed"
 
     def kill(self) -> None:

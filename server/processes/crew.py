@@ -40,4 +40,7 @@ def front_ends(
 ) -> list[Child]:
     """As many as the settings say, that for gRPC included. They read the models' engine folders."""
     main = partial(frontend.main, settings, tuple(models), folder, ports)
-    return [Child("front", index, main, environment=_MEMORY) for index in range(settings.doors)]
+    return [
+        Child("front", index, main, environment=_MEMORY)
+        for index in range(settings.front_end_processes)
+    ]

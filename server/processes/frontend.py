@@ -161,7 +161,7 @@ def update(service: Service, serving: Serving) -> None:
         for digest, until in serving.refused.get(name, {}).items():
             model.links.dispatcher.refuse(digest, until)
         ours = [worker for worker in serving.workers if worker.model == name]
-        model.update(ours, service.settings.doors)
+        model.update(ours, service.settings.front_end_processes)
 
 
 async def _hear(control: zmq.asyncio.Socket, service: Service, grpc: GrpcServer | None) -> None:

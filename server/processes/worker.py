@@ -43,7 +43,7 @@ from server.ipc.receiver import Job, Owner, Receiver
 from server.logs import configure
 from server.metrics import WorkerMetrics, count_as
 from server.models import ServedModel
-from server.processes.pulse import Pulse
+from server.processes.heartbeat import Heartbeat
 from server.settings import Settings
 from server.system import follow_parent, give_way
 
@@ -142,7 +142,7 @@ class Worker(Receiver, Observer):
     # --- On the thread that steps -----------------------------------------------------------------
 
     def admitted(self, requests: list[GenerationRequest]) -> None:
-        """If this process dies now, it is because of one of these."""
+        """Note those that are about to be encoded: if this process dies now, one of them did it."""
         for request in requests:
             job = self.jobs.get(request.id)  # None if it was cancelled at this moment
             store = self.stores.get(job.owner) if job else None
@@ -181,8 +181,8 @@ def serve(
     open_engine: Callable[[], Engine], model: str, folder: Path, index: int, epoch: int
 ) -> int:
     """Open the engine, say so, serve until stopped; returns the exit status."""
-    pulse = Pulse(zmq.Context(), folder, index, epoch)
-    pulse.start()
+    heartbeat = Heartbeat(zmq.Context(), folder, index, epoch)
+    heartbeat.start()
     try:
         engine = open_engine()
     except VignetteError as error:
@@ -190,10 +190,10 @@ def serve(
         tell(folder, process_name("worker", index, epoch), FailedToStart(str(error)))
         return 1
     metrics = WorkerMetrics(model)
-    return asyncio.run(_serve(engine, metrics, pulse, worker_address(folder, index, epoch)))
+    return asyncio.run(_serve(engine, metrics, heartbeat, worker_address(folder, index, epoch)))
 
 
-async def _serve(engine: Engine, metrics: WorkerMetrics, pulse: Pulse, address: str) -> int:
+async def _serve(engine: Engine, metrics: WorkerMetrics, heartbeat: Heartbeat, address: str) -> int:
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.ROUTER)
     socket.sndhwm = socket.rcvhwm = 0  # a full queue would drop answers without a word
@@ -209,7 +209,7 @@ async def _serve(engine: Engine, metrics: WorkerMetrics, pulse: Pulse, address: 
         device=os.environ.get("CUDA_VISIBLE_DEVICES", "0") if engine.runner.on_gpu else "cpu",
         slots=engine.config.slots or 0,
     )
-    pulse.serving(worker, facts)
+    heartbeat.serving(worker, facts)
     await worker.run()
     socket.close(linger=2000)
     return int(worker.broken)

@@ -23,7 +23,7 @@ from runtime.request import (
 from server.fairness.slot_shares import SlotShares
 from server.images.clips import Clip
 from server.images.decoder import Place
-from server.images.pool import Decoders, Job, Origin
+from server.images.pool import ImageDecoders, Job, Origin
 from server.ipc.dispatcher import Expired
 from server.ipc.messages import WorkerState
 from server.ipc.shared import PixelStore
@@ -43,7 +43,7 @@ class Model:
     admission: Admission
     store: PixelStore
     links: Workers
-    decoders: Decoders
+    decoders: ImageDecoders
     timeout_seconds: float
     identity: str = ""  # of its engine, once a worker was ready (`WorkerFacts.identity`)
     shares: SlotShares = field(default_factory=SlotShares)

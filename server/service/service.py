@@ -20,7 +20,7 @@ from server.fairness.token_buckets import TokenBuckets
 from server.images.clips import Clip
 from server.images.decoder import Setup, Target
 from server.images.fetch import Fetcher
-from server.images.pool import Decoders, Origin
+from server.images.pool import ImageDecoders, Origin
 from server.ipc.messages import WorkerState, process_name
 from server.ipc.shared import PixelStore
 from server.ipc.transport import Workers
@@ -55,7 +55,7 @@ class Service:
     models: dict[str, Model]  # by name, the default first
     budget: ByteBudget
     metrics: Metrics
-    decoders: Decoders
+    decoders: ImageDecoders
     keys: Keys | None
     cache: OutputCache | None
     fetcher: Fetcher | None
@@ -103,7 +103,7 @@ class Service:
         assert path is not None
         while reading != self.keys_read:
             reading = self.keys_read
-            ours = self.settings.doors, self.index, reading
+            ours = self.settings.front_end_processes, self.index, reading
             try:
                 fresh = await asyncio.to_thread(Keys.open, path, self.folder, *ours)
             except VignetteError as error:
@@ -186,7 +186,9 @@ class Service:
     async def _outputs(
         self, model: Model, request: GenerationRequest, images: Images, client: str
     ) -> AsyncIterator[AsyncGenerator[RequestOutput, None]]:
-        """Of a request that was let in: its images are there, and are no known killers."""
+        """Fetch and hash the images of a request that was let in, refuse those that are known to
+        crash engines, and run the request or find its caption in the cache.
+        """
         deadline = request.scheduling.deadline or math.inf
         async with self._fetched(images, deadline, client) as encoded:
             async with until(deadline):
@@ -261,7 +263,7 @@ Known = Mapping[str, tuple[Manifest, CaptionTokenizer]]  # of each model, by its
 def make_service(settings: Settings, known: Known, folder: Path, index: int, epoch: int) -> Service:
     """The parts of one front-end. `folder` is the run's."""
     name = process_name("front", index, epoch)
-    share = -(-settings.max_queue // settings.doors)
+    share = -(-settings.max_queue // settings.front_end_processes)
     # Decodings may outlast requests that gave up.
     places = (settings.slots or SLOTS) * (settings.workers or 1) + share + settings.decoders + ASIDE
     stores = [
@@ -272,7 +274,7 @@ def make_service(settings: Settings, known: Known, folder: Path, index: int, epo
         Target((store.path, store.slots, store.shape), manifest.preprocessing)
         for store, (manifest, _) in zip(stores, known.values(), strict=True)
     ]
-    decoders = Decoders(
+    decoders = ImageDecoders(
         settings.decoders,
         Setup(tuple(targets), settings.max_pixels, settings.decode_memory_mb * 2**20, NICENESS),
         settings.decode_seconds,
@@ -297,10 +299,10 @@ def make_service(settings: Settings, known: Known, folder: Path, index: int, epo
     return Service(
         settings=settings,
         models=models,
-        budget=ByteBudget(settings.max_queue_bytes // settings.doors),
+        budget=ByteBudget(settings.max_queue_bytes // settings.front_end_processes),
         metrics=Metrics(),
         decoders=decoders,
-        keys=Keys.open(keys, folder, settings.doors, index) if keys else None,
+        keys=Keys.open(keys, folder, settings.front_end_processes, index) if keys else None,
         cache=OutputCache(settings.cache_mb * 2**20) if settings.cache_mb else None,
         fetcher=Fetcher(domains, settings.max_body_bytes) if domains else None,
         tracer=Tracer(settings.traces) if settings.traces else None,

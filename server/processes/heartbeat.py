@@ -35,11 +35,11 @@ class Steered(Protocol):
         """A front-end has died."""
 
 
-class Pulse(threading.Thread):
+class Heartbeat(threading.Thread):
     """Tells the supervisor that this process lives, and hears from it when to stop."""
 
     def __init__(self, context: zmq.Context, folder: Path, index: int, epoch: int) -> None:
-        super().__init__(name="pulse", daemon=True)
+        super().__init__(name="heartbeat", daemon=True)
         self._socket = context.socket(zmq.DEALER)
         self._socket.identity = process_name("worker", index, epoch).encode()
         self._socket.linger = 1000

@@ -5,7 +5,7 @@ from msgspec.structs import replace
 from runtime.request import RequestOutput
 
 
-class Told:
+class ReplayFilter:
     """Counts tokens: those that were handed on, and those that came in the present try.
 
     The same image and prompt give the same tokens, whatever they are decoded with: who reads along
