@@ -157,7 +157,7 @@ def encoder(engine: Engine, extent: Extent) -> dict[str, Any]:
     """Seconds an image by batch, and the operations that one takes."""
     from bench.common.machine import encoder_work
 
-    batch = engine.config.encode_batch or 1
+    batch = engine.encode_batch
     images = pictures(batch, engine.runner.pixels_shape)
     rows = {}
     for count in (1, batch):

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_ENCODE_BATCH = 4  # of an engine that was put together without a plan
+_SLOTS, _ENCODE_BATCH = 16, 4  # of an engine that was put together without a plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,9 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         self.runner = runner
-        self.limits = Limits(tokenizer, runner.text_tokens, config.slots)
-        self._encode_batch = config.encode_batch or _ENCODE_BATCH
+        self.slots = config.slots or _SLOTS
+        self.encode_batch = config.encode_batch or _ENCODE_BATCH
+        self.limits = Limits(tokenizer, runner.text_tokens, self.slots)
         self._pacing = Pacing(config.patience)
         self.scheduler = self._new_scheduler()
         self.observer = Observer()
@@ -165,8 +166,8 @@ class Engine:
         WrongThread while another thread uses the engine.
         """
         rows = request.sampling.rows
-        if rows > (self.config.slots or 0):
-            raise InvalidRequest(f"it takes {rows} slots, and there are {self.config.slots}")
+        if rows > self.slots:
+            raise InvalidRequest(f"it takes {rows} slots, and there are {self.slots}")
         self._claim()
         decoding = decoding_of(request, self.manifest.tokens.eos)
         self._sequences[request.id] = self.scheduler.add(request, decoding)
@@ -205,8 +206,7 @@ class Engine:
         return self.scheduler.idle
 
     def _new_scheduler(self) -> Scheduler:
-        assert self.config.slots is not None
-        return Scheduler(self.config.slots, self._encode_batch, self.config.refill, self._clock)
+        return Scheduler(self.slots, self.encode_batch, self.config.refill, self._clock)
 
     def step(self) -> list[RequestOutput]:
         """Admit and encode what fits, feed every running row; news of what moved, or ended.
@@ -282,8 +282,8 @@ class Engine:
         return scheduler.admit()
 
     def _encode(self, admitted: list[Sequence]) -> None:
-        for start in range(0, len(admitted), self._encode_batch):
-            batch = admitted[start : start + self._encode_batch]
+        for start in range(0, len(admitted), self.encode_batch):
+            batch = admitted[start : start + self.encode_batch]
             started = self._clock()
             self.runner.encode([s.request.pixels for s in batch], [s.slots for s in batch])
             now = self._clock()

@@ -1,11 +1,11 @@
 """What a request may ask for, so that it fits an engine. Needs the tokenizer, and no engine."""
 
 import secrets
-from typing import Protocol
 
 from msgspec.structs import replace
 
 from runtime.errors import InvalidRequest
+from runtime.model.tokenizer import CaptionTokenizer
 from runtime.request import SamplingParams
 
 DEFAULT_MAX_NEW_TOKENS = 20  # what `generate` of Hugging Face's GIT says by default
@@ -27,17 +27,12 @@ _DRAWING = ("top_k", "top_p", "seed")  # of no effect without a temperature
 _RANKING = ("length_penalty", "early_stopping")  # of no effect without beams
 
 
-class Prompts(Protocol):
-    """The part of a tokenizer that reads prompts."""
-
-    def prompt_ids(self, prompt: str | None) -> tuple[int, ...]:
-        """What a sequence starts with."""
-
-
 class Limits:
     """Prompt and caption share the text positions of a slot, and a request all slots."""
 
-    def __init__(self, tokenizer: Prompts, text_tokens: int, slots: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: CaptionTokenizer, text_tokens: int, slots: int | None = None
+    ) -> None:
         """slots: set it once it is known."""
         self._tokenizer, self.text_tokens, self.slots = tokenizer, text_tokens, slots
 

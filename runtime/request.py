@@ -6,14 +6,17 @@ A `GenerationRequest` is made once, where it is parsed, and carried whole. Times
 
 import itertools
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct, field
 from msgspec.structs import replace
 
 from runtime.errors import ComputationFailed
+
+if TYPE_CHECKING:
+    from runtime.model.tokenizer import CaptionTokenizer
 
 _ids = itertools.count(secrets.randbits(30) << 32)  # no other process of a run counts from there
 
@@ -207,14 +210,9 @@ def joined(outputs: Iterable[RequestOutput]) -> RequestOutput:
     return replace(output, completion=whole)
 
 
-class Texts(Protocol):
-    """The part of a tokenizer that writes captions."""
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Of generated tokens, special ones left out."""
-
-
-def captioned(request: GenerationRequest, output: RequestOutput, tokenizer: Texts) -> Caption:
+def captioned(
+    request: GenerationRequest, output: RequestOutput, tokenizer: "CaptionTokenizer"
+) -> Caption:
     """The caption in all that was generated for a request."""
     timing = output.timing
     assert timing is not None

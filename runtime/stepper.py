@@ -3,32 +3,15 @@
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from runtime.request import GenerationRequest, RequestOutput
 
+if TYPE_CHECKING:
+    from runtime.engine import Engine
+
 Sink = Callable[[RequestOutput | Exception], object]
 _LINGER_SECONDS = 1.0  # that the thread waits for more, before it ends and lets go of the engine
-
-
-class Steppable(Protocol):
-    """The part of an engine that one thread may use."""
-
-    @property
-    def idle(self) -> bool:
-        """Nothing waits and nothing runs."""
-
-    def submit(self, request: GenerationRequest) -> None:
-        """Queue a request."""
-
-    def cancel(self, request_id: int) -> bool:
-        """Take a request back."""
-
-    def step(self) -> list[RequestOutput]:
-        """News of what moved, or ended."""
-
-    def abandon(self) -> None:
-        """Forget all requests, and the thread that used it."""
 
 
 class Stepper:
@@ -38,7 +21,7 @@ class Stepper:
     raised.
     """
 
-    def __init__(self, engine: Steppable) -> None:
+    def __init__(self, engine: "Engine") -> None:
         self._engine = engine
         self._changed = threading.Condition()
         self._commands: list[Callable[[], object]] = []

@@ -64,12 +64,12 @@ def test_tuning_measures_all_and_the_engine_runs_by_it(folder, capsys):
     assert measured[0] in capsys.readouterr().out
     engine = Engine.open(folder)
     assert "(plan.json)" in engine.runs_on
-    assert engine.config.encode_batch == content["plan"]["encode_batch"]
+    assert engine.encode_batch == content["plan"]["encode_batch"]
 
 
 def test_what_the_caller_says_counts_more_than_the_plan(folder):
     best = tune(folder, slots=2).plan
-    assert Engine.open(folder, EngineConfig(encode_batch=3)).config.encode_batch == 3
+    assert Engine.open(folder, EngineConfig(encode_batch=3)).encode_batch == 3
     encoder = best.combination.split("/")[0]
     assert f"encoder {encoder} on {best.encoder_provider}" in Engine.open(folder).runs_on
     exact = Engine.open(folder, EngineConfig(precision=EXACT))

@@ -74,7 +74,7 @@ def test_auto_leaves_out_a_provider_that_computes_something_else(monkeypatch, ca
     prepared = prepare(DEMO, CPU)
     [plan] = prepared.plans
     two = replace(prepared, plans=(plan, replace(plan, slots=3)))
-    assert Engine.start(two).config.slots == 3
+    assert Engine.start(two).slots == 3
     assert "tried and left out: the self-test failed" in caplog.text
 
 

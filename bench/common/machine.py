@@ -156,8 +156,8 @@ def encoder_work() -> dict[str, float]:
 def _reached(settings: Settings) -> dict[str, Any]:
     engine = Engine.open(settings.engine, EngineConfig())
     runner, manifest = engine.runner, engine.manifest
-    slots = engine.config.slots or 1
-    batch = pictures(engine.config.encode_batch or 1, runner.pixels_shape)
+    slots = engine.slots
+    batch = pictures(engine.encode_batch, runner.pixels_shape)
     encode = median_s(lambda: runner.encode(batch, leading(len(batch))), 3 * settings.repeats)
     tokens, fed = [manifest.tokens.bos] * slots, [TOKENS // 2] * slots
     step = median_s(lambda: runner.decode(tokens, fed), 9 * settings.repeats)

@@ -46,11 +46,11 @@ def measure_alone(folder: Path, turns: int) -> tuple[Costs, str]:
     Returns what runs where, too.
     """
     engine = Engine.open(folder)
-    runner, (images, slots) = engine.runner, _sizes(engine)
+    runner, images = engine.runner, engine.encode_batch
     pixels = pictures(images, runner.pixels_shape)
     age = runner.text_tokens // 4
     encodes = [partial(runner.encode, pixels[:n], leading(n)) for n in range(1, images + 1)]
-    decodes = [partial(runner.decode, [0] * n, [age] * n) for n in range(1, slots + 1)]
+    decodes = [partial(runner.decode, [0] * n, [age] * n) for n in range(1, engine.slots + 1)]
     # In turns, so that a slow moment of the machine is no call's own.
     taken = [[seconds(call) for call in encodes + decodes] for _ in range(turns)]
     fastest = [min(times) for times in zip(*taken, strict=True)]
@@ -71,16 +71,8 @@ def measure_in_use(folder: Path) -> tuple[Costs, str]:
     for clients, captions in _IN_USE.items():
         runner.last = time.perf_counter()
         closed_loop(engine, work[:captions], clients)
-    images, slots = _sizes(engine)
-    return Costs(_by_size(runner.encodes, images), _by_size(runner.decodes, slots)), engine.runs_on
-
-
-def _sizes(engine: Engine) -> tuple[int, int]:
-    """Most images of an encoder call, and rows of a step."""
-    config = engine.config
-    assert config.encode_batch is not None
-    assert config.slots is not None
-    return config.encode_batch, config.slots
+    encode_s = _by_size(runner.encodes, engine.encode_batch)
+    return Costs(encode_s, _by_size(runner.decodes, engine.slots)), engine.runs_on
 
 
 def _by_size(taken: dict[int, list[float]], most: int) -> list[float]:

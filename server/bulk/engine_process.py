@@ -168,9 +168,8 @@ def _serve(
     except VignetteError as error:
         connection.send(NoEngine(str(error)))
         return
-    slots, sizes = engine.config.slots or 1, engine.manifest.sizes
-    how = engine.manifest.preprocessing
-    connection.send(Facts(engine.identity, engine.runs_on, slots, sizes.pixels, how))
+    sizes, how = engine.manifest.sizes, engine.manifest.preprocessing
+    connection.send(Facts(engine.identity, engine.runs_on, engine.slots, sizes.pixels, how))
     sending = threading.Lock()
 
     def answer(number: int, job: _Job) -> None:
@@ -184,6 +183,6 @@ def _serve(
         with sending:
             connection.send((number, said))
 
-    with ThreadPoolExecutor(2 * slots, "caption") as pool:
+    with ThreadPoolExecutor(2 * engine.slots, "caption") as pool:
         while True:
             pool.submit(answer, *connection.recv())

@@ -24,6 +24,8 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from runtime.errors import VignetteError
 from runtime.request import FinishReason, GenerationRequest, RequestOutput
 from server.ipc.messages import (
@@ -113,14 +115,6 @@ class Pipe(Protocol):
         """Drop what was not sent."""
 
 
-class Started(Protocol):
-    """For each slot the number of the request that a worker began with there, or 0."""
-
-    def __getitem__(self, slot: int, /) -> Any: ...
-
-    def __setitem__(self, slot: int, number: int, /) -> None: ...
-
-
 @dataclass(slots=True, eq=False)
 class Link:
     """A worker in one of its lives, and what it has of ours."""
@@ -141,8 +135,10 @@ class Dispatcher:
     Used on the event loop's thread only.
     """
 
-    def __init__(self, hello: Hello, started: Started) -> None:
-        """hello: what every worker is told first. started: the store's, which workers write."""
+    def __init__(self, hello: Hello, started: np.ndarray) -> None:
+        """hello: what every worker is told first. started: the store's; for each of its slots the
+        number of the request that a worker began with there, or 0.
+        """
         # Told a digest and until when it is refused, to pass it on.
         self.on_refused: Callable[[str, float], object] = lambda digest, until: None
         self._hello, self._started = hello, started

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import zmq
 
@@ -20,19 +20,8 @@ from server.ipc.messages import (
     process_name,
 )
 
-
-class Steered(Protocol):
-    """The part of a worker that the supervisor has a say in."""
-
-    @property
-    def step_since(self) -> float | None:
-        """When the step that its engine is in began (`time.monotonic`)."""
-
-    def stop(self) -> None:
-        """Finish what was begun."""
-
-    def forget(self, owner: bytes) -> None:
-        """A front-end has died."""
+if TYPE_CHECKING:
+    from server.processes.worker import Worker
 
 
 class Heartbeat(threading.Thread):
@@ -44,9 +33,9 @@ class Heartbeat(threading.Thread):
         self._socket.identity = process_name("worker", index, epoch).encode()
         self._socket.linger = 1000
         self._address = control_address(folder)
-        self._ready: tuple[Steered, WorkerFacts, asyncio.AbstractEventLoop] | None = None
+        self._ready: tuple[Worker, WorkerFacts, asyncio.AbstractEventLoop] | None = None
 
-    def serving(self, worker: Steered, facts: WorkerFacts) -> None:
+    def serving(self, worker: "Worker", facts: WorkerFacts) -> None:
         """From now on the worker serves, on this thread's event loop."""
         self._ready = worker, facts, asyncio.get_running_loop()
 

@@ -207,7 +207,7 @@ async def _serve(engine: Engine, metrics: WorkerMetrics, heartbeat: Heartbeat, a
         self_test=engine.self_test,
         seconds=engine.seconds,
         device=os.environ.get("CUDA_VISIBLE_DEVICES", "0") if engine.runner.on_gpu else "cpu",
-        slots=engine.config.slots or 0,
+        slots=engine.slots,
     )
     heartbeat.serving(worker, facts)
     await worker.run()
