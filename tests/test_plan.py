@@ -65,6 +65,7 @@ def test_tuning_measures_all_and_the_engine_runs_by_it(folder, capsys):
     engine = Engine.open(folder)
     assert "(plan.json)" in engine.runs_on
     assert engine.encode_batch == content["plan"]["encode_batch"]
+    assert not {"slots", "memory_limit"} & content["plan"].keys()  # a start finds out what fits
 
 
 def test_what_the_caller_says_counts_more_than_the_plan(folder):

@@ -27,6 +27,7 @@ _FUSED_HALF = ("fp16-fused/fp16/float16",)  # with all state on the GPU
 _PLAIN_HALF = ("fp16/fp16/float16",)  # an encoder that TensorRT takes
 _CALIBRATED_ENCODER = ("int8-static/int8/int8", "int8-static/int8/float32")  # OpenVINO's form
 _ENCODE_BATCH = {"openvino": 4, "cuda": 16, "tensorrt": 16}
+_FITTED = ("slots", "text_tokens", "memory_limit", "cuda_graphs")
 _MOST_STREAMS = 16  # as many as there are slots
 
 
@@ -147,12 +148,14 @@ def suitable(combination: str, machine: Machine) -> bool:
 
 
 def save(folder: Path, plan: Plan, machine: Machine, measured: list[dict[str, object]]) -> None:
-    """Write `folder`/plan.json; `measured` is for people."""
+    """Write `folder`/plan.json, without what is fitted to the machine's memory at every start;
+    `measured` is for people.
+    """
     content = {
         "format": FORMAT,
         "machine": asdict(machine),
         "engine": manifests.sha256(folder / manifests.FILE),
-        "plan": asdict(plan),
+        "plan": {name: value for name, value in asdict(plan).items() if name not in _FITTED},
         "measured": measured,
     }
     (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
