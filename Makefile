@@ -23,6 +23,7 @@ export ORT_DISABLE_TELEMETRY = 1
 GPU = $(if $(filter cuda tensorrt,$(DEVICE)),-gpu)
 SERVE = .venv$(GPU)/bin/python
 SERVE_READY = .venv$(GPU)/ready$(if $(filter tensorrt,$(DEVICE)),-tensorrt)
+BULK_READY = .venv$(GPU)/ready-bulk
 DEV = .venv-dev/bin/python
 GPU_DEV = .venv-gpu-dev/bin/python
 BENCH = $(DEV) -m vignette bench $(if $(QUICK),--quick)
@@ -41,7 +42,7 @@ help:  ## list the targets
 serve: $(SERVE_READY)  ## start the server (PORT=8000 ENGINE=engines/demo ARGS=...; DEVICE=cuda)
 	@$(SERVE) -P -m vignette serve --engine "$$ENGINE" --port "$$PORT" $(if $(GPU),--provider $(DEVICE)) $(ARGS)
 
-caption: $(SERVE_READY) .venv$(GPU)/ready-bulk  ## caption images in bulk (IMAGES, OUTPUT, ENGINE or URL, ARGS; DEVICE)
+caption: $(SERVE_READY) $(BULK_READY)  ## caption images in bulk (IMAGES, OUTPUT, ENGINE or URL, ARGS; DEVICE)
 	@$(SERVE) -P -m vignette caption "$$IMAGES" --output "$$OUTPUT" $(if $(URL),--url "$$URL",--engine "$$ENGINE") \
 	  $(if $(GPU),--provider $(DEVICE)) $(ARGS)
 

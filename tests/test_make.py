@@ -26,6 +26,7 @@ def make(tmp_path):
             f"SERVE={sys.executable}",
             f"DEV={sys.executable}",
             f"SERVE_READY={folder}/ready",
+            f"BULK_READY={folder}/ready",
         ]
         command = ["make", *arguments, *program, f"EXPORT_PYTHON={sys.executable}"]
         return subprocess.run(
