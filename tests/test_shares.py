@@ -15,7 +15,8 @@ class Scene:
     """Requests that hold their slots until they are told to end."""
 
     def __init__(self, linger: float = 0.0) -> None:
-        self.shares = SlotShares(linger)
+        self.now = 100.0
+        self.shares = SlotShares(linger, lambda: self.now + asyncio.get_running_loop().time())
         self.shares.slots = SLOTS
         self.inside: list[str] = []
         self.ends: dict[str, asyncio.Event] = {}
@@ -86,12 +87,36 @@ def test_who_was_here_a_moment_ago_counts():
 
 
 @scenario
-async def test_one_request_may_take_more_than_half(scene):
+async def test_one_request_may_take_more_than_its_clients_share(scene):
+    """Once its slots are free: in the engine all others would wait for that, too."""
     await scene.come("b", "b", 1)
     await scene.come("a0", "a", 8)
     await scene.come("a1", "a", 1)
     await scene.come("c", "c", 1)
-    assert scene.inside == ["b", "a0", "c"]
+    assert scene.inside == ["b"]
+    await scene.end("b")
+    assert scene.inside == ["a0", "c"]
+
+
+@scenario
+async def test_a_client_whose_requests_take_much_waits_for_others_that_took_little(scene):
+    for name in ("x", "y"):
+        await scene.come(name, name, 8)
+    await scene.come("h", "h", 1)
+    scene.now += 1.0
+    await scene.end("x")
+    assert scene.inside == ["y", "h"]
+    await scene.end("h")
+    await scene.come("x1", "x", 8)
+    for n in range(5):
+        await scene.come(f"h{n}", "h", 2)  # after x1, which has had eight times as much
+    scene.now += 1.0
+    await scene.end("y")
+    for n in range(5):
+        assert scene.inside == [f"h{n}"]
+        scene.now += 0.1
+        await scene.end(f"h{n}")
+    assert scene.inside == ["x1"]
 
 
 @scenario

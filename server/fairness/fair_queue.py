@@ -7,18 +7,15 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from time import monotonic
 
+from server.fairness.client_clocks import ClientClocks
 from server.fairness.recent_clients import RecentClients
 
-_CLIENTS = 1024  # that are remembered
 _PRESENT_SECONDS = 1.0  # after it came, that a client counts as another
 
 
 class FairQueue:
-    """A number of places. Used on the event loop's thread only.
-
-    Fair queueing: each client has a clock, which goes on by what its turns took, and the place has
-    one, which goes on by each client's share of that. No client's stands behind the place's, and
-    the one whose clock is least is next, of equal ones the one that waits longest.
+    """A number of places, by `ClientClocks`; of equal clocks the one that waits longest is next.
+    Used on the event loop's thread only.
     """
 
     def __init__(
@@ -33,8 +30,7 @@ class FairQueue:
         self._beside = beside or self._each
         self._held: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
-        self._had: OrderedDict[str, float] = OrderedDict()  # the clients' clocks
-        self._now = 0.0  # the place's
+        self._clocks = ClientClocks()
         self._recent = RecentClients(clock)
 
     async def take(self, client: str) -> None:
@@ -59,12 +55,7 @@ class FairQueue:
         self._held[client] -= 1
         if not self._held[client]:
             del self._held[client]
-        self._had[client] = self._had.get(client, self._now) + took
-        # Time goes on for all, or those who are new all the time would always be before the others.
-        self._now += took / len({client, *self._held, *self._waiting})
-        self._had.move_to_end(client)
-        if len(self._had) > _CLIENTS:
-            self._had.popitem(last=False)
+        self._clocks.charge(client, took, len({client, *self._held, *self._waiting}))
         self._free += 1
         while self._free and (next_ := self._next()) is not None:
             turns = self._waiting[next_]
@@ -76,10 +67,7 @@ class FairQueue:
     def _begin(self, client: str) -> None:
         self._free -= 1
         self._held[client] += 1
-        self._had[client] = self._time_of(client)
-
-    def _time_of(self, client: str) -> float:
-        return max(self._now, self._had.get(client, 0.0))
+        self._clocks.begin(client)
 
     def _may(self, client: str) -> bool:
         """Whether it may have one more place."""
@@ -94,4 +82,4 @@ class FairQueue:
             if not turns:
                 del self._waiting[client]
         could = (client for client in self._waiting if self._may(client))
-        return min(could, key=self._time_of, default=None)
+        return min(could, key=self._clocks.of, default=None)

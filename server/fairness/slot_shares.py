@@ -1,25 +1,28 @@
-"""What of a model's slots one client may have while others want some, too.
+"""What of the slots one client may have while others want some, too.
 
 A request may take several slots, and hold them for long: without a bound few requests of one
-client would keep all the others waiting.
+client, or of a few, would keep all the others waiting.
 """
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from time import monotonic
 
 from runtime.request import Priority
+from server.fairness.client_clocks import ClientClocks
 from server.fairness.recent_clients import RecentClients
 
 _LINGER_SECONDS = 2.0
 _AHEAD = 2  # that may wait in an engine of few slots
+_LEARNING = 0.1  # of what a request takes usually
 
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """A request that waits for others of its client."""
+    """A request that waits for its turn."""
 
     client: str
     rows: int
@@ -28,34 +31,45 @@ class _Waiting:
 
 
 class SlotShares:
-    """Counts slots by client. Used on the event loop's thread only."""
+    """Hands out slots of the engines that share a device, by clients' clocks, which go on by slots
+    times seconds. Used on the event loop's thread only.
 
-    def __init__(self, linger: float = _LINGER_SECONDS) -> None:
-        """slots: set it; half of them are one client's while others are here, or were a moment ago:
-        between two requests of theirs it must not take all. Who is alone has all, and half as many
-        wait in the engine, so that it encodes several together: whoever comes is behind those.
-        """
+    While others are here, or were a moment ago, one client has its share at most, so that between
+    two requests of theirs it does not take all; one request may be larger. Half as many as there
+    are slots wait in the engine, so that it encodes several together; but those of several slots
+    wait here, because the engine keeps its order: all others would wait for so many to be free.
+    """
+
+    def __init__(
+        self, linger: float = _LINGER_SECONDS, clock: Callable[[], float] = monotonic
+    ) -> None:
+        """slots: set it."""
         self.slots = 0
-        self._linger = linger
-        self._left = RecentClients()
+        self._linger, self._clock = linger, clock
+        self._clocks, self._left = ClientClocks(), RecentClients(clock)
         self._taken: Counter[str] = Counter()
         self._batch: Counter[str] = Counter()  # of those, by requests that let others pass
-        self._waiting: list[_Waiting] = []  # in the order of their coming, interactive ones first
+        self._waiting: list[_Waiting] = []
+        self._usual = 0.0  # slots times seconds of a request
 
     @asynccontextmanager
     async def take(self, client: str, rows: int, priority: Priority) -> AsyncIterator[None]:
-        """Hold so many slots; wait for requests of the same client if it has its share."""
+        """Hold so many slots, once it is this request's turn."""
         me = _Waiting(client, rows, priority is Priority.BATCH)
         self._waiting.append(me)
-        self._waiting.sort(key=lambda each: each.batch)
+        began = 0.0
         try:
             self._admit()
             self._look_again()
             await me.turn.wait()
+            began = self._clock()
             yield
         finally:
             if me.turn.is_set():
                 self._take(me, -rows)
+                took = rows * (self._clock() - began) if began else 0.0
+                self._usual += _LEARNING * (took - self._usual)
+                self._clocks.charge(client, took, len(self._present | {client}))
             else:
                 self._waiting.remove(me)
             self._left.note(client)
@@ -68,6 +82,11 @@ class SlotShares:
             if not taken[each.client]:
                 del taken[each.client]
 
+    @property
+    def _present(self) -> set[str]:
+        """Clients that have slots, or wait for some."""
+        return {*self._taken, *(each.client for each in self._waiting)}
+
     def _look_again(self) -> None:
         """Once whoever left has been away for long enough, who waits may be alone."""
         if self._waiting:
@@ -77,20 +96,36 @@ class SlotShares:
         """Let in who has its turn; nobody passes another of its own client and priority."""
         if not self._waiting:
             return
-        lately = self._left.within(self._linger)
-        alone = len({*self._taken, *lately, *(each.client for each in self._waiting)}) == 1
-        blocked: set[str] = set()
-        left = []
+        clients = len(self._present | self._left.within(self._linger))
+        ahead = max(_AHEAD, self.slots // 2)
+        most = self.slots + ahead if clients == 1 else max(1, self.slots // clients)
+        while (next_ := self._next(most)) is not None:
+            # The engine lets those of high priority pass: what others have there is no matter.
+            taken = self._taken.total() - (0 if next_.batch else self._batch.total())
+            room = self.slots + (ahead if next_.rows == 1 or clients == 1 else 0)
+            if taken and taken + next_.rows > room:
+                return
+            self._waiting.remove(next_)
+            self._take(next_, next_.rows)
+            self._clocks.begin(next_.client)
+            next_.turn.set()
+
+    def _next(self, most: int) -> _Waiting | None:
+        """The request whose turn it is, of those whose client has less than its share."""
+        candidates: dict[tuple[str, bool], _Waiting] = {}
         for each in self._waiting:
-            mine, most = self._taken[each.client], self.slots // 2
-            if alone:
-                most = self.slots + max(_AHEAD, self.slots // 2)
-                mine -= 0 if each.batch else self._batch[each.client]  # it passes those there
-            fits = not mine or mine + each.rows <= most
-            if each.client in blocked or not fits:
-                blocked.add(each.client)
-                left.append(each)
-            else:
-                self._take(each, each.rows)
-                each.turn.set()
-        self._waiting = left
+            candidates.setdefault((each.client, each.batch), each)
+        for client in self._present:
+            if (client, False) in candidates:
+                candidates.pop((client, True), None)
+        could = (each for each in candidates.values() if self._fits(each, most))
+        return min(could, key=self._turn, default=None)
+
+    def _fits(self, each: _Waiting, most: int) -> bool:
+        mine = self._taken[each.client] - (0 if each.batch else self._batch[each.client])
+        return not mine or mine + each.rows <= most
+
+    def _turn(self, each: _Waiting) -> tuple[bool, float]:
+        """Those of high priority first, then by clocks; of what a client has now, what is usual."""
+        running = self._taken[each.client] * self._usual
+        return each.batch, self._clocks.of(each.client) + running

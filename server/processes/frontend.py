@@ -162,6 +162,7 @@ def update(service: Service, serving: Serving) -> None:
             model.links.dispatcher.refuse(digest, until)
         ours = [worker for worker in serving.workers if worker.model == name]
         model.update(ours, service.settings.front_end_processes)
+    service.share_devices()
 
 
 async def _hear(control: zmq.asyncio.Socket, service: Service, grpc: GrpcServer | None) -> None:

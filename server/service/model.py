@@ -46,6 +46,7 @@ class Model:
     decoders: ImageDecoders
     timeout_seconds: float
     identity: str = ""  # of its engine, once a worker was ready (`WorkerFacts.identity`)
+    device: str = ""  # of its workers; its name where they are elsewhere
     shares: SlotShares = field(default_factory=SlotShares)
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -71,7 +72,9 @@ class Model:
         self.identity = facts[0].identity
         self.limits.slots = min(w.facts.slots for w in workers if w.facts is not None)
         slots, engines = sum(f.slots * f.engines for f in facts), sum(f.engines for f in facts)
-        self.shares.slots = self.admission.slots = -(-slots // front_ends)
+        self.admission.slots = -(-slots // front_ends)
+        here = all(w.pid is not None for w in ready)
+        self.device = " ".join(sorted({f.device for f in facts})) if here else self.name
         if known := [f.seconds for f in facts if f.seconds]:
             self.admission.expect(front_ends * min(known) / engines)
         if self.admission.state is State.STARTING:

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.request import Caption, GenerationRequest, RequestOutput, Timing, captioned, joined
 from server.fairness.byte_budget import ByteBudget
+from server.fairness.slot_shares import SlotShares
 from server.fairness.token_buckets import TokenBuckets
 from server.images.clips import Clip
 from server.images.decoder import Setup, Target
@@ -68,6 +70,7 @@ class Service:
     refusals: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_REFUSALS))
     visits: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_VISITS))
     workers: tuple[WorkerState, ...] = ()
+    shares: dict[str, SlotShares] = field(default_factory=dict)  # by device
 
     @property
     def state(self) -> State:
@@ -84,6 +87,19 @@ class Service:
     def inside(self) -> int:
         """Requests that were let in and not answered yet."""
         return sum(model.admission.accepted for model in self.models.values())
+
+    def share_devices(self) -> None:
+        """Let models of one device share what clients may have of it, as their engines take the
+        same cores; unless each was given some of its own.
+        """
+        slots: Counter[str] = Counter()
+        for model in self.models.values():
+            apart = self.settings.threads and model.device == "cpu"
+            device = model.name if apart else model.device
+            model.shares = self.shares.setdefault(device, SlotShares())
+            slots[device] = max(slots[device], model.admission.slots)
+        for device, most in slots.items():
+            self.shares[device].slots = most
 
     def drain(self) -> None:
         """Take nothing new."""
