@@ -87,6 +87,30 @@ def test_a_request_keeps_its_connection_whoever_comes():
             client.close()
 
 
+def test_bodies_that_stop_before_their_end_make_room_for_others():
+    """Many addresses together could hold all bytes, each half of what the others left."""
+    size = 9_000_000
+    with serve(fake_engine, max_queue_bytes=4 * size) as live, contextlib.ExitStack() as held:
+        live.service.budget._most = size  # the setting's own bounds are larger
+        head = b"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+        left, stopped = size, []
+        while left > 20:
+            source = f"127.0.1.{len(stopped) + 1}", 0
+            client = held.enter_context(
+                socket.create_connection(("127.0.0.1", live.port), source_address=source)
+            )
+            body = left // 2
+            client.sendall(head % (body + 1) + bytes(body))
+            left -= body
+            stopped.append(client)
+            until(lambda left=left: size - live.service.budget.held == left)
+        assert live.caption(png()).error == "queue_full"
+        time.sleep(1.2)
+        assert live.caption(png()).status == 200
+        assert select.select(stopped, [], [], 5)[0] == stopped[:1]
+        assert stopped[0].recv(1) == b""
+
+
 def test_a_server_without_files_left_pauses_and_says_so_once(monkeypatch, caplog):
     with serve(fake_engine) as live:
         real, failures = socket.socket.accept, []

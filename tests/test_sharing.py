@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from server.fairness.byte_budget import ByteBudget
+from server.fairness.byte_budget import ByteBudget, Incoming
 from server.fairness.errors import QueueFull
 from server.fairness.token_buckets import TokenBuckets
 from server.ipc.remembered import Remembered
@@ -85,6 +85,53 @@ def test_who_waits_for_a_decoder_keeps_nobody_from_the_engine():
                 admission.check_in_time(1.0)
         assert admission.inside == 0
     assert admission.inside == 0
+
+
+def test_bodies_that_stop_in_the_middle_make_room_for_those_of_who_has_less():
+    now, closed = [0.0], []
+    budget = ByteBudget(1_000_000, lambda: now[0])
+
+    def come(client: str, size: int) -> Incoming:
+        body = budget.begin(client, lambda: (closed.append(client), budget.let_go(size, client)))
+        budget.hold(size, client, body)
+        return body
+
+    for client, size in {"a": 500_000, "b": 250_000, "c": 125_000, "d": 62_500}.items():
+        come(client, size)
+    with pytest.raises(QueueFull):
+        come("good", 60_000)  # nobody has stopped yet
+    now[0] += 1.5
+    with pytest.raises(QueueFull):
+        come("b", 260_000)  # "a" has less than "b" would have
+    assert not closed
+    come("good", 60_000)
+    assert closed == ["a"]
+
+
+@pytest.mark.parametrize(("piece", "closed"), [(70_000, False), (10_000, True)])
+def test_a_body_that_goes_on_coming_is_left_alone(piece, closed):
+    now, gone = [0.0], []
+    budget = ByteBudget(1_000_000, lambda: now[0])
+    body = budget.begin("a", lambda: (gone.append("a"), budget.let_go(100_000 + 4 * piece, "a")))
+    budget.hold(100_000, "a", body)
+    for _ in range(4):
+        now[0] += 0.9
+        budget.hold(piece, "a", body)
+    budget.owe(1_000_000, "b")
+    now[0] += 0.5
+    with contextlib.suppress(QueueFull):
+        budget.hold(1000, "c")
+    assert bool(gone) == closed
+
+
+def test_one_client_of_many_that_send_much_has_a_part_of_the_rate():
+    now = [0.0]
+    credit = TokenBuckets(100.0, 100.0, lambda: now[0], together=True)
+    assert credit.spend("a", 100) == 0
+    assert credit.spend("b", 50) == 0, "half as much"
+    assert credit.spend("b", 50) == 1.0
+    now[0] += 5
+    assert credit.spend("a", 100) == 0, "who spent long ago does not count"
 
 
 def test_a_client_holds_at_most_half_of_the_bytes_that_others_leave():

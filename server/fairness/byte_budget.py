@@ -1,29 +1,77 @@
 """The bytes of bodies and answers that are inside a front-end, whatever model they are for."""
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
 
 from server.fairness.errors import QueueFull
 
 _RETRY_SECONDS = 1
+_STEP, _STEP_SECONDS = 64 * 1024, 1.0  # bytes that a body gains at least in so many seconds
+
+
+@dataclass(slots=True, eq=False)
+class Incoming:
+    """A body that is still coming in. close: has its bytes let go at once.
+
+    size, since: bytes that have come in the present step, and when it began.
+    """
+
+    client: str
+    close: Callable[[], object]
+    since: float
+    size: int = 0
 
 
 class ByteBudget:
-    """Counts them, by client. Used on the event loop's thread only."""
+    """Counts bytes by client. Used on the event loop's thread only."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, clock: Callable[[], float] = monotonic) -> None:
         """Let at most `most` in together; of what others leave, half may be one client's."""
         self.held = 0
-        self._most = most
+        self._most, self._clock = most, clock
         self._by_client: Counter[str] = Counter()
+        self._incoming: dict[Incoming, None] = {}
 
-    def hold(self, size: int, client: str) -> None:
-        """Count bytes of a body in. Raises QueueFull if there are too many already."""
+    def begin(self, client: str, close: Callable[[], object]) -> Incoming:
+        """A body begins to come in; `end` it when it is here, or given up."""
+        body = Incoming(client, close, self._clock())
+        self._incoming[body] = None
+        return body
+
+    def end(self, body: Incoming) -> None:
+        """It does not come in any more."""
+        self._incoming.pop(body, None)
+
+    def hold(self, size: int, client: str, body: Incoming | None = None) -> None:
+        """Count bytes in, of a body that comes in or of a copy.
+
+        Where there is no room, bodies are closed that have all but stopped coming, of clients that
+        have more bytes than this one, the most first. Raises QueueFull if that does not help.
+        """
+        if body is not None:
+            body.size += size
+            if body.size >= _STEP:
+                body.size, body.since = 0, self._clock()
+        while not self._fits(size, client):
+            victim = max(self._incoming, key=self._worth, default=None)
+            if victim is None or self._worth(victim) <= self._by_client[client] + size:
+                message = "too many bytes are being sent at once: try again later"
+                raise QueueFull(message, _RETRY_SECONDS)
+            self.end(victim)
+            victim.close()
+        self.owe(size, client)
+
+    def _worth(self, body: Incoming) -> int:
+        """Bytes that its client has, if it has all but stopped."""
+        stopped = body.since < self._clock() - _STEP_SECONDS
+        return self._by_client[body.client] if stopped else 0
+
+    def _fits(self, size: int, client: str) -> bool:
         before = self._by_client[client]
         left = self._most - (self.held - before)
-        if self.held + size > self._most or before + size > left // 2:
-            message = "too many bytes are being sent at once: try again later"
-            raise QueueFull(message, _RETRY_SECONDS)
-        self.owe(size, client)
+        return self.held + size <= self._most and before + size <= left // 2
 
     def owe(self, size: int, client: str) -> None:
         """Count bytes of an answer in, which can't be refused any more."""

@@ -13,6 +13,7 @@ from runtime.errors import InvalidRequest, VignetteError
 from runtime.request import Timing
 from server.bodies import PIECE, Parts, json_parts, shown
 from server.errors import BodyTooLarge, UnsupportedMediaType, answer_to
+from server.fairness.byte_budget import Incoming
 from server.http.handler import Handler
 from server.ipc.dispatcher import Expired
 from server.logs import plain
@@ -41,6 +42,7 @@ class IntakeHandler(Handler):
         self._task: asyncio.Task | None = None
         self._gone = False
         self._payer = self.client  # for the bytes of the body
+        self._incoming: Incoming | None = None
         self._refused: VignetteError | None = None
         self._place = ExitStack()  # among the requests of its key
 
@@ -106,6 +108,8 @@ class IntakeHandler(Handler):
             try:
                 if self._received > self._limit:
                     raise self._too_large()
+                if self._incoming is None:
+                    self._incoming = self.service.budget.begin(self._payer, self._make_room)
                 self.hold(len(chunk))
             except VignetteError as error:
                 self._refused = error
@@ -119,10 +123,22 @@ class IntakeHandler(Handler):
 
     def hold(self, size: int) -> None:
         """Count bytes of this request among those inside. Raises QueueFull."""
-        self.service.budget.hold(size, self._payer)
+        self.service.budget.hold(size, self._payer, self._incoming)
         self._held += size
 
+    def _came(self) -> None:
+        """Nothing of the body comes in any more."""
+        if self._incoming is not None:
+            self.service.budget.end(self._incoming)
+            self._incoming = None
+
+    def _make_room(self) -> None:
+        """Hang up on a client that has all but stopped sending."""
+        self._drop_body()
+        self.request.connection.stream.close()  # type: ignore[union-attr]
+
     def _drop_body(self) -> None:
+        self._came()
         self._body = bytearray()
         if self._held:
             self.service.budget.let_go(self._held, self._payer)
@@ -145,6 +161,7 @@ class IntakeHandler(Handler):
         if self._refused is not None:
             refused, self._refused = self._refused, None  # or its frames would hold this for long
             raise refused
+        self._came()
         self._task = asyncio.current_task()
         self.service.check_room(self.client)
         body = bytes(self._body)

@@ -38,7 +38,7 @@ from server.tracing import Tracer
 log = logging.getLogger(__name__)
 
 _LARGE = 256 * 1024  # bytes that are not hashed on the event loop: a third of a millisecond
-_BYTES = 100e6, 64e6  # of large bodies, a second and at once: a quarter of a slow core
+_BYTES = 100e6, 32e6  # of all large bodies, a second and at once: half of a slow core
 _REFUSALS = 50.0, 100.0
 _VISITS = 200.0, 400.0  # of what is no caption and is answered
 Images = list[bytes] | str  # as they were sent, one or one a frame; or where one is to be fetched
@@ -66,7 +66,7 @@ class Service:
     index: int
     keys_read: int = field(default=0, init=False)  # how often the file was read again
     keys_reader: asyncio.Task[None] | None = field(default=None, init=False)
-    intake: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_BYTES))
+    intake: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_BYTES, together=True))
     refusals: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_REFUSALS))
     visits: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_VISITS))
     workers: tuple[WorkerState, ...] = ()
