@@ -1,5 +1,6 @@
 """Rows in every form: each image exactly one, whatever is killed when."""
 
+import io
 import json
 import os
 import shutil
@@ -145,6 +146,27 @@ def test_no_text_lands_outside(tmp_path):
     Image.new("RGB", (2, 2)).save(image)
     assert run(f"{tmp_path}/texts/", f"{tmp_path}/in").told.failed == 1
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_names_that_no_output_can_take_fail_alone(output, photos, tmp_path):
+    """In shards and lists of strangers; and a run that is given again finds all done."""
+    image = next(photos.rglob("*.png")).read_bytes()
+    names = (".", "/", "x" * 300, "a\udcffb", "d", "d/e", "../../f", "/g")
+    with tarfile.open(tmp_path / "hostile.tar", "w", errors="surrogateescape") as archive:
+        for name in names:
+            member = tarfile.TarInfo(f"{name}.png")
+            member.size = len(image)
+            archive.addfile(member, io.BytesIO(image))
+    ids = ["a\0b.png", "a\ud800.png", "c" * 5000]
+    hostile = "".join(json.dumps({"image": each}) + "\n" for each in ids) + "[" * 100_000
+    (tmp_path / "hostile.jsonl").write_text(hostile)
+    given = f"{tmp_path}/hostile.tar", f"{tmp_path}/hostile.jsonl"
+    told = run(output, *given).told
+    assert told.captioned + told.failed == len(names) + len(ids) + 1
+    assert told.failed >= len(ids) + 1
+    assert run(output, *given).told.before == told.ended
+    if output.endswith(".tar"):
+        assert not any(name.startswith(("/", "..")) for name, _ in members(Path(output)))
 
 
 def test_equal_images_share_a_row_s_caption_over_runs(photos, tmp_path):

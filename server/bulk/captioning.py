@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import sha256
@@ -61,7 +61,7 @@ class Captioning:
         self._same: dict[str, Future[tuple[Said, ...]]] = {}
         self._lock = threading.Lock()
 
-    def run(self, items: Iterable[Item]) -> Iterator[Outcome]:
+    def run(self, items: Iterable[Item]) -> Generator[Outcome, None, None]:
         """Raises what ended the run; closing it leaves what was not begun."""
         most = self._captioner.at_once + _FETCHES
         pool = ThreadPoolExecutor(most, "item")
@@ -141,11 +141,15 @@ def image_of(item: Item, limit: int) -> bytes:
     if item.wrong is not None:
         raise Unfit(item.wrong)
     if isinstance(item.image, bytes):
+        if len(item.image) > limit:
+            raise Unfit(f"it has more than {limit / 1e6:g} MB (--max-image-mb)")
         return item.image
     try:
         return fetch(item.image, limit)
     except (VignetteError, OSError):
         raise
+    except ValueError as error:  # no name of a file
+        raise Unfit(str(error)) from error
     except Exception as error:  # each file system of fsspec has its own
         if not is_url(item.image):
             raise

@@ -188,7 +188,7 @@ def _here(args: argparse.Namespace, plan: Plan, given: list[Part], output: Outpu
         job = _job(args, output, captioner.identity)
         print(captioner.where, file=sys.stderr)
         outcomes = Captioning(captioner, plan, job.kept).run(job.left(items(given)))
-        with Progress(given) as progress:
+        with closing(outcomes), Progress(given) as progress:
             return job.write(outcomes, progress.show)
 
 

@@ -47,19 +47,33 @@ class Files:
 
 
 def plain(name: str) -> str:
-    """A file's name as UTF-8. A byte that is none is written \\xNN, and a backslash \\\\ then,
-    so that `bytes(name, "latin-1", "backslashreplace").decode("unicode_escape")` finds it again.
+    """A file's name as UTF-8. A byte that is none is written \\xNN, another half of a surrogate
+    pair \\uNNNN, and a backslash \\\\ then, so that
+    `bytes(name, "latin-1", "backslashreplace").decode("unicode_escape")` finds it again.
     """
-    if not any("\udc80" <= c <= "\udcff" for c in name):
+    if not any("\ud800" <= c <= "\udfff" for c in name):
         return name
     escaped = name.replace("\\", "\\\\")
-    return "".join(f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c for c in escaped)
+    return "".join(
+        f"\\x{ord(c) - 0xDC00:02x}"
+        if "\udc80" <= c <= "\udcff"
+        else f"\\u{ord(c):04x}"
+        if "\ud800" <= c <= "\udfff"
+        else c
+        for c in escaped
+    )
 
 
 def named(location: str) -> str:
     """A path below an output folder for what lies at a location: without root, dots and suffix."""
-    parts = PurePosixPath(urlsplit(location).path if is_url(location) else location).parts
-    return _stem("/".join(part for part in parts if part not in ("/", "..", ".")))
+    return _stem(below(urlsplit(location).path if is_url(location) else location))
+
+
+def below(path: str) -> str:
+    """A path without root and dots: it leads nowhere else."""
+    return "/".join(
+        part for part in PurePosixPath(path).parts if part not in ("/", "//", "..", ".")
+    )
 
 
 def _stem(name: str) -> str:

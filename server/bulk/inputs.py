@@ -4,6 +4,8 @@ import csv
 import os
 from collections.abc import Iterable, Iterator
 
+from msgspec.structs import replace
+
 from runtime.errors import VignetteError
 from server.bulk.fetching import NoWay, is_url
 from server.bulk.folders import Files, is_pattern, matches, plain
@@ -57,6 +59,17 @@ def split(parts: Iterable[Part]) -> list[Part]:
     ]
 
 
+def _written(item: Item) -> Item:
+    """An item whose texts can be written as UTF-8, whatever bytes a list or a shard had there."""
+    texts = {"id": item.id, "name": item.name, "key": item.key, "prompt": item.prompt}
+    try:
+        for text in texts.values():
+            (text or "").encode()
+    except UnicodeEncodeError:
+        return replace(item, **{name: text and plain(text) for name, text in texts.items()})
+    return item
+
+
 def items(parts: Iterable[Part]) -> Iterator[Item]:
     """Of all parts, one after the other. A part that breaks off has an item that says so.
 
@@ -64,7 +77,7 @@ def items(parts: Iterable[Part]) -> Iterator[Item]:
     """
     for part in parts:
         try:
-            yield from part.items()
+            yield from map(_written, part.items())
         except (NoColumn, NoWay):
             raise
         except (VignetteError, OSError, ValueError, csv.Error) as error:

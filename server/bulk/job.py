@@ -157,6 +157,6 @@ def _state(image: bytes | str) -> tuple[int | None, int | None]:
         return _GONE
     try:
         found = Path(image).stat()
-    except OSError:
+    except (OSError, ValueError):  # no name of a file, too
         return _GONE
     return found.st_size, found.st_mtime_ns

@@ -15,7 +15,7 @@ from server.bulk.fetching import NoWay, is_url, opened
 from server.bulk.folders import named
 from server.bulk.items import Item
 
-_ROWS = 64  # of a Parquet file that are held at a time: they may be images
+_ROWS = 8  # of a Parquet file that are held at a time: they may be large images
 _COLUMN = "image"  # unless another is named
 _LONGEST_LINE = 64 * 2**20  # a data URI of an image fits
 csv.field_size_limit(_LONGEST_LINE)
@@ -166,7 +166,7 @@ def _objects(stream: Any) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
             continue
         try:
             found = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             found = f"this line is no JSON: {error}"
         yield number, found if isinstance(found, dict | str) else "this line is no JSON object"
 

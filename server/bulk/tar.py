@@ -15,6 +15,7 @@ import msgspec
 from PIL import Image
 from typing_extensions import override
 
+from server.bulk.folders import below
 from server.bulk.index import Index
 from server.bulk.items import Outcome, Row
 from server.bulk.output import Output, OutputConflict, locked, replacing
@@ -53,7 +54,9 @@ class Tar(Output):
 
     @override
     def append(self, row: Row, outcome: Outcome) -> None:
-        key = outcome.item.key or f"{self._count:09}"
+        key = below(outcome.item.key or "")
+        if not key or split(f"{key}.json") != (key, "json"):  # it would not be found again
+            key = f"{self._count:09}"
         content = io.BytesIO()
         with tarfile.open(fileobj=content, mode="w", format=tarfile.PAX_FORMAT) as archive:
             for extension, data in _members(row, outcome).items():

@@ -39,10 +39,13 @@ class Texts(Output):
         if row.caption is None:
             self._lines.append(row, outcome)
             return
-        path = PurePosixPath(outcome.item.key or outcome.item.name)
-        row = replace(row, text=str(path.with_name(f"{path.name}.txt")))
+        name = outcome.item.key or outcome.item.name
+        row = replace(row, text=f"{PurePosixPath(name)}.txt")
         assert row.text is not None and row.caption is not None
-        self._check(row.id, row.text)
+        try:
+            self._check(row.id, row.text)
+        except (OSError, ValueError) as cause:
+            raise NotWritten(f"{row.text} can't be a file here: {cause}") from cause
         self._lines.append(row, outcome)
         self._written.keep(row.text, _mark(row))
         self._write(row.text, row.caption)
@@ -59,6 +62,9 @@ class Texts(Output):
         target = self._folder / text
         if not target.resolve().is_relative_to(self._folder):
             raise NotWritten(f"{text} lies outside of the output")
+        if target.is_dir():
+            raise NotWritten(f"{text} is a folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
         owner, _, written = (self._written.get(text) or b"").partition(b"\0")
         if owner and owner != item_id.encode():
             raise NotWritten(f"{text} has the caption of {owner.decode()} already")

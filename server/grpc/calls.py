@@ -170,8 +170,12 @@ class Bounds(grpc.aio.ServerInterceptor):
         return bounded
 
     def _streaming(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        async def paced(requests: AsyncIterator[Any], address: str) -> AsyncIterator[Any]:
+        async def paced(
+            requests: AsyncIterator[Any], address: str, context: Context
+        ) -> AsyncIterator[Any]:
             async for request in requests:
+                if request.ByteSize() > _LARGEST:
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _TOO_LARGE)
                 await asyncio.sleep(self._service.visits.spend(address, 1))
                 yield request
 
@@ -180,7 +184,7 @@ class Bounds(grpc.aio.ServerInterceptor):
             with self._place(address) as place:
                 if not place:
                     await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _TOO_MANY)
-                async for answer in function(paced(requests, address), context):
+                async for answer in function(paced(requests, address, context), context):
                     yield answer
 
         return bounded
