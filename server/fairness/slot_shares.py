@@ -5,7 +5,7 @@ client, or of a few, would keep all the others waiting.
 """
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -49,14 +49,15 @@ class SlotShares:
         self._clocks, self._left = ClientClocks(), RecentClients(clock)
         self._taken: Counter[str] = Counter()
         self._batch: Counter[str] = Counter()  # of those, by requests that let others pass
-        self._waiting: list[_Waiting] = []
+        # By client and whether they let others pass, each in the order of their coming.
+        self._waiting: dict[tuple[str, bool], deque[_Waiting]] = {}
         self._usual = 0.0  # slots times seconds of a request
 
     @asynccontextmanager
     async def take(self, client: str, rows: int, priority: Priority) -> AsyncIterator[None]:
         """Hold so many slots, once it is this request's turn."""
         me = _Waiting(client, rows, priority is Priority.BATCH)
-        self._waiting.append(me)
+        self._waiting.setdefault((client, me.batch), deque()).append(me)
         began = 0.0
         try:
             self._admit()
@@ -71,7 +72,7 @@ class SlotShares:
                 self._usual += _LEARNING * (took - self._usual)
                 self._clocks.charge(client, took, len(self._present | {client}))
             else:
-                self._waiting.remove(me)
+                self._forget(me)
             self._left.note(client)
             self._look_again()
             self._admit()
@@ -82,10 +83,16 @@ class SlotShares:
             if not taken[each.client]:
                 del taken[each.client]
 
+    def _forget(self, each: _Waiting) -> None:
+        line = self._waiting[each.client, each.batch]
+        line.remove(each)
+        if not line:
+            del self._waiting[each.client, each.batch]
+
     @property
     def _present(self) -> set[str]:
         """Clients that have slots, or wait for some."""
-        return {*self._taken, *(each.client for each in self._waiting)}
+        return {*self._taken, *(client for client, _ in self._waiting)}
 
     def _look_again(self) -> None:
         """Once whoever left has been away for long enough, who waits may be alone."""
@@ -105,21 +112,19 @@ class SlotShares:
             room = self.slots + (ahead if next_.rows == 1 or clients == 1 else 0)
             if taken and taken + next_.rows > room:
                 return
-            self._waiting.remove(next_)
+            self._forget(next_)
             self._take(next_, next_.rows)
             self._clocks.begin(next_.client)
             next_.turn.set()
 
     def _next(self, most: int) -> _Waiting | None:
         """The request whose turn it is, of those whose client has less than its share."""
-        candidates: dict[tuple[str, bool], _Waiting] = {}
-        for each in self._waiting:
-            candidates.setdefault((each.client, each.batch), each)
-        for client in self._present:
-            if (client, False) in candidates:
-                candidates.pop((client, True), None)
-        could = (each for each in candidates.values() if self._fits(each, most))
-        return min(could, key=self._turn, default=None)
+        first = (
+            line[0]
+            for (client, batch), line in self._waiting.items()
+            if not (batch and (client, False) in self._waiting)
+        )
+        return min((each for each in first if self._fits(each, most)), key=self._turn, default=None)
 
     def _fits(self, each: _Waiting, most: int) -> bool:
         mine = self._taken[each.client] - (0 if each.batch else self._batch[each.client])
