@@ -21,7 +21,10 @@ def make(tmp_path):
     (folder / "ready").touch()
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        # What this was started with by make itself would be the other's, too.
+        ours = ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "ARGS")
+        environment = {k: v for k, v in os.environ.items() if k not in ours}
+        environment["PYTHONPATH"] = str(ROOT)
         program = [
             f"SERVE={sys.executable}",
             f"DEV={sys.executable}",

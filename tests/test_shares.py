@@ -1,12 +1,15 @@
 """What of a model's slots one client may have."""
 
 import asyncio
+from types import SimpleNamespace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.request import Priority
 from server.fairness.slot_shares import SlotShares
+from server.service.service import Service
 
 SLOTS = 8
 
@@ -159,3 +162,18 @@ def test_everybody_comes_in_at_last(asked, random):
         assert not scene.shares._taken
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_models_of_one_device_share_its_slots_unless_each_has_cores_of_its_own(threads):
+    models = {
+        name: SimpleNamespace(name=name, device=device, admission=SimpleNamespace(slots=slots))
+        for name, device, slots in [("a", "cpu", 16), ("b", "cpu", 8), ("c", "gpu 0", 64)]
+    }
+    service = SimpleNamespace(models=models, shares={}, settings=SimpleNamespace(threads=threads))
+    for _ in range(2):  # workers come and go
+        Service.share_devices(service)
+    a, b, c = (model.shares for model in models.values())
+    assert (a is b) == (not threads)
+    assert (a.slots, a.models) == ((16, 1) if threads else (16, 2))
+    assert (c.slots, c.models) == (64, 1)

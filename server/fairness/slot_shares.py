@@ -43,8 +43,10 @@ class SlotShares:
     def __init__(
         self, linger: float = _LINGER_SECONDS, clock: Callable[[], float] = monotonic
     ) -> None:
-        """slots: set it."""
-        self.slots = 0
+        """slots, models: set them. With several models a share is smaller: a request of another
+        model keeps all cores busy, too, which one in the same batch does not.
+        """
+        self.slots, self.models = 0, 1
         self._linger, self._clock = linger, clock
         self._clocks, self._left = ClientClocks(), RecentClients(clock)
         self._taken: Counter[str] = Counter()
@@ -105,7 +107,9 @@ class SlotShares:
             return
         clients = len(self._present | self._left.within(self._linger))
         ahead = max(_AHEAD, self.slots // 2)
-        most = self.slots + ahead if clients == 1 else max(1, self.slots // clients)
+        all_ = self.slots + ahead
+        share = (all_ if self.models == 1 else self.slots) // clients
+        most = all_ if clients == 1 else max(1, min(self.slots // 2, share))
         while (next_ := self._next(most)) is not None:
             # The engine lets those of high priority pass: what others have there is no matter.
             taken = self._taken.total() - (0 if next_.batch else self._batch.total())

@@ -92,14 +92,15 @@ class Service:
         """Let models of one device share what clients may have of it, as their engines take the
         same cores; unless each was given some of its own.
         """
-        slots: Counter[str] = Counter()
+        slots, models = Counter[str](), Counter[str]()
         for model in self.models.values():
             apart = self.settings.threads and model.device == "cpu"
             device = model.name if apart else model.device
             model.shares = self.shares.setdefault(device, SlotShares())
             slots[device] = max(slots[device], model.admission.slots)
-        for device, most in slots.items():
-            self.shares[device].slots = most
+            models[device] += 1
+        for device, shares in self.shares.items():
+            shares.slots, shares.models = slots[device], models[device]
 
     def drain(self) -> None:
         """Take nothing new."""
