@@ -21,7 +21,9 @@ from tests.fakes import ray_engine
 
 
 def main(output: str, given: str) -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}  # not 3 s
+    head = {"num_cpus": 1, "_system_config": quick}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
     cluster.wait_for_nodes()
     work = Work(ray_engine, {}, Plan(None, 10**7), MAX_PIXELS, whole=False)
