@@ -99,8 +99,8 @@ class Service:
             model.shares = self.shares.setdefault(device, SlotShares())
             slots[device] = max(slots[device], model.admission.slots)
             models[device] += 1
-        for device, shares in self.shares.items():
-            shares.slots, shares.models = slots[device], models[device]
+        for device, most in slots.items():  # who waits for others, as of a start, waits on
+            self.shares[device].slots, self.shares[device].models = most, models[device]
 
     def drain(self) -> None:
         """Take nothing new."""
