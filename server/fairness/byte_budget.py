@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from time import monotonic
 
 from server.fairness.errors import QueueFull
@@ -32,7 +33,7 @@ class ByteBudget:
         self.held = 0
         self._most, self._clock = most, clock
         self._by_client: Counter[str] = Counter()
-        self._incoming: dict[Incoming, None] = {}
+        self._incoming: dict[Incoming, None] = {}  # the longest in their present step first
 
     def begin(self, client: str, close: Callable[[], object]) -> Incoming:
         """A body begins to come in; `end` it when it is here, or given up."""
@@ -54,19 +55,20 @@ class ByteBudget:
             body.size += size
             if body.size >= _STEP:
                 body.size, body.since = 0, self._clock()
+                self._incoming[body] = self._incoming.pop(body)
+        late = self._clock() - _STEP_SECONDS
         while not self._fits(size, client):
-            victim = max(self._incoming, key=self._worth, default=None)
-            if victim is None or self._worth(victim) <= self._by_client[client] + size:
+            stopped = takewhile(lambda each: each.since < late, self._incoming)
+            victim = max(stopped, key=self._bytes, default=None)
+            if victim is None or self._bytes(victim) <= self._by_client[client] + size:
                 message = "too many bytes are being sent at once: try again later"
                 raise QueueFull(message, _RETRY_SECONDS)
             self.end(victim)
             victim.close()
         self.owe(size, client)
 
-    def _worth(self, body: Incoming) -> int:
-        """Bytes that its client has, if it has all but stopped."""
-        stopped = body.since < self._clock() - _STEP_SECONDS
-        return self._by_client[body.client] if stopped else 0
+    def _bytes(self, body: Incoming) -> int:
+        return self._by_client[body.client]
 
     def _fits(self, size: int, client: str) -> bool:
         before = self._by_client[client]
