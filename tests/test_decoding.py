@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench.common.processes import pss
+from bench.reliability.senders import unpacking
 from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels
 from runtime.model.manifest import Preprocessing
 from runtime.model.preprocess import preprocess
@@ -24,7 +26,7 @@ from server.images.decoder import Place, Setup, Target
 from server.images.lane import GaveWay, OutOfTime
 from server.images.pool import ImageDecoders, Job, Origin
 from server.ipc.shared import NoSharedMemory, PixelStore
-from tests.live import png
+from tests.live import png, until
 
 HOW = Preprocessing(32, 32, 3)
 
@@ -278,7 +280,7 @@ def test_a_decoder_that_hangs_is_replaced_in_time(store):
 def test_a_request_that_gives_up_does_not_free_a_slot_that_is_written_to():
     """Neither its deadline nor its client's going: the decoder is slower than both."""
     from tests.fakes import fake_engine
-    from tests.live import serve, until
+    from tests.live import serve
 
     with serve(fake_engine) as live:
         places = len(live.model.store._free)
@@ -300,6 +302,14 @@ def test_memory_is_limited(tmp_path, store):
     with pytest.raises(TooHard, match="would take 6885 MiB, and there are 700"):
         decode(decoders, png(size=(19_000, 19_000)))
     decode(decoders, png())
+    decoders.close()
+
+
+def test_a_large_image_leaves_no_memory_behind(store):
+    """Its 400 MB would stay with the process until another such image came."""
+    decoders = pool(store, pixels=50_000_000)
+    decode(decoders, unpacking(7_000))
+    until(lambda: max(map(pss, decoders.pids)) < 100 * 2**20)
     decoders.close()
 
 

@@ -26,7 +26,14 @@ from server.images import heads
 from server.images.clips import frames_of
 from server.images.cost import TooHard, estimate
 from server.ipc.shared import PixelStore
-from server.system import environment, follow_parent, give_way, limit_memory, trim_memory
+from server.system import (
+    environment,
+    follow_parent,
+    give_way,
+    limit_memory,
+    own_memory,
+    trim_memory,
+)
 
 _KEPT = 64 * 2**20  # bytes of freed memory that are no matter
 _ENVIRONMENT = {  # which the process has before it loads anything
@@ -150,6 +157,7 @@ def _serve(socket: socket.socket, setup: Setup) -> None:
     give_way(setup.niceness)
     stores = [PixelStore(*target.store) for target in setup.targets]
     limit_memory(setup.memory + sum(store.size for store in stores))
+    at_first = own_memory()
     socket.sendall(_READY)
     # Libraries write there what strangers make them complain of, as much as they like.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -173,6 +181,8 @@ def _serve(socket: socket.socket, setup: Setup) -> None:
             kind, answer = BUG, traceback.format_exc().encode(errors="replace")
         signal.setitimer(signal.ITIMER_PROF, 0)
         socket.sendall(_ANSWER.pack(kind, len(answer)) + answer)
+        if own_memory() > at_first + _KEPT:  # what a large image leaves, in many pieces
+            trim_memory()
 
 
 def _pixels(
@@ -191,11 +201,7 @@ def _pixels(
             f"decoding this image would take {cost.memory // 2**20} MiB, and there are "
             f"{setup.memory // 2**20}: make it smaller"
         )
-    try:
-        pixels = prepared(image, how, setup.max_pixels)
-    finally:
-        if cost.memory > _KEPT:  # it is in the many pieces that Pillow makes
-            trim_memory()
+    pixels = prepared(image, how, setup.max_pixels)
     stores[place.model][place.slot][... if place.frame < 0 else place.frame] = pixels
     return DONE, json.dumps(time.process_time() - started - cost.seconds).encode()
 
@@ -207,17 +213,11 @@ def _frames(
     heads.check(data)
     how, slot = setup.targets[place.model].how, stores[place.model][place.slot]
     rows = slot if slot.ndim == _CLIP_AXES else slot[None]
-    try:
-        for row, frame in zip(rows, frames_of(data, len(rows), setup.max_pixels), strict=True):
-            row[...] = to_pixels(frame, how)
-    finally:
-        trim_memory()
+    for row, frame in zip(rows, frames_of(data, len(rows), setup.max_pixels), strict=True):
+        row[...] = to_pixels(frame, how)
     return DONE, json.dumps(0.0).encode()
 
 
 def _parts(data: bytes) -> tuple[bytes, bytes]:
     """A JSON body's parts, as `server.bodies.Parts.packed`."""
-    try:
-        return DONE, json_parts(data).packed()
-    finally:
-        trim_memory()
+    return DONE, json_parts(data).packed()
