@@ -16,7 +16,7 @@ import torch
 
 from export.checkpoint import Checkpoint
 from export.modeling import ImagePrefix, TextDecoder
-from runtime.decoding.base import Row
+from runtime.decoding.base import RowCandidates
 from runtime.decoding.beams import Beams
 from runtime.model.manifest import Sizes, SpecialTokens
 from runtime.request import SamplingParams
@@ -205,7 +205,7 @@ def best_of_beams(
         if fed < len(case.prompt):
             continue
         likeliest = (outputs[f"candidate_{part}"].tolist() for part in ("ids", "logprobs"))
-        rows = [Row(ids, logprobs, 0.0) for ids, logprobs in zip(*likeliest, strict=True)]
+        rows = [RowCandidates(ids, logprobs, 0.0) for ids, logprobs in zip(*likeliest, strict=True)]
         parents = list(range(beams))
         for source, target in decoding.advance(rows):
             parents[target] = source

@@ -14,7 +14,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from runtime.decoding.base import Move, Row
+from runtime.decoding.base import Move, RowCandidates
 from runtime.decoding.choice import decoding_of
 from runtime.errors import InvalidRequest, WrongThread
 from runtime.execution.base import ModelRunner
@@ -255,7 +255,7 @@ class Engine:
         if moves:  # of beams, with which there are no bursts
             self.runner.reorder(moves, max(fed) + 1)
 
-    def _advanced(self, sequence: Sequence, rows: list[Row]) -> list[Move]:
+    def _advanced(self, sequence: Sequence, rows: list[RowCandidates]) -> list[Move]:
         """What its decoding makes of candidates; an error of ours there is its own alone."""
         try:
             return sequence.advance(rows)

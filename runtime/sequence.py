@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 
-from runtime.decoding.base import Decoding, Move, Row
+from runtime.decoding.base import Decoding, Move, RowCandidates
 from runtime.model.manifest import UNFORCED
 from runtime.request import Completion, FinishReason, GenerationRequest, RequestOutput, Timing
 
@@ -51,7 +51,7 @@ class Sequence:
         forced = max(0, len(self.request.prompt_ids) - self.fed - 1)  # behind the next one
         return forced + self.decoding.steps_left
 
-    def advance(self, rows: ListLike[Row]) -> list[Move]:
+    def advance(self, rows: ListLike[RowCandidates]) -> list[Move]:
         """Take what may follow the next tokens; returns slots whose text K/V go to others."""
         self.fed += 1
         if any(math.isnan(row.logprobs[0]) for row in rows):

@@ -30,7 +30,7 @@ class UnsupportedMediaType(VignetteError):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ErrorStatus:
     """How an error is answered. `message` replaces the error's own text, where that isn't ours."""
 
     status: int
@@ -39,35 +39,37 @@ class Answer:
 
 
 # The first that fits counts, so what is a kind of another stands before it.
-ERRORS: dict[type[Exception], Answer] = {
-    ForbiddenUrl: Answer(400, "forbidden_url"),
-    InvalidImage: Answer(400, "invalid_image"),
-    InvalidRequest: Answer(400, "invalid_request"),
-    Unauthorised: Answer(401, "unauthorised"),
-    BodyTooLarge: Answer(413, "body_too_large"),
-    UnknownModel: Answer(404, "unknown_model"),
-    UnsupportedMediaType: Answer(415, "unsupported_media_type"),
-    NoVideo: Answer(415, "unsupported_media_type"),
-    TooManyPixels: Answer(422, "too_many_pixels"),
-    TooHard: Answer(422, "too_hard_to_decode"),
-    FetchFailed: Answer(422, "fetch_failed"),
-    TooFast: Answer(429, "too_fast"),
-    QueueFull: Answer(429, "queue_full"),
-    EnginesFull: Answer(429, "queue_full"),
-    NotServing: Answer(503, "not_serving"),
-    ComputationFailed: Answer(500, "engine_failed"),
-    EngineFailed: Answer(500, "engine_failed"),
-    Expired: Answer(504, "deadline_exceeded"),
+ERRORS: dict[type[Exception], ErrorStatus] = {
+    ForbiddenUrl: ErrorStatus(400, "forbidden_url"),
+    InvalidImage: ErrorStatus(400, "invalid_image"),
+    InvalidRequest: ErrorStatus(400, "invalid_request"),
+    Unauthorised: ErrorStatus(401, "unauthorised"),
+    BodyTooLarge: ErrorStatus(413, "body_too_large"),
+    UnknownModel: ErrorStatus(404, "unknown_model"),
+    UnsupportedMediaType: ErrorStatus(415, "unsupported_media_type"),
+    NoVideo: ErrorStatus(415, "unsupported_media_type"),
+    TooManyPixels: ErrorStatus(422, "too_many_pixels"),
+    TooHard: ErrorStatus(422, "too_hard_to_decode"),
+    FetchFailed: ErrorStatus(422, "fetch_failed"),
+    TooFast: ErrorStatus(429, "too_fast"),
+    QueueFull: ErrorStatus(429, "queue_full"),
+    EnginesFull: ErrorStatus(429, "queue_full"),
+    NotServing: ErrorStatus(503, "not_serving"),
+    ComputationFailed: ErrorStatus(500, "engine_failed"),
+    EngineFailed: ErrorStatus(500, "engine_failed"),
+    Expired: ErrorStatus(504, "deadline_exceeded"),
 }
-HTTP_ERRORS: dict[int, Answer] = {
-    400: Answer(400, "invalid_request", "not a valid HTTP request: check its headers and body"),
-    404: Answer(404, "not_found", "no such page: POST an image to /caption, or see /"),
-    405: Answer(405, "method_not_allowed", "this method is not served here: see /"),
+HTTP_ERRORS: dict[int, ErrorStatus] = {
+    400: ErrorStatus(
+        400, "invalid_request", "not a valid HTTP request: check its headers and body"
+    ),
+    404: ErrorStatus(404, "not_found", "no such page: POST an image to /caption, or see /"),
+    405: ErrorStatus(405, "method_not_allowed", "this method is not served here: see /"),
 }
-INTERNAL = Answer(500, "internal", "an error of ours; it was logged")
+INTERNAL = ErrorStatus(500, "internal", "an error of ours; it was logged")
 
 
-def answer_to(error: BaseException | None, status_code: int) -> Answer:
+def answer_to(error: BaseException | None, status_code: int) -> ErrorStatus:
     """The table's line for an error; what the table doesn't know is an internal error."""
     for kind, answer in ERRORS.items():
         if isinstance(error, kind):

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import pyarrow.parquet
 
-from server.bulk.captioning import Captioning, Plan
+from server.bulk.captioning import Captioning, CaptioningOptions
 from server.bulk.inputs import items, parts
-from server.bulk.items import Item, Said
-from server.bulk.job import About, Job
+from server.bulk.items import Item, ScoredCaption
 from server.bulk.lists import Columns
 from server.bulk.outputs import open_output
+from server.bulk.run import BulkRun, CaptionSettings
 
-ABOUT = About("words", {"engine": "none"})
+ABOUT = CaptionSettings("words", {"engine": "none"})
 
 
 class Words:
@@ -32,9 +32,9 @@ class Words:
 
     at_once = 4
 
-    def caption(self, image: bytes, prompt: str | None) -> tuple[Said, ...]:
+    def caption(self, image: bytes, prompt: str | None) -> tuple[ScoredCaption, ...]:
         time.sleep(0.001)
-        return (Said(said_of(image), "stop", -0.5),)
+        return (ScoredCaption(said_of(image), "stop", -0.5),)
 
     def stop(self) -> None:
         pass
@@ -44,13 +44,13 @@ def said_of(image: bytes) -> str:
     return f'"{hashlib.sha256(image).hexdigest()[:8]}",\nof {len(image)} bytes'
 
 
-def run(output: str, *inputs: str, wrong=(), begun=lambda: None, **how) -> Job:
+def run(output: str, *inputs: str, wrong=(), begun=lambda: None, **how) -> BulkRun:
     opened = open_output(output, how.pop("overwrite", False))
-    job = Job(opened, ABOUT, how.pop("again", False), how.pop("retry", False))
+    job = BulkRun(opened, ABOUT, how.pop("again", False), how.pop("retry", False))
     try:
         job.read()
         begun()
-        captioning = Captioning(Words(), Plan(None, 10**7, **how), job.kept)
+        captioning = Captioning(Words(), CaptioningOptions(None, 10**7, **how), job.kept)
         given = chain(items(parts(inputs, Columns(), 10**7)), (Item(w, wrong=w) for w in wrong))
         job.write(captioning.run(job.left(given)), lambda told: None)
     finally:

@@ -11,12 +11,12 @@ from ray.cluster_utils import Cluster
 
 from runtime.model.preprocess import MAX_PIXELS
 from server.bulk import ray as bulk_ray
-from server.bulk.captioning import Plan
+from server.bulk.captioning import CaptioningOptions
 from server.bulk.inputs import parts
-from server.bulk.job import About, Job
 from server.bulk.lists import Columns
 from server.bulk.outputs import open_output
-from server.bulk.ray import RayCaptioning, Work
+from server.bulk.ray import RayCaptioning, TaskSetup
+from server.bulk.run import BulkRun, CaptionSettings
 from tests.fakes import ray_engine
 
 
@@ -26,17 +26,17 @@ def main(output: str, given: str) -> None:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
     cluster.wait_for_nodes()
-    work = Work(ray_engine, {}, Plan(None, 10**7), MAX_PIXELS, whole=False)
+    work = TaskSetup(ray_engine, {}, CaptioningOptions(None, 10**7), MAX_PIXELS, whole=False)
     with (
         closing(open_output(output, overwrite=False)) as opened,
-        closing(RayCaptioning(bulk_ray.Cluster(cluster.address, 1), work)) as captioning,
+        closing(RayCaptioning(bulk_ray.ClusterOptions(cluster.address, 1), work)) as captioning,
     ):
-        job = Job(opened, About("fake", {}))
+        job = BulkRun(opened, CaptionSettings("fake", {}))
         job.read()
         found = captioning.run(parts([given], Columns(), 10**7), job.index)
         job.write(job.once(found), partial(disturb, cluster, nodes))
     cluster.shutdown()
-    print(f"{job.told.captioned} captioned, {job.told.failed} failed, {len(nodes)} left")
+    print(f"{job.counts.captioned} captioned, {job.counts.failed} failed, {len(nodes)} left")
 
 
 def disturb(cluster: Cluster, nodes: list, told) -> None:

@@ -12,12 +12,12 @@ from PIL import Image
 from runtime.model.manifest import EXACT, read
 from runtime.model.preprocess import MAX_PIXELS
 from runtime.planning.config import EngineConfig
-from server.bulk.captioning import Captioning, Plan
+from server.bulk.captioning import Captioning, CaptioningOptions
 from server.bulk.command import main
 from server.bulk.engine_process import NoEngine
 from server.bulk.index import Kept
 from server.bulk.inputs import items, parts
-from server.bulk.items import Said
+from server.bulk.items import ScoredCaption
 from server.bulk.lists import Columns
 from server.bulk.local import LocalCaptioner
 from server.bulk.output import Lines
@@ -196,9 +196,9 @@ def captioned(open_engine, given: list[Path], **plan) -> dict[str, object]:
     """What an engine says of files, or what was wrong with each."""
     captioner = LocalCaptioner(open_engine, None, {}, MAX_PIXELS)
     try:
-        captioning = Captioning(captioner, Plan(None, 10**8, **plan), Kept())
+        captioning = Captioning(captioner, CaptioningOptions(None, 10**8, **plan), Kept())
         outcomes = captioning.run(items(parts(map(str, given), Columns(), 10**8)))
-        return {each.item.id: each.error or each.said[0].caption for each in outcomes}
+        return {each.item.id: each.error or each.captions[0].caption for each in outcomes}
     finally:
         captioner.close()
 
@@ -219,9 +219,9 @@ class Counting:
 
     at_once, asked = 4, 0
 
-    def caption(self, image: bytes, prompt: str | None) -> tuple[Said, ...]:
+    def caption(self, image: bytes, prompt: str | None) -> tuple[ScoredCaption, ...]:
         self.asked += 1
-        return (Said(f"{len(image)} {prompt}", "stop"),)
+        return (ScoredCaption(f"{len(image)} {prompt}", "stop"),)
 
     def stop(self) -> None:
         pass
@@ -233,11 +233,11 @@ def test_equal_images_are_captioned_once(tmp_path):
         files.append(tmp_path / f"copy{copy}.png")
         shutil.copy(files[copy % 4], files[-1])
     captioner = Counting()
-    captioning = Captioning(captioner, Plan("x", 10**8, once=True), Kept())
+    captioning = Captioning(captioner, CaptioningOptions("x", 10**8, once=True), Kept())
     outcomes = list(captioning.run(items(parts(map(str, files), Columns(), 10**8))))
     assert (len(outcomes), captioner.asked) == (14, 4)
     for outcome in outcomes:
-        assert outcome.said[0].caption == f"{Path(outcome.item.id).stat().st_size} x"
+        assert outcome.captions[0].caption == f"{Path(outcome.item.id).stat().st_size} x"
 
 
 def test_rows_can_come_in_the_order_of_the_input(tmp_path):
@@ -314,7 +314,7 @@ def test_only_as_many_are_held_as_keep_the_engine_busy(tmp_path):
     files, taken = small_images(tmp_path, 300), []
     captioner = LocalCaptioner(FOUR_SLOTS, None, {}, MAX_PIXELS)
     found = items(parts(map(str, files), Columns(), 10**8))
-    outcomes = Captioning(captioner, Plan(None, 10**8), Kept()).run(
+    outcomes = Captioning(captioner, CaptioningOptions(None, 10**8), Kept()).run(
         taken.append(item) or item for item in found
     )
     for ended, _ in enumerate(outcomes, 1):
@@ -326,7 +326,7 @@ def test_only_as_many_are_held_as_keep_the_engine_busy(tmp_path):
 def test_a_caller_that_has_enough_is_let_go(tmp_path):
     captioner, taken = Counting(), []
     found = items(parts(map(str, small_images(tmp_path, 300)), Columns(), 10**8))
-    outcomes = Captioning(captioner, Plan(None, 10**8), Kept()).run(
+    outcomes = Captioning(captioner, CaptioningOptions(None, 10**8), Kept()).run(
         taken.append(item) or item for item in found
     )
     next(outcomes)

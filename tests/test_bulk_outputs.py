@@ -38,7 +38,7 @@ def output(request, tmp_path) -> str:
 
 def test_each_image_has_one_row_that_says_all_there_is(output, photos):
     job = run(output, str(photos))
-    assert (job.told.captioned, job.told.failed, job.told.before) == (40, 0, 0)
+    assert (job.counts.captioned, job.counts.failed, job.counts.before) == (40, 0, 0)
     check(output, photos)
     row = rows_of(output)[0]
     assert (row["model"], float(row["score"]), row["finish_reason"]) == ("words", -0.5, "stop")
@@ -51,10 +51,10 @@ def test_each_image_has_one_row_that_says_all_there_is(output, photos):
 def test_a_run_given_again_does_what_is_new(output, photos):
     run(output, str(photos / "0"))
     job = run(output, str(photos))
-    assert (job.told.captioned, job.told.before) == (26, 14)
+    assert (job.counts.captioned, job.counts.before) == (26, 14)
     check(output, photos)
     before = Path(output).stat().st_mtime_ns
-    assert run(output, str(photos)).told.before == 40
+    assert run(output, str(photos)).counts.before == 40
     assert Path(output).stat().st_mtime_ns == before
 
 
@@ -64,15 +64,15 @@ def test_failures_are_rows_and_are_tried_alone(output, photos):
     file.unlink()
     file.symlink_to("nowhere")
     job = run(output, str(photos), wrong=("one", "two"))
-    assert (job.told.captioned, job.told.failed) == (39, 3)
+    assert (job.counts.captioned, job.counts.failed) == (39, 3)
     errors = {row["id"]: row["error"] for row in rows_of(output) if row.get("error")}
     assert errors.pop(str(file)).startswith("[Errno 2] No such file")
     assert errors == {"one": "one", "two": "two"}
     file.unlink()
     file.write_bytes(content)
-    assert run(output, str(photos)).told.ended == 0
+    assert run(output, str(photos)).counts.ended == 0
     job = run(output, str(photos), retry=True)
-    assert (job.told.captioned, job.told.before) == (1, 39)
+    assert (job.counts.captioned, job.counts.before) == (1, 39)
     rows = rows_of(output)
     assert len(rows) == 42
     assert [row["caption"] for row in rows if row["id"] == str(file)] == [said_of(content)]
@@ -84,7 +84,7 @@ def test_what_changed_is_captioned_anew(output, photos):
     Image.new("RGB", (5, 5)).save(file)
     with pytest.raises(OutputConflict, match=f"{file} was captioned with another content"):
         run(output, str(photos))
-    assert run(output, str(photos), again=True).told.captioned == 1
+    assert run(output, str(photos), again=True).counts.captioned == 1
     check(output, photos)
 
 
@@ -124,12 +124,12 @@ def test_no_text_is_overwritten_that_somebody_else_wrote(photos, tmp_path):
     (photos / "0" / "000.jpg").write_bytes((photos / "0" / "000.png").read_bytes())
     job = run(f"{photos}/", str(photos))
     assert mine.read_text() == "what I wrote"
-    assert job.told.failed == 2
+    assert job.counts.failed == 2
     errors = [row["error"] for row in rows_of(f"{photos}/") if "error" in row]
     assert all("0/000.txt is there, and not written by this" in error for error in errors)
     mine.unlink()
     job = run(f"{photos}/", str(photos), retry=True)
-    assert (job.told.captioned, job.told.failed) == (1, 1)
+    assert (job.counts.captioned, job.counts.failed) == (1, 1)
     [error] = [row["error"] for row in rows_of(f"{photos}/") if "error" in row]
     assert "0/000.txt has the caption of" in error
     (photos / "1" / "001.txt").write_text("edited")
@@ -144,7 +144,7 @@ def test_no_text_lands_outside(tmp_path):
     image = tmp_path / "in" / "link" / "a.png"
     image.parent.mkdir(parents=True)
     Image.new("RGB", (2, 2)).save(image)
-    assert run(f"{tmp_path}/texts/", f"{tmp_path}/in").told.failed == 1
+    assert run(f"{tmp_path}/texts/", f"{tmp_path}/in").counts.failed == 1
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
@@ -161,10 +161,10 @@ def test_names_that_no_output_can_take_fail_alone(output, photos, tmp_path):
     hostile = "".join(json.dumps({"image": each}) + "\n" for each in ids) + "[" * 100_000
     (tmp_path / "hostile.jsonl").write_text(hostile)
     given = f"{tmp_path}/hostile.tar", f"{tmp_path}/hostile.jsonl"
-    told = run(output, *given).told
+    told = run(output, *given).counts
     assert told.captioned + told.failed == len(names) + len(ids) + 1
     assert told.failed >= len(ids) + 1
-    assert run(output, *given).told.before == told.ended
+    assert run(output, *given).counts.before == told.ended
     if output.endswith(".tar"):
         assert not any(name.startswith(("/", "..")) for name, _ in members(Path(output)))
 
@@ -174,7 +174,7 @@ def test_equal_images_share_a_row_s_caption_over_runs(photos, tmp_path):
     run(output, str(photos / "0"), once=True)
     shutil.copy(photos / "0" / "000.png", photos / "copy.png")
     job = run(output, str(photos / "copy.png"), once=True)
-    assert job.told.captioned == 1
+    assert job.counts.captioned == 1
     assert job.kept.get(f"{rows_of(output)[-1]['sha256']} ") is not None
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from runtime.model.preprocess import MAX_PIXELS
 from runtime.planning.config import EngineConfig
-from server.bulk.captioning import Plan
+from server.bulk.captioning import CaptioningOptions
 from server.bulk.engine_process import Facts
 from server.bulk.items import Item
 from tests.fakes import fake_engine
@@ -28,7 +28,7 @@ def test_a_process_keeps_its_decoder_from_task_to_task(tmp_path):
     engine = fake_engine()
     facts = Facts({}, "", 4, engine.manifest.sizes.pixels, engine.manifest.preprocessing)
     opening = ray.Opening("engine", EngineConfig())
-    work = ray.Work(opening, {}, Plan(None, 10**7), MAX_PIXELS, whole=False)
+    work = ray.TaskSetup(opening, {}, CaptioningOptions(None, 10**7), MAX_PIXELS, whole=False)
     batch = {"item": [pickle.dumps(Item(str(file), image=str(file)))]}
     made = []
     for limit in (MAX_PIXELS, MAX_PIXELS, 1):

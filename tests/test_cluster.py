@@ -25,10 +25,10 @@ from runtime.request import (
 )
 from server.cluster.application import one_for_each_node
 from server.cluster.card import Card, kind_of
-from server.cluster.door import Line
+from server.cluster.door import ModelRelay
 from server.cluster.notices import KNOWN, DoorNotice, Notices, ReplicaNotice
 from server.cluster.relay import Relay
-from server.cluster.replica import ASKED, Said
+from server.cluster.replica import REQUEST_DECODER, ReplicaOutput
 from server.ipc.messages import (
     TO_FRONT_END,
     Cancel,
@@ -49,7 +49,7 @@ DEMO = Path("engines/demo")
 class Response:
     """Of a replica: what it says, and whether it was taken back."""
 
-    def __init__(self, news: list[Said | Exception | None]) -> None:
+    def __init__(self, news: list[ReplicaOutput | Exception | None]) -> None:
         self._news, self.cancelled = news, False
 
     def __await__(self):
@@ -73,7 +73,7 @@ class Response:
 class Replicas:
     """A handle whose calls are answered one after the other as it was told."""
 
-    def __init__(self, *answers: list[Said | Exception | None]) -> None:
+    def __init__(self, *answers: list[ReplicaOutput | Exception | None]) -> None:
         self._answers, self.asked, self.responses = list(answers), [], []
         self.caption = self.stream = self
 
@@ -81,7 +81,7 @@ class Replicas:
         return self
 
     def remote(self, asked: bytes, *pixels: bytes) -> Response:
-        self.asked.append((ASKED.decode(asked), pixels))
+        self.asked.append((REQUEST_DECODER.decode(asked), pixels))
         self.responses.append(Response(self._answers.pop(0)))
         return self.responses[-1]
 
@@ -99,9 +99,11 @@ class Socket:
         self.sent.append(TO_FRONT_END.decode(parts[1]))
 
 
-def said(*tokens: int, ends: bool = False, engine: str = "a") -> Said:
+def said(*tokens: int, ends: bool = False, engine: str = "a") -> ReplicaOutput:
     reason = FinishReason.STOP if ends else None
-    return Said(engine, RequestOutput(77, Completion(tokens, finish_reason=reason), reason))
+    return ReplicaOutput(
+        engine, RequestOutput(77, Completion(tokens, finish_reason=reason), reason)
+    )
 
 
 def relayed(replicas: Replicas, stream: bool = True, then: Callable[[Socket], object] = str):
@@ -166,7 +168,7 @@ def test_what_was_not_begun_may_be_answered_by_another_model():
 
 @pytest.mark.parametrize("why", list(Why))
 def test_what_a_replica_found_out_is_told(why):
-    assert relayed(Replicas([Said("a", None, why)]), stream=False) == [Unserved(5, why)]
+    assert relayed(Replicas([ReplicaOutput("a", None, why)]), stream=False) == [Unserved(5, why)]
 
 
 def test_a_full_cluster_is_told_and_not_asked_again():
@@ -237,10 +239,10 @@ def test_notices_that_were_just_born_say_so():
 
 
 def test_front_ends_see_one_worker_for_all_replicas(monkeypatch, tmp_path):
-    monkeypatch.setattr(Line, "_serve", lambda self: asyncio.sleep(20))
+    monkeypatch.setattr(ModelRelay, "_serve", lambda self: asyncio.sleep(20))
 
     async def run() -> None:
-        line = Line(tmp_path, 0, "m", "k")
+        line = ModelRelay(tmp_path, 0, "m", "k")
         assert line.follow([]).state == "starting"
         others = replica("r2", slots=8), replica("r3", "starting")
         state = line.follow([replica("r1", slots=16), *others])

@@ -24,7 +24,7 @@ from server.fairness.token_buckets import TokenBuckets
 from server.images.cost import TooHard, estimate
 from server.images.decoder import Place, Setup, Target
 from server.images.lane import GaveWay, OutOfTime
-from server.images.pool import ImageDecoders, Job, Origin
+from server.images.pool import ImageDecoders, ImageJob, Origin
 from server.ipc.shared import NoSharedMemory, PixelStore
 from tests.live import png, until
 
@@ -45,7 +45,7 @@ def job(image, slot=0, client="somebody", seconds=30.0, digest=""):
     origin = Origin(
         client, digest or hashlib.sha256(image).hexdigest(), time.perf_counter() + seconds
     )
-    return Job(image, Place(0, slot, -1), origin)
+    return ImageJob(image, Place(0, slot, -1), origin)
 
 
 def decode(decoders, image, slot=0, **options):

@@ -8,7 +8,7 @@ import pytest
 
 from runtime.planning.config import EngineConfig
 from server.bulk import remote
-from server.bulk.captioning import Captioning, Plan, RunFailed
+from server.bulk.captioning import Captioning, CaptioningOptions, RunFailed
 from server.bulk.command import main
 from server.bulk.index import Kept
 from server.bulk.inputs import items, parts
@@ -29,10 +29,10 @@ def said(files, prompt=None) -> dict:
 def outcomes_of(service, files, prompt=None, **sampling) -> dict:
     """By file: its caption, or what was wrong with it."""
     captioner = RemoteCaptioner(service, sampling)
-    found = Captioning(captioner, Plan(prompt, 10**8), Kept()).run(
+    found = Captioning(captioner, CaptioningOptions(prompt, 10**8), Kept()).run(
         items(parts(map(str, files), Columns(), 10**8))
     )
-    outcomes = {each.item.id: each.error or each.said[0].caption for each in found}
+    outcomes = {each.item.id: each.error or each.captions[0].caption for each in found}
     captioner.close()
     return {file: outcomes[str(file)] for file in files}
 

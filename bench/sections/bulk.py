@@ -14,13 +14,13 @@ from bench.common.timing import seconds
 from bench.sections.images import jpeg
 from runtime.engine import Engine
 from runtime.model.preprocess import MAX_PIXELS, preprocess
-from server.bulk.captioning import Captioning, Plan
+from server.bulk.captioning import Captioning, CaptioningOptions
 from server.bulk.index import Kept
 from server.bulk.inputs import items, parts
-from server.bulk.job import About, Job
 from server.bulk.lists import Columns
 from server.bulk.local import LocalCaptioner
 from server.bulk.outputs import open_output
+from server.bulk.run import BulkRun, CaptionSettings
 
 _OUTPUTS = ("rows.jsonl", "rows.csv", "rows.parquet", "rows.tar", "texts/")
 _SAMPLING: dict[str, Any] = {"max_new_tokens": TOKENS, "ignore_eos": True}
@@ -65,9 +65,9 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 def _run(captioner: LocalCaptioner, photos: Path, output: str) -> None:
     with closing(open_output(output, overwrite=False)) as opened:
-        job = Job(opened, About("bench", captioner.identity))
+        job = BulkRun(opened, CaptionSettings("bench", captioner.identity))
         job.read()
-        found = Captioning(captioner, Plan(None, _LIMIT), Kept()).run(
+        found = Captioning(captioner, CaptioningOptions(None, _LIMIT), Kept()).run(
             job.left(items(parts([str(photos)], Columns(), _LIMIT)))
         )
         told = job.write(found, lambda told: None)

@@ -8,7 +8,7 @@ from runtime.request import Completion
 Move = tuple[int, int]  # a row whose text K/V another row takes over, and that one
 
 
-class Row(NamedTuple):
+class RowCandidates(NamedTuple):
     """The likeliest tokens of one row, best first; best_logit is that of the first of them."""
 
     ids: Sequence[int]
@@ -39,7 +39,7 @@ class Decoding(Protocol):
     def over(self) -> bool:
         """Whether nothing more is generated."""
 
-    def advance(self, rows: Sequence[Row]) -> list[Move]:
+    def advance(self, rows: Sequence[RowCandidates]) -> list[Move]:
         """Take what may come next in each row; returns the rows whose text K/V change places."""
 
     def news(self, told: int) -> Completion:

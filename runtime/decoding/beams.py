@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.decoding.base import Move, Row
+from runtime.decoding.base import Move, RowCandidates
 from runtime.decoding.hypothesis import Hypothesis
 from runtime.decoding.penalties import penalised, penalises
 from runtime.request import Completion, FinishReason, SamplingParams
@@ -73,7 +73,7 @@ class Beams:
         """See Decoding."""
         return self._ended
 
-    def advance(self, rows: Sequence[Row]) -> list[Move]:
+    def advance(self, rows: Sequence[RowCandidates]) -> list[Move]:
         """See Decoding."""
         best = self._best(rows)
         ending = np.array([each.ends for each in best])
@@ -89,7 +89,7 @@ class Beams:
         parents = [best[at].parent for at in kept]
         return [(parent, row) for row, parent in enumerate(parents) if parent != row]
 
-    def _best(self, rows: Sequence[Row]) -> list[_Continued]:
+    def _best(self, rows: Sequence[RowCandidates]) -> list[_Continued]:
         """Twice as many continuations as beams, of all rows together, the best first."""
         sampling, found = self._sampling, []
         last = self.steps_left == 1
@@ -105,12 +105,12 @@ class Beams:
         found.sort(key=lambda each: -each.score)
         return found[: 2 * sampling.num_beams]
 
-    def _grown(self, continued: _Continued, rows: Sequence[Row]) -> Hypothesis:
+    def _grown(self, continued: _Continued, rows: Sequence[RowCandidates]) -> Hypothesis:
         text = self._beams[continued.parent].copy()
         text.add(rows[continued.parent], continued.place, self._sampling.logprobs)
         return text
 
-    def _finish(self, best: list[_Continued], rows: Sequence[Row]) -> None:
+    def _finish(self, best: list[_Continued], rows: Sequence[RowCandidates]) -> None:
         """Keep the best of those that are over; only the first `num_beams` may come to them."""
         full = all(each.text is not None for each in self._finished)
         if (self._sampling.early_stopping is True and full) or not self._hopeful:

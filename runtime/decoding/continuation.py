@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.decoding.base import Move, Row
+from runtime.decoding.base import Move, RowCandidates
 from runtime.decoding.hypothesis import Hypothesis
 from runtime.decoding.penalties import penalised, penalises
 from runtime.request import Completion, FinishReason, SamplingParams
@@ -47,7 +47,7 @@ class Continuation:
         """See Decoding."""
         return all(text.finish_reason for text in self._texts)
 
-    def advance(self, rows: Sequence[Row]) -> list[Move]:
+    def advance(self, rows: Sequence[RowCandidates]) -> list[Move]:
         """See Decoding."""
         for index, (text, row) in enumerate(zip(self._texts, rows, strict=True)):
             if text.finish_reason is not None:
@@ -59,7 +59,7 @@ class Continuation:
                 text.finish_reason = FinishReason.LENGTH
         return []
 
-    def _chosen(self, index: int, row: Row) -> int:
+    def _chosen(self, index: int, row: RowCandidates) -> int:
         """The place of the token that a text goes on with."""
         sampling, before = self._sampling, self._texts[index].token_ids
         logits = np.array(row.logprobs, np.float64) - row.logprobs[0] + row.best_logit

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from runtime.decoding.base import Row
+from runtime.decoding.base import RowCandidates
 from runtime.request import Completion, FinishReason, TopLogprobs
 
 
@@ -15,7 +15,7 @@ class Hypothesis:
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
-    def add(self, row: Row, place: int, top: int) -> None:
+    def add(self, row: RowCandidates, place: int, top: int) -> None:
         """Go on with the candidate at that place of a row; note the `top` likeliest."""
         self.token_ids.append(row.ids[place])
         self.logprobs.append(row.logprobs[place])

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from runtime.decoding.base import Row
+from runtime.decoding.base import RowCandidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +22,12 @@ class Candidates:
     logprobs: np.ndarray
     best_logits: np.ndarray | None = None
 
-    def rows(self) -> list[list[Row]]:
+    def rows(self) -> list[list[RowCandidates]]:
         """By step and row, as lists."""
         best = np.zeros(self.ids.shape[:2]) if self.best_logits is None else self.best_logits
         return [
             [
-                Row(*row)
+                RowCandidates(*row)
                 for row in zip(ids.tolist(), logprobs.tolist(), logits.tolist(), strict=True)
             ]
             for ids, logprobs, logits in zip(self.ids, self.logprobs, best, strict=True)

@@ -14,13 +14,13 @@ import msgspec
 from runtime.errors import VignetteError
 from server.bulk.fetching import fetch, is_url
 from server.bulk.index import Kept
-from server.bulk.items import Item, Outcome, Said
+from server.bulk.items import Item, Outcome, ScoredCaption
 
 _FETCHES = 64  # of images elsewhere that wait to be captioned, beside those that are
 _AHEAD = 8  # times as many as run may wait for one before them, where the order is kept
 
 
-class Unfit(VignetteError):
+class UnfitItem(VignetteError):
     """What is wrong with one image."""
 
 
@@ -33,7 +33,7 @@ class Captioner(Protocol):
 
     at_once: int
 
-    def caption(self, image: bytes, prompt: str | None) -> tuple[Said, ...]:
+    def caption(self, image: bytes, prompt: str | None) -> tuple[ScoredCaption, ...]:
         """What is said of an image, the best first. Raises VignetteError for what is wrong with
         it, and RunFailed, which ends the run.
         """
@@ -43,7 +43,7 @@ class Captioner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CaptioningOptions:
     """How items are captioned. limit: bytes of an image. once: equal images are captioned once."""
 
     prompt: str | None
@@ -55,10 +55,10 @@ class Plan:
 class Captioning:
     """Outcomes of items, as they end or in their order."""
 
-    def __init__(self, captioner: Captioner, plan: Plan, kept: Kept) -> None:
-        self._captioner, self._plan, self._kept = captioner, plan, kept
+    def __init__(self, captioner: Captioner, options: CaptioningOptions, kept: Kept) -> None:
+        self._captioner, self._options, self._kept = captioner, options, kept
         self._asking = threading.Semaphore(captioner.at_once)
-        self._same: dict[str, Future[tuple[Said, ...]]] = {}
+        self._same: dict[str, Future[tuple[ScoredCaption, ...]]] = {}
         self._lock = threading.Lock()
 
     def run(self, items: Iterable[Item]) -> Generator[Outcome, None, None]:
@@ -66,7 +66,7 @@ class Captioning:
         most = self._captioner.at_once + _FETCHES
         pool = ThreadPoolExecutor(most, "item")
         remaining, running = iter(items), OrderedDict[Future[Outcome], None]()
-        held = most * _AHEAD if self._plan.ordered else most
+        held = most * _AHEAD if self._options.ordered else most
         try:
             while True:
                 unfinished = sum(not each.done() for each in running)
@@ -82,47 +82,47 @@ class Captioning:
 
     def _ended(self, running: OrderedDict[Future[Outcome], None]) -> Iterator[Outcome]:
         """Those that have ended, at least one; where the order is kept, up to one that hasn't."""
-        first = [next(iter(running))] if self._plan.ordered else running
+        first = [next(iter(running))] if self._options.ordered else running
         wait(first, return_when=FIRST_COMPLETED)
         for future in list(running):
             if future.done():
                 del running[future]
                 yield future.result()
-            elif self._plan.ordered:
+            elif self._options.ordered:
                 return
 
     def _outcome(self, item: Item) -> Outcome:
         image = digest = None
         try:
-            image = image_of(item, self._plan.limit)
-            digest = sha256(image).hexdigest() if self._plan.once else None
-            prompt = item.prompt or self._plan.prompt
+            image = image_of(item, self._options.limit)
+            digest = sha256(image).hexdigest() if self._options.once else None
+            prompt = item.prompt or self._options.prompt
             if digest is None:
-                said = self._ask(image, prompt)
+                captions = self._ask(image, prompt)
             else:
-                said = self._once(same(digest, prompt), image, prompt)
-            return Outcome(item, said, image=image, sha256=digest)
+                captions = self._once(same(digest, prompt), image, prompt)
+            return Outcome(item, captions, image=image, sha256=digest)
         except (VignetteError, OSError) as error:
-            return Outcome(item, error=told(error), image=image, sha256=digest)
+            return Outcome(item, error=message_of(error), image=image, sha256=digest)
 
-    def _ask(self, image: bytes, prompt: str | None) -> tuple[Said, ...]:
+    def _ask(self, image: bytes, prompt: str | None) -> tuple[ScoredCaption, ...]:
         with self._asking:
             return self._captioner.caption(image, prompt)
 
-    def _once(self, key: str, image: bytes, prompt: str | None) -> tuple[Said, ...]:
+    def _once(self, key: str, image: bytes, prompt: str | None) -> tuple[ScoredCaption, ...]:
         """The caption of the first that was the same, or is being captioned."""
         with self._lock:
             if (kept := self._kept.get(key)) is not None:
-                return msgspec.msgpack.decode(kept, type=tuple[Said, ...])
+                return msgspec.msgpack.decode(kept, type=tuple[ScoredCaption, ...])
             leader = key not in self._same
             future = self._same.setdefault(key, Future())
         if not leader:
             return future.result()
         try:
-            said = self._ask(image, prompt)
-            self._kept.keep(key, msgspec.msgpack.encode(said))
-            future.set_result(said)
-            return said
+            captions = self._ask(image, prompt)
+            self._kept.keep(key, msgspec.msgpack.encode(captions))
+            future.set_result(captions)
+            return captions
         except BaseException as error:
             future.set_exception(error)
             raise
@@ -139,24 +139,24 @@ def same(digest: str, prompt: str | None) -> str:
 def image_of(item: Item, limit: int) -> bytes:
     """The bytes of an item's image, `limit` at most. Raises VignetteError and OSError."""
     if item.wrong is not None:
-        raise Unfit(item.wrong)
+        raise UnfitItem(item.wrong)
     if isinstance(item.image, bytes):
         if len(item.image) > limit:
-            raise Unfit(f"it has more than {limit / 1e6:g} MB (--max-image-mb)")
+            raise UnfitItem(f"it has more than {limit / 1e6:g} MB (--max-image-mb)")
         return item.image
     try:
         return fetch(item.image, limit)
     except (VignetteError, OSError):
         raise
     except ValueError as error:  # no name of a file
-        raise Unfit(str(error)) from error
+        raise UnfitItem(str(error)) from error
     except Exception as error:  # each file system of fsspec has its own
         if not is_url(item.image):
             raise
-        raise Unfit(f"{type(error).__name__}: {error}") from error
+        raise UnfitItem(f"{type(error).__name__}: {error}") from error
 
 
-def told(error: Exception) -> str:
-    """What is said of it in a row; a name that is no UTF-8 is spelled out."""
-    said = str(error) or type(error).__name__
-    return said.encode("utf-8", "backslashreplace").decode()
+def message_of(error: Exception) -> str:
+    """For a row of the output; a name that is no UTF-8 is spelled out."""
+    message = str(error) or type(error).__name__
+    return message.encode("utf-8", "backslashreplace").decode()

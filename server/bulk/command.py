@@ -22,16 +22,16 @@ from runtime.engine import Engine
 from runtime.errors import VignetteError
 from runtime.model.preprocess import MAX_PIXELS, SUFFIXES
 from runtime.planning.config import AUTO, PROVIDERS, EngineConfig, demo_engine
-from server.bulk.captioning import Captioning, Plan, RunFailed
+from server.bulk.captioning import Captioning, CaptioningOptions, RunFailed
 from server.bulk.folders import Files
 from server.bulk.inputs import NoImages, Part, items, parts
-from server.bulk.job import About, Job, Told
 from server.bulk.lists import Columns
 from server.bulk.local import LocalCaptioner
 from server.bulk.output import Output
 from server.bulk.outputs import open_output
 from server.bulk.progress import Progress
 from server.bulk.remote import RemoteCaptioner
+from server.bulk.run import BulkRun, CaptionSettings, Counts
 from server.bulk.tar import Tar
 from server.http.client import RemoteService
 
@@ -53,11 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
     columns = Columns(args.column, args.prompt_column, args.id_column)
     try:
         given = parts(args.images, columns, limit)
-        plan = Plan(args.prompt, limit, args.ordered, args.dedupe)
+        options = CaptioningOptions(args.prompt, limit, args.ordered, args.dedupe)
         with closing(open_output(args.output, args.overwrite)) as output:
             run = _on_ray if args.ray else _here
-            told = run(args, plan, given, output)
-        _tell_skipped(given, told)
+            counts = run(args, options, given, output)
+        _tell_skipped(given, counts)
     except (VignetteError, RunFailed, OSError) as error:  # of a single image, none gets here
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -65,11 +65,13 @@ def main(arguments: list[str] | None = None) -> int:
         again = "" if args.output == "-" else "; the same command goes on from here"
         print(f"interrupted{again}", file=sys.stderr)
         return 130
-    cut = f", {told.cut} of them cut off (see --max-new-tokens)" if told.cut else ""
-    before = f", {told.before} before" if told.before else ""
-    retry = "; try these again with --retry-failed" if told.failed and args.output != "-" else ""
-    print(f"{told.captioned} captioned{cut}{before}, {told.failed} failed{retry}", file=sys.stderr)
-    return 1 if told.failed else 0
+    cut = f", {counts.cut} of them cut off (see --max-new-tokens)" if counts.cut else ""
+    before = f", {counts.before} before" if counts.before else ""
+    retry = "; try these again with --retry-failed" if counts.failed and args.output != "-" else ""
+    print(
+        f"{counts.captioned} captioned{cut}{before}, {counts.failed} failed{retry}", file=sys.stderr
+    )
+    return 1 if counts.failed else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -182,39 +184,45 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _here(args: argparse.Namespace, plan: Plan, given: list[Part], output: Output) -> Told:
+def _here(
+    args: argparse.Namespace, options: CaptioningOptions, given: list[Part], output: Output
+) -> Counts:
     """By an engine of this machine, or a service."""
     with closing(_remote(args) if args.url else _local(args)) as captioner:
-        job = _job(args, output, captioner.identity)
+        bulk_run = _bulk_run(args, output, captioner.identity)
         print(captioner.where, file=sys.stderr)
-        outcomes = Captioning(captioner, plan, job.kept).run(job.left(items(given)))
+        outcomes = Captioning(captioner, options, bulk_run.kept).run(bulk_run.left(items(given)))
         with closing(outcomes), Progress(given) as progress:
-            return job.write(outcomes, progress.show)
+            return bulk_run.write(outcomes, progress.show)
 
 
-def _on_ray(args: argparse.Namespace, plan: Plan, given: list[Part], output: Output) -> Told:
-    from server.bulk.ray import Cluster, Opening, RayCaptioning, Work
+def _on_ray(
+    args: argparse.Namespace, options: CaptioningOptions, given: list[Part], output: Output
+) -> Counts:
+    from server.bulk.ray import ClusterOptions, Opening, RayCaptioning, TaskSetup
 
     opening = Opening(str(args.engine.absolute()), _config(args))
-    work = Work(opening, _sampling(args), plan, args.max_pixels, isinstance(output, Tar))
-    with closing(RayCaptioning(Cluster(args.ray, args.ray_cores), work)) as captioning:
-        job = _job(args, output, captioning.identity)
-        job.told.before = len(job.index.keys().sorted)
+    setup = TaskSetup(opening, _sampling(args), options, args.max_pixels, isinstance(output, Tar))
+    with closing(RayCaptioning(ClusterOptions(args.ray, args.ray_cores), setup)) as captioning:
+        bulk_run = _bulk_run(args, output, captioning.identity)
+        bulk_run.counts.before = len(bulk_run.index.keys().sorted)
         print(captioning.where, file=sys.stderr)
         with Progress(given) as progress:
-            return job.write(job.once(captioning.run(given, job.index)), progress.show)
+            return bulk_run.write(
+                bulk_run.once(captioning.run(given, bulk_run.index)), progress.show
+            )
 
 
-def _job(args: argparse.Namespace, output: Output, identity: dict[str, str]) -> Job:
+def _bulk_run(args: argparse.Namespace, output: Output, identity: dict[str, str]) -> BulkRun:
     settings = {name: value for name, value in identity.items() if name != "model"}
     varied = args.prompt_column is not None
-    about = About(identity["model"], settings | _sampling(args), args.prompt, varied)
-    job = Job(output, about, args.again, args.retry_failed)
-    job.read()
-    return job
+    made_with = CaptionSettings(identity["model"], settings | _sampling(args), args.prompt, varied)
+    bulk_run = BulkRun(output, made_with, args.again, args.retry_failed)
+    bulk_run.read()
+    return bulk_run
 
 
-def _tell_skipped(given: list[Part], told: Told) -> None:
+def _tell_skipped(given: list[Part], counts: Counts) -> None:
     """What in folders was no image. Raises NoImages if nothing was."""
     skipped: Counter[str] = Counter()
     for part in given:
@@ -223,7 +231,7 @@ def _tell_skipped(given: list[Part], told: Told) -> None:
         names = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(_SKIPPED))
         more = " and others" if len(kinds) > _SKIPPED else ""
         print(f"skipped what is not named like an image: {names}{more}", file=sys.stderr)
-    if not told.ended and not told.before:
+    if not counts.ended and not counts.before:
         names = ", ".join(part.path for part in given)
         raise NoImages(f"{names} holds no images: none ends in {', '.join(SUFFIXES)}")
 

@@ -19,7 +19,7 @@ _NICENESS = 15
 _Result = TypeVar("_Result")
 
 
-class Decoding:
+class BulkDecoders:
     """`pixels` for any number of threads."""
 
     def __init__(

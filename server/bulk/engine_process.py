@@ -18,7 +18,7 @@ from msgspec import Struct
 from runtime.engine import Engine
 from runtime.errors import InvalidRequest, VignetteError
 from runtime.model.manifest import Preprocessing
-from server.bulk.items import Said, said_in
+from server.bulk.items import ScoredCaption, scored
 from server.system import follow_parent
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Facts(Struct, frozen=True):
     preprocessing: Preprocessing
 
 
-class _Job(Struct, frozen=True):
+class _CaptionCall(Struct, frozen=True):
     pixels: np.ndarray
     prompt: str | None
 
@@ -60,25 +60,25 @@ class EngineProcess:
         """
         self._open = open_engine, prompt, sampling
         self._lock, self._numbers = threading.Lock(), itertools.count()
-        self._running: dict[int, Future[tuple[Said, ...]]] = {}
+        self._running: dict[int, Future[tuple[ScoredCaption, ...]]] = {}
         self._closed = False
         self._ready: Future[Facts] = Future()
         self._keeper = threading.Thread(target=self._keep, name="engine", daemon=True)
         self._keeper.start()
         self.facts = self._ready.result()
 
-    def generate(self, pixels: np.ndarray, prompt: str | None) -> tuple[Said, ...]:
+    def generate(self, pixels: np.ndarray, prompt: str | None) -> tuple[ScoredCaption, ...]:
         """What is said of an image. Raises VignetteError for what it can't serve, EngineDied, and
         RuntimeError for what a step raised.
         """
         while True:
             self._ready.result()
-            future: Future[tuple[Said, ...]] = Future()
+            future: Future[tuple[ScoredCaption, ...]] = Future()
             with self._lock:
                 number = next(self._numbers)
                 self._running[number] = future
                 try:
-                    self._connection.send((number, _Job(pixels, prompt)))
+                    self._connection.send((number, _CaptionCall(pixels, prompt)))
                     break
                 except OSError:  # it is being replaced; this image was not in it
                     del self._running[number]
@@ -125,13 +125,13 @@ class EngineProcess:
             return
         self._ready.set_result(facts)
         while True:
-            number, said = self._connection.recv()
+            number, answer = self._connection.recv()
             with self._lock:
                 future = self._running.pop(number)
-            if isinstance(said, Exception):
-                future.set_exception(said)
+            if isinstance(answer, Exception):
+                future.set_exception(answer)
             else:
-                future.set_result(said)
+                future.set_result(answer)
 
     def _died(self) -> None:
         with self._lock:
@@ -172,16 +172,16 @@ def _serve(
     connection.send(Facts(engine.identity, engine.runs_on, engine.slots, sizes.pixels, how))
     sending = threading.Lock()
 
-    def answer(number: int, job: _Job) -> None:
-        said: tuple[Said, ...] | Exception
+    def answer(number: int, job: _CaptionCall) -> None:
+        answer: tuple[ScoredCaption, ...] | Exception
         try:
-            said = said_in(engine.generate([job.pixels], [job.prompt], **sampling)[0])
+            answer = scored(engine.generate([job.pixels], [job.prompt], **sampling)[0])
         except VignetteError as error:
-            said = error
+            answer = error
         except Exception as error:  # ONNX Runtime raises a class of its own for every status code
-            said = RuntimeError(str(error))
+            answer = RuntimeError(str(error))
         with sending:
-            connection.send((number, said))
+            connection.send((number, answer))
 
     with ThreadPoolExecutor(2 * engine.slots, "caption") as pool:
         while True:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from server.bulk.items import Row
+from server.bulk.items import ResultRow
 
 _KEY_BYTES = 16
 _CACHE_KIB = 64 * 1024  # of memory
@@ -25,7 +25,7 @@ class Index:
         self._next = 0
         self.replaced = False
 
-    def add(self, row: Row, done: bool) -> None:
+    def add(self, row: ResultRow, done: bool) -> None:
         """The next row of the output. done: its item is not to be captioned again."""
         key = _key(row.id)
         known = self._table.execute("SELECT row FROM t WHERE id = ?", (key,)).fetchone()
@@ -42,19 +42,19 @@ class Index:
         )
         return found.rowcount > 0
 
-    def keys(self) -> "Keys":
+    def keys(self) -> "FinishedItems":
         """Of what is not to be captioned again, for other processes."""
         found = self._table.execute("SELECT id FROM t WHERE done ORDER BY id")
-        return Keys(np.array([key for [key] in found], f"S{_KEY_BYTES}"))
+        return FinishedItems(np.array([key for [key] in found], f"S{_KEY_BYTES}"))
 
-    def latest(self, row: Row, number: int) -> bool:
+    def latest(self, row: ResultRow, number: int) -> bool:
         """Whether the output's row of this number is its item's last."""
         [[last]] = self._table.execute("SELECT row FROM t WHERE id = ?", (_key(row.id),))
         return last == number
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
+class FinishedItems:
     """Items that are done, 16 bytes each. sorted: S16 [items]."""
 
     sorted: np.ndarray

@@ -10,10 +10,10 @@ from runtime.errors import VignetteError
 from server.bulk.fetching import NoWay, is_url
 from server.bulk.folders import Files, is_pattern, matches, plain
 from server.bulk.items import Item
-from server.bulk.lists import Columns, NoColumn, Table
+from server.bulk.lists import Columns, ListFile, NoColumn
 from server.bulk.shards import Shard
 
-Part = Files | Table | Shard
+Part = Files | ListFile | Shard
 _SHARDS = (".tar", ".tar.gz", ".tgz")
 
 
@@ -30,8 +30,8 @@ def parts(given: Iterable[str], columns: Columns, limit: int) -> list[Part]:
     for path in dict.fromkeys(each for pattern in given for each in _expanded(pattern)):
         if not (path == "-" or is_url(path) or is_pattern(path) or os.path.lexists(path)):
             raise NoImages(f"{path} does not exist")
-        if path == "-" or path.lower().endswith(Table.suffixes):
-            found.append(Table(path, columns))
+        if path == "-" or path.lower().endswith(ListFile.suffixes):
+            found.append(ListFile(path, columns))
         elif path.lower().endswith(_SHARDS):
             found.append(Shard(path, columns, limit))
         else:
@@ -44,7 +44,7 @@ def _expanded(path: str) -> list[str]:
 
     Raises NoImages if there is none.
     """
-    if not is_pattern(path) or not path.lower().endswith((*Table.suffixes, *_SHARDS)):
+    if not is_pattern(path) or not path.lower().endswith((*ListFile.suffixes, *_SHARDS)):
         return [path]
     found = [file for file, _ in matches(path)]
     if not found:
@@ -55,7 +55,7 @@ def _expanded(path: str) -> list[str]:
 def split(parts: Iterable[Part]) -> list[Part]:
     """The same in smaller parts, which can be read side by side."""
     return [
-        each for part in parts for each in (part.parts() if isinstance(part, Table) else [part])
+        each for part in parts for each in (part.parts() if isinstance(part, ListFile) else [part])
     ]
 
 

@@ -26,7 +26,7 @@ class Item(Struct, frozen=True):
     wrong: str | None = None
 
 
-class Said(Struct, frozen=True, omit_defaults=True):
+class ScoredCaption(Struct, frozen=True, omit_defaults=True):
     """One of several captions. score: mean log-probability of its tokens."""
 
     caption: str
@@ -34,7 +34,7 @@ class Said(Struct, frozen=True, omit_defaults=True):
     score: float | None = None
 
 
-class Row(Struct, frozen=True, omit_defaults=True):
+class ResultRow(Struct, frozen=True, omit_defaults=True):
     """What became of an item: a caption, or an error.
 
     captions: all that were asked for, if that is more than one. settings: what else decides a
@@ -46,7 +46,7 @@ class Row(Struct, frozen=True, omit_defaults=True):
     id: str
     caption: str | None = None
     score: float | None = None
-    captions: tuple[Said, ...] = ()
+    captions: tuple[ScoredCaption, ...] = ()
     finish_reason: str | None = None
     error: str | None = None
     model: str | None = None
@@ -58,11 +58,11 @@ class Row(Struct, frozen=True, omit_defaults=True):
     text: str | None = None
 
     @property
-    def said(self) -> tuple[Said, ...]:
+    def all_captions(self) -> tuple[ScoredCaption, ...]:
         """All captions, the best first."""
         if self.caption is None:
             return ()
-        return self.captions or (Said(self.caption, self.finish_reason or "", self.score),)
+        return self.captions or (ScoredCaption(self.caption, self.finish_reason or "", self.score),)
 
 
 class Outcome(Struct, frozen=True):
@@ -72,15 +72,17 @@ class Outcome(Struct, frozen=True):
     """
 
     item: Item
-    said: tuple[Said, ...] = ()
+    captions: tuple[ScoredCaption, ...] = ()
     error: str | None = None
     image: bytes | None = None
     sha256: str | None = None
 
 
-def said_in(caption: Caption) -> tuple[Said, ...]:
+def scored(caption: Caption) -> tuple[ScoredCaption, ...]:
     """All captions of a request, the best first."""
     return tuple(
-        Said(each.text, each.finish_reason, None if each.score is None else round(each.score, 5))
+        ScoredCaption(
+            each.text, each.finish_reason, None if each.score is None else round(each.score, 5)
+        )
         for each in (caption, *caption.others)
     )

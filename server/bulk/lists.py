@@ -35,7 +35,7 @@ class Columns:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class ListFile:
     """A list: .txt (a path or URL a line), .csv, .jsonl or .parquet; "-" is standard input as .txt.
 
     Paths are relative to the folder that the list is in. part: of a Parquet file a row group alone.
@@ -61,13 +61,13 @@ class Table:
                 return int(parquet().ParquetFile(stream).metadata.num_rows)
         return sum(1 for _ in self._rows() if not over.is_set())
 
-    def parts(self) -> "list[Table]":
+    def parts(self) -> "list[ListFile]":
         """Itself in pieces that can be read side by side."""
         if not self.path.endswith(".parquet"):
             return [self]
         with opened(self.path) as stream:
             count = parquet().ParquetFile(stream).num_row_groups
-        return [Table(self.path, self.columns, group) for group in range(count)]
+        return [ListFile(self.path, self.columns, group) for group in range(count)]
 
     def _rows(self) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
         """Numbers, and rows by column; of a line that is none, what is wrong with it."""

@@ -10,10 +10,10 @@ import numpy as np
 
 from runtime.engine import Engine
 from runtime.planning.machine import this_machine
-from server.bulk.captioning import RunFailed, Unfit
-from server.bulk.decoding import Decoding
+from server.bulk.captioning import RunFailed, UnfitItem
+from server.bulk.decoding import BulkDecoders
 from server.bulk.engine_process import EngineDied, EngineProcess, NoEngine
-from server.bulk.items import Said
+from server.bulk.items import ScoredCaption
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class TryingEngine:
         self.facts = self._engine.facts
         self._apart = _Apart()
 
-    def say(self, pixels: np.ndarray, prompt: str | None) -> tuple[Said, ...]:
+    def say(self, pixels: np.ndarray, prompt: str | None) -> tuple[ScoredCaption, ...]:
         """What is said of an image. Raises VignetteError for what is wrong with it, and
         RunFailed.
         """
@@ -46,7 +46,7 @@ class TryingEngine:
             with self._apart.alone():
                 return self._engine.generate(pixels, prompt)
         except (EngineDied, RuntimeError) as error:
-            raise Unfit(f"captioning it failed, also alone: {error}") from error
+            raise UnfitItem(f"captioning it failed, also alone: {error}") from error
 
     def close(self) -> None:
         """End its process."""
@@ -69,9 +69,9 @@ class LocalCaptioner:
         self.identity, self.where = facts.identity, facts.runs_on
         self.at_once = 2 * facts.slots
         cores = this_machine().cores
-        self._decoding = Decoding(facts.preprocessing, facts.shape, cores, max_pixels)
+        self._decoding = BulkDecoders(facts.preprocessing, facts.shape, cores, max_pixels)
 
-    def caption(self, image: bytes, prompt: str | None) -> tuple[Said, ...]:
+    def caption(self, image: bytes, prompt: str | None) -> tuple[ScoredCaption, ...]:
         """What is said of an image. Raises VignetteError for what is wrong with it, and
         RunFailed.
         """

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from runtime.errors import VignetteError
 from server.bulk.index import Index
-from server.bulk.items import Outcome, Row
+from server.bulk.items import Outcome, ResultRow
 
 _BEGINNING = b'{"id":'  # of a row
 
@@ -33,14 +33,14 @@ class Output(ABC):
     """Rows of a run, and of those before it."""
 
     @abstractmethod
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[ResultRow]:
         """All that are there, in their order; what a killed run left half written is removed.
 
         Read once, before anything else. Raises OutputConflict.
         """
 
     @abstractmethod
-    def append(self, row: Row, outcome: Outcome) -> None:
+    def append(self, row: ResultRow, outcome: Outcome) -> None:
         """Add a row. Raises NotWritten, OSError."""
 
     @abstractmethod
@@ -56,11 +56,11 @@ class Printed(Output):
     """Lines of JSON on standard output."""
 
     @override
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[ResultRow]:
         return iter(())
 
     @override
-    def append(self, row: Row, outcome: Outcome) -> None:
+    def append(self, row: ResultRow, outcome: Outcome) -> None:
         print(msgspec.json.encode(row).decode(), flush=True)
 
     @override
@@ -81,7 +81,7 @@ class Lines(Output):
         self._stream = locked(self.path)
 
     @override
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[ResultRow]:
         """Raises OutputConflict for a line that is none of ours."""
         self._stream.seek(0)
         whole = 0
@@ -94,7 +94,7 @@ class Lines(Output):
             self._stream.truncate(whole)
 
     @override
-    def append(self, row: Row, outcome: Outcome) -> None:
+    def append(self, row: ResultRow, outcome: Outcome) -> None:
         self._stream.write(msgspec.json.encode(row) + b"\n")
         self._stream.flush()
 
@@ -109,16 +109,16 @@ class Lines(Output):
     def close(self) -> None:
         self._stream.close()
 
-    def _row(self, line: bytes, number: int) -> Row:
+    def _row(self, line: bytes, number: int) -> ResultRow:
         try:
-            return msgspec.json.decode(line, type=Row)
+            return msgspec.json.decode(line, type=ResultRow)
         except msgspec.MsgspecError as cause:
             raise OutputConflict(
                 f"{self.path}, line {number}, is no row of ours: name another output"
             ) from cause
 
 
-def latest(rows: Iterable[Row], index: Index) -> Iterator[Row]:
+def latest(rows: Iterable[ResultRow], index: Index) -> Iterator[ResultRow]:
     """The last row of each item. rows: all of the output."""
     return (row for number, row in enumerate(rows) if index.latest(row, number))
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from server.bulk.inputs import Part
-from server.bulk.job import Told
+from server.bulk.run import Counts
 
 _MINUTE = 60.0
 
@@ -30,19 +30,19 @@ class Progress:
         self._over.set()
         self._bar.close()
 
-    def show(self, told: Told) -> None:
+    def show(self, counts: Counts) -> None:
         """Of the run so far."""
         now = time.monotonic()
-        left = None if self._total is None else max(told.ended, self._total - told.before)
+        left = None if self._total is None else max(counts.ended, self._total - counts.before)
         if not self._bar.disable:
             self._bar.total = left
-            self._bar.set_postfix(failed=told.failed, refresh=False)
-            self._bar.update(told.ended - self._bar.n)
+            self._bar.set_postfix(failed=counts.failed, refresh=False)
+            self._bar.update(counts.ended - self._bar.n)
         elif now - self._said >= _MINUTE:
             self._said = now
             meter = tqdm.format_meter(
-                told.ended, left or 0, now - self._started, unit="image", ncols=0,
-                postfix=f"failed={told.failed}",
+                counts.ended, left or 0, now - self._started, unit="image", ncols=0,
+                postfix=f"failed={counts.failed}",
             )  # fmt: skip
             print(meter, file=sys.stderr, flush=True)
 

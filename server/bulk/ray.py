@@ -20,10 +20,10 @@ from msgspec import structs
 from runtime.engine import Engine
 from runtime.errors import VignetteError
 from runtime.planning.config import EngineConfig
-from server.bulk.captioning import Plan, RunFailed, image_of, told
-from server.bulk.decoding import Decoding
+from server.bulk.captioning import CaptioningOptions, RunFailed, image_of, message_of
+from server.bulk.decoding import BulkDecoders
 from server.bulk.engine_process import EngineProcess, Facts
-from server.bulk.index import Index, Keys
+from server.bulk.index import FinishedItems, Index
 from server.bulk.inputs import Part, items, split
 from server.bulk.items import Item, Outcome
 from server.bulk.local import TryingEngine
@@ -46,7 +46,7 @@ class TooSmall(VignetteError):
 
 
 @dataclass(frozen=True, slots=True)
-class Cluster:
+class ClusterOptions:
     """What to run engines on. address: "local" starts a cluster of this machine alone.
 
     cores: of each engine, on a cluster without GPUs.
@@ -57,7 +57,7 @@ class Cluster:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class TaskSetup:
     """What all tasks are given. open: an engine that computes on so many threads, 0 for all.
 
     whole: images come back with what was said of them.
@@ -65,7 +65,7 @@ class Work:
 
     open: Callable[[int], Engine]
     sampling: dict[str, Any]
-    plan: Plan
+    options: CaptioningOptions
     max_pixels: int
     whole: bool
     threads: int = 0
@@ -78,7 +78,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """For `Work.open`: the engine of a folder. Equal to its copies in other processes."""
+    """For `TaskSetup.open`: the engine of a folder. Equal to its copies in other processes."""
 
     folder: str
     config: EngineConfig
@@ -91,7 +91,7 @@ class Opening:
 class RayCaptioning:
     """Outcomes of inputs, as they end somewhere on the cluster."""
 
-    def __init__(self, cluster: Cluster, work: Work) -> None:
+    def __init__(self, cluster: ClusterOptions, setup: TaskSetup) -> None:
         """Join the cluster and ask an engine there what it is. Raises NoEngine and TooSmall."""
         ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
         there = ray.cluster_resources()
@@ -105,8 +105,8 @@ class RayCaptioning:
                 f"cluster has {cores}"
             )
         threads = 0 if self._gpus else cluster.cores
-        self._work = replace(work, threads=threads)
-        self.facts: Facts = ray.get(ray.remote(**self._each)(_facts).remote(self._work))
+        self._setup = replace(setup, threads=threads)
+        self.facts: Facts = ray.get(ray.remote(**self._each)(_facts).remote(self._setup))
         self.identity = self.facts.identity
         self.where = f"up to {self._most} engines on Ray, {self.facts.runs_on}"
 
@@ -127,11 +127,11 @@ class RayCaptioning:
                 _Decoder.decode,
                 batch_size=_ROWS,
                 num_cpus=_DECODING,
-                fn_args=(self._work, self.facts),
+                fn_args=(self._setup, self.facts),
             )
             .map_batches(
                 _Engine,
-                fn_constructor_args=(self._work,),
+                fn_constructor_args=(self._setup,),
                 batch_size=_ROWS,
                 compute=ray.data.ActorPoolStrategy(
                     min_size=1,
@@ -154,13 +154,13 @@ class RayCaptioning:
         ray.shutdown()
 
 
-def _facts(work: Work) -> Facts:
-    process = EngineProcess(work.engine, work.plan.prompt, work.sampling)
+def _facts(setup: TaskSetup) -> Facts:
+    process = EngineProcess(setup.engine, setup.options.prompt, setup.sampling)
     process.close()
     return process.facts
 
 
-def _read(batch: Batch, known: "ray.ObjectRef[Keys]") -> Iterator[Batch]:
+def _read(batch: Batch, known: "ray.ObjectRef[FinishedItems]") -> Iterator[Batch]:
     """The items of a part that are still to be captioned."""
     done = ray.get(known)
     left = (item for item in items(map(pickle.loads, batch["part"])) if item.id not in done)
@@ -173,18 +173,18 @@ class _Decoder:
 
     made: "ClassVar[_Decoder | None]" = None
 
-    def __init__(self, work: Work, facts: Facts) -> None:
-        self._work = work
-        self._decoding = Decoding(facts.preprocessing, facts.shape, 1, work.max_pixels)
+    def __init__(self, setup: TaskSetup, facts: Facts) -> None:
+        self._setup = setup
+        self._decoding = BulkDecoders(facts.preprocessing, facts.shape, 1, setup.max_pixels)
         self._threads = ThreadPoolExecutor(_ROWS, "fetch")
 
     @classmethod
-    def decode(cls, batch: Batch, work: Work, facts: Facts) -> Batch:
+    def decode(cls, batch: Batch, setup: TaskSetup, facts: Facts) -> Batch:
         """Images as pixels, or what is wrong with them."""
-        if cls.made is not None and cls.made._work != work:
+        if cls.made is not None and cls.made._setup != setup:
             cls.made._close()
             cls.made = None
-        cls.made = cls.made or cls(work, facts)
+        cls.made = cls.made or cls(setup, facts)
         found = list(cls.made._threads.map(cls.made._decoded, batch["item"]))
         return {
             "outcome": _packed(outcome for outcome, _ in found),
@@ -199,11 +199,11 @@ class _Decoder:
         item, image = pickle.loads(packed), None
         pixels, error = b"", None
         try:
-            image = image_of(item, self._work.plan.limit)
+            image = image_of(item, self._setup.options.limit)
             pixels = self._decoding.pixels(image).tobytes()
         except (VignetteError, OSError) as cause:
-            error = told(cause)
-        if not self._work.whole:
+            error = message_of(cause)
+        if not self._setup.whole:
             there = item.image if isinstance(item.image, str) else b""
             item, image = structs.replace(item, image=there, members={}), None
         return Outcome(item, error=error, image=image), pixels
@@ -212,9 +212,9 @@ class _Decoder:
 class _Engine:
     """An actor with an engine."""
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self._engine = TryingEngine(work.engine, work.plan.prompt, work.sampling)
+    def __init__(self, setup: TaskSetup) -> None:
+        self._setup = setup
+        self._engine = TryingEngine(setup.engine, setup.options.prompt, setup.sampling)
         self._threads = ThreadPoolExecutor(_AT_ONCE * _ROWS, "caption")
 
     def __call__(self, batch: Batch) -> Batch:
@@ -229,10 +229,10 @@ class _Engine:
             return outcome
         image = np.frombuffer(pixels, np.uint8).reshape(self._engine.facts.shape)
         try:
-            prompt = outcome.item.prompt or self._work.plan.prompt
-            return structs.replace(outcome, said=self._engine.say(image, prompt))
+            prompt = outcome.item.prompt or self._setup.options.prompt
+            return structs.replace(outcome, captions=self._engine.say(image, prompt))
         except VignetteError as cause:
-            return structs.replace(outcome, error=told(cause))
+            return structs.replace(outcome, error=message_of(cause))
 
 
 def _packed(values: Iterable[Item | Outcome]) -> np.ndarray:

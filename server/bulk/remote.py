@@ -6,8 +6,8 @@ import time
 from typing import Any
 from urllib.parse import urlencode
 
-from server.bulk.captioning import RunFailed, Unfit
-from server.bulk.items import Said
+from server.bulk.captioning import RunFailed, UnfitItem
+from server.bulk.items import ScoredCaption
 from server.http.client import Connection, RemoteService
 
 _PATIENCE = 300.0  # seconds without an answer of any use, before all is given up
@@ -30,10 +30,10 @@ class RemoteCaptioner:
         self._mine, self._all = threading.local(), list[Connection]()
         self._over = threading.Event()
 
-    def caption(self, image: bytes, prompt: str | None) -> tuple[Said, ...]:
+    def caption(self, image: bytes, prompt: str | None) -> tuple[ScoredCaption, ...]:
         """What is said of an image, sent as often as it takes.
 
-        Raises Unfit, and RunFailed when the service is gone for minutes, or wants another key.
+        Raises UnfitItem, and RunFailed when the service is gone for minutes, or wants another key.
         """
         connection = self._connection()
         asked = {"model": self._service.model, "prompt": prompt, "priority": "batch"}
@@ -53,7 +53,7 @@ class RemoteCaptioner:
             if status in _WRONG_SERVICE:
                 raise RunFailed(f"{connection.url}: {reason}")
             if status not in _LATER:
-                raise Unfit(reason)
+                raise UnfitItem(reason)
             if time.monotonic() + retry_after > give_up or self._over.wait(retry_after):
                 raise RunFailed(f"{connection.url} gave no caption for too long: {reason}")
 
@@ -74,8 +74,8 @@ class RemoteCaptioner:
         return self._mine.connection
 
 
-def _said(answer: dict[str, Any]) -> tuple[Said, ...]:
+def _said(answer: dict[str, Any]) -> tuple[ScoredCaption, ...]:
     return tuple(
-        Said(each["caption"], each["finish_reason"], each["score"])
+        ScoredCaption(each["caption"], each["finish_reason"], each["score"])
         for each in (answer, *answer.get("captions", [])[1:])
     )

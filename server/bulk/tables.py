@@ -15,18 +15,18 @@ import msgspec
 from typing_extensions import override
 
 from server.bulk.index import Index
-from server.bulk.items import Outcome, Row
+from server.bulk.items import Outcome, ResultRow
 from server.bulk.lists import parquet
 from server.bulk.output import Lines, Output, OutputConflict, latest, replacing
 
-_COLUMNS = Row.__struct_fields__
+_COLUMNS = ResultRow.__struct_fields__
 _KINDS: dict[str, Callable[[str], Any]] = {  # of what is no text in a CSV file
     "captions": json.loads, "settings": json.loads, "score": float, "size": int, "modified": int,
 }  # fmt: skip
 _GROUP = 10_000  # rows of a Parquet row group
 
 
-class Table(Output):
+class TableOutput(Output):
     """A table that is written when a run has ended."""
 
     def __init__(self, path: Path) -> None:
@@ -36,12 +36,12 @@ class Table(Output):
         self._new = False
 
     @override
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[ResultRow]:
         """Of the table, then those that came since. Raises OutputConflict for another table."""
         return chain(self._table(), self._since())
 
     @override
-    def append(self, row: Row, outcome: Outcome) -> None:
+    def append(self, row: ResultRow, outcome: Outcome) -> None:
         self._new = True
         self._lines.append(row, outcome)
 
@@ -57,16 +57,16 @@ class Table(Output):
     def close(self) -> None:
         self._lines.close()
 
-    def _since(self) -> Iterator[Row]:
+    def _since(self) -> Iterator[ResultRow]:
         for row in self._lines.rows():
             self._new = True
             yield row
 
-    def _table(self) -> Iterator[Row]:
+    def _table(self) -> Iterator[ResultRow]:
         if not self.path.exists():
             return
         try:
-            yield from (msgspec.convert(each, Row) for each in self.read())
+            yield from (msgspec.convert(each, ResultRow) for each in self.read())
         except (ValueError, csv.Error, msgspec.MsgspecError) as cause:
             raise OutputConflict(
                 f"{self.path} is no table of ours ({cause}): name another output"
@@ -77,11 +77,11 @@ class Table(Output):
         """What the file has of each row. Raises ValueError if it is another's."""
 
     @abstractmethod
-    def write(self, stream: BinaryIO, rows: Iterator[Row]) -> None:
+    def write(self, stream: BinaryIO, rows: Iterator[ResultRow]) -> None:
         """The whole file."""
 
 
-class Csv(Table):
+class Csv(TableOutput):
     """Comma-separated values with a head; `captions` and `settings` are JSON."""
 
     @override
@@ -100,7 +100,7 @@ class Csv(Table):
                 yield found
 
     @override
-    def write(self, stream: BinaryIO, rows: Iterator[Row]) -> None:
+    def write(self, stream: BinaryIO, rows: Iterator[ResultRow]) -> None:
         text = io.TextIOWrapper(stream, "utf-8", newline="")
         writer = csv.writer(text)
         writer.writerow(_COLUMNS)
@@ -114,7 +114,7 @@ class Csv(Table):
         text.detach()
 
 
-class Parquet(Table):
+class Parquet(TableOutput):
     """Row groups of ten thousand; `settings` is JSON."""
 
     @override
@@ -128,7 +128,7 @@ class Parquet(Table):
                 yield found | {"settings": json.loads(found.get("settings", "{}"))}
 
     @override
-    def write(self, stream: BinaryIO, rows: Iterator[Row]) -> None:
+    def write(self, stream: BinaryIO, rows: Iterator[ResultRow]) -> None:
         import pyarrow as pa
 
         schema = _schema()

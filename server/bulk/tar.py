@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from server.bulk.folders import below
 from server.bulk.index import Index
-from server.bulk.items import Outcome, Row
+from server.bulk.items import Outcome, ResultRow
 from server.bulk.output import Output, OutputConflict, locked, replacing
 from server.bulk.shards import split
 
@@ -38,7 +38,7 @@ class Tar(Output):
         self._count, self._new = 0, False
 
     @override
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[ResultRow]:
         """Raises OutputConflict for an archive that holds other things."""
         self._stream.seek(0)
         self._new = bool(self._stream.read(1))
@@ -53,7 +53,7 @@ class Tar(Output):
         self._stream.truncate(end)
 
     @override
-    def append(self, row: Row, outcome: Outcome) -> None:
+    def append(self, row: ResultRow, outcome: Outcome) -> None:
         key = below(outcome.item.key or "")
         if not key or split(f"{key}.json") != (key, "json"):  # it would not be found again
             key = f"{self._count:09}"
@@ -85,7 +85,7 @@ class Tar(Output):
     def close(self) -> None:
         self._stream.close()
 
-    def _samples(self) -> Iterator[tuple[Row, int, int]]:
+    def _samples(self) -> Iterator[tuple[ResultRow, int, int]]:
         """Rows, and where their samples begin and end; not the one that a kill left half there."""
         self._stream.seek(0)
         start = 0
@@ -97,7 +97,7 @@ class Tar(Output):
                         continue
                     content = archive.extractfile(member)
                     assert content is not None
-                    row = msgspec.json.decode(content.read(), type=Row)
+                    row = msgspec.json.decode(content.read(), type=ResultRow)
                     end = archive.offset
                     yield row, start, end
                     start = end
@@ -115,7 +115,7 @@ class Tar(Output):
                     if last == "json":
                         content = archive.extractfile(member)
                         assert content is not None
-                        msgspec.json.decode(content.read(), type=Row)
+                        msgspec.json.decode(content.read(), type=ResultRow)
             if last != "json":
                 raise tarfile.ReadError("its last sample has no row")
         except (tarfile.TarError, msgspec.MsgspecError) as cause:
@@ -124,7 +124,7 @@ class Tar(Output):
             ) from cause
 
 
-def _members(row: Row, outcome: Outcome) -> dict[str, bytes]:
+def _members(row: ResultRow, outcome: Outcome) -> dict[str, bytes]:
     """A sample's files by their extensions, its row last."""
     found = {
         f"original.{extension}" if extension in _OURS else extension: data

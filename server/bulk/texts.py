@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from typing_extensions import override
 
 from server.bulk.index import Index, Kept
-from server.bulk.items import Outcome, Row
+from server.bulk.items import Outcome, ResultRow
 from server.bulk.output import Lines, NotWritten, Output
 
 _ROWS, _PARTIAL = ".vignette.jsonl", ".vignette.partial"
@@ -24,7 +24,7 @@ class Texts(Output):
         self._written = Kept()  # whose text a file has, and which, by its path
 
     @override
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[ResultRow]:
         """What was said and has no file, because the last run was killed, gets it."""
         for row in self._lines.rows():
             if row.text is not None and row.caption is not None:
@@ -34,7 +34,7 @@ class Texts(Output):
             yield row
 
     @override
-    def append(self, row: Row, outcome: Outcome) -> None:
+    def append(self, row: ResultRow, outcome: Outcome) -> None:
         """Raises NotWritten where there is a file that this did not write."""
         if row.caption is None:
             self._lines.append(row, outcome)
@@ -78,5 +78,5 @@ class Texts(Output):
         partial.replace(target)
 
 
-def _mark(row: Row) -> bytes:
+def _mark(row: ResultRow) -> bytes:
     return f"{row.id}\0{row.caption}".encode()

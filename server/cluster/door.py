@@ -52,7 +52,7 @@ def _together(known: list[WorkerFacts], nodes: Iterable[str]) -> WorkerFacts:
     )
 
 
-class Line:
+class ModelRelay:
     """A model's relay, while any replica serves. Each of its lives has an epoch, as a worker's."""
 
     def __init__(self, folder: Path, index: int, name: str, kind: str) -> None:
@@ -114,8 +114,8 @@ class Door:
         cards = {name: await _card(name) for name in models}
         ports, run = Ports(settings), RunFolder()
         self._url = f"http://{_address(settings.host)}:{ports.number}"
-        self._lines = [
-            Line(run.path, index, name, card.kind)
+        self._relays = [
+            ModelRelay(run.path, index, name, card.kind)
             for index, (name, card) in enumerate(cards.items())
         ]
         served = [
@@ -144,8 +144,8 @@ class Door:
         self._stop.set()
         await self._running
         self._following.cancel()
-        for line in self._lines:
-            line.close()
+        for relay in self._relays:
+            relay.close()
 
     def check_health(self) -> None:
         """Raise if it has to be opened anew."""
@@ -177,14 +177,14 @@ class Door:
 
     async def _learn(self, known: Known) -> None:
         states = []
-        for line in self._lines:
-            replicas = [each for each in known.replicas if each.state.model == line.name]
-            if not known.complete and not replicas and line.opened:
+        for relay in self._relays:
+            replicas = [each for each in known.replicas if each.state.model == relay.name]
+            if not known.complete and not replicas and relay.opened:
                 return  # they are there, and were not heard of yet
-            ours = [each for each in replicas if each.kind == line.kind]
+            ours = [each for each in replicas if each.kind == relay.kind]
             if replicas and not ours:
-                self._stale = line.name
-            states.append(line.follow(ours))
+                self._stale = relay.name
+            states.append(relay.follow(ours))
         now = time.monotonic()
         refused = {
             model: {digest: now + left for digest, left in digests.items()}

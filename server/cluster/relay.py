@@ -18,9 +18,9 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from server.cluster.replica import SAID, Asked, Said
+from server.cluster.replica import OUTPUT_DECODER, ReplicaOutput, ReplicaRequest
 from server.ipc.messages import Output, Unserved, Why
-from server.ipc.receiver import Job, Receiver
+from server.ipc.receiver import Receiver, RequestTask
 from server.ipc.replay_filter import ReplayFilter
 
 log = logging.getLogger(__name__)
@@ -40,20 +40,20 @@ class Relay(Receiver):
         super().__init__(socket)
         self._replicas, self._kind = replicas, kind
 
-    async def serve(self, job: Job) -> None:
+    async def serve(self, job: RequestTask) -> None:
         """Answer a request, whatever happens to replicas meanwhile."""
         number = job.message.request.id
-        told, engine, why = ReplayFilter(), None, Why.UNLUCKY
+        replayed, engine, why = ReplayFilter(), None, Why.UNLUCKY
         for losses in range(_LOSSES):
             try:
-                told.again()
+                replayed.again()
                 async with aclosing(self._asked(job)) as news:
-                    async for said in news:
-                        if said.output is None or (told.tokens and said.engine != engine):
-                            await self.send(job.owner, Unserved(number, said.why or Why.REPLACED))
+                    async for answer in news:
+                        if answer.output is None or (replayed.tokens and answer.engine != engine):
+                            await self.send(job.owner, Unserved(number, answer.why or Why.REPLACED))
                             return
-                        engine = said.engine
-                        fresh = replace(told.fresh(said.output), id=number)
+                        engine = answer.engine
+                        fresh = replace(replayed.fresh(answer.output), id=number)
                         await self.send(job.owner, Output(fresh))
                 return
             except BackPressureError:
@@ -64,27 +64,27 @@ class Relay(Receiver):
                 await asyncio.sleep(_PAUSE_SECONDS * 2**losses)
         await self.send(job.owner, Unserved(number, why))
 
-    async def _asked(self, job: Job) -> AsyncGenerator[Said, None]:
+    async def _asked(self, job: RequestTask) -> AsyncGenerator[ReplicaOutput, None]:
         """What a replica says of a request; closing takes it back."""
         request = job.message.request
         deadline = request.scheduling.deadline
         left = None if deadline is None else max(0.0, deadline - time.perf_counter())
-        told = replace(request, pixels=None)
-        asked = msgpack.encode(Asked(told, job.message.digest, left, self._kind))
+        bare = replace(request, pixels=None)
+        call = msgpack.encode(ReplicaRequest(bare, job.message.digest, left, self._kind))
         pixels = self.pixels(job).tobytes()  # the slot is another's as soon as nobody waits
         pieces = [pixels[at : at + _PIECE] for at in range(0, len(pixels), _PIECE)]
         response: Any
         if request.stream:
-            response = self._replicas.options(stream=True).stream.remote(asked, *pieces)
+            response = self._replicas.options(stream=True).stream.remote(call, *pieces)
         else:
-            response = self._replicas.caption.remote(asked, *pieces)
+            response = self._replicas.caption.remote(call, *pieces)
         ended = False
         try:
             if request.stream:
-                async for said in response:
-                    yield SAID.decode(said)
+                async for message in response:
+                    yield OUTPUT_DECODER.decode(message)
             else:
-                yield SAID.decode(await response)
+                yield OUTPUT_DECODER.decode(await response)
             ended = True
         finally:
             if not ended:

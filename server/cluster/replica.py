@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 _FAILED_STARTS = 3  # of the worker in a row, after which another replica may do better
 
 
-class Asked(Struct, frozen=True):
+class ReplicaRequest(Struct, frozen=True):
     """A request as a door sends it, beside its pixels.
 
     seconds: that are left until its deadline. kind: of the model that it was made for.
@@ -49,7 +49,7 @@ class Asked(Struct, frozen=True):
     kind: str
 
 
-class Said(Struct, frozen=True):
+class ReplicaOutput(Struct, frozen=True):
     """What a replica answers: news of a request, or why there are none.
 
     engine: its identity (`WorkerFacts.identity`).
@@ -60,7 +60,7 @@ class Said(Struct, frozen=True):
     why: Why | None = None
 
 
-ASKED, SAID = msgpack.Decoder(Asked), msgpack.Decoder(Said)
+REQUEST_DECODER, OUTPUT_DECODER = msgpack.Decoder(ReplicaRequest), msgpack.Decoder(ReplicaOutput)
 
 
 class Replica:
@@ -118,36 +118,41 @@ class Replica:
         """A `Card`."""
         return msgpack.encode(self._card)
 
-    async def caption(self, asked: bytes, *pixels: bytes) -> bytes:
-        """What is `Said` of a request that is not streamed. asked: `Asked`. pixels: in pieces."""
-        async with aclosing(self._said(ASKED.decode(asked), b"".join(pixels))) as news:
-            [said] = [each async for each in news]
-        return msgpack.encode(said)
+    async def caption(self, message: bytes, *pixels: bytes) -> bytes:
+        """The one output of a request that is not streamed. message: a ReplicaRequest. pixels: in
+        pieces.
+        """
+        async with aclosing(self._answers(message, b"".join(pixels))) as news:
+            [answer] = [each async for each in news]
+        return msgpack.encode(answer)
 
-    async def stream(self, asked: bytes, *pixels: bytes) -> AsyncGenerator[bytes, None]:
-        """What is `Said` of a request, as it comes."""
-        async with aclosing(self._said(ASKED.decode(asked), b"".join(pixels))) as news:
-            async for said in news:
-                yield msgpack.encode(said)
+    async def stream(self, message: bytes, *pixels: bytes) -> AsyncGenerator[bytes, None]:
+        """The outputs of a request, as they come."""
+        async with aclosing(self._answers(message, b"".join(pixels))) as news:
+            async for answer in news:
+                yield msgpack.encode(answer)
 
-    async def _said(self, asked: Asked, pixels: bytes) -> AsyncGenerator[Said, None]:
+    async def _answers(self, message: bytes, pixels: bytes) -> AsyncGenerator[ReplicaOutput, None]:
+        request = REQUEST_DECODER.decode(message)
         [child] = self._children
         identity = child.facts.identity if child.facts is not None else ""
-        if asked.kind != self._card.kind:
-            yield Said(identity, None, Why.REPLACED)
+        if request.kind != self._card.kind:
+            yield ReplicaOutput(identity, None, Why.REPLACED)
             return
         try:
-            async with aclosing(self._outputs(asked, pixels)) as outputs:
+            async with aclosing(self._outputs(request, pixels)) as outputs:
                 async for output in outputs:
-                    yield Said(identity, output)
+                    yield ReplicaOutput(identity, output)
         except Deadly:
-            yield Said(identity, None, Why.DEADLY)
+            yield ReplicaOutput(identity, None, Why.DEADLY)
         except EngineFailed:
-            yield Said(identity, None, Why.UNLUCKY)
+            yield ReplicaOutput(identity, None, Why.UNLUCKY)
         except Expired:
-            yield Said(identity, None, Why.EXPIRED)
+            yield ReplicaOutput(identity, None, Why.EXPIRED)
 
-    async def _outputs(self, asked: Asked, pixels: bytes) -> AsyncGenerator[RequestOutput, None]:
+    async def _outputs(
+        self, asked: ReplicaRequest, pixels: bytes
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Of the request, as its own and not a door's: other doors count from the same numbers."""
         now = time.perf_counter()
         deadline = None if asked.seconds is None else now + asked.seconds

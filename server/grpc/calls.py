@@ -13,7 +13,7 @@ import grpc
 
 from runtime.errors import VignetteError
 from server.addresses import address_of, group_of, networks
-from server.errors import INTERNAL, Answer, answer_to
+from server.errors import INTERNAL, ErrorStatus, answer_to
 from server.service.keys import sent
 from server.service.model import Model
 from server.service.service import Service
@@ -43,7 +43,7 @@ class Refusal:
     """How a call is refused, without the error: that would hold the message as long as it lives."""
 
     def __init__(self, error: VignetteError) -> None:
-        answer: Answer = answer_to(error, 500)
+        answer: ErrorStatus = answer_to(error, 500)
         retry_after = getattr(error, "retry_after", None)
         self.trailing = (("retry-after", str(retry_after)),) if retry_after is not None else ()
         self.message = f"{answer.code}: {answer.message or error}"

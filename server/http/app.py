@@ -32,7 +32,7 @@ def make_app(service: Service) -> tornado.web.Application:
         (r"/samples/([a-z-]+\.png)", pages.SampleHandler),
         (r"/caption", caption.CaptionHandler),
         (r"/v2", kserve.ServerHandler),
-        (r"/v2/health/(live|ready)", kserve.LiveHandler),
+        (r"/v2/health/(live|ready)", kserve.ServerLiveHandler),
         (r"/v2/repository/index", kserve.RepositoryHandler),
         (rf"/v2/models/{_MODEL}/infer", kserve.InferHandler),
         (rf"/v2/models/{_MODEL}(?:/(ready|config|stats))?", kserve.ModelHandler),

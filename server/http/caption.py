@@ -17,9 +17,9 @@ from server.http.forms import (
     JSON,
     URLENCODED,
     VIDEO,
-    Asked,
-    asked,
+    ParsedRequest,
     check_media_type,
+    parsed,
     query_fields,
 )
 from server.http.handler import as_json
@@ -48,7 +48,7 @@ class CaptionHandler(IntakeHandler):
     async def serve(self, body: bytes) -> None:
         """Answer with the caption, as JSON or, for `Accept: text/plain`, as it is."""
         started = time.perf_counter()
-        wanted = asked(await self._parts(body), query_fields(self.request))
+        wanted = parsed(await self._parts(body), query_fields(self.request))
         del body
         fields = wanted.fields
         model = self.service.model(fields.model)
@@ -74,7 +74,9 @@ class CaptionHandler(IntakeHandler):
         else:
             await self._finish(as_json(answer))
 
-    async def _several(self, model: Model, wanted: Asked, streams: bool, started: float) -> None:
+    async def _several(
+        self, model: Model, wanted: ParsedRequest, streams: bool, started: float
+    ) -> None:
         """Answer with a list: of each image its caption, or what was wrong with it."""
         if streams or model.manifest.sizes.frames:
             raise InvalidRequest("several images go without stream, and with models of one image")
@@ -165,7 +167,7 @@ class CaptionHandler(IntakeHandler):
         return Parts(images=[body])
 
 
-def _check_clip(model: Model, wanted: Asked) -> None:
+def _check_clip(model: Model, wanted: ParsedRequest) -> None:
     """Raise InvalidRequest or NoVideo for a clip that this model, or this server, does not take."""
     clip = next((each for each in wanted.images if isinstance(each, Clip)), None)
     if clip is None:

@@ -42,7 +42,7 @@ def query_fields(request: httputil.HTTPServerRequest) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ParsedRequest:
     """What to do, and with what. images: encoded, or where they are to be fetched. listed: sent as
     a list, to be answered as one.
 
@@ -68,7 +68,7 @@ class Asked:
         return [each for each in self.images if isinstance(each, bytes)]
 
 
-def asked(parts: Parts, query: dict[str, Any]) -> Asked:
+def parsed(parts: Parts, query: dict[str, Any]) -> ParsedRequest:
     """Fields of the body count above those of the query.
 
     Raises InvalidRequest naming what is wrong.
@@ -94,13 +94,13 @@ def asked(parts: Parts, query: dict[str, Any]) -> Asked:
     if parts.video is not None:
         if url is not None or parts.images or prompts is not None:
             raise InvalidRequest("send either video or images")
-        return Asked(wanted, [Clip(parts.video)])
+        return ParsedRequest(wanted, [Clip(parts.video)])
     if url is None and not parts.images:
         raise InvalidRequest("the field 'image' is missing or not a string: send it as base64")
     if prompts is None and not all(parts.images):
         raise InvalidRequest("the image is empty: send a whole file")
     listed = prompts is not None or isinstance(url, list)
-    return Asked(wanted, [*urls, *parts.images], prompts, listed)
+    return ParsedRequest(wanted, [*urls, *parts.images], prompts, listed)
 
 
 def _prompts(entries: Any, images: int) -> list[str | None]:

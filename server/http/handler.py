@@ -13,7 +13,7 @@ from typing import Any
 import tornado.web
 
 from server.addresses import address_of, group_of, networks
-from server.errors import INTERNAL, Answer, answer_to
+from server.errors import INTERNAL, ErrorStatus, answer_to
 from server.http.origins import PREFLIGHT, cors_headers
 from server.logs import request_id
 from server.service.service import Service
@@ -218,7 +218,7 @@ class Handler(tornado.web.RequestHandler):
         self.outcome(answer.code)
         self.write_json(self.shown_error(answer, answer.message or str(error)))
 
-    def shown_error(self, answer: Answer, message: str) -> dict[str, Any]:
+    def shown_error(self, answer: ErrorStatus, message: str) -> dict[str, Any]:
         """An error in the shape of its protocol."""
         return {"error": {"code": answer.code, "message": message}}
 

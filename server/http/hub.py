@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from runtime.errors import InvalidRequest
 from server.bodies import media_type, shown
-from server.errors import Answer
+from server.errors import ErrorStatus
 from server.fields import SAMPLING, CaptionFields, checked
 from server.http.forms import JSON, check_media_type
 from server.http.intake import IntakeHandler
@@ -72,7 +72,7 @@ class HubRequest(BaseModel):
 class HubHandler(Page, IntakeHandler):
     """Takes an image as it is, or in JSON; GET is the page."""
 
-    def shown_error(self, answer: Answer, message: str) -> dict[str, Any]:
+    def shown_error(self, answer: ErrorStatus, message: str) -> dict[str, Any]:
         """As the hub's client reads it."""
         return {"error": message, "error_type": answer.code}
 

@@ -13,7 +13,7 @@ from tornado.web import HTTPError
 
 from runtime.errors import InvalidRequest, VignetteError
 from server.bodies import Parts, shown
-from server.errors import Answer
+from server.errors import ErrorStatus
 from server.fields import checked
 from server.http.handler import Handler
 from server.http.intake import IntakeHandler
@@ -67,7 +67,7 @@ class InferRequest(BaseModel):
 class _Shape:
     """Errors as the protocol has them."""
 
-    def shown_error(self, answer: Answer, message: str) -> dict[str, Any]:
+    def shown_error(self, answer: ErrorStatus, message: str) -> dict[str, Any]:
         """As clients of the protocol read it."""
         return {"error": message, "code": answer.code}
 
@@ -81,7 +81,7 @@ class ServerHandler(_Shape, Handler):
         self.write_json(SERVER | {"extensions": EXTENSIONS})
 
 
-class LiveHandler(_Shape, Handler):
+class ServerLiveHandler(_Shape, Handler):
     """GET /v2/health/live, /v2/health/ready."""
 
     async def get(self, kind: str) -> None:

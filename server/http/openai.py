@@ -22,7 +22,7 @@ from runtime.request import (
     joined,
 )
 from server.bodies import media_type, shown
-from server.errors import Answer, UnsupportedMediaType
+from server.errors import ErrorStatus, UnsupportedMediaType
 from server.fields import checked
 from server.http.forms import JSON
 from server.http.handler import Handler
@@ -56,7 +56,7 @@ class ImagePart(BaseModel):
     image_url: ImageUrl
 
 
-class Message(BaseModel):
+class ChatMessage(BaseModel):
     """Of a chat; there is one, the user's."""
 
     role: str
@@ -82,7 +82,7 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(max_length=64, fail_fast=True)]
+    messages: Annotated[list[ChatMessage], Field(max_length=64, fail_fast=True)]
     max_tokens: Annotated[int | None, Field(ge=1, le=10**9)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1, le=10**9)] = None
     temperature: float | None = None
@@ -156,7 +156,7 @@ class ModelsHandler(Handler):
 class ChatHandler(IntakeHandler):
     """POST /v1/chat/completions: a chat that is an image, and perhaps a question about it."""
 
-    def shown_error(self, answer: Answer, message: str) -> dict[str, Any]:
+    def shown_error(self, answer: ErrorStatus, message: str) -> dict[str, Any]:
         """As OpenAI's clients read it."""
         kind = _KINDS.get(answer.status)
         kind = kind or ("server_error" if answer.status >= 500 else "invalid_request_error")

@@ -55,7 +55,7 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ImageJob:
     """An image to decode. aside: entered while it waits among the dear ones."""
 
     image: bytes
@@ -86,7 +86,7 @@ class ImageDecoders:
         self._misjudged = TokenBuckets(*_MISJUDGED, longest=_MISJUDGED_SECONDS)
         self._pace = 1.0  # seconds that an estimated one takes there
 
-    async def decode(self, job: Job) -> None:
+    async def decode(self, job: ImageJob) -> None:
         """Put an image's pixels into its slot.
 
         Raises InvalidImage, TooManyPixels or TooHard, and QueueFull if more dear images wait than
@@ -113,7 +113,7 @@ class ImageDecoders:
             raise TooHard("reading this JSON took too long: send less of it") from cause
         return Parts.unpacked(answer)
 
-    async def _decode_quickly(self, job: Job) -> float:
+    async def _decode_quickly(self, job: ImageJob) -> float:
         """Decode what takes little, and return 0; of another image the seconds as estimated."""
         seconds = min(_QUICK_LIMIT, self._seconds)
         client = job.origin.client
@@ -141,7 +141,7 @@ class ImageDecoders:
         if beyond > _WRONG:
             self._misjudged.spend(client, beyond / _QUICK_LIMIT)
 
-    async def _decode_slowly(self, job: Job, seconds: float) -> None:
+    async def _decode_slowly(self, job: ImageJob, seconds: float) -> None:
         """Decode in the slow lane; what would wait there beyond its deadline is refused now."""
         cost = math.ceil(seconds * 1e3)
         mine = self._queued[job.origin.client] + cost

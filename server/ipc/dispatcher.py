@@ -72,7 +72,7 @@ class Expired(VignetteError):
 
 
 @dataclass(slots=True, eq=False)
-class Work:
+class RequestInFlight:
     """A request on its way through a worker. Its pixels are in a slot of the front-end's store.
 
     digest: of its images, by which a killer is known again.
@@ -83,7 +83,7 @@ class Work:
     suspect: bool = False
     crashes: int = 0  # of workers that had started it
     losses: int = 0  # the same, and those that somebody killed
-    told: ReplayFilter = field(default_factory=ReplayFilter)
+    replayed: ReplayFilter = field(default_factory=ReplayFilter)
     link: "Link | None" = None
     news: "asyncio.Queue[RequestOutput | VignetteError]" = field(default_factory=asyncio.Queue)
     ended: bool = False
@@ -96,7 +96,7 @@ class Work:
 
     def take(self, output: RequestOutput) -> None:
         """Hand on what is new in an output of a worker."""
-        output = self.told.fresh(output)
+        output = self.replayed.fresh(output)
         if output.finish_reason is FinishReason.EXPIRED:
             self.end(Expired(_LATE))
         elif output.finish_reason is not None:
@@ -121,12 +121,12 @@ class Link:
 
     key: tuple[int, int]  # index, epoch
     pipe: Pipe
-    inside: dict[int, Work] = field(default_factory=dict)
+    inside: dict[int, RequestInFlight] = field(default_factory=dict)
 
     @property
     def holds_a_suspect(self) -> bool:
         """Whether it must be left alone with what it has."""
-        return any(work.suspect for work in self.inside.values())
+        return any(entry.suspect for entry in self.inside.values())
 
 
 class Dispatcher:
@@ -143,13 +143,13 @@ class Dispatcher:
         self.on_refused: Callable[[str, float], object] = lambda digest, until: None
         self._hello, self._started = hello, started
         self._links: dict[tuple[int, int], Link] = {}
-        self._pending: deque[Work] = deque()
-        self._suspects: deque[Work] = deque()
+        self._pending: deque[RequestInFlight] = deque()
+        self._suspects: deque[RequestInFlight] = deque()
         self._quarantine = Remembered(QUARANTINE_SECONDS)
 
     @property
     def serving(self) -> bool:
-        """Whether any worker can take work now."""
+        """Whether any worker can take requests now."""
         return bool(self._links)
 
     @property
@@ -174,29 +174,29 @@ class Dispatcher:
 
         Raises EngineFailed, or Expired when its deadline passes first.
         """
-        work = Work(request, digest)
+        entry = RequestInFlight(request, digest)
         if self._quarantine.expired(digest):
-            work.suspect, work.crashes = True, _CRASHES - 1
-        (self._suspects if work.suspect else self._pending).append(work)
+            entry.suspect, entry.crashes = True, _CRASHES - 1
+        (self._suspects if entry.suspect else self._pending).append(entry)
         self._pump()
         try:
             finished = False
             while not finished:
-                news = await self._news(work)
+                news = await self._news(entry)
                 if isinstance(news, VignetteError):
                     raise news
                 finished = news.finish_reason is not None
                 yield news
         finally:
-            self._forget(work)
+            self._forget(entry)
             self._pump()
 
-    async def _news(self, work: Work) -> RequestOutput | VignetteError:
-        deadline = work.request.scheduling.deadline
+    async def _news(self, entry: RequestInFlight) -> RequestOutput | VignetteError:
+        deadline = entry.request.scheduling.deadline
         left = None if deadline is None else max(0.0, deadline - time.perf_counter())
         try:
             async with asyncio.timeout(left):
-                return await work.news.get()
+                return await entry.news.get()
         except TimeoutError:
             raise Expired("the deadline passed before the caption was there") from None
 
@@ -212,8 +212,8 @@ class Dispatcher:
         if link is None:
             return
         link.pipe.close(linger=0)
-        for work in list(link.inside.values()):
-            self._again(work, blamed)
+        for entry in list(link.inside.values()):
+            self._again(entry, blamed)
         self._pump()
 
     @property
@@ -225,51 +225,51 @@ class Dispatcher:
         """What a worker says of a request."""
         link = self._links.get(key)
         number = message.output.id if isinstance(message, Output) else message.id
-        work = link.inside.get(number) if link else None
-        if link is None or work is None or work.ended:
+        entry = link.inside.get(number) if link else None
+        if link is None or entry is None or entry.ended:
             return  # it was taken back meanwhile
         match message:
             case Output(output):
-                work.take(output)
+                entry.take(output)
             case StepFailed():
-                self._again(work, blamed=True)
+                self._again(entry, blamed=True)
             case Unserved(_, why):
-                self._unserved(work, why)
-        if work.ended:  # whether or not somebody has read it
+                self._unserved(entry, why)
+        if entry.ended:  # whether or not somebody has read it
             link.inside.pop(number, None)
-        if work.ended or isinstance(message, StepFailed):
+        if entry.ended or isinstance(message, StepFailed):
             self._pump()
 
-    def _again(self, work: Work, blamed: bool) -> None:
+    def _again(self, entry: RequestInFlight, blamed: bool) -> None:
         """A worker failed on it, or with it inside. blamed: by itself."""
-        number = work.request.id
-        if work.link is not None:
-            work.link.inside.pop(number, None)
-        work.link = None
-        if work.ended:
+        number = entry.request.id
+        if entry.link is not None:
+            entry.link.inside.pop(number, None)
+        entry.link = None
+        if entry.ended:
             return  # it was answered just before
-        if self._started[work.request.pixels] != number:
-            bisect.insort(self._pending, work, key=lambda each: each.request.id)  # where it was
+        if self._started[entry.request.pixels] != number:
+            bisect.insort(self._pending, entry, key=lambda each: each.request.id)  # where it was
             return
-        work.suspect = True
-        work.losses += 1
-        work.crashes += blamed
-        if work.crashes >= _CRASHES:
-            self._unserved(work, Why.DEADLY)
-        elif work.losses >= _LOSSES:
-            self._unserved(work, Why.UNLUCKY)
+        entry.suspect = True
+        entry.losses += 1
+        entry.crashes += blamed
+        if entry.crashes >= _CRASHES:
+            self._unserved(entry, Why.DEADLY)
+        elif entry.losses >= _LOSSES:
+            self._unserved(entry, Why.UNLUCKY)
         else:
-            self._suspects.append(work)
+            self._suspects.append(entry)
 
-    def _unserved(self, work: Work, why: Why) -> None:
+    def _unserved(self, entry: RequestInFlight, why: Why) -> None:
         """It has no caption, and who waits for it is told so."""
         if why is Why.DEADLY:
-            self.on_refused(work.digest, self.refuse(work.digest))
+            self.on_refused(entry.digest, self.refuse(entry.digest))
             log.error(
                 "the engine failed twice on an image, which is refused for %.0f minutes: sha256 %s",
-                QUARANTINE_SECONDS / 60, work.digest,
+                QUARANTINE_SECONDS / 60, entry.digest,
             )  # fmt: skip
-        work.end(
+        entry.end(
             {
                 Why.DEADLY: Deadly(_DEADLY),
                 Why.UNLUCKY: EngineFailed(_UNLUCKY),
@@ -282,9 +282,9 @@ class Dispatcher:
     def _pump(self) -> None:
         """Send what can be sent; what turned out to be deadly meanwhile is refused."""
         for queue in (self._pending, self._suspects) if self._quarantine else ():
-            for work in [w for w in queue if w.digest in self._quarantine]:
-                queue.remove(work)
-                work.end(Deadly(_DEADLY))
+            for entry in [w for w in queue if w.digest in self._quarantine]:
+                queue.remove(entry)
+                entry.end(Deadly(_DEADLY))
         while (self._suspects or self._pending) and self._links:
             link = min(self._links.values(), key=lambda link: len(link.inside))
             if self._suspects and not link.inside:
@@ -297,20 +297,20 @@ class Dispatcher:
             else:
                 return
 
-    def _send(self, work: Work, link: Link) -> None:
-        work.link = link
-        work.told.again()
-        link.inside[work.request.id] = work
-        self._started[work.request.pixels] = 0
-        link.pipe.send(packed(Generate(work.request, work.suspect, work.digest)))
+    def _send(self, entry: RequestInFlight, link: Link) -> None:
+        entry.link = link
+        entry.replayed.again()
+        link.inside[entry.request.id] = entry
+        self._started[entry.request.pixels] = 0
+        link.pipe.send(packed(Generate(entry.request, entry.suspect, entry.digest)))
 
-    def _forget(self, work: Work) -> None:
+    def _forget(self, entry: RequestInFlight) -> None:
         """It was answered, or its caller gave up."""
-        if work.link is not None:
-            if work.link.inside.pop(work.request.id, None) and not work.ended:
-                work.link.pipe.send(packed(Cancel(work.request.id)))
-            work.link = None
-        work.ended = True
+        if entry.link is not None:
+            if entry.link.inside.pop(entry.request.id, None) and not entry.ended:
+                entry.link.pipe.send(packed(Cancel(entry.request.id)))
+            entry.link = None
+        entry.ended = True
         for queue in (self._pending, self._suspects):
-            if work in queue:
-                queue.remove(work)
+            if entry in queue:
+                queue.remove(entry)

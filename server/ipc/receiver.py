@@ -18,7 +18,7 @@ Owner = bytes  # identity of the front-end that a message came from
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class RequestTask:
     """A request, whose it is, and the task that answers it."""
 
     owner: Owner
@@ -32,14 +32,14 @@ class Receiver:
     def __init__(self, socket: zmq.asyncio.Socket) -> None:
         self._socket = socket
         self.stores: dict[Owner, PixelStore] = {}
-        self.jobs: dict[int, Job] = {}  # that were begun, by the ids of their requests
+        self.jobs: dict[int, RequestTask] = {}  # that were begun, by the ids of their requests
         self.over, self._changed = asyncio.Event(), asyncio.Event()
 
-    async def serve(self, job: Job) -> None:
+    async def serve(self, job: RequestTask) -> None:
         """Answer a request."""
         raise NotImplementedError
 
-    def came(self, job: Job) -> None:
+    def came(self, job: RequestTask) -> None:
         """A request was received; subclasses may call `begin` later."""
         self.begin(job)
 
@@ -77,7 +77,7 @@ class Receiver:
             if job.owner == owner:
                 self.cancel(job.message.request.id)
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: RequestTask) -> None:
         """Have a request served."""
         number = job.message.request.id
         self.jobs[number] = job
@@ -90,7 +90,7 @@ class Receiver:
             job.task.cancel()
         self._changed.set()
 
-    def pixels(self, job: Job) -> np.ndarray:
+    def pixels(self, job: RequestTask) -> np.ndarray:
         """Of a request: a view of what its front-end shares."""
         return self.stores[job.owner][job.message.request.pixels]
 
@@ -105,7 +105,7 @@ class Receiver:
                 case Hello() as hello:
                     self._open(owner, hello)
                 case Generate() as message:
-                    self.came(Job(owner, message))
+                    self.came(RequestTask(owner, message))
                 case Cancel() as message:
                     self.cancel(message.id)
 

@@ -39,7 +39,7 @@ from server.ipc.messages import (
     tell,
     worker_address,
 )
-from server.ipc.receiver import Job, Owner, Receiver
+from server.ipc.receiver import Owner, Receiver, RequestTask
 from server.logs import configure
 from server.metrics import WorkerMetrics, count_as
 from server.models import ServedModel
@@ -62,7 +62,7 @@ class Worker(Receiver, Observer):
     def __init__(self, engine: Engine, socket: zmq.asyncio.Socket, metrics: WorkerMetrics) -> None:
         super().__init__(socket)
         self._engine, self._metrics = AsyncEngine(engine), metrics
-        self._held: deque[Job] = deque()  # behind one that has to run alone
+        self._held: deque[RequestTask] = deque()  # behind one that has to run alone
         self._alone: int | None = None
         self._failure: Exception | None = None
         self.broken = False
@@ -86,7 +86,7 @@ class Worker(Receiver, Observer):
         """When the step that the engine is in began (`time.monotonic`)."""
         return self._engine.engine.stepper.step_since
 
-    def came(self, job: Job) -> None:
+    def came(self, job: RequestTask) -> None:
         """Begin with a request when its turn has come."""
         self._held.append(job)
         self._begin_held()
@@ -107,7 +107,7 @@ class Worker(Receiver, Observer):
             self._alone = None
         self._begin_held()
 
-    async def serve(self, job: Job) -> None:
+    async def serve(self, job: RequestTask) -> None:
         """Have the engine generate; what it says goes to who asked."""
         request = job.message.request
         try:

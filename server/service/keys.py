@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import VignetteError
-from server.service.usage import Usage
+from server.service.usage import KeyUsage
 
 _BURST_SECONDS = 2  # a key may send so many seconds' worth of its rate at once
 
@@ -51,7 +51,7 @@ class Client:
 class Keys:
     """The keys that a front-end takes. Its limits are those of all front-ends together."""
 
-    def __init__(self, clients: list[Client], usage: Usage) -> None:
+    def __init__(self, clients: list[Client], usage: KeyUsage) -> None:
         self._clients, self._usage = clients, usage
         self._indices = {client.digest: n for n, client in enumerate(clients)}
 
@@ -66,7 +66,7 @@ class Keys:
         """
         clients = read(path)
         digest = hashlib.sha256(b"".join(client.digest for client in clients)).hexdigest()
-        usage = Usage(folder / f"usage-{reading}-{digest}", len(clients), front_ends, index)
+        usage = KeyUsage(folder / f"usage-{reading}-{digest}", len(clients), front_ends, index)
         return cls(clients, usage)
 
     def close(self) -> None:

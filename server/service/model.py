@@ -23,7 +23,7 @@ from runtime.request import (
 from server.fairness.slot_shares import SlotShares
 from server.images.clips import Clip
 from server.images.decoder import Place
-from server.images.pool import ImageDecoders, Job, Origin
+from server.images.pool import ImageDecoders, ImageJob, Origin
 from server.ipc.dispatcher import Expired
 from server.ipc.messages import WorkerState
 from server.ipc.shared import PixelStore
@@ -139,8 +139,8 @@ class Model:
             self._give_back(slot, jobs)
             jobs.clear()  # their errors would hold this frame, and this frame them, with the images
 
-    def _job(self, image: bytes, slot: int, frame: int, origin: Origin) -> Job:
-        return Job(image, Place(self.number, slot, frame), origin, self.admission.aside)
+    def _job(self, image: bytes, slot: int, frame: int, origin: Origin) -> ImageJob:
+        return ImageJob(image, Place(self.number, slot, frame), origin, self.admission.aside)
 
     async def _slot(self) -> int:
         """A free slot; there may be none for a moment, while decodings outlast their requests."""

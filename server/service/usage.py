@@ -11,7 +11,7 @@ import numpy as np
 from server.ipc.shared import reserve
 
 
-class Usage:
+class KeyUsage:
     """A record for each key: `tokens` and `filled_at` of its bucket (in seconds of
     `time.monotonic`, which all processes share), and `inside`, the requests in each front-end.
     """

@@ -11,12 +11,12 @@ from runtime.request import FinishReason
 from server.bulk.captioning import same
 from server.bulk.fetching import is_url
 from server.bulk.index import Index, Kept
-from server.bulk.items import Item, Outcome, Row
+from server.bulk.items import Item, Outcome, ResultRow
 from server.bulk.output import NotWritten, Output, OutputConflict
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class CaptionSettings:
     """What decides all captions of a run. settings: engine, precision, sampling parameters.
 
     varied: items have prompts of their own.
@@ -29,7 +29,7 @@ class About:
 
 
 @dataclass(slots=True)
-class Told:
+class Counts:
     """How many items there were. before: of an earlier run; cut: of the captioned."""
 
     captioned: int = 0
@@ -44,7 +44,7 @@ class Told:
 
 
 @dataclass(slots=True)
-class Job:
+class BulkRun:
     """Items that have no row yet get one each.
 
     again: captions that were made otherwise, or of a file that has changed since, are made anew.
@@ -52,12 +52,12 @@ class Job:
     """
 
     output: Output
-    about: About
+    made_with: CaptionSettings
     again: bool = False
     retry: bool = False
     index: Index = field(default_factory=Index)
     kept: Kept = field(default_factory=Kept)
-    told: Told = field(default_factory=Told)
+    counts: Counts = field(default_factory=Counts)
 
     def read(self) -> None:
         """Find out what the output has. Raises OutputConflict for captions of other settings."""
@@ -69,8 +69,10 @@ class Job:
                     "such images anew with --again"
                 )
             self.index.add(row, not other and not (self.retry and row.error is not None))
-            if row.sha256 is not None and row.said and not other:
-                self.kept.keep(same(row.sha256, row.prompt), msgspec.msgpack.encode(row.said))
+            if row.sha256 is not None and row.all_captions and not other:
+                self.kept.keep(
+                    same(row.sha256, row.prompt), msgspec.msgpack.encode(row.all_captions)
+                )
 
     def left(self, items: Iterable[Item]) -> Iterator[Item]:
         """Those that have no row yet; from now on they count as if they had."""
@@ -78,70 +80,70 @@ class Job:
             if self.index.claim(item.id):
                 yield item
             else:
-                self.told.before += 1
+                self.counts.before += 1
 
-    def write(self, outcomes: Iterable[Outcome], tell: Callable[[Told], object]) -> Told:
+    def write(self, outcomes: Iterable[Outcome], tell: Callable[[Counts], object]) -> Counts:
         """A row for each, then the output's final form; tell is called after each.
 
         Raises OSError when none can be written, and what ended the run.
         """
         for outcome in outcomes:
             row = self._write(outcome)
-            self.told.failed += row.error is not None
-            self.told.captioned += row.error is None
-            self.told.cut += row.finish_reason == FinishReason.LENGTH
-            tell(self.told)
+            self.counts.failed += row.error is not None
+            self.counts.captioned += row.error is None
+            self.counts.cut += row.finish_reason == FinishReason.LENGTH
+            tell(self.counts)
         self.output.finish(self.index)
-        return self.told
+        return self.counts
 
     def once(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
         """Without those of items that have a row, which may come again from elsewhere."""
         return (outcome for outcome in outcomes if self.index.claim(outcome.item.id))
 
-    def _write(self, outcome: Outcome) -> Row:
+    def _write(self, outcome: Outcome) -> ResultRow:
         row = self._row(outcome)
         try:
             self.output.append(row, outcome)
         except NotWritten as error:
-            row = Row(row.id, error=str(error), model=row.model, settings=row.settings)
+            row = ResultRow(row.id, error=str(error), model=row.model, settings=row.settings)
             self.output.append(row, outcome)
         self.index.add(row, True)
         return row
 
-    def _row(self, outcome: Outcome) -> Row:
-        item, about = outcome.item, self.about
+    def _row(self, outcome: Outcome) -> ResultRow:
+        item, made_with = outcome.item, self.made_with
         size, modified = _state(item.image)
-        common = Row(
+        common = ResultRow(
             item.id,
             error=outcome.error,
-            model=about.model,
-            prompt=item.prompt or about.prompt,
-            settings=about.settings,
+            model=made_with.model,
+            prompt=item.prompt or made_with.prompt,
+            settings=made_with.settings,
             size=size,
             modified=modified,
             sha256=outcome.sha256,
         )
-        if not outcome.said:
+        if not outcome.captions:
             return common
-        best = outcome.said[0]
+        best = outcome.captions[0]
         return msgspec.structs.replace(
             common,
             caption=best.caption,
             score=best.score,
             finish_reason=best.finish_reason,
-            captions=outcome.said if len(outcome.said) > 1 else (),
+            captions=outcome.captions if len(outcome.captions) > 1 else (),
         )
 
-    def _difference(self, row: Row) -> str | None:
+    def _difference(self, row: ResultRow) -> str | None:
         """What about a caption is not as it would be made now, or None."""
         if row.caption is None:
             return None
-        if row.model != self.about.model:
+        if row.model != self.made_with.model:
             return "model"
-        if row.prompt != self.about.prompt and not self.about.varied:
+        if row.prompt != self.made_with.prompt and not self.made_with.varied:
             return "prompt"
-        for name in sorted(row.settings.keys() | self.about.settings.keys()):
-            if row.settings.get(name) != self.about.settings.get(name):
+        for name in sorted(row.settings.keys() | self.made_with.settings.keys()):
+            if row.settings.get(name) != self.made_with.settings.get(name):
                 return name
         if row.size is not None and _state(row.id) not in ((row.size, row.modified), _GONE):
             return "content"
