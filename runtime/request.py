@@ -164,7 +164,7 @@ class RequestOutput(Struct, frozen=True):
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Of the first, or only, completion."""
+        """Token ids of the first, or only, completion."""
         return self.completion.token_ids
 
 

@@ -80,7 +80,7 @@ class Inputs:
     async def captions(
         self, service: Service, model: Model, client: str, timeout_ms: int | None = None
     ) -> list[Caption]:
-        """Of all images, side by side; the first error takes the others back."""
+        """Caption all images side by side; the first error takes the others back."""
         requests = []
         for prompt in self.prompts:
             requests.append(model.request(prompt, self.sampling, timeout_ms=timeout_ms))

@@ -236,7 +236,7 @@ class Settings(BaseSettings):
 
     @property
     def _shared_threads(self) -> int:
-        """Of each worker, if there are several on a processor; 0 leaves all cores to the one."""
+        """Threads of each worker, if several share a processor; 0 leaves all cores to the one."""
         several = (self.workers or 1) > 1 and self.provider not in NVIDIA
         return max(1, _CORES // (self.workers or 1)) if several else 0
 
@@ -265,7 +265,7 @@ class Settings(BaseSettings):
 
 
 def _names() -> list[str]:
-    """Of the settings as variables have them, without the prefix."""
+    """Names of the settings as environment variables have them, without the prefix."""
     return [field.upper() for field in Settings.model_fields]
 
 

@@ -54,5 +54,5 @@ def runs_engine(pid: int) -> bool:
 
 
 def open_files(pid: int) -> int:
-    """Of a process and all that it started."""
+    """File handles of a process and all that it started."""
     return sum(psutil.Process(each).num_fds() for each in family(pid))

@@ -29,7 +29,7 @@ class Costs:
 
     @classmethod
     def median(cls, several: Iterable["Costs"]) -> "Costs":
-        """Of each call, over measurements of the same engine."""
+        """The median of each call, over measurements of the same engine."""
 
         def usual(lists: Iterable[list[float]]) -> list[float]:
             return [statistics.median(each) for each in zip(*lists, strict=True)]
@@ -39,7 +39,7 @@ class Costs:
 
 
 def measure_alone(folder: Path, turns: int) -> tuple[Costs, str]:
-    """Of an engine as it would be served: encoder calls up to its batch, steps of every size.
+    """Costs of an engine as it would be served: encoder calls up to its batch, steps of every size.
 
     The fastest of each counts: what others take of the machine is no call's cost.
 

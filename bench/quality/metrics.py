@@ -28,7 +28,7 @@ _tokenizer = TreebankWordTokenizer()
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Of all captions as one, and of each alone, by the names of METRICS."""
+    """Scores of all captions as one, and of each alone, by the names of METRICS."""
 
     whole: dict[str, float]
     each: dict[str, np.ndarray]

@@ -74,7 +74,7 @@ class Fleet:
             raise RuntimeError(f"the update failed: {done.stderr[-1000:]}")
 
     def facts(self) -> dict[str, Any]:
-        """Of the engines, as /health/ready shows them; nothing while there are none."""
+        """What the engines are, as /health/ready shows them; nothing while there are none."""
         status, body = get(self.port, "/health/ready")
         return json.loads(body)["workers"][0] if status == 200 else {}
 

@@ -16,7 +16,7 @@ from bench.reliability.running import Service, sample
 
 @dataclass(slots=True)
 class Answer:
-    """Of one request: status (0: no answer at all), seconds, caption if there is one, headers."""
+    """What came of one request: status (0: no answer at all), seconds, caption if any, headers."""
 
     status: int
     seconds: float

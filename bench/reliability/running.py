@@ -70,7 +70,7 @@ class Service:
         wait_for(self.ready, _READY_SECONDS, self.log)
 
     def worker_pid(self) -> int:
-        """Of the first worker."""
+        """Process id of the first worker."""
         found = wait_for(self.ready, _READY_SECONDS, self.log)
         return int(found["workers"][0]["pid"])
 

@@ -46,7 +46,7 @@ class Kind:
 
     @property
     def slots(self) -> int:
-        """Of its engine."""
+        """Slots of its engine."""
         return len(self.engine.decode_s)
 
 

@@ -38,7 +38,7 @@ def measure(settings: Settings, provider: str = "auto") -> dict[str, Any]:
 
 
 def _rate(url: str, folder: Path, settings: Settings) -> float:
-    """Of 64 clients."""
+    """Requests a second of 64 clients."""
     command = ["ab", "-q", "-l", "-n", str(32 * settings.images), "-c", "64", "-p",
                str(folder / "picture.jpg"), "-T", "image/jpeg", url]  # fmt: skip
     return all_answered(command)

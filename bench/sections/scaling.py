@@ -154,7 +154,7 @@ def _measured(settings: Settings) -> _Here:
 
 
 def _requests(clients: int, settings: Settings) -> int:
-    """Of a closed loop, measured and simulated."""
+    """A closed loop, measured and simulated."""
     return max(3 * clients, settings.images // (4 if clients < 4 else 1))
 
 

@@ -137,7 +137,7 @@ class DeviceRunner:
 
     @property
     def provider(self) -> str:
-        """Of the encoder."""
+        """The encoder's execution provider."""
         return self.plan.encoder_provider
 
     @property
@@ -203,7 +203,7 @@ class DeviceRunner:
         return Candidates(predicted[..., None], logprobs[..., None])
 
     def _likeliest(self, rows: int, candidates: int) -> Candidates:
-        """Of the logits that the last step left."""
+        """The likeliest tokens by the logits that the last step left."""
         binding = self._candidates.io_binding()
         self._logits.rows(rows).as_input(binding, "logits")
         binding.bind_cpu_input("candidates", np.array([candidates], np.int64))

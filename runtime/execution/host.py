@@ -82,7 +82,7 @@ class HostRunner:
 
     @property
     def provider(self) -> str:
-        """Of the encoder."""
+        """The encoder's execution provider."""
         return self.plan.encoder_provider
 
     @property

@@ -82,7 +82,7 @@ def _fitted(manifest: Manifest, config: EngineConfig, plan: Plan) -> Plan:
 
 
 def _slot_bytes(manifest: Manifest, plan: Plan) -> int:
-    """Of one slot's K/V on a processor."""
+    """Bytes of one slot's K/V on a processor."""
     sizes, cache = manifest.sizes, manifest.combination(plan.combination).cache
     positions = sizes.prefix + plan.text_tokens
     return 2 * sizes.layers * sizes.heads * sizes.head * positions * np.dtype(cache).itemsize

@@ -43,7 +43,7 @@ class Index:
         return found.rowcount > 0
 
     def keys(self) -> "FinishedItems":
-        """Of what is not to be captioned again, for other processes."""
+        """The items that are not to be captioned again, for other processes."""
         found = self._table.execute("SELECT id FROM t WHERE done ORDER BY id")
         return FinishedItems(np.array([key for [key] in found], f"S{_KEY_BYTES}"))
 

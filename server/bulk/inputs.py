@@ -71,7 +71,7 @@ def _written(item: Item) -> Item:
 
 
 def items(parts: Iterable[Part]) -> Iterator[Item]:
-    """Of all parts, one after the other. A part that breaks off has an item that says so.
+    """The items of all parts, in order. A part that breaks off has an item that says so.
 
     Raises NoColumn and NoWay.
     """

@@ -31,7 +31,7 @@ class Progress:
         self._bar.close()
 
     def show(self, counts: Counts) -> None:
-        """Of the run so far."""
+        """Show the counts of the run so far."""
         now = time.monotonic()
         left = None if self._total is None else max(counts.ended, self._total - counts.before)
         if not self._bar.disable:

@@ -39,7 +39,7 @@ class Counts:
 
     @property
     def ended(self) -> int:
-        """Of this run."""
+        """Items that this run has written rows of."""
         return self.captioned + self.failed
 
 

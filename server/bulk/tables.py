@@ -37,7 +37,7 @@ class TableOutput(Output):
 
     @override
     def rows(self) -> Iterator[ResultRow]:
-        """Of the table, then those that came since. Raises OutputConflict for another table."""
+        """Those of the table, then those since. Raises OutputConflict for another table."""
         return chain(self._table(), self._since())
 
     @override

@@ -138,7 +138,7 @@ def _members(row: ResultRow, outcome: Outcome) -> dict[str, bytes]:
 
 
 def _extension(outcome: Outcome) -> str:
-    """Of an image, by its content; else by its name."""
+    """The extension of an image by its content; else that of its name."""
     assert outcome.image is not None
     try:
         with Image.open(io.BytesIO(outcome.image)) as image:

@@ -133,7 +133,7 @@ def _actor(needed: dict[str, float]) -> dict[str, Any]:
 
 
 def _resources(settings: Settings) -> dict[str, float]:
-    """Of a replica: a GPU, or cores."""
+    """What a replica takes of a node: a GPU, or cores."""
     there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = any(node.get("GPU", 0) for node in there)
     if settings.provider in NVIDIA or (settings.provider == "auto" and gpus):

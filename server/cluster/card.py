@@ -20,7 +20,7 @@ class Card(Struct, frozen=True):
 
     @classmethod
     def of(cls, folder: Path) -> "Card":
-        """Of an engine folder. Raises EngineFolderError."""
+        """The card of an engine folder. Raises EngineFolderError."""
         manifest = manifests.read(folder)
         CaptionTokenizer(folder, manifest)  # complains if it can't be read
         tokenizer = (folder / manifests.TOKENIZER).read_bytes()

@@ -39,8 +39,8 @@ def application_of(model: str) -> str:
 
 
 def _together(known: list[WorkerFacts], nodes: Iterable[str]) -> WorkerFacts:
-    """Of all replicas, as of one worker. Those of several engines, as during an update, are one of
-    another identity: what is said meanwhile is no caption of either.
+    """All replicas' facts as one worker's. Those of several engines, as during an update, have an
+    identity of their own: what is said meanwhile is no caption of either.
     """
     return replace(
         known[0],

@@ -24,7 +24,7 @@ Refused = dict[str, dict[str, float]]  # by model and digest, for how many secon
 
 
 class ReplicaNotice(Struct, frozen=True):
-    """Of a replica: its worker, and the kind of its model (`Card.kind`)."""
+    """What a replica tells: its worker, and the kind of its model (`Card.kind`)."""
 
     name: str
     node: str
@@ -33,7 +33,7 @@ class ReplicaNotice(Struct, frozen=True):
 
 
 class DoorNotice(Struct, frozen=True):
-    """Of a door: where it listens, what it was made of, and the images that it refuses."""
+    """What a door tells: where it listens, what it was made of, and the images that it refuses."""
 
     name: str
     url: str

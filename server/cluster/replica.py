@@ -153,7 +153,7 @@ class Replica:
     async def _outputs(
         self, asked: ReplicaRequest, pixels: bytes
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Of the request, as its own and not a door's: other doors count from the same numbers."""
+        """Outputs of the request under an id of its own: doors count from the same numbers."""
         now = time.perf_counter()
         deadline = None if asked.seconds is None else now + asked.seconds
         scheduling = replace(asked.request.scheduling, arrival_time=now, deadline=deadline)

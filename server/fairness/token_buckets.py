@@ -14,7 +14,7 @@ _CLIENTS = 1024  # that are remembered
 
 
 class TokenBuckets:
-    """Of each client. Used on the event loop's thread only."""
+    """A token bucket for each client. Used on the event loop's thread only."""
 
     def __init__(
         self,

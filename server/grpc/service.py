@@ -37,7 +37,7 @@ CAPTIONING = ("ModelInfer", "ModelStreamInfer")  # their requests come as bytes
 
 
 def handlers(service: Service) -> dict[str, Any]:
-    """Of all methods that are served, by their names."""
+    """A handler for each method that is served, by its name."""
     ours = InferenceService(service)
     return {
         **{

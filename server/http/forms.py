@@ -104,7 +104,7 @@ def parsed(parts: Parts, query: dict[str, Any]) -> ParsedRequest:
 
 
 def _prompts(entries: Any, images: int) -> list[str | None]:
-    """Of the images of a JSON body. Raises InvalidRequest."""
+    """The prompt of each image of a JSON body. Raises InvalidRequest."""
     if not isinstance(entries, list) or not entries or len(entries) != images:
         raise InvalidRequest(
             "images must be a list of base64, or of objects with image and prompt, and stand alone"

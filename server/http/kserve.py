@@ -197,7 +197,7 @@ class InferHandler(_Shape, IntakeHandler):
 
 
 def _values(asked: InferRequest, parts: Parts, binary: bytes) -> dict[str, list[Any]]:
-    """Of each tensor, by name. Raises InvalidRequest."""
+    """The values of each tensor, by its name. Raises InvalidRequest."""
     check_outputs([output.name for output in asked.outputs or []])
     values: dict[str, list[Any]] = {}
     at = 0

@@ -57,7 +57,7 @@ class ImagePart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """Of a chat; there is one, the user's."""
+    """A message of a chat; there is one, the user's."""
 
     role: str
     content: (

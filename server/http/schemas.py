@@ -137,7 +137,7 @@ class CaptionAnswer(AnotherCaption):
 
 
 class SeveralAnswer(BaseModel):
-    """Of several images, in their order."""
+    """Answers for several images, in their order."""
 
     results: list["CaptionAnswer | ErrorAnswer"]
 
@@ -163,7 +163,7 @@ class WorkerAnswer(BaseModel):
 
 
 class ReadyAnswer(BaseModel):
-    """Of the server, of each model by its name, and of each worker."""
+    """The state of the server, of each model by its name, and of each worker."""
 
     status: Literal["starting", "ready", "recovering", "draining"]
     models: dict[str, Literal["starting", "ready", "recovering", "draining"]]

@@ -29,7 +29,7 @@ class TooHard(VignetteError):
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Of a format, in ns: for a pixel whatever it shows, for a byte of the file, and how much
+    """What a format costs, in ns: a pixel whatever it shows, a byte of the file, and how much
     bytes can add for a pixel at most.
     """
 
@@ -59,7 +59,7 @@ class Cost:
 
 
 def estimate(image: Image.Image, data: bytes, how: Preprocessing) -> Cost:
-    """Of an image that was opened and not yet decoded; `data` is its file.
+    """The cost of an image that was opened and not yet decoded; `data` is its file.
 
     Raises InvalidImage for a JPEG with more scans than any program writes, and for a TIFF whose
     tiles are far larger than it is.

@@ -149,7 +149,7 @@ class Lane:
 
     @property
     def pids(self) -> list[int]:
-        """Of all processes."""
+        """Process ids."""
         return [decoder.process.pid or 0 for decoder in self._all]
 
 

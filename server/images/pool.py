@@ -45,7 +45,7 @@ _WAITING = (
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Of the images of a request: the client whose turn they take, the digest by which they are
+    """Whose a request's images are: the client whose turn they take, the digest by which they are
     known again, and their deadline (`time.perf_counter()`).
     """
 
@@ -174,5 +174,5 @@ class ImageDecoders:
 
     @property
     def pids(self) -> list[int]:
-        """Of all processes, the one for dear images last, if there is one."""
+        """Process ids, that for dear images last, if there is one."""
         return self._quick.pids + self._slow.pids

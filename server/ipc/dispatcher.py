@@ -218,7 +218,7 @@ class Dispatcher:
 
     @property
     def keys(self) -> set[tuple[int, int]]:
-        """Of the workers that serve."""
+        """Index and epoch of each worker that serves."""
         return set(self._links)
 
     def received(self, key: tuple[int, int], message: Output | StepFailed | Unserved) -> None:

@@ -91,7 +91,7 @@ class Receiver:
         self._changed.set()
 
     def pixels(self, job: RequestTask) -> np.ndarray:
-        """Of a request: a view of what its front-end shares."""
+        """A request's pixels: a view of what its front-end shares."""
         return self.stores[job.owner][job.message.request.pixels]
 
     async def send(self, owner: Owner, message: Message) -> None:

@@ -21,7 +21,7 @@ def workers(
     main: Callable[..., Any],
     devices: Sequence[str],
 ) -> list[Child]:
-    """Of each model one on each device.
+    """Workers: of each model one on each device.
 
     folder: of the run. main: of a worker's process. devices: CUDA_VISIBLE_DEVICES of each; an empty
     string changes nothing.

@@ -32,7 +32,7 @@ class Ports:
 
     @property
     def number(self) -> int:
-        """Of the public port."""
+        """The public port's number."""
         return self.public[0].getsockname()[1]
 
     def close(self) -> None:
