@@ -158,7 +158,7 @@ def encoder(engine: Engine, extent: Extent) -> dict[str, Any]:
     from bench.common.machine import encoder_work
 
     batch = engine.encode_batch
-    images = pictures(batch, engine.runner.pixels_shape)
+    images = pictures(batch, engine.manifest.sizes.pixels)
     rows = {}
     for count in (1, batch):
         run = partial(engine.runner.encode, images[:count], leading(count))
@@ -189,7 +189,7 @@ def decoder(engine: Engine, extent: Extent) -> dict[str, Any]:
 def offline(engine: Engine, extent: Extent) -> dict[str, Any]:
     """Images a second with all at once, of equal length and as uneven as real captions are, and
     seconds for one alone."""
-    some = pictures(16, engine.runner.pixels_shape)
+    some = pictures(16, engine.manifest.sizes.pixels)
     images = some * (extent.images // 16)
     uneven = arrivals.coco_jobs(some, extent.images)
     run_uneven = partial(arrivals.closed_loop, engine, uneven, len(uneven))
@@ -207,7 +207,7 @@ def offline(engine: Engine, extent: Extent) -> dict[str, Any]:
 
 def growth(engine: Engine, extent: Extent) -> dict[str, Any]:
     """Memory of the GPU before and after many batches of mixed sizes."""
-    images = pictures(_ROWS, engine.runner.pixels_shape)
+    images = pictures(_ROWS, engine.manifest.sizes.pixels)
     rng = np.random.default_rng(0)
 
     def batch() -> None:

@@ -41,7 +41,6 @@ class FakeRunner:
     """Keeps (image, tokens fed) for each slot, as a cache does, and predicts by hashing it."""
 
     text_tokens = 32
-    pixels_shape = (3, 4, 4)
     runs_on = provider = precision = "fake"
     on_gpu = graphs = False
 

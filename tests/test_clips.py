@@ -74,7 +74,7 @@ MANY = replace(MANIFEST, sizes=replace(SIZES, frames=3))
 
 def video_engine():
     engine = fake_engine()
-    engine.manifest, engine.runner.pixels_shape = MANY, (3, 3, 4, 4)
+    engine.manifest = MANY
     return engine
 
 

@@ -97,7 +97,7 @@ def test_the_engine_says_what_generate_says_in_mixed_batches(exported, refill):
     rng = np.random.default_rng(1)
     expected = {}
     for index in range(8):
-        pixels = rng.integers(0, 256, engine.runner.pixels_shape, np.uint8)
+        pixels = rng.integers(0, 256, engine.manifest.sizes.pixels, np.uint8)
         words = [f"w{i}" for i in rng.integers(200, 290, index % 4)]
         most = 3 + index
         engine.submit(request := engine.request(pixels, " ".join(words), max_new_tokens=most))
@@ -111,7 +111,7 @@ def test_numbers_that_break_down_end_their_own_request_and_no_other(exported, mo
     _, folder = exported
     engine = Engine.open(folder, EngineConfig(slots=4, provider="cpu", encode_batch=4))
     rng = np.random.default_rng(3)
-    images = [rng.integers(0, 256, engine.runner.pixels_shape, np.uint8) for _ in range(4)]
+    images = [rng.integers(0, 256, engine.manifest.sizes.pixels, np.uint8) for _ in range(4)]
     expected = [c.token_ids for c in engine.generate(images, max_new_tokens=6)]
     encode = engine.runner.encode
 

@@ -75,7 +75,6 @@ def test_a_video_request_carries_its_frames():
     def video():
         engine = fake_engine()
         engine.manifest = manifest
-        engine.runner.pixels_shape = (3, 3, 4, 4)
         return engine
 
     manifest = replace(MANIFEST, sizes=replace(MANIFEST.sizes, frames=3))

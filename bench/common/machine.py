@@ -157,7 +157,7 @@ def _reached(settings: Settings) -> dict[str, Any]:
     engine = Engine.open(settings.engine, EngineConfig())
     runner, manifest = engine.runner, engine.manifest
     slots = engine.slots
-    batch = pictures(engine.encode_batch, runner.pixels_shape)
+    batch = pictures(engine.encode_batch, manifest.sizes.pixels)
     encode = median_s(lambda: runner.encode(batch, leading(len(batch))), 3 * settings.repeats)
     tokens, fed = [manifest.tokens.bos] * slots, [TOKENS // 2] * slots
     step = median_s(lambda: runner.decode(tokens, fed), 9 * settings.repeats)

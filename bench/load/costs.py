@@ -47,7 +47,7 @@ def measure_alone(folder: Path, turns: int) -> tuple[Costs, str]:
     """
     engine = Engine.open(folder)
     runner, images = engine.runner, engine.encode_batch
-    pixels = pictures(images, runner.pixels_shape)
+    pixels = pictures(images, engine.manifest.sizes.pixels)
     age = runner.text_tokens // 4
     encodes = [partial(runner.encode, pixels[:n], leading(n)) for n in range(1, images + 1)]
     decodes = [partial(runner.decode, [0] * n, [age] * n) for n in range(1, engine.slots + 1)]
@@ -65,7 +65,7 @@ def measure_in_use(folder: Path) -> tuple[Costs, str]:
     between those that did.
     """
     engine = Engine.open(folder)
-    work = coco_jobs(pictures(16, engine.runner.pixels_shape), max(_IN_USE.values()))
+    work = coco_jobs(pictures(16, engine.manifest.sizes.pixels), max(_IN_USE.values()))
     closed_loop(engine, work[:16], 16)
     runner = engine.runner = _Timed(engine.runner)
     for clients, captions in _IN_USE.items():

@@ -37,7 +37,6 @@ class Clock:
 class _Runner:
     costs: Costs
     clock: Clock
-    pixels_shape: tuple[int, ...]
     text_tokens: int
     burst: int = 1
     graphs: bool = False
@@ -76,5 +75,5 @@ def replayed(
 ) -> tuple[Engine, Clock]:
     """An engine with the costs of another, and its clock. Jobs must ignore the end token."""
     clock = Clock()
-    runner = _Runner(costs, clock, manifest.sizes.pixels, manifest.sizes.text)
+    runner = _Runner(costs, clock, manifest.sizes.text)
     return Engine(manifest, CaptionTokenizer(folder, manifest), runner, config, clock), clock

@@ -91,7 +91,7 @@ def _engine(combination: str, provider: str, encode_batch: int | None, settings:
         refill=False,
     )  # fmt: skip
     engine = Engine.open(settings.engine, config)
-    images = pictures(batch, engine.runner.pixels_shape)
+    images = pictures(batch, engine.manifest.sizes.pixels)
     run = lambda: engine.generate(images, max_new_tokens=TOKENS, ignore_eos=True)  # noqa: E731
     return median_s(run, settings.repeats) / batch * 1e3
 
@@ -102,7 +102,7 @@ def _batching(settings: Settings) -> dict[str, Any]:
         name: Engine.open(settings.engine, EngineConfig(refill=refill))
         for name, refill in (("static", False), ("continuous", True))
     }
-    images = pictures(16, engines["static"].runner.pixels_shape)
+    images = pictures(16, engines["static"].manifest.sizes.pixels)
     work = arrivals.jobs(images, settings.images, *_LENGTHS)
     found: dict[str, Any] = {}
     for name, engine in engines.items():

@@ -44,7 +44,7 @@ def _torch(precision: str, settings: Settings) -> list[tuple[int, float]]:
 
 def _vignette(settings: Settings) -> list[tuple[int, float]]:
     engine = Engine.open(settings.engine, EngineConfig(slots=max(settings.batches)))
-    images = pictures(max(settings.batches), engine.runner.pixels_shape)
+    images = pictures(max(settings.batches), engine.manifest.sizes.pixels)
 
     def caption(batch: int) -> None:
         engine.generate(images[:batch], max_new_tokens=TOKENS, ignore_eos=True)

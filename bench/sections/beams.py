@@ -37,7 +37,7 @@ def _torch(precision: str) -> float:
 
 def _vignette(settings: Settings) -> dict[str, Any]:
     engine = Engine.open(settings.engine, EngineConfig(provider="cpu"))
-    images = pictures(settings.images, engine.runner.pixels_shape)
+    images = pictures(settings.images, engine.manifest.sizes.pixels)
     greedy = partial(engine.generate, max_new_tokens=TOKENS, ignore_eos=True)
     beams = partial(greedy, num_beams=_BEAMS)
     return {

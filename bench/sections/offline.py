@@ -103,7 +103,7 @@ def _vignette(combination: str, provider: str, settings: Settings) -> dict[str, 
     start = time.perf_counter()
     engine = Engine.open(settings.engine, EngineConfig(provider=provider, precision=combination))
     ready = time.perf_counter() - start
-    images = pictures(settings.images, engine.runner.pixels_shape)
+    images = pictures(settings.images, engine.manifest.sizes.pixels)
 
     def caption(some: list[np.ndarray]) -> list[list[int]]:
         captions = engine.generate(some, max_new_tokens=TOKENS, ignore_eos=True)

@@ -41,6 +41,6 @@ def _torch(compiled: bool, repeats: int) -> list[tuple[int, float]]:
 
 def _vignette(settings: Settings) -> float:
     engine = Engine.open(settings.engine, EngineConfig(provider="cpu"))
-    images = pictures(settings.images, engine.runner.pixels_shape)
+    images = pictures(settings.images, engine.manifest.sizes.pixels)
     run = partial(engine.generate, images, max_new_tokens=TOKENS, ignore_eos=True)
     return median_s(run, settings.repeats) / len(images) * 1e3

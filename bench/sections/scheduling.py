@@ -114,7 +114,7 @@ def _replayed(settings: Settings, costs: Costs, policy: Policy, load: Load) -> d
 def _rate(settings: Settings) -> float:
     """Captions a second of the engine itself, in the closed loop that is replayed too."""
     engine = Engine.open(settings.engine)
-    images = pictures(16, engine.runner.pixels_shape)
+    images = pictures(16, engine.manifest.sizes.pixels)
     work = arrivals.jobs(images, settings.images, *_LENGTHS)
     arrivals.closed_loop(engine, work[:_CHECKED], _CHECKED)
     rates = []

@@ -93,7 +93,7 @@ def _shares(settings: Settings) -> dict[str, float]:
     All three stand ready and take turns: a slow minute of the machine is slow for all.
     """
     engine = Engine.open(settings.engine)
-    images = pictures(settings.images, engine.runner.pixels_shape)
+    images = pictures(settings.images, engine.manifest.sizes.pixels)
     alone = partial(engine.generate, images, max_new_tokens=TOKENS, ignore_eos=True)
     rates: dict[str, list[float]] = {"service": [], "process": [], "engine": []}
     with tempfile.TemporaryDirectory() as name:

@@ -62,10 +62,6 @@ class ModelRunner(Protocol):
     def runs_on(self) -> str:
         """For people: what runs where."""
 
-    @property
-    def pixels_shape(self) -> tuple[int, ...]:
-        """Shape of one request's pixels."""
-
     def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:
         """Put the image K/V of each of `pixels` into its slots."""
 

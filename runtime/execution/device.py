@@ -110,17 +110,17 @@ class DeviceRunner:
         self._slot_places = _uploaded(device, _places(1, self._slot_pieces, self._slot_pieces))
         self._firsts = DeviceBuffer(device, (self._batch, 1, 1), np.int64)
         self._pixels = {
-            rows: DeviceBuffer(device, (rows, *self.pixels_shape), np.uint8)
+            rows: DeviceBuffer(device, (rows, *self.sizes.pixels), np.uint8)
             for rows in self._batches
         }
-        self._staging = np.zeros((self._batch, *self.pixels_shape), np.uint8)
+        self._staging = np.zeros((self._batch, *self.sizes.pixels), np.uint8)
         if device == "cuda":
             pin(self._staging)
         half = None if plan.memory_limit is None else plan.memory_limit // 2
         captured, not_captured = CudaOptions(half, plan.cuda_graphs), CudaOptions(half, False)
         encode_on = Placement(
             plan.encoder_provider, plan.encoder_threads, folder, cuda=captured, batch=self._batch,
-            row=self.pixels_shape,
+            row=self.sizes.pixels,
         )  # fmt: skip
         decode_on = Placement(plan.decoder_provider, plan.decoder_threads, cuda=captured)
         self._encoder = open_session(folder / graphs["encoder"].file, encode_on)
@@ -156,11 +156,6 @@ class DeviceRunner:
         arena = sum(cache.nbytes for cache in self._arena)
         graphs = "" if self.graphs else ", without CUDA graphs"
         return f"{self.plan.describe(arena)} on the device{graphs}"
-
-    @property
-    def pixels_shape(self) -> tuple[int, ...]:
-        """Shape of one request's pixels."""
-        return self.sizes.pixels
 
     def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:
         """Put the image K/V of each of `pixels` (uint8, at most the plan's batch) in its slots."""
@@ -272,7 +267,7 @@ class DeviceRunner:
             raise GraphsFailed(f"a CUDA graph can't be captured: {cause}") from cause
 
     def _run_all(self) -> None:
-        blank = np.zeros(self.pixels_shape, np.uint8)
+        blank = np.zeros(self.sizes.pixels, np.uint8)
         for batch in self._batches:
             self.encode([blank] * batch, leading(batch))
         for size in self._buckets:

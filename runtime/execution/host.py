@@ -55,7 +55,7 @@ class HostRunner:
         encode_on = Placement(
             plan.encoder_provider, plan.encoder_threads, folder,
             exact=plan.combination == EXACT, cuda=CudaOptions(graphs=False),
-            batch=plan.encode_batch, row=self.pixels_shape,
+            batch=plan.encode_batch, row=self.sizes.pixels,
         )  # fmt: skip
         decode_on = Placement(plan.decoder_provider, plan.decoder_threads)
         streams = min(plan.encoder_streams, plan.slots)
@@ -95,13 +95,8 @@ class HostRunner:
         """For people: providers and precisions, and the memory that the slots take."""
         return self.plan.describe(sum(c.nbytes for c in self._arena))
 
-    @property
-    def pixels_shape(self) -> tuple[int, ...]:
-        """Shape of one request's pixels."""
-        return self.sizes.pixels
-
     def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:
-        """Put the image K/V of each of `pixels` (uint8, `pixels_shape`) into its slots."""
+        """Put the image K/V of each of `pixels` (uint8, `Sizes.pixels`) into its slots."""
 
         def put(index: int, image: list[np.ndarray]) -> None:
             for cache, values in zip(self._arena, image, strict=True):
@@ -147,7 +142,7 @@ class HostRunner:
         """Run both graphs once, so that the first request finds them compiled and allocated."""
         images = min(self.plan.encode_batch, len(self._tokens))
         for batch in {1, images}:
-            self.encode([np.zeros(self.pixels_shape, np.uint8)] * batch, leading(batch))
+            self.encode([np.zeros(self.sizes.pixels, np.uint8)] * batch, leading(batch))
         self.decode([0], [0])
 
     def _bind(self, rows: int, candidates: int) -> _Step:

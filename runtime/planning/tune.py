@@ -153,7 +153,7 @@ class _Bench:
         several = (plans.stream_batch(streams),) if streams > 1 else _BATCHES
         batches = [min(batch, self._slots) for batch in several]
         rng = np.random.default_rng(0)
-        images = rng.integers(0, 256, (batches[-1], *runner.pixels_shape), np.uint8)
+        images = rng.integers(0, 256, (batches[-1], *self._manifest.sizes.pixels), np.uint8)
         best = 0, float("inf")
         for batch in batches:
             ms = _median_ms(partial(runner.encode, list(images[:batch]), leading(batch))) / batch
