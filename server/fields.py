@@ -1,5 +1,6 @@
 """What may be asked for besides images: the fields of a request, whatever protocol has them."""
 
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from msgspec.structs import fields
@@ -18,6 +19,7 @@ from runtime.limits import RANGES
 from runtime.request import Priority, SamplingParams
 from server.bodies import shown
 
+_KINDS = {"str", "bool", "int", "float"}
 _DIGITS = 9  # of a number of tokens
 _MOST_DIGITS = 19  # of any number: a seed has 63 bits
 
@@ -55,13 +57,20 @@ def checked(shape: type[Shape], fields: dict[str, Any]) -> Shape:
     try:
         return shape.model_validate(fields)
     except ValidationError as cause:
-        error = cause.errors(include_url=False, include_input=False)[0]
-        name = shown(".".join(map(str, error["loc"])))
-        if error["type"] == "extra_forbidden":
-            there = ", ".join(shape.model_fields)
-            raise InvalidRequest(f"unknown field {name}: there are {there}") from None
-        said = error["msg"].removeprefix("Input ")
-        raise InvalidRequest(f"the field {name} {said}") from None
+        errors = cause.errors(include_url=False, include_input=False)
+        if errors[0]["type"] == "extra_forbidden":
+            name, there = ".".join(map(str, errors[0]["loc"])), ", ".join(shape.model_fields)
+            raise InvalidRequest(f"unknown field {shown(name)}: there are {there}") from None
+        place = _place(errors[0])
+        same = [each["msg"] for each in errors if _place(each) == place]  # of a union, one for each
+        said = ", or ".join(dict.fromkeys(message.removeprefix("Input ") for message in same))
+        raise InvalidRequest(f"the field {shown(place)} {said}") from None
+
+
+def _place(error: Any) -> str:
+    """Where it is, by fields and indices, without what pydantic calls the kinds of a union."""
+    parts = map(str, error["loc"])
+    return ".".join(p for p in parts if p not in _KINDS and re.fullmatch("[a-z_]+|[0-9]+", p))
 
 
 class CaptionFields(BaseModel):

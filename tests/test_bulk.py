@@ -86,6 +86,23 @@ def test_beams_and_scores_are_in_the_lines(capfd):
     assert "top_p has no effect without a temperature" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "complaint"),
+    [
+        ("--top-p", "7", "'top_p' should be less than or equal to 1"),
+        ("--num-beams", "3.5", "'num_beams' should be a valid integer"),
+        ("--early-stopping", "maybe", "should be a valid boolean, or should be 'never'"),
+    ],
+)
+def test_a_wrong_sampling_parameter_is_told_before_anything_is_opened(
+    capfd, flag, value, complaint
+):
+    with pytest.raises(SystemExit) as ended:
+        run("nowhere", flag, value)
+    assert ended.value.code == 2
+    assert complaint in capfd.readouterr().err
+
+
 def test_a_file_that_is_no_image_fails_alone(photos, tmp_path, capfd):
     output = tmp_path / "captions.jsonl"
     (photos / "cats.png").write_bytes(b"GIF")

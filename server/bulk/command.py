@@ -12,16 +12,19 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import fields
+
 from runtime.engine import Engine
-from runtime.errors import VignetteError
+from runtime.errors import InvalidRequest, VignetteError
+from runtime.limits import DEFAULT_MAX_NEW_TOKENS
 from runtime.model.preprocess import MAX_PIXELS, SUFFIXES
 from runtime.planning.config import AUTO, PROVIDERS, EngineConfig, demo_engine
+from runtime.request import SamplingParams
 from server.bulk.captioning import Captioning, CaptioningOptions, RunFailed
 from server.bulk.folders import Files
 from server.bulk.inputs import NoImages, Part, items, parts
@@ -33,11 +36,17 @@ from server.bulk.progress import Progress
 from server.bulk.remote import RemoteCaptioner
 from server.bulk.run import BulkRun, CaptionSettings, Counts
 from server.bulk.tar import Tar
+from server.fields import SAMPLING, CaptionFields, checked
 from server.http.client import RemoteService
 
 _KEY = "VIGNETTE_API_KEY"
 _LOCAL = "local"  # which Ray takes for a cluster that is started here, and no other
 _SKIPPED = 5  # kinds of files that are named
+_SAMPLING = {  # flags that are sampling parameters, and their defaults; a row has no logprobs
+    field.name: DEFAULT_MAX_NEW_TOKENS if field.required else field.default
+    for field in fields(SamplingParams)
+    if field.name in SAMPLING - {"logprobs"}
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,6 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--ordered, --dedupe and --url are for one machine: leave out --ray")
     if args.ordered and (args.again or args.retry_failed):
         parser.error("rows that are made again come last: leave out --ordered")
+    try:
+        args.sampling = _sampling(args)
+    except InvalidRequest as error:
+        parser.error(str(error))
     logging.basicConfig(format="%(message)s")
     limit = int(args.max_image_mb * 1e6)
     columns = Columns(args.column, args.prompt_column, args.id_column)
@@ -137,9 +150,9 @@ def _add_captioning(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--model", help="of the service's, where it has several (its first)")
     group.add_argument("--prompt", help="a question about each image, or how its caption begins")
-    for name, (kind, does) in _SAMPLING.items():
-        flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, type=kind, metavar="N", dest=name, help=does)
+    for name, usual in _SAMPLING.items():
+        about = f"{CaptionFields.model_fields[name].description} ({usual})"
+        group.add_argument(f"--{name.replace('_', '-')}", metavar="N", dest=name, help=about)
     group.add_argument("--provider", choices=PROVIDERS, default=AUTO, help="of the encoder (auto)")
     group.add_argument(
         "--precision", default=AUTO,
@@ -157,31 +170,10 @@ def _add_captioning(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--slots", type=int, help="sequences that decode together (16; GPU: more)")
 
 
-def _early(text: str) -> bool | str:
-    """A value of --early-stopping."""
-    return {"true": True, "false": False}.get(text, text)
-
-
-_SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {  # flags that are sampling parameters
-    "max_new_tokens": (int, "of a caption (20)"),
-    "min_new_tokens": (int, "of a caption (0)"),
-    "n": (int, "captions of each image (1)"),
-    "num_beams": (int, "texts to follow at once, of which the best is taken (1)"),
-    "length_penalty": (float, "of beams: above 0 for long captions (1)"),
-    "early_stopping": (_early, "of beams: true, false or never (false)"),
-    "no_repeat_ngram_size": (int, "so many tokens in a row are there only once (0: any)"),
-    "repetition_penalty": (float, "above 1 for fewer repetitions (1)"),
-    "temperature": (float, "0 takes the likeliest token, more draws one (0)"),
-    "top_k": (int, "draw from so many of the likeliest tokens (50)"),
-    "top_p": (float, "draw from the fewest tokens that are together so likely (1)"),
-    "seed": (int, "the same one draws the same captions"),
-}
-
-
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """What was given of it."""
+    """What was given of it. Raises InvalidRequest."""
     given = {name: getattr(args, name) for name in _SAMPLING}
-    return {name: value for name, value in given.items() if value is not None}
+    return checked(CaptionFields, given).sampling
 
 
 def _here(
@@ -202,7 +194,7 @@ def _on_ray(
     from server.bulk.ray import ClusterOptions, Opening, RayCaptioning, TaskSetup
 
     opening = Opening(str(args.engine.absolute()), _config(args))
-    setup = TaskSetup(opening, _sampling(args), options, args.max_pixels, isinstance(output, Tar))
+    setup = TaskSetup(opening, args.sampling, options, args.max_pixels, isinstance(output, Tar))
     with closing(RayCaptioning(ClusterOptions(args.ray, args.ray_cores), setup)) as captioning:
         bulk_run = _bulk_run(args, output, captioning.identity)
         bulk_run.counts.before = len(bulk_run.index.keys().sorted)
@@ -216,7 +208,7 @@ def _on_ray(
 def _bulk_run(args: argparse.Namespace, output: Output, identity: dict[str, str]) -> BulkRun:
     settings = {name: value for name, value in identity.items() if name != "model"}
     varied = args.prompt_column is not None
-    made_with = CaptionSettings(identity["model"], settings | _sampling(args), args.prompt, varied)
+    made_with = CaptionSettings(identity["model"], settings | args.sampling, args.prompt, varied)
     bulk_run = BulkRun(output, made_with, args.again, args.retry_failed)
     bulk_run.read()
     return bulk_run
@@ -238,7 +230,7 @@ def _tell_skipped(given: list[Part], counts: Counts) -> None:
 
 def _local(args: argparse.Namespace) -> LocalCaptioner:
     open_engine = partial(Engine.open, args.engine, _config(args))
-    return LocalCaptioner(open_engine, args.prompt, _sampling(args), args.max_pixels)
+    return LocalCaptioner(open_engine, args.prompt, args.sampling, args.max_pixels)
 
 
 def _config(args: argparse.Namespace) -> EngineConfig:
@@ -247,7 +239,7 @@ def _config(args: argparse.Namespace) -> EngineConfig:
 
 def _remote(args: argparse.Namespace) -> RemoteCaptioner:
     service = RemoteService.at(args.url, os.environ.get(_KEY), args.model)
-    return RemoteCaptioner(service, _sampling(args))
+    return RemoteCaptioner(service, args.sampling)
 
 
 if __name__ == "__main__":
