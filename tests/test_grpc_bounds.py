@@ -8,6 +8,7 @@ import pytest
 import tritonclient.grpc as triton
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -137,6 +138,21 @@ def test_what_is_no_caption_is_asked_for_so_often(ports):
             answers = [check.future(health_pb2.HealthCheckRequest()) for _ in range(1000)]
             codes |= {answer.code() for answer in answers}
     assert {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED} <= codes
+
+
+def test_reflection_takes_short_questions_alone(ports):
+    def ask(symbol):
+        question = reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
+        [answer] = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+            iter([question])
+        )
+        return answer
+
+    with grpc.insecure_channel(f"127.0.0.1:{ports[0]}") as channel:
+        assert ask(SERVICE).HasField("file_descriptor_response")
+        with pytest.raises(grpc.RpcError) as error:
+            ask("x" * 100_000)
+        assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_a_method_that_is_not_there_is_told_without_a_traceback(ports):
