@@ -23,7 +23,7 @@ _SHOWN = 100  # characters of what a client sent that may come back in a message
 _TEXT = 16 * 1024  # bytes of a field that is no image, and of all that is no string in JSON
 _OUTLINE = 64 * 1024  # bytes of a JSON document without its image
 _QUOTES = 1024  # that end a string of a JSON document, or are escaped within one
-_DEPTH = 8
+_DEPTH, _VALUES = 8, 512  # how deep a JSON document is nested, and the values in it
 _UNESCAPED = 16  # characters of an image for each escape: some programs escape each "/" or "+"
 _MARK = b'"\\u0000'  # that stands with a number for a long string, once
 _MOST_IMAGES = 64
@@ -252,19 +252,24 @@ def _ends_escaping(text: bytes) -> bool:
     return (len(text) - len(text.rstrip(b"\\"))) % 2 == 1
 
 
-def _check_short(value: Any, depth: int = 1) -> None:
-    """Raise InvalidRequest for what is nested deeply, or a long string that is no image."""
-    if depth > _DEPTH:
-        raise InvalidRequest(f"the JSON is nested more than {_DEPTH} deep: {_NO_OBJECT}")
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            _check_short(name, depth)
-            _check_short(inner, depth + 1)
-    elif isinstance(value, list):
-        for inner in value:
-            _check_short(inner, depth + 1)
-    elif isinstance(value, str) and value.startswith("\0"):
-        raise InvalidRequest(f"the JSON holds a text of more than {_TEXT // 1024} KiB")
+def _check_short(fields: dict[str, Any]) -> None:
+    """Raise InvalidRequest for many values, deep nesting, or a long string that is no image."""
+    waiting: list[tuple[Any, int]] = [(fields, 1)]
+    count = 0
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > _DEPTH:
+            raise InvalidRequest(f"the JSON is nested more than {_DEPTH} deep: {_NO_OBJECT}")
+        if isinstance(value, dict | list):
+            count += len(value)
+            if count > _VALUES:
+                raise InvalidRequest(f"the JSON holds more than {_VALUES} values: send fewer")
+            waiting += [
+                (inner, depth + 1)
+                for inner in (value if isinstance(value, list) else (*value, *value.values()))
+            ]
+        elif isinstance(value, str) and value.startswith("\0"):
+            raise InvalidRequest(f"the JSON holds a text of more than {_TEXT // 1024} KiB")
 
 
 def _from_base64(image: Any, long: list[bytes], name: str = "image") -> bytes:

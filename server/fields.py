@@ -20,6 +20,7 @@ from runtime.request import Priority, SamplingParams
 from server.bodies import shown
 
 _KINDS = {"str", "bool", "int", "float"}
+_FIELDS = 64  # more than any request has
 _DIGITS = 9  # of a number of tokens
 _MOST_DIGITS = 19  # of any number: a seed has 63 bits
 
@@ -54,6 +55,8 @@ Shape = TypeVar("Shape", bound=BaseModel)
 
 def checked(shape: type[Shape], fields: dict[str, Any]) -> Shape:
     """The fields of a request. Raises InvalidRequest naming what is wrong."""
+    if len(fields) > _FIELDS:  # an error for each takes long to make
+        raise InvalidRequest(f"{len(fields)} fields: there are {', '.join(shape.model_fields)}")
     try:
         return shape.model_validate(fields)
     except ValidationError as cause:

@@ -44,6 +44,8 @@ def test_a_form_is_read_in_pieces_and_has_few_parts():
         (b"{%s}" % b",".join(b'"%d":1' % n for n in range(100_000)), "too large without its image"),
         (b'{"image": [%s"x"]}' % (b'"x",' * 100_000), "too large without its image"),
         (b'{"a": %s1%s}' % (b"[" * 20, b"]" * 20), "nested"),
+        (b'{"a": [%s[]]}' % (b"[]," * 600), "more than 512 values"),
+        (b"{%s}" % b",".join(b'"%d":1' % n for n in range(600)), "more than 512 values"),
         (b'{"a": %s}' % (b" " * 20_000), "too large without its image"),
         (b'{"prompt": "%s"}' % (b"x" * 20_000), "more than 16 KiB"),
         (b'{"%s": 1}' % (b"x" * 20_000), "more than 16 KiB"),

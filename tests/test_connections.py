@@ -172,8 +172,18 @@ def test_a_client_without_credit_that_leaves_gets_its_place_back(tmp_path):
         assert not live.app.settings["late"]
 
 
-@pytest.mark.parametrize(("query", "lines"), [(b"", b"a:\r\n" * 3000), (b"?" + b"a&" * 3000, b"")])
-def test_a_head_of_thousands_of_parts_is_hung_up_on(query, lines):
+@pytest.mark.parametrize(
+    ("query", "lines"),
+    [
+        (b"", b"a:\r\n" * 3000),
+        (b"?" + b"a&" * 3000, b""),
+        (b"/" + b"%C3%A9" * 300, b""),
+        (b"", b"a: " + b"x" * 20_000 + b"\r\n"),
+        (b"", b"hOST :" + b":" * 400 + b"\r\n"),
+        (b"", b"host: a\r\n" + (b" " + b":" * 90 + b"\r\n") * 4),
+    ],
+)
+def test_a_head_that_takes_long_to_parse_is_hung_up_on(query, lines):
     with serve(fake_engine) as live:
         with socket.create_connection(("127.0.0.1", live.port)) as client:
             start = b"GET /health/live" + query + b" HTTP/1.1\r\nHost: x\r\n"
@@ -181,6 +191,26 @@ def test_a_head_of_thousands_of_parts_is_hung_up_on(query, lines):
             with contextlib.suppress(ConnectionError):
                 assert client.recv(100) == b""
         assert live.request("GET", "/health/live").status == 200
+
+
+def test_who_asks_and_leaves_all_the_time_has_to_wait():
+    from tests.fakes import gated
+
+    engine = gated()
+    with serve(lambda: engine) as live:
+        live.service.refusals = TokenBuckets(0.01, 3)
+        engine.runner.open.clear()
+        head = b"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(png())
+        for _ in range(4):
+            with socket.create_connection(("127.0.0.1", live.port)) as client:
+                client.sendall(head + png())
+                until(lambda: live.model.admission.inside)
+            until(lambda: not live.model.admission.inside)
+        with socket.create_connection(("127.0.0.1", live.port)) as client:
+            client.sendall(head + png())
+            until(lambda: live.app.settings["late"])
+            assert not live.model.admission.inside
+        engine.runner.open.set()
 
 
 @pytest.mark.parametrize("length", ["+3", "1_0", "-1", "3, 4"])
@@ -197,7 +227,7 @@ def test_headers_of_many_parts_are_not_read_to_their_end():
     accept = ",".join(["text/html"] * 120) + ",text/plain"
     with serve(fake_engine) as live:
         assert live.caption(png(), Accept=accept).headers["Content-Type"].startswith("application")
-        assert live.request("GET", "/", If_None_Match='""' + "*" * 20_000).status == 200
+        assert live.request("GET", "/", If_None_Match='""' + "*" * 15_000).status == 200
 
 
 def test_who_asks_for_pages_all_the_time_has_to_wait():

@@ -378,6 +378,6 @@ def test_what_a_client_owes_for_images_that_deceived_is_not_forgotten_at_once():
     for _ in range(60):
         credit.spend("deceiver", 1)
     now[0] = 300.0
-    assert credit.owes("deceiver")
+    assert credit.owed("deceiver")
     now[0] = 700.0
-    assert not credit.owes("deceiver")
+    assert not credit.owed("deceiver")

@@ -34,8 +34,10 @@ class Scene:
         priority = Priority.BATCH if batch else Priority.INTERACTIVE
         async with self.shares.take(client, rows, priority):
             self.inside.append(name)
-            await self.ends[name].wait()
-            self.inside.remove(name)
+            try:
+                await self.ends[name].wait()
+            finally:
+                self.inside.remove(name)
 
     async def end(self, name: str) -> None:
         self.ends[name].set()
@@ -120,6 +122,26 @@ async def test_a_client_whose_requests_take_much_waits_for_others_that_took_litt
         scene.now += 0.1
         await scene.end(f"h{n}")
     assert scene.inside == ["x1"]
+
+
+@scenario
+async def test_a_request_that_is_taken_back_counts_as_what_is_usual(scene):
+    await scene.come("b", "b", 1)  # stays
+    await scene.come("z", "z", 4)
+    scene.now += 2.0
+    await scene.end("z")
+    for n in range(4):
+        await scene.come(f"l{n}", "leaver", 1)
+        scene.tasks[f"l{n}"].cancel()
+        await scene.settle()
+    await scene.come("h0", "h", 1)
+    scene.now += 0.5
+    await scene.end("h0")
+    await scene.come("y", "y", 7)
+    await scene.come("l4", "leaver", 7)
+    await scene.come("h1", "h", 7)
+    await scene.end("y")
+    assert scene.inside == ["b", "h1"]
 
 
 @scenario

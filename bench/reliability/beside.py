@@ -96,8 +96,9 @@ def _short(names: list[str], long: bool) -> Verdict:
 
 
 def content_types(long: bool) -> Verdict:
-    """17: headers, boundaries and forms that take long to read, and pages by the dozen."""
-    return _short(["boundary", "parameters", "form", "tiny chunks", "accept", "pages"], long)
+    """17: heads, boundaries and forms that take long to read, and pages by the dozen."""
+    names = ["boundary", "parameters", "form", "tiny chunks", "accept", "slow heads", "pages"]
+    return _short(names, long)
 
 
 def large_json(long: bool) -> Verdict:
@@ -106,8 +107,8 @@ def large_json(long: bool) -> Verdict:
 
 
 def unread_answers(long: bool) -> Verdict:
-    """19: a field's name of ten megabytes, and answers that nobody reads."""
-    return _short(["unread"], long)
+    """19: a field's name of ten megabytes, and answers that nobody reads, or waits for."""
+    return _short(["unread", "left"], long)
 
 
 def dear_images(long: bool) -> Verdict:

@@ -23,6 +23,9 @@ _IMAGE_HEAD = b"Content-Type: image/jpeg"
 _JSON_HEAD = b"Content-Type: application/json"
 _SAMPLES = Path("demo/samples")
 _LARGE = 9_800_000  # bytes, just below the limit
+_LONG = 15_000  # characters of a header, as a whole head may have
+_LEFT_SECONDS = 0.25
+_ELSEWHERE = "127.0.0.2", 0  # who asks and leaves has to wait, and all of the same address
 
 
 def post(port: int, head: bytes, body: bytes, read: bool = True, wait: float = 60) -> bytes:
@@ -48,11 +51,11 @@ def post(port: int, head: bytes, body: bytes, read: bool = True, wait: float = 6
 
 
 def _boundary(port: int) -> None:
-    post(port, b"Content-Type: multipart/form-data; boundary=x" + b"-" * 30_000, b"-" * 250_000)
+    post(port, b"Content-Type: multipart/form-data; boundary=x" + b"-" * _LONG, b"-" * 250_000)
 
 
 def _parameters(port: int) -> None:
-    post(port, b'Content-Type: multipart/form-data; a="' + b";" * 30_000, b"x")
+    post(port, b'Content-Type: multipart/form-data; a="' + b";" * _LONG, b"x")
 
 
 def _form(port: int) -> None:
@@ -70,7 +73,28 @@ def _tiny_chunks(port: int) -> None:
 
 def _accept(port: int) -> None:
     image = (_SAMPLES / "owl.png").read_bytes()
-    post(port, b"Content-Type: image/png\r\nAccept: " + b"," * 50_000, image)
+    post(port, b"Content-Type: image/png\r\nAccept: " + b"," * _LONG, image)
+
+
+def _slow_heads(port: int) -> None:
+    """Paths and hosts that expressions take long to look at."""
+    for line in (b"/v2/models/" + b"%C3%A9" * 9_000, b"/ HTTP/1.1\r\nHost: " + b":" * 56_000):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as client:
+            client.settimeout(60)
+            client.sendall(b"GET " + line + b"\r\nX: y\r\n\r\n")
+            client.recv(1000)
+
+
+def _left(port: int) -> None:
+    """A caption that is asked for, and not waited for."""
+    image = (_SAMPLES / "owl.png").read_bytes()
+    head = b"POST /caption?min_new_tokens=20 HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection(("127.0.0.1", port), source_address=_ELSEWHERE) as client,
+    ):
+        client.sendall(head % len(image) + image)
+        time.sleep(_LEFT_SECONDS)
 
 
 def _pages(port: int) -> None:
@@ -153,6 +177,8 @@ _BY_HAND: dict[str, Callable[[int], object]] = {
     "form": _form,
     "tiny chunks": _tiny_chunks,
     "accept": _accept,
+    "slow heads": _slow_heads,
+    "left": _left,
     "pages": _pages,
 }
 ATTACKS = (*_BY_HAND, *_BODIES)

@@ -57,21 +57,29 @@ class SlotShares:
 
     @asynccontextmanager
     async def take(self, client: str, rows: int, priority: Priority) -> AsyncIterator[None]:
-        """Hold so many slots, once it is this request's turn."""
+        """Hold so many slots, once it is this request's turn.
+
+        One that is taken back counts as what is usual, at least: the engine has encoded its image
+        all the same, and ends its step with it.
+        """
         me = _Waiting(client, rows, priority is Priority.BATCH)
         self._waiting.setdefault((client, me.batch), deque()).append(me)
-        began = 0.0
+        began, whole = 0.0, False
         try:
             self._admit()
             self._look_again()
             await me.turn.wait()
             began = self._clock()
             yield
+            whole = True
         finally:
             if me.turn.is_set():
                 self._take(me, -rows)
                 took = rows * (self._clock() - began) if began else 0.0
-                self._usual += _LEARNING * (took - self._usual)
+                if whole:
+                    self._usual += _LEARNING * (took - self._usual)
+                else:
+                    took = max(took, self._usual)
                 self._clocks.charge(client, took, len(self._present | {client}))
             else:
                 self._forget(me)

@@ -48,9 +48,9 @@ class TokenBuckets:
             self._spent.popitem(last=False)
         return len(self._spent)
 
-    def owes(self, client: str) -> bool:
-        """Whether it has used more than it had."""
-        return self._change(client, 0) < 0
+    def owed(self, client: str) -> float:
+        """Seconds until the client has what it used beyond what it had."""
+        return max(0.0, -self._change(client, 0) / self._rate)
 
     def earn(self, client: str, amount: float) -> None:
         """Give so much back."""

@@ -87,7 +87,6 @@ class CaptionHandler(IntakeHandler):
             )
         for _ in wanted.images[1:]:
             self.take_place()
-        await self.held_back(self.service.refusals.spend(self.client, 0))  # for those before
         prompts = wanted.prompts or [None] * len(wanted.images)
         results = await gather_or_cancel(
             self._one(model, wanted.fields, image, prompt, started)

@@ -163,6 +163,7 @@ class IntakeHandler(Handler):
             raise refused
         self._came()
         self._task = asyncio.current_task()
+        await self.held_back(self.service.refusals.owed(self.client))
         self.service.check_room(self.client)
         body = bytes(self._body)
         self._body = bytearray()
@@ -228,13 +229,17 @@ class IntakeHandler(Handler):
         self._place.close()
 
     def on_connection_close(self) -> None:
-        """The client has gone: take its request out of queue or batch."""
+        """The client has gone: take its request out of queue or batch.
+
+        That counts as a refusal: decoders and engine have worked for nothing.
+        """
         super().on_connection_close()  # wakes those who wait for the rest of the body
         self._drop_body()
         if self._task is None or self._task.done():
             self._place.close()
         else:
             self.outcome("cancelled")
+            self.service.refusals.spend(self.client, 1)
             self._gone = True
             self._task.add_done_callback(lambda _: self._place.close())
             self._task.cancel()

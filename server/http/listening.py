@@ -8,6 +8,7 @@ oldest of the address that has the most of them.
 import asyncio
 import errno
 import logging
+import re
 import socket
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
@@ -30,7 +31,11 @@ from server.logs import Seldom
 log = logging.getLogger(__name__)
 
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_HEADERS, _FIELDS = 200, 100  # lines of a head, and fields of a query: each takes a while to parse
+# Of a head, which takes a while to parse: lines, and bytes without the query; of these the request
+# line's before the query, and those of Host: expressions look at both, which take longer.
+_HEADERS, _HEAD, _LINE, _HOST = 200, 16 * 1024, 1024, 300
+_FIELDS = 100  # of a query
+_HOSTS = re.compile(rb"\nhost[ \t]*:((?:[^\n]|\n[ \t])*)", re.IGNORECASE)
 _CHUNKS, _CHUNK = 256, 512  # of a connection whatever their size, and bytes of the others
 _PIECES, _PIECE = 64, 512  # of a head whatever their size, and bytes of the others
 _END = 4  # bytes that end a head at most
@@ -202,7 +207,7 @@ class _Stream(IOStream):
             head = await super().read_until_regex(regex, max_bytes)
         finally:
             self._pieces = None
-        if head.count(b"\n") > _HEADERS or head.count(b"&") > _FIELDS:
+        if _takes_long(head):
             await self._hang_up()
         return head
 
@@ -229,6 +234,19 @@ class _Stream(IOStream):
         if self._chunks > _CHUNKS + self._received / _CHUNK:
             return asyncio.ensure_future(self._hang_up())
         return super().read_until(delimiter, max_bytes)
+
+
+def _takes_long(head: bytes) -> bool:
+    """Whether parsing it would hold up others: no client that means well sends such a head."""
+    line = head.lstrip(b"\r\n").partition(b"\n")[0]
+    before, _, query = line.partition(b"?")
+    return (
+        head.count(b"\n") > _HEADERS
+        or query.count(b"&") > _FIELDS
+        or len(before) > _LINE
+        or len(head) - len(query) > _HEAD
+        or sum(len(host) for host in _HOSTS.findall(head)) > _HOST
+    )
 
 
 class _Watched(HTTPMessageDelegate):

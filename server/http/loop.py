@@ -5,7 +5,7 @@ import math
 import select
 import selectors
 
-_EVENTS = 32  # connections of a turn: a few milliseconds
+_EVENTS = 8  # connections of a turn: each may have sent what takes a millisecond or two
 
 
 def few_at_a_time() -> asyncio.AbstractEventLoop:

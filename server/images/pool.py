@@ -119,7 +119,7 @@ class ImageDecoders:
         client = job.origin.client
         task = DecodeTask(
             PIXELS, job.image, seconds, self._wall, job.place, _QUICK,
-            gives_way=lambda: self._misjudged.owes(client),
+            gives_way=lambda: self._misjudged.owed(client) > 0,
             failed=lambda spent: self._took(client, spent - _QUICK),
         )  # fmt: skip
         try:
