@@ -198,7 +198,7 @@ def test_who_asks_and_leaves_all_the_time_has_to_wait():
 
     engine = gated()
     with serve(lambda: engine) as live:
-        live.service.refusals = TokenBuckets(0.01, 3)
+        live.service.refusals = TokenBuckets(0.01, 18)
         engine.runner.open.clear()
         head = b"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(png())
         for _ in range(4):

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.2
 _UNREAD_SECONDS = 2.0  # that an answer may lie unread before its connection makes room for others
 _ETAGS = 1000  # characters of If-None-Match
-_LATE = 64  # connections that wait for no caption
+_LATE = 256  # connections that wait for no caption: who is hung up on comes again at once
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 

@@ -25,6 +25,7 @@ EVENTS = "text/event-stream"
 _DRAINED = 20  # times the body limit
 _FREE = 256 * 1024  # bytes of each body that are not paced: most images are no larger
 _STEP_SECONDS = 0.02  # shorter waits are put off
+_LEFT = 5  # refusals that a request which is taken back counts as; each that is served earns one
 _WHOLE, _LENGTH = re.compile(r"[0-9]+"), re.compile(r"[0-9]{1,15}")  # of a Content-Length
 
 
@@ -231,7 +232,7 @@ class IntakeHandler(Handler):
     def on_connection_close(self) -> None:
         """The client has gone: take its request out of queue or batch.
 
-        That counts as a refusal: decoders and engine have worked for nothing.
+        That counts as several refusals: decoders and engine have worked for nothing.
         """
         super().on_connection_close()  # wakes those who wait for the rest of the body
         self._drop_body()
@@ -239,7 +240,7 @@ class IntakeHandler(Handler):
             self._place.close()
         else:
             self.outcome("cancelled")
-            self.service.refusals.spend(self.client, 1)
+            self.service.refusals.spend(self.client, _LEFT)
             self._gone = True
             self._task.add_done_callback(lambda _: self._place.close())
             self._task.cancel()
