@@ -11,11 +11,19 @@ import time
 import pytest
 
 from server.fairness.token_buckets import TokenBuckets
+from server.http import handler, listening
 from server.http.loop import few_at_a_time
 from tests.fakes import fake_engine
 from tests.live import fetch, png, serve, until
 
 JSON = {"Content_Type": "application/json"}
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """What clients wait for is the same, and short."""
+    monkeypatch.setattr(listening, "_HANG_UP_SECONDS", 0.05)
+    monkeypatch.setattr(handler, "_UNREAD_SECONDS", 0.1)
 
 
 @pytest.mark.parametrize("path", ["/caption", "/health/live"])
@@ -140,6 +148,7 @@ def test_a_client_that_says_no_more_still_gets_its_answer():
 
 def test_connections_that_wait_for_a_refusal_make_room():
     with serve(fake_engine, max_connections=16) as live:
+        live.service.refusals = TokenBuckets(50.0, 100.0, longest=1.0)
         live.service.refusals.spend("127.0.0.1", 300)
         waiting = []
         for _ in range(16):
