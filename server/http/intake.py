@@ -25,7 +25,7 @@ EVENTS = "text/event-stream"
 _DRAINED = 20  # times the body limit
 _FREE = 256 * 1024  # bytes of each body that are not paced: most images are no larger
 _STEP_SECONDS = 0.02  # shorter waits are put off
-_LEFT = 5  # refusals that a request which is taken back counts as; each that is served earns one
+_SERVED = 0.2  # of one that was left, which each that is served pays for
 _WHOLE, _LENGTH = re.compile(r"[0-9]+"), re.compile(r"[0-9]{1,15}")  # of a Content-Length
 
 
@@ -164,12 +164,14 @@ class IntakeHandler(Handler):
             raise refused
         self._came()
         self._task = asyncio.current_task()
-        await self.held_back(self.service.refusals.owed(self.client))
+        owed = self.service.refusals, self.service.left
+        await self.held_back(max(buckets.owed(self.client) for buckets in owed))
         self.service.check_room(self.client)
         body = bytes(self._body)
         self._body = bytearray()
         await self.serve(body)
         self.service.refusals.earn(self.client, 1)
+        self.service.left.earn(self.client, _SERVED)
         self.outcome(self.code)
 
     def took(self, timing: Timing) -> None:
@@ -232,7 +234,7 @@ class IntakeHandler(Handler):
     def on_connection_close(self) -> None:
         """The client has gone: take its request out of queue or batch.
 
-        That counts as several refusals: decoders and engine have worked for nothing.
+        Decoders and engine have worked for nothing: who does so all the time has to wait.
         """
         super().on_connection_close()  # wakes those who wait for the rest of the body
         self._drop_body()
@@ -240,7 +242,7 @@ class IntakeHandler(Handler):
             self._place.close()
         else:
             self.outcome("cancelled")
-            self.service.refusals.spend(self.client, _LEFT)
+            self.service.left.spend(self.client, 1)
             self._gone = True
             self._task.add_done_callback(lambda _: self._place.close())
             self._task.cancel()

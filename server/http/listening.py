@@ -7,6 +7,7 @@ oldest of the address that has the most of them.
 
 import asyncio
 import errno
+import json
 import logging
 import re
 import socket
@@ -35,6 +36,15 @@ _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # line's before the query, and those of Host: expressions look at both, which take longer.
 _HEADERS, _HEAD, _LINE, _HOST = 200, 16 * 1024, 1024, 300
 _FIELDS = 100  # of a query
+_REASON = (
+    f"the head is larger than is read here: send at most {_HEADERS} lines of {_HEAD // 1024} KiB "
+    f"together, a path of {_LINE} bytes, a Host of {_HOST}, and {_FIELDS} fields in the query"
+)
+_TOO_LARGE = (
+    "HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: application/json\r\n"
+    "Connection: close\r\n\r\n"
+    + json.dumps({"error": {"code": "head_too_large", "message": _REASON}}) + "\n"
+).encode()  # fmt: skip
 _HOSTS = re.compile(rb"\nhost[ \t]*:((?:[^\n]|\n[ \t])*)", re.IGNORECASE)
 _CHUNKS, _CHUNK = 256, 512  # of a connection whatever their size, and bytes of the others
 _PIECES, _PIECE = 64, 512  # of a head whatever their size, and bytes of the others
@@ -208,7 +218,7 @@ class _Stream(IOStream):
         finally:
             self._pieces = None
         if _takes_long(head):
-            await self._hang_up()
+            await self._hang_up(_TOO_LARGE)
         return head
 
     def _find_read_pos(self) -> int | None:
@@ -222,9 +232,11 @@ class _Stream(IOStream):
         self._check_max_bytes(regex, end)
         return None if found is None else end
 
-    async def _hang_up(self) -> bytes:
+    async def _hang_up(self, answer: bytes = b"") -> bytes:
         """End a connection after a while, for a client that would come again at once."""
         await asyncio.sleep(_HANG_UP_SECONDS)
+        if answer:
+            await self.write(answer)
         self.close()
         raise StreamClosedError
 

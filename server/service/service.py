@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 _LARGE = 256 * 1024  # bytes that are not hashed on the event loop: a third of a millisecond
 _BYTES = 100e6, 32e6  # of all large bodies, a second and at once: half of a slow core
 _REFUSALS = 50.0, 100.0
+_LEFT, _LEFT_SECONDS = (10.0, 200.0), 2.0  # so many may be here when a proxy is started again
 _VISITS = 200.0, 400.0  # of what is no caption and is answered
 Images = list[bytes] | str  # as they were sent, one or one a frame; or where one is to be fetched
 SLOTS = 64  # most that a worker chooses by itself: pixels are kept for as many beside the queue
@@ -68,6 +69,7 @@ class Service:
     keys_reader: asyncio.Task[None] | None = field(default=None, init=False)
     intake: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_BYTES, together=True))
     refusals: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_REFUSALS))
+    left: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_LEFT, longest=_LEFT_SECONDS))
     visits: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_VISITS))
     workers: tuple[WorkerState, ...] = ()
     shares: dict[str, SlotShares] = field(default_factory=dict)  # by device
