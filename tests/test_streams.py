@@ -94,6 +94,12 @@ def test_a_reader_who_leaves_frees_the_slot():
         assert live.metric('vignette_requests_total{outcome="cancelled"}') == 1
 
 
+def test_a_stream_that_is_read_to_its_end_was_not_taken_back():
+    with serve(fake_engine) as live:
+        assert live.caption(png(), "?stream=true&max_new_tokens=6").status == 200
+        until(lambda: live.model.shares._usual > 0)  # learnt of what is served alone
+
+
 def test_a_reader_who_takes_nothing_holds_no_place(live):
     before = live.metric('vignette_requests_total{outcome="ok"}')
     image = png()

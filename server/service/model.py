@@ -134,7 +134,10 @@ class Model:
                 held.enter_context(self.admission.engine(origin.client, rows))
                 async with aclosing(self.links.dispatcher.generate(ready, origin.digest)) as news:
                     async for output in news:
-                        yield _timed(output, decoded - started)
+                        if output.finish_reason is None:
+                            yield output
+            # Who has this needs no more, and may close: the request was not taken back.
+            yield _timed(output, decoded - started)
         finally:
             self._give_back(slot, jobs)
             jobs.clear()  # their errors would hold this frame, and this frame them, with the images
@@ -190,8 +193,7 @@ async def until(deadline: float) -> AsyncIterator[None]:
 
 def _timed(output: RequestOutput, preprocess_s: float) -> RequestOutput:
     """The last of a request's outputs with what its image took."""
-    if output.timing is None:
-        return output
+    assert output.timing is not None
     return replace(output, timing=replace(output.timing, preprocess_s=preprocess_s))
 
 
