@@ -121,7 +121,7 @@ def oversized(long: bool) -> Verdict:
             _raw(it.port, kind)  # to warm up
         statuses = []
         before = it.resident()
-        for _ in range(100 if long else 40):
+        for _ in range(200 if long else 100):
             statuses += [_raw(it.port, kind) for kind in kinds]
         statuses.append(_raw(it.port, chunked))
         time.sleep(0.5)
