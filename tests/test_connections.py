@@ -13,6 +13,7 @@ import pytest
 from server.fairness.token_buckets import TokenBuckets
 from server.http import handler, listening
 from server.http.loop import few_at_a_time
+from server.service.service import Service
 from tests.fakes import fake_engine
 from tests.live import fetch, png, serve, until
 
@@ -219,6 +220,20 @@ def test_who_asks_and_leaves_all_the_time_has_to_wait():
             until(lambda: live.app.settings["late"])
             assert not live.model.admission.inside
         engine.runner.open.set()
+
+
+def test_nothing_is_begun_for_who_is_hung_up_on(monkeypatch):
+    begun: list[str] = []
+    monkeypatch.setattr(handler, "_LATE", 0)
+    monkeypatch.setattr(Service, "check_room", lambda service, client: begun.append(client))
+    with serve(fake_engine) as live:
+        live.service.left = TokenBuckets(0.01, 1)
+        live.service.left.spend("127.0.0.1", 2)
+        with pytest.raises(ConnectionError):
+            live.caption(png())
+        live.service.left = TokenBuckets(1, 1)
+        assert live.caption(png()).status == 200
+    assert len(begun) == 1
 
 
 @pytest.mark.parametrize("length", ["+3", "1_0", "-1", "3, 4"])

@@ -26,7 +26,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _torch(precision: str) -> float:
-    """Seconds of one image: more at once are no faster there, and this takes seconds."""
+    """Seconds that one image takes, which are many; more at once are no faster there."""
     from bench.contestants.model import TorchCaptioner
 
     model = TorchCaptioner(precision)

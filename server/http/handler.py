@@ -179,6 +179,7 @@ class Handler(tornado.web.RequestHandler):
             return
         if len(late) >= _LATE:
             stream.close()
+            await asyncio.sleep(_LOOK_SECONDS)  # a caption is taken back by then, and not begun
             return
         late[stream] = None  # it makes room for others
         try:
