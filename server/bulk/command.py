@@ -42,11 +42,11 @@ from server.http.client import RemoteService
 _KEY = "VIGNETTE_API_KEY"
 _LOCAL = "local"  # which Ray takes for a cluster that is started here, and no other
 _SKIPPED = 5  # kinds of files that are named
-_SAMPLING = {  # flags that are sampling parameters, and their defaults; a row has no logprobs
+_SAMPLING: dict[str, Any] = {  # flags that are sampling parameters, and their defaults
     field.name: DEFAULT_MAX_NEW_TOKENS if field.required else field.default
     for field in fields(SamplingParams)
-    if field.name in SAMPLING - {"logprobs"}
-}
+    if field.name in SAMPLING - {"logprobs"}  # of which a row has none
+} | {"seed": "any"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -151,7 +151,7 @@ def _add_captioning(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", help="of the service's, where it has several (its first)")
     group.add_argument("--prompt", help="a question about each image, or how its caption begins")
     for name, usual in _SAMPLING.items():
-        about = f"{CaptionFields.model_fields[name].description} ({usual})"
+        about = f"{CaptionFields.model_fields[name].description} ({str(usual).lower()})"
         group.add_argument(f"--{name.replace('_', '-')}", metavar="N", dest=name, help=about)
     group.add_argument("--provider", choices=PROVIDERS, default=AUTO, help="of the encoder (auto)")
     group.add_argument(
