@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from runtime.errors import ComputationFailed, VignetteError
 from runtime.request import GenerationRequest, RequestOutput
 
 if TYPE_CHECKING:
@@ -51,8 +52,12 @@ class Stepper:
     def _submit(self, request: GenerationRequest, sink: Sink) -> None:
         try:
             self._engine.submit(request)
-        except Exception as error:
+        except VignetteError as error:
             sink(error)
+        except Exception as error:  # of ours, and this request's alone: no step has failed
+            failed = ComputationFailed(f"the request could not be begun: {error!r}")
+            failed.__cause__ = error
+            sink(failed)
         else:
             self._sinks[request.id] = sink
 

@@ -70,10 +70,13 @@ class World:
     ) -> None:
         for slot in slots:
             when = SchedulingParams(deadline=time.perf_counter() + seconds)
-            request = GenerationRequest(slot, (0,), SamplingParams(20), when, stream)
-            self.read[slot] = []
-            self.tasks[slot] = asyncio.create_task(self._read(request, digest or f"image {slot}"))
+            self.begin(GenerationRequest(slot, (0,), SamplingParams(20), when, stream), digest)
         await settle()
+
+    def begin(self, request: GenerationRequest, digest: str | None = None) -> None:
+        slot = request.pixels
+        self.read[slot] = []
+        self.tasks[slot] = asyncio.create_task(self._read(request, digest or f"image {slot}"))
 
     async def _read(self, request: GenerationRequest, digest: str) -> tuple[int, ...]:
         async for output in self.dispatcher.generate(request, digest):
@@ -159,6 +162,19 @@ async def test_what_a_dead_worker_had_is_sent_again_and_suspects_alone(world):
     assert fresh.captions == [1, 2, 3], "what had not begun goes last, and is no suspect"
     await world.answer(again, fresh, 3)
     assert all(task.done() and not task.exception() for task in world.tasks.values())
+
+
+@scenario
+async def test_what_had_not_begun_goes_in_the_order_in_which_it_came(world):
+    """Which is that of decoding, and not of the requests' numbers."""
+    key, _ = world.worker()
+    made = [GenerationRequest(slot, (0,), SamplingParams(20)) for slot in (3, 2, 1)]
+    for request in reversed(made):
+        world.begin(request)
+    await settle()
+    await world.lose(key)
+    await world.ask(4)
+    assert world.worker()[1].captions == [1, 2, 3, 4]
 
 
 @scenario

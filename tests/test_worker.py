@@ -1,13 +1,15 @@
 """The engine worker by itself."""
 
 import asyncio
+import time
 
 import msgspec
 import numpy as np
 import pytest
 
+from runtime import engine
 from runtime.planning.config import EngineConfig
-from runtime.request import GenerationRequest, SamplingParams
+from runtime.request import FinishReason, GenerationRequest, SamplingParams
 from server.ipc.messages import (
     TO_FRONT_END,
     Cancel,
@@ -15,6 +17,8 @@ from server.ipc.messages import (
     Hello,
     Output,
     StepFailed,
+    Unserved,
+    Why,
     packed,
 )
 from server.metrics import WorkerMetrics
@@ -150,8 +154,6 @@ def test_what_waits_behind_a_suspect_can_be_taken_back():
 
     class Held(FakeRunner):
         def decode(self, tokens, fed, forced=(), candidates=1):
-            import time
-
             time.sleep(0.005)
             return super().decode(tokens, fed, forced, candidates)
 
@@ -182,6 +184,37 @@ def test_a_front_end_that_has_gone_already_does_no_harm(tmp_path):
 
     made = scene(asked)
     assert made.socket.answered == [2]
+    assert Unserved(1, Why.NO_PIXELS) in made.socket.sent
+
+
+def test_a_request_that_can_not_be_begun_fails_alone_and_is_not_tried_again(monkeypatch):
+    def decoding_of(request, eos):
+        raise TypeError("a defect of ours")
+
+    monkeypatch.setattr(engine, "decoding_of", decoding_of)
+    made = scene(lambda made: made.socket.ask(b"a", 1))
+    [answer] = made.socket.sent
+    assert (answer.output.id, answer.output.finish_reason) == (1, FinishReason.ERROR)
+    assert not made.worker.broken
+
+
+def test_who_waits_behind_a_request_that_is_taken_back_goes_on():
+    def asked(made):
+        made.socket.ask(b"a", 1, most=400)
+        made.socket.ask(b"b", 2, alone=True)
+        made.socket.ask(b"a", 3, most=1)
+        made.socket.say(b"b", Cancel(2))
+
+    class Slow(FakeRunner):
+        def decode(self, tokens, fed, forced=(), candidates=1):
+            time.sleep(0.01)
+            return super().decode(tokens, fed, forced, candidates)
+
+    def prepare(made):
+        made.engine.runner = Slow()
+
+    made = scene(asked, prepare=prepare)
+    assert made.socket.answered == [3, 1]
 
 
 def test_who_reads_along_is_told_every_step():

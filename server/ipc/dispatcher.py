@@ -17,6 +17,7 @@
 
 import asyncio
 import bisect
+import itertools
 import logging
 import time
 from collections import deque
@@ -51,6 +52,7 @@ _UNLUCKY = "the engine was killed several times with this request: try again lat
 _FULL = "the queue of the cluster is full: try again later"
 _REPLACED = "the model was replaced by another meanwhile: try again"
 _LATE = "the deadline passed while it was queued"
+_NO_PIXELS = "the engine's process can't open the shared memory that images are in: see its log"
 
 
 class EngineFailed(VignetteError):
@@ -75,11 +77,12 @@ class Expired(VignetteError):
 class RequestInFlight:
     """A request on its way through a worker. Its pixels are in a slot of the front-end's store.
 
-    digest: of its images, by which a killer is known again.
+    digest: of its images, by which a killer is known again. turn: among the dispatcher's requests.
     """
 
     request: GenerationRequest
     digest: str
+    turn: int
     suspect: bool = False
     crashes: int = 0  # of workers that had started it
     losses: int = 0  # the same, and those that somebody killed
@@ -146,6 +149,7 @@ class Dispatcher:
         self._pending: deque[RequestInFlight] = deque()
         self._suspects: deque[RequestInFlight] = deque()
         self._quarantine = Remembered(QUARANTINE_SECONDS)
+        self._turns = itertools.count()
 
     @property
     def serving(self) -> bool:
@@ -174,7 +178,7 @@ class Dispatcher:
 
         Raises EngineFailed, or Expired when its deadline passes first.
         """
-        entry = RequestInFlight(request, digest)
+        entry = RequestInFlight(request, digest, next(self._turns))
         if self._quarantine.expired(digest):
             entry.suspect, entry.crashes = True, _CRASHES - 1
         (self._suspects if entry.suspect else self._pending).append(entry)
@@ -249,7 +253,7 @@ class Dispatcher:
         if entry.ended:
             return  # it was answered just before
         if self._started[entry.request.pixels] != number:
-            bisect.insort(self._pending, entry, key=lambda each: each.request.id)  # where it was
+            bisect.insort(self._pending, entry, key=lambda each: each.turn)  # where it was
             return
         entry.suspect = True
         entry.losses += 1
@@ -276,6 +280,7 @@ class Dispatcher:
                 Why.EXPIRED: Expired(_LATE),
                 Why.FULL: EnginesFull(_FULL),
                 Why.REPLACED: EngineFailed(_REPLACED),
+                Why.NO_PIXELS: EngineFailed(_NO_PIXELS),
             }[why]
         )
 

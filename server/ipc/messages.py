@@ -75,6 +75,7 @@ class Why(StrEnum):
     EXPIRED = "expired"  # its deadline passed
     FULL = "full"  # engines have no room for it
     REPLACED = "replaced"  # by another model, which it was not made for
+    NO_PIXELS = "no pixels"  # the front-end's shared memory can't be opened
 
 
 class Unserved(Message, frozen=True):

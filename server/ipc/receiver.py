@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 import zmq.asyncio
 
-from server.ipc.messages import TO_WORKER, Cancel, Generate, Hello, Message, packed
+from server.ipc.messages import (
+    TO_WORKER,
+    Cancel,
+    Generate,
+    Hello,
+    Message,
+    Unserved,
+    Why,
+    packed,
+)
 from server.ipc.shared import NoSharedMemory, PixelStore
 
 log = logging.getLogger(__name__)
@@ -104,15 +113,17 @@ class Receiver:
             match TO_WORKER.decode(data):
                 case Hello() as hello:
                     self._open(owner, hello)
-                case Generate() as message:
+                case Generate() as message if owner in self.stores:
                     self.came(RequestTask(owner, message))
+                case Generate(request):
+                    await self.send(owner, Unserved(request.id, Why.NO_PIXELS))
                 case Cancel() as message:
                     self.cancel(message.id)
 
     def _open(self, owner: Owner, hello: Hello) -> None:
         try:
             self.stores[owner] = PixelStore(Path(hello.store), hello.slots, hello.shape)
-        except (OSError, ValueError, NoSharedMemory) as cause:  # it has died, and its file is gone
+        except (OSError, ValueError, NoSharedMemory) as cause:  # such as: it has died
             log.warning("the pixels of %s can't be opened: %s", owner.decode(), cause)
 
     def _ended(self, number: int, task: asyncio.Task[None]) -> None:

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from runtime.async_engine import AsyncEngine
 from runtime.engine import Engine, Observer, StepReport
-from runtime.errors import InvalidRequest, VignetteError
+from runtime.errors import VignetteError
 from runtime.request import (
     Completion,
     FinishReason,
@@ -115,8 +115,8 @@ class Worker(Receiver, Observer):
             async with aclosing(self._engine.generate(ready)) as outputs:
                 async for output in outputs:
                     await self.send(job.owner, Output(output))
-        except InvalidRequest as error:  # another worker of its model would have had the slots
-            log.error("request %d is refused here: %s", request.id, error)
+        except VignetteError as error:  # such as too few slots, of which another worker has more
+            log.error("request %d can't be served here", request.id, exc_info=error)
             failed = RequestOutput(request.id, Completion(()), FinishReason.ERROR, Timing())
             await self.send(job.owner, Output(failed))
         except Exception as error:  # ONNX Runtime raises a class of its own for every status code
@@ -138,6 +138,7 @@ class Worker(Receiver, Observer):
         super().cancel(number)
         for held in [job for job in self._held if job.message.request.id == number]:
             self._held.remove(held)
+        self._begin_held()  # others may have waited for it to run alone
 
     # --- On the thread that steps -----------------------------------------------------------------
 
