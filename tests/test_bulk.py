@@ -14,7 +14,6 @@ from runtime.model.preprocess import MAX_PIXELS
 from runtime.planning.config import EngineConfig
 from server.bulk.captioning import Captioning, CaptioningOptions
 from server.bulk.command import main
-from server.bulk.engine_process import NoEngine
 from server.bulk.index import Kept
 from server.bulk.inputs import items, parts
 from server.bulk.items import ScoredCaption
@@ -22,7 +21,7 @@ from server.bulk.lists import Columns
 from server.bulk.local import LocalCaptioner
 from server.bulk.output import Lines
 from tests.conftest import DEMO, SAMPLES
-from tests.fakes import allergic_engine, fake_engine, video_engine
+from tests.fakes import allergic_engine, fake_engine
 
 SAID = {
     name: said["caption"]
@@ -349,13 +348,3 @@ def test_a_caller_that_has_enough_is_let_go(tmp_path):
     next(outcomes)
     outcomes.close()
     assert len(taken) < 300
-
-
-def test_an_engine_that_dies_while_it_is_opened_is_told():
-    with pytest.raises(NoEngine, match="ended while it was opened"):
-        LocalCaptioner(partial(os._exit, 3), None, {}, MAX_PIXELS)
-
-
-def test_a_model_of_several_frames_is_refused_at_once():
-    with pytest.raises(NoEngine, match="several frames"):
-        LocalCaptioner(video_engine, None, {}, MAX_PIXELS)

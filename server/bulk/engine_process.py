@@ -110,9 +110,14 @@ class EngineProcess:
         with self._lock:
             if self._closed:
                 return False
-            self._connection, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_serve, args=(theirs, *self._open), daemon=True)
-            process.start()
+            try:
+                self._connection, theirs = _CONTEXT.Pipe()
+                process = _CONTEXT.Process(target=_serve, args=(theirs, *self._open), daemon=True)
+                process.start()
+            except Exception as error:  # no room for it, or it can't be told what to open
+                self._closed = True
+                self._ready.set_exception(NoEngine(f"its process can't be started: {error}"))
+                return False
             self._process = process
             theirs.close()
             return True

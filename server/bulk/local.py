@@ -37,16 +37,20 @@ class TryingEngine:
         """
         try:
             with self._apart.together():
-                return self._engine.generate(pixels, prompt)
+                return self._generate(pixels, prompt)
         except (EngineDied, RuntimeError) as error:
             log.warning("a step failed, its images are tried one by one: %s", error)
-        except NoEngine as error:
-            raise RunFailed(f"the engine ended, and can't be opened again: {error}") from error
         try:
             with self._apart.alone():
-                return self._engine.generate(pixels, prompt)
+                return self._generate(pixels, prompt)
         except (EngineDied, RuntimeError) as error:
             raise UnfitItem(f"captioning it failed, also alone: {error}") from error
+
+    def _generate(self, pixels: np.ndarray, prompt: str | None) -> tuple[ScoredCaption, ...]:
+        try:
+            return self._engine.generate(pixels, prompt)
+        except NoEngine as error:
+            raise RunFailed(f"the engine ended, and can't be opened again: {error}") from error
 
     def close(self) -> None:
         """End its process."""
