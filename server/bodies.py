@@ -143,10 +143,11 @@ def text(name: str, value: bytes) -> str:
 def json_parts(body: bytes) -> Parts:
     """The fields of a JSON object, with the images in it (base64, or data URLs) decoded.
 
-    They stand in `image` (one, or a list), which is taken out, in `images` (each as it is, or as
-    `image` of an object), or where other protocols have them: in `inputs`, `inputs.image`, the
-    `data` of a tensor IMAGE in `inputs`, or `image_url.url` of a part of a message's content.
-    There each leaves its place in the list of images. Raises InvalidRequest naming what is wrong.
+    They stand in `image` (one, or a list), in `images` (each as it is, or as `image` of an object),
+    or where other protocols have them: in `inputs`, `inputs.image`, the `data` of a tensor IMAGE in
+    `inputs`, or `image_url.url` of a part of a message's content. In each place the image's number
+    in the list of images is left; in `image` how many were there, and in `video` true.
+    Raises InvalidRequest naming what is wrong.
     """
     outline, long = _outline(body)
     try:
@@ -155,7 +156,7 @@ def json_parts(body: bytes) -> Parts:
         raise InvalidRequest(f"the body is not JSON: {_NO_OBJECT}") from cause
     if not isinstance(fields, dict):
         raise InvalidRequest(f"the JSON is not an object: {_NO_OBJECT}")
-    sent, clip = fields.pop("image", None), fields.pop("video", None)
+    sent, clip = fields.get("image"), fields.get("video")
     several = [] if sent is None else sent if isinstance(sent, list) else [sent]
     places = list(_places(fields))
     if len(several) + len(places) > _MOST_IMAGES:
@@ -164,6 +165,8 @@ def json_parts(body: bytes) -> Parts:
     for holder, key in places:
         images.append(_from_base64(holder[key], long))
         holder[key] = len(images) - 1
+    left = {"image": len(several) if several else None, "video": True if clip else None}
+    fields |= {name: value for name, value in left.items() if name in fields}
     _check_short(fields)
     return Parts(fields, images, None if clip is None else _from_base64(clip, long, "video"))
 

@@ -65,7 +65,9 @@ def test_json_is_bounded_before_it_is_built(body, message):
 def test_quotes_behind_any_number_of_backslashes_end_what_they_end():
     for count in range(40):
         prompt = "\\" * count + '"' + "x"
-        assert json_parts(as_json(prompt=prompt, image="")) == Parts({"prompt": prompt}, [b""])
+        assert json_parts(as_json(prompt=prompt, image="")) == Parts(
+            {"prompt": prompt, "image": 1}, [b""]
+        )
 
 
 def test_a_field_of_a_form_is_given_once():
@@ -81,7 +83,7 @@ def test_a_large_image_in_json_may_be_written_as_clients_do():
     dotnet = written.replace("+", r"\u002B")
     for text in (written, php, dotnet, "data:image/png;base64," + written):
         parts = json_parts(b'{"prompt": "3 4", "image": "%s"}' % text.encode())
-        assert parts == Parts({"prompt": "3 4"}, [image])
+        assert parts == Parts({"prompt": "3 4", "image": 1}, [image])
     assert Parts.unpacked(Parts({"a": 1}, [image, b""]).packed()) == Parts({"a": 1}, [image, b""])
 
 
@@ -129,3 +131,24 @@ def test_short_strings_of_json_are_bounded_together():
     pair = b'"%s":"%s"' % (b"\x7f" * 15_900, b"\x7f" * 15_900)
     with pytest.raises(InvalidRequest, match="too large without its image"):
         json_parts(b"{%s}" % b",".join([pair] * 3))
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/", {"inputs": b64(png())}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64(png())}"}}
+        ]}]}),
+        ("/v2/models/fake/infer", {"inputs": [
+            {"name": "IMAGE", "datatype": "BYTES", "shape": [1], "data": [b64(png())]}
+        ]}),
+    ],
+)  # fmt: skip
+def test_an_image_where_a_protocol_has_none_is_not_dropped_in_silence(path, fields):
+    with serve(fake_engine) as live:
+        assert live.request("POST", path, as_json(**fields), **JSON).status == 200
+        for name, wrong in (("video", "unknown field 'video'"), ("image", "image")):
+            reply = live.request("POST", path, as_json(**fields, **{name: b64(png(1))}), **JSON)
+            assert reply.status == 400
+            assert wrong in reply.body.decode()

@@ -134,7 +134,7 @@ def test_a_flight_that_is_held_up_holds_others_up_once(monkeypatch):
         ("/caption", {"image": [b64(png())], "prompt": [5]}, "prompt must be a string"),
         ("/caption", {"image": [b64(png())] * 2, "prompt": ["3", {}]}, "prompt must be a string"),
         ("/caption", {"images": [b64(png())] * 9, "logprobs": 20}, "160 at most"),
-        ("/", {"inputs": {"question": "3"}}, "inputs has no image"),
+        ("/", {"inputs": {"question": "3"}}, "the body has 0 images"),
     ],
 )
 def test_what_was_an_error_of_ours_is_named(path, body, message):

@@ -73,7 +73,7 @@ def parsed(parts: Parts, query: dict[str, Any]) -> ParsedRequest:
 
     Raises InvalidRequest naming what is wrong.
     """
-    fields = query | parts.fields
+    fields = query | {k: v for k, v in parts.fields.items() if k not in ("image", "video")}
     url, entries = fields.pop("image_url", None), fields.pop("images", None)
     urls = url if isinstance(url, list) else [] if url is None else [url]
     if len(urls) > _MOST or not all(isinstance(each, str) for each in urls):

@@ -38,11 +38,14 @@ class Parameters(BaseModel):
 
 
 class HubRequest(BaseModel):
-    """inputs: an image, which stands there by its number, or a question about one."""
+    """inputs: an image, which stands there by its number, or a question about one. image: the same
+    again, as the hub's client sends it beside a question.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     inputs: int | Question
+    image: int | None = None
     question: str | None = None
     parameters: Parameters | None = None
 
@@ -88,9 +91,9 @@ class HubHandler(Page, IntakeHandler):
         images, asked = [body], HubRequest(inputs=0)
         if self._kind == JSON:
             parts = await self.json_parts(body)
-            images, asked = parts.images[:1], checked(HubRequest, parts.fields)
-        if not images:
-            raise InvalidRequest("inputs has no image: send one as base64")
+            asked, images = checked(HubRequest, parts.fields), list(dict.fromkeys(parts.images))
+        if len(images) != 1:
+            raise InvalidRequest(f"the body has {len(images)} images: send one, in inputs")
         model = self.service.model()
         self.model = model.name
         request = model.request(asked.asks, asked.sampling)

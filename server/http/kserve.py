@@ -8,7 +8,7 @@ import json
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from tornado.web import HTTPError
 
 from runtime.errors import InvalidRequest, VignetteError
@@ -57,6 +57,8 @@ class WantedTensor(BaseModel):
 
 class InferRequest(BaseModel):
     """A call."""
+
+    model_config = ConfigDict(extra="forbid")
 
     id: str = ""
     inputs: Annotated[list[Tensor], Field(max_length=16, fail_fast=True)]
