@@ -122,6 +122,16 @@ class Timing(Struct, frozen=True):
     preprocess_s: float = 0.0
 
     @property
+    def stages(self) -> dict[str, float]:
+        """Seconds of each, in the order in which a request goes through them."""
+        return {
+            "preprocess": self.preprocess_s,
+            "queue": self.queue_s,
+            "encode": self.encode_s,
+            "decode": self.decode_s,
+        }
+
+    @property
     def total_s(self) -> float:
         """From its arrival to its end."""
         return self.queue_s + self.encode_s + self.decode_s

@@ -50,6 +50,13 @@ def test_each_file_gets_its_caption(tmp_path):
     assert outcomes == {f: c.text for f, c in zip(whole, expected, strict=True)}
 
 
+def test_a_service_with_its_health_on_another_port_is_known_all_the_same():
+    with serve(fake_engine, ops_port=0) as live:
+        assert live.request("GET", "/health/ready").status == 404
+        service = RemoteService.at(f"http://127.0.0.1:{live.port}")
+        assert service.identity == {"model": "fake", "engine": "fake", "precision": "fake"}
+
+
 def test_what_is_refused_for_now_is_sent_again(tmp_path):
     files, engine = small_images(tmp_path, 12), gated(slots=1)
     outcomes = {}

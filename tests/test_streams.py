@@ -5,12 +5,13 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import numpy as np
 import pytest
 
 from runtime.model.images import pixels_of
 from runtime.planning.config import EngineConfig
-from server.http.schemas import CaptionAnswer
+from server.http.answers import CaptionAnswer
 from tests.fakes import MANIFEST, FakeRunner, Gate, fake_engine, gated
 from tests.live import abort, as_json, b64, multipart, png, serve, until
 
@@ -133,7 +134,7 @@ def test_an_error_before_the_first_event_is_an_answer_and_later_an_event():
 
 def test_beams_and_samples_and_scores_are_answered(live):
     reply = live.caption(png(), "?num_beams=3&num_return_sequences=2&logprobs=2&max_new_tokens=5")
-    answer = CaptionAnswer.model_validate(reply.json)
+    answer = msgspec.convert(reply.json, CaptionAnswer)
     assert len(answer.captions) == 2
     assert answer.captions[0].caption == answer.caption
     assert answer.score == pytest.approx(answer.score_sum / len(answer.logprobs))

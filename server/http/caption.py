@@ -4,14 +4,13 @@ import asyncio
 import re
 import time
 from contextlib import aclosing
-from typing import Any
 
 from runtime.errors import InvalidRequest, VignetteError
 from runtime.request import Caption, GenerationRequest, captioned
 from server.bodies import Parts, media_type, read_form
 from server.errors import answer_to
 from server.fields import CaptionFields
-from server.http.events import EventStream
+from server.http.answers import CaptionAnswer, ErrorAnswer, ErrorDetail
 from server.http.forms import (
     FORM,
     JSON,
@@ -24,12 +23,12 @@ from server.http.forms import (
 )
 from server.http.handler import as_json
 from server.http.intake import EVENTS, IntakeHandler
-from server.http.schemas import CaptionAnswer
 from server.images import clips
 from server.images.clips import Clip
 from server.service.gather import gather_or_cancel
 from server.service.model import Model
 from server.service.service import Images
+from server.streams import growing
 
 _MOST_LOGPROBS = 160  # at each place of all captions of several images
 _VISIT = 8 * 1024  # characters of an answer that count as a visit
@@ -92,7 +91,7 @@ class CaptionHandler(IntakeHandler):
             self._one(model, wanted.fields, image, prompt, started)
             for image, prompt in zip(wanted.images, prompts, strict=True)
         )
-        errors = sum("error" in result for result in results)
+        errors = sum(isinstance(result, ErrorAnswer) for result in results)
         await self.held_back(self.service.refusals.spend(self.client, errors))
         texts = []
         for result in results:
@@ -113,7 +112,7 @@ class CaptionHandler(IntakeHandler):
         image: bytes | str,
         prompt: str | None,
         started: float,
-    ) -> dict[str, Any]:
+    ) -> CaptionAnswer | ErrorAnswer:
         images: Images = image if isinstance(image, str) else [image]
         try:
             if not image:
@@ -124,24 +123,33 @@ class CaptionHandler(IntakeHandler):
             caption = await self.service.caption(model, request, images, self.client)
         except VignetteError as error:
             answer = answer_to(error, 500)
-            return self.shown_error(answer, answer.message or str(error))
+            return ErrorAnswer(ErrorDetail(answer.code, answer.message or str(error)))
         return self._answer(model, caption, started)
 
     async def _stream(
         self, model: Model, request: GenerationRequest, images: Images, started: float
     ) -> None:
-        events = EventStream(self, model)
-        async with aclosing(self.service.generate(model, request, images, self.client)) as outputs:
-            output = await events.tell(outputs)
-        if output is not None:
-            caption = captioned(request, output, model.tokenizer)
-            events.send("caption", self._answer(model, caption, started))
-            self.finish()
+        """Answer with an event for each token, and one with all that the JSON answer holds."""
+        try:
+            async with aclosing(
+                self.service.generate(model, request, images, self.client)
+            ) as outputs:
+                async for news in growing(outputs, model.tokenizer):
+                    if news.completion.token_ids:
+                        self.send({"text": news.text, "tokens": news.tokens}, "token")
+            assert news.whole is not None
+            caption = captioned(request, news.whole, model.tokenizer)
+            self.send(self._answer(model, caption, started), "caption")
+        except VignetteError as error:
+            if not self.streams:
+                raise
+            self.send(self.failed(error), "error")
+        self.finish()
 
-    def _answer(self, model: Model, caption: Caption, started: float) -> dict[str, Any]:
+    def _answer(self, model: Model, caption: Caption, started: float) -> CaptionAnswer:
         seconds = time.perf_counter() - started
         answer = CaptionAnswer.of(caption, model.name, model.tokenizer, seconds)
-        self.took(caption.timing)
+        self.timing = caption.timing
         return answer
 
     async def _parts(self, body: bytes) -> Parts:

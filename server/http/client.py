@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from msgspec import convert
+
 from runtime.errors import VignetteError
+from server.http.answers import ModelsAnswer
 
 _MOST_CONNECTIONS = 256
 _SECONDS = 120.0  # for one answer
-_IDENTITY = ("model", "engine", "precision")
 
 
 class ServiceFailed(VignetteError):
@@ -42,21 +44,19 @@ class RemoteService:
             raise ServiceFailed(f"{url} is no URL of a service: it looks like http://host:8000")
         with Connection(url, key) as connection:
             try:
-                status, _, answer = connection.ask("GET", "/health/ready")
-                name = model or next(iter(answer["models"]))
-                workers = [w for w in answer["workers"] if w["model"] == name]
-                slots = sum(w.get("slots", 0) * w.get("engines", 1) for w in workers)
-                ready = [w for w in workers if w["state"] == "ready"]
-                identity = [{name: w[name] for name in _IDENTITY} for w in ready]
-            except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as cause:
+                _, _, answer = connection.ask("GET", "/v1/models")
+                models = {each.id: each for each in convert(answer, ModelsAnswer).data}
+            except (OSError, http.client.HTTPException, ValueError) as cause:
                 raise ServiceFailed(
-                    f"{url}/health/ready does not answer as a Vignette service does ({cause!r})"
+                    f"{url}/v1/models does not answer as a Vignette service does ({cause!r})"
                 ) from cause
-        if name not in answer["models"]:
-            raise ServiceFailed(f"{url} has no model {name}: {', '.join(answer['models'])}")
-        if status != 200 or not identity:
-            raise ServiceFailed(f"{name} at {url} is not ready: {answer['models'][name]}")
-        return cls(url, key, identity[0], max(1, min(_MOST_CONNECTIONS, 2 * slots)))
+        found = models.get(model or next(iter(models)))
+        if found is None:
+            raise ServiceFailed(f"{url} has no model {model}: {', '.join(models)}")
+        if found.engine is None or found.precision is None:
+            raise ServiceFailed(f"{found.id} at {url} is not ready: {found.status}")
+        identity = {"model": found.id, "engine": found.engine, "precision": found.precision}
+        return cls(url, key, identity, max(1, min(_MOST_CONNECTIONS, 2 * found.slots)))
 
 
 class Connection:

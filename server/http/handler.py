@@ -11,9 +11,11 @@ from types import TracebackType
 from typing import Any
 
 import tornado.web
+from msgspec import to_builtins
 
 from server.addresses import address_of, group_of, networks
 from server.errors import INTERNAL, ErrorStatus, answer_to
+from server.http.answers import ErrorAnswer, ErrorDetail
 from server.http.origins import PREFLIGHT, cors_headers
 from server.logs import request_id
 from server.service.service import Service
@@ -34,8 +36,8 @@ def _bare(error: BaseException) -> BaseException:
 
 
 def as_json(content: Any) -> str:
-    """As people can read it, UTF-8 as it is."""
-    return json.dumps(content, ensure_ascii=False)
+    """As people can read it, UTF-8 as it is. content: dicts, lists or types of ours."""
+    return json.dumps(to_builtins(content), ensure_ascii=False)
 
 
 @tornado.web.stream_request_body  # or Tornado would parse bodies that nobody asked for
@@ -219,9 +221,9 @@ class Handler(tornado.web.RequestHandler):
         self.outcome(answer.code)
         self.write_json(self.shown_error(answer, answer.message or str(error)))
 
-    def shown_error(self, answer: ErrorStatus, message: str) -> dict[str, Any]:
+    def shown_error(self, answer: ErrorStatus, message: str) -> Any:
         """An error in the shape of its protocol."""
-        return {"error": {"code": answer.code, "message": message}}
+        return ErrorAnswer(ErrorDetail(answer.code, message))
 
     def outcome(self, code: str) -> None:
         """Called once with the code of an error; those who count requests override it."""

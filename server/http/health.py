@@ -1,20 +1,8 @@
 """Health: alive as long as it answers, ready when it captions."""
 
-from typing import Any
-
-from msgspec import to_builtins
-
+from server.http.answers import ReadyAnswer, worker_answer
 from server.http.handler import Handler
-from server.ipc.messages import WorkerState
 from server.service.admission import State
-
-
-def _shown(worker: WorkerState) -> dict[str, Any]:
-    """As people read it."""
-    fields = to_builtins(worker)
-    del fields["epoch"]
-    facts = fields.pop("facts") or {}
-    return fields | facts
 
 
 class LiveHandler(Handler):
@@ -36,10 +24,7 @@ class ReadyHandler(Handler):
         if not service.serves:
             self.set_status(503)
         recovering = service.state is State.READY and not service.serves
-        self.write_json(
-            {
-                "status": "recovering" if recovering else service.state,
-                "models": {name: model.status for name, model in service.models.items()},
-                "workers": [_shown(worker) for worker in service.workers],
-            }
-        )
+        models = {name: model.status for name, model in service.models.items()}
+        workers = [worker_answer(worker) for worker in service.workers]
+        status = "recovering" if recovering else service.state
+        self.write_json(ReadyAnswer(status, models, workers))

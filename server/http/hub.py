@@ -75,7 +75,7 @@ class HubRequest(BaseModel):
 class HubHandler(Page, IntakeHandler):
     """Takes an image as it is, or in JSON; GET is the page."""
 
-    def shown_error(self, answer: ErrorStatus, message: str) -> dict[str, Any]:
+    def shown_error(self, answer: ErrorStatus, message: str) -> Any:
         """As the hub's client reads it."""
         return {"error": message, "error_type": answer.code}
 
@@ -98,7 +98,7 @@ class HubHandler(Page, IntakeHandler):
         self.model = model.name
         request = model.request(asked.asks, asked.sampling)
         caption = await self.service.caption(model, request, images, self.client)
-        self.took(caption.timing)
+        self.timing = caption.timing
         if asked.asks is None:
             self.write_json([{"generated_text": caption.text}])
         else:

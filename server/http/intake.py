@@ -14,7 +14,7 @@ from runtime.request import Timing
 from server.bodies import PIECE, Parts, json_parts, shown
 from server.errors import BodyTooLarge, UnsupportedMediaType, answer_to
 from server.fairness.byte_budget import Incoming
-from server.http.handler import Handler
+from server.http.handler import Handler, as_json
 from server.ipc.dispatcher import Expired
 from server.logs import plain
 from server.service.keys import sent
@@ -36,7 +36,7 @@ class IntakeHandler(Handler):
         """Nothing has come in yet."""
         super().initialize(service)
         self.streams = False  # whether the answer has begun, event by event
-        self.seconds: dict[str, float] = {}  # of each stage, once it is captioned
+        self.timing: Timing | None = None  # of its caption, once that is there
         self._body = bytearray()
         self._received = self._held = 0
         self._limit = service.settings.max_body_bytes
@@ -174,20 +174,14 @@ class IntakeHandler(Handler):
         self.service.left.earn(self.client, _SERVED)
         self.outcome(self.code)
 
-    def took(self, timing: Timing) -> None:
-        """Note the stages of a caption, for traces."""
-        self.seconds = {
-            "preprocess": timing.preprocess_s,
-            "queue": timing.queue_s,
-            "encode": timing.encode_s,
-            "decode": timing.decode_s,
-            "total": self.request.request_time(),
-        }
+    def send(self, content: Any, kind: str | None = None) -> None:
+        """Write a server-sent event (https://html.spec.whatwg.org/multipage/server-sent-events).
 
-    def send(self, event: str) -> None:
-        """Write a server-sent event. It waits for no reader: what one leaves lying is short, counts
-        when the answer is over, and holds up nothing in the engine.
+        It waits for no reader: what one leaves lying is short, counts when the answer is over, and
+        holds up nothing in the engine.
         """
+        event = f"event: {kind}\n" if kind else ""
+        event += f"data: {as_json(content)}\n\n"
         if not self.streams:
             self.streams = True
             self.set_header("Content-Type", EVENTS)
@@ -196,7 +190,7 @@ class IntakeHandler(Handler):
         self.write(event)
         self.flush()
 
-    def failed(self, error: VignetteError) -> dict[str, Any]:
+    def failed(self, error: VignetteError) -> Any:
         """What is told of an error once the answer has begun; it is logged if it is ours."""
         self.log_exception(type(error), error, error.__traceback__)
         answer = answer_to(error, 500)
@@ -221,10 +215,12 @@ class IntakeHandler(Handler):
         if not self._gone:
             self.service.count(self.model, self.key, code)
             if self.service.tracer is not None:
-                seconds = self.seconds or {"total": self.request.request_time()}
+                stages = {} if self.timing is None else self.timing.stages
                 route = plain(self.request.path or "", _PATH)
                 headers = self.request.headers
-                self.service.tracer.record(route, headers, code, seconds, self.name)
+                self.service.tracer.record(
+                    route, headers, code, stages, self.request.request_time(), self.name
+                )
 
     def on_finish(self) -> None:
         """The bytes of the body are free again, and the place of its key."""

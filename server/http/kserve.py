@@ -69,7 +69,7 @@ class InferRequest(BaseModel):
 class _Shape:
     """Errors as the protocol has them."""
 
-    def shown_error(self, answer: ErrorStatus, message: str) -> dict[str, Any]:
+    def shown_error(self, answer: ErrorStatus, message: str) -> Any:
         """As clients of the protocol read it."""
         return {"error": message, "code": answer.code}
 
@@ -162,7 +162,7 @@ class InferHandler(_Shape, IntakeHandler):
         except VignetteError:
             self.service.refusals.spend(self.client, len(inputs.images) - 1)
             raise
-        self.took(captions[0].timing)
+        self.timing = captions[0].timing
         values: dict[str, list[Any]] = {
             "CAPTION": [caption.text for caption in captions],
             "SCORE": [caption.score for caption in captions],

@@ -3,7 +3,6 @@
 The text of the user's message is the prompt. https://platform.openai.com/docs/api-reference/chat
 """
 
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -24,6 +23,7 @@ from runtime.request import (
 from server.bodies import media_type, shown
 from server.errors import ErrorStatus, UnsupportedMediaType
 from server.fields import checked
+from server.http.answers import ModelAnswer, ModelsAnswer, Usage
 from server.http.forms import JSON
 from server.http.handler import Handler
 from server.http.intake import IntakeHandler
@@ -146,17 +146,15 @@ class ModelsHandler(Handler):
     """GET /v1/models: those of the server."""
 
     async def get(self) -> None:
-        """As OpenAI lists its own."""
+        """As OpenAI lists its own, and what decides captions."""
         await self.paced()
-        models = [{"id": name, "object": "model", "created": 0, "owned_by": "vignette"}
-                  for name in self.service.models]  # fmt: skip
-        self.write_json({"object": "list", "data": models})
+        self.write_json(ModelsAnswer([ModelAnswer.of(m) for m in self.service.models.values()]))
 
 
 class ChatHandler(IntakeHandler):
     """POST /v1/chat/completions: a chat that is an image, and perhaps a question about it."""
 
-    def shown_error(self, answer: ErrorStatus, message: str) -> dict[str, Any]:
+    def shown_error(self, answer: ErrorStatus, message: str) -> Any:
         """As OpenAI's clients read it."""
         kind = _KINDS.get(answer.status)
         kind = kind or ("server_error" if answer.status >= 500 else "invalid_request_error")
@@ -200,7 +198,7 @@ class _Completion:
     def whole(self, output: RequestOutput) -> dict[str, Any]:
         """All of it."""
         caption = captioned(self._request, output, self._model.tokenizer)
-        self._handler.took(caption.timing)
+        self._handler.timing = caption.timing
         captions = (caption, *caption.others)
         return {
             **self._common,
@@ -233,13 +231,8 @@ class _Completion:
                     begun = max(begun, length)
         return begun
 
-    def _usage(self, completion_tokens: int) -> dict[str, int]:
-        prompt_tokens = len(self._request.prompt_ids) - 1
-        return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        }
+    def _usage(self, completion_tokens: int) -> Usage:
+        return Usage.of(len(self._request.prompt_ids) - 1, completion_tokens)
 
     def _logprobs(self, tokens: Any, logprobs: Any, tops: Any) -> dict[str, Any] | None:
         if not self._asked.logprobs:
@@ -277,7 +270,7 @@ class _Completion:
                     break
             ended = None if news.whole is None else news.whole.finish_reason
             if news.whole is not None and news.whole.timing is not None:
-                self._handler.took(news.whole.timing)
+                self._handler.timing = news.whole.timing
             self._chunk({}, "stop" if stopped else _reason(ended))
             if self._asked.stream_options and self._asked.stream_options.include_usage:
                 usage = self._usage(news.tokens - (ended is FinishReason.STOP))
@@ -301,7 +294,7 @@ class _Completion:
     def _send(self, content: dict[str, Any]) -> None:
         if "choices" in content:
             content["object"] = "chat.completion.chunk"
-        self._handler.send(f"data: {json.dumps(content, ensure_ascii=False)}\n\n")
+        self._handler.send(content)
 
 
 def _reason(reason: FinishReason | None) -> str:

@@ -1,36 +1,24 @@
-"""The OpenAPI document: routes from openapi.json, all that they take and answer from `schemas`."""
+"""The OpenAPI document: routes from openapi.json, what they take and answer from its types."""
 
 import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from msgspec.json import schema_components
 from pydantic.json_schema import models_json_schema
 
 from server.errors import ERRORS, HTTP_ERRORS, INTERNAL
+from server.fields import CaptionFields
+from server.http.answers import CaptionAnswer, ErrorAnswer, ModelsAnswer, ReadyAnswer
 from server.http.kserve import InferRequest
 from server.http.openai import ChatRequest
-from server.http.schemas import (
-    CaptionAnswer,
-    CaptionFields,
-    CaptionRequest,
-    ErrorAnswer,
-    ReadyAnswer,
-    SeveralAnswer,
-)
+from server.http.schemas import CaptionRequest
 
 _ROUTES = Path(__file__).with_name("openapi.json")
-_SHAPES = (
-    ChatRequest,
-    InferRequest,
-    CaptionFields,
-    CaptionRequest,
-    CaptionAnswer,
-    ErrorAnswer,
-    ReadyAnswer,
-    SeveralAnswer,
-)
-_REFERENCE = "#/components/schemas/{model}"
+_TAKEN = (ChatRequest, InferRequest, CaptionFields, CaptionRequest)
+_ANSWERED = (CaptionAnswer, ErrorAnswer, ModelsAnswer, ReadyAnswer)
+_REFERENCE = "#/components/schemas/{%s}"
 
 
 @cache
@@ -38,15 +26,16 @@ def document() -> str:
     """As it is sent."""
     content = json.loads(_ROUTES.read_text())
     _, defined = models_json_schema(
-        [(shape, "validation") for shape in _SHAPES], ref_template=_REFERENCE
+        [(shape, "validation") for shape in _TAKEN], ref_template=_REFERENCE % "model"
     )
-    schemas: dict[str, Any] = defined["$defs"]
+    _, answered = schema_components(_ANSWERED, ref_template=_REFERENCE % "name")
+    schemas: dict[str, Any] = defined["$defs"] | answered
     fields = schemas.pop(CaptionFields.__name__)
     schemas["CaptionForm"] = {
         **fields,
         "title": "CaptionForm",
         "properties": {
-            **{name: {"$ref": _REFERENCE.format(model="Image")} for name in ("image", "video")},
+            **{name: {"$ref": "#/components/schemas/Image"} for name in ("image", "video")},
             **fields["properties"],
         },
     }

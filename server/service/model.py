@@ -25,7 +25,7 @@ from server.images.clips import Clip
 from server.images.decoder import Place
 from server.images.pool import ImageDecoders, ImageJob, Origin
 from server.ipc.dispatcher import Expired
-from server.ipc.messages import WorkerState
+from server.ipc.messages import WorkerFacts, WorkerState
 from server.ipc.shared import PixelStore
 from server.ipc.transport import Workers
 from server.service.admission import Admission, State
@@ -46,6 +46,7 @@ class Model:
     decoders: ImageDecoders
     timeout_seconds: float
     identity: str = ""  # of its engine, once a worker was ready (`WorkerFacts.identity`)
+    facts: tuple[WorkerFacts, ...] = ()  # of the workers that are ready, or were last
     device: str = ""  # of its workers; its name where they are elsewhere
     shares: SlotShares = field(default_factory=SlotShares)
     freed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -68,7 +69,7 @@ class Model:
         self.links.update({(w.index, w.epoch) for w in ready}, ends)
         if not ready:
             return
-        facts = [w.facts for w in ready if w.facts is not None]
+        self.facts = facts = tuple(w.facts for w in ready if w.facts is not None)
         self.identity = facts[0].identity
         self.limits.slots = min(w.facts.slots for w in workers if w.facts is not None)
         slots, engines = sum(f.slots * f.engines for f in facts), sum(f.engines for f in facts)

@@ -190,14 +190,7 @@ class Service:
                     yield output
 
     def _measure(self, model: Model, timing: Timing, total: float) -> None:
-        seconds = {
-            "queue": timing.queue_s,
-            "preprocess": timing.preprocess_s,
-            "encode": timing.encode_s,
-            "decode": timing.decode_s,
-            "total": total,
-        }
-        for stage, value in seconds.items():
+        for stage, value in {**timing.stages, "total": total}.items():
             if value:  # else it was gone through for an earlier request: the caption was known
                 self.metrics.stage.labels(model.name, stage).observe(value)
 
