@@ -56,7 +56,10 @@ def _serve_on_ray(settings: Settings) -> None:
 
 
 def _devices(settings: Settings) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of each worker of a model, one GPU each; on processors nothing."""
+    """CUDA_VISIBLE_DEVICES of each worker of a model, one GPU each; on processors nothing.
+
+    Raises InvalidSettings for more workers than GPUs.
+    """
     gpus: list[Gpu] = []
     if settings.provider in NVIDIA:
         gpus = visible_gpus()
@@ -68,6 +71,8 @@ def _devices(settings: Settings) -> list[str]:
     # Those that are visible are the first ones that the variable names.
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = named.split(",") if named else [g.uuid if g.is_instance else str(g.index) for g in gpus]
+    if (settings.workers or 0) > len(gpus):
+        raise InvalidSettings(f"--workers {settings.workers}: each takes a GPU, of {len(gpus)}")
     return [name.strip() for name in names[: len(gpus)]][: settings.workers]
 
 

@@ -17,7 +17,7 @@ from runtime.planning.plan import Plan
 from runtime.providers import cuda, openvino, registry, tensorrt
 from runtime.providers.gpu import Gpu, require_gpu, visible
 from runtime.providers.gpu_memory import Memory
-from server.settings import Settings
+from server.settings import InvalidSettings, Settings
 from tests.conftest import DEMO
 
 MIB = 2**20
@@ -155,6 +155,12 @@ def test_each_visible_gpu_gets_a_worker(monkeypatch, variable, settings, devices
     if variable is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
     assert server.__main__._devices(Settings(_env_file=None, **settings)) == devices
+
+
+def test_more_workers_than_gpus_are_refused(monkeypatch):
+    nvml(monkeypatch, count=3)
+    with pytest.raises(InvalidSettings, match="--workers 4: each takes a GPU, of 3"):
+        server.__main__._devices(Settings(_env_file=None, provider="cuda", workers=4))
 
 
 def test_each_instance_of_a_split_gpu_counts_as_one(monkeypatch):

@@ -13,8 +13,9 @@ from runtime.model.manifest import EXACT
 from runtime.planning import plan as plans
 from runtime.planning.config import EngineConfig
 from runtime.planning.machine import Machine, quota, this_machine
-from runtime.planning.plan import default, suitable
+from runtime.planning.plan import default, resolve, suitable
 from runtime.planning.tune import main, tune
+from runtime.providers import registry
 
 AUTO = EngineConfig()
 OLD = Machine("old", 4, ("avx2",))
@@ -61,7 +62,9 @@ def test_tuning_measures_all_and_the_engine_runs_by_it(folder, capsys):
     combinations = {c.name for c in manifests.load(folder).combinations}
     assert set(measured) >= {c for c in combinations if suitable(c, this_machine())}
     assert content["plan"]["combination"] == measured[0]  # the fastest comes first
-    assert measured[0] in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert measured[0] in said
+    assert "left out" not in said
     engine = Engine.open(folder)
     assert "(plan.json)" in engine.runs_on
     assert engine.encode_batch == content["plan"]["encode_batch"]
@@ -76,6 +79,17 @@ def test_what_the_caller_says_counts_more_than_the_plan(folder):
     exact = Engine.open(folder, EngineConfig(precision=EXACT))
     assert "encoder fp32 on" in exact.runs_on
     assert "plan.json" not in exact.runs_on
+
+
+def test_processors_are_tuned_and_a_gpu_is_used_where_there_is_one(folder, monkeypatch):
+    monkeypatch.setattr(registry, "available", lambda: ("cuda", "cpu"))
+    tune(folder, slots=2)
+    content = json.loads((folder / "plan.json").read_text())
+    assert {row["encoder_provider"] for row in content["measured"]} == {"cpu"}
+    [cuda, cpu] = resolve(folder, manifests.load(folder), AUTO, ("cuda", "cpu"))
+    assert (cuda.encoder_provider, cpu.encoder_provider) == ("cuda", "cpu")
+    [planned] = resolve(folder, manifests.load(folder), AUTO, ("cpu",))
+    assert planned.origin == "plan.json"
 
 
 def test_a_plan_for_something_else_is_refused_with_the_remedy(folder):

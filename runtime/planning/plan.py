@@ -73,12 +73,14 @@ def resolve(
     plan.json that is of another machine or engine, or can't be read.
     """
     if (folder / FILE).is_file():
-        if config.provider == AUTO and config.precision == AUTO and not config.threads:
+        chosen = config.provider != AUTO or config.precision != AUTO or config.threads
+        if not chosen and not any(name in NVIDIA for name in available):
             plan = load(folder, manifest, this_machine(), available)
             batch = config.encode_batch or plan.encode_batch
             streams = min(plan.encoder_streams, batch)
             return [replace(plan, encode_batch=batch, encoder_streams=streams)]
-        log.info("%s is set aside: provider, precision or threads were given", folder / FILE)
+        reason = "provider, precision or threads were given" if chosen else "there is a GPU"
+        log.info("%s, which is of processors, is set aside: %s", folder / FILE, reason)
     names = available if config.provider == AUTO else (config.provider,)
     return [default(manifest, config, name, this_machine()) for name in names]
 

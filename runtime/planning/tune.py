@@ -1,4 +1,4 @@
-"""`make tune`: measure what was proven, on this machine, and plan by it.
+"""`make tune`: measure what was proven on this machine's processors, and plan by it.
 
 It needs what serving needs and no more, so it can run where the service will.
 """
@@ -22,7 +22,7 @@ from runtime.execution.host import HostRunner
 from runtime.model import manifest as manifests
 from runtime.model.manifest import Manifest
 from runtime.planning import plan as plans
-from runtime.planning.config import EngineConfig
+from runtime.planning.config import NVIDIA, EngineConfig
 from runtime.planning.machine import Machine, this_machine
 from runtime.planning.plan import Plan
 from runtime.providers import registry
@@ -99,8 +99,8 @@ def _all(bench: "_Bench", candidates: list[Plan], progress: tqdm) -> Iterator[Me
 
 def _candidates(manifest: Manifest, machine: Machine) -> Iterator[Plan]:
     for provider in registry.available():
-        for combination in manifest.combinations:
-            if plans.suitable(combination.name, machine):
+        for combination in manifest.combinations if provider not in NVIDIA else ():
+            if plans.suitable(combination.name, machine) and combination.cache != "float16":
                 streams = plans.most_streams(provider, machine.cores)
                 yield Plan(combination.name, provider, encoder_streams=streams, origin=plans.FILE)
 
@@ -181,7 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="vignette tune",
-        description="measure an engine's proven variants on this machine and write its plan.json",
+        description="measure an engine's proven variants on this machine's processors and write "
+        "its plan.json, which is used where there is no GPU",
     )
     parser.add_argument("engine", type=Path, help="engine folder")
     parser.add_argument("--slots", type=int, default=16, help="sequences that decode together")

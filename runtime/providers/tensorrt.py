@@ -4,6 +4,7 @@ Compiling takes minutes and its result holds for one kind of GPU, one version of
 graph, so each of these gets a folder of its own: `<engine>/tensorrt/<key>/`.
 """
 
+import atexit
 import ctypes
 import importlib.util
 import logging
@@ -73,6 +74,7 @@ def cache_folder(engine: Path, name: str) -> Path:
     except OSError:
         pass
     temporary = Path(tempfile.mkdtemp(prefix="vignette-tensorrt-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     log.warning(
         "%s can't be written to: TensorRT compiles at every start. Make the engine folder "
         "writable, or compile once with `make export TARGET=tensorrt`", folder,
