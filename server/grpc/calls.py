@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import math
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +13,7 @@ from urllib.parse import unquote
 import grpc
 
 from runtime.errors import VignetteError
+from runtime.request import Timing
 from server.addresses import address_of, group_of, networks
 from server.errors import INTERNAL, ErrorStatus, answer_to
 from server.service.keys import sent
@@ -64,11 +66,12 @@ def address_in(service: Service, context: Context) -> str:
 class Call:
     """One call that is to caption: who makes it, and how it ended."""
 
-    def __init__(self, service: Service, context: Context) -> None:
-        self.service, self._context = service, context
-        self._metadata = _metadata(context)
+    def __init__(self, service: Service, context: Context, method: str) -> None:
+        self.service, self._context, self._method = service, context, method
+        self._metadata, self._began = _metadata(context), time.perf_counter()
         self.model = self.id = ""
         self.images = 1
+        self.timing: Timing | None = None  # of its caption, once that is there
         self.key: str | None = None
         self._address = address_in(service, context)
 
@@ -114,15 +117,22 @@ class Call:
                 held.callback(self.service.budget.let_go, size, client)
                 yield held
             except VignetteError as error:
-                self.service.count(self.model, self.key, answer_to(error, 500).code)
+                self._outcome(answer_to(error, 500).code)
                 raise
             except (asyncio.CancelledError, GeneratorExit):
-                self.service.count(self.model, self.key, "cancelled")
+                self._outcome("cancelled")
                 raise
             except Exception:
-                self.service.count(self.model, self.key, INTERNAL.code)
+                self._outcome(INTERNAL.code)
                 raise
-            self.service.count(self.model, self.key, "ok")
+            self._outcome("ok")
+
+    def _outcome(self, code: str) -> None:
+        self.service.count(self.model, self.key, code)
+        if self.service.tracer is not None:
+            stages = {} if self.timing is None else self.timing.stages
+            total = time.perf_counter() - self._began
+            self.service.tracer.record(self._method, self._metadata, code, stages, total, self.id)
 
     async def wait_for(self, size: int) -> None:
         """Wait until this client may have sent so many bytes; small messages are free."""

@@ -101,7 +101,7 @@ class InferenceService:
         return pb.RepositoryIndexResponse(models=models)
 
     async def ModelInfer(self, data: bytes, context: Context) -> Any:  # noqa: D102, N802
-        call = Call(self._service, context)
+        call = Call(self._service, context, "ModelInfer")
         try:
             return await self._infer(data, call)
         except VignetteError as error:
@@ -126,7 +126,7 @@ class InferenceService:
                 data = await anext(requests, None)
             if data is None:
                 return
-            call = Call(self._service, context)
+            call = Call(self._service, context, "ModelStreamInfer")
             answers: asyncio.Queue[Any] = asyncio.Queue()
             answering = asyncio.create_task(self._answer(data, call, answers))
             del data
@@ -159,7 +159,7 @@ class InferenceService:
         try:
             return self._service.model(name)
         except VignetteError as error:
-            await Call(self._service, context).refuse(Refusal(error))
+            await Call(self._service, context, "").refuse(Refusal(error))
             raise AssertionError("a refused call is over") from error
 
     async def _infer(self, data: bytes, call: Call) -> Any:
@@ -172,6 +172,7 @@ class InferenceService:
             for _ in inputs.images[1:]:
                 call.enter(held)
             captions = await inputs.captions(self._service, model, call.client, call.timeout_ms)
+            call.timing = captions[0].timing
             scores = [caption.score or 0.0 for caption in captions]
             return _response(request, model, [caption.text for caption in captions], scores)
 
@@ -196,6 +197,7 @@ class InferenceService:
                     response = _response(request, model, [news.text], [mean])
                     last = news.whole is not None
                     response.parameters["triton_final_response"].bool_param = last
+                    call.timing = news.whole.timing if news.whole else None
                     yield response
 
 

@@ -216,10 +216,10 @@ class IntakeHandler(Handler):
             self.service.count(self.model, self.key, code)
             if self.service.tracer is not None:
                 stages = {} if self.timing is None else self.timing.stages
-                route = plain(self.request.path or "", _PATH)
+                span = f"POST {plain(self.request.path or '', _PATH)}"
                 headers = self.request.headers
                 self.service.tracer.record(
-                    route, headers, code, stages, self.request.request_time(), self.name
+                    span, headers, code, stages, self.request.request_time(), self.name
                 )
 
     def on_finish(self) -> None:
