@@ -177,7 +177,7 @@ def decoder(engine: Engine, extent: Extent) -> dict[str, Any]:
     width = sizes.heads * sizes.head
     embedding = sizes.vocabulary * width * 2  # a step reads a row of it for each sequence
     manifest = engine.manifest
-    variant = manifest.variant("decoder", manifest.combination(runner.precision))
+    variant = manifest.variant("decoder", manifest.combination(runner.plan.combination))
     weights = variant.weights - embedding
     cache = _ROWS * 2 * sizes.layers * (sizes.prefix + TOKENS // 2) * width * 2
     return {

@@ -16,8 +16,8 @@ import torch
 
 from export.checkpoint import Checkpoint
 from export.modeling import ImagePrefix, TextDecoder
-from runtime.decoding.base import RowCandidates
 from runtime.decoding.beams import Beams
+from runtime.decoding.candidates import RowCandidates
 from runtime.model.manifest import Sizes, SpecialTokens
 from runtime.request import SamplingParams
 

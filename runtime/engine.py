@@ -14,8 +14,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from runtime.decoding.base import Move, RowCandidates
-from runtime.decoding.choice import decoding_of
+from runtime.decoding.beams import Beams
+from runtime.decoding.candidates import Move, RowCandidates
+from runtime.decoding.continuation import Continuation
 from runtime.errors import InvalidRequest, WrongThread
 from runtime.execution.base import ModelRunner
 from runtime.limits import Limits
@@ -124,7 +125,7 @@ class Engine:
         return {
             "model": self.manifest.model,
             "engine": self.manifest.fingerprint,
-            "precision": self.runner.precision,
+            "precision": self.runner.plan.combination,
         }
 
     @property
@@ -169,7 +170,8 @@ class Engine:
         if rows > self.slots:
             raise InvalidRequest(f"it takes {rows} slots, and there are {self.slots}")
         self._claim()
-        decoding = decoding_of(request, self.manifest.tokens.eos)
+        kind = Beams if request.sampling.num_beams > 1 else Continuation
+        decoding = kind(request.prompt_ids, request.sampling, self.manifest.tokens.eos)
         self._sequences[request.id] = self.scheduler.add(request, decoding)
 
     def cancel(self, request_id: int) -> bool:

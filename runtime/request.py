@@ -168,9 +168,13 @@ class RequestOutput(Struct, frozen=True):
 
     id: int
     completion: Completion
-    finish_reason: FinishReason | None = None
     timing: Timing | None = None
     others: tuple[Completion, ...] = ()
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the request ended; None while it goes on."""
+        return self.completion.finish_reason
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -9,10 +9,13 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from runtime.decoding.base import Decoding
 from runtime.request import FinishReason, GenerationRequest, Priority
 from runtime.sequence import Sequence
+
+if TYPE_CHECKING:  # it takes NumPy
+    from runtime.decoding.base import Decoding
 
 _REFILLED = 4  # of the slots, that share is waited for
 
@@ -56,7 +59,7 @@ class Scheduler:
         """Nothing waits and nothing runs."""
         return not self.waiting and not self._running
 
-    def add(self, request: GenerationRequest, decoding: Decoding) -> Sequence:
+    def add(self, request: GenerationRequest, decoding: "Decoding") -> Sequence:
         """Queue a request behind those of its priority that wait."""
         before = request.scheduling.arrival_time
         sequence = Sequence(request, decoding, self._clock() if before is None else before)

@@ -3,10 +3,14 @@
 import math
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from runtime.decoding.base import Decoding, Move, RowCandidates
+from runtime.decoding.candidates import Move, RowCandidates
 from runtime.model.manifest import UNFORCED
 from runtime.request import Completion, FinishReason, GenerationRequest, RequestOutput, Timing
+
+if TYPE_CHECKING:  # it takes NumPy
+    from runtime.decoding.base import Decoding
 
 
 @dataclass(slots=True, eq=False)
@@ -18,7 +22,7 @@ class Sequence:
     """
 
     request: GenerationRequest
-    decoding: Decoding
+    decoding: "Decoding"
     arrived: float
     slots: list[int] = field(default_factory=list)
     fed: int = 0
@@ -72,11 +76,10 @@ class Sequence:
             self.told += len(news.token_ids)
             return RequestOutput(self.request.id, news) if news.token_ids else None
         if not self.decoding.over:  # cancelled, expired or failed
-            return RequestOutput(
-                self.request.id, Completion(()), self.finish_reason, self._timing()
-            )
+            failed = Completion((), finish_reason=self.finish_reason)
+            return RequestOutput(self.request.id, failed, self._timing())
         news, others = self.decoding.news(self.told), tuple(self.decoding.completions()[1:])
-        return RequestOutput(self.request.id, news, self.finish_reason, self._timing(), others)
+        return RequestOutput(self.request.id, news, self._timing(), others)
 
     def _timing(self) -> Timing | None:
         if self.finished is None:

@@ -13,6 +13,7 @@ from runtime.engine import Engine
 from runtime.execution.base import Candidates
 from runtime.model.manifest import UNFORCED, Manifest, Preprocessing, Sizes, SpecialTokens
 from runtime.planning.config import EngineConfig
+from runtime.planning.plan import Plan
 
 EOS, VOCABULARY = 1, 50
 SIZES = Sizes(4, frames=None, prefix=5, layers=1, heads=1, head=1, vocabulary=VOCABULARY, text=32)
@@ -41,7 +42,8 @@ class FakeRunner:
     """Keeps (image, tokens fed) for each slot, as a cache does, and predicts by hashing it."""
 
     text_tokens = 32
-    runs_on = provider = precision = "fake"
+    runs_on = "fake"
+    plan = Plan(combination="fake", encoder_provider="fake")
     on_gpu = graphs = False
 
     def __init__(self, burst: int = 1) -> None:

@@ -4,7 +4,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
-from runtime.decoding.choice import decoding_of
+from runtime.decoding.continuation import Continuation
 from runtime.planning.config import EngineConfig
 from runtime.request import (
     FinishReason,
@@ -25,7 +25,7 @@ JSON = {"Content_Type": "application/json"}
 def waiting(scheduler: Scheduler, name: str, **scheduling):
     asked, when = SamplingParams(4), SchedulingParams(**scheduling)
     request = GenerationRequest(name, (0,), asked, when)
-    return scheduler.add(request, decoding_of(request, eos=1))
+    return scheduler.add(request, Continuation((0,), request.sampling, eos=1))
 
 
 def test_interactive_requests_are_admitted_first():

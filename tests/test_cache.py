@@ -13,7 +13,9 @@ JSON = {"Content_Type": "application/json"}
 
 
 def output(*tokens: int) -> RequestOutput:
-    return RequestOutput(1, Completion(tokens), FinishReason.STOP, Timing(1.0, 1.0, 1.0))
+    return RequestOutput(
+        1, Completion(tokens, finish_reason=FinishReason.STOP), Timing(1.0, 1.0, 1.0)
+    )
 
 
 def key(digest: str) -> Key:

@@ -101,9 +101,7 @@ class Socket:
 
 def said(*tokens: int, ends: bool = False, engine: str = "a") -> ReplicaOutput:
     reason = FinishReason.STOP if ends else None
-    return ReplicaOutput(
-        engine, RequestOutput(77, Completion(tokens, finish_reason=reason), reason)
-    )
+    return ReplicaOutput(engine, RequestOutput(77, Completion(tokens, finish_reason=reason)))
 
 
 def relayed(replicas: Replicas, stream: bool = True, then: Callable[[Socket], object] = str):

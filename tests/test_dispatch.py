@@ -93,7 +93,9 @@ class World:
     async def answer(
         self, key, pipe: Pipe, slot: int, tokens=TOKENS, reason=FinishReason.STOP
     ) -> None:
-        await self.say(key, Output(RequestOutput(pipe.ids(slot)[-1], Completion(tokens), reason)))
+        await self.say(
+            key, Output(RequestOutput(pipe.ids(slot)[-1], Completion(tokens, finish_reason=reason)))
+        )
 
     async def start(self, key, pipe: Pipe, *slots: int) -> None:
         for slot in slots:
@@ -249,7 +251,7 @@ async def test_an_answer_that_came_just_before_the_end_counts(world):
     await world.start(key, pipe, 1)
     number = pipe.ids(1)[0]
     world.dispatcher.received(
-        key, Output(RequestOutput(number, Completion(TOKENS), FinishReason.STOP))
+        key, Output(RequestOutput(number, Completion(TOKENS, finish_reason=FinishReason.STOP)))
     )
     world.dispatcher.lost(key, blamed=True)  # before the waiting task has run
     _, fresh = world.worker()

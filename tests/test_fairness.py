@@ -101,7 +101,9 @@ def test_who_leaves_a_stream_gives_the_place_of_the_key_back(tmp_path, request):
 def test_a_flight_that_is_held_up_holds_others_up_once(monkeypatch):
     monkeypatch.setattr("server.service.cache._PATIENCE_SECONDS", 0.05)
     key = "fake", "fp32", "x", (0,), SamplingParams(20)
-    output = RequestOutput(1, Completion((1,)), FinishReason.STOP, Timing(1.0, 1.0, 1.0))
+    output = RequestOutput(
+        1, Completion((1,), finish_reason=FinishReason.STOP), Timing(1.0, 1.0, 1.0)
+    )
 
     async def run() -> int:
         cache, made = OutputCache(10_000), []

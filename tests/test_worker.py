@@ -188,10 +188,10 @@ def test_a_front_end_that_has_gone_already_does_no_harm(tmp_path):
 
 
 def test_a_request_that_can_not_be_begun_fails_alone_and_is_not_tried_again(monkeypatch):
-    def decoding_of(request, eos):
+    def broken(*_):
         raise TypeError("a defect of ours")
 
-    monkeypatch.setattr(engine, "decoding_of", decoding_of)
+    monkeypatch.setattr(engine, "Continuation", broken)
     made = scene(lambda made: made.socket.ask(b"a", 1))
     [answer] = made.socket.sent
     assert (answer.output.id, answer.output.finish_reason) == (1, FinishReason.ERROR)

@@ -161,7 +161,7 @@ def _reached(settings: Settings) -> dict[str, Any]:
     encode = median_s(lambda: runner.encode(batch, leading(len(batch))), 3 * settings.repeats)
     tokens, fed = [manifest.tokens.bos] * slots, [TOKENS // 2] * slots
     step = median_s(lambda: runner.decode(tokens, fed), 9 * settings.repeats)
-    plan = runner.plan  # type: ignore[attr-defined]
+    plan = runner.plan
     encoder, decoder, cache = plan.combination.split("/")
     return {
         "encoder": f"{encoder} on {plan.encoder_provider}",
@@ -176,7 +176,7 @@ def _reached(settings: Settings) -> dict[str, Any]:
 def _step_bytes(engine: Engine, rows: int) -> int:
     """Weights (all but the embedding table) and K/V that one decode step has to read."""
     manifest, sizes = engine.manifest, engine.manifest.sizes
-    plan = engine.runner.plan  # type: ignore[attr-defined]
+    plan = engine.runner.plan
     variant = manifest.variant("decoder", manifest.combination(plan.combination))
     width = np.dtype(variant.cache).itemsize
     number = 2 if variant.precision == "fp16" else 4

@@ -16,6 +16,7 @@ from runtime.execution.base import Candidates
 from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.planning.config import EngineConfig
+from runtime.planning.plan import Plan
 
 
 @dataclass(slots=True)
@@ -33,6 +34,9 @@ class Clock:
         self.now += seconds
 
 
+_PLAN = Plan(combination="replay", encoder_provider="replay")
+
+
 @dataclass(slots=True)
 class _Runner:
     costs: Costs
@@ -41,8 +45,7 @@ class _Runner:
     burst: int = 1
     graphs: bool = False
     on_gpu: bool = False
-    provider: str = "replay"
-    precision: str = "replay"
+    plan: Plan = _PLAN
     runs_on: str = "replay"
 
     def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:

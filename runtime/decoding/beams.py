@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.decoding.base import Move, RowCandidates
+from runtime.decoding.base import Decoding
+from runtime.decoding.candidates import Move, RowCandidates
 from runtime.decoding.hypothesis import Hypothesis
-from runtime.decoding.penalties import penalised, penalises
+from runtime.decoding.penalties import penalised
 from runtime.request import Completion, FinishReason, SamplingParams
 
 _NEVER = np.float32(-1e9)  # the score of what may not be chosen
@@ -35,38 +36,22 @@ class _Finished:
     score: float | np.float32 = -math.inf
 
 
-class Beams:
+class Beams(Decoding):
     """The `num_beams` best texts of one image, each in a row of its own."""
 
     def __init__(self, prompt: Sequence[int], sampling: SamplingParams, eos: int) -> None:
-        self._prompt, self._sampling, self._eos = prompt, sampling, eos
-        self._penalises = penalises(sampling)
-        self._beams = [Hypothesis() for _ in range(sampling.num_beams)]
+        """See Decoding."""
+        super().__init__(prompt, sampling, eos)
         # All rows are alike at first: only the first one's candidates count then.
         self._scores = np.full(sampling.num_beams, _NEVER, np.float32)
         self._scores[0] = 0
         self._finished = [_Finished()] * sampling.num_beams
         self._hopeful = True  # that a better text than those that are over may come
         self._ended = False
-        self.plain = False
 
     @property
-    def candidates(self) -> int:
-        """See Decoding: twice as many as beams, because as many may end."""
-        wanted = max(2 * self._sampling.num_beams, self._sampling.logprobs)
-        if self._penalises:
-            wanted += 1 + max(len({*self._prompt, *beam.token_ids}) for beam in self._beams)
-        return wanted
-
-    @property
-    def tokens(self) -> list[int]:
-        """See Decoding."""
-        return [beam.token_ids[-1] for beam in self._beams]
-
-    @property
-    def steps_left(self) -> int:
-        """See Decoding."""
-        return self._sampling.max_new_tokens - len(self._beams[0].token_ids)
+    def _wanted(self) -> int:
+        return 2 * self._sampling.num_beams  # as many as there are beams may end
 
     @property
     def over(self) -> bool:
@@ -80,7 +65,7 @@ class Beams:
         self._finish(best, rows)
         scores = np.array([each.score for each in best], np.float32) + ending * _NEVER
         kept = np.argsort(-scores, kind="stable")[: self._sampling.num_beams]
-        self._beams = [self._grown(best[at], rows) for at in kept]
+        self._texts = [self._grown(best[at], rows) for at in kept]
         self._scores = scores[kept].astype(np.float32)
         self._hopeful = self._hopeful and self._may_improve()
         full = all(each.text is not None for each in self._finished)
@@ -93,7 +78,7 @@ class Beams:
         """Twice as many continuations as beams, of all rows together, the best first."""
         sampling, found = self._sampling, []
         last = self.steps_left == 1
-        for parent, (row, beam) in enumerate(zip(rows, self._beams, strict=True)):
+        for parent, (row, beam) in enumerate(zip(rows, self._texts, strict=True)):
             scores, ids = np.array(row.logprobs, np.float32), np.array(row.ids)
             if self._penalises:
                 before = beam.token_ids
@@ -106,7 +91,7 @@ class Beams:
         return found[: 2 * sampling.num_beams]
 
     def _grown(self, continued: _Continued, rows: Sequence[RowCandidates]) -> Hypothesis:
-        text = self._beams[continued.parent].copy()
+        text = self._texts[continued.parent].copy()
         text.add(rows[continued.parent], continued.place, self._sampling.logprobs)
         return text
 
@@ -115,7 +100,7 @@ class Beams:
         full = all(each.text is not None for each in self._finished)
         if (self._sampling.early_stopping is True and full) or not self._hopeful:
             return
-        length = np.float32((len(self._beams[0].token_ids) + 1) ** self._sampling.length_penalty)
+        length = np.float32((len(self._texts[0].token_ids) + 1) ** self._sampling.length_penalty)
         for continued in best[: self._sampling.num_beams]:
             if continued.ends:
                 text = self._grown(continued, rows)
@@ -127,7 +112,7 @@ class Beams:
 
     def _may_improve(self) -> bool:
         """Whether the best beam could come before the worst text that is over, by its score now."""
-        sampling, length = self._sampling, len(self._beams[0].token_ids)
+        sampling, length = self._sampling, len(self._texts[0].token_ids)
         if sampling.early_stopping == "never" and sampling.length_penalty > 0:
             length = sampling.max_new_tokens
         possible = self._scores[0] / np.float32(length**sampling.length_penalty)

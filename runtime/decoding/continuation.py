@@ -4,43 +4,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.decoding.base import Move, RowCandidates
-from runtime.decoding.hypothesis import Hypothesis
-from runtime.decoding.penalties import penalised, penalises
+from runtime.decoding.base import Decoding
+from runtime.decoding.candidates import Move, RowCandidates
+from runtime.decoding.penalties import penalised
 from runtime.request import Completion, FinishReason, SamplingParams
 
 _COLDEST = 1e-3  # temperature: below it the likeliest token is drawn all the same
 
 
-class Continuation:
+class Continuation(Decoding):
     """`n` texts of one image, in as many rows, until the last of them is over."""
 
     def __init__(self, prompt: Sequence[int], sampling: SamplingParams, eos: int) -> None:
-        self._prompt, self._sampling, self._eos = prompt, sampling, eos
-        self._texts = [Hypothesis() for _ in range(sampling.n)]
-        self._penalises = penalises(sampling)
+        """See Decoding."""
+        super().__init__(prompt, sampling, eos)
         self.plain = sampling.n == 1 and not (
             self._penalises or sampling.temperature or sampling.logprobs
         )
 
     @property
-    def candidates(self) -> int:
-        """See Decoding; a penalty may put each token of the text behind those that follow it."""
-        sampling = self._sampling
-        wanted = max(sampling.top_k if sampling.temperature else 1, sampling.logprobs)
-        if self._penalises:
-            wanted += 1 + max(len({*self._prompt, *text.token_ids}) for text in self._texts)
-        return wanted
-
-    @property
-    def tokens(self) -> list[int]:
-        """See Decoding; a text that is over says its last token again, to no effect."""
-        return [text.token_ids[-1] for text in self._texts]
-
-    @property
-    def steps_left(self) -> int:
-        """See Decoding."""
-        return self._sampling.max_new_tokens - max(len(t.token_ids) for t in self._texts)
+    def _wanted(self) -> int:
+        return self._sampling.top_k if self._sampling.temperature else 1
 
     @property
     def over(self) -> bool:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from runtime.decoding.base import RowCandidates
+from runtime.decoding.candidates import RowCandidates
 from runtime.request import Completion, FinishReason, TopLogprobs
 
 

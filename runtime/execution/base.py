@@ -1,4 +1,4 @@
-"""What an engine needs of a runner; tests put a model in its place that needs no graphs."""
+"""The runner that an engine drives. Tests have one that needs no graphs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
-from runtime.decoding.base import RowCandidates
+from runtime.decoding.candidates import RowCandidates
+from runtime.planning.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +43,10 @@ def leading(count: int) -> list[list[int]]:
 class ModelRunner(Protocol):
     """The phases of captioning, by which an engine drives whatever runs the graphs."""
 
+    plan: Plan
     text_tokens: int
     burst: int  # most decode steps of one call
     graphs: bool  # whether its runs are captured CUDA graphs
-
-    @property
-    def provider(self) -> str:
-        """Execution provider of the encoder."""
-
-    @property
-    def precision(self) -> str:
-        """The combination of encoder, decoder and cache, as the manifest names it."""
 
     @property
     def on_gpu(self) -> bool:

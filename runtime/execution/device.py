@@ -136,19 +136,9 @@ class DeviceRunner:
         self._steps: dict[tuple[int, int], _Launch] = {}
 
     @property
-    def provider(self) -> str:
-        """The encoder's execution provider."""
-        return self.plan.encoder_provider
-
-    @property
     def on_gpu(self) -> bool:
         """Whether the device is one; else it is the processor."""
         return self._device != "cpu"
-
-    @property
-    def precision(self) -> str:
-        """The combination of the manifest."""
-        return self.plan.combination
 
     @property
     def runs_on(self) -> str:

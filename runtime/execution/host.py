@@ -81,16 +81,6 @@ class HostRunner:
         }
 
     @property
-    def provider(self) -> str:
-        """The encoder's execution provider."""
-        return self.plan.encoder_provider
-
-    @property
-    def precision(self) -> str:
-        """The combination of the manifest."""
-        return self.plan.combination
-
-    @property
     def runs_on(self) -> str:
         """For people: providers and precisions, and the memory that the slots take."""
         return self.plan.describe(sum(c.nbytes for c in self._arena))

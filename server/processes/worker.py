@@ -117,7 +117,9 @@ class Worker(Receiver, Observer):
                     await self.send(job.owner, Output(output))
         except VignetteError as error:  # such as too few slots, of which another worker has more
             log.error("request %d can't be served here", request.id, exc_info=error)
-            failed = RequestOutput(request.id, Completion(()), FinishReason.ERROR, Timing())
+            failed = RequestOutput(
+                request.id, Completion((), finish_reason=FinishReason.ERROR), Timing()
+            )
             await self.send(job.owner, Output(failed))
         except Exception as error:  # ONNX Runtime raises a class of its own for every status code
             await self.send(job.owner, StepFailed(request.id))
@@ -202,9 +204,9 @@ async def _serve(engine: Engine, metrics: WorkerMetrics, heartbeat: Heartbeat, a
     worker = Worker(engine, socket, metrics)
     facts = WorkerFacts(
         engine=engine.manifest.fingerprint,
-        precision=engine.runner.precision,
+        precision=engine.runner.plan.combination,
         runs_on=engine.runs_on,
-        provider=engine.runner.provider,
+        provider=engine.runner.plan.encoder_provider,
         self_test=engine.self_test,
         seconds=engine.seconds,
         device=os.environ.get("CUDA_VISIBLE_DEVICES", "0") if engine.runner.on_gpu else "cpu",
