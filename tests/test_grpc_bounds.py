@@ -1,7 +1,10 @@
 """What strangers send over gRPC takes nothing from others."""
 
+import asyncio
 import threading
 import time
+from collections import Counter
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -14,8 +17,11 @@ from hypothesis import strategies as st
 
 from bench.contestants.servers import free_port
 from runtime.errors import InvalidRequest
+from server.grpc import bounds
+from server.grpc.bounds import Bounds
 from server.grpc.stubs import grpc_service_pb2 as pb
 from server.grpc.wire import call_in
+from server.settings import Settings
 from tests.live import fetch
 from tests.test_end_to_end import MODEL, ON_CPU, SAID, running
 from tests.test_grpc import IMAGES, SERVICE, tensor
@@ -107,6 +113,60 @@ def test_calls_that_are_held_open_leave_places_for_others_and_http_alone(ports):
     for channel in channels:
         channel.close()
     assert captioned(ports[0]) == SAID["owl.png"]["caption"]
+
+
+def test_calls_whose_message_never_comes_are_counted_and_ended(ports):
+    ended = threading.Event()
+
+    def silent():
+        ended.wait(30)
+        yield from ()
+
+    with grpc.insecure_channel(f"127.0.0.1:{ports[0]}") as channel:
+        begin = channel.stream_unary(f"/{SERVICE}/ServerLive")  # as a unary call, on the wire
+        held = [begin.future(silent()) for _ in range(100)]
+        beside = grpc.insecure_channel(f"127.0.0.1:{ports[0]}", [("x", 1)])
+        held += [beside.stream_unary(f"/{SERVICE}/ModelInfer").future(silent()) for _ in range(100)]
+        codes = Counter(each.code() for each in held)
+        assert codes == {grpc.StatusCode.DEADLINE_EXCEEDED: 200}
+        ended.set()
+        beside.close()
+
+
+def test_idle_streams_make_room_for_calls_of_others(monkeypatch):
+    monkeypatch.setattr(bounds, "_CROWDED", 6)
+
+    class Context:
+        def __init__(self, address):
+            self.peer = lambda: f"ipv4:{address}:5"
+
+        def invocation_metadata(self):
+            return ()
+
+        async def read(self):
+            await asyncio.sleep(60)
+
+    async def infer(requests, context):
+        async for _ in requests:
+            pass
+
+    async def run():
+        service = SimpleNamespace(settings=Settings(_env_file=None))
+        handler = grpc.stream_stream_rpc_method_handler(infer)
+        call = Bounds(service, frozenset())._bounded(handler, captions=True)
+        addresses = ["10.0.0.1", *["10.0.0.2"] * 5, "10.0.0.3", "10.0.0.4"]
+        tasks = []
+        for address in addresses:
+            tasks.append(asyncio.create_task(call(None, Context(address))))
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        ended = [at for at, task in enumerate(tasks) if task.cancelled()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        return ended
+
+    assert asyncio.run(run()) == [1, 2], "the oldest of the address with the most of them"
 
 
 def test_streams_that_nobody_reads_hold_no_place(ports):

@@ -1,11 +1,9 @@
-"""What a call may do to others: who makes it, how many it has, how often it asks."""
+"""A call that is to caption: who makes it, what it may take, how it is refused."""
 
 import asyncio
-import inspect
 import math
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from urllib.parse import unquote
@@ -34,11 +32,7 @@ _STATUS = {
 }
 _COPIES = 2  # of a message's images: its own, and those that are taken from it
 _LEAST_MS = 100  # of a deadline: less is spent on the way
-_EACH = 256  # calls that one address has at once
 _SMALL = 64 * 1024  # bytes
-_LARGEST = 4096  # bytes of a message that is not to caption
-_TOO_MANY = "too_many_calls: this address has, or makes, more calls than one may: wait for answers"
-_TOO_LARGE = "invalid_request: the message is larger than this method takes"
 
 
 class Refusal:
@@ -120,11 +114,13 @@ class Call:
                 self._outcome(answer_to(error, 500).code)
                 raise
             except (asyncio.CancelledError, GeneratorExit):
+                self.service.was_left(self.client, self.images)
                 self._outcome("cancelled")
                 raise
             except Exception:
                 self._outcome(INTERNAL.code)
                 raise
+            self.service.was_served(self.client)
             self._outcome("ok")
 
     def _outcome(self, code: str) -> None:
@@ -135,9 +131,11 @@ class Call:
             self.service.tracer.record(self._method, self._metadata, code, stages, total, self.id)
 
     async def wait_for(self, size: int) -> None:
-        """Wait until this client may have sent so many bytes; small messages are free."""
-        if size > _SMALL:
-            await asyncio.sleep(self.service.intake.spend(self.client, size))
+        """Wait until this client may have sent so many bytes, of which small messages are free, and
+        for what it left or was refused before.
+        """
+        wait = self.service.intake.spend(self.client, size) if size > _SMALL else 0.0
+        await asyncio.sleep(max(wait, self.service.owed(self.client)))
 
     async def wait_turn(self, images: int = 1) -> None:
         """Wait until this client may be refused so many images."""
@@ -147,88 +145,3 @@ class Call:
         """End the call with an error, when it is this client's turn to be refused."""
         await self.wait_turn(images)
         await self._context.abort(refusal.status, refusal.message, refusal.trailing)
-
-
-class Bounds(grpc.aio.ServerInterceptor):
-    """Each address has so many calls at once, and so many a second that are not to caption."""
-
-    def __init__(self, service: Service, captioning: frozenset[str]) -> None:
-        """captioning: full names of methods that have bounds of their own."""
-        self._service, self._captioning = service, captioning
-        self._calls: Counter[str] = Counter()
-
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """The handler of a call, within bounds."""
-        handler = await continuation(details)
-        if handler is None:
-            return None
-        free = details.method in self._captioning
-        if handler.response_streaming and inspect.isasyncgenfunction(_function(handler)):
-            return _with(handler, self._streaming(_function(handler)))
-        return _with(handler, self._answering(_function(handler), free))
-
-    def _answering(self, function: Callable[..., Any], free: bool) -> Callable[..., Any]:
-        async def bounded(request: Any, context: Context) -> Any:
-            address = address_in(self._service, context)
-            with self._place(address) as place:
-                if not place or not (free or self._may_ask(address)):
-                    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _TOO_MANY)
-                if not free and request.ByteSize() > _LARGEST:
-                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _TOO_LARGE)
-                return await function(request, context)
-
-        return bounded
-
-    def _streaming(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        async def paced(
-            requests: AsyncIterator[Any], address: str, context: Context
-        ) -> AsyncIterator[Any]:
-            async for request in requests:
-                if request.ByteSize() > _LARGEST:
-                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _TOO_LARGE)
-                await asyncio.sleep(self._service.visits.spend(address, 1))
-                yield request
-
-        async def bounded(requests: Any, context: Context) -> AsyncIterator[Any]:
-            address = address_in(self._service, context)
-            with self._place(address) as place:
-                if not place:
-                    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _TOO_MANY)
-                async for answer in function(paced(requests, address, context), context):
-                    yield answer
-
-        return bounded
-
-    def _may_ask(self, address: str) -> bool:
-        return not self._service.visits.spend(address, 1)
-
-    @contextmanager
-    def _place(self, address: str) -> Iterator[bool]:
-        """Whether there was one."""
-        self._calls[address] += 1
-        try:
-            yield self._calls[address] <= _EACH
-        finally:
-            self._calls[address] -= 1
-            if not self._calls[address]:
-                del self._calls[address]
-
-
-_MAKERS = {  # by whether requests and answers stream
-    (False, False): grpc.unary_unary_rpc_method_handler,
-    (False, True): grpc.unary_stream_rpc_method_handler,
-    (True, False): grpc.stream_unary_rpc_method_handler,
-    (True, True): grpc.stream_stream_rpc_method_handler,
-}
-
-
-def _function(handler: Any) -> Callable[..., Any]:
-    kinds = (
-        handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream
-    )  # fmt: skip
-    return next(kind for kind in kinds if kind is not None)
-
-
-def _with(handler: Any, function: Callable[..., Any]) -> Any:
-    make = _MAKERS[handler.request_streaming, handler.response_streaming]
-    return make(function, handler.request_deserializer, handler.response_serializer)

@@ -10,8 +10,8 @@ from server.settings import Settings
 
 _SERVICE = "inference.GRPCInferenceService"
 _BESIDE = 64 * 1024  # bytes of a message beside its image
+_CALLS = 4096  # at once, far above what `Bounds` has: grpc refuses whoever comes next
 _STREAMS = 128  # at once on one connection
-_CALLS = 2048  # at once
 _IDLE_MS, _AGE_MS = 120_000, 3_600_000  # of a connection; then its client makes another
 _IDENTITY = 1  # the one algorithm that is on: what comes is as large as it is counted
 _SELDOM_SECONDS = 60.0
@@ -49,7 +49,7 @@ async def start(service: Service) -> GrpcServer | None:
         from grpc_health.v1 import health, health_pb2, health_pb2_grpc
         from grpc_reflection.v1alpha import reflection
 
-        from server.grpc.calls import Bounds
+        from server.grpc.bounds import Bounds
         from server.grpc.service import CAPTIONING, handlers
     except ModuleNotFoundError as cause:
         raise CannotSpeakGrpc(

@@ -163,8 +163,8 @@ class InferenceService:
             raise AssertionError("a refused call is over") from error
 
     async def _infer(self, data: bytes, call: Call) -> Any:
-        await call.wait_for(len(data))
         with call.held(len(data)) as held:
+            await call.wait_for(len(data))
             request = call_in(data)
             model = call.asks(request)
             inputs = _inputs(request)
@@ -178,8 +178,8 @@ class InferenceService:
 
     async def _stream(self, data: bytes, call: Call) -> AsyncGenerator[Any, None]:
         """A response for each token, with the text so far, and one with the caption."""
-        await call.wait_for(len(data))
         with call.held(len(data)):
+            await call.wait_for(len(data))
             request = call_in(data)
             model = call.asks(request)
             inputs = _inputs(request)

@@ -25,7 +25,6 @@ EVENTS = "text/event-stream"
 _DRAINED = 20  # times the body limit
 _FREE = 256 * 1024  # bytes of each body that are not paced: most images are no larger
 _STEP_SECONDS = 0.02  # shorter waits are put off
-_SERVED = 0.2  # of one that was left, which each that is served pays for
 _WHOLE, _LENGTH = re.compile(r"[0-9]+"), re.compile(r"[0-9]{1,15}")  # of a Content-Length
 
 
@@ -164,14 +163,12 @@ class IntakeHandler(Handler):
             raise refused
         self._came()
         self._task = asyncio.current_task()
-        owed = self.service.refusals, self.service.left
-        await self.held_back(max(buckets.owed(self.client) for buckets in owed))
+        await self.held_back(self.service.owed(self.client))
         self.service.check_room(self.client)
         body = bytes(self._body)
         self._body = bytearray()
         await self.serve(body)
-        self.service.refusals.earn(self.client, 1)
-        self.service.left.earn(self.client, _SERVED)
+        self.service.was_served(self.client)
         self.outcome(self.code)
 
     def send(self, content: Any, kind: str | None = None) -> None:
@@ -238,7 +235,7 @@ class IntakeHandler(Handler):
             self._place.close()
         else:
             self.outcome("cancelled")
-            self.service.left.spend(self.client, 1)
+            self.service.was_left(self.client)
             self._gone = True
             self._task.add_done_callback(lambda _: self._place.close())
             self._task.cancel()

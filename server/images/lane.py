@@ -102,7 +102,10 @@ class Lane:
         if kind == FAILED:
             error, seconds = raised(answer)
             task.failed(seconds)
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # it would hold this frame, and this frame the error, with the image
         if kind == BUG:
             self._seldom.warning("an image was refused for an error of ours: %s", answer.decode())
             raise TooHard(UNFIT)

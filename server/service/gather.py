@@ -22,7 +22,7 @@ async def gather_or_cancel(parts: Iterable[Coroutine[Any, Any, _Result]]) -> lis
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        for task in tasks:
-            if not task.cancelled():
+        while tasks:  # their errors would hold this frame, and this frame them, with images
+            if not (task := tasks.pop()).cancelled():
                 task.exception()  # asked for, or asyncio logs it
-        tasks.clear()  # their errors would hold this frame, and this frame them, with images
+            del task

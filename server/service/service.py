@@ -40,7 +40,9 @@ log = logging.getLogger(__name__)
 _LARGE = 256 * 1024  # bytes that are not hashed on the event loop: a third of a millisecond
 _BYTES = 100e6, 32e6  # of all large bodies, a second and at once: half of a slow core
 _REFUSALS = 50.0, 100.0
-_LEFT, _LEFT_SECONDS = (10.0, 200.0), 2.0  # so many may be here when a proxy is started again
+# A proxy that is started again leaves as many requests as there are: the burst is above that.
+_LEFT, _LEFT_SECONDS = (10.0, 200.0), 2.0
+_SERVED = 0.2  # of what one that was left costs, which one that is served earns back
 _VISITS = 200.0, 400.0  # of what is no caption and is answered
 Images = list[bytes] | str  # as they were sent, one or one a frame; or where one is to be fetched
 SLOTS = 64  # most that a worker chooses by itself: pixels are kept for as many beside the queue
@@ -160,6 +162,19 @@ class Service:
         async with aclosing(self.generate(model, request, images, client)) as outputs:
             output = joined([each async for each in outputs])
         return captioned(request, output, model.tokenizer)
+
+    def owed(self, client: str) -> float:
+        """Seconds that a client has to wait for what it was refused, or left, before."""
+        return max(self.refusals.owed(client), self.left.owed(client))
+
+    def was_served(self, client: str) -> None:
+        """A request of this client was answered with a caption."""
+        self.refusals.earn(client, 1)
+        self.left.earn(client, _SERVED)
+
+    def was_left(self, client: str, requests: int = 1) -> None:
+        """Decoders and engine have worked for nothing, as this client waits no more."""
+        self.left.spend(client, requests)
 
     def count(self, model: str, key: str | None, code: str) -> None:
         """How a request ended: ok, cancelled, or the code of its error. model: or none, if it was

@@ -1,0 +1,102 @@
+"""What a refused request leaves behind: nothing that has to wait for Python's garbage collector."""
+
+import asyncio
+import gc
+import types
+from contextlib import contextmanager
+
+import grpc
+import pytest
+
+from bench.contestants.servers import free_port
+from server.grpc.listening import start
+from server.grpc.stubs import grpc_service_pb2 as pb
+from tests.fakes import fake_engine
+from tests.live import as_json, b64, multipart, serve
+
+BAD = b"\0" * 50_000
+LARGE = 10_000  # bytes, of what was sent
+
+
+@contextmanager
+def nothing_left():
+    """No frame that waits for the collector holds anything large."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        frames = [each for each in gc.garbage if isinstance(each, types.FrameType)]
+        held = {
+            f"{frame.f_code.co_qualname} {name}"
+            for frame in frames
+            for name, value in frame.f_locals.items()
+            if isinstance(value, bytes | bytearray) and len(value) > LARGE
+        }
+        assert not held
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kind"),
+    [
+        ("/caption", BAD, "image/png"),
+        ("/caption?stream=true", BAD, "image/png"),
+        ("/caption", *multipart(image=BAD)),
+        ("/caption", as_json(image=b64(BAD)), "application/json"),
+        ("/caption", as_json(images=[b64(BAD)] * 3), "application/json"),
+        ("/", as_json(inputs=b64(BAD)), "application/json"),
+        ("/caption", b"{" * 100_000, "application/json"),
+        ("/v2/models/fake/infer", as_json(inputs=[
+            {"name": "IMAGE", "datatype": "BYTES", "shape": [2], "data": [b64(BAD), b64(BAD)]}
+        ]), "application/json"),
+        ("/v1/chat/completions", as_json(messages=[{"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64(BAD)}"}}
+        ]}]), "application/json"),
+    ],
+)  # fmt: skip
+def test_a_refused_body_is_let_go_of(path, body, kind):
+    with serve(fake_engine) as live:
+        live.request("POST", path, body, Content_Type=kind)
+        with nothing_left():
+            for _ in range(3):
+                reply = live.request("POST", path, body, Content_Type=kind)
+                assert reply.status == 400 or b"error" in reply.body
+
+
+@pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer", "ServerLive"])
+def test_a_refused_message_is_let_go_of(method):
+    message = pb.ModelInferRequest(model_name="fake")
+    tensor = message.inputs.add(name="IMAGE", datatype="BYTES", shape=[1])
+    tensor.contents.bytes_contents.append(BAD)
+    port = free_port()
+    with serve(fake_engine, grpc_port=port) as live:
+
+        def on_loop(work):
+            return asyncio.run_coroutine_threadsafe(work, live.loop).result(20)
+
+        server = on_loop(start(live.service))
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            path = f"/inference.GRPCInferenceService/{method}"
+            kind = channel.stream_stream if "Stream" in method else channel.unary_unary
+            data = message.SerializeToString()
+
+            def ask():
+                if "Stream" in method:
+                    [answer] = kind(path, None, pb.ModelStreamInferResponse.FromString)(
+                        iter([data])
+                    )
+                    assert "not an image" in answer.error_message
+                else:
+                    with pytest.raises(grpc.RpcError):
+                        kind(path)(data)
+
+            ask()
+            with nothing_left():
+                for _ in range(3):
+                    ask()
+        on_loop(server.stop())
