@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.request import Priority
+from server.fairness.present_clients import PresentClients, shared
 from server.fairness.slot_shares import SlotShares
 from server.service.service import Service
 
@@ -19,7 +20,8 @@ class Scene:
 
     def __init__(self, linger: float = 0.0) -> None:
         self.now = 100.0
-        self.shares = SlotShares(linger, lambda: self.now + asyncio.get_running_loop().time())
+        clock = lambda: self.now + asyncio.get_running_loop().time()  # noqa: E731
+        self.shares = SlotShares(PresentClients(linger, clock), clock)
         self.shares.slots = SLOTS
         self.inside: list[str] = []
         self.ends: dict[str, asyncio.Event] = {}
@@ -192,7 +194,9 @@ def test_models_of_one_device_share_its_slots_unless_each_has_cores_of_its_own(t
         name: SimpleNamespace(name=name, device=device, admission=SimpleNamespace(slots=slots))
         for name, device, slots in [("a", "cpu", 16), ("b", "cpu", 8), ("c", "gpu 0", 64)]
     }
-    service = SimpleNamespace(models=models, shares={}, settings=SimpleNamespace(threads=threads))
+    service = SimpleNamespace(
+        models=models, shares={}, present=None, index=0, settings=SimpleNamespace(threads=threads)
+    )
     for _ in range(2):  # workers come and go
         Service.share_devices(service)
     a, b, c = (model.shares for model in models.values())
@@ -203,3 +207,69 @@ def test_models_of_one_device_share_its_slots_unless_each_has_cores_of_its_own(t
     Service.share_devices(service)
     assert models["c"].shares is not c
     assert c.slots == 64, "what waits there is not to wait for ever"
+
+
+@pytest.mark.parametrize("others", [0, 1, 3])
+def test_clients_of_other_front_ends_count_too(tmp_path, others):
+    """Else who is alone in a front-end of its own would have half of the engine."""
+
+    async def run() -> None:
+        now = 100.0
+        [mine], [theirs] = (shared(tmp_path / "clients", 2, 1) for _ in range(2))
+        scene = Scene()
+        scene.shares = SlotShares(PresentClients(1.0, lambda: now, mine, 0), lambda: now)
+        scene.shares.slots = SLOTS
+        elsewhere = PresentClients(1.0, lambda: now, theirs, 1)
+        for n in range(others):
+            elsewhere.came(f"h{n}")
+            elsewhere.came("a")  # which is one client, wherever it asks
+        for n in range(20):
+            await scene.come(f"a{n}", "a", 1)
+        assert len(scene.inside) == {0: 12, 1: 8, 3: 6}[others]
+        for n in range(others):
+            elsewhere.left(f"h{n}")
+        now += 2.0
+        await scene.end("a0")
+        assert len(scene.inside) == 12, "once they have been away for a while"
+        elsewhere.came("h")
+        PresentClients(1.0, lambda: now, theirs, 1)  # of that front-end's next life
+        assert PresentClients(1.0, lambda: now, mine.copy(), 1).count() == 1
+
+    asyncio.run(run())
+
+
+def test_a_client_has_its_share_in_all_front_ends_together(tmp_path):
+    async def run() -> None:
+        [mine], [theirs] = (shared(tmp_path / "clients", 2, 1) for _ in range(2))
+        scene = Scene()
+        scene.shares = SlotShares(PresentClients(records=mine, index=0))
+        scene.shares.slots = SLOTS
+        elsewhere = PresentClients(records=theirs, index=1)
+        elsewhere.came("h")
+        elsewhere.came("a")
+        elsewhere.has("a", 7)  # of 8 that are half of all
+        for n in range(4):
+            await scene.come(f"a{n}", "a", 1)
+        assert scene.inside == ["a0"]
+        await scene.come("h", "h", 1)
+        assert scene.inside == ["a0", "h"]
+        elsewhere.has("a", 5)
+        await asyncio.sleep(0.1)
+        assert scene.inside == ["a0", "h", "a1", "a2"]
+
+    asyncio.run(run())
+
+
+def test_more_clients_than_are_told_of_are_counted_as_those():
+    now = 0.0
+    clients = PresentClients(1.0, lambda: now)
+    for n in range(100):
+        clients.came(str(n))
+    assert clients.count() == 64
+    for n in range(60):
+        clients.left(str(n))
+    now = 2.0
+    assert clients.count() == 4
+    for n in range(100, 110):
+        clients.came(str(n))
+    assert clients.count() == 14

@@ -13,9 +13,9 @@ from time import monotonic
 
 from runtime.request import Priority
 from server.fairness.client_clocks import ClientClocks
-from server.fairness.recent_clients import RecentClients
+from server.fairness.present_clients import PresentClients
 
-_LINGER_SECONDS = 2.0
+_ELSEWHERE_SECONDS = 0.02  # until those who wait for other front-ends look again
 _AHEAD = 2  # that may wait in an engine of few slots
 _LEARNING = 0.1  # of what a request takes usually
 
@@ -41,18 +41,22 @@ class SlotShares:
     """
 
     def __init__(
-        self, linger: float = _LINGER_SECONDS, clock: Callable[[], float] = monotonic
+        self, clients: PresentClients | None = None, clock: Callable[[], float] = monotonic
     ) -> None:
-        """slots, models: set them. With several models a share is smaller: a request of another
-        model keeps all cores busy, too, which one in the same batch does not.
+        """clients: those of all front-ends that want slots of this device.
+
+        slots, models: set them; slots are those of this front-end. With several models a share is
+        smaller: a request of another model keeps all cores busy, too, which one in the same batch
+        does not.
         """
         self.slots, self.models = 0, 1
-        self._linger, self._clock = linger, clock
-        self._clocks, self._left = ClientClocks(), RecentClients(clock)
+        self._clients, self._clock = clients or PresentClients(clock=clock), clock
+        self._clocks = ClientClocks()
         self._taken: Counter[str] = Counter()
         self._batch: Counter[str] = Counter()  # of those, by requests that let others pass
         # By client and whether they let others pass, each in the order of their coming.
         self._waiting: dict[tuple[str, bool], deque[_Waiting]] = {}
+        self._looking = False
         self._usual = 0.0  # slots times seconds of a request
 
     @asynccontextmanager
@@ -64,6 +68,7 @@ class SlotShares:
         """
         me = _Waiting(client, rows, priority is Priority.BATCH)
         self._waiting.setdefault((client, me.batch), deque()).append(me)
+        self._clients.came(client)
         began, whole = 0.0, False
         try:
             self._admit()
@@ -83,7 +88,8 @@ class SlotShares:
                 self._clocks.charge(client, took, len(self._present | {client}))
             else:
                 self._forget(me)
-            self._left.note(client)
+            if client not in self._present:
+                self._clients.left(client)
             self._look_again()
             self._admit()
 
@@ -92,6 +98,7 @@ class SlotShares:
             taken[each.client] += rows
             if not taken[each.client]:
                 del taken[each.client]
+        self._clients.has(each.client, self._taken[each.client])
 
     def _forget(self, each: _Waiting) -> None:
         line = self._waiting[each.client, each.batch]
@@ -107,18 +114,26 @@ class SlotShares:
     def _look_again(self) -> None:
         """Once whoever left has been away for long enough, who waits may be alone."""
         if self._waiting:
-            asyncio.get_running_loop().call_later(self._linger, self._admit)
+            asyncio.get_running_loop().call_later(self._clients.linger, self._admit)
+
+    def _look_elsewhere(self) -> None:
+        """A client may have got slots back in another front-end, of which nobody tells."""
+        self._looking = False
+        self._admit()
 
     def _admit(self) -> None:
         """Let in who has its turn; nobody passes another of its own client and priority."""
         if not self._waiting:
             return
-        clients = len(self._present | self._left.within(self._linger))
+        clients, elsewhere = self._clients.count(), self._clients.elsewhere()
         ahead = max(_AHEAD, self.slots // 2)
-        all_ = self.slots + ahead
-        share = (all_ if self.models == 1 else self.slots) // clients
-        most = all_ if clients == 1 else max(1, min(self.slots // 2, share))
-        while (next_ := self._next(most)) is not None:
+        slots, all_ = (self._clients.front_ends * n for n in (self.slots, self.slots + ahead))
+        share = (all_ if self.models == 1 else slots) // clients
+        most = all_ if clients == 1 else max(1, min(slots // 2, share))
+        if not self._looking and any(client in elsewhere for client, _ in self._waiting):
+            self._looking = True
+            asyncio.get_running_loop().call_later(_ELSEWHERE_SECONDS, self._look_elsewhere)
+        while (next_ := self._next(most, elsewhere)) is not None:
             # The engine lets those of high priority pass: what others have there is no matter.
             taken = self._taken.total() - (0 if next_.batch else self._batch.total())
             room = self.slots + (ahead if next_.rows == 1 or clients == 1 else 0)
@@ -129,18 +144,20 @@ class SlotShares:
             self._clocks.begin(next_.client)
             next_.turn.set()
 
-    def _next(self, most: int) -> _Waiting | None:
+    def _next(self, most: int, elsewhere: Counter[str]) -> _Waiting | None:
         """The request whose turn it is, of those whose client has less than its share."""
         first = (
             line[0]
             for (client, batch), line in self._waiting.items()
             if not (batch and (client, False) in self._waiting)
         )
-        return min((each for each in first if self._fits(each, most)), key=self._turn, default=None)
+        fits = (each for each in first if self._fits(each, most - elsewhere[each.client], most))
+        return min(fits, key=self._turn, default=None)
 
-    def _fits(self, each: _Waiting, most: int) -> bool:
+    def _fits(self, each: _Waiting, left: int, most: int) -> bool:
+        """left: of the most that a client may have in all front-ends, what it has in no other."""
         mine = self._taken[each.client] - (0 if each.batch else self._batch[each.client])
-        return not mine or mine + each.rows <= most
+        return mine + each.rows <= left or (not mine and left == most)
 
     def _turn(self, each: _Waiting) -> tuple[bool, float]:
         """Those of high priority first, then by clocks; of what a client has now, what is usual."""

@@ -11,12 +11,15 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from runtime.errors import InvalidRequest, VignetteError
 from runtime.limits import Limits
 from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.request import Caption, GenerationRequest, RequestOutput, Timing, captioned, joined
 from server.fairness.byte_budget import ByteBudget
+from server.fairness.present_clients import PresentClients, shared
 from server.fairness.slot_shares import SlotShares
 from server.fairness.token_buckets import TokenBuckets
 from server.images.clips import Clip
@@ -75,6 +78,7 @@ class Service:
     visits: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_VISITS))
     workers: tuple[WorkerState, ...] = ()
     shares: dict[str, SlotShares] = field(default_factory=dict)  # by device
+    present: np.ndarray | None = None  # clients of all front-ends, by model (`PresentClients`)
 
     @property
     def state(self) -> State:
@@ -100,7 +104,11 @@ class Service:
         for model in self.models.values():
             apart = self.settings.threads and model.device == "cpu"
             device = model.name if apart else model.device
-            model.shares = self.shares.setdefault(device, SlotShares())
+            if device not in self.shares:
+                records = None if self.present is None else self.present[model.number]
+                clients = PresentClients(records=records, index=self.index)
+                self.shares[device] = SlotShares(clients)
+            model.shares = self.shares[device]
             slots[device] = max(slots[device], model.admission.slots)
             models[device] += 1
         for device, most in slots.items():  # who waits for others, as of a start, waits on
@@ -335,4 +343,5 @@ def make_service(settings: Settings, known: Known, folder: Path, index: int, epo
         tracer=Tracer(settings.traces) if settings.traces else None,
         folder=folder,
         index=index,
+        present=shared(folder / "clients", settings.front_end_processes, len(models)),
     )

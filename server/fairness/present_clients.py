@@ -1,0 +1,115 @@
+"""Which clients want slots now, or did a moment ago, and how many each has: those of all
+front-ends, in a file that all of them map.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from hashlib import blake2b
+from math import inf
+from pathlib import Path
+from time import monotonic
+
+import numpy as np
+
+from server.ipc.shared import reserve
+
+_LINGER_SECONDS = 2.0
+_MOST = 64  # clients that each front-end tells of
+_RECORD = np.dtype([("client", np.uint64), ("until", float), ("slots", np.int64)])
+
+
+class PresentClients:
+    """The clients of one front-end, told to all. Each counts until it has been away for a while.
+
+    Used on the event loop's thread only. Others may read a record as it is written: a number is
+    then off by one, once.
+    """
+
+    def __init__(
+        self,
+        linger: float = _LINGER_SECONDS,
+        clock: Callable[[], float] = monotonic,
+        records: np.ndarray | None = None,
+        index: int = 0,
+    ) -> None:
+        """linger: seconds for which who left still counts. records: `[front-ends, 64]`, of which
+        `index` is this one's; as `shared` opens them.
+        """
+        self.linger, self._clock = linger, clock
+        self._records = np.zeros((1, _MOST), _RECORD) if records is None else records
+        self._mine, self._others = (
+            self._records[index],
+            np.delete(np.arange(len(self._records)), index),
+        )
+        self._mine.fill(0)  # what an earlier life of this front-end told
+        self._names: list[str] = []  # by place in the record
+        self._places: dict[str, int] = {}
+        self._hashes: dict[int, str] = {}
+
+    def came(self, client: str) -> None:
+        """It wants slots."""
+        place = self._places.get(client)
+        if place is None:
+            if len(self._names) < _MOST:
+                place = len(self._names)
+                self._names.append(client)
+            else:  # in place of who has been away for longest
+                place = int(self._mine["until"].argmin())
+                if self._mine["until"][place] == inf:
+                    return  # as many are here as are told of
+                del self._places[self._names[place]]
+                del self._hashes[int(self._mine["client"][place])]
+                self._names[place] = client
+            self._places[client], number = place, _hashed(client)
+            self._hashes[number], self._mine["client"][place] = client, number
+        self._mine["until"][place] = inf
+
+    def has(self, client: str, slots: int) -> None:
+        """It holds so many here."""
+        if (place := self._places.get(client)) is not None:
+            self._mine["slots"][place] = slots
+
+    def left(self, client: str) -> None:
+        """It has none any more, and waits for none."""
+        if (place := self._places.get(client)) is not None:
+            self._mine["until"][place] = self._clock() + self.linger
+
+    def elsewhere(self) -> Counter[str]:
+        """Slots that clients of this front-end hold in others."""
+        found = Counter[str]()
+        if len(self._others):
+            others = self._records[self._others]
+            for record in others[others["slots"] > 0]:
+                if (client := self._hashes.get(int(record["client"]))) is not None:
+                    found[client] += int(record["slots"])
+        return found
+
+    @property
+    def front_ends(self) -> int:
+        """That share the file."""
+        return len(self._records)
+
+    def count(self) -> int:
+        """How many there are, in all front-ends."""
+        counted = self._records["client"][self._records["until"] > self._clock()]
+        return len(np.unique(counted))
+
+
+def shared(path: Path, front_ends: int, kinds: int) -> np.ndarray:
+    """Records `[kinds, front-ends, 64]` in a file, made by whoever comes first.
+
+    Raises NoSharedMemory.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        shape = kinds, front_ends, _MOST
+        size = _RECORD.itemsize * kinds * front_ends * _MOST
+        reserve(file, size, "the clients of all front-ends", "free some of it")
+        return np.memmap(path, _RECORD, "r+", shape=shape)
+    finally:
+        os.close(file)
+
+
+def _hashed(client: str) -> int:
+    return int.from_bytes(blake2b(client.encode(), digest_size=8).digest(), "little")
