@@ -5,6 +5,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import threading
 
 import pytest
 import tornado.httpserver
@@ -12,6 +13,7 @@ import tornado.netutil
 import tornado.web
 from tornado.netutil import Resolver
 
+from server.images import fetch
 from server.images.fetch import Fetcher, FetchFailed, ForbiddenUrl, PublicResolver, is_public
 
 
@@ -153,3 +155,36 @@ def test_a_real_server_is_asked_and_each_hop_checked(tmp_path):
 )
 def test_private_addresses_in_disguise_are_not_public(address):
     assert not is_public(address)
+
+
+def test_slow_look_ups_of_one_client_hold_up_nobody_else(monkeypatch, caplog):
+    over, asked = threading.Event(), []
+
+    def getaddrinfo(host, *_):
+        asked.append(host)
+        if host.startswith("slow"):
+            over.wait(20)
+        raise socket.gaierror(f"no {host}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(fetch, "_CONNECT_SECONDS", 0.3)
+
+    async def run():
+        fetcher = Fetcher((".ok.example",), 1000)
+
+        async def failed(client, host):
+            with pytest.raises(FetchFailed) as error:
+                await fetcher.fetch(f"https://{host}.ok.example/x", 10, client)
+            return str(error.value)
+
+        slow = await asyncio.gather(*(failed("a", f"slow{n}") for n in range(12)))
+        fast = await failed("b", "fast")
+        over.set()
+        await asyncio.sleep(0.1)  # their threads end, and nobody waits for them
+        return slow, fast
+
+    slow, fast = asyncio.run(run())
+    assert all("in time" in each for each in slow)
+    assert "no fast" in fast
+    assert len(asked) == 5, "four of its look-ups, and none that was given up"
+    assert not caplog.records

@@ -9,6 +9,7 @@ import ipaddress
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -25,6 +26,8 @@ from server.fairness.fair_queue import FairQueue
 _REDIRECTS = 3
 _LOOKUPS, _FETCHES = 8, 32  # at a time
 _CONNECT_SECONDS, _LONGEST_SECONDS = 5.0, 15.0
+# Of the seconds for a connection; Tornado logs what fails after it has given up itself.
+_LOOKING_UP = 0.9
 _HEAD_BYTES = 16 * 1024
 # What Python's own list lacks, or lacked until lately: local translators, old site-local addresses,
 # IPv4 written the old way within IPv6, or translated (RFC 2765).
@@ -37,6 +40,10 @@ _NOT_PUBLIC = tuple(
 )  # fmt: skip
 _HOST, _LABEL = 253, 63  # characters (RFC 1035, 2.3.4); looking up others takes Python long
 _MOVED = (301, 302, 303, 307, 308)
+# Whose URL a task fetches, and the seconds that are left to look its host up.
+_looking_up: ContextVar[tuple[str, float]] = ContextVar(
+    "looking up", default=("", _CONNECT_SECONDS)
+)
 
 
 class ForbiddenUrl(InvalidRequest):
@@ -47,19 +54,38 @@ class FetchFailed(VignetteError):
     """The other server did not give the image."""
 
 
-class _Lookups(Resolver):
-    """Asks the name server on threads of its own: one that hangs holds up nothing but look-ups."""
+class Lookups(Resolver):
+    """Asks the name server on threads of its own: one that hangs holds up nothing but look-ups, of
+    which one client has half at most.
+    """
 
     def initialize(self) -> None:
+        """No thread is started yet."""
         self._threads = ThreadPoolExecutor(_LOOKUPS, "lookup")
+        self._turns = FairQueue(_LOOKUPS, _LOOKUPS // 2)
 
     async def resolve(
         self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[tuple[int, Any]]:
-        found = await asyncio.get_running_loop().run_in_executor(
-            self._threads, partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM)
-        )
+        """Addresses of `host`. Raises OSError, also if none are known in time."""
+        client, seconds = _looking_up.get()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._turns.take(client)
+                looking = asyncio.get_running_loop().run_in_executor(
+                    self._threads,
+                    partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM),
+                )
+                looking.add_done_callback(partial(self._ended, client))
+                found = await asyncio.shield(looking)  # a thread can't be stopped
+        except TimeoutError:
+            raise OSError("its name was not looked up in time") from None
         return [(kind, address) for kind, _, _, _, address in found]
+
+    def _ended(self, client: str, looking: "asyncio.Future[Any]") -> None:
+        self._turns.give(client)
+        if not looking.cancelled():
+            looking.exception()  # asked for, or asyncio logs it if nobody waits any more
 
 
 class PublicResolver(Resolver):
@@ -67,7 +93,7 @@ class PublicResolver(Resolver):
 
     def initialize(self, inner: Resolver | None = None) -> None:
         """inner: who asks the name server; tests put their own in."""
-        self._inner = inner or _Lookups()
+        self._inner = inner or Lookups()
 
     async def resolve(
         self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -143,7 +169,7 @@ class Fetcher:
         self.check(url)
         await self._turns.take(client)
         end = time.monotonic() + min(seconds, _LONGEST_SECONDS)
-        fetching = asyncio.create_task(self._follow(url, end))
+        fetching = asyncio.create_task(self._follow(url, end, client))
         fetching.add_done_callback(partial(self._ended, client))
         # Cancelled, the client would log what comes of it all the same; it ends by its deadline.
         return await asyncio.shield(fetching)
@@ -153,10 +179,10 @@ class Fetcher:
         if not fetching.cancelled():
             fetching.exception()  # asked for, or asyncio logs it if nobody waits any more
 
-    async def _follow(self, url: str, end: float) -> bytes:
+    async def _follow(self, url: str, end: float, client: str) -> bytes:
         for _ in range(_REDIRECTS + 1):
             self.check(url)
-            answer = await self._ask(url, end - time.monotonic())
+            answer = await self._ask(url, end - time.monotonic(), client)
             if answer.code not in _MOVED:
                 return answer.body
             try:
@@ -165,10 +191,12 @@ class Fetcher:
                 raise FetchFailed("image_url leads on to what is no URL") from cause
         raise FetchFailed("image_url leads on too often")
 
-    async def _ask(self, url: str, seconds: float) -> HTTPResponse:
+    async def _ask(self, url: str, seconds: float, client: str) -> HTTPResponse:
+        connect = min(_CONNECT_SECONDS, seconds)
+        _looking_up.set((client, connect * _LOOKING_UP))
         options = {k: v for k, v in self._client.items() if k != "port"}
         request = HTTPRequest(
-            url, follow_redirects=False, connect_timeout=min(_CONNECT_SECONDS, seconds),
+            url, follow_redirects=False, connect_timeout=connect,
             request_timeout=max(0.1, seconds), decompress_response=False, **options,
         )  # fmt: skip
         try:
