@@ -1,6 +1,7 @@
 """API keys: who may come in, how often, and how many at once."""
 
 import hashlib
+import os
 import subprocess
 import sys
 import threading
@@ -89,6 +90,9 @@ def test_a_key_file_that_is_wrong_is_named(tmp_path, text, message):
         read(keys_file(tmp_path, text))
     with pytest.raises(InvalidKeys, match="can't be read"):
         read(tmp_path / "none")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InvalidKeys, match="is no file"):
+        read(tmp_path / "pipe")
 
 
 def test_keys_are_made_with_a_command(tmp_path):

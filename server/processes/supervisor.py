@@ -199,7 +199,7 @@ class Supervisor:
             log.warning("SIGHUP reads the API keys again, and there are none (--api-keys)")
             return
         try:
-            clients = keys.read(path)
+            clients = await asyncio.to_thread(keys.read, path)  # it may be on a disk that hangs
         except VignetteError as error:
             log.error("the API keys stay as they were: %s", error)
             return

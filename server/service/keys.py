@@ -122,6 +122,8 @@ def sent(headers: Mapping[str, str]) -> str | None:
 def read(path: Path) -> list[Client]:
     """The lines of a key file; raises InvalidKeys naming the one that is wrong."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise InvalidKeys(f"{path} is no file: every front-end reads it")
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as cause:
         raise InvalidKeys(f"{path} can't be read: {cause}") from cause
