@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from bench.quality import data
+from bench.quality import command, data
 from bench.quality.command import main
 from bench.quality.data import NoData
 from bench.quality.metrics import difference, score, tokens
@@ -90,6 +90,89 @@ def test_references_are_read_in_the_forms_that_there_are(tmp_path):
     (tmp_path / "other.json").write_text('[{"picture": "a"}]')
     with pytest.raises(NoData, match="can't be read as references"):
         data.read(tmp_path / "other.json", SAMPLES)
+
+
+def _written(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+COCO = {"images": [{"id": 1, "file_name": "cats.png"}],
+        "annotations": [{"image_id": 1, "caption": "cats"}]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wrong"),
+    [
+        ("a.json", COCO | {"images": [{"id": 1, "file_name": 7}]}, "at `$.images[0].file_name`"),
+        ("a.json", COCO | {"annotations": [{"image_id": 1, "caption": 7}]}, "got `int` - at"),
+        ("a.json", COCO | {"annotations": [{"image_id": 1, "caption": None}]}, "got `null` - at"),
+        ("a.json", COCO | {"images": []}, "no image has its image_id - at `$.annotations[0]`"),
+        ("a.json", [1, 2], "got `int` - at `$[0]`"),
+        ("a.json", [{"image": "cats.png", "caption": "cats", "prompt": 7}], "at `$[0].prompt`"),
+        ("a.json", [{"image": "cats.png", "captions": {"x": 1}}], "at `$[0].captions`"),
+        ("a.json", {"captions": {"x": 1}}, "missing required field `images`"),
+        ("a.json", '[{"image": ' + "[" * 100_000, "at `$[0].image`"),
+        ("a.json", '[{"else": ' + "[" * 100_000, "recursion"),
+        ("a.jsonl", '{"image": "cats.png", "text": "cats"}\n\n{"image": 7}', "at `$[1].image`"),
+        ("a.csv", "image,caption\ncats.png,cats, two\n", "more cells than columns"),
+        ("a.csv", "image,caption\ncats.png\n", "none of caption, reference"),
+    ],
+)  # fmt: skip
+def test_references_of_a_wrong_type_are_an_error_that_says_where(tmp_path, name, content, wrong):
+    path = _written(tmp_path / name, content)
+    with pytest.raises(NoData) as error:
+        data.read(path, SAMPLES)
+    assert str(path) in str(error.value)
+    assert wrong in str(error.value)
+
+
+def test_pictures_outside_of_their_folder_are_refused(tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "below").mkdir(parents=True)
+    for folder in (tmp_path, photos):
+        shutil.copy(SAMPLES / "cats.png", folder)
+    for name in (str(tmp_path / "cats.png"), "../cats.png", "below/../../cats.png"):
+        path = _written(tmp_path / "a.json", [{"image": name, "caption": "cats"}])
+        with pytest.raises(NoData, match="which is not in"):
+            data.read(path, photos)
+    for name in (str(photos / "cats.png"), "./cats.png"):
+        path = _written(tmp_path / "a.json", [{"image": name, "caption": "cats"}])
+        assert data.read(path, photos)[0].file == photos / "cats.png"
+
+
+@pytest.mark.parametrize(
+    ("flags", "wrong"),
+    [
+        (["--limit", "0"], "--limit is 0: give 1 or more"),
+        (["--limit", "-1"], "--limit is -1: give 1 or more"),
+        (["--beams", "1", "0"], "--beams has 0: give 1 to 8"),
+        (["--beams", "9"], "--beams has 9: give 1 to 8"),
+        (["--output", "{}"], "Is a directory: '{}'"),
+        (["--output", "{}/a.json/page.html"], "'{}/a.json'"),
+        (["--json", "{}"], "Is a directory: '{}'"),
+        (["--json", "{}/none/x.json"], "No such file or directory: '{}/none/x.json'"),
+    ],
+)
+def test_flags_that_cannot_be_followed_end_it_before_a_picture_is_captioned(
+    tmp_path, capsys, monkeypatch, flags, wrong
+):
+    monkeypatch.setattr(command, "_contestants", lambda _: pytest.fail("it goes on to caption"))
+    monkeypatch.chdir(tmp_path)  # where --output is by default
+    path = _written(tmp_path / "a.json", COCO)
+    arguments = ["--engine", str(DEMO), "--data", str(path), "--images", str(SAMPLES)]
+    with pytest.raises(SystemExit) as exit_:
+        main([*arguments, *(flag.format(tmp_path) for flag in flags)])
+    assert exit_.value.code == 2
+    assert wrong.format(tmp_path) in capsys.readouterr().err
+
+
+def test_a_page_stays_as_it_was_if_captioning_fails(tmp_path, capsys):
+    path, before = _written(tmp_path / "a.json", COCO), _written(tmp_path / "page.html", "before")
+    arguments = ["--engine", str(DEMO), "--data", str(path), "--images", str(SAMPLES)]
+    assert main([*arguments, "--precisions", "none", "--output", str(before)]) == 1
+    assert "has no combination none" in capsys.readouterr().err
+    assert before.read_text() == "before"
 
 
 def test_settings_are_compared_on_the_same_pictures(tmp_path, capsys):

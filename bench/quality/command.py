@@ -13,38 +13,66 @@ from pathlib import Path
 
 from bench.quality import data, page
 from bench.quality.contestants import Contestant, OnEngine, OnTorch
+from bench.quality.data import Picture
 from bench.quality.metrics import score
+from bench.quality.page import Result
 from runtime.errors import VignetteError
+from runtime.limits import RANGES
 from runtime.model.manifest import EXACT, read
 from runtime.planning.config import AUTO, PROVIDERS, demo_engine
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    args = _parser().parse_args(arguments)
+    """Run the command line; returns the exit status. A wrong argument exits with 2."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    _check_numbers(parser, args)
     try:
+        name = read(args.engine).model
         pictures = data.read(args.data, args.images, args.limit)
+        _check_outputs(parser, args)
         results = []
         for contestant in _contestants(args):
             captions = contestant.captions(pictures)
             scores = score(captions, [picture.references for picture in pictures])
-            results.append(page.Result(contestant.name, captions, scores))
+            results.append(Result(contestant.name, captions, scores))
+        page.write(args.output, f"{name}: {len(pictures)} pictures", pictures, results)
+        if args.json:
+            _write_captions(args.json, pictures, results)
     except (VignetteError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    name = read(args.engine).model
-    page.write(args.output, f"{name}: {len(pictures)} pictures", pictures, results)
-    if args.json:
-        found = [
-            {**asdict(picture), "file": str(picture.file),
-             "captions": {result.name: result.captions[place] for result in results}}
-            for place, picture in enumerate(pictures)
-        ]  # fmt: skip
-        args.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     for row in page.rows(results):
         print("\t".join(row))
     print(f"the pictures that differ most: {args.output}")
     return 0
+
+
+def _check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit is {args.limit}: give 1 or more, or leave it out")
+    least, most = RANGES["num_beams"]
+    if wrong := [beams for beams in args.beams if not least <= beams <= most]:
+        parser.error(f"--beams has {wrong[0]}: give {least} to {most}")
+
+
+def _check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Open each: a wrong one must end this before anything is captioned. What is there stays."""
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        for path in filter(None, (args.output, args.json)):
+            path.open("a").close()
+    except OSError as error:
+        parser.error(f"an output can't be written ({error}): give another --output or --json")
+
+
+def _write_captions(path: Path, pictures: Sequence[Picture], results: Sequence[Result]) -> None:
+    found = [
+        {**asdict(picture), "file": str(picture.file),
+         "captions": {result.name: result.captions[place] for result in results}}
+        for place, picture in enumerate(pictures)
+    ]  # fmt: skip
+    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

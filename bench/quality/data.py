@@ -1,16 +1,13 @@
 """Pictures with what people said of them."""
 
 import csv
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from msgspec import Struct, convert, json
 
 from runtime.errors import VignetteError
-
-_NAMES = ("image", "file_name", "path", "file")  # of a table's column of images
-_SAID = ("caption", "reference", "references", "captions", "text")
 
 
 class NoData(VignetteError):
@@ -31,17 +28,18 @@ def read(data: Path, images: Path, limit: int | None = None) -> list[Picture]:
 
     Tables have a column image (or file_name, path, file) and one of references: caption,
     reference or text with one each, several rows to an image, or captions, references with a list;
-    optionally prompt. Raises NoData.
+    optionally prompt. Images are paths below `images`, without "..". Raises NoData.
     """
     try:
-        found = _coco(data) if _is_coco(data) else _table(data)
-    except (OSError, ValueError, LookupError, TypeError) as cause:
-        raise NoData(f"{data} can't be read as references: {cause!r}") from cause
+        found = _by_picture(_content(data))
+    except (OSError, ValueError, RecursionError, csv.Error) as cause:
+        raise NoData(f"{data} can't be read as references: {cause}") from cause
     pictures = []
     for (name, prompt), references in list(found.items())[:limit]:
         file = images / name
-        if not file.is_file():
-            raise NoData(f"{data} names {name}, which is not in {images}")
+        below = file.is_relative_to(images) and ".." not in Path(name).parts
+        if not (below and file.is_file()):
+            raise NoData(f"{data} names {name}, which is not in {images}: give paths below that")
         pictures.append(Picture(file, tuple(references), prompt))
     if not pictures:
         raise NoData(f"{data} has no references")
@@ -49,43 +47,78 @@ def read(data: Path, images: Path, limit: int | None = None) -> list[Picture]:
 
 
 _Found = dict[tuple[str, str | None], list[str]]
+_Texts = str | list[str] | None
 
 
-def _is_coco(data: Path) -> bool:
-    if data.suffix.lower() != ".json":
-        return False
-    return isinstance(json.loads(data.read_text()), dict)
+class _Image(Struct):
+    id: int | str
+    file_name: str
 
 
-def _coco(data: Path) -> _Found:
-    content = json.loads(data.read_text())
-    names = {image["id"]: image["file_name"] for image in content["images"]}
-    found: _Found = defaultdict(list)
-    for annotation in content["annotations"]:
-        found[names[annotation["image_id"]], None].append(annotation["caption"])
-    return found
+class _Annotation(Struct):
+    image_id: int | str
+    caption: str
 
 
-def _table(data: Path) -> _Found:
-    found: _Found = defaultdict(list)
-    for row in _rows(data):
-        name, said = _of(row, _NAMES), _of(row, _SAID)
-        found[name, row.get("prompt") or None] += [said] if isinstance(said, str) else said
-    return found
+class _Coco(Struct):
+    images: list[_Image]
+    annotations: list[_Annotation]
 
 
-def _of(row: dict[str, Any], columns: tuple[str, ...]) -> Any:
-    for column in columns:
-        if row.get(column):
-            return row[column]
-    raise LookupError(f"a row has none of {', '.join(columns)}")
+class _Row(Struct):
+    """Of a table; the first column that is not empty counts."""
+
+    image: str | None = None
+    file_name: str | None = None
+    path: str | None = None
+    file: str | None = None
+    caption: _Texts = None
+    reference: _Texts = None
+    references: _Texts = None
+    captions: _Texts = None
+    text: _Texts = None
+    prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, to which msgspec adds the row's place."""
+        if not self.name:
+            raise ValueError("a row has none of image, file_name, path, file")
+        if not self.said:
+            raise ValueError("a row has none of caption, reference, references, captions, text")
+
+    @property
+    def name(self) -> str:
+        return self.image or self.file_name or self.path or self.file or ""
+
+    @property
+    def said(self) -> list[str]:
+        said = self.caption or self.reference or self.references or self.captions or self.text
+        return [said] if isinstance(said, str) else said or []
 
 
-def _rows(data: Path) -> list[dict[str, Any]]:
+def _content(data: Path) -> _Coco | list[_Row]:
     if data.suffix.lower() == ".csv":
         with data.open(newline="", encoding="utf-8-sig") as stream:
-            return list(csv.DictReader(stream))
-    text = data.read_text()
+            rows = list(csv.DictReader(stream))
+        for place, row in enumerate(rows):
+            if None in row:
+                raise ValueError(f"more cells than columns (quote commas) - at `$[{place}]`")
+        return convert(rows, list[_Row])
+    content = data.read_bytes()
     if data.suffix.lower() == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    return list(json.loads(text))
+        return json.Decoder(_Row).decode_lines(content)
+    return json.decode(content, type=_Coco | list[_Row])
+
+
+def _by_picture(content: _Coco | list[_Row]) -> _Found:
+    found: _Found = defaultdict(list)
+    if isinstance(content, list):
+        for row in content:
+            found[row.name, row.prompt or None] += row.said
+        return found
+    names = {image.id: image.file_name for image in content.images}
+    for place, annotation in enumerate(content.annotations):
+        if annotation.image_id not in names:
+            raise ValueError(f"no image has its image_id - at `$.annotations[{place}]`")
+        found[names[annotation.image_id], None].append(annotation.caption)
+    return found

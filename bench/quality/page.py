@@ -63,7 +63,6 @@ def write(path: Path, title: str, pictures: Sequence[Picture], results: Sequence
     page = Template(_TEMPLATE.read_text()).substitute(
         title=html.escape(title), body="\n".join(parts)
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page)
 
 
