@@ -24,7 +24,7 @@ from runtime.model.images import AnyImage, pixels_of
 from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.pacing import Pacing
-from runtime.planning.config import EngineConfig
+from runtime.planning.config import SLOTS, EngineConfig
 from runtime.request import (
     Caption,
     FinishReason,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SLOTS, _ENCODE_BATCH = 16, 4  # of an engine that was put together without a plan
+_ENCODE_BATCH = 4  # of an engine that was put together without a plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         self.runner = runner
-        self.slots = config.slots or _SLOTS
+        self.slots = config.slots or SLOTS
         self.encode_batch = config.encode_batch or _ENCODE_BATCH
         self.limits = Limits(tokenizer, runner.text_tokens, self.slots)
         self._pacing = Pacing(config.patience)

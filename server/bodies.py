@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import msgpack
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 
 from runtime.errors import InvalidRequest
@@ -26,7 +27,7 @@ _QUOTES = 1024  # that end a string of a JSON document, or are escaped within on
 _DEPTH, _VALUES = 8, 512  # how deep a JSON document is nested, and the values in it
 _UNESCAPED = 16  # characters of an image for each escape: some programs escape each "/" or "+"
 _MARK = b'"\\u0000'  # that stands with a number for a long string, once
-_MOST_IMAGES = 64
+MOST_IMAGES = 64  # of a request
 _WHITESPACE = str.maketrans("", "", " \t\r\n")
 _NO_OBJECT = 'send {"image": "<base64>"} in UTF-8'
 
@@ -47,21 +48,14 @@ class Parts:
 
     def packed(self) -> bytes:
         """As bytes; `unpacked` reads them."""
-        parts = [*self.images, *([] if self.video is None else [self.video])]
-        about = [self.fields, [len(part) for part in parts], self.video is not None]
-        head = json.dumps(about, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        return b"".join([len(head).to_bytes(4, "big"), head, *parts])
+        fields = json.dumps(self.fields)  # msgpack takes neither lone surrogates nor large numbers
+        return msgpack.encode((fields, self.images, self.video))
 
     @classmethod
     def unpacked(cls, data: bytes) -> "Parts":
         """What `packed` made."""
-        start = 4 + int.from_bytes(data[:4], "big")
-        fields, lengths, clip = json.loads(data[4:start].decode("utf-8", "surrogatepass"))
-        parts = []
-        for length in lengths:
-            parts.append(data[start : start + length])
-            start += length
-        return cls(fields, parts[:-1] if clip else parts, parts[-1] if clip else None)
+        fields, images, video = msgpack.decode(data, type=tuple[str, list[bytes], bytes | None])
+        return cls(json.loads(fields), images, video)
 
 
 def media_type(header: str) -> tuple[str, str]:
@@ -159,8 +153,8 @@ def json_parts(body: bytes) -> Parts:
     sent, clip = fields.get("image"), fields.get("video")
     several = [] if sent is None else sent if isinstance(sent, list) else [sent]
     places = list(_places(fields))
-    if len(several) + len(places) > _MOST_IMAGES:
-        raise InvalidRequest(f"the JSON holds more than {_MOST_IMAGES} images")
+    if len(several) + len(places) > MOST_IMAGES:
+        raise InvalidRequest(f"the JSON holds more than {MOST_IMAGES} images")
     images = [_from_base64(image, long) for image in several]
     for holder, key in places:
         images.append(_from_base64(holder[key], long))

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.errors import InvalidRequest
 from runtime.request import Caption
-from server.bodies import shown
+from server.bodies import MOST_IMAGES, shown
 from server.fields import CaptionFields, checked
 from server.service.gather import gather_or_cancel
 from server.service.model import Model
@@ -27,7 +27,6 @@ INPUTS = {"IMAGE": "BYTES", "PROMPT": "BYTES", "MAX_NEW_TOKENS": "INT32", "NUM_B
 OUTPUTS = {"CAPTION": "BYTES", "SCORE": "FP32"}
 NUMBERS = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
 SIZE = 4  # bytes before each element of a BYTES tensor
-MOST_IMAGES = 64  # of one call
 CONFIG_TYPES = {"BYTES": "TYPE_STRING", "INT32": "TYPE_INT32", "FP32": "TYPE_FP32"}
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
 

@@ -29,7 +29,8 @@ from server.metrics import WorkerMetrics
 from server.processes.frontend import listen, update
 from server.processes.worker import Worker
 from server.service.model import Model
-from server.service.service import Service, make_service
+from server.service.parts import make_service
+from server.service.service import Service
 from server.settings import Settings
 from tests.fakes import MANIFEST, FakeTokenizer
 

@@ -12,7 +12,7 @@ from runtime.execution.device import DeviceRunner
 from runtime.execution.host import HostRunner
 from runtime.model import manifest as manifests
 from runtime.model.manifest import Manifest
-from runtime.planning.config import AUTO, EngineConfig
+from runtime.planning.config import AUTO, MOST_SLOTS, SLOTS, EngineConfig
 from runtime.planning.machine import memory
 from runtime.planning.plan import Plan, resolve
 from runtime.providers import cuda, registry
@@ -22,8 +22,6 @@ from runtime.providers.gpu_memory import Memory
 log = logging.getLogger(__name__)
 
 _ON_DEVICE = "float16"  # a cache of that type stays with the decoder, on a processor, too
-_SLOTS = 16  # on a processor: more rows make a step no cheaper for each
-_MOST_SLOTS = 64  # on a GPU, where none are asked for and memory has room for more
 _SHARE = 0.8  # of a machine's memory that the slots may take
 _HALF = 2  # bytes
 _ARENA = 2  # ONNX Runtime's allocator for tensors beside a session takes up to twice their size
@@ -66,7 +64,7 @@ def _fitted(manifest: Manifest, config: EngineConfig, plan: Plan) -> Plan:
     text = config.text_positions(manifest.sizes.text)
     plan = replace(plan, text_tokens=text, cuda_graphs=config.cuda_graphs)
     if plan.decoder_provider != "cuda":
-        slots = config.slots or _SLOTS
+        slots = config.slots or SLOTS
         most = int(_SHARE * config.memory_share * memory() / _slot_bytes(manifest, plan))
         if slots > most:
             raise ProviderError(
@@ -76,7 +74,7 @@ def _fitted(manifest: Manifest, config: EngineConfig, plan: Plan) -> Plan:
         return replace(plan, slots=slots)
     gpu = require_gpu(cuda.major())
     slots, limit = gpu_memory(manifest, plan).budget(
-        gpu.shared(config.memory_share), config.slots, _MOST_SLOTS, plan.encode_batch
+        gpu.shared(config.memory_share), config.slots, MOST_SLOTS, plan.encode_batch
     )
     return replace(plan, slots=slots, memory_limit=limit)
 

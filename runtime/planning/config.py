@@ -9,6 +9,8 @@ _DEMO = Path("engines/demo")
 AUTO = "auto"
 PROVIDERS = (AUTO, "tensorrt", "cuda", "openvino", "cpu")  # after auto, in the order it tries
 NVIDIA = ("cuda", "tensorrt")  # of these
+SLOTS = 16  # on a processor, unless told otherwise: more rows make a step no cheaper for each
+MOST_SLOTS = 64  # on a GPU, where none are asked for and memory has room for more
 TEXT_TOKENS = 64  # positions of a slot, unless told otherwise: captions are short
 
 

@@ -22,12 +22,11 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
 from runtime.errors import VignetteError
-from runtime.planning.config import NVIDIA
+from runtime.planning.config import MOST_SLOTS, NVIDIA, SLOTS
 from server.cluster.door import Door
 from server.cluster.replica import Replica
 from server.models import ServedModel, served
 from server.processes import worker
-from server.service.service import SLOTS
 from server.settings import Settings
 
 _CORES = 4  # of an engine, where nodes have as many
@@ -59,7 +58,7 @@ def replicas(settings: Settings, model: ServedModel, worker_main: Any = worker.m
     needed = _resources(settings)
     cores = int(needed.get("num_cpus", 0))
     settings = settings.model_copy(update={"workers": 1, "threads": settings.threads or cores})
-    slots = settings.slots or (SLOTS if "num_gpus" in needed else 16)
+    slots = settings.slots or (MOST_SLOTS if "num_gpus" in needed else SLOTS)
     least, most = settings.replicas
     scaled: dict[str, Any] = {"num_replicas": least}
     if most > least:

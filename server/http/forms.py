@@ -6,13 +6,12 @@ from typing import Any
 from tornado import httputil
 
 from runtime.errors import InvalidRequest
-from server.bodies import Parts, shown, text
+from server.bodies import MOST_IMAGES, Parts, shown, text
 from server.errors import UnsupportedMediaType
 from server.fields import CaptionFields, checked
 from server.images.clips import Clip
 from server.service.service import Images
 
-_MOST = 64  # images of a request
 JSON, FORM, VIDEO = "application/json", "multipart/form-data", "video/"
 URLENCODED = "application/x-www-form-urlencoded"
 # curl --data-binary says x-www-form-urlencoded unless told otherwise; the body is the image.
@@ -76,8 +75,8 @@ def parsed(parts: Parts, query: dict[str, Any]) -> ParsedRequest:
     fields = query | {k: v for k, v in parts.fields.items() if k not in ("image", "video")}
     url, entries = fields.pop("image_url", None), fields.pop("images", None)
     urls = url if isinstance(url, list) else [] if url is None else [url]
-    if len(urls) > _MOST or not all(isinstance(each, str) for each in urls):
-        raise InvalidRequest(f"image_url must be a string, or a list of {_MOST} at most")
+    if len(urls) > MOST_IMAGES or not all(isinstance(each, str) for each in urls):
+        raise InvalidRequest(f"image_url must be a string, or a list of {MOST_IMAGES} at most")
     if url is not None and (parts.images or not urls):
         raise InvalidRequest("send either image or image_url")
     prompts = None if entries is None else _prompts(entries, len(parts.images))

@@ -14,6 +14,7 @@ from server.http.answers import CaptionAnswer, ErrorAnswer, ModelsAnswer, ReadyA
 from server.http.kserve import InferRequest
 from server.http.openai import ChatRequest
 from server.http.schemas import CaptionRequest
+from server.kserve import SERVER
 
 _ROUTES = Path(__file__).with_name("openapi.json")
 _TAKEN = (ChatRequest, InferRequest, CaptionFields, CaptionRequest)
@@ -25,6 +26,7 @@ _REFERENCE = "#/components/schemas/{%s}"
 def document() -> str:
     """As it is sent."""
     content = json.loads(_ROUTES.read_text())
+    content["info"]["version"] = SERVER["version"]
     _, defined = models_json_schema(
         [(shape, "validation") for shape in _TAKEN], ref_template=_REFERENCE % "model"
     )

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
+from server.bodies import MOST_IMAGES
 from server.fields import CaptionFields
 
 
@@ -24,7 +25,10 @@ class CaptionRequest(CaptionFields):
     ] = None  # fmt: skip
     images: Annotated[
         list[str | ImageEntry] | None,
-        Field(max_length=64, description="Several, each with a caption or an error of its own."),
+        Field(
+            max_length=MOST_IMAGES,
+            description="Several, each with a caption or an error of its own.",
+        ),
     ] = None
     video: Annotated[
         str | None, Field(description="Base64 of a clip, of which frames are taken evenly.")

@@ -41,7 +41,8 @@ from server.logs import configure
 from server.metrics import count_as
 from server.models import ServedModel
 from server.processes.ports import Ports
-from server.service.service import Service, make_service
+from server.service.parts import make_service
+from server.service.service import Service
 from server.settings import Settings
 from server.system import follow_parent, give_way, limit_memory
 

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,28 +14,21 @@ from pathlib import Path
 import numpy as np
 
 from runtime.errors import InvalidRequest, VignetteError
-from runtime.limits import Limits
-from runtime.model.manifest import Manifest
-from runtime.model.tokenizer import CaptionTokenizer
 from runtime.request import Caption, GenerationRequest, RequestOutput, Timing, captioned, joined
 from server.fairness.byte_budget import ByteBudget
-from server.fairness.present_clients import PresentClients, shared
+from server.fairness.present_clients import PresentClients
 from server.fairness.slot_shares import SlotShares
 from server.fairness.token_buckets import TokenBuckets
 from server.images.clips import Clip
-from server.images.decoder import Setup, Target
 from server.images.fetch import Fetcher
 from server.images.pool import ImageDecoders, Origin
-from server.ipc.messages import WorkerState, process_name
-from server.ipc.shared import PixelStore
-from server.ipc.transport import Workers
+from server.ipc.messages import WorkerState
 from server.metrics import Metrics
-from server.service.admission import ASIDE, Admission, State
+from server.service.admission import State
 from server.service.cache import OutputCache
 from server.service.keys import Keys
 from server.service.model import Model, until
 from server.settings import Settings
-from server.system import NICENESS
 from server.tracing import Tracer
 
 log = logging.getLogger(__name__)
@@ -48,7 +41,6 @@ _LEFT, _LEFT_SECONDS = (10.0, 200.0), 2.0
 _SERVED = 0.2  # of what one that was left costs, which one that is served earns back
 _VISITS = 200.0, 400.0  # of what is no caption and is answered
 Images = list[bytes] | str  # as they were sent, one or one a frame; or where one is to be fetched
-SLOTS = 64  # most that a worker chooses by itself: pixels are kept for as many beside the queue
 
 
 class UnknownModel(VignetteError):
@@ -290,58 +282,3 @@ def _digest(images: list[bytes]) -> str:
         digest.update(b"clip" if isinstance(image, Clip) else b"image")
         digest.update(hashlib.sha256(image).digest())
     return digest.hexdigest()
-
-
-Known = Mapping[str, tuple[Manifest, CaptionTokenizer]]  # of each model, by its name
-
-
-def make_service(settings: Settings, known: Known, folder: Path, index: int, epoch: int) -> Service:
-    """The parts of one front-end. `folder` is the run's."""
-    name = process_name("front", index, epoch)
-    share = -(-settings.max_queue // settings.front_end_processes)
-    # Decodings may outlast requests that gave up.
-    places = (settings.slots or SLOTS) * (settings.workers or 1) + share + settings.decoders + ASIDE
-    stores = [
-        PixelStore(folder / f"{name}.{number}.pixels", places, manifest.sizes.pixels, create=True)
-        for number, (manifest, _) in enumerate(known.values())
-    ]
-    targets = [
-        Target((store.path, store.slots, store.shape), manifest.preprocessing)
-        for store, (manifest, _) in zip(stores, known.values(), strict=True)
-    ]
-    decoders = ImageDecoders(
-        settings.decoders,
-        Setup(tuple(targets), settings.max_pixels, settings.decode_memory_mb * 2**20, NICENESS),
-        settings.decode_seconds,
-        settings.timeout_seconds,
-    )
-    models = {
-        called: Model(
-            number=number,
-            name=called,
-            manifest=manifest,
-            tokenizer=tokenizer,
-            limits=Limits(tokenizer, settings.engine_config.text_positions(manifest.sizes.text)),
-            admission=Admission(share, settings.timeout_seconds),
-            store=stores[number],
-            links=Workers(folder, stores[number], name),
-            decoders=decoders,
-            timeout_seconds=settings.timeout_seconds,
-        )
-        for number, (called, (manifest, tokenizer)) in enumerate(known.items())
-    }
-    keys, domains = settings.api_keys, settings.image_url_domains
-    return Service(
-        settings=settings,
-        models=models,
-        budget=ByteBudget(settings.max_queue_bytes // settings.front_end_processes),
-        metrics=Metrics(),
-        decoders=decoders,
-        keys=Keys.open(keys, folder, settings.front_end_processes, index) if keys else None,
-        cache=OutputCache(settings.cache_mb * 2**20) if settings.cache_mb else None,
-        fetcher=Fetcher(domains, settings.max_body_bytes) if domains else None,
-        tracer=Tracer(settings.traces) if settings.traces else None,
-        folder=folder,
-        index=index,
-        present=shared(folder / "clients", settings.front_end_processes, len(models)),
-    )

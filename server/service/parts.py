@@ -1,0 +1,82 @@
+"""The parts of one front-end, put together."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from runtime.limits import Limits
+from runtime.model.manifest import Manifest
+from runtime.model.tokenizer import CaptionTokenizer
+from runtime.planning.config import MOST_SLOTS
+from server.fairness.byte_budget import ByteBudget
+from server.fairness.present_clients import shared
+from server.images.decoder import Setup, Target
+from server.images.fetch import Fetcher
+from server.images.pool import ImageDecoders
+from server.ipc.messages import process_name
+from server.ipc.shared import PixelStore
+from server.ipc.transport import Workers
+from server.metrics import Metrics
+from server.service.admission import ASIDE, Admission
+from server.service.cache import OutputCache
+from server.service.keys import Keys
+from server.service.model import Model
+from server.service.service import Service
+from server.settings import Settings
+from server.system import NICENESS
+from server.tracing import Tracer
+
+Known = Mapping[str, tuple[Manifest, CaptionTokenizer]]  # of each model, by its name
+
+
+def make_service(settings: Settings, known: Known, folder: Path, index: int, epoch: int) -> Service:
+    """The parts of one front-end. `folder` is the run's."""
+    name = process_name("front", index, epoch)
+    share = -(-settings.max_queue // settings.front_end_processes)
+    # Decodings may outlast requests that gave up.
+    places = (
+        (settings.slots or MOST_SLOTS) * (settings.workers or 1) + share + settings.decoders + ASIDE
+    )
+    stores = [
+        PixelStore(folder / f"{name}.{number}.pixels", places, manifest.sizes.pixels, create=True)
+        for number, (manifest, _) in enumerate(known.values())
+    ]
+    targets = [
+        Target((store.path, store.slots, store.shape), manifest.preprocessing)
+        for store, (manifest, _) in zip(stores, known.values(), strict=True)
+    ]
+    decoders = ImageDecoders(
+        settings.decoders,
+        Setup(tuple(targets), settings.max_pixels, settings.decode_memory_mb * 2**20, NICENESS),
+        settings.decode_seconds,
+        settings.timeout_seconds,
+    )
+    models = {
+        called: Model(
+            number=number,
+            name=called,
+            manifest=manifest,
+            tokenizer=tokenizer,
+            limits=Limits(tokenizer, settings.engine_config.text_positions(manifest.sizes.text)),
+            admission=Admission(share, settings.timeout_seconds),
+            store=stores[number],
+            links=Workers(folder, stores[number], name),
+            decoders=decoders,
+            timeout_seconds=settings.timeout_seconds,
+        )
+        for number, (called, (manifest, tokenizer)) in enumerate(known.items())
+    }
+    keys, domains = settings.api_keys, settings.image_url_domains
+    return Service(
+        settings=settings,
+        models=models,
+        budget=ByteBudget(settings.max_queue_bytes // settings.front_end_processes),
+        metrics=Metrics(),
+        decoders=decoders,
+        keys=Keys.open(keys, folder, settings.front_end_processes, index) if keys else None,
+        cache=OutputCache(settings.cache_mb * 2**20) if settings.cache_mb else None,
+        fetcher=Fetcher(domains, settings.max_body_bytes) if domains else None,
+        tracer=Tracer(settings.traces) if settings.traces else None,
+        folder=folder,
+        index=index,
+        present=shared(folder / "clients", settings.front_end_processes, len(models)),
+    )
