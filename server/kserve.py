@@ -16,9 +16,9 @@ from runtime.errors import InvalidRequest
 from runtime.request import Caption
 from server.bodies import MOST_IMAGES, shown
 from server.fields import CaptionFields, checked
-from server.service.gather import gather_or_cancel
 from server.service.model import Model
 from server.service.service import Service
+from server.tasks import gather_or_cancel
 
 SERVER = {"name": "vignette", "version": "0.1.0"}
 VERSION = "1"  # of each model

@@ -25,10 +25,10 @@ from server.http.handler import as_json
 from server.http.intake import EVENTS, IntakeHandler
 from server.images import clips
 from server.images.clips import Clip
-from server.service.gather import gather_or_cancel
 from server.service.model import Model
 from server.service.service import Images
 from server.streams import growing
+from server.tasks import gather_or_cancel
 
 _MOST_LOGPROBS = 160  # at each place of all captions of several images
 _VISIT = 8 * 1024  # characters of an answer that count as a visit

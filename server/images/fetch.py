@@ -22,6 +22,7 @@ from tornado.simple_httpclient import HTTPTimeoutError, SimpleAsyncHTTPClient
 from runtime.errors import InvalidRequest, VignetteError
 from server.bodies import shown
 from server.fairness.fair_queue import FairQueue
+from server.tasks import note_error
 
 _REDIRECTS = 3
 _LOOKUPS, _FETCHES = 8, 32  # at a time
@@ -84,8 +85,7 @@ class Lookups(Resolver):
 
     def _ended(self, client: str, looking: "asyncio.Future[Any]") -> None:
         self._turns.give(client)
-        if not looking.cancelled():
-            looking.exception()  # asked for, or asyncio logs it if nobody waits any more
+        note_error(looking)
 
 
 class PublicResolver(Resolver):
@@ -176,8 +176,7 @@ class Fetcher:
 
     def _ended(self, client: str, fetching: "asyncio.Task[bytes]") -> None:
         self._turns.give(client)
-        if not fetching.cancelled():
-            fetching.exception()  # asked for, or asyncio logs it if nobody waits any more
+        note_error(fetching)
 
     async def _follow(self, url: str, end: float, client: str) -> bytes:
         for _ in range(_REDIRECTS + 1):

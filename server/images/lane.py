@@ -15,6 +15,7 @@ from server.images.cost import TooHard
 from server.images.decoder import BUG, FAILED, Decoder, Place, Setup, raised
 from server.logs import Seldom
 from server.system import KILLED_FROM_OUTSIDE
+from server.tasks import note_error
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ async def _to_the_end(task: "asyncio.Task[tuple[bytes, bytes]]") -> tuple[bytes,
         except asyncio.CancelledError:
             cancelled = True
     if cancelled:
-        task.exception()  # asked for, or asyncio logs it
+        note_error(task)
         raise asyncio.CancelledError
     try:
         return task.result()

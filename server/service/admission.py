@@ -3,14 +3,14 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Protocol
 
 from runtime.errors import VignetteError
 from server.fairness.errors import QueueFull
 from server.fairness.recent_clients import RecentClients
+from server.images.pool import Origin
 from server.service.drain_rate import DrainRate
 
 _OLD_SECONDS = 60.0  # after which a client that came says nothing any more
@@ -31,14 +31,6 @@ class NotServing(VignetteError):
     """The server, or this model of it, is starting or draining."""
 
 
-class Aside(Hashable, Protocol):
-    """What is told of a request that steps aside."""
-
-    @property
-    def client(self) -> str:
-        """Whose it is."""
-
-
 class Admission:
     """Counts the requests that are inside one model. Used on the event loop's thread only."""
 
@@ -55,7 +47,7 @@ class Admission:
         self.state = State.STARTING
         self.inside = 0
         self.slots = 0
-        self._aside: Counter[Aside] = Counter()
+        self._aside: Counter[Origin] = Counter()
         self._queue, self._deadline = queue, deadline
         self._clock, self._rate = clock, DrainRate(clock)
         self._recent = RecentClients(clock)
@@ -113,7 +105,7 @@ class Admission:
                 self._rate.idle()
 
     @contextmanager
-    def aside(self, request: Aside) -> Iterator[None]:
+    def aside(self, request: Origin) -> Iterator[None]:
         """A request that was let in waits for something else than the engine: it is not inside.
 
         Raises QueueFull if too many do, of all clients or of its own. It may be given several times

@@ -29,6 +29,7 @@ from server.ipc.messages import WorkerFacts, WorkerState
 from server.ipc.shared import PixelStore
 from server.ipc.transport import Workers
 from server.service.admission import Admission, State
+from server.tasks import note_error
 
 
 @dataclass(slots=True, eq=False)
@@ -161,8 +162,8 @@ class Model:
         """Free the slot once nothing writes to it any more; who gave up need not wait for that."""
         running = [job for job in jobs if not job.done()]
         for job in jobs:
-            if job.done() and not job.cancelled():
-                job.exception()  # asked for, or asyncio logs it
+            if job.done():
+                note_error(job)
         if not running:
             self._free(slot)
             return
@@ -171,8 +172,7 @@ class Model:
         def ended(job: "asyncio.Task[None]") -> None:
             nonlocal left
             left -= 1
-            if not job.cancelled():
-                job.exception()  # asked for, or asyncio logs it
+            note_error(job)
             if not left:
                 self._free(slot)
 
@@ -201,7 +201,7 @@ def _timed(output: RequestOutput, preprocess_s: float) -> RequestOutput:
 def _raise_first(jobs: "list[asyncio.Task[None]]") -> None:
     """Raise what the first of some tasks raised, all of which have ended."""
     for job in jobs:
-        job.exception()  # asked for, or asyncio logs it
+        note_error(job)
     try:
         for job in jobs:
             job.result()

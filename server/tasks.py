@@ -1,4 +1,4 @@
-"""Parts of one request, side by side."""
+"""Tasks of one request, side by side or left to themselves."""
 
 import asyncio
 from collections.abc import Coroutine, Iterable
@@ -23,6 +23,10 @@ async def gather_or_cancel(parts: Iterable[Coroutine[Any, Any, _Result]]) -> lis
         if tasks:
             await asyncio.wait(tasks)
         while tasks:  # their errors would hold this frame, and this frame them, with images
-            if not (task := tasks.pop()).cancelled():
-                task.exception()  # asked for, or asyncio logs it
-            del task
+            note_error(tasks.pop())
+
+
+def note_error(task: "asyncio.Future[Any]") -> None:
+    """Ask for the error of a task that has ended, or asyncio logs that nobody did."""
+    if not task.cancelled():
+        task.exception()
