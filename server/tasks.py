@@ -18,12 +18,16 @@ async def gather_or_cancel(parts: Iterable[Coroutine[Any, Any, _Result]]) -> lis
             await asyncio.sleep(0)
         return list(await asyncio.gather(*tasks))
     finally:
-        for task in tasks:
-            task.cancel()
+        _cancel(tasks)
         if tasks:
             await asyncio.wait(tasks)
-        while tasks:  # their errors would hold this frame, and this frame them, with images
+        while tasks:  # a name of one would hold its error, the error this frame, and that an image
             note_error(tasks.pop())
+
+
+def _cancel(tasks: "Iterable[asyncio.Task[Any]]") -> None:
+    for task in tasks:
+        task.cancel()
 
 
 def note_error(task: "asyncio.Future[Any]") -> None:
