@@ -1,11 +1,11 @@
-"""Runs an exported GIT: a batched decode loop over ONNX Runtime.
+"""Run an exported GIT model: a batched decode loop over ONNX Runtime.
 
-Reading order: `model/` (what an engine folder says) -> `planning/` -> `providers/` ->
+Reading order: `model/` (the contents of an engine folder) -> `planning/` -> `providers/` ->
 `execution/` -> `request`, `limits` -> `decoding/` -> `sequence`, `scheduler`, `pacing` -> `engine`
 -> `stepper`, `async_engine`.
 """
 
 import os
 
-# From 1.29 on ONNX Runtime reports to its makers, unless this is said before it is loaded.
+# ONNX Runtime 1.29 and later send telemetry unless this is set before the import.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -1,4 +1,4 @@
-"""An engine for asyncio: any number of tasks iterate over what it generates for them."""
+"""An engine for asyncio: any number of tasks iterate over the outputs of their requests."""
 
 import asyncio
 from collections import deque
@@ -13,7 +13,7 @@ _News = RequestOutput | Exception
 
 
 class AsyncEngine:
-    """Requests of tasks, of one event loop or several, run together."""
+    """Runs requests of tasks from one or several event loops in one batch."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -21,10 +21,9 @@ class AsyncEngine:
         self._mailboxes = WeakKeyDictionary()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
-        """Its outputs as they come, the last of which has a finish reason.
+        """Yield the request's outputs as they come; the last one has a finish reason.
 
-        A task that is cancelled, or closes the iterator, takes its request back. Raises what a step
-        raised.
+        Cancelling the task, or closing the iterator, cancels the request. Re-raises step errors.
         """
         loop = asyncio.get_running_loop()
         mailbox = self._mailboxes.setdefault(loop, _Mailbox(loop))
@@ -43,27 +42,27 @@ class AsyncEngine:
                 stepper.cancel(request.id)
 
     async def caption(self, request: GenerationRequest) -> Caption:
-        """All that is generated. Raises ComputationFailed, and what a step raised."""
+        """Caption a request to its end. Raises ComputationFailed, and re-raises step errors."""
         outputs = [output async for output in self.generate(request)]
         return self.engine.caption(request, *outputs)
 
 
 class _Mailbox:
-    """Takes news to an event loop, those of one step at once."""
+    """Carries outputs to an event loop, those of one step in one wake-up."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = ref(loop)  # which is its key in a WeakKeyDictionary
+        self._loop = ref(loop)  # weak, because the loop is the key of a WeakKeyDictionary
         self._news: deque[tuple[asyncio.Queue[_News], _News]] = deque()
         self._called = False
 
     def put(self, queue: "asyncio.Queue[_News]", news: _News) -> None:
-        """On the thread that steps."""
+        """Called on the stepping thread."""
         self._news.append((queue, news))
         if not self._called and (loop := self._loop()) is not None:
             self._called = True
             try:
                 loop.call_soon_threadsafe(self._deliver)
-            except RuntimeError:  # the loop is closed: nobody waits
+            except RuntimeError:  # the loop is closed: no task waits
                 self._news.clear()
 
     def _deliver(self) -> None:

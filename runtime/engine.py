@@ -1,7 +1,7 @@
-"""One model, ready to caption: `generate` does so for any thread.
+"""One loaded model. Any thread may call `generate`.
 
-`submit`, `cancel` and `step` are for one thread alone: that of `runtime.stepper`, which calls them
-for `generate` and for `runtime.async_engine`.
+`submit`, `cancel` and `step` belong to a single thread: that of `runtime.stepper`, which calls
+them for `generate` and for `runtime.async_engine`.
 """
 
 import logging
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_ENCODE_BATCH = 4  # of an engine that was put together without a plan
+_ENCODE_BATCH = 4  # for an engine built without a plan
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What a step worked on (images encoded, rows fed a token); who runs and waits after it."""
+    """Counts of a step: images encoded, sequences fed, sequences running and waiting after it."""
 
     encoded: int
     rows: int
@@ -56,13 +56,13 @@ class StepReport:
 
 
 class Observer:
-    """Told of the engine's steps, on the thread that steps it."""
+    """Callbacks for an engine's steps, on the stepping thread."""
 
     def admitted(self, requests: list[GenerationRequest]) -> None:
-        """They are about to be encoded."""
+        """`requests` are about to be encoded."""
 
     def stepped(self, report: StepReport) -> None:
-        """A step is over."""
+        """A step has ended."""
 
 
 class Engine:
@@ -77,9 +77,9 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
         seconds: float | None = None,
     ) -> None:
-        """clock: seconds, of whatever time the runner's calls take.
+        """clock: seconds, in the time base in which the runner's calls take time.
 
-        seconds: that a caption of the self-test took, if there was any.
+        seconds: duration of one self-test caption; None if none was run.
         """
         self._clock, self.seconds = clock, seconds
         self.manifest = manifest
@@ -101,15 +101,15 @@ class Engine:
         """Load and warm up an exported engine.
 
         Raises EngineFolderError for a missing or damaged folder, ProviderError for a provider that
-        does not work here.
+        can't run here.
         """
-        from runtime.execution.loader import prepare  # tests of the loop need no ONNX Runtime
+        from runtime.execution.loader import prepare  # tests of the loop run without ONNX Runtime
 
         return cls.start(prepare(Path(folder), config or EngineConfig()))
 
     @classmethod
     def start(cls, prepared: "Prepared") -> "Engine":
-        """Load and warm up what the loader's `prepare` found whole; raises ProviderError."""
+        """Load and warm up an engine that the loader's `prepare` returned; raises ProviderError."""
         from runtime.execution.loader import open_runner
 
         runner, seconds = open_runner(prepared)
@@ -121,7 +121,7 @@ class Engine:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What decides its captions: the model, its export, and the precision it runs in."""
+        """Everything that determines the captions: model, export and precision."""
         return {
             "model": self.manifest.model,
             "engine": self.manifest.fingerprint,
@@ -130,12 +130,12 @@ class Engine:
 
     @property
     def runs_on(self) -> str:
-        """For people: providers and precisions, what the slots take, and the self-test."""
+        """For people: providers, precisions, memory of the slots, and the self-test."""
         return f"{self.runner.runs_on}; self-test {self.self_test}"
 
     @property
     def self_test(self) -> str:
-        """For people: whether it says what PyTorch said; an engine that doesn't is never opened."""
+        """For people: whether a self-test was passed; an engine that fails it is never opened."""
         return "passed" if self.manifest.self_test else "none in this export"
 
     def request(
@@ -146,12 +146,13 @@ class Engine:
         place: int = 1,
         **sampling: Any,
     ) -> GenerationRequest:
-        """A request that this engine can serve. image: see `runtime.model.images.pixels_of`; video
-        checkpoints take stacked pixels. place: of the image among others, for messages. sampling:
-        fields of SamplingParams.
+        """Build a request that this engine can serve.
 
-        Raises what `pixels_of` raises, and InvalidRequest when shape, prompt or sampling can never
-        be served.
+        image: see `runtime.model.images.pixels_of`; video checkpoints take stacked pixels. place:
+        position of the image in its list, for messages. sampling: fields of SamplingParams.
+
+        Raises the errors of `pixels_of`, and InvalidRequest if the shape, prompt or sampling
+        parameters can never be served.
         """
         pixels = pixels_of(image, self.manifest, place)
         if pixels.shape != self.manifest.sizes.pixels:
@@ -163,7 +164,7 @@ class Engine:
         return GenerationRequest(pixels, prompt_ids, params, stream=stream)
 
     def submit(self, request: GenerationRequest) -> None:
-        """Queue a request. Raises InvalidRequest for one that takes more slots than there are, and
+        """Queue a request. Raises InvalidRequest if it needs more slots than the engine has, and
         WrongThread while another thread uses the engine.
         """
         rows = request.sampling.rows
@@ -175,7 +176,7 @@ class Engine:
         self._sequences[request.id] = self.scheduler.add(request, decoding)
 
     def cancel(self, request_id: int) -> bool:
-        """Take a request back and free its slot at once; False if it had ended already."""
+        """Cancel a request and free its slots at once; False if it has already ended."""
         self._claim()
         sequence = self._sequences.pop(request_id, None)
         found = sequence is not None and self.scheduler.cancel(sequence)
@@ -183,7 +184,7 @@ class Engine:
         return found
 
     def abandon(self) -> None:
-        """Forget all requests, after a step that raised: what it left in the slots is unknown."""
+        """Drop all requests after a step that raised: the state of the slots is unknown."""
         self._owner = None
         self._sequences.clear()
         self.scheduler = self._new_scheduler()
@@ -198,23 +199,23 @@ class Engine:
         self._owner = me
 
     def _let_go(self) -> None:
-        """Once nothing is left to do, any thread may use the engine."""
+        """Release ownership once idle: any thread may use the engine then."""
         if self.idle:
             self._owner = None
 
     @property
     def idle(self) -> bool:
-        """Nothing waits and nothing runs."""
+        """Whether no sequence waits or runs."""
         return self.scheduler.idle
 
     def _new_scheduler(self) -> Scheduler:
         return Scheduler(self.slots, self.encode_batch, self.config.refill, self._clock)
 
     def step(self) -> list[RequestOutput]:
-        """Admit and encode what fits, feed every running row; news of what moved, or ended.
+        """Admit and encode waiting sequences, then decode all running rows.
 
-        A row is fed one token, or on a device as many as can follow one another there.
-        Raises WrongThread.
+        Each row is fed one token, or on a device a burst of tokens. Returns outputs of streams
+        with new tokens and of sequences that ended. Raises WrongThread.
         """
         self._claim()
         expired = self.scheduler.expire(self._clock())
@@ -237,7 +238,7 @@ class Engine:
         return [output for output in news if output is not None]
 
     def _decode(self, running: list[Sequence]) -> None:
-        """Feed every running row; what is computed in holes between them is nobody's."""
+        """Feed every running row; results of rows without a sequence are ignored."""
         steps, rows = self._burst(running), self.scheduler.rows
         tokens, fed = [[0] * rows for _ in range(steps)], [0] * rows
         for sequence in running:
@@ -254,11 +255,11 @@ class Engine:
             for sequence in running:
                 if sequence.finish_reason is None:  # else it ended earlier in this burst
                     moves += self._advanced(sequence, [by_slot[s] for s in sequence.slots])
-        if moves:  # of beams, with which there are no bursts
+        if moves:  # only beams move, and beams decode without bursts
             self.runner.reorder(moves, max(fed) + 1)
 
     def _advanced(self, sequence: Sequence, rows: list[RowCandidates]) -> list[Move]:
-        """What its decoding makes of candidates; an error of ours there is its own alone."""
+        """Advance a sequence by its rows' candidates; an internal error ends that sequence only."""
         try:
             return sequence.advance(rows)
         except Exception:
@@ -267,16 +268,16 @@ class Engine:
             return []
 
     def _candidates(self, running: list[Sequence]) -> int:
-        """A power of two, so that a runner meets few different numbers."""
+        """Candidates per row: a power of two, so that few distinct values occur."""
         wanted = max(sequence.candidates for sequence in running)
         return min(1 << (wanted - 1).bit_length(), self.manifest.sizes.vocabulary)
 
     def _burst(self, running: list[Sequence]) -> int:
-        """Steps that need nothing from here: none for a row that is sure to be over."""
+        """Decode steps without host input: at most to the nearest certain end of a sequence."""
         return min(self.runner.burst, *(s.most_left for s in running))
 
     def _admit(self) -> list[Sequence]:
-        """Those to encode now: none while the running ones have their turn."""
+        """Sequences to encode now: none while running sequences still have their turn."""
         scheduler = self.scheduler
         running = len(scheduler.running)
         if running and not self._pacing.may_encode(scheduler.waiting, running):
@@ -299,12 +300,12 @@ class Engine:
         prompts: ListLike[str | None] | None = None,
         **sampling: Any,
     ) -> list[Caption]:
-        """Caption all images (see `runtime.model.images.pixels_of`), in their order, on any thread.
+        """Caption images (see `runtime.model.images.pixels_of`), in order; callable on any thread.
 
-        sampling: fields of SamplingParams, for all of them.
+        sampling: fields of SamplingParams, applied to all images.
 
-        Raises what `pixels_of`, `submit` and `caption` raise for the first one that can't be
-        captioned; none is then.
+        Raises the error of `request`, `submit`, a step or `caption` for the first image that can't
+        be captioned, and returns no captions then.
         """
         prompts = prompts or [None] * len(images)
         requests = [
@@ -315,7 +316,7 @@ class Engine:
         return [self.caption(request, outputs[request.id]) for request in requests]
 
     def _run(self, requests: list[GenerationRequest]) -> dict[int, RequestOutput]:
-        """Their outputs by id, once all have ended. Raises what a step raised."""
+        """Run requests to their end; returns their outputs by id. Re-raises step errors."""
         news: SimpleQueue[RequestOutput | Exception] = SimpleQueue()
         ended: dict[int, RequestOutput] = {}
         try:
@@ -333,5 +334,5 @@ class Engine:
         return ended
 
     def caption(self, request: GenerationRequest, *outputs: RequestOutput) -> Caption:
-        """What a request that has ended got. Raises ComputationFailed if it failed."""
+        """The caption of an ended request. Raises ComputationFailed if the request failed."""
         return captioned(request, joined(outputs), self.tokenizer)

@@ -1,6 +1,6 @@
-"""Every way in which the runtime refuses work, so that callers can tell them apart by type.
+"""Exceptions of the runtime, one type per kind of refusal.
 
-The text of each is written for the person who sent the input: what was wrong, and what to do.
+Each message tells the sender of the input what was wrong and what to do.
 """
 
 
@@ -13,30 +13,28 @@ class EngineFolderError(VignetteError):
 
 
 class ProviderError(VignetteError):
-    """The execution provider that was asked for can't run here."""
+    """The requested execution provider can't run here."""
 
 
 class GraphsFailed(ProviderError):
-    """It can run here, but its runs can't be captured as CUDA graphs."""
+    """The provider runs here, but its runs can't be captured as CUDA graphs."""
 
 
 class InvalidRequest(VignetteError):
-    """A request that can never be served: empty limits, or a prompt that doesn't fit."""
+    """A request, or engine setting, that can never be served: out of range, or too large."""
 
 
 class WrongThread(VignetteError):
-    """A thread that an engine does not belong to."""
+    """The calling thread may not use the engine: another thread does."""
 
 
 class ComputationFailed(VignetteError):
-    """Captioning one image failed, as the model's numbers broke down or by an error of ours; others
-    are not affected.
-    """
+    """Captioning one image failed, by NaN or an internal error; other images are not affected."""
 
 
 class InvalidImage(VignetteError):
-    """Bytes that are not an image in one of the formats we read, or a damaged one."""
+    """The bytes are not an image in a supported format, or the image is damaged."""
 
 
 class TooManyPixels(VignetteError):
-    """An image whose header promises more pixels than the limit; it was not decoded."""
+    """An image whose header states more pixels than the limit; it was not decoded."""

@@ -1,4 +1,4 @@
-"""What a request may ask for, so that it fits an engine. Needs the tokenizer, and no engine."""
+"""Check prompts and sampling parameters against an engine's limits. Needs only the tokenizer."""
 
 import secrets
 
@@ -8,8 +8,8 @@ from runtime.errors import InvalidRequest
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.request import SamplingParams
 
-DEFAULT_MAX_NEW_TOKENS = 20  # what `generate` of Hugging Face's GIT says by default
-RANGES: dict[str, tuple[float, float]] = {  # the least and the most of each
+DEFAULT_MAX_NEW_TOKENS = 20  # the default of `generate` for Hugging Face's GIT
+RANGES: dict[str, tuple[float, float]] = {  # inclusive minimum and maximum
     "min_new_tokens": (0, 1024),
     "n": (1, 8),
     "logprobs": (0, 20),
@@ -22,29 +22,29 @@ RANGES: dict[str, tuple[float, float]] = {  # the least and the most of each
     "top_p": (0, 1),
     "seed": (0, 2**63 - 1),
 }
-_MOST_LOGPROBS = 40  # at each place of all captions: telling them takes longer than finding them
+_MOST_LOGPROBS = 40  # per position, over all captions: sending them outweighs computing them
 _DRAWING = ("top_k", "top_p", "seed")  # of no effect without a temperature
 _RANKING = ("length_penalty", "early_stopping")  # of no effect without beams
 
 
 class Limits:
-    """Prompt and caption share the text positions of a slot, and a request all slots."""
+    """Request limits: prompt and caption share a slot's text positions; `rows` must fit `slots`."""
 
     def __init__(
         self, tokenizer: CaptionTokenizer, text_tokens: int, slots: int | None = None
     ) -> None:
-        """slots: set it once it is known."""
+        """slots: None until the number is known; set it then."""
         self._tokenizer, self.text_tokens, self.slots = tokenizer, text_tokens, slots
 
     def check(
         self, prompt: str | None, asked: dict[str, object], stream: bool = False
     ) -> tuple[tuple[int, ...], SamplingParams]:
-        """A prompt's tokens and what is to be generated; InvalidRequest names what can't be.
+        """Return the prompt's token ids and the sampling parameters.
 
-        asked: fields of SamplingParams; those that are left out, or None, have their defaults. Of
-        new tokens that is what `generate` says, or what the prompt leaves of the slot if that is
-        less. Who draws has a seed from here on, so that a request that is tried again draws the
-        same.
+        asked: fields of SamplingParams; a missing or None field takes its default. The default
+        of `max_new_tokens` is that of `generate`, or the text positions left in the slot if fewer.
+        A sampled request without a seed gets one here, so that a retry draws the same tokens.
+        Raises InvalidRequest, naming the field that can't be served.
         """
         asked = {name: value for name, value in asked.items() if value is not None}
         prompt_ids = self._tokenizer.prompt_ids(prompt)
@@ -81,7 +81,7 @@ class Limits:
 
 
 def _check(sampling: SamplingParams, asked: dict[str, object]) -> None:
-    """Raise InvalidRequest for a value out of its range, and for what goes with nothing else."""
+    """Raise InvalidRequest for a value out of range, or fields that don't go together."""
     for name, (least, most) in RANGES.items():
         if not least <= getattr(sampling, name) <= most:
             raise InvalidRequest(f"{name} must be between {least} and {most}")

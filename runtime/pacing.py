@@ -1,16 +1,16 @@
-"""When to encode the next images: how long those that are being decoded may go first.
+"""When to encode the next images: how long running sequences decode first.
 
-An encoder call stalls every running sequence for as long as it takes, and a turn of the running
-ones stalls every image that waits. So before the next call the running ones get a turn of
-`patience` times the last call's duration for each that runs, divided by the number that wait. With
-few waiting, captions that have begun are finished soon. With many, the turn shrinks to a single
-step, and rows pile up in the batch, where a step costs each of them least.
+An encoder call stalls every running sequence, and decoding stalls every waiting image. So before
+the next encoder call the running sequences decode for
+`patience * last encoder call's duration * running / waiting`. With few waiting, running captions
+finish soon. With many, the turn shrinks to a single step and the batch fills up, where a step
+costs least per row.
 `bench/sections/scheduling.py` compares the policies.
 """
 
 
 class Pacing:
-    """Keeps the account of seconds spent on both graphs. `patience` 0 encodes at every step."""
+    """Tracks the seconds spent in both graphs. `patience` 0 encodes at every step."""
 
     def __init__(self, patience: float) -> None:
         self._patience = patience
@@ -18,13 +18,13 @@ class Pacing:
         self._decode_s = 0.0
 
     def encoded(self, seconds: float) -> None:
-        """The encoder has just run for so long."""
+        """Record an encoder call."""
         self._encode_s, self._decode_s = seconds, 0.0
 
     def decoded(self, seconds: float) -> None:
-        """A decode step has just run for so long."""
+        """Record a decode step."""
         self._decode_s += seconds
 
     def may_encode(self, waiting: int, running: int) -> bool:
-        """Whether the running sequences have had their turn before `waiting` others."""
+        """Whether the running sequences have had their turn, given `waiting` sequences."""
         return self._decode_s * waiting >= self._patience * self._encode_s * running

@@ -1,7 +1,7 @@
-"""What callers ask for and what they get, as it travels between threads and processes.
+"""Requests and outputs, as passed between threads and processes.
 
-A `GenerationRequest` is made once, where it is parsed, and carried whole. Times are
-`time.perf_counter()` seconds, which all processes of a machine share.
+A `GenerationRequest` is built once, where it is parsed, and passed on whole. Times are
+`time.perf_counter()` seconds, a clock that all processes of a machine share.
 """
 
 import itertools
@@ -18,44 +18,44 @@ from runtime.errors import ComputationFailed
 if TYPE_CHECKING:
     from runtime.model.tokenizer import CaptionTokenizer
 
-_ids = itertools.count(secrets.randbits(30) << 32)  # no other process of a run counts from there
+_ids = itertools.count(secrets.randbits(30) << 32)  # unique among the processes of a run
 
 
 class FinishReason(StrEnum):
     """Why a request ended."""
 
-    STOP = "stop"  # the model said its end token
+    STOP = "stop"  # the model generated its end token
     LENGTH = "length"  # max_new_tokens were generated
-    CANCELLED = "cancelled"  # the caller took it back
-    EXPIRED = "expired"  # its deadline passed while it waited; it was never run
-    FAILED = "failed"  # the model's numbers broke down (NaN), of this row alone
-    ERROR = "error"  # an error of ours, which the log tells
+    CANCELLED = "cancelled"  # the caller cancelled the request
+    EXPIRED = "expired"  # the deadline passed while the request waited; it was never run
+    FAILED = "failed"  # NaN in one of the request's rows; other requests are not affected
+    ERROR = "error"  # an internal error; the log has it
 
 
 class Priority(StrEnum):
-    """Who is admitted first."""
+    """Order of admission: interactive before batch."""
 
     INTERACTIVE = "interactive"
     BATCH = "batch"
 
 
 class SamplingParams(Struct, frozen=True):
-    """What to generate: the likeliest token each time, unless something else is asked for. Names
-    and meanings are those of Hugging Face's `generate`.
+    """Sampling parameters; the defaults decode greedily. Names and meanings are those of Hugging
+    Face's `generate`.
 
-    max_new_tokens: most tokens to generate, the end token included.
-    min_new_tokens: before so many the model does not say its end token.
-    ignore_eos: generate all of them whatever the model says; for measuring speed.
-    n: captions to return (`num_return_sequences`); several take beams, or a temperature.
-    logprobs: of how many of the likeliest tokens at each place the log-probability is told.
-    num_beams: texts that are followed at once; the best is returned.
-    length_penalty, early_stopping: how beams are ranked, and when they are over; the latter is
-        True, False or "never".
-    no_repeat_ngram_size: of n-grams that may be there only once; 0 allows all.
-    repetition_penalty: what the scores of tokens that were there before are divided by.
-    temperature: 0 takes the likeliest token, anything above draws one.
-    top_k, top_p: which tokens are drawn from: so many, and no more than together are so likely.
-    seed: the same one draws the same tokens.
+    max_new_tokens: most tokens to generate, including the end token.
+    min_new_tokens: tokens to generate before the end token is allowed.
+    ignore_eos: go on past the end token, to `max_new_tokens`; for measuring speed.
+    n: captions to return (`num_return_sequences`); more than 1 needs beams or a temperature.
+    logprobs: number of likeliest tokens per position whose log-probabilities are returned.
+    num_beams: beams searched; the best `n` are returned.
+    length_penalty, early_stopping: how beams are ranked, and when the search ends (True, False
+        or "never").
+    no_repeat_ngram_size: n-grams of this size may occur only once; 0 allows all.
+    repetition_penalty: divides the positive scores of earlier tokens, multiplies negative ones.
+    temperature: 0 takes the likeliest token; above 0, a token is drawn.
+    top_k, top_p: draw from the `top_k` likeliest tokens, cut to the fewest that reach `top_p`.
+    seed: equal seeds draw equal tokens.
     """
 
     max_new_tokens: int
@@ -75,15 +75,15 @@ class SamplingParams(Struct, frozen=True):
 
     @property
     def rows(self) -> int:
-        """Rows of the batch, each a slot, that the request takes."""
+        """Rows of the decode batch, one slot each, that the request takes."""
         return max(self.num_beams, self.n)
 
 
 class SchedulingParams(Struct, frozen=True):
     """When a request may be admitted.
 
-    arrival_time: when it began to wait, if that was before it came to the engine.
-    deadline: after which it is not worth starting; None waits for good.
+    arrival_time: when the request began to wait, if before it reached the engine.
+    deadline: a request not admitted by then expires; None waits without limit.
     """
 
     arrival_time: float | None = None
@@ -94,10 +94,10 @@ class SchedulingParams(Struct, frozen=True):
 class GenerationRequest(Struct, frozen=True):
     """One image (or clip) to caption.
 
-    pixels: what the encoder graph takes for one row, as `preprocess` makes it; between processes
-        the slot of shared memory that holds it. The scheduler never looks at it.
-    prompt_ids: forced first tokens, the start token included; at least one.
-    stream: tell of new tokens after every step; else of all of them at the end.
+    pixels: one row of the encoder graph's input, as `preprocess` returns it; between processes,
+        the shared-memory slot that holds it. The scheduler never reads it.
+    prompt_ids: forced first tokens, including the start token; at least one.
+    stream: output new tokens after every step; else all of them at the end.
     id: unique among all processes of a run.
     """
 
@@ -110,10 +110,10 @@ class GenerationRequest(Struct, frozen=True):
 
 
 class Timing(Struct, frozen=True):
-    """Where a request's seconds went; what it never reached took none.
+    """Seconds a request spent in each stage; 0 for a stage it never reached.
 
-    queue_s: without a slot. encode_s: until its image K/V were there. decode_s: its decode steps,
-    and what came between them. preprocess_s: of its image, before it came to the engine.
+    queue_s: waiting for slots. encode_s: from admission until the image K/V were written.
+    decode_s: from there to the end. preprocess_s: of the image, before the engine.
     """
 
     queue_s: float = 0.0
@@ -123,7 +123,7 @@ class Timing(Struct, frozen=True):
 
     @property
     def stages(self) -> dict[str, float]:
-        """Seconds of each, in the order in which a request goes through them."""
+        """Seconds by stage, in the order in which a request passes through them."""
         return {
             "preprocess": self.preprocess_s,
             "queue": self.queue_s,
@@ -133,17 +133,17 @@ class Timing(Struct, frozen=True):
 
     @property
     def total_s(self) -> float:
-        """From its arrival to its end."""
+        """Seconds from arrival to end, without `preprocess_s`."""
         return self.queue_s + self.encode_s + self.decode_s
 
 
-TopLogprobs = tuple[tuple[int, float], ...]  # tokens and their log-probabilities, best first
+TopLogprobs = tuple[tuple[int, float], ...]  # (token, log-probability), best first
 
 
 class Completion(Struct, frozen=True):
-    """Generated tokens, the end token included, and the log-probability of each.
+    """Generated tokens, including the end token, and the log-probability of each.
 
-    top_logprobs: at each place those of the likeliest tokens, as many as were asked for.
+    top_logprobs: per position, the likeliest tokens and their log-probabilities, if requested.
     """
 
     token_ids: tuple[int, ...]
@@ -152,7 +152,7 @@ class Completion(Struct, frozen=True):
     finish_reason: FinishReason | None = None
 
     def after(self, known: int) -> "Completion":
-        """Without its first `known` tokens."""
+        """This completion without the first `known` tokens."""
         return Completion(
             self.token_ids[known:],
             self.logprobs[known:],
@@ -162,8 +162,8 @@ class Completion(Struct, frozen=True):
 
 
 class RequestOutput(Struct, frozen=True):
-    """News of a request: what was generated since the last of its outputs; at the end also why it
-    ended, when, and the `others` of several completions.
+    """Tokens generated since the request's previous output; the final output also has the
+    finish reason, the timing, and in `others` all completions but the first.
     """
 
     id: int
@@ -178,19 +178,19 @@ class RequestOutput(Struct, frozen=True):
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Token ids of the first, or only, completion."""
+        """Token ids of the first completion."""
         return self.completion.token_ids
 
 
 class Caption(Struct, frozen=True):
-    """What a request got. Token counts leave the start and end tokens out.
+    """The result of a request. Token counts exclude the start and end tokens.
 
-    score: mean log-probability of its tokens, the end token included; None if it was captioned
-    where that is not told. others: of several captions all but the first.
+    score: mean log-probability of the tokens, including the end token; None where it is not
+    reported. others: all captions but the first.
     """
 
     text: str
-    token_ids: tuple[int, ...]  # as generated, the end token included
+    token_ids: tuple[int, ...]  # as generated, including the end token
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
@@ -202,8 +202,8 @@ class Caption(Struct, frozen=True):
 
 
 def joined(outputs: Iterable[RequestOutput]) -> RequestOutput:
-    """The outputs of a request that has ended as one. Raises ComputationFailed if it FAILED, or
-    ended in an ERROR.
+    """Join the outputs of an ended request into one. Raises ComputationFailed if the finish reason
+    is FAILED or ERROR.
     """
     news = []
     for output in outputs:
@@ -227,7 +227,7 @@ def joined(outputs: Iterable[RequestOutput]) -> RequestOutput:
 def captioned(
     request: GenerationRequest, output: RequestOutput, tokenizer: "CaptionTokenizer"
 ) -> Caption:
-    """The caption in all that was generated for a request."""
+    """The caption of an ended request, from its joined output."""
     timing = output.timing
     assert timing is not None
 

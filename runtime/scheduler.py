@@ -1,8 +1,8 @@
-"""Which sequences run, and in which slots. Knows nothing of tensors.
+"""Which sequences run, and in which slots. Handles no tensors.
 
-Slots are the equal pieces of the K/V arena. A decode step works on the rows `0 .. rows - 1`, so the
-running sequences are kept at the low end: new ones take the lowest free slot, and `compact` moves
-the highest one down into a hole that nobody waits for, if that lets the runner work on fewer rows.
+Slots are equal pieces of the K/V arena. A decode step works on rows `0 .. rows - 1`, so running
+sequences are kept at the low end: a new sequence takes the lowest free slots, and `compact` moves
+the highest used slot into a hole if that lets the runner work on fewer rows.
 """
 
 import heapq
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 from runtime.request import FinishReason, GenerationRequest, Priority
 from runtime.sequence import Sequence
 
-if TYPE_CHECKING:  # it takes NumPy
+if TYPE_CHECKING:  # imports NumPy
     from runtime.decoding.base import Decoding
 
-_REFILLED = 4  # of the slots, that share is waited for
+_REFILLED = 4  # admission waits for at most a quarter of the slots to be free
 
 
 class Scheduler:
-    """Continuous batching over `slots` slots; with `refill` off it batches statically."""
+    """Continuous batching over `slots` slots; static batching if `refill` is off."""
 
     def __init__(
         self,
@@ -41,26 +41,26 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Sequences without a slot."""
+        """Number of sequences without a slot."""
         return len(self._interactive) + len(self._batch)
 
     @property
     def running(self) -> list[Sequence]:
-        """Sequences that have slots, by their lowest."""
+        """Sequences with slots, ordered by their lowest slot."""
         return list(dict.fromkeys(self._running[slot] for slot in sorted(self._running)))
 
     @property
     def rows(self) -> int:
-        """Leading rows of a step that works on all who run."""
+        """Leading rows that cover all running sequences."""
         return max(self._running, default=-1) + 1
 
     @property
     def idle(self) -> bool:
-        """Nothing waits and nothing runs."""
+        """Whether no sequence waits or runs."""
         return not self.waiting and not self._running
 
     def add(self, request: GenerationRequest, decoding: "Decoding") -> Sequence:
-        """Queue a request behind those of its priority that wait."""
+        """Queue a request behind the waiting ones of its priority."""
         before = request.scheduling.arrival_time
         sequence = Sequence(request, decoding, self._clock() if before is None else before)
         self._queue_of(sequence).append(sequence)
@@ -71,7 +71,7 @@ class Scheduler:
         return self._interactive if interactive else self._batch
 
     def expire(self, now: float) -> list[Sequence]:
-        """Take out those whose deadline has passed while they waited; they are never run."""
+        """Remove and return waiting sequences whose deadline has passed; they are never run."""
         expired: list[Sequence] = []
         for waiting in (self._interactive, self._batch):
             late = [s for s in waiting if (s.request.scheduling.deadline or now) < now]
@@ -83,13 +83,13 @@ class Scheduler:
         return expired
 
     def admit(self) -> list[Sequence]:
-        """Give slots to waiting sequences, to be encoded next: by priority, then by arrival.
+        """Give slots to waiting sequences, to be encoded next: by priority, then in queue order.
 
-        With refill, at most `encode_batch` at a time, so that those that run wait no longer than
-        one encoder call; but while the slots are full, none until there is room for a call that is
-        worth it: one image at a time leaves cores idle. Without refill, a whole batch, once the
-        last one has ended. One that needs several slots has them all at once, and nobody behind it
-        any before.
+        With refill, at most `encode_batch` at a time, so that running sequences wait for one
+        encoder call at most; and while any run, none until enough slots are free for a worthwhile
+        call: one image at a time leaves cores idle. Without refill, a whole batch once the last
+        one has ended. A sequence that needs several slots gets all of them at once, and holds back
+        the sequences behind it until then.
         """
         room = min(self.waiting, self._encode_batch, self._refilled)
         if self._running and (not self._refill or len(self._free) < room):
@@ -111,10 +111,10 @@ class Scheduler:
         return admitted
 
     def compact(self, bucket: Callable[[int], int]) -> list[tuple[int, int]]:
-        """Close holes as far as that makes a step smaller. Returns from which slot to which the
-        caller has to copy the caches.
+        """Close holes as long as that makes a step smaller. Returns the (source, target) slots that
+        the caller must copy caches between.
 
-        bucket: the rows that a step works on for so many leading ones.
+        bucket: maps a number of leading rows to the rows that a step works on.
         """
         moves = []
         while self._running and bucket(max(self._running) + 1) > bucket(len(self._running)):
@@ -127,14 +127,14 @@ class Scheduler:
         return moves
 
     def release_finished(self) -> list[Sequence]:
-        """Free the slots of sequences that have ended, and hand those over."""
+        """Free the slots of ended sequences; returns these sequences."""
         finished = [s for s in self.running if s.finish_reason is not None]
         for sequence in finished:
             self._release(sequence)
         return finished
 
     def cancel(self, sequence: Sequence) -> bool:
-        """Take a sequence back, wherever it stands; False if it has already ended."""
+        """Cancel a waiting or running sequence; False if it has already ended."""
         if sequence.finish_reason is not None:
             return False
         sequence.finish_reason = FinishReason.CANCELLED

@@ -1,4 +1,4 @@
-"""A request on its way through the engine."""
+"""A request and its state inside the engine."""
 
 import math
 from collections.abc import Sequence as ListLike
@@ -9,16 +9,16 @@ from runtime.decoding.candidates import Move, RowCandidates
 from runtime.model.manifest import UNFORCED
 from runtime.request import Completion, FinishReason, GenerationRequest, RequestOutput, Timing
 
-if TYPE_CHECKING:  # it takes NumPy
+if TYPE_CHECKING:  # imports NumPy
     from runtime.decoding.base import Decoding
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request: waiting (no slots), running (a slot for each of its rows), or finished (a reason).
+    """A request: waiting (no slots), running (one slot per row), or finished (has a reason).
 
-    `fed` counts the text tokens whose keys and values are in the cache of each row, `told` the
-    generated ones that an output has told of. Times are `time.perf_counter()` seconds.
+    `fed` counts the text tokens in each row's K/V cache, `told` the generated tokens already
+    reported in outputs. Times are `time.perf_counter()` seconds.
     """
 
     request: GenerationRequest
@@ -33,8 +33,8 @@ class Sequence:
     finished: float | None = None
 
     def tokens(self, steps: int) -> list[list[int]]:
-        """What to feed each row at the next decode steps: forced tokens, or first the last one that
-        was generated. UNFORCED stands for what the step before will find likeliest.
+        """Tokens to feed each row at the next decode steps: the remaining prompt, or else the last
+        generated token. UNFORCED stands for the likeliest token of the step before.
         """
         prompt = self.request.prompt_ids
         forced = [[token] * len(self.slots) for token in prompt[self.fed : self.fed + steps]]
@@ -43,26 +43,26 @@ class Sequence:
 
     @property
     def candidates(self) -> int:
-        """How many of the likeliest tokens the next step has to tell of each row."""
+        """Number of candidates that the next step must return per row."""
         generates = self.fed + 1 >= len(self.request.prompt_ids)
         return self.decoding.candidates if generates else 1
 
     @property
     def most_left(self) -> int:
-        """Decode steps that need nothing from the host, and it is over at the latest."""
+        """Decode steps that need no host input, up to the latest possible end of the sequence."""
         if not self.decoding.plain:
             return 1
-        forced = max(0, len(self.request.prompt_ids) - self.fed - 1)  # behind the next one
+        forced = max(0, len(self.request.prompt_ids) - self.fed - 1)  # after the next token
         return forced + self.decoding.steps_left
 
     def advance(self, rows: ListLike[RowCandidates]) -> list[Move]:
-        """Take what may follow the next tokens; returns slots whose text K/V go to others."""
+        """Consume a step's candidates; returns (source, target) slots of text K/V to copy."""
         self.fed += 1
         if any(math.isnan(row.logprobs[0]) for row in rows):
             self.finish_reason = FinishReason.FAILED
             return []
         if self.fed < len(self.request.prompt_ids):
-            return []  # the next token is forced, whatever was found
+            return []  # the next token comes from the prompt
         moves = self.decoding.advance(rows)
         if self.decoding.over:
             self.finish_reason = self.decoding.completions()[0].finish_reason
@@ -70,7 +70,7 @@ class Sequence:
         return [(self.slots[source], self.slots[target]) for source, target in moves]
 
     def output(self) -> RequestOutput | None:
-        """News since the last call, if there are any that are wanted by now."""
+        """Output since the last call: new tokens if streaming, everything at the end; else None."""
         if self.finish_reason is None:
             news = self.decoding.news(self.told) if self.request.stream else Completion(())
             self.told += len(news.token_ids)

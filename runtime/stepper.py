@@ -1,4 +1,4 @@
-"""The thread that steps an engine, as long as there is work. Any thread may ask it."""
+"""The thread that steps an engine while there is work. Any thread may submit or cancel."""
 
 import threading
 import time
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from runtime.engine import Engine
 
 Sink = Callable[[RequestOutput | Exception], object]
-_LINGER_SECONDS = 1.0  # that the thread waits for more, before it ends and lets go of the engine
+_LINGER_SECONDS = 1.0  # idle time before the thread ends and releases the engine
 
 
 class Stepper:
-    """Hands requests to an engine, and their outputs to those who asked.
+    """Passes requests to an engine, and their outputs to each caller's sink.
 
-    step_since: when the step that it is in began (`time.monotonic`). failures: steps in a row that
-    raised.
+    step_since: start of the current step (`time.monotonic`), None between steps. failures:
+    consecutive steps that raised.
     """
 
     def __init__(self, engine: "Engine") -> None:
@@ -32,13 +32,13 @@ class Stepper:
         self.failures = 0
 
     def submit(self, request: GenerationRequest, sink: Sink) -> None:
-        """Have a request run. sink: given each of its outputs, the last of which has a finish
-        reason, or what a step or the engine raised; on the thread that steps.
+        """Run a request. sink: called on the stepping thread with each output (the last has a
+        finish reason), or with the exception that a step or the engine raised.
         """
         self._ask(lambda: self._submit(request, sink))
 
     def cancel(self, request_id: int) -> None:
-        """Take a request back; its sink is given nothing any more."""
+        """Cancel a request; its sink is not called again."""
         self._ask(lambda: self._cancel(request_id))
 
     def _ask(self, command: Callable[[], object]) -> None:
@@ -54,7 +54,7 @@ class Stepper:
             self._engine.submit(request)
         except VignetteError as error:
             sink(error)
-        except Exception as error:  # of ours, and this request's alone: no step has failed
+        except Exception as error:  # internal, and this request's only: no step has failed
             failed = ComputationFailed(f"the request could not be begun: {error!r}")
             failed.__cause__ = error
             sink(failed)
@@ -71,7 +71,7 @@ class Stepper:
                 self._step()
 
     def _take(self) -> bool:
-        """Do what was asked; with nothing to step wait for it. False if nothing came."""
+        """Run pending commands; if the engine is idle, wait for some. False on a timeout."""
         with self._changed:
             if self._engine.idle:
                 self._changed.wait_for(lambda: self._commands, _LINGER_SECONDS)

@@ -1,1 +1,1 @@
-"""What becomes of the likeliest tokens of a step: a token for each row, or beams."""
+"""From a step's likeliest tokens to the next token of each row: greedy, sampling or beams."""

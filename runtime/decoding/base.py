@@ -1,4 +1,4 @@
-"""A request's generated texts, each in a row of the batch: what all ways of decoding share."""
+"""Base class of all decoding methods: a request's generated texts, one per row of the batch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,24 +10,24 @@ from runtime.request import Completion, SamplingParams
 
 
 class Decoding(ABC):
-    """Takes the candidates of each step, and says which token each row is fed next.
+    """Consumes the candidates of each step and provides the token to feed each row next.
 
-    plain: it takes the likeliest token of its one row, whatever came before.
+    plain: greedy on a single row, independent of earlier tokens, so steps can run in bursts.
     """
 
     plain = False
 
     def __init__(self, prompt: Sequence[int], sampling: SamplingParams, eos: int) -> None:
-        """prompt: token ids. eos: the model's end token."""
+        """prompt: token ids. eos: id of the model's end token."""
         self._prompt, self._sampling, self._eos = prompt, sampling, eos
         self._penalises = penalises(sampling)
         self._texts = [Hypothesis() for _ in range(sampling.rows)]
 
     @property
     def candidates(self) -> int:
-        """How many of the likeliest tokens of each row the next step has to tell.
+        """Number of likeliest tokens that the next step must return per row.
 
-        A penalty may put each token of the text behind those that follow it.
+        A penalty may demote every token of the text, so as many more are needed.
         """
         wanted = max(self._wanted, self._sampling.logprobs)
         if self._penalises:
@@ -37,34 +37,34 @@ class Decoding(ABC):
     @property
     @abstractmethod
     def _wanted(self) -> int:
-        """The same, without penalties and told log-probabilities."""
+        """`candidates` before penalties and requested log-probabilities."""
 
     @property
     def tokens(self) -> list[int]:
-        """What each row is fed next: the token that was generated last.
+        """The token to feed each row next: the last generated one.
 
-        A text that has ended is fed its last token again, to no effect.
+        The row of an ended text is fed its last token again; the result is ignored.
         """
         return [text.token_ids[-1] for text in self._texts]
 
     @property
     def steps_left(self) -> int:
-        """Steps until it is over at the latest."""
+        """Most steps until decoding is over."""
         return self._sampling.max_new_tokens - max(len(text.token_ids) for text in self._texts)
 
     @property
     @abstractmethod
     def over(self) -> bool:
-        """Whether nothing more is generated."""
+        """Whether all texts are complete."""
 
     @abstractmethod
     def advance(self, rows: Sequence[RowCandidates]) -> list[Move]:
-        """Take what may come next in each row; returns the rows whose text K/V change places."""
+        """Choose each row's next token from its candidates; returns the text K/V moves of rows."""
 
     @abstractmethod
     def news(self, told: int) -> Completion:
-        """The tokens of its first completion behind the first `told`."""
+        """Generated tokens of the first completion, after the first `told`."""
 
     @abstractmethod
     def completions(self) -> list[Completion]:
-        """All that was generated, the best first, once it is over."""
+        """All completions, best first; valid once `over`."""

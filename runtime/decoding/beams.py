@@ -1,6 +1,6 @@
-"""Beam search, token for token that of Hugging Face's `generate` (transformers 4.57).
+"""Beam search, token for token equal to Hugging Face's `generate` (transformers 4.57).
 
-Scores are float32, as they are there: which of two beams is better may hang on a rounding.
+Scores are float32, as in transformers: the ranking of two beams may depend on rounding.
 """
 
 import math
@@ -15,12 +15,12 @@ from runtime.decoding.hypothesis import Hypothesis
 from runtime.decoding.penalties import penalised
 from runtime.request import Completion, FinishReason, SamplingParams
 
-_NEVER = np.float32(-1e9)  # the score of what may not be chosen
+_NEVER = np.float32(-1e9)  # score of a beam that must not be chosen
 
 
 @dataclass(frozen=True, slots=True)
 class _Continued:
-    """A beam with one more token: of which row, at which place of its candidates."""
+    """A beam with one more token: row `parent`, and `place` among that row's candidates."""
 
     parent: int
     place: int
@@ -30,7 +30,7 @@ class _Continued:
 
 @dataclass(frozen=True, slots=True)
 class _Finished:
-    """A text that is over, with the score that it is ranked by; none is there at first."""
+    """A finished text and its ranking score; `text` is None in a place not yet filled."""
 
     text: Hypothesis | None = None
     score: float | np.float32 = -math.inf
@@ -42,16 +42,16 @@ class Beams(Decoding):
     def __init__(self, prompt: Sequence[int], sampling: SamplingParams, eos: int) -> None:
         """See Decoding."""
         super().__init__(prompt, sampling, eos)
-        # All rows are alike at first: only the first one's candidates count then.
+        # All rows are equal at first, so only row 0's candidates count.
         self._scores = np.full(sampling.num_beams, _NEVER, np.float32)
         self._scores[0] = 0
         self._finished = [_Finished()] * sampling.num_beams
-        self._hopeful = True  # that a better text than those that are over may come
+        self._hopeful = True  # a text better than the finished ones is still possible
         self._ended = False
 
     @property
     def _wanted(self) -> int:
-        return 2 * self._sampling.num_beams  # as many as there are beams may end
+        return 2 * self._sampling.num_beams  # up to `num_beams` of them may end
 
     @property
     def over(self) -> bool:
@@ -75,7 +75,7 @@ class Beams(Decoding):
         return [(parent, row) for row, parent in enumerate(parents) if parent != row]
 
     def _best(self, rows: Sequence[RowCandidates]) -> list[_Continued]:
-        """Twice as many continuations as beams, of all rows together, the best first."""
+        """The best `2 * num_beams` continuations over all rows, best first."""
         sampling, found = self._sampling, []
         last = self.steps_left == 1
         for parent, (row, beam) in enumerate(zip(rows, self._texts, strict=True)):
@@ -96,7 +96,7 @@ class Beams(Decoding):
         return text
 
     def _finish(self, best: list[_Continued], rows: Sequence[RowCandidates]) -> None:
-        """Keep the best of those that are over; only the first `num_beams` may come to them."""
+        """Keep the best finished texts; of `best`, only the first `num_beams` may join them."""
         full = all(each.text is not None for each in self._finished)
         if (self._sampling.early_stopping is True and full) or not self._hopeful:
             return
@@ -111,7 +111,7 @@ class Beams(Decoding):
         del self._finished[self._sampling.num_beams :]
 
     def _may_improve(self) -> bool:
-        """Whether the best beam could come before the worst text that is over, by its score now."""
+        """Whether the best beam, by its current score, could still beat the worst finished text."""
         sampling, length = self._sampling, len(self._texts[0].token_ids)
         if sampling.early_stopping == "never" and sampling.length_penalty > 0:
             length = sampling.max_new_tokens
@@ -119,7 +119,7 @@ class Beams(Decoding):
         return bool(possible > min(each.score for each in self._finished))
 
     def news(self, told: int) -> Completion:
-        """See Decoding; which text is the best is known at the end alone."""
+        """See Decoding; empty until the end, when the best text is known."""
         return self.completions()[0] if self.over else Completion(())
 
     def completions(self) -> list[Completion]:

@@ -1,13 +1,13 @@
-"""What a decode step finds for a row of the batch."""
+"""Result of a decode step for one row of the batch."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-Move = tuple[int, int]  # (source, target): rows, of which the target takes over the text K/V
+Move = tuple[int, int]  # (source, target) rows: copy text K/V from source to target
 
 
 class RowCandidates(NamedTuple):
-    """The likeliest tokens of one row, best first; best_logit is that of the first of them."""
+    """The likeliest tokens of one row, best first; best_logit is the logit of the first."""
 
     ids: Sequence[int]
     logprobs: Sequence[float]

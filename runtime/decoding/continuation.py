@@ -1,4 +1,4 @@
-"""Texts that go on each by itself: the likeliest token each time, or one that is drawn."""
+"""Independent texts: each takes its likeliest token (greedy) or draws one (sampling)."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from runtime.decoding.candidates import Move, RowCandidates
 from runtime.decoding.penalties import penalised
 from runtime.request import Completion, FinishReason, SamplingParams
 
-_COLDEST = 1e-3  # temperature: below it the likeliest token is drawn all the same
+_COLDEST = 1e-3  # lowest temperature: below it, the likeliest token is drawn anyway
 
 
 class Continuation(Decoding):
-    """`n` texts of one image, in as many rows, until the last of them is over."""
+    """`n` texts of one image, one row each, until the last text ends."""
 
     def __init__(self, prompt: Sequence[int], sampling: SamplingParams, eos: int) -> None:
         """See Decoding."""
@@ -44,7 +44,7 @@ class Continuation(Decoding):
         return []
 
     def _chosen(self, index: int, row: RowCandidates) -> int:
-        """The place of the token that a text goes on with."""
+        """Index, among the row's candidates, of the next token of text `index`."""
         sampling, before = self._sampling, self._texts[index].token_ids
         logits = np.array(row.logprobs, np.float64) - row.logprobs[0] + row.best_logit
         if self._penalises:
@@ -52,8 +52,8 @@ class Continuation(Decoding):
             logits = penalised(scores, ids, self._prompt, before, sampling, self._eos)
         if not sampling.temperature:
             return int(logits.argmax())
-        # Counted from the seed by text and token, so that a request that is tried again, or shares
-        # its batch with others, draws the same.
+        # Keyed by seed, text and token position, so that the draws depend neither on retries nor on
+        # the rest of the batch.
         key = np.array([sampling.seed, index], np.uint64)
         draw = np.random.Generator(np.random.Philox(key=key, counter=len(before))).random()
         return drawn(logits, sampling, draw)
@@ -68,14 +68,14 @@ class Continuation(Decoding):
 
 
 def drawn(logits: np.ndarray, sampling: SamplingParams, draw: float) -> int:
-    """The place of a candidate, drawn by temperature, `top_k` and `top_p`.
+    """Index of a candidate, drawn by temperature, `top_k` and `top_p`.
 
-    logits: float `[K]` of the likeliest tokens. draw: from [0, 1).
+    logits: float `[K]` of the likeliest tokens. draw: uniform in [0, 1).
     """
     order = np.argsort(-logits, kind="stable")[: sampling.top_k]
     scaled = np.asarray(logits, np.float64)[order] / max(sampling.temperature, _COLDEST)
     weights = np.exp(scaled - scaled[0])
     share = weights.cumsum() / weights.sum()
-    # The fewest that together reach top_p: those before which less than that is taken.
+    # Keep the fewest tokens that together reach top_p: those preceded by a smaller share.
     kept = 1 + int((share[:-1] < sampling.top_p).sum())
     return int(order[np.searchsorted(share[:kept] / share[kept - 1], draw, side="right")])

@@ -1,4 +1,4 @@
-"""One text as it grows, token by token."""
+"""One text while it is generated."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from runtime.request import Completion, FinishReason, TopLogprobs
 
 @dataclass(slots=True)
 class Hypothesis:
-    """Generated tokens, their log-probabilities and, where asked for, the likeliest beside them."""
+    """Generated tokens, their log-probabilities and, if requested, the likeliest tokens there."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -16,18 +16,18 @@ class Hypothesis:
     finish_reason: FinishReason | None = None
 
     def add(self, row: RowCandidates, place: int, top: int) -> None:
-        """Go on with the candidate at that place of a row; note the `top` likeliest."""
+        """Append the candidate at index `place` of a row; record the row's `top` likeliest."""
         self.token_ids.append(row.ids[place])
         self.logprobs.append(row.logprobs[place])
         if top:
             self.top_logprobs.append(tuple(zip(row.ids[:top], row.logprobs[:top], strict=True)))
 
     def copy(self) -> "Hypothesis":
-        """Another text with the same beginning."""
+        """An independent copy, without finish reason."""
         return Hypothesis([*self.token_ids], [*self.logprobs], [*self.top_logprobs])
 
     def completion(self) -> Completion:
-        """As it is now."""
+        """The current state as a Completion."""
         return Completion(
             tuple(self.token_ids),
             tuple(self.logprobs),

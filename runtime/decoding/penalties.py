@@ -1,4 +1,4 @@
-"""What keeps a text from repeating itself or ending early, as in Hugging Face's `generate`."""
+"""Penalties against repetition and early ends, as in Hugging Face's `generate`."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from runtime.request import SamplingParams
 
 
 def penalises(sampling: SamplingParams) -> bool:
-    """Whether scores depend on the tokens before."""
+    """Whether scores depend on earlier tokens."""
     asked = sampling.no_repeat_ngram_size or sampling.min_new_tokens
     return sampling.repetition_penalty != 1 or asked > 0
 
@@ -21,10 +21,10 @@ def penalised(
     sampling: SamplingParams,
     eos: int,
 ) -> np.ndarray:
-    """Scores of candidates, some lowered.
+    """Return the candidates' scores with penalties applied, float32 `[K]`.
 
-    scores: float `[K]`, logits or log-probabilities of the tokens `ids`. prompt, generated: the
-    tokens before.
+    scores: float `[K]`, logits or log-probabilities of the tokens `ids`. prompt, generated: ids of
+    the earlier tokens.
     """
     text = [*prompt, *generated]
     if sampling.repetition_penalty != 1:
@@ -40,7 +40,7 @@ def penalised(
 
 
 def _would_repeat(text: Sequence[int], size: int) -> set[int]:
-    """Tokens that would end an n-gram that the text has already."""
+    """Tokens that would complete an n-gram that the text already contains."""
     if len(text) + 1 < size:
         return set()
     last = list(text[len(text) + 1 - size :])

@@ -1,1 +1,1 @@
-"""Both graphs run: image K/V into slots, a token for each row; in host memory or on a device."""
+"""Runners of both graphs, with their state in host memory or on a device."""

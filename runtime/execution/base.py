@@ -1,4 +1,4 @@
-"""The runner that an engine drives. Tests have one that needs no graphs."""
+"""The runner interface that an engine drives. Tests implement it without graphs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,10 @@ from runtime.planning.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The likeliest next tokens of a decode step's rows, best first.
+    """The likeliest next tokens of each row in one or several decode steps, best first.
 
-    ids int64 and logprobs float32 `[steps, rows, K]`; logprobs are NaN where a row's numbers broke
-    down. best_logits float32 `[steps, rows]`: of the first, before they were normalised; only where
-    more than one was asked for.
+    ids int64 and logprobs float32 `[steps, rows, K]`; logprobs are NaN where a row's computation
+    failed. best_logits float32 `[steps, rows]`: logit of the first token; may be None for K = 1.
     """
 
     ids: np.ndarray
@@ -24,7 +23,7 @@ class Candidates:
     best_logits: np.ndarray | None = None
 
     def rows(self) -> list[list[RowCandidates]]:
-        """By step and row, as lists."""
+        """RowCandidates by step and row."""
         best = np.zeros(self.ids.shape[:2]) if self.best_logits is None else self.best_logits
         return [
             [
@@ -36,17 +35,17 @@ class Candidates:
 
 
 def leading(count: int) -> list[list[int]]:
-    """One slot for each of `count` images, the first ones."""
+    """Slots for `count` images: one each, the lowest ones."""
     return [[slot] for slot in range(count)]
 
 
 class ModelRunner(Protocol):
-    """The phases of captioning, by which an engine drives whatever runs the graphs."""
+    """The operations by which an engine runs the graphs."""
 
     plan: Plan
     text_tokens: int
-    burst: int  # most decode steps of one call
-    graphs: bool  # whether its runs are captured CUDA graphs
+    burst: int  # most decode steps per call
+    graphs: bool  # whether runs are captured as CUDA graphs
 
     @property
     def on_gpu(self) -> bool:
@@ -54,10 +53,10 @@ class ModelRunner(Protocol):
 
     @property
     def runs_on(self) -> str:
-        """For people: what runs where."""
+        """For people: providers, precisions and slots."""
 
     def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:
-        """Put the image K/V of each of `pixels` into its slots."""
+        """Encode images; write the image K/V of `pixels[i]` into each of `slots[i]`."""
 
     def decode(
         self,
@@ -66,21 +65,22 @@ class ModelRunner(Protocol):
         forced: Sequence[Sequence[int]] = (),
         candidates: int = 1,
     ) -> Candidates:
-        """Feed a token to each leading row, and what follows.
+        """Run one decode step over the leading rows, and one more for each item of `forced`.
 
-        fed: text tokens that each row's cache holds already. forced: for each further step what the
-        rows are fed; UNFORCED stands for what the step before found likeliest. candidates: how many
-        next tokens are asked for; more than one of one step alone. Valid until the next call.
+        tokens: the token to feed each row. fed: text tokens already in each row's cache. forced:
+        tokens to feed at each further step; UNFORCED stands for the likeliest token of the step
+        before. candidates: next tokens to return per row; more than 1 only for a single step. The
+        result is valid until the next call.
         """
 
     def reorder(self, moves: Sequence[tuple[int, int]], fed: int) -> None:
-        """Copy text K/V from slots to others, all of them before any is overwritten.
+        """Copy text K/V between slots; all sources are read before any target is written.
 
-        moves: (source, target). fed: text tokens that each of these caches holds at most.
+        moves: (source, target) slots. fed: most text tokens in any of these caches.
         """
 
     def bucket(self, rows: int) -> int:
-        """Rows that a step works on if it is fed so many leading ones."""
+        """Rows that a step works on to cover `rows` leading rows."""
 
     def move(self, source: int, target: int) -> None:
         """Copy a sequence's cache from one slot to another."""

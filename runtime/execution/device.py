@@ -1,15 +1,15 @@
 """Both graphs with all state on a device: arena, tokens and lengths. One thread uses a runner.
 
-Everything has a fixed address, so that a step is a captured CUDA graph that is launched again:
+All buffers have fixed addresses, so that a step can be captured as a CUDA graph and replayed:
 
-* Rows come in buckets (1, 2, 4, ... slots). A step works on a whole bucket; what it does in rows
-  that no sequence has is overwritten when one moves in.
+* Rows come in buckets (1, 2, 4, ... slots). A step works on a whole bucket; K/V written to a row
+  without a sequence is overwritten when a sequence takes the row.
 * Step j of a burst reads row j of a ring of tokens and lengths and writes row j + 1, so the steps
-  follow one another without the host, which uploads row 0 and fetches the others at the end.
+  run without the host, which uploads the ring before the burst and fetches the results after it.
 * The encoder writes image K/V beside the arena; a small graph copies them into their slots, another
-  one text K/V from slot to slot, a third finds more candidates than the likeliest token.
+  copies text K/V between slots, a third finds more candidates than the likeliest token.
 
-It runs on the CPU provider as well, which is how it is tested without a GPU.
+The runner also works on the CPU provider, where it is tested without a GPU.
 """
 
 from collections.abc import Sequence
@@ -30,13 +30,13 @@ from runtime.planning.plan import Plan
 from runtime.providers.cuda import CudaOptions, pin
 from runtime.providers.session import Placement, open_session
 
-BURST = 4  # most steps between two fetches: a row that ends in the first wastes three
+BURST = 4  # most steps between two fetches: a row ending in the first wastes three
 _RUNS_BEFORE_CAPTURE = 2
 _GRAPHS = ("encoder", "decoder", "insert", "reorder", "candidates")
 
 
 def buckets(most: int) -> tuple[int, ...]:
-    """1, 2, 4, ... and `most`: sizes that graphs are captured for."""
+    """1, 2, 4, ... and `most`: numbers of rows that graphs are captured for."""
     powers = [1 << n for n in range(most.bit_length())]
     return (*(p for p in powers if p < most), most)
 
@@ -46,11 +46,11 @@ def bucket(rows: int, sizes: Sequence[int]) -> int:
     return next(size for size in sizes if size >= rows)
 
 
-_NO_GRAPH = -1  # not to be captured
+_NO_GRAPH = -1  # graph id that disables capture
 
 
 class _Launch:
-    """A session, what is bound to it, and the id of the CUDA graph that is captured of both."""
+    """A session with its bindings, and the id of the CUDA graph captured from them."""
 
     def __init__(self, session: ort.InferenceSession, binding: Any, graph_id: int) -> None:
         self._session, self._binding = session, binding
@@ -61,9 +61,9 @@ class _Launch:
         }
 
     def run(self, graph: bool, wait: bool = True) -> None:
-        """Run it; `wait` until the device has finished, or leave it running.
+        """Run the session. wait: return only when the device has finished.
 
-        graph: launch the captured graph; at the first time it is captured.
+        graph: replay the captured CUDA graph; the first such run captures it.
         """
         self._session.run_with_iobinding(self._binding, self._options[graph, wait])
 
@@ -76,7 +76,7 @@ def _run_options(graph_id: int, wait: bool) -> Any:
 
 
 class DeviceRunner:
-    """ModelRunner of captioning on a device: `encode` into slots, `decode` a burst of tokens."""
+    """ModelRunner with its state on a device; `decode` runs a burst of steps."""
 
     def __init__(self, folder: Path, manifest: Manifest, plan: Plan) -> None:
         self.sizes, self.plan, self.burst = manifest.sizes, plan, BURST
@@ -91,7 +91,7 @@ class DeviceRunner:
         heads, head, prefix = self.sizes.heads, self.sizes.head, self.sizes.prefix
         capacity = prefix + self.text_tokens
         slot, image = (heads, capacity, head), (heads, prefix, head)
-        # One slot more: there goes what was encoded in rows of nobody.
+        # A spare slot: the sink for padding rows.
         self._arena = [DeviceBuffer(device, (self._slots + 1, *slot), cache) for _ in self._names]
         self._images = [DeviceBuffer(device, (self._batch, *image), cache) for _ in self._names]
         self._blank = DeviceBuffer(device, (1, *slot), cache)
@@ -103,7 +103,7 @@ class DeviceRunner:
         self._host_tokens = np.zeros(self._ring, np.int64)
         self._host_lengths = np.zeros(self._ring, np.int32)
         self._capacity = ort.OrtValue.ortvalue_from_numpy(np.array([capacity], np.int32))
-        pieces = head * cache.itemsize // (PIECE * 8)  # of a vector
+        pieces = head * cache.itemsize // (PIECE * 8)  # per K/V vector
         self._slot_pieces = heads * capacity * pieces
         self._pieces = pieces
         self._image_places = _uploaded(device, _places(heads, prefix * pieces, capacity * pieces))
@@ -130,32 +130,32 @@ class DeviceRunner:
             open_session(folder / graphs[name].file, beside)
             for name in ("insert", "reorder", "candidates")
         )
-        self.graphs = False  # until all is warm
+        self.graphs = False  # until warm_up has captured them
         self._encodes: dict[int, _Launch] = {}
         self._inserts: dict[int, _Launch] = {}
         self._steps: dict[tuple[int, int], _Launch] = {}
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the device is one; else it is the processor."""
+        """Whether the device is a GPU; it is the CPU otherwise."""
         return self._device != "cpu"
 
     @property
     def runs_on(self) -> str:
-        """For people: providers and precisions, and the memory that the slots take."""
+        """For people: providers, precisions, and memory of the slots."""
         arena = sum(cache.nbytes for cache in self._arena)
         graphs = "" if self.graphs else ", without CUDA graphs"
         return f"{self.plan.describe(arena)} on the device{graphs}"
 
     def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:
-        """Put the image K/V of each of `pixels` (uint8, at most the plan's batch) in its slots."""
+        """See ModelRunner. pixels: uint8, at most the plan's encode batch of images."""
         rows = bucket(len(pixels), self._batches)
         for row, image in enumerate(pixels):
             self._staging[row] = image
         self._pixels[rows].upload(self._staging[:rows])
         (self._encodes.get(rows) or self._bind_encode(rows)).run(self.graphs)
         insert = self._inserts.get(rows) or self._bind_insert(rows)
-        # A first slot for each image, then a second for each that has one, and so on.
+        # The first slot of each image, then the second of each image that has one, and so on.
         for targets in zip_longest(*slots, fillvalue=self._slots):
             self._copy_to(targets, insert)
 
@@ -166,14 +166,14 @@ class DeviceRunner:
         forced: Sequence[Sequence[int]] = (),
         candidates: int = 1,
     ) -> Candidates:
-        """Feed a token to each leading row, then what was predicted: see ModelRunner."""
+        """See ModelRunner."""
         rows, steps = len(tokens), 1 + len(forced)
         size = bucket(rows, self._buckets)
-        # Rows 1, 2, ... hold what is forced, until the step before overwrites them with its choice.
+        # Rows 1, 2, ... hold forced tokens until the step before overwrites them with its choice.
         self._host_tokens[1:] = UNFORCED
         self._host_tokens[:steps, :rows] = [tokens, *forced]
         self._host_lengths[0, :rows] = np.add(fed, self.sizes.prefix)
-        self._host_lengths[0, rows:] = self.sizes.prefix  # rows of nobody
+        self._host_lengths[0, rows:] = self.sizes.prefix  # padding rows
         self._tokens.upload(self._host_tokens.reshape(-1))
         self._lengths.upload(self._host_lengths.reshape(-1))
         for step in range(steps):
@@ -188,7 +188,7 @@ class DeviceRunner:
         return Candidates(predicted[..., None], logprobs[..., None])
 
     def _likeliest(self, rows: int, candidates: int) -> Candidates:
-        """The likeliest tokens by the logits that the last step left."""
+        """The likeliest tokens, from the logits that the last step left on the device."""
         binding = self._candidates.io_binding()
         self._logits.rows(rows).as_input(binding, "logits")
         binding.bind_cpu_input("candidates", np.array([candidates], np.int64))
@@ -196,7 +196,7 @@ class DeviceRunner:
             binding.bind_output(name, "cpu")
         self._candidates.run_with_iobinding(binding)
         ids, logprobs, best = (value.numpy() for value in binding.get_outputs())
-        # Of equally likely tokens the decoder's choice comes first, as without candidates.
+        # Among equally likely tokens the decoder's choice comes first, as without candidates.
         chosen = self._tokens.fetch().reshape(self._ring)[1, :rows]
         for row in np.flatnonzero(ids[:, 0] != chosen):
             for place in np.flatnonzero(ids[row] == chosen[row]):
@@ -204,24 +204,24 @@ class DeviceRunner:
         return Candidates(ids[None], logprobs[None], best.T)
 
     def _clear(self, slot: int) -> None:
-        """Empty a slot whose numbers broke down: a kernel may multiply what it masks by zero, and
-        zero times NaN is NaN for the next sequence there."""
+        """Zero a slot that may hold NaN: a kernel may mask by multiplying with zero, and zero times
+        NaN is NaN for the next sequence in the slot."""
         blank = [self._blank.rows(1)] * len(self._names)
         self._copy_to([slot], self._bind_copy(blank, self._slot_places))
 
     def bucket(self, rows: int) -> int:
-        """Steps are captured for a few numbers of rows."""
+        """See ModelRunner; the smallest captured bucket."""
         return bucket(rows, self._buckets)
 
     def move(self, source: int, target: int) -> None:
-        """Copy a sequence's cache from one slot to another, on the device."""
+        """See ModelRunner."""
         sources = [cache.rows(1, source) for cache in self._arena]
         self._copy_to([target], self._bind_copy(sources, self._slot_places))
 
     def reorder(self, moves: Sequence[tuple[int, int]], fed: int) -> None:
-        """See ModelRunner; on the device."""
+        """See ModelRunner."""
         heads, prefix = self.sizes.heads, self.sizes.prefix
-        room = (prefix + self.text_tokens) * self._pieces  # of a head
+        room = (prefix + self.text_tokens) * self._pieces  # pieces per head
         text = np.arange(prefix * self._pieces, (prefix + fed) * self._pieces)
         places = (np.arange(heads)[:, None] * room + text).reshape(-1)
         sources, targets = (
@@ -238,15 +238,16 @@ class DeviceRunner:
         self._reorder.run_with_iobinding(binding)
 
     def warm_up(self) -> None:
-        """Run, and with CUDA graphs capture, everything that a request can meet.
+        """Run all graphs, encoder and decoder in all sizes; capture these if CUDA graphs are on.
 
-        Raises ProviderError if the device can't; GraphsFailed if it can, but not be captured.
+        Raises ProviderError if the device can't run them, GraphsFailed if they run but can't be
+        captured.
         """
         try:
-            # What allocates, or chooses an algorithm, does so in these runs: never in a capture.
+            # Allocation and algorithm selection happen in these runs, never during capture.
             for _ in range(_RUNS_BEFORE_CAPTURE):
                 self._run_all()
-        except Exception as cause:  # ONNX Runtime raises a class of its own for every status code
+        except Exception as cause:  # ONNX Runtime has one exception class per status code
             raise ProviderError(f"{self.plan.encoder_provider} can't run this: {cause}") from cause
         if not self.plan.cuda_graphs:
             return
@@ -286,7 +287,7 @@ class DeviceRunner:
         self._logprobs.rows(rows, then).as_output(binding, "next_logprobs")
         self._logits.rows(rows).as_output(binding, "logits")
         self._lengths.rows(rows, then).as_output(binding, "next_lengths")
-        # The value is fixed in a captured graph; kernels go by each row's own length.
+        # A captured graph fixes the value; kernels use each row's own length.
         binding.bind_ortvalue_input("total_length", self._capacity)
         for name, cache in zip(self._names, self._arena, strict=True):
             cache.rows(rows).as_input(binding, f"past_key_values.{name}")
@@ -303,7 +304,7 @@ class DeviceRunner:
         return launch
 
     def _bind_copy(self, sources: list[View], places: DeviceBuffer) -> _Launch:
-        """From `sources` into the slots that `_firsts` names, to these places of each."""
+        """Bind a copy of `sources` to `places` in the slots that `_firsts` names."""
         binding = self._insert.io_binding()
         count, rows = places.shape[1], sources[0].shape[0]
         places.rows(1).as_input(binding, "pieces")
@@ -323,7 +324,7 @@ class DeviceRunner:
 
 
 def _places(heads: int, used: int, room: int) -> np.ndarray:
-    """int64 `[1, heads * used, 1]`: the first `used` of the `room` pieces that each head has."""
+    """int64 `[1, heads * used, 1]`: indices of the first `used` of each head's `room` pieces."""
     return (np.arange(heads)[:, None] * room + np.arange(used)).reshape(1, -1, 1)
 
 

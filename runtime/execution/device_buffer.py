@@ -1,4 +1,4 @@
-"""Tensors at fixed addresses of a device, and the views of them that graphs are bound to."""
+"""Tensors at fixed device addresses, and views of them to bind to graphs."""
 
 from dataclasses import dataclass
 from math import prod
@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A run of a buffer's rows, as a graph is to see it."""
+    """Consecutive rows of a buffer, with the shape and type to bind."""
 
     device: str
     dtype: np.dtype[Any]
@@ -18,7 +18,7 @@ class View:
     pointer: int
 
     def shaped(self, *shape: int, dtype: Any = None) -> "View":
-        """The same bytes in another shape, one length of which may be -1, or as another type."""
+        """The same bytes in another shape (one length may be -1) or dtype."""
         dtype = np.dtype(dtype or self.dtype)
         elements = prod(self.shape) * self.dtype.itemsize // dtype.itemsize
         known = -prod(shape) if -1 in shape else 1
@@ -26,19 +26,19 @@ class View:
         return View(self.device, dtype, whole, self.pointer)
 
     def as_input(self, binding: Any, name: str) -> None:
-        """Let a graph read it."""
+        """Bind the view as a graph's input."""
         binding.bind_input(name, self.device, 0, self.dtype, self.shape, self.pointer)
 
     def as_output(self, binding: Any, name: str) -> None:
-        """Let a graph write it."""
+        """Bind the view as a graph's output."""
         binding.bind_output(name, self.device, 0, self.dtype, self.shape, self.pointer)
 
 
 class DeviceBuffer:
-    """A tensor on a device, any run of whose leading axis can be bound to a graph."""
+    """A tensor on a device; any consecutive rows of its leading axis can be bound to a graph."""
 
     def __init__(self, device: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Zeroed, because what a graph masks out must still be a number."""
+        """Allocate zeros: masked values must still be numbers, not NaN."""
         self.shape, self.dtype, self._device = shape, np.dtype(dtype), device
         self._value = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, device, 0)
         self._value.update_inplace(np.zeros(shape, dtype))
@@ -50,7 +50,7 @@ class DeviceBuffer:
         return self.shape[0] * self._row_bytes
 
     def upload(self, array: np.ndarray) -> None:
-        """Overwrite all of it; `array` has its shape."""
+        """Overwrite the whole buffer; `array` has the same shape."""
         self._value.update_inplace(array)
 
     def fetch(self) -> np.ndarray:
@@ -58,6 +58,6 @@ class DeviceBuffer:
         return np.array(self._value.numpy())
 
     def rows(self, count: int, first: int = 0) -> View:
-        """`count` of its rows, from row `first` on."""
+        """View of `count` rows, from row `first` on."""
         pointer = self._value.data_ptr() + first * self._row_bytes
         return View(self._device, self.dtype, (count, *self.shape[1:]), pointer)

@@ -1,8 +1,8 @@
-"""The encoder graph on a processor: all threads on one image, or an image for each thread.
+"""The encoder graph on a CPU: all threads on one image, or one image per thread.
 
-Threads that share an image wait for one another after every operator, and so for whatever else the
-machine does on one of their cores: decoding images, answering requests. With as many images as
-threads nobody has to wait: each image is a stream of its own, which computes a fifth faster.
+Threads that share an image wait for one another after every operator, and so for any other work on
+one of their cores: decoding images, answering requests. With as many images as threads, each image
+is a stream on its own thread without such waits, which computes a fifth faster.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,15 +15,15 @@ import onnxruntime as ort
 
 from runtime.providers.session import Placement, open_session
 
-_Row = tuple[int, np.ndarray]  # index of an image among those to encode, its pixels
+_Row = tuple[int, np.ndarray]  # index of an image in the call, its pixels
 Put = Callable[[int, list[np.ndarray]], None]
 
 
 class Encoder:
-    """Runs the graph on images and hands over what comes out of each. One thread uses it."""
+    """Runs the encoder graph and passes on the outputs of each image. One thread uses it."""
 
     def __init__(self, path: Path, how: Placement, streams: int, outputs: Sequence[str]) -> None:
-        """streams: images that may be encoded side by side, each on one thread.
+        """streams: images that may be encoded in parallel, each on one thread.
 
         Raises ProviderError or EngineFolderError, as `open_session`.
         """
@@ -31,15 +31,15 @@ class Encoder:
         probe = {"pixels": np.zeros((1, *how.row), np.uint8)}
         self._wide = open_session(path, how, probe)
         if streams > 1:
-            # One session for all: with a single thread it computes on the one that calls it.
+            # All streams share one session: with a single thread it computes on the calling thread.
             self._narrow = open_session(path, replace(how, threads=1), probe)
             self._pool = ThreadPoolExecutor(streams, "encode")
 
     def encode(self, pixels: Sequence[np.ndarray], put: Put) -> None:
-        """Encode images (uint8, `how.row` each): `put(i, outputs)` gets those of image i.
+        """Encode images (uint8, `how.row` each); call `put(i, outputs)` for each image i.
 
-        `put` is called from several threads, each time for another image. What it or ONNX Runtime
-        raises is raised once no thread is at work any more.
+        `put` is called from several threads, once per image. Exceptions of `put` or ONNX Runtime
+        are re-raised once all streams have ended.
         """
         rows = list(enumerate(pixels))
         shared = self._shared(len(rows))
@@ -52,11 +52,11 @@ class Encoder:
             self._run(self._wide, together, put)
 
     def _shared(self, images: int) -> int:
-        """How many of them all threads work on together, after those that get one each."""
+        """Number of images that all threads encode together, after those on one thread each."""
         if self._streams == 1:
             return images
         rest = images % self._streams
-        return 0 if rest > self._streams // 2 else rest  # else half of the cores would rest
+        return 0 if rest > self._streams // 2 else rest  # streams would idle half of the cores
 
     def _run(self, session: ort.InferenceSession, rows: list[_Row], put: Put) -> None:
         outputs = session.run(self._outputs, {"pixels": np.stack([pixels for _, pixels in rows])})

@@ -1,8 +1,8 @@
 """Both graphs, the K/V arena, and the bindings between them. One thread uses a runner.
 
 Arena: for each layer a key and a value array `[slots, heads, C, head]` with C = prefix + text
-positions. A decode step binds the leading rows of these very arrays as past *and* present, so the
-decoder graph appends each new token's K/V in place and no cache is copied from step to step.
+positions. A decode step binds the leading rows of these arrays as both past and present, so the
+decoder graph appends each new token's K/V in place and no cache is copied between steps.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ from runtime.providers.session import Placement, open_session
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """All that a decode step over a number of rows needs, bound once, and what it finds."""
+    """Bindings of a decode step over a fixed number of rows, and the arrays of its results."""
 
     binding: Any  # onnxruntime.IOBinding
     found: Candidates
 
 
 class HostRunner:
-    """State in host memory: `encode` into slots, `decode` one token for rows."""
+    """ModelRunner with its state in host memory; `decode` runs one step."""
 
     burst = 1
     graphs = False
@@ -50,7 +50,7 @@ class HostRunner:
         self._tokens = np.zeros((plan.slots, 1), np.int64)
         self._lengths = np.full(plan.slots, self.sizes.prefix, np.int32)
         self._total_length = np.array([self.sizes.prefix + 1], np.int32)
-        self._counts: dict[int, np.ndarray] = {}  # of candidates: what is bound has to live on
+        self._counts: dict[int, np.ndarray] = {}  # by candidates: keeps bound arrays alive
         self._steps: dict[tuple[int, int], _Step] = {}  # by rows and candidates
         encode_on = Placement(
             plan.encoder_provider, plan.encoder_threads, folder,
@@ -82,11 +82,11 @@ class HostRunner:
 
     @property
     def runs_on(self) -> str:
-        """For people: providers and precisions, and the memory that the slots take."""
+        """For people: providers, precisions, and memory of the slots."""
         return self.plan.describe(sum(c.nbytes for c in self._arena))
 
     def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:
-        """Put the image K/V of each of `pixels` (uint8, `Sizes.pixels`) into its slots."""
+        """See ModelRunner. pixels: uint8, each of shape `Sizes.pixels`."""
 
         def put(index: int, image: list[np.ndarray]) -> None:
             for cache, values in zip(self._arena, image, strict=True):
@@ -102,7 +102,7 @@ class HostRunner:
         forced: Sequence[Sequence[int]] = (),
         candidates: int = 1,
     ) -> Candidates:
-        """Feed a token to each of the leading rows: one step, see ModelRunner."""
+        """See ModelRunner; one step only."""
         assert not forced, "tokens are in host memory at every step: bursts gain nothing"
         rows = len(tokens)
         self._tokens[:rows, 0] = tokens
@@ -113,11 +113,11 @@ class HostRunner:
         return step.found
 
     def bucket(self, rows: int) -> int:
-        """No rows are added: a step works on as many as there are."""
+        """See ModelRunner; a step works on exactly `rows` rows."""
         return rows
 
     def move(self, source: int, target: int) -> None:
-        """Copy a sequence's cache from one slot to another."""
+        """See ModelRunner."""
         for cache in self._arena:
             cache[target] = cache[source]
 
@@ -129,7 +129,7 @@ class HostRunner:
             cache[targets, :, text] = cache[sources, :, text]  # the right side is a copy
 
     def warm_up(self) -> None:
-        """Run both graphs once, so that the first request finds them compiled and allocated."""
+        """Run both graphs, so that compilation and allocation are done before the first request."""
         images = min(self.plan.encode_batch, len(self._tokens))
         for batch in {1, images}:
             self.encode([np.zeros(self.sizes.pixels, np.uint8)] * batch, leading(batch))
@@ -157,7 +157,7 @@ class HostRunner:
 
 
 def _shared(array: np.ndarray) -> ort.OrtValue:
-    """A CPU tensor over the array's own memory: the graph sees what numpy writes, and back."""
+    """A CPU tensor over the array's memory: NumPy and the graph see each other's writes."""
     value = ort.OrtValue.ortvalue_from_numpy(array)
     assert value.data_ptr() == array.ctypes.data, "ONNX Runtime copied a buffer it should share"
     return value

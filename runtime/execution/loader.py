@@ -1,4 +1,4 @@
-"""From an engine folder to a runner: manifest, plan, memory and sessions, one after another."""
+"""From an engine folder to a runner: manifest, plan, memory and sessions."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -21,16 +21,16 @@ from runtime.providers.gpu_memory import Memory
 
 log = logging.getLogger(__name__)
 
-_ON_DEVICE = "float16"  # a cache of that type stays with the decoder, on a processor, too
-_SHARE = 0.8  # of a machine's memory that the slots may take
+_ON_DEVICE = "float16"  # cache dtype of the DeviceRunner, on the CPU provider too
+_SHARE = 0.8  # share of a machine's memory that the slots may take
 _HALF = 2  # bytes
-_ARENA = 2  # ONNX Runtime's allocator for tensors beside a session takes up to twice their size
-_ACTIVATIONS = 24  # of an image in the encoder: tensors of positions x width that are alive at once
+_ARENA = 2  # ONNX Runtime's allocator for tensors outside a session takes up to twice their size
+_ACTIVATIONS = 24  # per image in the encoder: live tensors of positions x width
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An engine that was found whole, and plans to try in their order. Nothing runs yet."""
+    """An engine with a checked folder, and plans to try in order. No session is open yet."""
 
     folder: Path
     manifest: Manifest
@@ -39,10 +39,10 @@ class Prepared:
 
 
 def prepare(folder: Path, config: EngineConfig) -> Prepared:
-    """Find out all that can be wrong before a graph is loaded; takes no more than reading it.
+    """Check everything that can be checked before a graph is loaded; no slower than reading it.
 
     Raises EngineFolderError for a missing, damaged or foreign folder or plan, ProviderError for a
-    provider that is not here, or a GPU that is too small.
+    missing provider or slots that don't fit memory.
     """
     if config.provider != AUTO:
         registry.require(config.provider)
@@ -60,7 +60,7 @@ def prepare(folder: Path, config: EngineConfig) -> Prepared:
 
 
 def _fitted(manifest: Manifest, config: EngineConfig, plan: Plan) -> Plan:
-    """The plan with its slots; ProviderError if they don't fit the memory that holds them."""
+    """The plan with its number of slots; ProviderError if they don't fit memory."""
     text = config.text_positions(manifest.sizes.text)
     plan = replace(plan, text_tokens=text, cuda_graphs=config.cuda_graphs)
     if plan.decoder_provider != "cuda":
@@ -80,17 +80,17 @@ def _fitted(manifest: Manifest, config: EngineConfig, plan: Plan) -> Plan:
 
 
 def _slot_bytes(manifest: Manifest, plan: Plan) -> int:
-    """Bytes of one slot's K/V on a processor."""
+    """Bytes of one slot's K/V in host memory."""
     sizes, cache = manifest.sizes, manifest.combination(plan.combination).cache
     positions = sizes.prefix + plan.text_tokens
     return 2 * sizes.layers * sizes.heads * sizes.head * positions * np.dtype(cache).itemsize
 
 
 def gpu_memory(manifest: Manifest, plan: Plan) -> Memory:
-    """What an engine takes of a GPU: its weights, the rest by its shapes."""
+    """GPU memory of an engine: its weights, and the rest estimated from its shapes."""
     sizes, combination = manifest.sizes, manifest.combination(plan.combination)
     width = sizes.heads * sizes.head
-    kv = 2 * sizes.layers * width * _HALF  # of one position
+    kv = 2 * sizes.layers * width * _HALF  # per position
     graphs = (manifest.variant(graph, combination) for graph in ("encoder", "decoder"))
     return Memory(
         weights=sum(graph.weights for graph in graphs),
@@ -103,11 +103,10 @@ AnyRunner = HostRunner | DeviceRunner
 
 
 def open_runner(engine: Prepared) -> tuple[AnyRunner, float]:
-    """A warm runner on the first plan that works here and passes the self-test; and the seconds
-    that a caption of the self-test took.
+    """Open and warm up the first plan that works here and passes the self-test.
 
-    With several plans, each that doesn't work is logged. Raises ProviderError when the last can't
-    run either.
+    Returns the runner and the seconds per self-test caption. Each plan that fails is logged;
+    raises ProviderError if the last one fails, too.
     """
     *optional, last = engine.plans
     for plan in optional:
@@ -121,14 +120,14 @@ def open_runner(engine: Prepared) -> tuple[AnyRunner, float]:
 def _opened(engine: Prepared, plan: Plan) -> tuple[AnyRunner, float]:
     manifest = engine.manifest
     runner = _warm_runner(engine, plan)
-    if runner is None:  # a stream that a capture failed on is of no use: all is opened again
+    if runner is None:  # a CUDA stream is unusable after a failed capture: open all sessions anew
         runner = _warm_runner(engine, replace(plan, cuda_graphs=False))
         assert runner is not None
     return runner, self_test.check(runner, manifest.sizes, manifest.tokens, manifest.self_test)
 
 
 def _warm_runner(engine: Prepared, plan: Plan) -> AnyRunner | None:
-    """None if CUDA graphs were asked for and can't be captured; what it held is free again."""
+    """Open and warm up a runner; None, with its memory freed, if CUDA graphs can't be captured."""
     cache = engine.manifest.combination(plan.combination).cache
     kind = DeviceRunner if cache == _ON_DEVICE else HostRunner
     runner: AnyRunner = kind(engine.folder, engine.manifest, plan)

@@ -1,7 +1,7 @@
-"""A few captions that every start has to say: those of PyTorch, at export.
+"""The self-test: at every start, a few captions must equal those of PyTorch at export.
 
-They find what no checksum can: a provider that computes nonsense on this kind of machine, a wrong
-driver, a kernel that another version of a library computes otherwise.
+It detects faults that no checksum can: a provider that computes nonsense on this kind of machine, a
+wrong driver, a kernel that differs in another version of a library.
 """
 
 import random
@@ -13,13 +13,13 @@ from runtime.errors import ProviderError
 from runtime.execution.base import ModelRunner
 from runtime.model.manifest import SelfTest, Sizes, SpecialTokens
 
-PICTURES, TOKENS = 2, 8  # of them, and most new tokens for each: a tenth of a second on a processor
-_CELLS = 4  # a picture is so many coloured blocks wide and high
+PICTURES, TOKENS = 2, 8  # pictures, and most new tokens for each: a tenth of a second on a CPU
+_CELLS = 4  # coloured blocks across and down a picture
 _NOISE = 15
 
 
 def picture(seed: int, sizes: Sizes) -> np.ndarray:
-    """Coloured blocks with noise, uint8 of `sizes.pixels`: the same for a seed on any machine."""
+    """Coloured blocks with noise, uint8 of shape `sizes.pixels`; equal on any machine."""
     *frames, bands, height, width = sizes.pixels
     count = frames[0] if frames else 1
     made = random.Random(seed)
@@ -34,9 +34,9 @@ def picture(seed: int, sizes: Sizes) -> np.ndarray:
 def check(
     runner: ModelRunner, sizes: Sizes, special: SpecialTokens, expected: SelfTest | None
 ) -> float:
-    """Have a runner caption the pictures; the seconds that it took for each.
+    """Caption the pictures on a runner; returns seconds per picture.
 
-    expected: None (random weights) compares nothing. Raises ProviderError if it says anything else.
+    expected: None (random weights) compares nothing. Raises ProviderError for a wrong caption.
     """
     seeds = expected.seeds if expected else tuple(range(PICTURES))
     pixels = [picture(seed, sizes) for seed in seeds]
@@ -54,7 +54,7 @@ def check(
 
 
 def _caption(runner: ModelRunner, pixels: np.ndarray, special: SpecialTokens) -> list[int]:
-    """Its tokens, the end token included."""
+    """Greedy tokens of one picture, including the end token."""
     runner.encode([pixels], [[0]])
     said: list[int] = []
     token = special.bos

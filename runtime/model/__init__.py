@@ -1,1 +1,1 @@
-"""What an engine folder says of its model: manifest, tokenizer, preprocessing."""
+"""The model in an engine folder: manifest, tokenizer, preprocessing."""

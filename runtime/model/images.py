@@ -1,4 +1,4 @@
-"""Images in whatever form a caller has them, as pixels for the encoder."""
+"""Images in any supported form to pixels for the encoder."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ AnyImage = bytes | bytearray | str | Path | Image.Image | np.ndarray
 
 
 def pixels_of(image: AnyImage, manifest: Manifest, place: int) -> np.ndarray:
-    """uint8 pixels of one image: encoded bytes, the path of a file, a PIL image, or an array.
+    """uint8 pixels of one image: encoded bytes, a file's path, a PIL image, or an array.
 
-    An array is pixels as `preprocess` makes them, or an image `[height, width, 3]` or
-    `[height, width]` of uint8. place: of the image among those of a call, for messages.
+    An array holds pixels as `preprocess` returns them, or a uint8 image `[height, width, 3]` or
+    `[height, width]`. place: position of the image in the call, for messages.
 
     Raises InvalidImage or TooManyPixels, naming the image.
     """

@@ -1,7 +1,7 @@
-"""The contract between export/ and runtime/: all that the runtime knows of a model.
+"""The contract between export/ and runtime/: everything the runtime knows about a model.
 
-`manifest.json` lies beside the graphs. Only the standard library is imported, so that export/ can
-write what runtime/ reads without taking anything else along.
+`manifest.json` lies beside the graphs. This module imports only the standard library, so that
+export/ can use it without further dependencies.
 """
 
 import hashlib
@@ -13,26 +13,26 @@ from typing import Any
 
 from runtime.errors import EngineFolderError
 
-FORMAT = 5  # raise it when a field changes its meaning; older engines are then refused
+FORMAT = 5  # increment when a field's meaning changes; older engines are then refused
 FILE = "manifest.json"
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "weights.data"
-UNFORCED = -1  # in place of a forced token: what the step before found likeliest
-PIECE = 2  # int64 that the insertion graph copies at once
+UNFORCED = -1  # stands for the likeliest token of the step before
+PIECE = 2  # int64 values that the insertion graph copies at once
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Shapes of both graphs. Positions and tokens are counts, `image` is pixels."""
+    """Shapes of both graphs. `prefix` and `text` are counts of positions, `image` is in pixels."""
 
     image: int
-    frames: int | None  # images a request holds for a video checkpoint, else None
-    prefix: int  # P: positions that one request's image takes in the cache
+    frames: int | None  # images per request of a video checkpoint, else None
+    prefix: int  # P: K/V cache positions of one request's image
     layers: int
     heads: int
-    head: int  # D: width of one head
+    head: int  # D: head size
     vocabulary: int
-    text: int  # most text tokens in a sequence, prompt included (the position embeddings' number)
+    text: int  # most text tokens per sequence, including the prompt (number of position embeddings)
 
     @property
     def pixels(self) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """Ids that steer the decode loop."""
+    """Token ids that the decode loop depends on."""
 
     bos: int
     eos: int
@@ -52,7 +52,7 @@ class SpecialTokens:
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """What happens to an image before the encoder graph; all sizes in pixels."""
+    """Image preprocessing ahead of the encoder graph; sizes in pixels."""
 
     shortest_edge: int
     crop: int
@@ -63,16 +63,16 @@ class Preprocessing:
 class Variant:
     """One graph in one precision, for one type of K/V cache.
 
-    graph: "encoder" or "decoder"; on a device, and without weights, "insert" puts image K/V into
-        slots, "reorder" moves text K/V between slots, "candidates" finds the likeliest tokens.
-    precision: fp32, int8 (weights, and activations as they come), int8-static (an encoder with
+    graph: "encoder" or "decoder"; on a device, and without weights, "insert" copies image K/V into
+        slots, "reorder" copies text K/V between slots, "candidates" finds the likeliest tokens.
+    precision: fp32, int8 (activations quantised dynamically), int8-static (an encoder with
         activation scales from calibration, for OpenVINO), fp16, fp16-fused (an encoder with
         attention in one node, for CUDA).
     cache: dtype of the K/V that the encoder writes and the decoder reads: float32, int8 or
-        float16, which stays on a GPU.
-    file: its name in the engine folder. All keep their weights in the file WEIGHTS there, equal
-        ones once.
-    weights: bytes that its weights take in memory.
+        float16 (kept on a GPU).
+    file: name in the engine folder. All graphs store their weights in WEIGHTS there, equal
+        tensors once.
+    weights: bytes of the graph's weights in memory.
     """
 
     graph: str
@@ -86,8 +86,8 @@ class Variant:
 class Combination:
     """An encoder and a decoder that were proven together.
 
-    agreement: share of `images` whose captions are those of PyTorch in fp32; None for random
-        weights, whose captions prove nothing. beams: the same with 4 beams, of fewer images.
+    agreement: share of `images` whose captions equal fp32 PyTorch's; None for random weights,
+        whose captions prove nothing. beams: the same with 4 beams, on fewer images.
     """
 
     encoder: str
@@ -99,24 +99,24 @@ class Combination:
 
     @property
     def name(self) -> str:
-        """Precision of the encoder, of the decoder, and the cache's dtype: fp32/int8/int8."""
+        """Encoder precision, decoder precision and cache dtype, such as fp32/int8/int8."""
         return f"{self.encoder}/{self.decoder}/{self.cache}"
 
 
 @dataclass(frozen=True, slots=True)
 class SelfTest:
-    """Pictures by seed (`runtime.execution.self_test`), and what PyTorch and all variants say."""
+    """Picture seeds (`runtime.execution.self_test`), and the tokens of PyTorch and all variants."""
 
     seeds: tuple[int, ...]
     tokens: tuple[tuple[int, ...], ...]
 
 
-EXACT = "fp32/fp32/float32"  # the combination that every engine has, equal to PyTorch
+EXACT = "fp32/fp32/float32"  # the combination every engine has; its captions equal PyTorch's
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One exported model. `verification` and `versions` are for people: nothing reads them."""
+    """One exported model. `verification` and `versions` are for people only."""
 
     model: str
     revision: str | None
@@ -126,18 +126,18 @@ class Manifest:
     files: dict[str, str]  # name -> sha256 of everything beside the manifest
     variants: tuple[Variant, ...]
     combinations: tuple[Combination, ...]
-    self_test: SelfTest | None = None  # none for random weights
+    self_test: SelfTest | None = None  # None for random weights
     about: str = ""  # a line for people: what the model knows
     verification: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hex digits by which this export is told from others: of its files' sha256."""
+        """Twelve hex digits that identify this export, derived from its files' sha256."""
         return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()[:12]
 
     def combination(self, name: str) -> Combination:
-        """The combination of that name; EngineFolderError names those that there are instead."""
+        """The combination `name`. Raises EngineFolderError, listing the available ones."""
         for candidate in self.combinations:
             if candidate.name == name:
                 return candidate
@@ -147,7 +147,7 @@ class Manifest:
         )
 
     def variant(self, graph: str, combination: Combination) -> Variant:
-        """The file of `graph` in a combination."""
+        """The variant of `graph` that a combination uses."""
         precision = combination.encoder if graph == "encoder" else combination.decoder
         wanted = (graph, precision, combination.cache)
         return next(v for v in self.variants if (v.graph, v.precision, v.cache) == wanted)
@@ -159,7 +159,7 @@ class Manifest:
 
 
 def read(folder: Path) -> Manifest:
-    """Read an engine folder's manifest; EngineFolderError if there is none of this format."""
+    """Read an engine folder's manifest; EngineFolderError if it is missing or of another format."""
     path = folder / FILE
     if not path.is_file():
         raise EngineFolderError(
@@ -180,12 +180,12 @@ def read(folder: Path) -> Manifest:
 
 
 def load(folder: Path) -> Manifest:
-    """Read an engine folder's manifest and check that the files it names are whole (sha256).
+    """Read an engine folder's manifest and check the sha256 of all files it names.
 
     Raises EngineFolderError naming the file that is missing, damaged or of another format.
     """
     manifest = read(folder)
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         for _ in pool.map(
             _check_whole, map(folder.joinpath, manifest.files), manifest.files.values()
         ):
@@ -194,7 +194,7 @@ def load(folder: Path) -> Manifest:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
+    """Hex digest of a file, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -213,7 +213,7 @@ def _parsed(content: dict[str, Any]) -> Manifest:
 
 
 def _check_named(manifest: Manifest) -> None:
-    """Raise ValueError unless all that is read lies in the folder and has its sha256."""
+    """Raise ValueError unless each file used has a sha256 and lies directly in the folder."""
     used = {TOKENIZER, WEIGHTS, *(v.file for v in manifest.variants)}
     if unproven := sorted(used - manifest.files.keys()):
         raise ValueError(f"it has no sha256 of {unproven[0]!r}")

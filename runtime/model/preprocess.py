@@ -1,12 +1,12 @@
-"""Image bytes to the encoder's uint8 pixels, equal to what Hugging Face's image processor makes.
+"""Image bytes to the encoder's uint8 pixels, equal to the output of Hugging Face's processor.
 
-One exception: a JPEG at least six times as large as the encoder needs is decoded at a half, a
-quarter or an eighth of its size, which libjpeg does on the way. The pixels of photographs then
-differ by at most 1 of 255 levels in the mean, of grids and other fine drawings by at most 10; 12
-megapixels take about a third of the time.
+One exception: libjpeg decodes a JPEG at least six times as large as the encoder needs at a half, a
+quarter or an eighth of its size. The mean difference is then at most 1 of 255 levels for
+photographs and at most 10 for grids and other fine drawings; 12 megapixels take about a third of
+the time.
 
-Three things are decided here because the processor leaves them to its caller: EXIF orientation is
-applied first, transparent images are laid on white, and 16-bit ones are scaled to 8 bits.
+Three steps are left to the processor's caller: EXIF orientation is applied first, transparent
+images are composited on white, and 16-bit images are scaled to 8 bits.
 """
 
 import io
@@ -22,20 +22,20 @@ from runtime.model.manifest import Preprocessing
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 50_000_000
-_SPARE = 3  # a scaled decoding keeps so many times the shortest edge that is wanted
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # of each image; many are decoded at a time
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns where ours refuses, and can't be raised
+_SPARE = 3  # scaled decoding keeps at least so many times `shortest_edge`
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # per image; many images are decoded at a time
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns; `max_pixels` refuses
 
-# What Pillow's decoders raise on damaged files; anything else is a bug and must show.
+# Exceptions of Pillow's decoders on damaged files; any other exception is a bug and must show.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
            OverflowError, MemoryError, RuntimeError, struct.error)  # fmt: skip
-# EXIF 2.32, 4.6.4: what each orientation takes to be undone.
+# EXIF 2.32, 4.6.4: the transposition that undoes each orientation.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-_EXIF_ENTRIES, _EXIF_BYTES = 500, 2**18  # more is not looked at
+_EXIF_ENTRIES, _EXIF_BYTES = 500, 2**18  # larger EXIF data is ignored
 _NOT_AN_IMAGE = f"not an image: it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
 
 
@@ -57,7 +57,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Encoded image -> what its head says of it; nothing is decoded yet.
+    """Encoded image -> image with its header read; no pixel is decoded yet.
 
     Raises InvalidImage or TooManyPixels.
     """
@@ -71,10 +71,10 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def prepared(image: Image.Image, how: Preprocessing, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Opened image -> pixels as of `preprocess`. Raises InvalidImage or TooManyPixels."""
+    """Opened image -> pixels as in `preprocess`. Raises InvalidImage or TooManyPixels."""
     image = _upright(image, _SPARE * how.shortest_edge)
     width, height = resized(image.size, how)
-    if width * height > max_pixels:  # a line of pixels grows a thousandfold when it is resized
+    if width * height > max_pixels:  # resizing a line of pixels enlarges it a thousandfold
         raise TooManyPixels("the image is far longer than wide: crop it to what is to be captioned")
     return to_pixels(image, how)
 
@@ -82,14 +82,14 @@ def prepared(image: Image.Image, how: Preprocessing, max_pixels: int = MAX_PIXEL
 def _upright(image: Image.Image, least_edge: int | None) -> Image.Image:
     """Decode an opened image to RGB.
 
-    least_edge: how small the shortest edge of a JPEG may come out, in pixels; None keeps its size.
+    least_edge: shortest edge in pixels that a scaled-down JPEG must keep; None decodes full size.
     """
     try:
         if least_edge is not None:
-            image.draft(None, (least_edge, least_edge))  # does nothing for what is no JPEG
+            image.draft(None, (least_edge, least_edge))  # has no effect on other formats than JPEG
         image.load()
-        # Of all that EXIF says this alone; Pillow's own `exif_transpose` writes the rest anew, and
-        # fails where it can't.
+        # Only the orientation is read: Pillow's `exif_transpose` also rewrites the other tags, and
+        # fails if it can't.
         turned = image.getexif().get(ExifTags.Base.Orientation) if _is_short(image) else None
         how = _UPRIGHT.get(turned) if isinstance(turned, int) else None
         return to_rgb(image if how is None else image.transpose(how))
@@ -100,7 +100,7 @@ def _upright(image: Image.Image, least_edge: int | None) -> Image.Image:
 
 
 def _is_short(image: Image.Image) -> bool:
-    """Whether EXIF is as long as cameras write it. (TIFF 6.0, 2: its first directory.)"""
+    """Whether EXIF data is no longer than cameras write. (TIFF 6.0, 2: its first directory.)"""
     exif = image.info.get("exif", b"")
     exif = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
     order: Literal["little", "big"] = "little" if exif.startswith(b"II") else "big"
@@ -119,7 +119,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         deep = np.asarray(image, dtype=np.uint16)
         return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "I":  # 32-bit integers; they hold 16-bit values in PNG, and mostly in TIFF
+    if image.mode == "I":  # 32-bit integers, holding 16-bit values in PNG, and mostly in TIFF
         deep = np.clip(np.asarray(image), 0, 65535)
         return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -130,7 +130,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resized(size: tuple[int, int], how: Preprocessing) -> tuple[int, int]:
-    """Width and height with the shortest edge as wanted, rounded as CLIPImageProcessor does."""
+    """Width and height after resizing to `shortest_edge`, rounded as in CLIPImageProcessor."""
     width, height = size
     short, long = sorted(size)
     long = int(how.shortest_edge * long / short)
@@ -138,7 +138,7 @@ def resized(size: tuple[int, int], how: Preprocessing) -> tuple[int, int]:
 
 
 def to_pixels(image: Image.Image, how: Preprocessing) -> np.ndarray:
-    """RGB image -> uint8 `[3, crop, crop]`: shortest edge resized, centre cut out."""
+    """RGB image -> uint8 `[3, crop, crop]`: resize the shortest edge, crop the centre."""
     size = resized(image.size, how)
     if size != image.size:
         image = image.resize(size, Image.Resampling(how.resample))

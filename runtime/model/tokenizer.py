@@ -1,4 +1,4 @@
-"""Text to ids and back, by the `tokenizer.json` that travels with the engine."""
+"""Text to token ids and back, by the engine's `tokenizer.json`."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -10,34 +10,34 @@ from runtime.errors import EngineFolderError, InvalidRequest
 from runtime.model.manifest import TOKENIZER, Manifest
 
 _REMEMBERED = 256  # prompts
-_PROMPT_CHARACTERS = 1024  # far beyond any slot; more would only keep the tokenizer busy
+_PROMPT_CHARACTERS = 1024  # far beyond any slot; longer prompts would only cost tokenizer time
 
 
 class CaptionTokenizer:
-    """The model's tokenizer, in the two directions that captioning needs."""
+    """The model's tokenizer: prompts to ids, generated ids to text."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         path = folder / TOKENIZER
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as cause:  # the library raises bare Exception for all that can be wrong
+        except Exception as cause:  # the library raises bare Exception
             raise EngineFolderError(f"{path} can't be read: export the engine again") from cause
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # A question may be asked of many images.
+        # Cached, because one question may be asked about many images.
         self._encode = lru_cache(_REMEMBERED)(self._encoded)
         self._bos = manifest.tokens.bos
-        unknown = getattr(self._tokenizer.model, "unk_token", None)  # a model of bytes has none
-        # What marks a token that goes on with a word; a model of bytes has none.
+        unknown = getattr(self._tokenizer.model, "unk_token", None)  # byte-level models have none
+        # Prefix of a token that continues a word; byte-level models have none.
         self._mark = getattr(self._tokenizer.model, "continuing_subword_prefix", None) or ""
         self._unknown = self._tokenizer.token_to_id(unknown) if unknown else None
 
     def prompt_ids(self, prompt: str | None) -> tuple[int, ...]:
-        """What a sequence starts with: the start token, then the prompt without an end token.
+        """The start token, then the prompt's tokens without an end token.
 
-        This is how GIT was trained to answer questions: the answer goes on where the prompt stops.
-        Raises InvalidRequest for a prompt that is no text, much too long, or in words of which the
-        model knows none: it would answer as if it had not been asked.
+        GIT was trained to answer questions this way: the answer continues the prompt. Raises
+        InvalidRequest for a prompt that is not valid text, is far too long, or has only unknown
+        words: the model would answer as if without a prompt.
         """
         if not prompt:
             return (self._bos,)
@@ -60,12 +60,11 @@ class CaptionTokenizer:
     def text(self, ids: Sequence[int]) -> str:
         """Generated ids as text, without special tokens."""
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()
-        return text.removeprefix(
-            self._mark
-        )  # of a caption that goes on with the prompt's last word
+        # The mark is left if the caption continues the prompt's last word.
+        return text.removeprefix(self._mark)
 
     def whole_words(self, ids: Sequence[int]) -> str:
-        """Text as above, but for a last word that the next token may go on with."""
+        """Text as above without the last word, which the next token may continue."""
         begins = (at for at in reversed(range(len(ids))) if not self._goes_on(ids[at]))
         return self.text(ids[: next(begins, 0)] if self._mark else ids)
 
@@ -73,5 +72,5 @@ class CaptionTokenizer:
         return self.token(token).startswith(self._mark)
 
     def token(self, token: int) -> str:
-        """A single one as the vocabulary has it."""
+        """One token as the vocabulary spells it; empty for an unknown id."""
         return self._tokenizer.id_to_token(token) or ""

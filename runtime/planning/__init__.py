@@ -1,1 +1,1 @@
-"""What is asked for (`config`), what the machine has, and what follows from both (`plan`)."""
+"""Settings (`config`), the processor (`machine`), and the plan derived from both (`plan`)."""

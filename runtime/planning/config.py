@@ -1,4 +1,4 @@
-"""Settings of an engine, built once at the edge of the program and passed down."""
+"""Settings of an engine, built once at the program's entry point and passed down."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,31 +7,31 @@ from runtime.errors import InvalidRequest
 
 _DEMO = Path("engines/demo")
 AUTO = "auto"
-PROVIDERS = (AUTO, "tensorrt", "cuda", "openvino", "cpu")  # after auto, in the order it tries
-NVIDIA = ("cuda", "tensorrt")  # of these
-SLOTS = 16  # on a processor, unless told otherwise: more rows make a step no cheaper for each
-MOST_SLOTS = 64  # on a GPU, where none are asked for and memory has room for more
-TEXT_TOKENS = 64  # positions of a slot, unless told otherwise: captions are short
+PROVIDERS = (AUTO, "tensorrt", "cuda", "openvino", "cpu")  # after auto: in the order tried by auto
+NVIDIA = ("cuda", "tensorrt")  # of PROVIDERS
+SLOTS = 16  # default on a CPU: more rows make a step no cheaper per row
+MOST_SLOTS = 64  # default on a GPU if memory has room for more
+TEXT_TOKENS = 64  # default text positions per slot: captions are short
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """How an engine uses the machine.
 
-    slots: sequences that decode together; each takes one fixed piece of the K/V arena. None takes
-        16, or on a GPU what fits its memory, at most 64.
-    text_tokens: text positions a slot has (prompt and caption); None takes the model's own number,
-        at most 64, because captions are short and the arena's size follows from it.
-    encode_batch: most images that go through the encoder between two decode steps; None leaves it
-        to the plan (`runtime.planning.plan`).
-    patience: how long running sequences go before the next encoder call, in terms of the last one's
-        duration, for each that runs and divided by the number that wait (`runtime.pacing`).
+    slots: rows that decode together, each with a fixed piece of the K/V arena. None takes 16, or
+        on a GPU as many as fit its memory, at most 64.
+    text_tokens: text positions per slot (prompt and caption); None takes the model's own number,
+        at most 64, because captions are short and the arena's size depends on it.
+    encode_batch: most images encoded between two decode steps; None leaves it to the plan
+        (`runtime.planning.plan`).
+    patience: decode time before the next encoder call, in durations of the last encoder call,
+        times the number of running and divided by that of waiting sequences (`runtime.pacing`).
     refill: admit new sequences while others run (continuous batching); off means static batching.
     provider: execution provider of the encoder graph: cpu, openvino, cuda, tensorrt or auto.
     precision: a combination of the manifest such as fp32/int8/int8, or auto.
     threads: threads of each session's operators; 0 lets ONNX Runtime take all cores.
-    memory_share: of the memory of its device that it may take, if several engines share that.
-    cuda_graphs: on a GPU, capture each step once and launch it again.
+    memory_share: share of the device's memory the engine may take, if several engines share it.
+    cuda_graphs: on a GPU, capture each step once and replay it.
     """
 
     slots: int | None = None
@@ -46,7 +46,7 @@ class EngineConfig:
     cuda_graphs: bool = True
 
     def text_positions(self, model: int) -> int:
-        """Text positions of a slot. model: the most that the model has."""
+        """Text positions per slot. model: the model's own number, an upper bound."""
         return min(self.text_tokens or TEXT_TOKENS, model)
 
     def __post_init__(self) -> None:
@@ -63,5 +63,5 @@ class EngineConfig:
 
 
 def demo_engine() -> Path:
-    """The embedded engine: of the checkout that one stands in, or else the installed one."""
+    """Folder of the demo engine: in the current checkout, or else in the installed package."""
     return _DEMO if _DEMO.is_dir() else Path(__file__).parents[2] / _DEMO

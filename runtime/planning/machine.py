@@ -1,4 +1,4 @@
-"""What the processor can do, which is what a plan depends on."""
+"""The processor's cores, instruction sets and memory, which a plan depends on."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/sys/fs/cgroup")
-# The instruction sets that decide which precision is fast, by the names Linux gives them.
+# Instruction sets that decide which precision is fast, by their names in Linux.
 _INSTRUCTIONS = (
     "avx2",
     "avx512f",
@@ -25,12 +25,12 @@ _INSTRUCTIONS = (
 )
 
 _INT8_DOT = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
-_APPLE = {"asimddp"}  # all processors of theirs that are called arm64
+_APPLE = {"asimddp"}  # all of Apple's arm64 processors have it
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`cores` are the logical ones that this process may use, a container's quota considered."""
+    """`cores` counts logical cores this process may use, within a container's quota."""
 
     cpu: str
     cores: int
@@ -38,7 +38,7 @@ class Machine:
 
     @property
     def has_int8_dot(self) -> bool:
-        """8-bit products are summed in 32 bits without saturating on the way, and fast."""
+        """Whether 8-bit products are summed in 32 bits, fast and without saturating."""
         return any(i in self.instructions for i in _INT8_DOT)
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Machine:
 
 @cache
 def this_machine() -> Machine:
-    """The machine that this process runs on; outside Linux few instruction sets are known."""
+    """The machine this process runs on; outside Linux few instruction sets are detected."""
     fields: dict[str, str] = {}
     if _CPUINFO.is_file():
         for line in _CPUINFO.read_text().partition("\n\n")[0].splitlines():
@@ -67,7 +67,7 @@ def this_machine() -> Machine:
 
 
 def memory(cgroup: Path = _CGROUP) -> int:
-    """Bytes that this process may use: the machine's, or what a container is allowed of them."""
+    """Bytes of memory this process may use: the machine's, or its container's limit if lower."""
     known = "SC_PHYS_PAGES" in os.sysconf_names
     most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else sys.maxsize
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
@@ -77,9 +77,9 @@ def memory(cgroup: Path = _CGROUP) -> int:
 
 
 def quota(cgroup: Path = _CGROUP) -> int:
-    """Cores' worth of time that a container may use (`docker run --cpus`), rounded up; 0: no limit.
+    """CPU quota of a container in cores (`docker run --cpus`), rounded up; 0: no limit.
 
-    The container sees all cores of its host, and threads for all of them would spend the quota
+    A container sees all cores of its host, and threads for all of them would spend the quota
     waiting for each other. Source: the kernel's documentation of cgroups, versions 2 and 1.
     """
     try:
@@ -89,6 +89,6 @@ def quota(cgroup: Path = _CGROUP) -> int:
             time, period = (
                 (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
             )
-        return max(0, math.ceil(int(time) / int(period)))  # version 1 says -1 for no limit
+        return max(0, math.ceil(int(time) / int(period)))  # version 1: -1 means no limit
     except (OSError, ValueError, ZeroDivisionError):  # no such files, or "max"
         return 0

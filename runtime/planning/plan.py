@@ -1,7 +1,7 @@
 """Which variant of each graph runs where: from plan.json, from the caller, or by default.
 
-`make tune` writes plan.json for one engine on one machine. Without it a default for
-the machine's instruction set is used; both only ever name combinations that export has proven.
+`make tune` writes plan.json for one engine on one machine. Without it, a default for the machine's
+instruction set is used; both name only combinations that export has proven.
 """
 
 import json
@@ -20,24 +20,24 @@ log = logging.getLogger(__name__)
 FILE = "plan.json"
 FORMAT = 2
 
-# By preference where 8-bit products are fast; what an engine does not have is passed over.
+# In order of preference where 8-bit products are fast; combinations an engine lacks are skipped.
 _INT8_ENCODER = ("int8/int8/int8", "int8/int8/float32", "int8/fp32/int8", "int8/fp32/float32")
 _INT8_DECODER = ("fp32/int8/int8", "fp32/int8/float32", "fp32/fp32/int8")
-_FUSED_HALF = ("fp16-fused/fp16/float16",)  # with all state on the GPU
-_PLAIN_HALF = ("fp16/fp16/float16",)  # an encoder that TensorRT takes
+_FUSED_HALF = ("fp16-fused/fp16/float16",)  # all state on the GPU
+_PLAIN_HALF = ("fp16/fp16/float16",)  # plain ONNX, for TensorRT
 _CALIBRATED_ENCODER = ("int8-static/int8/int8", "int8-static/int8/float32")  # OpenVINO's form
 _ENCODE_BATCH = {"openvino": 4, "cuda": 16, "tensorrt": 16}
 _FITTED = ("slots", "text_tokens", "memory_limit", "cuda_graphs")
-_MOST_STREAMS = 16  # as many as there are slots
+_MOST_STREAMS = 16  # as many as the default slots
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How an engine's two graphs run: all that a runner has to know. `origin` is for people.
+    """How an engine's two graphs run: everything a runner needs. `origin` is for people.
 
-    threads: 0 takes all cores. encoder_streams: images that are encoded side by side
-    (`runtime.execution.encoder`). slots, text_tokens: of the K/V arena, and text positions of each.
-    memory_limit: bytes that both sessions may take on a GPU together.
+    threads: 0 takes all cores. encoder_streams: images encoded in parallel
+    (`runtime.execution.encoder`). slots, text_tokens: slots of the K/V arena, and text positions
+    of each. memory_limit: bytes that both sessions together may take on a GPU.
     """
 
     combination: str
@@ -54,7 +54,7 @@ class Plan:
     cuda_graphs: bool = True
 
     def describe(self, arena: int) -> str:
-        """For people: providers and precisions, and the memory (arena, in bytes) of the slots."""
+        """For people: providers, precisions and slots. arena: bytes of the K/V arena."""
         encoder, decoder, cache = self.combination.split("/")
         streams = f" in {self.encoder_streams} streams" if self.encoder_streams > 1 else ""
         return (
@@ -67,10 +67,10 @@ class Plan:
 def resolve(
     folder: Path, manifest: Manifest, config: EngineConfig, available: tuple[str, ...]
 ) -> list[Plan]:
-    """Plans to try in this order; more than one only if the provider is left to `auto`.
+    """Plans to try, in order; more than one only if the provider is `auto`.
 
-    available: providers that this machine has, the fastest first. Raises EngineFolderError for a
-    plan.json that is of another machine or engine, or can't be read.
+    available: this machine's providers, fastest first. Raises EngineFolderError for a plan.json
+    that belongs to another machine or engine, or can't be read.
     """
     if (folder / FILE).is_file():
         chosen = config.provider != AUTO or config.precision != AUTO or config.threads
@@ -86,7 +86,7 @@ def resolve(
 
 
 def default(manifest: Manifest, config: EngineConfig, provider: str, machine: Machine) -> Plan:
-    """The plan for an encoder on `provider` when nothing was measured."""
+    """The plan for an encoder on `provider` without a plan.json."""
     if config.precision != AUTO:
         combination = manifest.combination(config.precision).name
         if not suitable(combination, machine):
@@ -109,18 +109,18 @@ def default(manifest: Manifest, config: EngineConfig, provider: str, machine: Ma
 
 
 def most_streams(provider: str, threads: int) -> int:
-    """Images that are encoded side by side unless a plan was measured: one for each thread.
+    """Default number of images encoded in parallel: one per thread.
 
-    Other providers than the CPU's have ways of their own to fill a machine.
+    Providers other than the CPU's parallelise in their own ways and get one stream.
     """
     return min(threads, _MOST_STREAMS) if provider == "cpu" else 1
 
 
 def stream_batch(streams: int) -> int:
-    """Encode batch of a CPU: two images a stream, of which the second hides what the first lacks.
+    """Encode batch on a CPU: two images per stream; the second fills idle time.
 
-    Streams end unevenly, and a call lasts until the last one has. Without streams, one: an 8-bit
-    encoder is as fast for one image as for eight.
+    Streams end unevenly, and a call lasts until the last stream ends. Without streams, one image:
+    an 8-bit encoder is as fast per image for one as for eight.
     """
     return 2 * streams if streams > 1 else 1
 
@@ -142,16 +142,16 @@ def _order(provider: str) -> tuple[str, ...]:
 
 
 def suitable(combination: str, machine: Machine) -> bool:
-    """Whether what was proven of a combination holds on this machine.
+    """Whether the proof of a combination holds on this machine.
 
-    Without instructions for it, sums of 8-bit products saturate on the way.
+    Without 8-bit dot-product instructions, sums of 8-bit products saturate.
     """
     return machine.has_int8_dot or "int8" not in combination.rpartition("/")[0]
 
 
 def save(folder: Path, plan: Plan, machine: Machine, measured: list[dict[str, object]]) -> None:
-    """Write `folder`/plan.json, without what is fitted to the machine's memory at every start;
-    `measured` is for people.
+    """Write `folder`/plan.json, without the fields that every start derives anew; `measured` is
+    for people.
     """
     content = {
         "format": FORMAT,
@@ -164,7 +164,7 @@ def save(folder: Path, plan: Plan, machine: Machine, measured: list[dict[str, ob
 
 
 def load(folder: Path, manifest: Manifest, machine: Machine, available: tuple[str, ...]) -> Plan:
-    """Read `folder`/plan.json; EngineFolderError unless it is of this machine and engine."""
+    """Read `folder`/plan.json; EngineFolderError unless it belongs to this machine and engine."""
     path = folder / FILE
     again = f"make a new one with `make tune ENGINE={folder}`, or delete it"
     try:

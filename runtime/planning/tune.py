@@ -1,6 +1,6 @@
-"""`make tune`: measure what was proven on this machine's processors, and plan by it.
+"""`make tune`: measure the proven combinations on this machine's CPU and write the best plan.
 
-It needs what serving needs and no more, so it can run where the service will.
+Tuning needs no more than serving does, so it can run where the service will.
 """
 
 import argparse
@@ -27,18 +27,18 @@ from runtime.planning.machine import Machine, this_machine
 from runtime.planning.plan import Plan
 from runtime.providers import registry
 
-_TOKENS = 16  # of the caption that a plan is judged by
+_TOKENS = 16  # length of the caption by which plans are compared
 _BATCHES = (1, 2, 4, 8)
 _REPEATS = 3
-# What else a plan must save. A larger encode batch delays those that run, and with nothing else on
-# the machine, as here, streams and threads for each core are at their worst
-# (`runtime.execution.encoder`).
+# An alternative must take less than this share of the best time. A larger encode batch delays
+# running sequences, and an otherwise idle machine, as here, shows streams and a thread per core at
+# their worst (`runtime.execution.encoder`).
 _WORTH_IT = 0.97
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Medians: `encode_ms` of an image in the plan's batch, `step_ms` of a step of all slots."""
+    """Medians: `encode_ms` per image in the plan's batch, `step_ms` of a step over all slots."""
 
     plan: Plan
     encode_ms: float
@@ -47,14 +47,14 @@ class Measurement:
 
     @property
     def caption_ms(self) -> float:
-        """Time per caption when all slots are busy: one encode and its share of the steps."""
+        """Time per caption when all slots are busy: one encode and a share of the steps."""
         return self.encode_ms + _TOKENS * self.step_ms / self.slots
 
 
 def tune(folder: Path, slots: int = 16) -> Measurement:
-    """Measure all that was proven on every provider, then threads and streams; write plan.json.
+    """Measure the proven combinations on each provider, then threads and streams; write plan.json.
 
-    slots: rows of the decode steps to measure. Raises EngineFolderError for a bad folder.
+    slots: rows per measured decode step. Raises EngineFolderError for a bad folder.
     """
     manifest, machine = manifests.load(folder), this_machine()
     if not os.access(folder, os.W_OK):
@@ -106,7 +106,7 @@ def _candidates(manifest: Manifest, machine: Machine) -> Iterator[Plan]:
 
 
 def _variations(best: Plan, machine: Machine) -> Iterator[Plan]:
-    """Half the logical cores: where two share a core's units, the second is in the way."""
+    """Fewer streams, and half the threads: two logical cores may share one core's units."""
     half = machine.cores // 2
     streams = plans.most_streams(best.encoder_provider, machine.cores)
     for fewer in {1, streams // 2} - {0, streams}:
@@ -122,7 +122,7 @@ def _caption_ms(measurement: Measurement) -> float:
 
 
 class _Bench:
-    """Measures plans; a graph that several plans share is measured once."""
+    """Measures plans; a graph shared by several plans is measured once."""
 
     def __init__(self, folder: Path, manifest: Manifest, slots: int) -> None:
         self._folder, self._manifest, self._slots = folder, manifest, slots
@@ -130,7 +130,7 @@ class _Bench:
         self._decoders: dict[tuple[str | int, ...], float] = {}
 
     def measure(self, plan: Plan) -> Measurement:
-        """Raises ProviderError where the provider can't run the graph."""
+        """Measure a plan. Raises ProviderError if the provider can't run a graph."""
         encoder, decoder, cache = plan.combination.split("/")
         encoder_key = (
             encoder, cache, plan.encoder_provider, plan.encoder_threads, plan.encoder_streams
@@ -149,7 +149,7 @@ class _Bench:
         return Measurement(plan, encode_ms, self._decoders[decoder_key], self._slots)
 
     def _encode_ms(self, runner: HostRunner, streams: int) -> tuple[int, float]:
-        """The batch that is worth its wait, and milliseconds an image with it."""
+        """The best encode batch that is worth its delay, and milliseconds per image with it."""
         several = (plans.stream_batch(streams),) if streams > 1 else _BATCHES
         batches = [min(batch, self._slots) for batch in several]
         rng = np.random.default_rng(0)
@@ -162,7 +162,7 @@ class _Bench:
         return best
 
     def _step_ms(self, runner: HostRunner) -> float:
-        """A decode step of all slots in the middle of a caption."""
+        """Milliseconds of a decode step over all slots, in the middle of a caption."""
         tokens, fed = [self._manifest.tokens.bos] * self._slots, [_TOKENS // 2] * self._slots
         return _median_ms(partial(runner.decode, tokens, fed))
 

@@ -1,1 +1,1 @@
-"""Execution providers of ONNX Runtime: what is here, and sessions on it."""
+"""ONNX Runtime's execution providers: detection, options, and sessions."""

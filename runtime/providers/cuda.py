@@ -1,4 +1,4 @@
-"""CUDA in ONNX Runtime: its libraries, its options, and memory that it copies from."""
+"""CUDA in ONNX Runtime: libraries, provider options, and pinned memory."""
 
 import ctypes
 import logging
@@ -19,21 +19,21 @@ _PINNED: list[np.ndarray] = []
 
 @dataclass(frozen=True, slots=True)
 class CudaOptions:
-    """How a session uses a GPU: the most bytes it may take, and whether its runs are captured."""
+    """How a session uses a GPU: most bytes to allocate, and whether to capture runs as graphs."""
 
     memory_limit: int | None = None
     graphs: bool = True
 
 
 def major() -> int | None:
-    """The CUDA that onnxruntime-gpu was built for; None for builds without."""
+    """Major CUDA version that onnxruntime-gpu was built for; None for builds without CUDA."""
     major = ort.cuda_version.partition(".")[0]
     return int(major) if major.isdecimal() else None
 
 
 @cache
 def load() -> None:
-    """Load CUDA's libraries from NVIDIA's wheels, so that one that is missing is told by name."""
+    """Load CUDA's libraries from NVIDIA's wheels. Raises ProviderError naming a missing one."""
     ort.preload_dlls()
     names = [f"{name}.so.{major()}" for name in ("libcublasLt", "libcublas", "libcudart")]
     for name in (*names, "libcurand.so.10", "libcudnn.so.9"):
@@ -50,7 +50,7 @@ def settings(how: CudaOptions, exact: bool) -> dict[str, str]:
     """The provider's options. exact: compute in fp32 throughout."""
     options = {
         "arena_extend_strategy": "kSameAsRequested",  # doubling would overshoot the limit
-        "cudnn_conv_algo_search": "HEURISTIC",  # one convolution, not worth a search a batch size
+        "cudnn_conv_algo_search": "HEURISTIC",  # one convolution, not worth a search per batch size
         "enable_cuda_graph": str(int(how.graphs)),
         "use_tf32": str(int(not exact)),
     }
@@ -60,10 +60,10 @@ def settings(how: CudaOptions, exact: bool) -> dict[str, str]:
 
 
 def pin(array: np.ndarray) -> None:
-    """Lock an array's memory, so that copies to a GPU read it directly (`cudaHostRegister`).
+    """Pin an array's memory, so that copies to a GPU read it directly (`cudaHostRegister`).
 
-    The array is kept for good: CUDA must not know an address that something else has got. Without
-    this copies work too, by a detour.
+    The array is never freed, because its address stays registered with CUDA. If pinning fails,
+    copies still work, but more slowly; a warning is logged.
     """
     try:
         runtime = ctypes.CDLL(f"libcudart.so.{major()}")

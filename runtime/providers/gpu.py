@@ -1,7 +1,7 @@
-"""NVIDIA GPUs as the driver's own library (NVML) tells of them, before CUDA is started.
+"""NVIDIA GPUs as reported by the driver's library (NVML), before CUDA is started.
 
-Everything that keeps a GPU from serving is found here, with its remedy, so that it is said before
-the port opens.
+Whatever keeps a GPU from serving is detected here and reported, with its remedy, before the port
+opens.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ _NO_GPU = (
     "no NVIDIA GPU is visible: start the container with --gpus all, and see that "
     "CUDA_VISIBLE_DEVICES names a GPU that `nvidia-smi -L` lists"
 )
-_OLDEST = (7, 5)  # compute capability that CUDA 13, and onnxruntime-gpu for it, still know
+_OLDEST = (7, 5)  # lowest compute capability of CUDA 13, and of onnxruntime-gpu for it
 _MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU that this process may use. Memory in bytes; `cuda` is the newest that its driver runs.
+    """A GPU that this process may use. Memory in bytes; `cuda` is the driver's newest version.
 
-    `index` counts as CUDA does, among the visible ones. An instance (MIG) of a GPU counts as one,
-    and CUDA knows it by `uuid` alone.
+    `index` counts visible GPUs, as CUDA does. A MIG instance counts as a GPU, and CUDA knows it by
+    `uuid` only.
     """
 
     index: int
@@ -43,11 +43,11 @@ class Gpu:
 
     @property
     def is_instance(self) -> bool:
-        """Whether it is a part of a GPU that was split."""
+        """Whether this is a MIG instance."""
         return self.uuid.startswith("MIG-")
 
     def shared(self, share: float) -> "Gpu":
-        """As seen by an engine that may take that share of it."""
+        """This GPU with `free` capped to a share of its total memory."""
         return replace(self, free=min(self.free, int(share * self.total)))
 
     def __str__(self) -> str:
@@ -57,8 +57,8 @@ class Gpu:
 def require_gpu(cuda_major: int | None, index: int = 0) -> Gpu:
     """The visible GPU number `index`.
 
-    cuda_major: what onnxruntime-gpu was built for. Raises ProviderError, with the remedy, without a
-    driver, without that GPU, or with a driver that is too old.
+    cuda_major: CUDA version of onnxruntime-gpu. Raises ProviderError, with the remedy, if the
+    driver or the GPU is missing or too old.
     """
     gpus = visible_gpus()
     if index >= len(gpus):
@@ -78,8 +78,8 @@ def require_gpu(cuda_major: int | None, index: int = 0) -> Gpu:
 
 
 def visible_gpus() -> list[Gpu]:
-    """All GPUs that CUDA would show to this process; ProviderError if the driver can't be asked."""
-    # NVML counts so, CUDA only if it is told before it starts.
+    """All GPUs that CUDA shows this process; ProviderError if the driver can't be queried."""
+    # NVML's order; CUDA uses it only if this is set before it starts.
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     try:
         import pynvml
@@ -119,7 +119,7 @@ def visible_gpus() -> list[Gpu]:
 
 
 def _handles(pynvml: ModuleType) -> dict[str, tuple[Any, Any]]:
-    """NVML's handles by UUID: each GPU, or instance (MIG) of one that was split, and its GPU."""
+    """NVML handles by UUID: (GPU or MIG instance, its physical GPU)."""
     found: dict[str, tuple[Any, Any]] = {}
     for index in range(pynvml.nvmlDeviceGetCount()):
         gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
@@ -127,7 +127,7 @@ def _handles(pynvml: ModuleType) -> dict[str, tuple[Any, Any]]:
         if _is_split(pynvml, gpu):
             handles = []
             for instance in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
-                with contextlib.suppress(pynvml.NVMLError_NotFound):  # fewer than it could have
+                with contextlib.suppress(pynvml.NVMLError_NotFound):  # fewer than the maximum
                     handles.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, instance))
         found |= {pynvml.nvmlDeviceGetUUID(handle): (handle, gpu) for handle in handles}
     return found
@@ -136,15 +136,15 @@ def _handles(pynvml: ModuleType) -> dict[str, tuple[Any, Any]]:
 def _is_split(pynvml: ModuleType, gpu: Any) -> bool:
     try:
         current, _ = pynvml.nvmlDeviceGetMigMode(gpu)
-    except pynvml.NVMLError_NotSupported:  # most GPUs can't be
+    except pynvml.NVMLError_NotSupported:  # most GPUs have no MIG
         return False
     return bool(current == pynvml.NVML_DEVICE_MIG_ENABLE)
 
 
 def visible(uuids: list[str], wanted: str | None) -> list[str]:
-    """The UUIDs that CUDA_VISIBLE_DEVICES (`wanted`) leaves, in its order.
+    """The UUIDs that CUDA_VISIBLE_DEVICES (`wanted`) selects, in its order.
 
-    As CUDA reads it: indices or beginnings of UUIDs; what comes after an unknown one is hidden.
+    As in CUDA: entries are indices or UUID prefixes; an unknown entry hides all that follow.
     """
     if wanted is None:
         return uuids

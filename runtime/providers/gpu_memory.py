@@ -1,4 +1,4 @@
-"""What fits a GPU's memory, before anything is put there."""
+"""A GPU's memory budget, computed before anything is allocated."""
 
 import logging
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from runtime.providers.gpu import Gpu
 
 log = logging.getLogger(__name__)
 
-_SAFE = 0.9  # of the free memory: the driver and others on the GPU take some as well
+_SAFE = 0.9  # usable share of free memory: the driver and other processes take some
 _MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What an engine takes of a GPU, in bytes. `image` is working memory for each encoded image."""
+    """GPU memory of an engine, in bytes. `image` is working memory per image of a batch."""
 
     weights: int
     slot: int
@@ -22,12 +22,13 @@ class Memory:
     fixed: int = 768 * _MIB  # CUDA's context, its libraries' workspaces and captured graphs
 
     def budget(self, gpu: Gpu, slots: int | None, most: int, batch: int) -> tuple[int, int]:
-        """How many slots fit, and bytes that both sessions may take beside them.
+        """Return the number of slots, and the bytes both sessions may take besides them.
 
-        slots: what was asked for; None takes as many as fit, at most `most`. Raises ProviderError,
-        with the sum, if they don't fit, or not even one does.
+        slots: requested number; None takes as many as fit, at most `most`. batch: images per
+        encoder call. Raises ProviderError, with the figures, if the requested slots, or a single
+        one, don't fit.
         """
-        base = self.fixed + self.weights + batch * self.image + self.slot  # one is nobody's
+        base = self.fixed + self.weights + batch * self.image + self.slot  # plus the spare slot
         room = int(gpu.free * _SAFE) - base
         fitting = max(0, room) // self.slot
         sum_ = (

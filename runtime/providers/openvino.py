@@ -1,4 +1,4 @@
-"""OpenVINO, which comes as a plugin of ONNX Runtime and serves Intel processors."""
+"""OpenVINO, an ONNX Runtime plugin for Intel processors."""
 
 import importlib
 import importlib.util
@@ -22,9 +22,9 @@ _COMPILED = "compiled"  # a subfolder of an engine
 
 
 def add_to(options: ort.SessionOptions, threads: int, folder: Path | None, exact: bool) -> None:
-    """Let a session run there. exact: compute in fp32; folder: where to keep what is compiled."""
+    """Add OpenVINO to a session's options. exact: compute in fp32; folder: for compiled graphs."""
     config: dict[str, object] = {"INFERENCE_PRECISION_HINT": "f32"} if exact else {}
-    if threads:  # OpenVINO has threads of its own, which ONNX Runtime's setting does not reach
+    if threads:  # ONNX Runtime's setting does not reach OpenVINO's own threads
         config["INFERENCE_NUM_THREADS"] = threads
     if folder is not None and os.access(folder, os.W_OK):
         config["CACHE_DIR"] = str(folder / _COMPILED)
@@ -39,7 +39,7 @@ def add_to(options: ort.SessionOptions, threads: int, folder: Path | None, exact
 def devices() -> list[ort.OrtEpDevice]:
     """CPU devices that the OpenVINO plugin offers; empty without the plugin or an Intel CPU.
 
-    A plugin is registered once for each process.
+    The plugin is registered once per process.
     """
     if importlib.util.find_spec(_PACKAGE) is None:
         return []
@@ -47,7 +47,7 @@ def devices() -> list[ort.OrtEpDevice]:
         plugin: ModuleType = importlib.import_module(_PACKAGE)
         ort.register_execution_provider_library("openvino", plugin.get_library_path())
         found = ort.get_ep_devices()
-    except Exception as cause:  # whatever a broken installation raises
+    except Exception as cause:  # a broken installation may raise anything
         raise ProviderError(f"openvino can't be loaded: {cause}") from cause
     return [
         device

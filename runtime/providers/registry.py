@@ -1,7 +1,7 @@
-"""Execution providers by name: which of them this machine has, and what to do where one is missing.
+"""Execution providers by name: which this machine has, and the remedy for a missing one.
 
-ONNX Runtime by itself falls back to its CPU provider when another fails to load. Here that is an
-error; what `auto` may step down to is the loader's business.
+ONNX Runtime falls back to its CPU provider when another fails to load. Here that is an error;
+fallbacks of `auto` are up to the loader.
 """
 
 import logging
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """`ep` is ONNX Runtime's own name; `remedy` tells what to do when it is not there."""
+    """`ep` is ONNX Runtime's name; `remedy` says what to do if the provider is missing."""
 
     name: str
     ep: str
@@ -37,9 +37,9 @@ _PROVIDERS = {
 
 
 def available() -> tuple[str, ...]:
-    """Names of the providers that this machine has, the fastest first.
+    """Names of this machine's providers, fastest first.
 
-    One whose installation is broken is left out with a log line.
+    A provider with a broken installation is skipped with a warning in the log.
     """
     found = []
     for provider in _PROVIDERS.values():
@@ -65,7 +65,7 @@ def require(name: str) -> None:
 
 
 def by_name(name: str) -> Provider:
-    """Raises ProviderError for a name that there is not."""
+    """The provider `name`. Raises ProviderError for an unknown name."""
     if name not in _PROVIDERS:
         raise ProviderError(f"unknown provider {name!r}: use one of {', '.join(PROVIDERS)}")
     return _PROVIDERS[name]

@@ -1,4 +1,4 @@
-"""Sessions that are known to run on the provider that was asked for."""
+"""Sessions that are checked to run on the requested provider."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ from runtime.providers.registry import by_name, require
 class Placement:
     """Where a graph runs, and how.
 
-    threads: of the operators on a processor; 0 takes all cores.
-    folder: where a provider that compiles graphs may keep the result for the next start.
-    exact: compute in fp32 where the provider would take less by itself.
-    batch, row: most rows of an encoder and the shape of each, which TensorRT compiles for.
+    threads: threads per operator on a CPU; 0 takes all cores.
+    folder: engine folder, where a provider may cache compiled graphs for the next start.
+    exact: compute in fp32 even where the provider defaults to less.
+    batch, row: most rows of an encoder and the shape of each, for which TensorRT compiles.
     """
 
     provider: str
@@ -40,9 +40,9 @@ def open_session(
 ) -> ort.InferenceSession:
     """Open a graph on a provider.
 
-    probe: inputs to run it on once, because some providers open a graph that they then can't run.
-    Raises ProviderError when the provider is missing, can't open or run the graph, or is not in use
-    by the session afterwards.
+    probe: inputs for one test run, because some providers open graphs that they can't run. Raises
+    ProviderError if the provider is missing, can't open or run the graph, or is not used by the
+    session; EngineFolderError if the CPU provider can't open the graph.
     """
     require(how.provider)
     provider = by_name(how.provider)
@@ -56,7 +56,7 @@ def open_session(
         else:
             settings = cuda.settings(how.cuda, how.exact) if provider.name == "cuda" else {}
             session = _session(path, options, [(provider.ep, settings)])
-    except Exception as cause:  # ONNX Runtime raises a class of its own for every status code
+    except Exception as cause:  # ONNX Runtime has one exception class per status code
         if provider.name == "cpu":
             raise EngineFolderError(f"{path} can't be loaded: export the engine again") from cause
         raise ProviderError(f"{provider.name} can't open {path.name}: {cause}") from cause
@@ -74,14 +74,14 @@ def open_session(
 
 
 def session_options(how: Placement) -> ort.SessionOptions:
-    """ONNX Runtime's settings for a graph, whatever provider it runs on."""
+    """ONNX Runtime's session options for any provider."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # warnings are of shapes left on the processor, and the like
+    options.log_severity_level = 3  # omits warnings, such as of shape nodes left on the CPU
     options.intra_op_num_threads = how.threads or (quota() and this_machine().cores)
-    # The encoder's and the decoder's threads take turns: those of the one that rests must not spin.
+    # Encoder and decoder threads take turns: those of the idle session must not spin.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if how.provider == "cpu":
-        # The CPU's kernel for both in one is ten times as slow as an addition and a normalisation.
+        # The CPU's fused kernel is ten times as slow as separate addition and normalisation.
         slower = "SkipLayerNormFusion"
         options.add_session_config_entry("optimization.disable_specified_optimizers", slower)
     return options
@@ -92,7 +92,7 @@ def _session(
     options: ort.SessionOptions,
     chain: Sequence[tuple[str, dict[str, str]]] | None = None,
 ) -> ort.InferenceSession:
-    """Without the retry on other providers, which would hide why the one that was named failed."""
+    """Open a session without provider fallback, which would hide the cause of a failure."""
     return ort.InferenceSession(str(path), options, chain, enable_fallback=False)
 
 
@@ -103,7 +103,7 @@ def _open_tensorrt(path: Path, options: ort.SessionOptions, how: Placement) -> o
     folder = tensorrt.cache_folder(how.folder, name)
     chain = [
         (tensorrt.EP, tensorrt.options(folder, how.row, how.batch)),
-        # For what TensorRT leaves over, such as a cast of the pixels.
+        # For nodes that TensorRT leaves over, such as a cast of the pixels.
         (cuda.EP, cuda.settings(how.cuda, how.exact) | {"enable_cuda_graph": "0"}),
     ]
     return tensorrt.open_cached(folder, lambda: _session(path, options, chain))

@@ -1,7 +1,7 @@
-"""TensorRT for the encoder: its libraries, its options, and the cache of what it compiled.
+"""TensorRT for the encoder: libraries, provider options, and the cache of compiled graphs.
 
-Compiling takes minutes and its result holds for one kind of GPU, one version of TensorRT and one
-graph, so each of these gets a folder of its own: `<engine>/tensorrt/<key>/`.
+Compiling takes minutes and its result is valid for one kind of GPU, one version of TensorRT and one
+graph, so each such combination has its own folder: `<engine>/tensorrt/<key>/`.
 """
 
 import atexit
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 EP = "TensorrtExecutionProvider"
 REMEDY = "install TensorRT 10 (`pip install -e '.[gpu,tensorrt]'`), or use --provider cuda"
-_LIBRARY = "libnvinfer.so.10"  # what onnxruntime-gpu is linked to, with its parser
+_LIBRARY = "libnvinfer.so.10"  # the version onnxruntime-gpu is linked to, like its parser
 _PARSER = "libnvonnxparser.so.10"
 _PACKAGE = "tensorrt_libs"  # where NVIDIA's wheels put both
 _FOLDER = "tensorrt"
@@ -34,9 +34,9 @@ Session = TypeVar("Session")
 
 @cache
 def version() -> str:
-    """Load TensorRT's libraries and say which version they are, such as 10.16.1.
+    """Load TensorRT's libraries and return their version, such as 10.16.1.
 
-    Raises ProviderError, with what to install, where they are not.
+    Raises ProviderError, with the package to install, if they are missing.
     """
     spec = importlib.util.find_spec(_PACKAGE)
     folder = (
@@ -56,17 +56,17 @@ def version() -> str:
 
 
 def key(gpu: Gpu, tensorrt: str, graph_sha256: str) -> str:
-    """Name of the folder for what was compiled of one graph, for one kind of GPU."""
+    """Name of the cache folder for one kind of GPU, TensorRT version and graph."""
     name = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
     major, minor = gpu.compute
     return f"{name}-sm{major}{minor}-trt{tensorrt}-{graph_sha256[:12]}"
 
 
 def cache_folder(engine: Path, name: str) -> Path:
-    """Where to keep what is compiled; a temporary folder, with a log line, if that can't be."""
+    """Folder for compiled graphs; a temporary one, with a warning in the log, if unwritable."""
     folder = engine / _FOLDER / name
     if any(folder.glob(_COMPILED)) and not os.access(folder, os.W_OK):
-        return folder  # read-only and whole: it is only read
+        return folder  # read-only, with a compiled graph: nothing is written
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
@@ -83,9 +83,9 @@ def cache_folder(engine: Path, name: str) -> Path:
 
 
 def options(folder: Path, row: tuple[int, ...], batch: int) -> dict[str, str]:
-    """The provider's options: fp16, both caches, and the one dynamic input's profile.
+    """The provider's options: fp16, engine and timing cache, and the profile of `pixels`.
 
-    row: shape of one row of `pixels`. batch: most rows. Switches are not 0 and 1, as CUDA's are.
+    row: shape of one row of `pixels`. batch: most rows. Switches are True, not 1 as for CUDA.
     """
     shape = "x".join(map(str, row))
     return {
@@ -102,16 +102,16 @@ def options(folder: Path, row: tuple[int, ...], batch: int) -> dict[str, str]:
 
 
 def open_cached(folder: Path, open_session: Callable[[], Session]) -> Session:
-    """`open_session()`; if it fails on what `folder` holds, once more without that.
+    """Call `open_session`; if it fails with a cache in `folder`, clear the cache and retry.
 
-    A cache that was cut off, or is another's, is thus made again before anything is served.
+    A truncated or foreign cache is thus rebuilt before anything is served.
     """
     had = any(folder.glob(_COMPILED))
     if not had:
         log.info("TensorRT compiles the encoder into %s; this takes minutes, once", folder)
     try:
         return open_session()
-    except Exception as cause:  # ONNX Runtime raises a class of its own for every status code
+    except Exception as cause:  # ONNX Runtime has one exception class per status code
         if not had or not os.access(folder, os.W_OK):
             raise
         log.warning("TensorRT can't use %s and compiles again: %s", folder, cause)
