@@ -90,7 +90,7 @@ def _export(args: argparse.Namespace) -> None:
         pictures.from_folder(args.images, source.preprocessing, source.sizes) if args.images else []
     )
     if args.target == "tensorrt":
-        registry.require("tensorrt")  # before an export that ends in what can't be compiled
+        registry.require("tensorrt")  # before a long export whose result can't be compiled
     proof = Proof(
         args.verify_images,
         args.verify_tokens,

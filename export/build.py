@@ -1,7 +1,7 @@
-"""Checkpoint to engine folder: export, describe, verify; all of it, or nothing.
+"""Checkpoint to engine folder: export, verify, describe; all or nothing.
 
-The engine is made in a folder beside its place and moved there when it is proven, so that a failed
-export leaves what was there before.
+The engine is built in a folder beside its destination and moved there once proven, so that a failed
+export leaves the previous engine in place.
 """
 
 import errno
@@ -40,22 +40,22 @@ from runtime.model.manifest import TOKENIZER, WEIGHTS, Combination, Manifest, Va
 
 _TASK = "image-to-text"
 _FP32 = ("fp32", "float32")
-_FUSED = "encoder.fused.onnx"  # fp32, and only on the way to fp16
-_CALIBRATION = 128  # pictures at most, and half of those that there are; the gate takes others
+_FUSED = "encoder.fused.onnx"  # fp32, only an intermediate step to fp16
+_CALIBRATION = 128  # most pictures, and at most half of all; the gate uses the others
 _PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx")
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """How much to compare with PyTorch.
+    """How much to compare with PyTorch, and which variants to build.
 
-    images, new_tokens: what `verify` compares with `generate`.
+    images, new_tokens: number of images, and most tokens of each, that `verify` compares.
     pixels: uint8 encoder rows of real pictures, for calibration, the gate, and `verify` first.
-    fast: build faster variants too: 8 bits for processors and, for a target with a GPU, fp16.
-        It takes pictures, unless the weights are random.
-    int8: of these, the 8-bit ones.
-    target: what the engine is for: cpu, cuda, or tensorrt (and cuda).
-    cuda: whether a GPU is here, to judge fp16 on.
+    fast: build faster variants too: 8-bit for CPUs and, for a GPU target, fp16. Skipped without
+        `pixels`, unless the weights are random.
+    int8: include the 8-bit variants among them.
+    target: cpu, cuda, or tensorrt (which includes cuda).
+    cuda: whether this machine has a GPU to judge fp16 on.
     """
 
     images: int = 8
@@ -70,7 +70,7 @@ class Proof:
 def build(checkpoint: Checkpoint, output: Path, proof: Proof | None = None) -> Manifest:
     """Export and prove `checkpoint` as engine folder `output` (replaced if it exists).
 
-    Raises ExportError (Mismatch among them).
+    Raises ExportError, including Mismatch.
     """
     proof = proof or Proof()
     with _beside(output) as folder:
@@ -95,9 +95,9 @@ def build(checkpoint: Checkpoint, output: Path, proof: Proof | None = None) -> M
 def _fast_ones(
     checkpoint: Checkpoint, folder: Path, proof: Proof
 ) -> tuple[list[Combination], dict[str, list[str]]]:
-    """Build the faster variants and judge them, where there is something to judge them by.
+    """Build the faster variants and judge them, if there are pictures or random weights.
 
-    Returns what passed, and by file the nodes that fp16 could not hold.
+    Returns the combinations that passed, and per fp16 file the nodes kept in fp32.
     """
     if not proof.fast:
         return [], {}
@@ -132,7 +132,7 @@ def _fast_ones(
 
 @contextmanager
 def _beside(output: Path) -> Iterator[Path]:
-    """A new folder next to `output` that takes its place at the end, or vanishes on an error."""
+    """A new folder beside `output` that replaces it at the end, or is deleted on an error."""
     _check_replaceable(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -141,12 +141,12 @@ def _beside(output: Path) -> Iterator[Path]:
         raise ExportError(f"can't write to {output.parent}: {cause.strerror}") from cause
     try:
         yield partial
-        # Temporary folders and onnx's data files are private; a service's user must read these.
+        # Temporary folders and onnx's data files are private; the service's user must read them.
         for path in (partial, *partial.iterdir()):
             path.chmod(0o755 if path.is_dir() else 0o644)
         _move_into_place(partial, output)
     except (OSError, RuntimeError) as cause:
-        # The exporter writes through C++, whose RuntimeError carries only the system's text.
+        # The exporter writes in C++ and raises RuntimeError with the system's message only.
         full = getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in str(cause)
         if not full:
             raise
@@ -158,7 +158,7 @@ def _beside(output: Path) -> Iterator[Path]:
 
 
 def _check_replaceable(output: Path) -> None:
-    """An engine may be replaced; any other folder is not ours to delete."""
+    """Raise ExportError unless `output` is absent, an empty folder, or an engine to replace."""
     if not output.name:
         raise ExportError("--output must name a folder of its own, such as engines/my-model")
     if _is_engine(output) or not output.exists():
@@ -168,7 +168,7 @@ def _check_replaceable(output: Path) -> None:
 
 
 def _is_engine(folder: Path) -> bool:
-    """Whether its manifest is one of ours, of any format: others write files of that name too."""
+    """Whether a folder has an engine manifest of any format, not another tool's manifest.json."""
     try:
         content = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -193,9 +193,9 @@ def _move_into_place(partial: Path, output: Path) -> None:
 
 
 def _write_graphs(checkpoint: Checkpoint, folder: Path, fused: bool) -> None:
-    """Let Optimum export the submodels; of what it writes only the graphs are kept.
+    """Export the submodels with Optimum, keeping only the graphs.
 
-    fused: a second encoder, with attention in one node.
+    fused: export a second encoder too, with each attention as one node.
     """
     sizes, how, config = checkpoint.sizes, checkpoint.normalisation, checkpoint.model.config
 
@@ -216,7 +216,7 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path, fused: bool) -> None:
         return {name: modules[name] for name in configs}
 
     with tempfile.TemporaryDirectory(dir=folder) as raw, warnings.catch_warnings():
-        # Tracing warns of every Python number; whether one mattered is what `verify` finds out.
+        # Tracing warns of every Python number; `verify` would detect one that mattered.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         onnx_export_from_model(
             checkpoint.model,
@@ -226,14 +226,14 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path, fused: bool) -> None:
             custom_onnx_configs=configs,
             fn_get_submodels=submodels,
             no_post_process=True,
-            do_validation=False,  # ours is stricter, and knows what is undefined in the cache
+            do_validation=False,  # `verify` is stricter, and ignores undefined cache positions
         )
         for graph in configs:
             (Path(raw) / f"{graph}.onnx").rename(folder / f"{graph}.onnx")
 
 
 def _describe(checkpoint: Checkpoint, folder: Path, combinations: list[Combination]) -> Manifest:
-    """The manifest of what is used; files of variants that no combination has are deleted."""
+    """The manifest of the used variants; deletes the files of all others."""
     sizes = pool(folder, [v.file for v in _used(combinations)])
     variants = tuple(replace(v, weights=sizes[v.file]) for v in _used(combinations))
     files = {TOKENIZER, WEIGHTS, *(v.file for v in variants)}
@@ -250,7 +250,7 @@ def _describe(checkpoint: Checkpoint, folder: Path, combinations: list[Combinati
         files={name: sha256(folder / name) for name in sorted(files)},
         variants=variants,
         combinations=tuple(combinations),
-        # Installed as onnxruntime or onnxruntime-gpu.
+        # The package may be onnxruntime or onnxruntime-gpu.
         versions={package: version(package) for package in _PACKAGES}
         | {"onnxruntime": onnxruntime.__version__},
     )

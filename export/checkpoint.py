@@ -1,4 +1,4 @@
-"""Where weights come from: a folder or the model hub (`export.random_weights` makes others)."""
+"""Load checkpoints from a folder or the model hub (`export.random_weights` makes others)."""
 
 import errno
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from runtime.model.manifest import Preprocessing, Sizes, SpecialTokens
 
 @dataclass(frozen=True, slots=True)
 class Normalisation:
-    """What the encoder graph does to uint8 pixels: `(pixel * rescale - mean) / std` a channel."""
+    """Normalisation in the encoder graph: `(pixel * rescale - mean) / std` per channel."""
 
     rescale: float
     mean: list[float]
@@ -25,7 +25,7 @@ class Normalisation:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model in fp32 with all that the engine folder needs beside its weights."""
+    """An fp32 model and everything else that an engine folder needs."""
 
     name: str
     revision: str | None
@@ -38,7 +38,7 @@ class Checkpoint:
 
     @property
     def sizes(self) -> Sizes:
-        """The shapes of its graphs."""
+        """Shapes of the model's graphs."""
         config = self.model.config
         vision = config.vision_config
         one_image = (vision.image_size // vision.patch_size) ** 2 + 1
@@ -56,7 +56,7 @@ class Checkpoint:
 
     @property
     def tokens(self) -> SpecialTokens:
-        """Ids from the configuration, which `generate` obeys too."""
+        """Special token ids from the configuration, which `generate` uses too."""
         config = self.model.config
         return SpecialTokens(config.bos_token_id, config.eos_token_id, config.pad_token_id)
 
@@ -64,8 +64,8 @@ class Checkpoint:
 def load(model: str, revision: str | None = None) -> Checkpoint:
     """Load a GIT checkpoint from a folder or from the hub.
 
-    Raises ExportError for an unknown model, one that is not GIT or not whole, and a hub that can't
-    be reached.
+    Raises ExportError for a model that is unknown, not GIT, or incomplete, and for an unreachable
+    hub.
     """
     if model.startswith((".", "/", "~")) and not Path(model).exists():
         raise ExportError(
@@ -85,7 +85,7 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
             revision=revision,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told below, with their names
+            ignore_mismatched_sizes=True,  # reported below, by name
         )
         _check_whole(model, weights, found)
         tokenizer_json = _tokenizer(model, revision, config.vocab_size)
@@ -105,7 +105,7 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
 
 
 def _check_whole(model: str, weights: GitForCausalLM, found: dict[str, Any]) -> None:
-    """Raise ExportError unless every weight was read, in its shape, and is a number."""
+    """Raise ExportError unless every weight was read, has its shape, and is finite."""
     if found["mismatched_keys"]:
         name = min(found["mismatched_keys"])
         wanted = list(weights.get_parameter(name).shape)
@@ -131,7 +131,7 @@ def _tokenizer(model: str, revision: str | None, vocabulary: int) -> str:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
         written = tokenizer.backend_tokenizer.to_str()
-    # transformers raises whatever its first attempt to read a missing file runs into
+    # transformers raises exceptions of any type for missing or broken files
     except Exception as cause:
         if not Path(model).is_dir():
             raise
@@ -180,7 +180,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _preprocessing(model: str, processor: dict, image_size: int) -> Preprocessing:
-    """Only what the runtime can repeat exactly is accepted: shortest edge, then a square crop."""
+    """Preprocessing that runtime/ can reproduce: shortest edge, square crop; else ExportError."""
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
     fields = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
     missing = [f for f in fields if f not in processor]

@@ -1,11 +1,11 @@
-"""What can stop an export, told to the person who started it."""
+"""Errors that stop an export; their messages address the person who started it."""
 
 from runtime.errors import VignetteError
 
 
 class ExportError(VignetteError):
-    """The export can't be made; the message says what to do."""
+    """The export failed; the message says what to do."""
 
 
 class Mismatch(ExportError):
-    """The graphs don't say what PyTorch says. Nothing is left behind."""
+    """The graphs' results differ from PyTorch's. No files are left behind."""

@@ -1,7 +1,7 @@
-"""fp16 versions of the graphs, for GPUs. Nodes whose values leave fp16's range stay in fp32.
+"""fp16 versions of the graphs, for GPUs. Nodes with values near the end of fp16's range stay fp32.
 
-fp16 ends at 65,504. What comes near it is measured on the calibration pictures, tensor by tensor,
-because a graph that overflows says nonsense only on some of them.
+The largest fp16 value is 65,504. The range of every tensor is measured on the calibration pictures,
+because an overflowing graph goes wrong on some pictures only.
 """
 
 import tempfile
@@ -26,14 +26,14 @@ from export.reference import Arrays, Case, caption
 from export.variants import data_name, file_name, variant
 from runtime.model.manifest import Variant
 
-FUSED = "fp16-fused"  # attention in one node, for CUDA; plain fp16 is for TensorRT
+FUSED = "fp16-fused"  # each attention as one node, for CUDA; plain fp16 is for TensorRT
 HELPERS = ("insert", "reorder", "candidates")  # graphs without weights, for a device
 _CACHE = "float16"
-_LIMIT = 65_504 / 4  # a picture that was not measured may go further than those that were
-_MEASURED = 16  # pictures: every tensor of each is looked at
+_LIMIT = 65_504 / 4  # margin for pictures that were not measured
+_MEASURED = 16  # pictures: every tensor is measured on each
 _ALWAYS_HALF = {"GroupQueryAttention"}  # it has no fp32 kernel on CUDA
 
-Largest = dict[str, float]  # tensor -> largest absolute value that was seen in it
+Largest = dict[str, float]  # tensor -> largest absolute value seen
 
 
 def build_fp16(
@@ -41,8 +41,9 @@ def build_fp16(
 ) -> tuple[list[Variant], dict[str, list[str]]]:
     """Write the fp16 variants beside the fp32 graphs of `folder`.
 
-    fused: an fp32 encoder with fused attention, as exported; it is used up. plain: write an encoder
-    in plain ONNX too, for TensorRT. Returns the variants, and by file the nodes left in fp32.
+    cases: the first _MEASURED are captioned to measure ranges. fused: an fp32 encoder with fused
+    attention, deleted afterwards. plain: also write an encoder in plain ONNX, for TensorRT.
+    Returns the variants, and per file the nodes left in fp32.
     """
     cases = cases[:_MEASURED]
     decoder = folder / "decoder.onnx"
@@ -73,13 +74,13 @@ def build_fp16(
 
 
 class _Measured:
-    """A graph that shows all its tensors, and remembers the largest value of each."""
+    """A graph with all tensors as outputs; records the largest absolute value of each."""
 
     def __init__(self, graph: Path, scratch: Path) -> None:
         model = onnx.load(graph)
         known = {value.name for value in model.graph.output}
         inner = [name for node in model.graph.node for name in node.output if name]
-        # The runtime finds the types out by itself.
+        # ONNX Runtime infers the types.
         model.graph.output.extend(
             onnx.ValueInfoProto(name=name) for name in inner if name not in known
         )
@@ -92,7 +93,7 @@ class _Measured:
         self.largest: Largest = {}
 
     def run(self, feeds: Arrays) -> Arrays:
-        """The graph's own outputs."""
+        """Run the graph; returns its original outputs."""
         names = [output.name for output in self._session.get_outputs()]
         made = dict(zip(names, self._session.run(names, feeds), strict=True))
         for name, value in made.items():
@@ -103,18 +104,18 @@ class _Measured:
 
 
 class MeasuredGraphs:
-    """Both fp32 graphs, watched while they caption."""
+    """Both fp32 graphs, recording the range of each tensor."""
 
     def __init__(self, encoder: Path, decoder: Path, scratch: Path) -> None:
         self.encoder, self.decoder = (_Measured(graph, scratch) for graph in (encoder, decoder))
 
     def encode(self, pixels: np.ndarray) -> Arrays:
-        """See export.reference.Graphs; an image at a time, because all tensors are held at once."""
+        """See `reference.Graphs`; one image at a time, because all tensors are kept in memory."""
         rows = [self.encoder.run({"pixels": row[None]}) for row in pixels]
         return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
     def decode(self, feeds: Arrays) -> Arrays:
-        """See export.reference.Graphs; what a cache holds beyond a row's length is no value."""
+        """See `reference.Graphs`; caches are not recorded, as they hold undefined positions."""
         made = self.decoder.run(feeds)
         for name in made:
             if name.startswith("present."):
@@ -131,7 +132,7 @@ def _convert(source: Path, output: Path, largest: Largest) -> list[str]:
         for node in model.graph.node
         if hot & {*node.input, *node.output} and node.op_type not in _ALWAYS_HALF
     ]
-    # The converter puts casts where it knows the types, and shape inference stops at contrib nodes.
+    # The converter needs types to insert casts, and shape inference stops at contrib nodes.
     own = {value.name for value in (*model.graph.input, *model.graph.output)}
     del model.graph.value_info[:]
     model.graph.value_info.extend(

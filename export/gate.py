@@ -1,6 +1,6 @@
-"""Which combinations of variants say what PyTorch says, often enough to be served.
+"""Which combinations of variants give PyTorch's captions often enough to be served.
 
-They are judged as they will run, encoder with decoder and cache, because errors add up.
+Encoder, decoder and cache are judged together, as they will run, because errors add up.
 """
 
 from dataclasses import replace
@@ -14,15 +14,15 @@ from export.variants import file_name
 from export.verify import BEAMS
 from runtime.model.manifest import EXACT, Combination, Variant
 
-LEAST_AGREEMENT = 0.99  # 8-bit decoder weights and K/V cache, and fp16 throughout
-_TRIED = 2  # cases of random weights
-_SEARCHED = 40  # cases that are captioned with beams, too
-_PROMPT = 2  # tokens of a prompt: how the caption of the next picture begins
-LEAST_WITH_INT8_ENCODER = 0.97  # 8-bit activations in the image encoder
+LEAST_AGREEMENT = 0.99  # for 8-bit decoder weights and K/V cache, and for fp16 throughout
+_TRIED = 2  # cases to run with random weights
+_SEARCHED = 40  # cases also captioned with beams
+_PROMPT = 2  # tokens of each prompt: the beginning of the next picture's caption
+LEAST_WITH_INT8_ENCODER = 0.97  # for 8-bit activations in the image encoder
 
 
 def exact(images: int) -> Combination:
-    """The fp32 graphs, which `verify` has proven."""
+    """The combination of the fp32 graphs, proven by `verify`."""
     encoder, decoder, cache = EXACT.split("/")
     return Combination(encoder, decoder, cache, images, 1.0)
 
@@ -35,13 +35,11 @@ def judge(
     tokens: int,
     cuda: bool = False,
 ) -> list[Combination]:
-    """Every combination but the exact one that passes; all figures are told on the way.
+    """All combinations that pass, without the exact one; prints each result.
 
-    cases: what to caption, with at most `tokens` new tokens each, as they are and once more with a
-    prompt. Random weights pass unjudged, after a look at whether they run: small changes sway what
-    they say, and nobody reads it.
-    cuda: judge fp16 by the arithmetic of the GPU that is here; the CPU provider computes most of
-    it in fp32.
+    cases: captioned with at most `tokens` new tokens each, as given and again with a prompt.
+    Random weights always pass if they run: small changes alter their captions, which mean nothing.
+    cuda: judge fp16 on this machine's GPU; the CPU provider computes most of it in fp32.
     """
     cases = cases if checkpoint.trained else cases[:_TRIED]
     sizes, special = checkpoint.sizes, checkpoint.tokens
@@ -91,9 +89,9 @@ def _searched(
     tokens: int,
     expected: list[list[int]],
 ) -> float | None:
-    """The share of captions with beams that are PyTorch's; told, and nothing is left out for it.
+    """Share of beam search captions equal to PyTorch's; printed, but no reason to reject.
 
-    None for random weights, and on a device, where beams ask another graph.
+    None for random weights, and for burst decoders, whose candidates come from another graph.
     """
     if not expected or not isinstance(graphs, OnnxGraphs) or graphs.for_bursts:
         return None
@@ -114,7 +112,7 @@ def _said_by_torch(checkpoint: Checkpoint, cases: list[Case], tokens: int) -> li
 
 
 def least_agreement(encoder: str) -> float:
-    """The share of captions that a combination with this encoder has to get as PyTorch does."""
+    """Share of captions that must equal PyTorch's, for combinations with this encoder."""
     return LEAST_WITH_INT8_ENCODER if encoder.startswith("int8") else LEAST_AGREEMENT
 
 

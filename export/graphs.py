@@ -1,4 +1,4 @@
-"""Changes to exported graphs, made on the ONNX files themselves."""
+"""Edits of exported ONNX graphs, and small graphs for devices."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 
 from runtime.model.manifest import PIECE, UNFORCED, Sizes
 
-_OPSET, _IR_VERSION = 17, 8  # what the exporter writes too
+_OPSET, _IR_VERSION = 17, 8  # as the exporter writes
 Scales = dict[str, np.ndarray]  # "{layer}.key" or "{layer}.value" -> float32 [H, D]
 
 
 def share_weights(graph: Path, data: str) -> None:
-    """Move a graph's weights to the file `data` beside it, where other graphs can use them too."""
+    """Move a graph's weights to the file `data` beside it, for other graphs to share."""
     model = onnx.load(graph)
     graph.unlink()
     (graph.parent / data).unlink(missing_ok=True)
@@ -21,7 +21,7 @@ def share_weights(graph: Path, data: str) -> None:
 
 
 def with_int8_prefix(encoder: Path, output: Path, scales: Scales) -> None:
-    """The encoder, emitting int8 K/V: `round(x / scale)` a channel. Weights stay where they are."""
+    """Write an encoder with int8 K/V, `round(x / scale)` per channel; weights stay in place."""
     model = onnx.load(encoder, load_external_data=False)
     graph = model.graph
     zero, one = "cache.zero_point", "cache.unit_scale"
@@ -30,7 +30,7 @@ def with_int8_prefix(encoder: Path, output: Path, scales: Scales) -> None:
     for value in graph.output:
         name, layer_kind = value.name, value.name.removeprefix("image.")
         _rename_output(graph, name, f"{name}.float")
-        # A scale for each channel of each head; QuantizeLinear knows a single axis only.
+        # Scales are per channel of each head; QuantizeLinear supports a single axis only.
         inverse = (1 / scales[layer_kind]).astype(np.float32)[None, :, None, :]
         graph.initializer.append(numpy_helper.from_array(inverse, f"{name}.inverse_scale"))
         graph.node.extend(
@@ -46,7 +46,7 @@ def with_int8_prefix(encoder: Path, output: Path, scales: Scales) -> None:
 
 
 def with_int8_cache(decoder: Path, output: Path, sizes: Sizes, scales: Scales) -> None:
-    """The decoder over an int8 cache, for which GroupQueryAttention takes a scale a channel."""
+    """Write a decoder over an int8 cache; GroupQueryAttention takes a scale per channel."""
     model = onnx.load(decoder, load_external_data=False)
     graph = model.graph
     attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
@@ -61,7 +61,7 @@ def with_int8_cache(decoder: Path, output: Path, sizes: Sizes, scales: Scales) -
     for value in (*graph.input, *graph.output):
         if value.name.startswith(("past_key_values.", "present.")):
             value.type.tensor_type.elem_type = TensorProto.INT8
-    del graph.value_info[:]  # it tells the old type
+    del graph.value_info[:]  # it states the old type
     onnx.save_model(model, output)
 
 
@@ -80,14 +80,13 @@ def _quantise_cache(node: NodeProto, key_scale: str, value_scale: str) -> None:
 
 
 def for_bursts(decoder: Path) -> None:
-    """Let a decoder's steps follow one another on a device, without a look from the host.
+    """Rewrite a decoder so that its steps follow one another on a device without the host.
 
-    In place of candidates it says what comes next: `next_ids` int64 `[B]` and `next_logprobs`
-    float32 `[B, 1]`, which is NaN where a row's numbers broke down; and `next_lengths` int32 `[B]`,
-    which is `lengths` + 1. Input `forced` int64 `[B]`: where it is not UNFORCED, `next_ids` is that
-    token. Without the input nothing is forced.
+    Outputs in place of candidates: `next_ids` int64 `[B]`; `next_logprobs` float32 `[B, 1]`, NaN
+    where a row's computation failed; `next_lengths` int32 `[B]`, equal to `lengths` + 1. Input
+    `forced` int64 `[B]`, optional: where it is not UNFORCED, `next_ids` is that token.
 
-    ArgMax alone has a fast kernel there; who wants more candidates asks `write_candidates`.
+    Only ArgMax has a fast kernel there; `write_candidates` makes a graph for more candidates.
     """
     model = onnx.load(decoder, load_external_data=False)
     graph = model.graph
@@ -131,7 +130,7 @@ _CANDIDATES = ("candidate_ids", "candidate_logprobs", "best_logits")
 
 
 def _keep_outputs(graph: GraphProto, wanted: list[str]) -> None:
-    """Drop the other outputs, and all nodes that only they needed."""
+    """Drop all outputs but `wanted`, and the nodes that only those needed."""
     outputs = [output for output in graph.output if output.name in wanted]
     del graph.output[:]
     graph.output.extend(outputs)
@@ -145,10 +144,11 @@ def _keep_outputs(graph: GraphProto, wanted: list[str]) -> None:
 
 
 def write_candidates(output: Path, vocabulary: int) -> None:
-    """A graph that finds the likeliest tokens in the logits that a decoder has left on a device.
+    """Write a graph that finds the likeliest tokens in logits on a device.
 
-    `logits` float16 `[B, V]` and `candidates` int64 `[1]` -> as the decoder on a processor says
-    them.
+    `logits` float16 `[B, V]` and `candidates` (K) int64 `[1]` -> `candidate_ids` int64 `[B, K]`,
+    `candidate_logprobs` float32 `[B, K]` and `best_logits` float32 `[B, 1]`, as from the decoder
+    on a CPU.
     """
     half, one, integer = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.INT64
     ids, logprobs, best = _CANDIDATES
@@ -169,11 +169,12 @@ def write_candidates(output: Path, vocabulary: int) -> None:
 
 
 def write_reordering(output: Path, layers: int) -> None:
-    """A graph that copies pieces of the arena to other places of it, when beams change theirs.
+    """Write a graph that copies pieces within the arena, to reorder beams.
 
-    `sources` int64 `[N]` and `targets` int64 `[N, 1]` count pieces of PIECE int64; for each layer
-    and kind `arena.{i}.{kind}` `[pieces, PIECE]` -> `reordered.{i}.{kind}`. All are read before any
-    is written, so an arena that is bound to its input and output at once is reordered in place.
+    `sources` int64 `[N]` and `targets` int64 `[N, 1]` are indices of pieces of PIECE int64; per
+    layer and kind, `arena.{i}.{kind}` `[pieces, PIECE]` -> `reordered.{i}.{kind}`. All sources are
+    read before any target is written, so an arena bound as both input and output is reordered in
+    place.
     """
     integer = TensorProto.INT64
     info = helper.make_tensor_value_info
@@ -202,14 +203,14 @@ def _write(
 
 
 def write_insertion(output: Path, layers: int) -> None:
-    """A graph that puts image K/V into slots of the arena, so that neither leaves the device.
+    """Write a graph that copies image K/V into slots of the arena on the device.
 
-    It copies pieces of PIECE int64, whatever they hold: on CUDA a thread copies one piece, and 16
-    bytes are the most that one instruction moves. `firsts` int64 `[B, 1, 1]` says which piece of
-    the arena a slot begins with, `pieces` int64 `[1, N, 1]` where each piece of an image goes from
-    there; then for each layer and kind `image.{i}.{kind}` int64 `[B, N, PIECE]` and
-    `arena.{i}.{kind}` `[pieces, PIECE]` -> `inserted.{i}.{kind}`. With an arena bound to its input
-    and output at once only the named places are written.
+    It copies pieces of PIECE int64, whatever their dtype: on CUDA a thread copies one piece, and 16
+    bytes are the most that one instruction moves. `firsts` int64 `[B, 1, 1]` is the index of each
+    slot's first piece in the arena, `pieces` int64 `[1, N, 1]` the offset of each image piece from
+    there; per layer and kind, `image.{i}.{kind}` int64 `[B, N, PIECE]` and `arena.{i}.{kind}`
+    `[pieces, PIECE]` -> `inserted.{i}.{kind}`. With an arena bound as both input and output, only
+    these places are written.
     """
     integer = TensorProto.INT64
     arena_shape: list[str | int | None] = ["A", PIECE]

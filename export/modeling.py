@@ -1,9 +1,9 @@
-"""GIT cut in two where nothing crosses back: the image prefix, and one text token at a time.
+"""GIT as two modules: the image prefix, and a decoder of one text token at a time.
 
-In GIT's decoder image tokens attend to image tokens only, so their keys and values depend on the
-image alone. `ImagePrefix` computes them once; `TextDecoder` reads them from its cache, where they
-look like the beginning of the text. Both call the checkpoint's own modules
-(`transformers.models.git.modeling_git`), so that there is one meaning of each weight.
+In GIT's decoder, image tokens attend to image tokens only, so their keys and values depend on the
+image alone. `ImagePrefix` computes these once; `TextDecoder` reads them from its K/V cache as if
+they were the beginning of the text. Both call the checkpoint's own modules
+(`transformers.models.git.modeling_git`), so that each weight keeps its one meaning.
 """
 
 import math
@@ -20,7 +20,7 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
 class ImagePrefix(nn.Module):
-    """Pixels to the keys and values that the decoder layers hold for them."""
+    """Pixels to the image's keys and values in each decoder layer."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -33,7 +33,7 @@ class ImagePrefix(nn.Module):
         std: list[float],
         fused: bool = False,
     ):
-        """`fused`: attention as one node, which CUDA has a kernel for; else in plain ONNX."""
+        """fused: attention as one node, for which CUDA has a kernel; else plain ONNX."""
         super().__init__()
         self.config = model.config
         self.fused = fused
@@ -52,22 +52,22 @@ class ImagePrefix(nn.Module):
             prefix[f"image.{index}.key"] = _split_heads(attention, key)
             prefix[f"image.{index}.value"] = _split_heads(attention, value)
             if index + 1 == len(self.git.encoder.layer):
-                break  # nobody reads the last layer's output
+                break  # the last layer's output is unused
             hidden = self._fused(layer, hidden, key, value) if self.fused else layer(hidden)[0]
         return prefix
 
     def _fused(
         self, layer: GitLayer, hidden: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """What `layer` does, with its attention in one node."""
+        """Output of `layer`, with its attention as one node."""
         own = layer.attention.self
         context = FusedAttention.apply(own.query(hidden), key, value, own.num_attention_heads)
         return layer.feed_forward_chunk(layer.attention.output(context, hidden))
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Vision features of all frames of an image, `[B, P, vision width]`."""
-        # Sizes come from the configuration: those of a traced tensor would tie the graph to the
-        # number of rows it was traced with.
+        # Sizes come from the configuration: sizes of a traced tensor would fix the graph's number
+        # of rows.
         frames = self.config.num_image_with_embedding
         images = pixels.flatten(0, 1) if frames else pixels
         images = (images.to(self.mean.dtype) * self.rescale - self.mean) / self.std
@@ -83,7 +83,7 @@ class ImagePrefix(nn.Module):
 
 
 class TextDecoder(nn.Module):
-    """One token for each row, each row at its own age, over a cache of fixed capacity."""
+    """One token per row, over a K/V cache of fixed capacity; rows may differ in length."""
 
     def __init__(self, model: GitForCausalLM, prefix: int) -> None:
         super().__init__()
@@ -102,11 +102,11 @@ class TextDecoder(nn.Module):
         candidates: torch.Tensor,
         past_key_values: list[KeyValue],
     ) -> dict[str, Any]:
-        """Shapes as in the decoder's contract; `past_key_values` L pairs of `[B, H, C, D]`.
+        """Shapes as in ARCHITECTURE.md, "Graphs"; `past_key_values`: L pairs of `[B, H, C, D]`.
 
         Returns the `candidates` (K) likeliest tokens, best first: `candidate_ids` int64 `[B, K]`
-        and `candidate_logprobs` float `[B, K]`, NaN where a row's numbers broke down; `best_logits`
-        float `[B, 1]` of the first of them, from which the others' follow; all `logits` float
+        and `candidate_logprobs` float `[B, K]`, NaN where a row's computation failed; `best_logits`
+        float `[B, 1]`, the first token's logit, from which the others follow; all `logits` float
         `[B, V]`; and `past_key_values`, L new pairs.
         """
         positions = (lengths - self.prefix).to(torch.int64).unsqueeze(1)
@@ -132,7 +132,7 @@ class TextDecoder(nn.Module):
 
 
 class Likeliest(torch.autograd.Function):
-    """The largest values of each row and where they are, as many as a tensor says."""
+    """TopK with the count as a tensor: the largest values of each row and their indices."""
 
     @staticmethod
     def forward(
@@ -144,7 +144,7 @@ class Likeliest(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, values: Any, count: Any) -> tuple[Any, Any]:
-        """torch's own export of topk would fix the count."""
+        """A TopK node; torch's own export of topk would fix the count."""
         largest, places = g.op("TopK", values, count, axis_i=-1, outputs=2)
         largest.setType(values.type().with_sizes([None, None]))
         places.setType(torch._C.TensorType.get().with_dtype(torch.int64).with_sizes([None, None]))
@@ -152,11 +152,11 @@ class Likeliest(torch.autograd.Function):
 
 
 class CachedAttention(torch.autograd.Function):
-    """Attention of one new token over a cache of fixed capacity that it is appended to.
+    """Append one token's key and value to a cache of fixed capacity; attend over the cache.
 
     In ONNX this is one `com.microsoft.GroupQueryAttention` node, which writes the new key and value
-    into the cache in place when past and present are bound to one buffer. In PyTorch it is what
-    `forward` says. Positions beyond a row's length are undefined in both.
+    into the cache in place when past and present are bound to one buffer. `forward` is the PyTorch
+    equivalent. Positions beyond a row's length are undefined in both.
     """
 
     @staticmethod
@@ -193,7 +193,7 @@ class CachedAttention(torch.autograd.Function):
         total_length: Any,
         heads: int,
     ) -> tuple[Any, Any, Any]:
-        """The operator counts from zero: `seqlens_k`, the last token's index, is our length."""
+        """One node; its `seqlens_k` is the last token's index, which equals `lengths`."""
         absent = g.op("prim::Constant")
         absent.setType(torch.OptionalType.ofTensor())
         context, key, value = g.op(
@@ -209,7 +209,7 @@ class CachedAttention(torch.autograd.Function):
 
 
 class FusedAttention(torch.autograd.Function):
-    """Attention of all positions to all: one `com.microsoft.MultiHeadAttention` node in ONNX."""
+    """Attention without a mask: one `com.microsoft.MultiHeadAttention` node in ONNX."""
 
     @staticmethod
     def forward(
@@ -222,7 +222,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, query: Any, key: Any, value: Any, heads: int) -> Any:
-        """The operator divides by the root of the head's width by itself."""
+        """One node; the operator itself scales by 1/sqrt(D)."""
         context = g.op("com.microsoft::MultiHeadAttention", query, key, value, num_heads_i=heads)
         context.setType(query.type())
         return context
@@ -239,7 +239,7 @@ def _fused_for_clip(
     *_: Any,
     **__: Any,
 ) -> tuple[torch.Tensor, None]:
-    """FusedAttention by the signature of transformers' attention functions: `[B, H, S, D]` in."""
+    """FusedAttention with the signature of transformers' attention functions: `[B, H, S, D]` in."""
     flat = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
     return FusedAttention.apply(*flat, module.num_heads), None
 
@@ -249,7 +249,7 @@ AttentionInterface.register(_FUSED, _fused_for_clip)
 
 @contextmanager
 def _attention(config: PretrainedConfig, name: str | None) -> Iterator[None]:
-    """Let a submodel use another attention function meanwhile; None leaves its own."""
+    """Set a submodel's attention function in a context; None keeps its own."""
     own = config._attn_implementation
     config._attn_implementation = name or own
     try:
@@ -265,7 +265,7 @@ def _split_heads(attention: nn.Module, projected: torch.Tensor) -> torch.Tensor:
 
 
 def _packed_projection(layer: GitLayer) -> nn.Linear:
-    """Query, key and value as one matrix: one large product runs faster than three small ones."""
+    """Query, key and value projections as one: a large product is faster than three small ones."""
     parts = [getattr(layer.attention.self, name) for name in ("query", "key", "value")]
     width = parts[0].in_features
     packed = nn.Linear(width, 3 * width).to(parts[0].weight.dtype)

@@ -1,6 +1,6 @@
-"""GIT's two graphs as Optimum sees them: names, dynamic axes and dummy inputs.
+"""Optimum configurations of GIT's two graphs: names, dynamic axes and dummy inputs.
 
-Optimum has no configuration for GIT; here is one for each submodel, to be passed to
+Optimum has none for GIT; pass these to
 `onnx_export_from_model(custom_onnx_configs=..., fn_get_submodels=...)`.
 """
 
@@ -21,7 +21,7 @@ _CAPACITY = "capacity"
 _CANDIDATES = "candidates"
 _DUMMY_ROWS = 2
 _DUMMY_CANDIDATES = 3
-_DUMMY_SPARE = 8  # positions that a dummy slot has beyond the image prefix
+_DUMMY_SPARE = 8  # text positions of a dummy slot
 
 
 def _pixels(sizes: Sizes) -> torch.Tensor:
@@ -31,7 +31,7 @@ def _pixels(sizes: Sizes) -> torch.Tensor:
 
 
 def _decoder_inputs(sizes: Sizes) -> dict[str, Any]:
-    """Rows of unequal age, by the names of `TextDecoder.forward`: the cache is one argument."""
+    """Arguments of `TextDecoder.forward` by name, for rows of different lengths."""
     lengths = sizes.prefix + torch.tensor([3, 0], dtype=torch.int32)
     cache = (_DUMMY_ROWS, sizes.heads, sizes.prefix + _DUMMY_SPARE, sizes.head)
     return {
@@ -60,7 +60,7 @@ class GitEncoderOnnxConfig(OnnxConfig):
 
     @property
     def outputs(self) -> Axes:
-        """A key and a value for each decoder layer, each an output of its own."""
+        """A key and a value output per decoder layer."""
         return {
             f"image.{layer}.{kind}": {0: _ROWS}
             for layer in range(self._sizes.layers)
@@ -68,13 +68,13 @@ class GitEncoderOnnxConfig(OnnxConfig):
         }
 
     def generate_dummy_inputs(self, framework: str = "pt", **kwargs: Any) -> dict[str, Any]:
-        """Random pixels; Optimum's shape arguments know nothing of this model's inputs."""
+        """Random pixels; Optimum's shape arguments do not cover this model's inputs."""
         pixels = _pixels(self._sizes)
         return {"pixels": pixels.numpy() if framework == "np" else pixels}
 
 
 class GitDecoderOnnxConfig(OnnxConfigWithPast):
-    """`decoder.onnx`: one token a row, with the cache as input and output."""
+    """`decoder.onnx`: one token per row, with the K/V cache as input and output."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
     DEFAULT_ONNX_OPSET = OPSET
@@ -85,7 +85,7 @@ class GitDecoderOnnxConfig(OnnxConfigWithPast):
 
     @property
     def inputs(self) -> Axes:
-        """Token, age and cache of each row."""
+        """Token, length and K/V cache of each row; total length and number of candidates."""
         return {
             "token_ids": {0: _ROWS},
             "lengths": {0: _ROWS},
@@ -96,7 +96,7 @@ class GitDecoderOnnxConfig(OnnxConfigWithPast):
 
     @property
     def outputs(self) -> Axes:
-        """The likeliest tokens, what they were chosen from, and the grown cache."""
+        """The likeliest tokens, all logits, and the updated K/V cache."""
         likeliest = {0: _ROWS, 1: _CANDIDATES}
         return {
             "candidate_ids": likeliest,
@@ -114,5 +114,5 @@ class GitDecoderOnnxConfig(OnnxConfigWithPast):
         }
 
     def generate_dummy_inputs(self, framework: str = "pt", **kwargs: Any) -> dict[str, Any]:
-        """Random tokens and caches; see above."""
+        """Random tokens and caches; Optimum's shape arguments do not apply."""
         return _decoder_inputs(self._sizes)

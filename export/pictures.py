@@ -1,8 +1,8 @@
-"""What to compare on: pictures of the user's, prepared by Hugging Face's processor, or made ones.
+"""Pictures to compare on: the user's, prepared by Hugging Face's processor, or generated ones.
 
-The processor is theirs and not runtime/'s on purpose: verification shares nothing with what it is
-to be a check of. Only what the processor leaves to its caller is decided as the service does it:
-orientation, transparency, 16 bits.
+Hugging Face's processor, not runtime/'s, prepares them, so that verification is independent of the
+code it checks. Only the steps left to the processor's caller are runtime/'s: orientation,
+transparency, 16 bits.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,15 @@ from runtime.errors import InvalidImage, TooManyPixels
 from runtime.model.manifest import Preprocessing, Sizes
 from runtime.model.preprocess import SUFFIXES, decode
 
-LEAST_PICTURES = 16  # that calibration and the gate can say something by
+LEAST_PICTURES = 16  # fewest for a meaningful calibration and gate
 _MOST_PICTURES = 400  # each is captioned by PyTorch and by every combination of variants
 
 
 def from_folder(folder: Path, how: Preprocessing, sizes: Sizes) -> list[np.ndarray]:
-    """All image files of a folder and those below it, by name -> uint8 `[3, S, S]` each.
+    """All images in a folder and its subfolders, sorted by path: uint8 `[3, S, S]` each.
 
-    Unreadable files are listed and left out; ExportError when fewer than LEAST_PICTURES are left.
+    At most _MOST_PICTURES, evenly spaced. Unreadable files are listed and left out; ExportError if
+    fewer than LEAST_PICTURES are left.
     """
     if sizes.frames is not None:
         raise ExportError("--images is for single-image models: a video row needs several frames")
@@ -47,7 +48,7 @@ def from_folder(folder: Path, how: Preprocessing, sizes: Sizes) -> list[np.ndarr
         except (InvalidImage, TooManyPixels, OSError) as cause:
             print(f"left out: {path} ({cause})")
             continue
-        # Said, not guessed: for a picture three pixels high the guess would be wrong.
+        # Without the format, the processor would misread a picture three pixels high.
         made = processor(image, return_tensors="np", input_data_format="channels_last")
         pixels.append(made["pixel_values"][0].astype(np.uint8))
     if len(pixels) < LEAST_PICTURES:
@@ -59,7 +60,7 @@ def from_folder(folder: Path, how: Preprocessing, sizes: Sizes) -> list[np.ndarr
 
 
 def generated(rng: np.random.Generator, sizes: Sizes) -> np.ndarray:
-    """Coloured blocks with noise, unlike each other in the large as pictures are."""
+    """Coloured blocks with noise, which differ at a large scale, as pictures do."""
     count, size = sizes.frames or 1, sizes.image
     cells = int(rng.integers(2, 7))
     blocks = rng.integers(0, 256, (count, 3, cells, cells))
@@ -70,7 +71,7 @@ def generated(rng: np.random.Generator, sizes: Sizes) -> np.ndarray:
 
 
 def rows(rng: np.random.Generator, sizes: Sizes, given: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """Encoder rows without end: the given ones first."""
+    """An endless iterator of encoder rows: `given`, then generated ones."""
     yield from given
     while True:
         yield generated(rng, sizes)

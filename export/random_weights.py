@@ -1,4 +1,4 @@
-"""Checkpoints of the real shapes with random weights: no download, for benchmarks and tests."""
+"""Random-weight checkpoints in real shapes, without a download, for benchmarks and tests."""
 
 import json
 from collections.abc import Callable
@@ -28,9 +28,9 @@ SHAPES: dict[str, Callable[[], GitConfig]] = {
 
 
 def random_weights(shape: str, seed: int = 0) -> Checkpoint:
-    """A real checkpoint's shape with random weights that tell images apart.
+    """A checkpoint of one of SHAPES, with random weights whose captions depend on the image.
 
-    Raises ExportError for a shape that is none of SHAPES.
+    Raises ExportError for an unknown shape.
     """
     if shape not in SHAPES:
         raise ExportError(f"unknown shape {shape!r}: use one of {', '.join(SHAPES)}")
@@ -38,7 +38,7 @@ def random_weights(shape: str, seed: int = 0) -> Checkpoint:
 
 
 def from_config(name: str, config: GitConfig, seed: int = 0) -> Checkpoint:
-    """Random weights of any GIT configuration, with a tokenizer of numbered words."""
+    """A random-weight checkpoint of a GIT configuration, with a tokenizer of numbered words."""
     torch.manual_seed(seed)
     model = GitForCausalLM(config).eval()
     _spread(model)
@@ -59,9 +59,9 @@ def from_config(name: str, config: GitConfig, seed: int = 0) -> Checkpoint:
 def _spread(model: GitForCausalLM) -> None:
     """Scale fresh weights until captions depend on the image.
 
-    Fresh GIT weights are so small that residuals drown what the layers say: every image gets the
-    same caption, and comparing such captions proves nothing. Larger projections let the image
-    through; a wide output layer keeps the best two tokens apart.
+    Freshly initialised GIT weights are so small that residuals drown the layers' outputs: every
+    image gets the same caption, and comparing such captions proves nothing. Larger projections let
+    the image through; a wide output layer separates the best two tokens.
     """
     config = model.config
     for name, weight in model.named_parameters():

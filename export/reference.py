@@ -1,8 +1,8 @@
-"""Greedy decoding as plain as can be, over ONNX graphs or the PyTorch modules they came from.
+"""Minimal greedy decoding, over ONNX graphs or the PyTorch modules they were exported from.
 
-It shares nothing with runtime/ but the choice among beams, so that what it proves is the graphs
-alone. Rows of one batch start
-at different steps and with prompts of different lengths, so they are of unequal age throughout.
+It shares only the choice among beams with runtime/, so that it tests the graphs alone. Rows of a
+batch start at different steps and with prompts of different lengths, so their lengths differ
+throughout.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,12 +23,12 @@ from runtime.request import SamplingParams
 
 Arrays = dict[str, np.ndarray]
 
-_ROWS = 8  # of one batch
+_ROWS = 8  # per batch
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What to caption: uint8 `pixels` of one encoder row, `prompt` ids with the start token."""
+    """An input: uint8 `pixels` of one encoder row, `prompt` ids including the start token."""
 
     pixels: np.ndarray
     prompt: list[int]
@@ -36,8 +36,8 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Generated `tokens`, the end token included; float32 `logits` [tokens, V] behind them, and
-    `logprobs` [tokens] of them.
+    """Generated `tokens`, including the end token; the float32 `logits` `[tokens, V]` they were
+    chosen from, and their `logprobs` `[tokens]`.
     """
 
     tokens: list[int]
@@ -46,21 +46,21 @@ class Answer:
 
 
 class Graphs(Protocol):
-    """Both graphs by the names of their contract."""
+    """Both graphs, with inputs and outputs by name (ARCHITECTURE.md, "Graphs")."""
 
     def encode(self, pixels: np.ndarray) -> Arrays:
         """`pixels` of all rows -> `image.{i}.key/value`."""
 
     def decode(self, feeds: Arrays) -> Arrays:
-        """All inputs of the decoder -> all its outputs."""
+        """All decoder inputs -> all decoder outputs."""
 
 
 class OnnxGraphs:
-    """Two graph files on ONNX Runtime's CPU provider, or on CUDA's."""
+    """Two graph files on ONNX Runtime's CPU or CUDA provider."""
 
     def __init__(self, encoder: Path, decoder: Path, *, cuda: bool = False) -> None:
         options = ort.SessionOptions()
-        options.log_severity_level = 3  # it warns of initialisers that two graphs share
+        options.log_severity_level = 3  # omits warnings about initialisers shared by two graphs
         providers = ["CUDAExecutionProvider" if cuda else "CPUExecutionProvider"]
         self._encoder, self._decoder = (
             ort.InferenceSession(path, options, providers=providers, enable_fallback=False)
@@ -69,7 +69,7 @@ class OnnxGraphs:
 
     @property
     def for_bursts(self) -> bool:
-        """Whether the decoder says what comes next, and no more candidates."""
+        """Whether the decoder outputs only the next token (`export.graphs.for_bursts`)."""
         return any(output.name == "next_ids" for output in self._decoder.get_outputs())
 
     def encode(self, pixels: np.ndarray) -> Arrays:
@@ -77,7 +77,7 @@ class OnnxGraphs:
         return _run(self._encoder, {"pixels": pixels})
 
     def decode(self, feeds: Arrays) -> Arrays:
-        """See Graphs; a decoder for bursts says what comes next in its own way."""
+        """See Graphs; a burst decoder's next tokens are returned as candidates."""
         inputs = {value.name for value in self._decoder.get_inputs()}
         made = _run(self._decoder, {name: feeds[name] for name in feeds.keys() & inputs})
         if self.for_bursts:
@@ -87,7 +87,7 @@ class OnnxGraphs:
 
 
 class TorchGraphs:
-    """The checkpoint in fp32 PyTorch, its image encoded once."""
+    """The checkpoint in fp32 PyTorch, encoding each image only once."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         how, self._layers = checkpoint.normalisation, checkpoint.sizes.layers
@@ -129,10 +129,10 @@ def caption(
     seen: Callable[[Arrays, list[int]], None] | None = None,
     stagger: int = 4,
 ) -> Iterator[Answer]:
-    """Answers to all cases, at most `new_tokens` each.
+    """Caption all cases greedily, with at most `new_tokens` each.
 
-    stagger: rows of a batch start at so many different steps.
-    seen: called after each batch with its caches and the positions of each row that count.
+    seen: called after each batch with its caches and the number of valid positions per row.
+    stagger: number of different steps at which rows of a batch start.
     """
     for start in range(0, len(cases), _ROWS):
         batch = cases[start : start + _ROWS]
@@ -146,7 +146,7 @@ def caption(
 def _batch(
     graphs: Graphs, sizes: Sizes, batch: list[Case], new_tokens: int, eos: int, stagger: int
 ) -> tuple[list[Answer], Arrays]:
-    """All rows at once; those that are over go on, and their surplus is cut off."""
+    """Decode all rows together; ended rows go on, and their surplus tokens are cut off."""
     starts = np.arange(len(batch)) % stagger
     steps = max(len(case.prompt) for case in batch) + new_tokens - 1 + int(starts.max())
     images = graphs.encode(np.stack([case.pixels for case in batch]))
@@ -154,7 +154,7 @@ def _batch(
     texts = [list(case.prompt) for case in batch]
     chosen_from: list[list[tuple[np.ndarray, np.float32]]] = [[] for _ in batch]
     for step in range(steps):
-        # A row that has not started is fed its first token again and again, in the same place.
+        # A row that has not started is fed its first token repeatedly, at the same position.
         ages = np.maximum(step - starts, 0)
         lengths = (sizes.prefix + ages).astype(np.int32)
         fed = [[text[age]] for text, age in zip(texts, ages, strict=True)]
@@ -183,7 +183,7 @@ def _batch(
 def best_of_beams(
     graphs: Graphs, sizes: Sizes, eos: int, case: Case, new_tokens: int, beams: int
 ) -> list[int]:
-    """The tokens that beam search finds best; it is the runtime's, with caches moved by hand."""
+    """Best tokens by the runtime's beam search; the caches are reordered here."""
     decoding = Beams(case.prompt, SamplingParams(new_tokens, num_beams=beams), eos)
     images = graphs.encode(case.pixels[None])
     caches = _caches(images, capacity=sizes.prefix + len(case.prompt) + new_tokens)
@@ -217,7 +217,7 @@ def _caches(images: Arrays, capacity: int) -> Arrays:
     caches: Arrays = {}
     for name, image in images.items():
         rows, heads, prefix, head = image.shape
-        # What lies beyond a row's length is undefined: fill it with what would show if it counted.
+        # Positions beyond a row's length are undefined: the filler would show if it were used.
         filler = 127 if image.dtype == np.int8 else 1e4
         cache = np.full((rows, heads, capacity, head), filler, image.dtype)
         cache[:, :, :prefix] = image

@@ -1,13 +1,13 @@
-"""8-bit matrix products whose activations are scaled row by row, so that no row sways another.
+"""8-bit matrix products with one activation scale per row, so that rows do not affect each other.
 
-ONNX Runtime's dynamic quantisation takes one scale for a whole tensor: what an image or a sequence
-says then depends on what it shares a batch with. Here each row x, of one position of one image, is
-quantised by its own largest value: `q = round(x / s) + 128` with `s = max|x| / 127`. Its product
-with the weights is scaled by s and by each channel's own scale.
+ONNX Runtime's dynamic quantisation uses one scale for a whole tensor: the result of an image or a
+sequence then depends on the rest of its batch. Here each row x (one position of one image) is
+quantised by its own largest value: `q = round(x / s) + 128` with `s = max|x| / 127`. The product
+with the weights is then scaled by s and by the scale of each weight channel.
 
-Activations are uint8 around 128 because the CPU provider's product of int8 with int8 takes about
-fifteen times as long (x86, VNNI). MatMulIntegerToFloat is written out with the channels' scales
-alone: left to ONNX Runtime's optimiser, the fused product would take the first row's scale for all.
+Activations are uint8 around 128 because the CPU provider's int8-by-int8 product takes about fifteen
+times as long (x86, VNNI). MatMulIntegerToFloat is emitted here with the channel scales only: fused
+by ONNX Runtime's optimiser, it would use the first row's scale for all rows.
 """
 
 from pathlib import Path
@@ -19,14 +19,14 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 _STEP, _LEAST, _UNIT, _MIDDLE = "row.step", "row.least", "row.unit", "row.middle"
 _CONSTANTS: dict[str, np.ndarray] = {
     _STEP: np.array(1 / 127, np.float32),
-    _LEAST: np.array(1e-12, np.float32),  # of a row of zeros: it is divided by its scale
+    _LEAST: np.array(1e-12, np.float32),  # avoids division by zero
     _UNIT: np.array(1, np.float32),
     _MIDDLE: np.array(128, np.uint8),
 }
 
 
 def with_row_scales(path: Path) -> None:
-    """Rewrite the products that `onnxruntime.quantization.quantize_dynamic` made in a graph."""
+    """Rewrite the products of a graph from `onnxruntime.quantization.quantize_dynamic`."""
     model = onnx.load(path)
     graph = model.graph
     for name, value in _CONSTANTS.items():
@@ -40,7 +40,7 @@ def with_row_scales(path: Path) -> None:
 
 
 def _rewritten(model: ModelProto) -> list[NodeProto]:
-    """All nodes, with row-wise products in place of those that share one scale."""
+    """All nodes, with per-row scales in place of per-tensor scales."""
     made_by = {name: node for node in model.graph.node for name in node.output}
     readers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
@@ -64,7 +64,7 @@ def _rewritten(model: ModelProto) -> list[NodeProto]:
 
 
 def _quantised(node: NodeProto) -> list[NodeProto]:
-    """`[..., K]` float32 -> uint8 of the same shape, and its scales `[..., 1]`."""
+    """Nodes that map float32 `[..., K]` to uint8 of the same shape and scales `[..., 1]`."""
     [values] = node.input
     quantised, scale, _ = node.output
     size, largest, least, units = (f"{scale}.{part}" for part in ("size", "max", "least", "units"))

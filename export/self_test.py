@@ -1,4 +1,4 @@
-"""Chooses what every start of an engine has to say (`runtime.execution.self_test`)."""
+"""Choose an engine's self-test (`runtime.execution.self_test`)."""
 
 from pathlib import Path
 
@@ -10,15 +10,15 @@ from export.variants import file_name
 from runtime.execution.self_test import PICTURES, TOKENS, picture
 from runtime.model.manifest import Combination, SelfTest
 
-_TRIED = 24  # pictures: those are taken of which PyTorch is the surest
+_TRIED = 24  # pictures; those with PyTorch's largest margins are chosen
 
 
 def choose(
     checkpoint: Checkpoint, folder: Path, combinations: list[Combination]
 ) -> SelfTest | None:
-    """Pictures of which all combinations in `folder` say what PyTorch says.
+    """Pictures on which all combinations in `folder` agree with PyTorch.
 
-    None for random weights, which small changes sway, and if there are no such pictures.
+    None for random weights, whose captions change easily, and if there are no such pictures.
     """
     if not checkpoint.trained:
         print("random weights: the engine has no self-test")
@@ -44,6 +44,6 @@ def choose(
 
 
 def _margin(answer: Answer) -> float:
-    """By how much the likeliest token was ahead where that was least."""
+    """Smallest logit margin, over all steps, between the two likeliest tokens."""
     first, second = np.sort(answer.logits, axis=-1)[:, -1], np.sort(answer.logits, axis=-1)[:, -2]
     return float((first - second).min())

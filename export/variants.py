@@ -1,6 +1,6 @@
 """Faster versions of the fp32 graphs: 8-bit matrix products and an 8-bit K/V cache.
 
-Nothing here is trusted: `export.gate` keeps what says the same as PyTorch often enough.
+`export.gate` keeps only combinations that agree with PyTorch often enough.
 """
 
 from collections.abc import Iterator
@@ -26,18 +26,18 @@ _PRECISIONS = {"encoder": ("fp32", "int8", "int8-static"), "decoder": ("fp32", "
 _CACHES = {"float32": "", "int8": ".kv8"}  # dtype -> part of the file name
 _MATRIX_PRODUCTS = ["MatMul", "Gemm"]
 _OPTIONS = {
-    "MatMulConstBOnly": True,  # products with weights; those within attention stay fp32
-    "DefaultTensorType": 1,  # float: shape inference stops at GroupQueryAttention
+    "MatMulConstBOnly": True,  # products with weights; products within attention stay fp32
+    "DefaultTensorType": 1,  # float32, because shape inference stops at GroupQueryAttention
 }
 
 
 def file_name(graph: str, precision: str, cache: str) -> str:
-    """encoder.onnx is fp32 with a float32 cache; others say how they differ."""
+    """File name of a variant: encoder.onnx is fp32 with a float32 cache, others have suffixes."""
     return f"{graph}{'' if precision == 'fp32' else f'.{precision}'}{_CACHES.get(cache, '')}.onnx"
 
 
 def data_name(graph: str, precision: str) -> str:
-    """The weights, which both caches share."""
+    """File name of a precision's weights, shared by its variants for each cache dtype."""
     return file_name(graph, precision, "float32").replace(".onnx", ".data")
 
 
@@ -49,9 +49,9 @@ def variant(graph: str, precision: str, cache: str) -> Variant:
 def build_variants(
     checkpoint: Checkpoint, folder: Path, pixels: list[np.ndarray], new_tokens: int
 ) -> list[Variant]:
-    """Write all other variants beside the fp32 graphs of `folder`.
+    """Write all 8-bit variants, and 8-bit caches for fp32, beside the fp32 graphs of `folder`.
 
-    pixels: uint8 encoder rows to calibrate on.
+    pixels: uint8 encoder rows to calibrate on. Returns all variants, fp32 graphs included.
     """
     cases = [Case(row, [checkpoint.tokens.bos]) for row in pixels]
     scales = cache_scales(checkpoint, folder, cases, new_tokens)
@@ -78,7 +78,7 @@ def build_variants(
 def cache_scales(
     checkpoint: Checkpoint, folder: Path, cases: list[Case], new_tokens: int
 ) -> Scales:
-    """Scale of each channel: the largest key or value there, of image and text, becomes 127."""
+    """K/V scale per channel: the largest absolute value, of image and text, maps to 127."""
     sizes = checkpoint.sizes
     largest: Scales = {}
 
@@ -93,12 +93,12 @@ def cache_scales(
     answers = caption(graphs, sizes, checkpoint.tokens, cases, new_tokens, note)
     for _ in tqdm(answers, desc="calibrating", total=len(cases), unit="image"):
         pass
-    # A channel that is always zero gets a scale that it can't divide by zero with.
+    # The lower bound avoids division by zero for a channel that is always zero.
     return {name: np.maximum(value, 1e-6) / 127 for name, value in largest.items()}
 
 
 def _quantise_dynamic(folder: Path, graph: str) -> None:
-    """8-bit weights a channel; each row of activations gets its scale as it comes."""
+    """8-bit weights with a scale per channel; activations with a scale per row, at run time."""
     output = folder / file_name(graph, "int8", "float32")
     quantize_dynamic(
         folder / file_name(graph, "fp32", "float32"),
@@ -113,7 +113,7 @@ def _quantise_dynamic(folder: Path, graph: str) -> None:
 
 
 def _quantise_static(folder: Path, pixels: list[np.ndarray]) -> None:
-    """Activation scales fixed by calibration: the form that OpenVINO computes in 8 bits."""
+    """Activation scales fixed by calibration, as OpenVINO requires for 8-bit products."""
     output = folder / file_name("encoder", "int8-static", "float32")
     quantize_static(
         folder / "encoder.onnx",

@@ -1,4 +1,4 @@
-"""ONNX against PyTorch: same tokens as `generate`, and how far the logits are apart."""
+"""ONNX against PyTorch: tokens equal to `generate`, and the difference of the logits."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,21 +15,21 @@ from export.pictures import rows
 from export.reference import Answer, Case, OnnxGraphs, best_of_beams, caption
 
 BEAMS = 4
-_SEARCHED = 8  # one image of so many: PyTorch encodes it again for each beam and token
+_SEARCHED = 8  # one image in 8: PyTorch encodes it again for each beam and token
 _LONGEST_PROMPT = 5  # tokens, without the start token
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was compared and found; goes into the manifest as it stands."""
+    """Extent and results of a verification; stored in the manifest."""
 
     images: int
-    prompts: int  # how many of them had a prompt
-    beams: int  # how many of them were searched with BEAMS beams, too
-    new_tokens: int  # most for each image
+    prompts: int  # images with a prompt
+    beams: int  # images also searched with BEAMS beams
+    new_tokens: int  # most per image
     distinct_captions: int
     max_logits_difference: float  # over all steps of all images
-    max_logprobs_difference: float  # of the tokens that were chosen
+    max_logprobs_difference: float  # of the chosen tokens
 
 
 def verify(
@@ -41,9 +41,10 @@ def verify(
 ) -> Verification:
     """Compare `folder`'s fp32 graphs with the checkpoint on `images` images, a third prompted.
 
-    pixels: uint8 encoder rows to take first; generated pictures fill up. Raises Mismatch naming the
-    first token that differs, and for random weights when most images say the same: such a
-    comparison proves nothing.
+    pixels: uint8 encoder rows to use first, before generated pictures. Raises Mismatch naming the
+    first token that differs, for logits that are not finite, and for random weights if half of the
+    captions or fewer are distinct, which proves nothing; ExportError for a bad number of images or
+    tokens.
     """
     room = checkpoint.sizes.text - _LONGEST_PROMPT
     if images < 1 or not 1 <= new_tokens <= room:
@@ -91,7 +92,7 @@ def _cases(checkpoint: Checkpoint, images: int, given: list[np.ndarray]) -> Iter
 
 @torch.inference_mode()
 def _torch_answer(checkpoint: Checkpoint, case: Case, new_tokens: int) -> Answer:
-    """`generate` for the tokens, then one pass over the whole text for the logits behind them."""
+    """Tokens from `generate`, then their logits from one pass over the whole text."""
     tokens = torch.tensor(_torch_tokens(checkpoint, case, new_tokens))
     ids = torch.cat([torch.tensor(case.prompt), tokens])[None]
     text = checkpoint.model(
@@ -105,7 +106,7 @@ def _torch_answer(checkpoint: Checkpoint, case: Case, new_tokens: int) -> Answer
 def _torch_tokens(
     checkpoint: Checkpoint, case: Case, new_tokens: int, num_beams: int = 1
 ) -> list[int]:
-    """Without the prompt."""
+    """Tokens from `generate`, without the prompt."""
     prompt = torch.tensor([case.prompt])
     ids = checkpoint.model.generate(
         pixel_values=_normalised(checkpoint, case),
@@ -120,7 +121,7 @@ def _torch_tokens(
 
 
 def _normalised(checkpoint: Checkpoint, case: Case) -> torch.Tensor:
-    """Its pixels as Hugging Face's processor would give them to the model."""
+    """The case's pixels, normalised as Hugging Face's processor would, with a batch axis."""
     how = checkpoint.normalisation
     pixels = torch.from_numpy(case.pixels)[None].float() * how.rescale
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (how.mean, how.std))
@@ -128,7 +129,7 @@ def _normalised(checkpoint: Checkpoint, case: Case) -> torch.Tensor:
 
 
 def _cut(tokens: list[int], eos: int) -> list[int]:
-    """Without what fills up."""
+    """Tokens up to the end token, without padding."""
     return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
 
 

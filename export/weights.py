@@ -1,7 +1,7 @@
-"""All weights of an engine in one file, each once, whichever graphs use it.
+"""All weights of an engine in one file, equal tensors stored once for all graphs.
 
-Variants share most of theirs: both types of cache all of them, fp16 and fp32 those that fp16 holds
-exactly, which are stored so and cast as a graph is loaded (ONNX Runtime does that once).
+Variants share most weights: the cache dtypes of a precision share all of them, fp16 and fp32 those
+that fp16 holds exactly. These are stored in fp16 and cast once, when ONNX Runtime loads a graph.
 """
 
 import hashlib
@@ -15,15 +15,15 @@ from onnx.external_data_helper import set_external_data
 
 from runtime.model.manifest import WEIGHTS
 
-_LEAST = 1024  # bytes of a tensor that is worth a place in the file
+_LEAST = 1024  # bytes; smaller tensors stay in the graph
 _ALIGNMENT = 64
 _HALF = ".half"
 
 
 def pool(folder: Path, graphs: list[str]) -> dict[str, int]:
-    """Move the weights of these graphs of `folder` to its file WEIGHTS.
+    """Move the weights of `graphs` in `folder` to its file WEIGHTS.
 
-    Returns the bytes that each graph's weights take in memory.
+    Returns the bytes of each graph's weights in memory.
     """
     taken: dict[str, int] = {}
     with (folder / WEIGHTS).open("wb") as file:
@@ -41,14 +41,14 @@ def _bytes(tensor: TensorProto) -> int:
 
 
 class _Pool:
-    """A file of tensors, each known by its content."""
+    """A file of tensors, deduplicated by content."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._places: dict[bytes, int] = {}
 
     def take_weights(self, model: ModelProto) -> None:
-        """Leave references in a model in place of its weights."""
+        """Replace a model's weights by references to the file."""
         casts: list[NodeProto] = []
         for tensor in model.graph.initializer:
             array = numpy_helper.to_array(tensor)
@@ -77,7 +77,7 @@ class _Pool:
 
 
 def _as_half(array: np.ndarray) -> np.ndarray | None:
-    """The same values in fp16, if that holds them all."""
+    """The same values in fp16, or None if fp16 does not hold all of them exactly."""
     if array.dtype != np.float32:
         return None
     with np.errstate(over="ignore"):
