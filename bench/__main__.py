@@ -42,7 +42,7 @@ Section = Callable[[Settings, dict[str, Any]], dict[str, Any]]
 
 
 def _known_rates(sections: dict[str, Any]) -> dict[str, float]:
-    """Best closed-loop rate of each contestant."""
+    """Highest closed-loop throughput of each contestant, in captions per second."""
     best: dict[str, float] = {}
     for run in sections.get("http", {}).get("runs", []):
         name = run["contestant"]
@@ -74,7 +74,7 @@ BASELINE: Section = lambda settings, _: apache.measure(settings, only_baselines=
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; status 1 when a part failed."""
+    """Run the command line; status 1 if a section failed or tokens differ, 2 if it can't start."""
     given = sys.argv[1:] if arguments is None else arguments
     args = _parser().parse_args(given)
     settings = dataclasses.replace(QUICK if args.quick else Settings(), engine=args.engine)
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"== {name}", flush=True)
         try:
             results["sections"][name] = section(settings, results["sections"])
-        except Exception as error:  # of any kind: the other parts are still worth having
+        except Exception as error:  # any exception: the other sections are still worth having
             traceback.print_exc()
             results["sections"][name] = {"failed": f"{type(error).__name__}: {error}"}
         about["seconds"] = time.time() - started
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _failed(part: Any) -> bool:
-    """Whether anything in it failed, however deep."""
+    """Whether `part`, or anything nested in it, records a failure."""
     if isinstance(part, dict):
         return bool(part.get("failed")) or any(map(_failed, part.values()))
     return isinstance(part, list) and any(map(_failed, part))

@@ -44,7 +44,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One bar: what it asks, what was measured, and whether that is enough (None: not measured)."""
+    """A row of the table: a bar, what was measured, whether that is enough (None: not judged)."""
 
     what: str
     bar: str
@@ -54,7 +54,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How much to measure. `batches`: of mixed sizes, for the growth of memory."""
+    """How much to measure. `batches`: batches of mixed sizes, for the growth of memory."""
 
     images: int
     batches: int
@@ -68,7 +68,7 @@ FULL = Extent(8192, 10_000, 5, ("fp32", "fp16", "bf16", "fp16 compiled"), (1, 16
 
 
 def main() -> int:
-    """Measure, print the table, write it; status 1 if a bar is missed."""
+    """Measure, print and write the table; status 1 if a bar is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.cuda", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="less of everything")
     parser.add_argument("--output", type=Path, default=Path("bench/results"))
@@ -103,7 +103,7 @@ def _exported() -> None:
 
 
 def measure(extent: Extent) -> dict[str, Any]:
-    """Everything that a bar or the table needs; times in seconds, memory in bytes."""
+    """All measurements for the bars and the table; times in seconds, memory in bytes."""
     found: dict[str, Any] = {}
     engine = Engine.open(_ENGINE, EngineConfig(provider="cuda", slots=_ROWS))
     assert isinstance(engine.runner, DeviceRunner)
@@ -123,14 +123,14 @@ def measure(extent: Extent) -> dict[str, Any]:
 
 
 def _taken_in() -> dict[str, Any]:
-    """Images that front-ends take in; left out, with the reason, where ab is missing."""
+    """Throughput of the front-ends; the reason it was left out where ab is missing."""
     if shutil.which("ab") is None:
         return {"left_out": AB_MISSING, "rows": []}
     return front_ends.measure(Settings(), "cuda")
 
 
 def peaks() -> dict[str, float]:
-    """fp16 products in operations a second, and bytes a second that a copy reads and writes."""
+    """Peak rates: fp16 matrix products in operations/s, copying (reads plus writes) in bytes/s."""
     import torch
 
     size = 8192
@@ -154,7 +154,7 @@ def peaks() -> dict[str, float]:
 
 
 def encoder(engine: Engine, extent: Extent) -> dict[str, Any]:
-    """Seconds an image by batch, and the operations that one takes."""
+    """Encoder seconds per image by batch size, and operations per image."""
     from bench.common.machine import encoder_work
 
     batch = engine.encode_batch
@@ -167,7 +167,7 @@ def encoder(engine: Engine, extent: Extent) -> dict[str, Any]:
 
 
 def decoder(engine: Engine, extent: Extent) -> dict[str, Any]:
-    """Seconds of a step of all rows in a burst, and the bytes of weights and K/V that it reads."""
+    """Seconds per decode step of `_ROWS` rows in a burst; bytes of weights and K/V it reads."""
     runner = engine.runner
     assert isinstance(runner, DeviceRunner)
     fed = [TOKENS // 2] * _ROWS
@@ -175,7 +175,7 @@ def decoder(engine: Engine, extent: Extent) -> dict[str, Any]:
     run = partial(runner.decode, [engine.manifest.tokens.bos] * _ROWS, fed, forced)
     sizes = engine.manifest.sizes
     width = sizes.heads * sizes.head
-    embedding = sizes.vocabulary * width * 2  # a step reads a row of it for each sequence
+    embedding = sizes.vocabulary * width * 2  # a step reads one row of it per sequence
     manifest = engine.manifest
     variant = manifest.variant("decoder", manifest.combination(runner.plan.combination))
     weights = variant.weights - embedding
@@ -187,8 +187,9 @@ def decoder(engine: Engine, extent: Extent) -> dict[str, Any]:
 
 
 def offline(engine: Engine, extent: Extent) -> dict[str, Any]:
-    """Images a second with all at once, of equal length and as uneven as real captions are, and
-    seconds for one alone."""
+    """Images per second, all at once, with captions of equal and of COCO's length; seconds for one
+    image alone.
+    """
     some = pictures(16, engine.manifest.sizes.pixels)
     images = some * (extent.images // 16)
     uneven = arrivals.coco_jobs(some, extent.images)
@@ -206,7 +207,7 @@ def offline(engine: Engine, extent: Extent) -> dict[str, Any]:
 
 
 def growth(engine: Engine, extent: Extent) -> dict[str, Any]:
-    """Memory of the GPU before and after many batches of mixed sizes."""
+    """Growth of GPU memory in bytes over many batches of mixed sizes."""
     images = pictures(_ROWS, engine.manifest.sizes.pixels)
     rng = np.random.default_rng(0)
 
@@ -232,7 +233,7 @@ def samples() -> dict[str, Any]:
 
 
 def torch_side(extent: Extent) -> dict[str, dict[int, float]]:
-    """Seconds an image of Hugging Face's `generate`, by mode and batch."""
+    """Seconds per image of Hugging Face's `generate`, by mode and batch size."""
     import torch
 
     from bench.contestants.model import TorchCaptioner
@@ -263,7 +264,7 @@ def _median(action: Callable[[], object], repeats: int) -> float:
 
 
 def verdicts(found: dict[str, Any]) -> list[Line]:
-    """Each bar against what was measured."""
+    """Compare each bar with the measurements."""
     peaks_, encode, decode = found["peaks"], found["encoder"], found["decoder"]
     share = encode["ops"] / encode["best"] / peaks_["fp16_ops"]
     times = decode["seconds"] / (decode["bytes"] / peaks_["bandwidth"])
@@ -296,7 +297,7 @@ def verdicts(found: dict[str, Any]) -> list[Line]:
 
 
 def table(facts: dict[str, Any], lines: list[Line]) -> str:
-    """The lines as Markdown, with what they were measured on."""
+    """The lines as a Markdown table, headed by command, date, commit, GPU and machine."""
     words = {True: "pass", False: "FAIL", None: "-"}
     rows = [f"| {x.what} | {x.bar} | {x.measured} | {words[x.passed]} |" for x in lines]
     return "\n".join(

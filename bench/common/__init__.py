@@ -1,1 +1,1 @@
-"""What the parts of the benchmark share."""
+"""Helpers shared by the benchmark's sections."""

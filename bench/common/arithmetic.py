@@ -5,22 +5,22 @@ from collections.abc import Sequence
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Nearest-rank percentile: the smallest value that `share` (0 to 1) of all do not exceed."""
+    """Nearest-rank percentile: the smallest value with at least `share` (0 to 1) at or below it."""
     if not values or not 0 < share <= 1:
         raise ValueError("a percentile takes values, and a share above 0 and up to 1")
     return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
 def rate(done: int, seconds: float) -> float:
-    """Per second; 0 when nothing was done."""
+    """Throughput per second; 0 if nothing was done."""
     return done / seconds if done else 0.0
 
 
 def affordable(requests: int, clients: int, solo: float, budget: float) -> int:
-    """How many of `requests` a contestant gets that takes `solo` seconds for one.
+    """Number of requests for a contestant whose single request takes `solo` seconds.
 
-    As many rounds of all clients as fit `budget` seconds; a single round may take twice that. 0 if
-    not even that fits.
+    As many rounds of one request per client as fit `budget` seconds, at most `requests`; a single
+    round may take twice the budget. 0 if not even that fits.
     """
     rounds = int(budget / (solo * clients))
     if rounds == 0:
@@ -41,7 +41,7 @@ def knee(points: Sequence[tuple[int, float]], gain: float = 0.1) -> int:
 
 
 def highest(low: float, high: float, holds: list[tuple[float, bool]]) -> float | None:
-    """The next rate to try between `low` and `high`, or None when 5 % is all that is left open.
+    """The next rate to try between `low` and `high`, or None once they are within 5 %.
 
     holds: rates that were tried, and whether they held.
     """

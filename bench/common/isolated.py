@@ -1,19 +1,19 @@
-"""Functions run in a process of their own: no contestant inherits another's threads or memory."""
+"""Runs functions in a fresh process, so that no contestant inherits another's threads or memory."""
 
 import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-_SECONDS = 900  # after which something hangs
+_SECONDS = 900  # time-out: a function that takes longer hangs
 
 
 class Failed(RuntimeError):
-    """What ran in the other process raised or died; the message says why."""
+    """The function raised or timed out, or its process died; the message says why."""
 
 
 def isolated(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)` in a fresh process; raises Failed with its reason."""
+    """`function(*arguments)`, called in a fresh process. Raises Failed."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(theirs, function, arguments))
@@ -36,5 +36,5 @@ def isolated(function: Callable[..., Any], *arguments: Any) -> Any:
 def _run(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     try:
         pipe.send((True, function(*arguments)))
-    except Exception as error:  # of any kind: it is told to the parent
+    except Exception as error:  # any exception is reported to the parent
         pipe.send((False, f"{type(error).__name__}: {error}"))

@@ -1,4 +1,4 @@
-"""The machine: what it is, how fast it multiplies and copies, and how much of that is used."""
+"""The machine: its description, its peak rates, and the share of them that the engine reaches."""
 
 import platform
 import subprocess
@@ -19,7 +19,7 @@ from runtime.execution.base import leading
 from runtime.planning.config import EngineConfig
 from runtime.planning.machine import this_machine
 
-# What an encoder's products are made of, by how it runs.
+# The peak (a key of `_peaks`) that bounds an encoder, by its precision and execution provider.
 _ARITHMETIC = {
     "fp32 on openvino": "bf16, Gop/s",
     "fp32 on cpu": "fp32, Gop/s",
@@ -31,7 +31,7 @@ _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino", "torch
 
 
 def about() -> dict[str, Any]:
-    """Machine, versions and commit, for everybody who reads the numbers."""
+    """Machine, package versions and commit, for the results."""
     return {
         "machine": str(this_machine()),
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
@@ -53,7 +53,7 @@ def _git(*arguments: str) -> str:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Peaks, and the share of them that encoder and decoder reach."""
+    """Peaks; work, seconds and roofline floor of encoding an image and of a decode step."""
     with tqdm(total=3, desc="roofline", unit="part") as progress:
         peaks = isolated(_peaks)
         progress.update()
@@ -82,7 +82,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _peaks() -> dict[str, float]:
-    """Best rates of large matrix products in any library here, and of reading an uncached array."""
+    """Peak rates: matrix products (best of PyTorch and ONNX Runtime), reading an uncached array."""
     import torch
 
     size = 2048
@@ -132,7 +132,7 @@ def _product(precision: str, size: int) -> tuple[ort.InferenceSession, dict[str,
 def encoder_work() -> dict[str, float]:
     """Floating-point operations of the encoder for one image, counted by PyTorch.
 
-    Of the fused one: the plain module computes keys and values twice, which its graph does not.
+    Counts the fused encoder: the plain module computes keys and values twice, its graph does not.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -145,7 +145,7 @@ def encoder_work() -> dict[str, float]:
     how, size = checkpoint.normalisation, checkpoint.sizes.image
     encoder = ImagePrefix(checkpoint.model, how.rescale, how.mean, how.std, fused=True)
     with (
-        sdpa_kernel(SDPBackend.MATH),  # the counter knows no other on a processor
+        sdpa_kernel(SDPBackend.MATH),  # the only backend that the counter supports on a CPU
         FlopCounterMode(display=False) as counter,
         torch.inference_mode(),
     ):
@@ -174,7 +174,7 @@ def _reached(settings: Settings) -> dict[str, Any]:
 
 
 def _step_bytes(engine: Engine, rows: int) -> int:
-    """Weights (all but the embedding table) and K/V that one decode step has to read."""
+    """Bytes of weights (without the embedding table) and K/V cache that a decode step reads."""
     manifest, sizes = engine.manifest, engine.manifest.sizes
     plan = engine.runner.plan
     variant = manifest.variant("decoder", manifest.combination(plan.combination))

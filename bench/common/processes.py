@@ -1,10 +1,10 @@
-"""A process and all that it started."""
+"""CPU time, memory and descendants of processes."""
 
 import psutil
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that it started."""
+    """Process ids of a process and its descendants; its own alone if it has ended."""
     try:
         return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
     except psutil.NoSuchProcess:
@@ -12,7 +12,7 @@ def family(pid: int) -> list[int]:
 
 
 def server_on(port: int) -> int:
-    """The process that was started as a server on this port. Raises RuntimeError."""
+    """Process id of the server that was started on this port. Raises RuntimeError."""
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if "server" in words and str(port) in words:
@@ -21,7 +21,7 @@ def server_on(port: int) -> int:
 
 
 def worked(pid: int) -> float:
-    """Core seconds that a process has had; 0 if it has ended."""
+    """CPU time of a process (user and system) in seconds; 0 if it has ended."""
     try:
         times = psutil.Process(pid).cpu_times()
     except psutil.NoSuchProcess:
@@ -30,7 +30,7 @@ def worked(pid: int) -> float:
 
 
 def pss(pid: int) -> int:
-    """Resident bytes of a process, its share of what it shares; 0 if it has ended."""
+    """Proportional set size (PSS) of a process in bytes; 0 if it has ended."""
     try:
         return int(psutil.Process(pid).memory_full_info().pss)
     except psutil.NoSuchProcess:
@@ -38,7 +38,7 @@ def pss(pid: int) -> int:
 
 
 def command_line(pid: int) -> str:
-    """Its command line; nothing if it has ended."""
+    """Command line of a process; empty if it has ended."""
     try:
         return " ".join(psutil.Process(pid).cmdline())
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
@@ -46,7 +46,7 @@ def command_line(pid: int) -> str:
 
 
 def runs_engine(pid: int) -> bool:
-    """Whether it has loaded ONNX Runtime: an engine worker."""
+    """Whether a process has loaded ONNX Runtime, that is, is an engine worker."""
     try:
         return any("onnxruntime" in m.path for m in psutil.Process(pid).memory_maps(grouped=True))
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
@@ -54,5 +54,5 @@ def runs_engine(pid: int) -> bool:
 
 
 def open_files(pid: int) -> int:
-    """File handles of a process and all that it started."""
+    """Open file descriptors of a process and its descendants."""
     return sum(psutil.Process(each).num_fds() for each in family(pid))

@@ -4,27 +4,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ENGINE = Path("engines/random-git-base")
-SHAPE = "git-base"  # of both sides; their weights are the same random ones
+SHAPE = "git-base"  # GIT variant on both sides, with the same random weights
 TOKENS = 16  # new tokens of every caption, forced
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Times in seconds.
+    """How much to measure; times in seconds.
 
-    clients, requests: of ApacheBench; more clients than requests are left out.
-    budget: time for one ApacheBench run, which decides how many requests a slow contestant gets.
-    batches: images at once, for the curves of time against batch size.
+    clients, requests: of ApacheBench; pairs with more clients than requests are left out.
+    budget: time for one ApacheBench run; limits the requests that a slow contestant gets.
+    batches: batch sizes, for the curves of time against batch size.
     repeats: timed runs behind each median.
-    images: that Vignette captions in one throughput run.
-    hold: how long an open-loop rate has to hold, in terms of the bound: too short a test lets more
-        through than can be served for long.
+    images: images that Vignette captions in one throughput run.
+    hold: length of an open-loop test in multiples of the latency bound: a test that is too short
+        passes rates that can't be sustained.
     rates: open-loop rates to try for each bound; with one, Vignette's only.
     replayed: captions in each replay of a scheduling policy.
-    ablation_batch: images at once in the ablation's static steps.
-    scenes: of the demo model's held-out ones, of each kind.
+    ablation_batch: batch size of the ablation's static steps.
+    scenes: held-out scenes of the demo model, of each kind.
     least_queries: fewest queries of an open-loop test.
-    most_hosts: of a simulated cluster.
+    most_hosts: hosts of a simulated cluster, at most.
     """
 
     engine: Path = ENGINE

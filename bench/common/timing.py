@@ -1,4 +1,4 @@
-"""What is timed, and how: the same pictures for all, and medians."""
+"""Test images, the same for all contestants, and timers."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def pictures(count: int, shape: tuple[int, ...]) -> list[np.ndarray]:
-    """Images unlike each other, uint8, the same ones for both sides."""
+    """`count` different uint8 images of `shape`; the same at every call."""
     rng = np.random.default_rng(5)
     found = []
     for _ in range(count):
@@ -27,7 +27,7 @@ def median_s(action: Callable[[], object], repeats: int) -> float:
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """How long an action takes."""
+    """Wall-clock seconds that an action takes."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start

@@ -1,6 +1,6 @@
 """The original's last version: PyTorch behind Tornado with a micro-batch queue.
 
-What comes in within 1 ms is captioned together, at most 64 images.
+Requests that arrive within 1 ms are captioned together, at most 64 images.
 
 `python -m bench.contestants.batched PORT PRECISION`
 """
@@ -13,7 +13,7 @@ import tornado.web
 from bench.contestants.model import TorchCaptioner
 
 _WINDOW = 0.001  # seconds
-_MOST = 64  # images of a batch
+_MOST = 64  # images per batch
 
 Job = tuple[bytes, asyncio.Future[list[int]]]
 

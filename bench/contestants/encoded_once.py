@@ -1,5 +1,5 @@
-"""What a good engineer would write in PyTorch today: the image encoded once, a static cache,
-bfloat16, compiled with weights frozen. It runs the checkpoint's own modules.
+"""A strong PyTorch baseline: the image encoded once, a static K/V cache, bfloat16, compiled with
+frozen weights. It runs the checkpoint's own modules.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ class EncodedOnce:
     """Greedy captions of a batch of images, always TOKENS new tokens."""
 
     def __init__(self, precision: str, compiled: bool) -> None:
-        """compiled: by `torch.compile`, for each batch size anew."""
+        """compiled: use `torch.compile`, which compiles anew for each batch size."""
         checkpoint = random_weights(SHAPE)
         how, dtype = checkpoint.normalisation, DTYPES[precision]
         self._bos, self._sizes = checkpoint.tokens.bos, checkpoint.sizes
@@ -31,7 +31,7 @@ class EncodedOnce:
 
     @torch.inference_mode()
     def generate(self, pixels: list[np.ndarray]) -> list[list[int]]:
-        """New token ids of each image, uint8 `[3, S, S]`."""
+        """New token ids of each image; `pixels` are uint8 `[3, S, S]`."""
         images, sizes = torch.from_numpy(np.stack(pixels)), self._sizes
         prefix = self._encode(images)
         rows, caches = len(pixels), []
@@ -49,7 +49,7 @@ class EncodedOnce:
     def _one_step(
         self, ids: torch.Tensor, age: torch.Tensor, caches: list[list[torch.Tensor]]
     ) -> torch.Tensor:
-        """Feed a token to each row, all of one age -> the next ones; the caches grow in place."""
+        """Feed each row a token at text position `age` -> next tokens; `caches` grow in place."""
         decoder, place = self._decoder, age + self._sizes.prefix
         hidden = decoder.embeddings(input_ids=ids[:, None], position_ids=age[None])
         seen = (torch.arange(caches[0][0].shape[2]) <= place)[None]

@@ -1,7 +1,7 @@
-"""Vignette's engine in one process with its HTTP server: what splitting the service must not cost.
+"""Vignette's engine and an HTTP server in one process: the reference for the split service.
 
-`python -m bench.contestants.in_process PORT ENGINE`: raw images on /caption, decoded in threads.
-No limits, no checks, nothing that survives a crash.
+`python -m bench.contestants.in_process PORT ENGINE`: raw images on /caption, decoded in threads. No
+limits, no validation, no crash recovery.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ class CaptionHandler(tornado.web.RequestHandler):
     """POST /caption."""
 
     def initialize(self, engine: AsyncEngine, pool: ThreadPoolExecutor) -> None:
-        """Keep the parts."""
+        """Take engine and thread pool."""
         self._engine, self._pool = engine, pool
 
     async def post(self) -> None:
@@ -35,7 +35,7 @@ class CaptionHandler(tornado.web.RequestHandler):
 
 
 async def main(port: int, folder: str) -> None:
-    """Serve for good."""
+    """Serve until killed."""
     engine = AsyncEngine(Engine.open(folder))
     parts = {"engine": engine, "pool": ThreadPoolExecutor(os.cpu_count())}
     tornado.web.Application([("/caption", CaptionHandler, parts)]).listen(port, "127.0.0.1")

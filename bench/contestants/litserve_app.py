@@ -14,7 +14,7 @@ from bench.contestants.model import TorchCaptioner
 
 
 class GitApi(litserve.LitAPI):
-    """One image a request, base64 in JSON as LitServe's examples have it."""
+    """One image per request, base64 in JSON as in LitServe's examples."""
 
     def __init__(self, precision: str) -> None:
         super().__init__(max_batch_size=64, batch_timeout=0.001, api_path="/caption")
@@ -29,7 +29,7 @@ class GitApi(litserve.LitAPI):
         return self._model.prepare(base64.b64decode(request["image"]))
 
     def batch(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Images are stacked by `generate`."""
+        """Leave stacking to `generate`."""
         return list(inputs)
 
     def predict(self, x: list[torch.Tensor], **_: Any) -> list[list[int]]:
@@ -37,7 +37,7 @@ class GitApi(litserve.LitAPI):
         return self._model.generate(x)
 
     def unbatch(self, output: list[list[int]]) -> list[list[int]]:
-        """One answer a request."""
+        """One answer per request."""
         return output
 
     def encode_response(self, output: list[int], **_: Any) -> dict[str, Any]:

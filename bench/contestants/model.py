@@ -16,12 +16,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchCaptioner:
-    """`generate` over a batch of images; greedy, always TOKENS new tokens."""
+    """Hugging Face's `generate` over a batch of images, always TOKENS new tokens."""
 
     def __init__(
         self, precision: str = "fp32", device: str = "cpu", compiled: bool = False
     ) -> None:
-        """compiled: let `torch.compile` at the model's forward pass."""
+        """compiled: apply `torch.compile` to the model's forward pass."""
         self._checkpoint: Checkpoint = random_weights(SHAPE)
         self._dtype, self._device = DTYPES[precision], device
         self._model = self._checkpoint.model.to(device, self._dtype)
@@ -45,7 +45,7 @@ class TorchCaptioner:
             pad_token_id=self._checkpoint.tokens.pad,
             eos_token_id=None,
         )
-        self._model.generation_config = self._config  # or `generate` takes the end token from there
+        self._model.generation_config = self._config  # else `generate` takes its end token
 
     def prepare(self, data: bytes) -> torch.Tensor:
         """Encoded image -> `[3, S, S]` in the model's dtype."""
@@ -54,7 +54,7 @@ class TorchCaptioner:
         return pixels.to(self._dtype)
 
     def normalise(self, pixels: np.ndarray) -> torch.Tensor:
-        """uint8 `[3, S, S]`, as Vignette's encoder takes them -> the same image for `generate`."""
+        """uint8 `[3, S, S]`, as Vignette's encoder takes it -> normalised, for `generate`."""
         how = self._checkpoint.normalisation
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (how.mean, how.std))
         values = (torch.from_numpy(pixels).float() * how.rescale - mean) / std
@@ -62,7 +62,7 @@ class TorchCaptioner:
 
     @torch.inference_mode()
     def generate(self, images: list[torch.Tensor], beams: int = 1) -> list[list[int]]:
-        """New token ids of each image."""
+        """New token ids of each image; greedy with one beam."""
         start = torch.full((len(images), 1), self._checkpoint.tokens.bos, device=self._device)
         config: Any = self._config
         ids = self._model.generate(
@@ -76,5 +76,5 @@ class TorchCaptioner:
 
     @staticmethod
     def text(ids: list[int]) -> str:
-        """The tokenizer of random weights: numbered words."""
+        """Decode ids as the random weights' tokenizer does: a numbered word per token."""
         return " ".join(f"w{i}" for i in ids)

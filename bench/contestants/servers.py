@@ -23,14 +23,14 @@ _STOP_SECONDS = 20
 
 
 class ServerFailed(RuntimeError):
-    """A contestant did not start, or does not answer rightly."""
+    """A contestant did not start, or gave a wrong answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """`command` is Python's arguments, with {port}; `json_body` sends the image as base64 JSON.
+    """`command`: Python's arguments, with {port}; `json_body`: send the image as base64 JSON.
 
-    tokens: new tokens that every caption must have, or the contestants' work differs.
+    tokens: new tokens that captions must have, so that all do equal work; None: any number.
     """
 
     name: str
@@ -67,19 +67,19 @@ def vignette(settings: Settings, *flags: str) -> Contestant:
 
 
 def in_process(settings: Settings) -> Contestant:
-    """The same engine in one process with its HTTP server."""
+    """Vignette's engine and an HTTP server in one process."""
     command = ("-m", "bench.contestants.in_process", "{port}", str(settings.engine))
     return Contestant("one process", command)
 
 
 @contextlib.contextmanager
 def running(contestant: Contestant, image: bytes) -> Iterator[str]:
-    """The URL of a started server that has answered once; ServerFailed if it never does."""
+    """Start a server; its URL, once it has answered. Raises ServerFailed if it never does."""
     port = free_port()
     command = [sys.executable, *(part.format(port=port) for part in contestant.command)]
     url = f"http://127.0.0.1:{port}{contestant.path}"
     with tempfile.TemporaryFile("w+") as log:
-        # A group of its own, because LitServe starts workers that outlive it when it is killed.
+        # Its own process group: LitServe's workers outlive their parent when it is killed.
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_until_it_answers(server, contestant, url, image)
@@ -92,7 +92,7 @@ def running(contestant: Contestant, image: bytes) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A free TCP port on localhost."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -111,7 +111,7 @@ def _wait_until_it_answers(
             reason = str(cause)
             time.sleep(0.2)
             continue
-        words = len(answer["caption"].split())  # random weights' words are one token each
+        words = len(answer["caption"].split())  # with random weights, each word is one token
         if contestant.tokens not in (None, words):
             raise ServerFailed(f"{contestant.name} did not generate {TOKENS} tokens: {answer}")
         return
@@ -119,7 +119,7 @@ def _wait_until_it_answers(
 
 
 def ask(contestant: Contestant, url: str, image: bytes) -> dict:
-    """One request, its answer as JSON."""
+    """Send one request; return its answer, parsed from JSON."""
     body, content_type = contestant.body(image)
     request = urllib.request.Request(url, body, {"Content-Type": content_type})
     with urllib.request.urlopen(request, timeout=_START_SECONDS) as response:
@@ -138,7 +138,7 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def picture(folder: Path) -> bytes:
-    """A photograph-sized JPEG, made up, the same every time; also written to `folder`."""
+    """A synthetic 640x480 JPEG, the same at every call; also written to `folder`."""
     import io
 
     import numpy as np

@@ -1,1 +1,1 @@
-"""Load: over HTTP, and on an engine in this process."""
+"""Load generators: over HTTP, and on an engine in this process."""

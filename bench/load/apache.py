@@ -1,8 +1,8 @@
-"""Closed-loop load with ApacheBench, as the original challenge measured: so many clients, each
-sending its next request when the last one is answered.
+"""Closed-loop load with ApacheBench, as in the original challenge: each client sends its next
+request when the last one is answered.
 
-Every run is finished: how many requests a contestant gets follows from its time for one, so that
-slow ones fit too. What would take too long is left out and said to be.
+Every run is finished: a contestant's number of requests follows from its latency, so that slow ones
+fit too. Runs that would take too long are left out and reported so.
 """
 
 import csv
@@ -29,11 +29,11 @@ from bench.contestants.servers import (
 )
 
 AB_MISSING = "ab is missing: apt-get install apache2-utils (httpd-tools on Fedora)"
-_SOLO = 3  # requests that tell how long one takes
+_SOLO = 3  # requests timed to estimate the latency of one
 
 
 def measure(settings: Settings, only_baselines: bool = False) -> dict[str, Any]:
-    """All contestants at every number of clients and requests."""
+    """Run all contestants at every number of clients and requests."""
     contestants = baselines(settings) + ([] if only_baselines else [vignette(settings)])
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -66,7 +66,7 @@ def _contestant(
                 if any(
                     (r["clients"], r["requests"]) in ((clients, count), (clients, 0)) for r in runs
                 ):
-                    continue  # no more requests fit than with the smaller number that was asked for
+                    continue  # the budget leaves no more requests than in the run before
                 run["requests"] = count
                 if count:
                     run |= _ab(contestant, url, clients, count, folder, image)
@@ -80,7 +80,7 @@ def _contestant(
 
 
 def _solo(contestant: Contestant, url: str, image: bytes) -> float:
-    """Seconds for one request alone."""
+    """Median latency in seconds of a request sent alone."""
     times = []
     for _ in range(_SOLO):
         start = time.perf_counter()
@@ -108,7 +108,7 @@ def _ab(
 
 
 def all_answered(command: list[str]) -> float:
-    """Captions a second of a run of ab; ServerFailed if any request did not get its caption."""
+    """Throughput of a run of ab in captions per second. Raises ServerFailed if a request failed."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ServerFailed(f"ab failed: {done.stderr.strip()[-300:]}")
@@ -119,7 +119,7 @@ def all_answered(command: list[str]) -> float:
 
 
 def summary(output: str, times: list[float]) -> dict[str, Any]:
-    """What ab printed, as numbers, and what its times come to."""
+    """Counts from ab's output; mean, p50 and p99 of `times` in milliseconds."""
     return counts(output) | {
         "mean_ms": sum(times) / len(times),
         "p50_ms": percentile(times, 0.5),
@@ -128,7 +128,7 @@ def summary(output: str, times: list[float]) -> dict[str, Any]:
 
 
 def counts(output: str) -> dict[str, float]:
-    """Answers, errors among them, seconds, and `rate`, which counts captions only."""
+    """Answers, errors among them, seconds, and `rate`: captions per second, errors excluded."""
     seconds = _number(r"Time taken for tests:\s+([\d.]+)", output)
     answered = int(_number(r"Complete requests:\s+(\d+)", output))
     failed = int(_number(r"Failed requests:\s+(\d+)", output))
@@ -151,6 +151,6 @@ def _number(pattern: str, output: str, default: float | None = None) -> float:
 
 
 def _times(table: Path) -> list[float]:
-    """Total time of each request, from ab's gnuplot table, ascending."""
+    """Total time of each request in milliseconds, from ab's gnuplot table, ascending."""
     with table.open() as file:
         return sorted(float(row["ttime"]) for row in csv.DictReader(file, delimiter="\t"))

@@ -1,6 +1,6 @@
-"""Load on an engine in this process: clients that ask again, and arrivals that don't wait.
+"""Load on an engine in this process: closed loop and Poisson arrivals.
 
-They step the engine by hand, because its time may be made up (`bench.load.replay`).
+Both step the engine by hand, because its clock may be simulated (`bench.load.replay`).
 """
 
 import itertools
@@ -15,9 +15,9 @@ from msgspec.structs import replace
 from runtime.engine import Engine
 from runtime.request import SchedulingParams
 
-Job = tuple[np.ndarray, int]  # pixels, tokens of its caption
-# How many captions have so many words, of the first 181 of COCO's training split (Karpathy's), by
-# the list in github.com/sgrvinod/a-PyTorch-Tutorial-to-Image-Captioning/issues/12.
+Job = tuple[np.ndarray, int]  # pixels, tokens of the caption
+# Words of a caption -> number of captions, in the first 181 of COCO's training split (Karpathy's),
+# by the list in github.com/sgrvinod/a-PyTorch-Tutorial-to-Image-Captioning/issues/12.
 _COCO_WORDS = {
     8: 33, 9: 42, 10: 33, 11: 33, 12: 16, 13: 10, 14: 6, 15: 1, 16: 1, 17: 2, 18: 1, 20: 1, 21: 1,
     25: 1,
@@ -25,20 +25,20 @@ _COCO_WORDS = {
 
 
 def jobs(images: list[np.ndarray], count: int, shortest: int, longest: int) -> list[Job]:
-    """Captions of uneven length; the same at every call."""
+    """Jobs of `shortest` to `longest` tokens, uniformly drawn; the same at every call."""
     rng = random.Random(0)
     return [(rng.choice(images), rng.randint(shortest, longest)) for _ in range(count)]
 
 
 def coco_jobs(images: list[np.ndarray], count: int) -> list[Job]:
-    """Captions as long as COCO's, a token a word and the end token; the same at every call."""
+    """Jobs as long as COCO's captions, a token a word and the end token; the same at every call."""
     rng = random.Random(0)
     words = rng.choices(list(_COCO_WORDS), list(_COCO_WORDS.values()), k=count)
     return [(rng.choice(images), n + 1) for n in words]
 
 
 def closed_loop(engine: Engine, work: list[Job], clients: int) -> list[float]:
-    """Each client submits its next job when the last is done -> seconds of each, in their order."""
+    """Each client submits its next job when the last is done -> seconds of each, as they end."""
     waits: list[float] = []
     coming = iter(work)
 
@@ -62,7 +62,7 @@ def poisson(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[float]:
-    """Jobs come at `rate` a second whatever happens -> seconds of each from when it was due.
+    """Open loop: Poisson arrivals at `rate` jobs per second -> latencies in seconds from due times.
 
     clock, sleep: the engine's time.
     """

@@ -1,4 +1,4 @@
-"""Clients of asyncio that each send the next request when the last is answered."""
+"""Closed-loop load over HTTP by asyncio clients."""
 
 import asyncio
 import time
@@ -11,11 +11,11 @@ Ask = Callable[[], Awaitable[Any]]
 
 
 async def rate(ask: Ask, count: int, clients: int) -> float:
-    """Answers a second, of so many requests together."""
+    """Throughput in answers per second of `count` requests, shared by all clients."""
     left = iter(range(count))
 
     async def client() -> None:
-        for _ in left:  # all clients share it
+        for _ in left:  # shared by all clients
             await ask()
 
     started = time.perf_counter()
@@ -24,7 +24,7 @@ async def rate(ask: Ask, count: int, clients: int) -> float:
 
 
 async def caption(http: aiohttp.ClientSession, url: str, image: bytes) -> str:
-    """What a service says of a JPEG. url: with path and query. Raises RuntimeError if nothing."""
+    """A service's caption of a JPEG. url: with path and query. Raises RuntimeError if not 200."""
     async with http.post(url, data=image, headers={"Content-Type": "image/jpeg"}) as answer:
         body = await answer.json()
     if answer.status != 200:

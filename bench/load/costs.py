@@ -1,4 +1,4 @@
-"""What an engine's calls cost: by themselves, or while it serves."""
+"""Times of an engine's encoder calls and decode steps, alone or while it serves."""
 
 import statistics
 import time
@@ -16,20 +16,20 @@ from bench.load.arrivals import closed_loop, coco_jobs
 from runtime.engine import Engine
 from runtime.execution.base import Candidates, leading
 
-# Clients of the loops that show what calls take in use, and captions of each.
+# Closed loops that time calls in use: clients -> captions.
 _IN_USE = {1: 16, 4: 32, 16: 64, 64: 128}
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds of an encoder call by its images, of a decode step by its rows (from one)."""
+    """Seconds of an encoder call by images, of a decode step by rows; index 0 is one of them."""
 
     encode_s: list[float]
     decode_s: list[float]
 
     @classmethod
     def median(cls, several: Iterable["Costs"]) -> "Costs":
-        """The median of each call, over measurements of the same engine."""
+        """Element-wise median over measurements of the same engine."""
 
         def usual(lists: Iterable[list[float]]) -> list[float]:
             return [statistics.median(each) for each in zip(*lists, strict=True)]
@@ -39,11 +39,10 @@ class Costs:
 
 
 def measure_alone(folder: Path, turns: int) -> tuple[Costs, str]:
-    """Costs of an engine as it would be served: encoder calls up to its batch, steps of every size.
+    """Minimum time of each call of an engine as served, and what runs where.
 
-    The fastest of each counts: what others take of the machine is no call's cost.
-
-    Returns what runs where, too.
+    Encoder calls of up to `encode_batch` images, decode steps of 1 to `slots` rows. The minimum of
+    all turns excludes what other processes take of the machine.
     """
     engine = Engine.open(folder)
     runner, images = engine.runner, engine.encode_batch
@@ -51,18 +50,18 @@ def measure_alone(folder: Path, turns: int) -> tuple[Costs, str]:
     age = runner.text_tokens // 4
     encodes = [partial(runner.encode, pixels[:n], leading(n)) for n in range(1, images + 1)]
     decodes = [partial(runner.decode, [0] * n, [age] * n) for n in range(1, engine.slots + 1)]
-    # In turns, so that a slow moment of the machine is no call's own.
+    # In turns, so that a slow moment of the machine does not hit one call alone.
     taken = [[seconds(call) for call in encodes + decodes] for _ in range(turns)]
     fastest = [min(times) for times in zip(*taken, strict=True)]
     return Costs(fastest[:images], fastest[images:]), engine.runs_on
 
 
 def measure_in_use(folder: Path) -> tuple[Costs, str]:
-    """The same while the engine serves captions as long as COCO's to few clients and to many.
+    """Mean time of each call while the engine serves captions as long as COCO's, to few clients and
+    to many; and what runs where.
 
-    Calls take longer than by themselves, where they find the caches warm; and the engine's own
-    loop, which is between them, is counted to the call that it led to. Sizes that never came up lie
-    between those that did.
+    Calls take longer in use than alone, where CPU caches are warm; time in the engine's own loop is
+    added to the call that follows it. Sizes that never occurred are interpolated.
     """
     engine = Engine.open(folder)
     work = coco_jobs(pictures(16, engine.manifest.sizes.pixels), max(_IN_USE.values()))
@@ -82,7 +81,7 @@ def _by_size(taken: dict[int, list[float]], most: int) -> list[float]:
 
 
 class _Timed:
-    """A runner whose calls are timed by their images or rows, each from the end of the last."""
+    """A runner that times its calls, by images or rows, each from the end of the previous one."""
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner

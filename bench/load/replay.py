@@ -1,7 +1,7 @@
-"""An engine without graphs, on a clock of its own: its calls take as long as the real ones took.
+"""An engine without graphs on a simulated clock: its calls take as long as measured ones did.
 
-The engine's loop, scheduler and pacing are the real ones. What other work on the machine would
-blur, and what would take an hour, is compared in seconds, and comes out the same each time.
+The engine's loop, scheduler and pacing are the real ones. Comparisons that would take an hour take
+seconds, undisturbed by other work on the machine, and are deterministic.
 """
 
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ from runtime.planning.plan import Plan
 
 @dataclass(slots=True)
 class Clock:
-    """Time that passes only when somebody says so, in seconds."""
+    """A clock in seconds that stands still until it is advanced."""
 
     now: float = 0.0
 
     def __call__(self) -> float:
-        """As `time.perf_counter`."""
+        """Stand in for `time.perf_counter`."""
         return self.now
 
     def pass_by(self, seconds: float) -> None:
-        """As `time.sleep`, at once."""
+        """Stand in for `time.sleep`; returns at once."""
         self.now += seconds
 
 
@@ -63,20 +63,20 @@ class _Runner:
         return Candidates(np.zeros(shape, np.int64), np.zeros(shape, np.float32))
 
     def bucket(self, rows: int) -> int:
-        """No rows are added: a step works on as many as there are."""
+        """Steps are not padded: as many rows as there are."""
         return rows
 
     def reorder(self, moves: Sequence[tuple[int, int]], fed: int) -> None:
-        """Costs next to nothing."""
+        """Takes no time: the real one is negligible."""
 
     def move(self, source: int, target: int) -> None:
-        """Costs next to nothing."""
+        """Takes no time: the real one is negligible."""
 
 
 def replayed(
     folder: Path, manifest: Manifest, costs: Costs, config: EngineConfig
 ) -> tuple[Engine, Clock]:
-    """An engine with the costs of another, and its clock. Jobs must ignore the end token."""
+    """An engine that replays `costs`, and its clock. Jobs must ignore the end token."""
     clock = Clock()
     runner = _Runner(costs, clock, manifest.sizes.text)
     return Engine(manifest, CaptionTokenizer(folder, manifest), runner, config, clock), clock

@@ -29,7 +29,7 @@ def main() -> int:
         try:
             siege = {"minutes": args.minutes} if scenario is beside.siege else {}
             verdict = scenario(not args.short, **siege)
-        except Exception as error:  # of any kind: the other scenarios are still worth running
+        except Exception as error:  # any exception: the other scenarios are still worth running
             traceback.print_exc()
             verdict = Verdict(f"{type(error).__name__}: {error}", False)
         row = Row(

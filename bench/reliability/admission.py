@@ -1,4 +1,4 @@
-"""Scenarios: more than the service can take."""
+"""Scenarios: overload, a full queue, an expired deadline."""
 
 import asyncio
 import os
@@ -12,7 +12,7 @@ from bench.reliability.running import DEMO, LARGE, Verdict, sample, service
 
 def overload(long: bool) -> Verdict:
     """1: open loop at twice the capacity."""
-    # Captions have to cost more than asking for them, which happens on the same processors.
+    # Captions have to cost more than the clients, which run on the same cores.
     engine = LARGE if long else DEMO
     seconds, measured_s = (600, 30) if long else (8, 3)
     image = sample()
@@ -46,7 +46,7 @@ def overload(long: bool) -> Verdict:
 
 
 def full_queue(long: bool) -> Verdict:
-    """2: a queue of N, N + k sent behind a stopped worker."""
+    """2: a queue of N; N + k requests sent behind a stopped worker."""
     queue, extra = 8, 5
     flags = ("--slots", "1", "--max-queue", str(queue), "--front-ends", "1")
     with service(*flags) as it:

@@ -1,4 +1,4 @@
-"""Scenarios: attacks beside honest clients, who keep their rate and their captions."""
+"""Scenarios: attacks beside honest clients, whose throughput and captions must hold."""
 
 import asyncio
 import statistics
@@ -11,17 +11,17 @@ from bench.reliability.running import Service, Verdict, said, sample, service
 from bench.reliability.senders import ATTACKS, assault
 
 _HONEST = 8
-_GROWN = 1200  # MiB of all processes: one image of 50 Mpx is being decoded, and bodies come in
+_GROWN = 1200  # MiB of all processes: one image of 50 Mpx being decoded, and bodies being received
 
-_PERIOD, _ATTACKED = 10, 5  # seconds; periods under attack to one without, as the machine is then
-_MISSING = 1e-4  # of all that are asked for
+_PERIOD, _ATTACKED = 10, 5  # seconds; attacked periods per quiet one (interleaved: machines vary)
+_MISSING = 1e-4  # share of requests that may go without a caption
 _SETTLING_SECONDS = 30
-_KEPT = 400  # MiB: what decoders keep for the next image, and the one for dear images
+_KEPT = 400  # MiB that decoders, the one for expensive images included, keep for reuse
 
 
 @dataclass(frozen=True, slots=True)
 class Period:
-    """What honest clients saw for some seconds."""
+    """What honest clients measured in one period: captions per second, p99 latency in seconds."""
 
     rate: float
     p99: float
@@ -41,12 +41,12 @@ def _honest(it: Service, seconds: float) -> Period:
 
 
 def _replaced(it: Service) -> int:
-    """Processes other than decoders that were killed and started again."""
+    """Processes other than decoders that were killed and restarted."""
     return sum("it is replaced" in line for line in it.log().splitlines())
 
 
 def _settled(it: Service, before: int) -> int:
-    """Bytes that are kept once the last dear image is decoded, which may take a while."""
+    """Memory growth in bytes after the last expensive image, which may take a while to decode."""
     end = time.monotonic() + _SETTLING_SECONDS
     while (kept := it.resident() - before) > _KEPT * 2**20 and time.monotonic() < end:
         time.sleep(0.5)
@@ -54,7 +54,7 @@ def _settled(it: Service, before: int) -> int:
 
 
 def beside(names: list[str], senders: tuple[int, ...], seconds: float) -> Verdict:
-    """Attacks of these names, from each number of senders, beside honest clients."""
+    """Run the named attacks, from each number of senders, beside honest clients."""
     with service("--precision", "fp32/fp32/float32") as it:
         _honest(it, 2)
         quiet, during, peak = [_honest(it, min(30, seconds))], [], 0
@@ -96,7 +96,7 @@ def _short(names: list[str], long: bool) -> Verdict:
 
 
 def content_types(long: bool) -> Verdict:
-    """17: heads, boundaries and forms that take long to read, and pages by the dozen."""
+    """17: heads, boundaries and forms that are slow to parse, and pages by the dozen."""
     names = ["boundary", "parameters", "form", "tiny chunks", "accept", "slow heads", "pages"]
     return _short(names, long)
 
@@ -107,7 +107,7 @@ def large_json(long: bool) -> Verdict:
 
 
 def unread_answers(long: bool) -> Verdict:
-    """19: a field's name of ten megabytes, and answers that nobody reads, or waits for."""
+    """19: a field name of ten megabytes; answers that clients don't read, or leave before."""
     return _short(["unread", "left"], long)
 
 
@@ -117,6 +117,6 @@ def dear_images(long: bool) -> Verdict:
 
 
 def siege(long: bool, minutes: float = 120) -> Verdict:
-    """30: all of these together, from 1, 8 and 32 senders, for two hours."""
+    """30: all attacks together, from 1, 8 and 32 senders, for two hours."""
     senders = (1, 8, 32) if long else (8,)
     return beside(list(ATTACKS), senders, 60 * minutes / len(senders) if long else 3)

@@ -13,7 +13,7 @@ from bench.reliability.running import Verdict, said, sample, service, wait_for
 
 
 def disconnects(long: bool) -> Verdict:
-    """4: clients leave while they are queued and mid-decode; the others' captions stay."""
+    """4: clients disconnect while queued and mid-decode; other clients' captions stay right."""
     names = ("owl.png", "eagle-shark.png", "donuts.png")
     with service("--slots", "4") as it:
 
@@ -45,7 +45,7 @@ def resets(long: bool) -> Verdict:
             open_ = []
             for _ in range(clients):
                 client = abandon(it.port, sample())
-                # Close with a reset instead of the usual farewell.
+                # Close with RST instead of FIN.
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 open_.append(client)
             for client in open_:
@@ -61,7 +61,7 @@ def resets(long: bool) -> Verdict:
 def slow_clients(long: bool) -> Verdict:
     """10: slow heads and slow bodies beside normal load."""
     each, rounds, seconds = (500, 3, 5.0) if long else (50, 1, 2.0)
-    limit = str(seconds + 1)  # so that they are there all the time
+    limit = str(seconds + 1)  # so that slow clients stay for the whole measurement
     with service("--header-seconds", limit, "--body-seconds", limit) as it:
 
         def p99() -> float:
@@ -107,7 +107,7 @@ def _is_closed(client: socket.socket) -> bool:
 
 
 def oversized(long: bool) -> Verdict:
-    """11: too large by length, in chunks, by a million chunks, compressed."""
+    """11: bodies too large by Content-Length, in chunks, in a million chunks, compressed."""
     with service("--max-body-bytes", "100000") as it:
         chunk = b"8000\r\n" + b"x" * 0x8000 + b"\r\n"
         tiny = b"1\r\nx\r\n" * (1_000_000 if long else 200_000)
@@ -126,7 +126,7 @@ def oversized(long: bool) -> Verdict:
         statuses.append(_raw(it.port, chunked))
         time.sleep(0.5)
         grown = (it.resident() - before) / 2**20 / (len(statuses) / 100)
-        # On a body of single bytes the server hangs up.
+        # The server may hang up on a body of one-byte chunks.
         fine = all(400 <= status < 500 for status in statuses[:-1]) and statuses[-1] in (0, 413)
         good = asyncio.run(one_caption(it)).caption == said()
         return Verdict(
@@ -137,7 +137,7 @@ def oversized(long: bool) -> Verdict:
 
 
 def _raw(port: int, rest: bytes) -> int:
-    """Status of a request that is written by hand."""
+    """Status of a hand-written request; 0 without an answer."""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
         with contextlib.suppress(OSError):
             client.sendall(b"POST /caption HTTP/1.1\r\nHost: x\r\n" + rest)

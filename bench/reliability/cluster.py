@@ -1,4 +1,4 @@
-"""Scenarios: a Ray cluster of this machine, whose replicas and nodes die."""
+"""Scenarios: replicas and nodes of a Ray cluster on this machine die."""
 
 import asyncio
 import contextlib
@@ -26,18 +26,18 @@ from bench.reliability.protocols import stream
 from bench.reliability.running import DEMO, Verdict, command, get, said, sample, wait_for
 
 _CLIENTS = 8  # half of them read streams
-_SLOTS = 2  # so that these clients want four replicas
-_CRASHES = 40  # the blue of an image that crashes the engine
-_OTHER = "fp32/fp32/float32"  # what the model is updated to
-_REPLICA = "ray::ServeReplica:vignette-vignette-demo:"  # how Ray titles their processes
-_SECONDS = 120.0  # for the cluster to do something
+_SLOTS = 2  # of a replica, so that the clients need four replicas
+_CRASHES = 40  # blue value of an image that crashes the engine (`faulty.FAULTS`)
+_OTHER = "fp32/fp32/float32"  # precision that the model is updated to
+_REPLICA = "ray::ServeReplica:vignette-vignette-demo:"  # title that Ray gives replica processes
+_SECONDS = 120.0  # time-out of each operation on the cluster
 
 
 class Fleet:
-    """A cluster that begins with one node, the service on it, and its door there."""
+    """A cluster that starts with one node, which has the service and its door."""
 
     def __init__(self, folder: Path, most: int) -> None:
-        """most: replicas."""
+        """most: replicas, at most."""
         from ray.cluster_utils import Cluster
 
         self.folder, self.most = folder, most
@@ -58,11 +58,11 @@ class Fleet:
         return command(self.port, *flags, program="bench.reliability.faulty")
 
     def log(self) -> str:
-        """What the service has printed."""
+        """The service's output so far."""
         return (self.folder / "log").read_text()
 
     def update(self, *flags: str) -> None:
-        """Deploy the model again, otherwise."""
+        """Redeploy the model with other flags. Raises RuntimeError."""
         done = subprocess.run(
             self._command(*flags, "--ray-detach"),
             capture_output=True,
@@ -74,12 +74,12 @@ class Fleet:
             raise RuntimeError(f"the update failed: {done.stderr[-1000:]}")
 
     def facts(self) -> dict[str, Any]:
-        """What the engines are, as /health/ready shows them; nothing while there are none."""
+        """The engines, as /health/ready shows them; empty while there are none."""
         status, body = get(self.port, "/health/ready")
         return json.loads(body)["workers"][0] if status == 200 else {}
 
     def replicas(self) -> list[psutil.Process]:
-        """Their processes, whose parents are the nodes of this cluster."""
+        """Replica processes whose parent is a node of this cluster."""
         found = []
         for process in psutil.process_iter(["cmdline"]):
             if "".join(process.info["cmdline"] or []).startswith(_REPLICA):
@@ -90,15 +90,15 @@ class Fleet:
         return found
 
     def add_node(self) -> None:
-        """With room for one engine."""
+        """Add a node with room for one engine."""
         self.nodes.append(self.cluster.add_node(num_cpus=1))
 
     def kill_node(self) -> None:
-        """Any but the first, on which the door is."""
+        """Kill the oldest node but the first, which has the door."""
         self.cluster.remove_node(self.nodes.pop(0), allow_graceful=False)
 
     def close(self) -> None:
-        """End service and cluster."""
+        """Stop service and cluster."""
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(60)
@@ -110,7 +110,7 @@ class Fleet:
 
 @contextlib.contextmanager
 def fleet(most: int) -> Iterator[Fleet]:
-    """One that serves, of up to so many replicas."""
+    """A ready fleet of up to `most` replicas."""
     folder = Path(tempfile.mkdtemp(prefix="vignette-fleet-"))
     started = Fleet(folder, most)
     try:
@@ -122,8 +122,8 @@ def fleet(most: int) -> Iterator[Fleet]:
 
 
 def dying_cluster(long: bool) -> Verdict:
-    """32: under load: scale out, SIGKILL of replicas, nodes that die, an image that crashes
-    engines, a new engine; then scale in.
+    """32: under load: scale out, SIGKILL replicas, kill nodes, crash engines with an image, update
+    the engine; then scale in.
     """
     kills, nodes, most = (20, 3, 3) if long else (2, 1, 2)
     with fleet(most) as it, ThreadPoolExecutor(1) as pool:
@@ -161,7 +161,7 @@ def _kills(it: Fleet, times: int) -> str:
 
 
 def _nodes(it: Fleet, times: int) -> str:
-    """Nodes with a replica die."""
+    """Kill nodes that have a replica."""
     for _ in range(times):
         wait_for(lambda: it.facts().get("engines") == it.most, _SECONDS, it.log)
         it.kill_node()
@@ -189,7 +189,7 @@ def _update(it: Fleet) -> str:
 
 
 async def _asked_until(over: Callable[[], bool], url: str) -> list[str]:
-    """What clients got until then: "right", or what was wrong."""
+    """Ask from all clients until `over`; each answer is "right", or what was wrong."""
     found: list[str] = []
     async with aiohttp.ClientSession() as http:
 

@@ -1,4 +1,4 @@
-"""Scenarios: everything at once, for long."""
+"""Scenarios: fuzzing, and an hour of mixed load."""
 
 import asyncio
 import random
@@ -39,7 +39,7 @@ def fuzzing(long: bool) -> Verdict:
 
 
 def soak(long: bool) -> Verdict:
-    """16: an hour of mixed load, good and bad."""
+    """16: an hour of mixed load, valid and invalid."""
     seconds = 3600 if long else 4
     good = [(sample(name), said(name)) for name in ("owl.png", "cats.png", "donuts.png")]
     bad = list(mutants(np.random.default_rng(1), 60))

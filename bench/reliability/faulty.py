@@ -1,6 +1,6 @@
 """`python -m bench.reliability.faulty`: the service, with an engine that fails on some images.
 
-No image makes a healthy engine fail, so these are known by their colour.
+No image makes a healthy engine fail, so a colour marks those that shall.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from server.models import ServedModel, served
 from server.processes import local, worker
 from server.settings import Settings, from_command_line
 
-RED, GREEN = 255, 0  # and a blue that says how it fails
+RED, GREEN = 255, 0  # the blue value selects the fault (`FAULTS`)
 
 
 def _raise(runner: HostRunner, slot: int) -> None:
@@ -50,7 +50,7 @@ FAULTS: dict[int, tuple[str, Callable[[HostRunner, int], None]]] = {
 def worker_main(
     settings: Settings, model: ServedModel, folder: Path, index: int, epoch: int
 ) -> None:
-    """The engine worker's process, with the faults built in."""
+    """The engine worker's process, with faults injected."""
     start = Engine.start
     Engine.start = lambda prepared: _faulty(start(prepared))  # type: ignore[method-assign]
     worker.main(settings, model, folder, index, epoch)
@@ -79,7 +79,7 @@ def main() -> None:
     if settings.ray is not None:
         from server.cluster import command
 
-        ours = importlib.import_module("bench.reliability.faulty")  # by which replicas know it
+        ours = importlib.import_module("bench.reliability.faulty")  # as replicas import it
         command.serve(settings, ours.worker_main)
         return
     settings = settings.model_copy(update={"workers": 1})

@@ -1,4 +1,4 @@
-"""Scenarios: images that are bombs, broken or odd."""
+"""Scenarios: decompression bombs, corrupt and unusual images."""
 
 import asyncio
 import io
@@ -14,7 +14,7 @@ from runtime.model.preprocess import FORMATS
 
 
 def broken_images(long: bool) -> Verdict:
-    """12: bombs, mutants of every format, and odd but whole images."""
+    """12: bombs, mutants of every format, and unusual but valid images."""
     rng = np.random.default_rng(7)
     with service("--timeout-seconds", "60") as it:
         before = it.worker_pid()
@@ -28,7 +28,7 @@ def broken_images(long: bool) -> Verdict:
             done = False
 
             async def watch() -> None:
-                """How late the event loop answers what costs it nothing."""
+                """Measure the slowest /health/live: the event loop must not stall."""
                 nonlocal slowest
                 while not done:
                     start = time.perf_counter()
@@ -93,7 +93,7 @@ def mutants(rng: np.random.Generator, count: int) -> Iterator[bytes]:
 
 
 def ambiguous(rng: np.random.Generator) -> bytes:
-    """A blend of two of the samples, where a small change sways the caption."""
+    """A blend of two samples, whose caption a small change of the numbers flips."""
     one, other = (
         Image.open(io.BytesIO(sample(str(name)))).convert("RGB")
         for name in rng.choice(["owl.png", "eagle-shark.png", "donuts.png", "cats.png"], 2, False)
@@ -104,7 +104,7 @@ def ambiguous(rng: np.random.Generator) -> bytes:
 
 
 def odd_images() -> list[bytes]:
-    """Whole images of unusual kinds."""
+    """Valid images of unusual kinds."""
     picture = Image.open(io.BytesIO(sample())).convert("RGB")
     found = []
     for image, name, options in (

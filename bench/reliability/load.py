@@ -16,7 +16,7 @@ from bench.reliability.running import Service, sample
 
 @dataclass(slots=True)
 class Answer:
-    """What came of one request: status (0: no answer at all), seconds, caption if any, headers."""
+    """Outcome of a request: status (0: no answer), latency in seconds, caption, Retry-After."""
 
     status: int
     seconds: float
@@ -25,7 +25,7 @@ class Answer:
 
 
 class Clients:
-    """Sends requests from an event loop. One is made and used within `asyncio.run`."""
+    """Sends requests from an event loop; made and used within one `asyncio.run`."""
 
     def __init__(self, url: str, at_once: int = 4096) -> None:
         self._url = url
@@ -35,7 +35,7 @@ class Clients:
         )
 
     async def caption(self, image: bytes, query: str = "", seconds: float = 90) -> Answer:
-        """Post an image."""
+        """Post an image; `seconds` is the time-out."""
         start = time.perf_counter()
         try:
             response: HTTPResponse = await self._http.fetch(
@@ -65,7 +65,7 @@ class Clients:
         return answers
 
     async def open_loop(self, image: bytes, rate: float, seconds: float) -> list[Answer]:
-        """Poisson arrivals at `rate` a second, whatever happens to them."""
+        """Poisson arrivals at `rate` requests per second, answered or not."""
         rng, tasks = random.Random(1), []
         start = due = time.perf_counter()
         while due < start + seconds:
@@ -76,13 +76,13 @@ class Clients:
 
 
 def after(seconds: float) -> Callable[[], bool]:
-    """A condition that is true once so many seconds have passed."""
+    """A condition that is true once `seconds` have passed."""
     end = time.monotonic() + seconds
     return lambda: time.monotonic() > end
 
 
 def counts(answers: list[Answer]) -> dict[int, int]:
-    """Answers by status."""
+    """Number of answers by status."""
     found: dict[int, int] = {}
     for answer in answers:
         found[answer.status] = found.get(answer.status, 0) + 1
@@ -90,7 +90,7 @@ def counts(answers: list[Answer]) -> dict[int, int]:
 
 
 def abandon(port: int, image: bytes, kind: str = "image/png") -> socket.socket:
-    """A client that has sent its request and does not wait."""
+    """Send a request; the open socket, its answer unread."""
     client = socket.create_connection(("127.0.0.1", port))
     head = f"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
     client.sendall(f"{head}Content-Length: {len(image)}\r\n\r\n".encode() + image)
@@ -98,5 +98,5 @@ def abandon(port: int, image: bytes, kind: str = "image/png") -> socket.socket:
 
 
 async def one_caption(it: Service) -> Answer:
-    """The first sample, sent once."""
+    """Send the first sample once."""
     return await Clients(it.url).caption(sample())

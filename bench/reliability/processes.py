@@ -16,7 +16,7 @@ from bench.reliability.images import solid
 from bench.reliability.load import Answer, Clients, abandon, counts
 from bench.reliability.running import DEMO, Service, Verdict, said, sample, service, wait_for
 
-_ASKED = 4  # times for each image that fails
+_ASKED = 4  # requests for each failing image
 
 
 def kills(long: bool) -> Verdict:
@@ -70,13 +70,13 @@ def stopped_worker(long: bool) -> Verdict:
 
 
 def faults(long: bool) -> Verdict:
-    """8: an exception, NaN, out of memory or a crash on one image among others, and once more each.
+    """8: an exception, NaN, out of memory or a crash on one image among others, asked repeatedly.
 
-    An image that crashes the engine gets two tries, at whichever front-end it is sent in again.
+    An image that crashes the engine gets two tries, whichever front-ends its requests reach.
     """
     images = [(sample(name), said(name)) for name in ("owl.png", "cats.png", "donuts.png")]
     rounds = 5 if long else 1
-    exact = ("--precision", "fp32/fp32/float32")  # NaN would not survive in 8 bits
+    exact = ("--precision", "fp32/fp32/float32")  # 8-bit graphs have no NaN
     with service(*exact, "--front-ends", "2", program="bench.reliability.faulty") as it:
 
         async def run() -> tuple[list[bool], list[int]]:
@@ -89,7 +89,7 @@ def faults(long: bool) -> Verdict:
             others = [asyncio.create_task(one(*images[n % 3])) for n in range(8)]
             for number in range(rounds):
                 for blue in FAULTS:
-                    # An image that has failed is known: a size of its own makes it another one.
+                    # A failed image is known by its hash: a size of its own makes it another.
                     image = solid((RED, GREEN, blue), 32 + number)
                     for _ in range(_ASKED):  # on new connections: either front-end may get them
                         failed.append((await clients.caption(image)).status)
@@ -109,7 +109,7 @@ def faults(long: bool) -> Verdict:
 
 
 def sigterm(long: bool) -> Verdict:
-    """9: SIGTERM under load, then a second SIGTERM on another."""
+    """9: SIGTERM under load; on another server, a second SIGTERM."""
     with service("--slots", "2") as it:
 
         async def run() -> tuple[int, list[Answer]]:

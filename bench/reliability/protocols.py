@@ -1,4 +1,4 @@
-"""Scenarios: clients of other protocols while the worker is killed under them."""
+"""Scenarios: the worker is killed under streams and gRPC calls."""
 
 import asyncio
 import itertools
@@ -23,7 +23,7 @@ Ask = Callable[[], Awaitable[str]]
 
 
 def killed_under_streams(long: bool) -> Verdict:
-    """31: SIGKILL the worker again and again, with streams and gRPC calls in it."""
+    """31: SIGKILL the worker again and again, with streams and gRPC calls in flight."""
     times, port = 20 if long else 3, free_port()
     with service("--grpc-port", str(port)) as it:
 
@@ -45,7 +45,7 @@ def killed_under_streams(long: bool) -> Verdict:
 
 
 async def _asked_until(over: Awaitable[None], url: str, grpc_port: int) -> dict[str, list[str]]:
-    """What clients of each kind got until then: "right", or what was wrong."""
+    """Ask with clients of each kind until `over`; each answer is "right", or what was wrong."""
     async with (
         aiohttp.ClientSession() as http,
         triton.InferenceServerClient(f"127.0.0.1:{grpc_port}") as grpc,
@@ -75,7 +75,7 @@ async def _asked_until(over: Awaitable[None], url: str, grpc_port: int) -> dict[
 
 
 async def _ready(grpc: triton.InferenceServerClient) -> None:
-    """gRPC is another process than the one that `service` has waited for."""
+    """Wait for gRPC, whose process is another than the one `service` has waited for."""
     while True:
         try:
             if await grpc.is_server_ready():
@@ -86,7 +86,7 @@ async def _ready(grpc: triton.InferenceServerClient) -> None:
 
 
 def _judged(texts: list[str], whole: str) -> str:
-    """A stream's texts so far: each goes on from the one before, the last is the caption."""
+    """Return "right" if each text extends the one before and the last is the caption, else why."""
     grown = all(later.startswith(text) for text, later in itertools.pairwise(texts))
     if whole == said() and grown and texts and texts[-1] == whole:
         return "right"

@@ -1,4 +1,4 @@
-"""A server process as a user would start it, and what can be seen of it from outside."""
+"""A server process as a user would start it, observed from outside."""
 
 import contextlib
 import json
@@ -26,10 +26,10 @@ _READY_SECONDS = 60
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came out: a figure for people, and whether it is as promised.
+    """A scenario's result: a figure for people, and whether the promise holds.
 
-    in_time: what the promise says of seconds and rates, which a busy machine can spoil; the tests
-    leave it alone. engine: that it was tried with.
+    in_time: whether the promised seconds and rates hold, which a busy machine can spoil; short
+    runs ignore it. engine: folder of the engine that was used.
     """
 
     figure: str
@@ -39,7 +39,7 @@ class Verdict:
 
 
 def command(port: int, *flags: str, engine: Path = DEMO, program: str = "server") -> list[str]:
-    """What starts a server on a port. program: the module that is run."""
+    """Command line that starts a server on a port. program: the module to run."""
     return [sys.executable, "-m", program, "--engine", str(engine), "--port", str(port), *flags]
 
 
@@ -57,16 +57,16 @@ class Service:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def log(self) -> str:
-        """What it has printed so far."""
+        """The process's output so far."""
         return Path(self._log).read_text()
 
     def ready(self) -> dict[str, Any] | None:
-        """/health/ready, or None if it does not answer 200."""
+        """Content of /health/ready, or None unless it answers 200."""
         status, body = get(self.port, "/health/ready")
         return json.loads(body) if status == 200 else None
 
     def wait_ready(self) -> None:
-        """Up to a minute."""
+        """Wait up to a minute until the service is ready."""
         wait_for(self.ready, _READY_SECONDS, self.log)
 
     def worker_pid(self) -> int:
@@ -83,11 +83,11 @@ class Service:
         )
 
     def resident(self) -> int:
-        """Bytes of all its processes, shared pages counted once (PSS)."""
+        """PSS of all its processes in bytes: shared pages count once."""
         return sum(pss(pid) for pid in family(self.process.pid))
 
     def close(self) -> int:
-        """End it as an operator would; its exit status."""
+        """Stop the process with SIGTERM; returns its exit status."""
         self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(60)
@@ -98,7 +98,7 @@ class Service:
 
 @contextlib.contextmanager
 def service(*flags: str, engine: Path = DEMO, program: str = "server") -> Iterator[Service]:
-    """A server that is ready. program: the module that is run."""
+    """A server that is ready, stopped on exit. program: the module to run."""
     started = Service(*flags, engine=engine, program=program)
     try:
         started.wait_ready()
@@ -108,7 +108,7 @@ def service(*flags: str, engine: Path = DEMO, program: str = "server") -> Iterat
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, log: Callable[[], str] = str) -> Any:
-    """The first true value of `condition`; RuntimeError, with the log, after so many seconds."""
+    """The first true value of `condition`. Raises RuntimeError, with the log, after `seconds`."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > end:
@@ -118,7 +118,7 @@ def wait_for(condition: Callable[[], Any], seconds: float, log: Callable[[], str
 
 
 def get(port: int, path: str) -> tuple[int, bytes]:
-    """One GET; status 0 if nobody answers."""
+    """Status and body of a GET; status 0 without an answer."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
             client.sendall(f"GET {path} HTTP/1.0\r\nHost: x\r\n\r\n".encode())
@@ -131,10 +131,10 @@ def get(port: int, path: str) -> tuple[int, bytes]:
 
 
 def sample(name: str = "owl.png") -> bytes:
-    """One of the committed samples."""
+    """A committed sample image."""
     return (_SAMPLES / name).read_bytes()
 
 
 def said(name: str = "owl.png") -> str:
-    """Its caption."""
+    """The expected caption of a sample."""
     return json.loads((_SAMPLES / "captions.json").read_text())[name]["caption"]

@@ -1,4 +1,4 @@
-"""All scenarios, by what they are called in the table."""
+"""All scenarios by their names in the table."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What attackers send, from a process of their own: one function for each kind of attack."""
+"""Attack traffic, sent from another process: one function for each kind of attack."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-_NICENESS = 10  # real attackers have processors of their own
+_NICENESS = 10  # real attackers do not share the server's cores
 _READY_SECONDS = 120
 _IMAGE_HEAD = b"Content-Type: image/jpeg"
 _JSON_HEAD = b"Content-Type: application/json"
@@ -25,13 +25,13 @@ _SAMPLES = Path("demo/samples")
 _LARGE = 9_800_000  # bytes, just below the limit
 _LONG = 15_000  # characters of a header, as a whole head may have
 _LEFT_SECONDS = 0.25
-_ELSEWHERE = "127.0.0.2", 0  # who asks and leaves has to wait, and all of the same address
+_ELSEWHERE = "127.0.0.2", 0  # clients that leave have to wait, and all others of the same address
 
 
 def post(port: int, head: bytes, body: bytes, read: bool = True, wait: float = 60) -> bytes:
-    """Send one request by hand; the head of its answer, or nothing if it was cut off.
+    """Send one request by hand; the start of its answer, or nothing if it was cut off.
 
-    read: take the answer; if not, leave it for five seconds and go.
+    read: take the answer; if not, leave it unread for five seconds and close.
     """
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as client:
         client.settimeout(wait)
@@ -77,7 +77,7 @@ def _accept(port: int) -> None:
 
 
 def _slow_heads(port: int) -> None:
-    """Paths and hosts that expressions take long to look at."""
+    """Paths and hosts that take long to match with regular expressions."""
     for line in (b"/v2/models/" + b"%C3%A9" * 9_000, b"/ HTTP/1.1\r\nHost: " + b":" * 56_000):
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as client:
             client.settimeout(60)
@@ -86,7 +86,7 @@ def _slow_heads(port: int) -> None:
 
 
 def _left(port: int) -> None:
-    """A caption that is asked for, and not waited for."""
+    """Ask for a caption and leave before the answer."""
     image = (_SAMPLES / "owl.png").read_bytes()
     head = b"POST /caption?min_new_tokens=20 HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
     with (
@@ -127,7 +127,7 @@ def _long_key() -> bytes:
 
 
 def scans(count: int, side: int) -> bytes:
-    """A progressive JPEG whose last scan comes again and again."""
+    """A progressive JPEG of `count` scans, the last of them repeated."""
     buffer = io.BytesIO()
     Image.new("L", (side, side), 9).save(buffer, "JPEG", progressive=True)
     data = buffer.getvalue()
@@ -156,7 +156,7 @@ def unpacking(side: int = 7071) -> bytes:
 
 @cache
 def tags() -> bytes:
-    """A TIFF of 65,535 tags, none of which is known."""
+    """A TIFF of 65,535 unknown tags."""
     entry = b"\x60\xea\x02\x00\x09\x00\x00\x00\x08\x00\x00\x00"
     return b"II*\x00\x08\x00\x00\x00\xff\xff" + entry * 65_535 + bytes(4)
 
@@ -185,7 +185,7 @@ ATTACKS = (*_BY_HAND, *_BODIES)
 
 
 def send(name: str, port: int) -> None:
-    """One request of an attack, and its answer, unless it is one that nobody reads."""
+    """Send one request of an attack; read the answer, unless the attack is "unread"."""
     if name in _BY_HAND:
         _BY_HAND[name](port)
     else:
@@ -198,7 +198,7 @@ def _assault(names: list[str], port: int, count: int, ready: Event, over: Event)
     os.nice(_NICENESS)
     for name in names:
         if name in _BODIES:
-            _BODIES[name][1]()  # made once, before the attack begins
+            _BODIES[name][1]()  # build each body once, before the attack begins
 
     def attack(first: int) -> None:
         number = first
@@ -210,14 +210,14 @@ def _assault(names: list[str], port: int, count: int, ready: Event, over: Event)
         threading.Thread(target=attack, args=(first,), daemon=True).start()
     ready.set()
     over.wait()
-    os._exit(0)  # what is still being sent is nobody's
+    os._exit(0)  # drop what is still being sent
 
 
 @contextmanager
 def assault(
     names: list[str], port: int, count: int
 ) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Attackers in a process of their own, until the block is over; gives what holds them still."""
+    """Run attackers in another process until the block ends; yields a context that pauses them."""
     context = multiprocessing.get_context("spawn")
     ready, over = context.Event(), context.Event()
     process = context.Process(target=_assault, args=(names, port, count, ready, over), daemon=True)

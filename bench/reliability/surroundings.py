@@ -1,4 +1,4 @@
-"""Scenarios: what surrounds the service turns against it: files, folders, ports, logs, signals."""
+"""Scenarios: a hostile environment: files, folders, ports, logs, signals."""
 
 import asyncio
 import contextlib
@@ -36,16 +36,16 @@ _OWN_ROOM = ("unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork
 
 
 def _started(what: list[str]) -> subprocess.Popen[str]:
-    """A process whose log nobody reads before it has ended."""
+    """Start a process whose stderr nobody reads while it runs."""
     return subprocess.Popen(what, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def idle_connections(long: bool) -> Verdict:
-    """21: more idle connections than the service may have files."""
+    """21: more idle connections than the service may open files."""
     with service() as it, contextlib.ExitStack() as held:
         for pid in family(it.process.pid):
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (1024, 1024))
-        for pid in family(it.process.pid)[1:]:  # those that replace them know the limit
+        for pid in family(it.process.pid)[1:]:  # their replacements inherit the limit
             os.kill(pid, signal.SIGKILL)
         wait_for(it.ready, 60, it.log)
         wait_for(lambda: asyncio.run(one_caption(it)).caption == said(), 60, it.log)
@@ -63,7 +63,7 @@ def idle_connections(long: bool) -> Verdict:
 
 
 def second_instance(long: bool) -> Verdict:
-    """22: another service starts beside it, in a container that shares its memory."""
+    """22: a second service starts in a container that shares the first one's memory."""
     with service() as first:
         apart = "unshare --pid --fork" if os.geteuid() == 0 else "env"
         second = _started([*apart.split(), *command(0)])
@@ -84,7 +84,7 @@ def second_instance(long: bool) -> Verdict:
 
 
 def killed_while_asked(long: bool) -> Verdict:
-    """23: somebody kills the worker for a while, and one image is asked all the time."""
+    """23: the worker is killed repeatedly for a while, under requests for one image."""
     seconds = 40 if long else 6
     with service() as it:
         end = after(seconds)
@@ -129,7 +129,7 @@ def same_port(long: bool) -> Verdict:
 
 
 def unread_log(long: bool) -> Verdict:
-    """25: nobody reads the log, and requests make it write a lot."""
+    """25: nobody reads the log, and requests fill it."""
     port = free_port()
     process = _started(command(port, "--access-log"))
     wait_for(lambda: get(port, "/health/ready")[0] == 200, 60)
@@ -161,7 +161,7 @@ def full_memory(long: bool) -> Verdict:
     try:
         wait_for(lambda: get(port, "/health/ready")[0] == 200, 60)
         server = family(process.pid)[1]
-        shm = Path("/proc", str(server), "root", "dev", "shm")  # as it is for the server
+        shm = Path("/proc", str(server), "root", "dev", "shm")  # the server's own /dev/shm
         room = shutil.disk_usage(shm).free
         with contextlib.suppress(OSError), (shm / "filled").open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, room - 4096)
@@ -185,12 +185,12 @@ def full_memory(long: bool) -> Verdict:
 
 
 def _worker(pid: int) -> int:
-    """The engine worker among a service's processes, as this system numbers it; 0 if none."""
+    """Process id of a service's engine worker in this PID namespace; 0 if there is none."""
     return next((p for p in family(pid) if runs_engine(p)), 0)
 
 
 def wild_settings(long: bool) -> Verdict:
-    """27: settings that the machine has no room for."""
+    """27: settings that exceed the machine."""
     refused = []
     for flag, value in (("--slots", "100000"), ("--max-queue", "1000000"), ("--decoders", "2000")):
         given = command(0, flag, value)
@@ -207,7 +207,7 @@ def wild_settings(long: bool) -> Verdict:
 
 
 def neighbours(long: bool) -> Verdict:
-    """28: ambiguous images among others, in 8 bits."""
+    """28: ambiguous images, alone and among others, in 8 bits."""
     rng, count = np.random.default_rng(3), 600 if long else 60
     images = [ambiguous(rng) for _ in range(count)]
     with service("--precision", "int8/int8/int8") as it:
@@ -230,7 +230,7 @@ def neighbours(long: bool) -> Verdict:
 
 
 def small_ones(long: bool) -> Verdict:
-    """29: signals, killed decoders, odd heads, half-closed connections, warnings without end."""
+    """29: signals, killed decoders, odd heads, half-closed connections, endless warnings."""
     found: dict[str, bool] = {}
     with service() as it:
         for number in (signal.SIGUSR1, signal.SIGUSR2):
@@ -257,7 +257,7 @@ def small_ones(long: bool) -> Verdict:
 
 
 def _decoders_killed(it: Service) -> bool:
-    """Whether all of a hundred images are captioned while decoders are killed from outside."""
+    """Whether every caption of a 4-second closed loop is right while decoders are killed."""
 
     async def run() -> list[bool]:
         answers = await Clients(it.url).closed_loop(sample(), 4, after(4))

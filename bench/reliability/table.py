@@ -1,6 +1,6 @@
-"""The table of what came out: kept as JSON, a row for each scenario, and written as Markdown.
+"""The table of results: kept as JSON, a row for each scenario, and rendered as Markdown.
 
-A run replaces the rows of the scenarios that it tried, so that one can be tried again by itself.
+A run replaces only the rows of its own scenarios, so that one scenario can be repeated alone.
 """
 
 import json
@@ -12,7 +12,7 @@ _JSON, _MARKDOWN = "reliability.json", "reliability.md"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What came out of a scenario, and where: day, commit and machine of the run."""
+    """Result of a scenario, with day, commit and machine of the run."""
 
     number: int
     scenario: str
@@ -41,7 +41,7 @@ def keep(folder: Path, rows: list[Row]) -> None:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table as people read it, with the machines below."""
+    """The table as Markdown, with the machines listed below."""
     machines = list(dict.fromkeys(row.machine for row in rows))
     lines = [
         "# What the service promises, tried",

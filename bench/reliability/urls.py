@@ -1,4 +1,4 @@
-"""Scenarios: `image_url` to where it must not lead."""
+"""Scenarios: `image_url` with forbidden targets."""
 
 import json
 import socket
@@ -29,7 +29,7 @@ TRICKS = (
 
 
 def url_tricks(long: bool) -> Verdict:
-    """13: image_url to where it must not lead; even private hosts that somebody allowed."""
+    """13: forbidden targets of `image_url`, even private hosts in the list of allowed domains."""
     allowed = "allowed.example,localhost,127.0.0.1,127.1,0177.0.0.1,2130706433,169.254.169.254,::1"
     with (
         service("--image-url-domains", allowed) as it,
@@ -53,7 +53,7 @@ def url_tricks(long: bool) -> Verdict:
 
 
 def _post_json(port: int, fields: dict[str, Any]) -> str:
-    """The error code that is answered."""
+    """The error code of the answer; its status if the request succeeds."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/caption", json.dumps(fields).encode(),
         {"Content-Type": "application/json"},

@@ -1,4 +1,4 @@
-"""results.json to plots and one self-contained page."""
+"""Turns results.json into plots and one self-contained page."""
 
 import base64
 import html

@@ -1,4 +1,4 @@
-"""Results as pictures. Each function takes a section of results.json and saves one PNG."""
+"""Plots of results.json, one PNG per section."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ plt.rcParams |= {
 
 
 def save(results: dict[str, Any], folder: Path) -> list[str]:
-    """Draw what there are results for; returns the file names."""
+    """Plot every section that has results; returns the file names."""
     drawn = []
     for name, draw in _DRAWINGS.items():
         section = results["sections"].get(name)
@@ -34,14 +34,14 @@ def save(results: dict[str, Any], folder: Path) -> list[str]:
 
 
 def colours(names: list[str]) -> dict[str, str]:
-    """One colour for each contestant, the same in all plots of a page."""
+    """One colour for Vignette; the other contestants' colours follow their order in `names`."""
     others = [name for name in names if not name.startswith("Vignette")]
     found = dict(zip(others, THEIRS * 3, strict=False))
     return found | {name: OURS for name in names if name.startswith("Vignette")}
 
 
 def _scores(axes: Axes, section: dict[str, Any]) -> None:
-    """Share of right answers by score, in tenths of the answers."""
+    """Accuracy against mean score, by tenths of the answers."""
     for (name, kind), colour in zip(section["kinds"].items(), (OURS, *THEIRS), strict=False):
         scores, shares = zip(*kind["tenths"], strict=True)
         axes.plot(scores, [100 * share for share in shares], "o-", label=name, color=colour)
@@ -52,7 +52,7 @@ def _scores(axes: Axes, section: dict[str, Any]) -> None:
 
 
 def _http(axes: Axes, section: dict[str, Any]) -> None:
-    """Times of single requests, sorted, at the most clients that everybody answered."""
+    """Latencies of single requests, sorted, at the most clients that every contestant served."""
     runs = [r for r in section["runs"] if r.get("times_ms")]
     clients = _shared_clients(runs)
     shown: dict[str, dict[str, Any]] = {}
@@ -135,7 +135,7 @@ def _policy(row: dict[str, Any]) -> str:
 
 
 def _scaling(axes: Axes, section: dict[str, Any]) -> None:
-    """Captions a second, p99 and price by the number of hosts."""
+    """Throughput, p99 and price by the number of hosts."""
     figure = axes.figure
     axes.remove()
     figure.set_size_inches(10, 3.6)  # type: ignore[union-attr]

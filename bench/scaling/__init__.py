@@ -1,1 +1,1 @@
-"""Many machines on paper: a simulation whose service times were measured on one."""
+"""Simulation of many hosts, with service times measured on one."""

@@ -1,4 +1,4 @@
-"""The cores of a host, which its processes share by weight, as the system's scheduler lets them."""
+"""Simulated cores of a host, shared by weight as the system's scheduler does."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ import simpy
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """left: seconds that it would still take alone. weight: of each of its threads."""
+    """left: seconds remaining with a core for each thread. weight: of each of its threads."""
 
     left: float
     threads: int
@@ -17,9 +17,9 @@ class _Job:
 
 
 class Cores:
-    """Runs jobs, each of some threads that all work all the time.
+    """Runs jobs whose threads are always runnable.
 
-    busy: core seconds that were worked so far.
+    busy: core seconds worked so far.
     """
 
     def __init__(self, env: simpy.Environment, count: int) -> None:
@@ -30,7 +30,7 @@ class Cores:
         self.busy = 0.0
 
     def run(self, seconds: float, weight: float = 1.0, threads: int = 1) -> simpy.Event:
-        """A job that alone would take so long; the event is when it is done."""
+        """Start a job that takes `seconds` with a core for each thread; the event marks its end."""
         job = _Job(seconds, threads, weight, self._env.event())
         self._settle()
         self._jobs.append(job)
@@ -38,7 +38,7 @@ class Cores:
         return job.done
 
     def _settle(self) -> None:
-        """Note what was done since the last change."""
+        """Account for the work done since the last change."""
         passed = self._env.now - self._since
         self._since = self._env.now
         for job in self._jobs:
@@ -46,7 +46,7 @@ class Cores:
             self.busy += passed * job.speed * job.threads
 
     def _plan(self) -> None:
-        """Share the cores, and come back when the first job is done."""
+        """Share the cores, and wake when the first job ends."""
         self._share()
         self._version += 1
         if self._jobs:
@@ -54,7 +54,7 @@ class Cores:
             self._env.process(self._wait(first, self._version))
 
     def _share(self) -> None:
-        """No thread has more than a core; what that leaves goes to the others."""
+        """Share by weight; a thread gets at most one core, and the rest goes to the others."""
         cores, open_ = float(self._count), list(self._jobs)
         while open_:
             each = cores / sum(job.threads * job.weight for job in open_)
@@ -67,7 +67,7 @@ class Cores:
     def _wait(self, seconds: float, version: int):  # type: ignore[no-untyped-def]
         yield self._env.timeout(seconds)
         if version != self._version:
-            return  # something else has begun or ended meanwhile
+            return  # superseded: a job has begun or ended since
         self._settle()
         over = [job for job in self._jobs if job.left <= 1e-9]
         self._jobs = [job for job in self._jobs if job.left > 1e-9]

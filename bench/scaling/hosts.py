@@ -1,7 +1,7 @@
-"""Hosts of a cluster, and what happens to a request on the way through one.
+"""Simulated hosts of a cluster, and a request's way through one.
 
-The engine is the real one, with its scheduler and pacing, on the clock of the simulation
-(`bench.load.replay`); its calls take what was measured, and longer while others use the cores.
+The engine is the real one, with its scheduler and pacing, on the simulation's clock
+(`bench.load.replay`); its calls take the measured time, longer while other processes use the cores.
 """
 
 import random
@@ -20,7 +20,7 @@ from runtime.engine import Observer, StepReport
 from runtime.model import manifest as manifests
 from runtime.planning.config import EngineConfig
 
-# The system's scheduler gives a process of niceness 0 three times what it gives one of 5.
+# The system's scheduler gives niceness 0 three times the CPU time of niceness 5.
 FIRST, AFTER = 1024 / 335, 1.0
 Steps = Generator[simpy.Event, Any, Any]
 
@@ -29,9 +29,9 @@ Steps = Generator[simpy.Event, Any, Any]
 class Kind:
     """A kind of host.
 
-    engine: seconds of its calls. front_s, decode_s: of a core, for each request. on_cores: whether
-    the engine needs all cores, too. bits: a second that its network takes. dollars: an hour.
-    image_bytes: of a request.
+    engine: seconds of its calls. front_s, decode_s: core seconds per request, in front-ends and
+    image decoders. on_cores: whether the engine needs all cores, too. bits: network bandwidth, per
+    second. dollars: per hour. image_bytes: per request.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Kind:
 
     @property
     def slots(self) -> int:
-        """Slots of its engine."""
+        """Slots of the engine."""
         return len(self.engine.decode_s)
 
 
 class _Work(Observer):
-    """seconds: that the steps of an engine would have taken in full calls."""
+    """seconds: time that an engine's steps would have taken in full batches."""
 
     def __init__(self, costs: Costs) -> None:
         self.seconds = 0.0
@@ -63,10 +63,10 @@ class _Work(Observer):
 
 
 class Host:
-    """One of a kind, with an engine of its own."""
+    """A host of some kind with its own engine."""
 
     def __init__(self, env: simpy.Environment, kind: Kind, folder: Path) -> None:
-        """folder: of an engine, for its sizes."""
+        """folder: engine folder, for the model's sizes."""
         self._env, self._kind = env, kind
         self._cores = Cores(env, kind.cores)
         self._decoders = simpy.Resource(env, kind.cores)
@@ -83,7 +83,7 @@ class Host:
         env.process(self._step())
 
     def caption(self, tokens: int) -> Steps:
-        """A request, from its first byte to its answer."""
+        """Simulate a request from its first byte to its answer."""
         kind = self._kind
         self.inside += 1
         with self._network.request() as turn:
@@ -98,8 +98,8 @@ class Host:
 
     @property
     def busy(self) -> dict[str, float]:
-        """Seconds that each part worked; of the engine, what full calls would have taken: one that
-        runs with few rows all the time is not what others wait for.
+        """Busy seconds of each part. The engine's are those of full batches: one that always runs
+        with few rows is busy, but not the bottleneck.
         """
         return {"engine": self._work.seconds} | self._busy
 
@@ -135,16 +135,16 @@ class Host:
 
 
 class Cluster:
-    """Hosts of one kind behind a balancer, which takes the less busy of two drawn by lot."""
+    """Hosts of one kind behind a load balancer, which picks the less loaded of two random ones."""
 
     def __init__(self, kind: Kind, count: int, folder: Path) -> None:
         self.env, self._kind = simpy.Environment(), kind
         self.hosts = [Host(self.env, kind, folder) for _ in range(count)]
         self._rng = random.Random(2)
-        self.seconds: list[float] = []  # of each request that was answered
+        self.seconds: list[float] = []  # latency of each answered request
 
     def closed_loop(self, clients: int, lengths: Sequence[int]) -> None:
-        """So many clients ask for captions of these lengths, and again when answered."""
+        """Run clients that ask for captions of `lengths` tokens, each again when answered."""
         coming = iter(lengths)
 
         def client() -> Steps:
@@ -154,7 +154,7 @@ class Cluster:
         self.env.run(self.env.all_of([self.env.process(client()) for _ in range(clients)]))
 
     def poisson(self, rate: float, lengths: Sequence[int]) -> None:
-        """Requests come at so many a second, whatever happens to them."""
+        """Run Poisson arrivals at `rate` requests per second, whether answered or not."""
 
         def arrivals() -> Steps:
             asked = []
@@ -173,11 +173,11 @@ class Cluster:
 
     @property
     def rate(self) -> float:
-        """Captions a second, from the first request to the last answer."""
+        """Captions per second, from the start of the simulation to the last answer."""
         return len(self.seconds) / self.env.now
 
     def used(self) -> dict[str, float]:
-        """Share of the time that each part worked, of what it could (see `Host.busy`)."""
+        """Utilisation of each part, 1 being all of its capacity (see `Host.busy`)."""
         cores = self._kind.cores
         width = {"engine": 1, "JPEG decoding": cores, "front-ends": cores, "network": 1}
         whole = self.env.now * len(self.hosts)

@@ -1,1 +1,1 @@
-"""One part of the benchmark a file."""
+"""Sections of the benchmark, one module each."""

@@ -1,4 +1,4 @@
-"""Where the speed comes from: one step at a time from `generate` to what is served."""
+"""Ablation: one optimisation at a time, from `generate` to the engine as served."""
 
 from functools import partial
 from typing import Any
@@ -14,11 +14,11 @@ from runtime.engine import Engine
 from runtime.planning.config import EngineConfig
 from runtime.providers import registry
 
-_LENGTHS = (4, 28)  # shortest and longest caption of the load that compares batching
+_LENGTHS = (4, 28)  # shortest and longest caption, in tokens, of the load that compares batching
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Milliseconds an image after each step; steps that can't run here say why."""
+    """Milliseconds per image after each step; steps that can't run here say why."""
     static: tuple[tuple[str, str], ...] = (
         ("cache in place, logits left where they are", "fp32/fp32/float32"),
         ("8-bit decoder weights", "fp32/int8/float32"),
@@ -58,12 +58,12 @@ def _generate(settings: Settings) -> float:
 
     model = TorchCaptioner("fp32")
     images = [model.normalise(p) for p in pictures(settings.ablation_batch, (3, 224, 224))]
-    model.generate(images[:1])  # the batch itself takes the better part of a minute: once will do
+    model.generate(images[:1])  # warm-up; the batch takes most of a minute, so it runs once
     return seconds(lambda: model.generate(images)) / len(images) * 1e3
 
 
 def _plain_loop(kind: str, settings: Settings) -> float:
-    """The loop that export proves graphs with: static batch, each step's cache a new tensor."""
+    """Export's verification loop: static batch, a new cache tensor at each step."""
     from export import reference
     from export.random_weights import random_weights
 
@@ -97,7 +97,7 @@ def _engine(combination: str, provider: str, encode_batch: int | None, settings:
 
 
 def _batching(settings: Settings) -> dict[str, Any]:
-    """Static against continuous batching, captions of uneven length, both at the same load."""
+    """Static against continuous batching: captions of uneven length, the same offered load."""
     engines = {
         name: Engine.open(settings.engine, EngineConfig(refill=refill))
         for name, refill in (("static", False), ("continuous", True))
@@ -109,7 +109,7 @@ def _batching(settings: Settings) -> dict[str, Any]:
         found[name] = {"rate": len(work) / seconds(partial(_all_at_once, engine, work))}
     rate = 0.8 * min(row["rate"] for row in found.values())
     waits: dict[str, list[float]] = {name: [] for name in engines}
-    for _ in range(settings.repeats):  # they take turns: a slow minute is slow for both
+    for _ in range(settings.repeats):  # in turns: a slow minute is slow for both
         for name, engine in engines.items():
             waits[name] += arrivals.poisson(engine, work, rate)
     for name, times in waits.items():

@@ -1,4 +1,4 @@
-"""`make batch_performance`: time against the number of images that are captioned together."""
+"""`make batch_performance`: time per image against batch size."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from runtime.planning.config import EngineConfig
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Milliseconds an image for each batch size, and the batch beyond which little is gained."""
+    """Milliseconds per image for each batch size, and the knee, beyond which little is gained."""
     jobs: list[tuple[str, Callable[..., Any], tuple[Any, ...]]]
     jobs = [(f"PyTorch {p}", _torch, (p, settings)) for p in settings.precisions]
     jobs.append(("Vignette", _vignette, (settings,)))
@@ -37,7 +37,7 @@ def _torch(precision: str, settings: Settings) -> list[tuple[int, float]]:
     images = [model.normalise(p) for p in pictures(max(settings.torch_batches), (3, 224, 224))]
     model.generate(images[:1])
     points = []
-    for batch in settings.torch_batches:  # seconds each, so one run of each will do
+    for batch in settings.torch_batches:  # each run takes seconds, so one is enough
         points.append((batch, seconds(partial(model.generate, images[:batch])) / batch * 1e3))
     return points
 

@@ -1,4 +1,4 @@
-"""Beam search against Hugging Face's, and what it costs beside greedy decoding here."""
+"""Beam search against Hugging Face's, and its cost relative to greedy decoding here."""
 
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ _BEAMS = 4
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Seconds an image with beams on both sides, their ratios, and that of beams to greedy here."""
+    """Seconds per image with beams on both sides, their ratios, and beams' to greedy here."""
     theirs = {p: isolated(_torch, p) for p in settings.precisions}
     ours = isolated(_vignette, settings)
     return {
@@ -26,7 +26,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _torch(precision: str) -> float:
-    """Seconds that one image takes, which are many; more at once are no faster there."""
+    """Seconds for one image; larger batches are no faster per image there."""
     from bench.contestants.model import TorchCaptioner
 
     model = TorchCaptioner(precision)

@@ -25,14 +25,14 @@ from server.bulk.run import BulkRun, CaptionSettings
 _OUTPUTS = ("rows.jsonl", "rows.csv", "rows.parquet", "rows.tar", "texts/")
 _SAMPLING: dict[str, Any] = {"max_new_tokens": TOKENS, "ignore_eos": True}
 _SIZE = 640, 480
-_LONG = 3  # times as many images as elsewhere: the first that is decoded has no engine beside it
-_MORE = 2  # turns than elsewhere: the shares are near their bar, and a machine wavers
-_LIMIT = 10**8  # bytes of an image
+_LONG = 3  # times `settings.images`: the first images are decoded while the engine idles
+_MORE = 2  # turns more than `repeats`: the shares are near their bar, and timings vary
+_LIMIT = 10**8  # bytes per image
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Images a second for each output, each in turns with the engine's own on decoded images;
-    medians, and each as a share of the engine's just before and after.
+    """Median throughput, in images per second, of each output, in turns with the engine alone on
+    decoded images; each output's share is of the engine's runs just before and after it.
     """
     image, count = jpeg(*_SIZE), _LONG * settings.images
     engine = Engine.open(settings.engine)
@@ -48,7 +48,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         photos.mkdir()
         for number in range(count):
             (photos / f"{number}.jpg").write_bytes(image)
-        _run(captioner, photos, f"{folder}/first.jsonl")  # its decoders start
+        _run(captioner, photos, f"{folder}/first.jsonl")  # warm-up: starts its decoder processes
         alone = partial(engine.generate, pixels, **_SAMPLING)
         own = seconds(alone)
         for turn in tqdm(range(settings.repeats + _MORE), desc="bulk", unit="turn"):

@@ -1,4 +1,4 @@
-"""What Ray costs: the service on this machine, and the same with one replica on a cluster of it."""
+"""The cost of Ray: the service on this machine, and as one replica on a single-node cluster."""
 
 import asyncio
 import statistics
@@ -21,8 +21,8 @@ _KINDS = {
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Captions a second, each kind started anew in each turn; medians, and the share of those of
-    the same turn without Ray.
+    """Median throughput, in captions per second, of each kind, started anew in each turn; and its
+    share of the same turn's throughput without Ray.
     """
     rates: dict[str, list[float]] = {name: [] for name in _KINDS}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""How many images a second the front-ends take in: JPEGs of 640x480, decoded and resized.
+"""Throughput of the front-ends in images per second: JPEGs of 640x480, decoded and resized.
 
-The demo engine's captions cost little, so that what is measured is HTTP and decoding. The bound is
-what the cores can decode (the section `images` has it for one core).
+The demo engine's captions cost little, so HTTP and decoding dominate. The bound is the decoding
+rate of the cores (the section `images` has it for one core).
 """
 
 import tempfile
@@ -20,7 +20,7 @@ _DEMO = Path("engines/demo")
 
 
 def measure(settings: Settings, provider: str = "auto") -> dict[str, Any]:
-    """Images a second by number of front-ends, as many as there are cores."""
+    """Images per second by number of front-ends, at most as many as there are cores."""
     rows = []
     counts = [count for count in _COUNTS if count <= this_machine().cores]
     with tempfile.TemporaryDirectory() as name:
@@ -38,7 +38,7 @@ def measure(settings: Settings, provider: str = "auto") -> dict[str, Any]:
 
 
 def _rate(url: str, folder: Path, settings: Settings) -> float:
-    """Requests a second of 64 clients."""
+    """Throughput of 64 clients in requests per second."""
     command = ["ab", "-q", "-l", "-n", str(32 * settings.images), "-c", "64", "-p",
                str(folder / "picture.jpg"), "-T", "image/jpeg", url]  # fmt: skip
     return all_answered(command)

@@ -1,4 +1,4 @@
-"""Preprocessing: images a second on one core, and what scaled decoding changes."""
+"""Preprocessing: images per second on one core, and what scaled decoding changes."""
 
 import io
 from typing import Any
@@ -16,7 +16,7 @@ _SIZES = ((640, 480), (4000, 3000))
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """For each size: images a second per core, exactly and as served."""
+    """For each size: images per second on one core, decoded in full and as served."""
     how = manifests.load(settings.engine).preprocessing
     rows = []
     for width, height in tqdm(_SIZES, desc="preprocessing", unit="size"):
@@ -35,7 +35,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def jpeg(width: int, height: int) -> bytes:
-    """Colour patches under fine grain, which costs a decoder about what a photograph does."""
+    """A JPEG of colour patches with fine grain: about as costly to decode as a photograph."""
     rng = np.random.default_rng(0)
     patches = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))
     smooth = np.asarray(patches.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)

@@ -1,4 +1,4 @@
-"""Captions without a server: throughput of all images at once, latency of one alone."""
+"""Captions without a server: throughput of all images at once, latency of a single one."""
 
 import resource
 import statistics
@@ -18,13 +18,13 @@ from runtime.planning.config import EngineConfig
 from runtime.providers import registry
 
 _COMPARED = 4  # images whose tokens are compared
-_LONG_S = 15.0  # of a run
+_LONG_S = 15.0  # seconds; a run that takes longer is not repeated
 
 
 def measure(settings: Settings, curves: dict[str, Any]) -> dict[str, Any]:
-    """Both sides, their ratios, and whether the fp32 tokens are the same.
+    """Both sides, their ratios, and whether their fp32 tokens are equal.
 
-    curves: the section `batches`, which knows PyTorch's best batch; empty if it was not measured.
+    curves: results of the section `batches`, for PyTorch's best batch size; may be empty.
     """
     combinations = [c.name for c in manifests.load(settings.engine).combinations]
     wanted = [
@@ -62,7 +62,7 @@ def _on_openvino(combinations: list[str], settings: Settings) -> list[tuple[str,
 
 
 def _compared(found: dict[str, Any]) -> dict[str, Any]:
-    """Ratios to PyTorch's best batch, and to its time for one image."""
+    """Throughput against PyTorch's best batch, latency against its single image; token equality."""
     ratios: list[dict[str, Any]] = []
     for ours in found["vignette"]:
         for theirs in found["torch"]:
@@ -91,7 +91,7 @@ def _torch(precision: str, best_batch: int, settings: Settings) -> dict[str, Any
     model.generate(images[:1])
     rows = []
     for batch in dict.fromkeys((1, best_batch)):
-        # Noise evens out within a run that takes long: one is enough then, else two.
+        # Noise averages out in a long run: one is enough then, else two.
         times = [seconds(partial(model.generate, images[:batch]))]
         if times[0] < _LONG_S:
             times.append(seconds(partial(model.generate, images[:batch])))

@@ -1,8 +1,8 @@
-"""Open-loop load with MLPerf's LoadGen: requests come when they come, answered or not.
+"""Open-loop load with MLPerf's LoadGen: requests arrive whether earlier ones are answered or not.
 
 LoadGen draws Poisson arrivals, counts each latency from the time a request was due, and says
 whether p99 stayed under the bound. Here it drives a server over HTTP. An error or a time-out counts
-as a miss: it is reported as complete only once the bound is over.
+as a miss: it is reported as complete only after the bound.
 """
 
 import array
@@ -31,12 +31,12 @@ from bench.contestants.servers import (
     vignette,
 )
 
-_BOUNDS = (0.5, 5.0)  # seconds for p99; PyTorch has a chance under the last only
+_BOUNDS = (0.5, 5.0)  # seconds for p99; PyTorch is tried at the last only, where it has a chance
 _SAMPLES = 16
-_ENOUGH = 460  # queries after which LoadGen calls a p99 certain (its early-stopping rule)
-_KEEPS_UP = 0.95  # of the rate that was asked for: the last answers come after the last request
-_LONGEST_TEST = 60  # seconds that certainty is worth
-_GIVE_UP = 90  # seconds without an answer
+_ENOUGH = 460  # queries after which LoadGen calls a p99 valid (its early-stopping rule)
+_KEEPS_UP = 0.95  # share of the offered load: the last answers come after the last request
+_LONGEST_TEST = 60  # seconds to which a test may be extended for a valid p99
+_GIVE_UP = 90  # seconds; request time-out
 
 
 class _Client:
@@ -56,7 +56,7 @@ class _Client:
         self._http = SimpleAsyncHTTPClient(force_instance=True, max_clients=2048)
 
     def issue(self, queries: list[Any]) -> None:
-        """LoadGen's call; must not wait."""
+        """LoadGen's callback; must not block."""
         due = time.perf_counter()
         for query in queries:
             asyncio.run_coroutine_threadsafe(self._send(query.id, due), self._loop)
@@ -67,7 +67,7 @@ class _Client:
                 self._url, method="POST", body=self._body, headers={"Content-Type": self._type},
                 request_timeout=_GIVE_UP, connect_timeout=_GIVE_UP,
             )  # fmt: skip
-        except Exception:  # whatever it was, the caption is missing
+        except Exception:  # any exception: the caption is missing
             self.errors += 1
             await asyncio.sleep(max(0.0, due + self._late - time.perf_counter()))
         response = array.array("B", b"\0")
@@ -75,7 +75,7 @@ class _Client:
         lg.QuerySamplesComplete([lg.QuerySampleResponse(query, address, 1)])
 
     def close(self) -> None:
-        """End the loop."""
+        """Stop the event loop."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
@@ -88,7 +88,7 @@ def run(
     bound: float | None,
     queries: int,
 ) -> dict[str, Any]:
-    """One LoadGen test: the Server scenario at `rate` a second, or without a bound Offline."""
+    """One LoadGen test: Server scenario at `rate` requests per second; Offline without a bound."""
     client = _Client(contestant, url, image, bound or 0.0)
     settings = lg.TestSettings()
     settings.mode = lg.TestMode.PerformanceOnly
@@ -120,7 +120,7 @@ def run(
 
 
 def parsed(summary: str) -> dict[str, Any]:
-    """What LoadGen's summary says, as numbers; latencies in milliseconds."""
+    """Numbers from LoadGen's summary; latencies in milliseconds."""
 
     def number(name: str) -> float | None:
         match = re.search(rf"^{re.escape(name)}\s*:\s*([\d.e+]+)", summary, re.MULTILINE)
@@ -128,7 +128,7 @@ def parsed(summary: str) -> dict[str, Any]:
 
     p99 = number("99.00 percentile latency (ns)")
     return {
-        "valid": "Result is : VALID" in summary,  # with enough queries to be certain
+        "valid": "Result is : VALID" in summary,  # requires enough queries, too
         "in_bound": "Performance constraints satisfied : Yes" in summary,
         "per_second": number("Completed samples per second") or number("Samples per second"),
         "p99_ms": None if p99 is None else p99 / 1e6,
@@ -138,19 +138,19 @@ def parsed(summary: str) -> dict[str, Any]:
 def held(found: dict[str, Any]) -> bool:
     """Whether p99 stayed under the bound, every request got its caption, and no backlog grew.
 
-    A test is short: a rate that can't be held for long shows in it as answers that fall behind.
+    A test is short: an unsustainable rate shows as throughput below the offered load.
     """
     keeps_up = (found["per_second"] or 0.0) >= _KEEPS_UP * found["rate"]
     return found["in_bound"] and not found["errors"] and keeps_up
 
 
 def measure(settings: Settings, known_rates: dict[str, float]) -> dict[str, Any]:
-    """The highest Poisson rate that Vignette and the best baseline hold under each bound.
+    """The highest Poisson rate within each bound for Vignette, within the last for a baseline.
 
-    known_rates: closed-loop captions a second by contestant, to start the search from.
+    known_rates: closed-loop captions per second by contestant, to start the search from.
     """
     rivals = [c for c in baselines(settings) if c.name in known_rates]
-    # What LoadGen sends at once must fit the queue: refusing is not what is measured here.
+    # LoadGen's bursts must fit the queue: refusals are not measured here.
     ours = vignette(settings, "--max-queue", "4096")
     contestants: list[tuple[Contestant, tuple[float, ...]]] = [(ours, _BOUNDS)]
     if rivals and settings.rates > 1:
@@ -165,7 +165,7 @@ def measure(settings: Settings, known_rates: dict[str, float]) -> dict[str, Any]
                 with running(contestant, image) as url, tqdm(unit="rate") as progress:
                     search = _Search(contestant, url, image, settings, progress)
                     found["offline"].append(search.offline(start_rate))
-                    # At the rates of the slow one every further try takes minutes.
+                    # At the baseline's low rates, every further try takes minutes.
                     rates = settings.rates if contestant is ours else min(2, settings.rates)
                     found["server"] += [
                         search.highest(bound, start_rate, rates) for bound in bounds
@@ -176,7 +176,7 @@ def measure(settings: Settings, known_rates: dict[str, float]) -> dict[str, Any]
 
 
 class _Search:
-    """Looks for the highest rate that one running server holds."""
+    """Searches for the highest rate that a running server holds."""
 
     def __init__(
         self, contestant: Contestant, url: str, image: bytes, settings: Settings, progress: tqdm
@@ -192,17 +192,17 @@ class _Search:
         return found
 
     def offline(self, rate: float) -> dict[str, Any]:
-        """All at once: as many as `rate` would bring in 20 seconds."""
+        """Offline scenario: all queries at once, as many as `rate` gives in 20 seconds."""
         found = self._run(rate, None, max(1, round(rate * 20)))
         return {"contestant": self._contestant.name} | found
 
     def highest(self, bound: float, start: float, rates: int) -> dict[str, Any]:
-        """Bisection between nothing and a fifth more than the closed loop reached."""
+        """Bisection between 0 and 1.2 times the closed-loop rate `start`."""
         tried: list[dict[str, Any]] = []
         rate: float | None = 0.9 * start
         while rate is not None and len(tried) < rates:
             queries = max(self._settings.least_queries, round(rate * bound * self._settings.hold))
-            if bound < 1 and self._settings.rates > 2:  # often cheap enough to be certain
+            if bound < 1 and self._settings.rates > 2:  # often cheap enough for a valid p99
                 queries = max(queries, min(_ENOUGH, round(rate * _LONGEST_TEST)))
             found = self._run(rate, bound, queries)
             tried.append(found | {"held": held(found)})

@@ -1,4 +1,4 @@
-"""What other protocols cost beside /caption: the same pictures, captions and number of clients."""
+"""Throughput of other protocols against /caption: the same image, captions and clients."""
 
 import asyncio
 import base64
@@ -22,8 +22,8 @@ _CLIENTS = 16
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Captions a second of each protocol, in turns; medians, and each as a share of /caption's in
-    the same turn.
+    """Median throughput, in captions per second, of each protocol, in turns; and its share of
+    /caption's in the same turn.
     """
     port = free_port()
     with tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,4 @@
-"""PyTorch as a good engineer would write it today, against Vignette in the same run."""
+"""A strong PyTorch baseline (`encoded_once`) against Vignette in the same run."""
 
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ _BATCHES = (1, 4, 8)
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Milliseconds an image of each form at its best batch, and the ratio to ours."""
+    """Milliseconds per image of each form by batch size, and the best one's ratio to Vignette's."""
     forms: list[dict[str, Any]] = []
     for compiled in (False, True):
         name = f"bf16, encoded once{', compiled' if compiled else ''}"
@@ -32,7 +32,7 @@ def _torch(compiled: bool, repeats: int) -> list[tuple[int, float]]:
     model, found = EncodedOnce("bf16", compiled), []
     for batch in _BATCHES:
         images = pictures(batch, (3, 224, 224))
-        for _ in range(2):  # it is compiled in the first, and once more if a shape was new to it
+        for _ in range(2):  # the first compiles, the second compiles again if a shape was new
             seconds(partial(model.generate, images))
         ms = median_s(partial(model.generate, images), 3 * repeats) / batch * 1e3
         found.append((batch, ms))

@@ -1,7 +1,7 @@
-"""Many machines on paper: what they would caption, how soon, and for how much money.
+"""Throughput, latency and price of many hosts, simulated.
 
-Service times are measured here, and put into a simulation (`bench.scaling`). Before that may say
-anything of many hosts it has to say of this one what is measured here over HTTP.
+Service times are measured here and fed to a simulation (`bench.scaling`). Before it predicts many
+hosts, it has to reproduce this one as measured over HTTP.
 """
 
 import asyncio
@@ -39,12 +39,12 @@ _CLIENTS = 1, 4, 16, 64  # over HTTP, measured and simulated
 _WITHIN = 0.1
 _CPU_HOSTS = 1, 4, 16, 64, 256
 _GPU_HOSTS = 1, 4, 16, 64
-_LOAD = 0.8  # of what a cluster can caption, at which its p99 is told
-_EACH_CPU, _EACH_GPU = 100, 1000  # requests of a simulation for each host
+_LOAD = 0.8  # offered load for p99, as a share of the cluster's capacity
+_EACH_CPU, _EACH_GPU = 100, 1000  # simulated requests per host
 _DAY = 86_400
 _WANTED = 1e6, 1e9  # captions a day
-_LARGE = 4000, 3000  # pixels of a photograph as a phone takes it
-# Prices are stated, not looked up: of renting such a host for an hour.
+_LARGE = 4000, 3000  # pixels of a phone's photograph
+# Assumed prices of renting such a host for an hour; not looked up.
 _CPU_DOLLARS, _GPU_DOLLARS = 0.10, 4.00
 # No GPU has been measured yet. These are targets: 0.15 ms of the encoder for an image, 0.5 ms for a
 # step of 64 rows. With nothing else to wait for that would be 4,000 captions a second.
@@ -52,7 +52,7 @@ _GPU_CORES, _GPU_ENCODE_S, _GPU_STEP_S, _GPU_SLOTS = 16, 0.15e-3, 0.5e-3, 64
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """The check, and clusters of CPU and GPU hosts."""
+    """Check the simulation against this machine; then simulate clusters of CPU and GPU hosts."""
     here = _measured(settings)
     costs = Costs.median(turn.costs for turn in here.turns)
     how = manifests.read(settings.engine).preprocessing
@@ -97,7 +97,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _gpu_costs() -> Costs:
-    """Encoder calls by images and steps by rows, of a GPU that meets its targets."""
+    """Costs of a GPU that meets the targets above."""
     encode = [0.3e-3 + _GPU_ENCODE_S * n for n in range(1, 33)]
     decode = [_GPU_STEP_S * (0.6 + 0.4 * n / _GPU_SLOTS) for n in range(1, _GPU_SLOTS + 1)]
     return Costs(encode, decode)
@@ -105,7 +105,7 @@ def _gpu_costs() -> Costs:
 
 @dataclass(frozen=True, slots=True)
 class _Loop:
-    """What a closed loop gave: captions a second, and the median of the requests' seconds."""
+    """Result of a closed loop: captions per second, and median latency in seconds."""
 
     rate: float
     median_s: float
@@ -113,7 +113,7 @@ class _Loop:
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """What the engine's calls took in use, and closed loops over HTTP by their clients."""
+    """Costs of the engine in use, and closed loops over HTTP by number of clients."""
 
     costs: Costs
     loops: dict[int, _Loop]
@@ -121,8 +121,8 @@ class _Turn:
 
 @dataclass(frozen=True, slots=True)
 class _Here:
-    """This machine. front_s, client_s: core seconds that a request takes outside the engine, and
-    that its client takes.
+    """This machine. front_s, client_s: core seconds per request in the service outside the engine,
+    and in the client.
     """
 
     turns: list[_Turn]
@@ -132,7 +132,7 @@ class _Here:
 
 
 def _measured(settings: Settings) -> _Here:
-    """The engine in use and the service over HTTP, in turns: what slows the machine slows both."""
+    """Measure the engine in use and the service over HTTP, in turns: a slow moment slows both."""
     turns, count, client_s = [], 0, 0.0
     with tempfile.TemporaryDirectory() as folder:
         image = picture(Path(folder))
@@ -154,7 +154,7 @@ def _measured(settings: Settings) -> _Here:
 
 
 def _requests(clients: int, settings: Settings) -> int:
-    """A closed loop, measured and simulated."""
+    """Requests of a closed loop, measured and simulated alike."""
     return max(3 * clients, settings.images // (4 if clients < 4 else 1))
 
 
@@ -171,9 +171,8 @@ async def _loop(url: str, image: bytes, clients: int, settings: Settings) -> _Lo
 
 
 def _check(here: _Here, host: Kind, settings: Settings) -> list[dict[str, float]]:
-    """The loops of each turn, simulated with its costs; their clients take the time of this
-    machine's cores, too. `*_off`: the simulation's share of what was measured, less one, in the
-    median of the turns.
+    """Each turn's loops, simulated with its costs; the clients use this machine's cores, too.
+    `*_off`: simulated over measured, less one, in the median of the turns.
     """
     rows = []
     for clients in here.turns[0].loops:
@@ -200,7 +199,7 @@ def _check(here: _Here, host: Kind, settings: Settings) -> list[dict[str, float]
 
 
 def _row(kind: Kind, count: int, each: int, settings: Settings) -> dict[str, Any]:
-    """A cluster of so many hosts: when it is full, and at 80 % of that."""
+    """A cluster of `count` hosts at capacity, and at 80 % of it. each: requests per host."""
     lengths = [tokens for _, tokens in coco_jobs([np.zeros(0)], each * count)]
     full = Cluster(kind, count, settings.engine)
     full.closed_loop(3 * kind.slots * count, lengths)
@@ -221,7 +220,7 @@ def _row(kind: Kind, count: int, each: int, settings: Settings) -> dict[str, Any
 
 
 def _bound(used: dict[str, float]) -> str:
-    """What works most; JPEG decoding and front-ends share the cores."""
+    """The busiest part and its utilisation; JPEG decoding and front-ends share the cores."""
     decoding, front = used["JPEG decoding"], used["front-ends"]
     cores = f"cores (JPEG decoding {decoding:.0%}, front-ends {front:.0%})"
     shares = {"engine": used["engine"], cores: decoding + front, "network": used["network"]}
@@ -230,10 +229,10 @@ def _bound(used: dict[str, float]) -> str:
 
 
 def _needed(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Hosts of each kind for so many captions a day, at 80 % of what they can."""
+    """Hosts of each kind for `_WANTED` captions a day, at 80 % of capacity."""
     kinds: dict[str, dict[str, Any]] = {}
     for row in rows:
-        kinds[row["kind"]] = row  # that of the most hosts
+        kinds[row["kind"]] = row  # the last row has the most hosts
     for wanted in _WANTED:
         for name, row in kinds.items():
             hosts = math.ceil(wanted / _DAY / (_LOAD * row["rate"] / row["hosts"]))

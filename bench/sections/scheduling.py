@@ -1,10 +1,9 @@
-"""How many images to encode between two decode steps, and when: compared by what clients feel.
+"""How many images to encode between two decode steps, and when: compared by clients' latency.
 
-Encoding several images in one go may be faster for each, but every running caption waits for it,
-and so do the images in it for each other. The defaults of `encode_batch` and `patience`
-(`runtime.pacing`) are chosen by this table. The costs of both graphs are measured here, and the
-engine's loop is replayed with them (`bench.load.replay`); that it tells the truth is checked
-against the engine itself.
+A larger encoder batch may be faster per image, but all running sequences wait for it, and its
+images wait for each other. This table decides the defaults of `encode_batch` and `patience`
+(`runtime.pacing`). The costs of both graphs are measured here and replayed through the engine's
+loop (`bench.load.replay`); the replay is checked against the engine itself.
 """
 
 import statistics
@@ -29,18 +28,18 @@ from runtime.planning.config import EngineConfig
 
 Load = Callable[[Engine, Clock], list[float]]
 
-_TURNS = 4  # for each timed run elsewhere: the fastest of them counts
+_TURNS = 4  # times `settings.repeats`; the fastest counts
 Policy = tuple[int, float]  # encode batch, patience
 
 _DEFAULT = EngineConfig().patience
 _LENGTHS = (8, 24)  # shortest and longest caption, in tokens
 _CLIENTS = (1, 4, 16, 64)
-_LOADS = (0.5, 0.8, 0.95)  # of what the machine can do
-_CHECKED = 16  # clients
+_LOADS = (0.5, 0.8, 0.95)  # shares of the slowest policy's capacity
+_CHECKED = 16  # clients in the check of the replay
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Rate, mean and p99 latency of every policy, in a closed loop and with Poisson arrivals."""
+    """Throughput, mean and p99 latency of every policy: closed loops and Poisson arrivals."""
     with tqdm(total=2, desc="scheduling", unit="part") as progress:
         costs, runs_on = isolated(measure_alone, settings.engine, _TURNS * settings.repeats)
         measured = isolated(_rate, settings)
@@ -63,7 +62,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _policies(most: int) -> list[Policy]:
-    """The default, in the middle of the rest. most: images of the default's encoder calls."""
+    """Policies around the default. most: images of the default's encoder calls."""
     pairs = [(1, _DEFAULT), (most // 2, _DEFAULT), (most, 0.0), (most, _DEFAULT),
              (most, 4 * _DEFAULT)]  # fmt: skip
     return [policy for policy in dict.fromkeys(pairs) if policy[0]]
@@ -112,7 +111,7 @@ def _replayed(settings: Settings, costs: Costs, policy: Policy, load: Load) -> d
 
 
 def _rate(settings: Settings) -> float:
-    """Captions a second of the engine itself, in the closed loop that is replayed too."""
+    """Captions per second of the engine itself, in the closed loop that the check replays."""
     engine = Engine.open(settings.engine)
     images = pictures(16, engine.manifest.sizes.pixels)
     work = arrivals.jobs(images, settings.images, *_LENGTHS)

@@ -1,4 +1,4 @@
-"""What beams and scores buy: the demo model on scenes that it never saw."""
+"""Accuracy with beams, and what scores predict: the demo model on held-out scenes."""
 
 import itertools
 import json
@@ -16,8 +16,8 @@ _PARTS = 10
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """For each kind of question: shares of right answers, greedy and with beams; those of greedy
-    ones by score, in tenths; and how well scores tell right answers from wrong ones.
+    """For each kind of question: accuracy, greedy and with beams; greedy accuracy by tenths of the
+    score; and how well scores separate right answers from wrong ones.
     """
     found = {name: _evaluated(settings.scenes, n) for name, n in (("greedy", 1), ("beams", _BEAMS))}
     kinds: dict[str, Any] = {}
@@ -42,7 +42,7 @@ def _evaluated(scenes: int, beams: int) -> dict[str, Any]:
             "--beams", str(beams), "--json", str(output),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if not output.exists():  # its status tells, too, whether the model card was met
+        if not output.exists():  # not its status, which also tells whether the model card was met
             raise RuntimeError(f"the demo model can't be evaluated: {done.stderr[-500:]}")
         content: dict[str, Any] = json.loads(output.read_text())
         return content
@@ -53,7 +53,7 @@ def _share(right: list[bool]) -> float:
 
 
 def tenths(answers: list[tuple[float, bool]]) -> list[tuple[float, float]]:
-    """Mean score and share of right ones of each tenth. answers: (score, right), by score."""
+    """Mean score and accuracy of each tenth. answers: (score, right), sorted by score."""
     bounds = [len(answers) * part // _PARTS for part in range(_PARTS + 1)]
     parts = [answers[a:b] for a, b in itertools.pairwise(bounds) if b > a]
     return [
@@ -63,8 +63,8 @@ def tenths(answers: list[tuple[float, bool]]) -> list[tuple[float, float]]:
 
 
 def told_apart(answers: list[tuple[float, bool]]) -> float:
-    """How often the right one of two answers, of which one is wrong, scores higher (the area under
-    the ROC curve). answers: (score, right), by score; 1 if all are right, or wrong.
+    """Area under the ROC curve: how often a right answer scores higher than a wrong one. answers:
+    (score, right), sorted; 1 if all are right, or all wrong.
     """
     below = higher = pairs = 0
     wrong = sum(not right for _, right in answers)

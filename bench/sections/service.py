@@ -1,4 +1,4 @@
-"""The service as a process: how soon it is ready, what it holds in memory, what HTTP costs."""
+"""The service as a process: its start-up time, its memory, and what HTTP costs."""
 
 import statistics
 import subprocess
@@ -25,7 +25,7 @@ _REQUESTS = 20
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Seconds to ready, milliseconds of HTTP, mebibytes, shares of rates."""
+    """Seconds until ready, milliseconds of HTTP, mebibytes, shares of throughput."""
     found: dict[str, Any] = {}
     with tqdm(total=4, desc="service", unit="part") as progress:
         found["start_s"] = [_ready_after(settings) for _ in range(2)]
@@ -38,7 +38,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _ready_after(settings: Settings) -> float:
-    """Seconds from the command to the answer of /health/ready."""
+    """Seconds from the command until /health/ready answers 200."""
     port = free_port()
     command = [
         sys.executable,
@@ -65,7 +65,7 @@ def _ready_after(settings: Settings) -> float:
 
 
 def _cost_of_http(settings: Settings) -> dict[str, Any]:
-    """One client: what is left of its time without encode and decode; memory after a burst."""
+    """One client's latency less encode and decode; memory after a burst."""
     ours = vignette(settings)
     with tempfile.TemporaryDirectory() as name:
         image = picture(Path(name))
@@ -81,14 +81,14 @@ def _cost_of_http(settings: Settings) -> dict[str, Any]:
 
 
 def _ab(url: str, folder: Path, requests: int = 64) -> float:
-    """Requests a second of 16 clients, every slot used."""
+    """Throughput of 16 clients in requests per second, all slots in use."""
     command = ["ab", "-q", "-l", "-n", str(requests), "-c", "16", "-p", str(folder / "picture.jpg"),
                "-T", "image/jpeg", url]  # fmt: skip
     return all_answered(command)
 
 
 def _shares(settings: Settings) -> dict[str, float]:
-    """The service with 16 clients, beside its engine alone, and with HTTP in the same process.
+    """The service's throughput with 16 clients, relative to the engine alone and to one process.
 
     All three stand ready and take turns: a slow minute of the machine is slow for all.
     """
@@ -114,8 +114,7 @@ def _shares(settings: Settings) -> dict[str, float]:
 
 
 def _resident_mib(url: str) -> float:
-    """Memory of the server that listens at `url` and all its processes, pages shared between them
-    counted once (PSS), as Linux counts it."""
+    """PSS in MiB of the server at `url` and its descendants: shared pages count once."""
     port = urlsplit(url).port
     assert port is not None
     return sum(map(pss, family(server_on(port)))) / 2**20
