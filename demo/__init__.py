@@ -4,6 +4,5 @@ It exists so that serving, testing and trying Vignette needs no download. Nothin
 folder imports it; what it produces (`demo/model/`, `engines/demo/`, `demo/samples/`) is committed.
 
 Reading order: `nouns` -> `grammar` (what a scene says) -> `sprites` -> `render` (what it looks
-like) -> `model` -> `train` ->
-`evaluate`, `samples`.
+like) -> `model` -> `train` -> `evaluate`, `samples`.
 """

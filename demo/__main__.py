@@ -58,7 +58,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    """Status 1 when the trained styles fall short of what the model card promises."""
+    """Exit status 1 if accuracy on the trained styles is below the model card's."""
     from demo.evaluate import PROMISED, evaluate
 
     scores = evaluate(args.engine, args.scenes, args.provider, args.beams)

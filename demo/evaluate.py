@@ -1,7 +1,7 @@
-"""How often the exported engine is right on scenes whose captions training never saw.
+"""Accuracy of the exported engine on scenes whose captions are held out from training.
 
-Scenes are drawn at twice the model's image size and sent as PNG bytes, so that what is judged is
-the whole way of a request: decoding, resizing, both graphs, the decode loop and the tokenizer.
+Scenes are drawn at twice the model's image size and sent as PNG bytes, so that the whole way of a
+request is judged: decoding, resizing, both graphs, the decode loop and the tokenizer.
 """
 
 import io
@@ -28,14 +28,14 @@ _BATCH = 64  # scenes handed to the engine at a time
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Of each answer whether it was right word for word, and its score (`Caption.score`)."""
+    """For each answer, whether it is right word for word, and its score (`Caption.score`)."""
 
     right: tuple[bool, ...]
     scores: tuple[float, ...]
 
     @property
     def share(self) -> float:
-        """0 to 1."""
+        """Share of right answers, 0 to 1."""
         return sum(self.right) / len(self.right)
 
     def __str__(self) -> str:
@@ -94,7 +94,7 @@ def _questions(styles: tuple[sprites.Style, ...], scenes: int) -> Iterator[_Ques
 def held_out(
     styles: tuple[sprites.Style, ...], scenes: int, seed: int = _SEED
 ) -> Iterator[tuple[grammar.Scene, bytes, random.Random]]:
-    """Scenes that training never saw, as PNG bytes; the same ones at every call."""
+    """Held-out scenes, each with its PNG bytes and the generator; the same ones at every call."""
     rng = random.Random(seed)
     renderer = Renderer(styles, 2 * model.IMAGE_SIZE)
     for _ in range(scenes):

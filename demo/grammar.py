@@ -1,4 +1,4 @@
-"""What a scene says: its caption, its questions, and which captions training never sees.
+"""Scenes: their captions and questions, and which captions are held out from training.
 
 Only the standard library is imported, so that the grammar can be read and tested alone.
 """
@@ -16,14 +16,14 @@ HELD_OUT_SHARE = 20  # one caption in this many is kept for evaluation
 
 
 class Relation(StrEnum):
-    """How the first noun of a pair stands to the second."""
+    """Position of the first noun of a pair relative to the second."""
 
     LEFT_OF = "to the left of"
     ABOVE = "above"
 
     @property
     def inverse(self) -> str:
-        """The same fact told from the second noun."""
+        """The same fact, stated from the second noun."""
         return {"to the left of": "to the right of", "above": "below"}[self.value]
 
     @property
@@ -63,7 +63,7 @@ class Scene:
         """(question, answer) pairs; answers have one or two words."""
         asked = [("what colour is the background", self.colour)]
         if self.relation and self.other:
-            # The last four can't be answered by naming the other noun: they take a look at where.
+            # The last four need positions: naming the other noun does not answer them.
             asked += [
                 (f"what is {self.relation} the {self.other.singular}", self.noun.singular),
                 (f"what is {self.relation.inverse} the {self.noun.singular}", self.other.singular),
@@ -78,7 +78,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether this caption is kept from training; by hash, so it holds on every machine."""
+        """Whether this caption is held out from training; by hash, so equal on every machine."""
         digest = hashlib.sha256(self.caption.encode()).digest()
         return int.from_bytes(digest[:4], "big") % HELD_OUT_SHARE == 0
 

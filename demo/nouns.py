@@ -1,11 +1,11 @@
-"""What the demo model can name: one emoji per noun, chosen to look apart at 30 pixels."""
+"""The demo model's nouns: one emoji each, chosen to be told apart at 30 pixels."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Noun:
-    """A thing that can stand in a scene; `emoji` picks the sprite in every style."""
+    """A noun of a scene; `emoji` picks the sprite in every style."""
 
     emoji: str
     singular: str

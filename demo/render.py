@@ -1,6 +1,6 @@
-"""A scene as a picture: sprites of one style on a coloured background.
+"""Draws a scene: sprites of one style on a coloured background.
 
-What a sprite covers is reported too (`cover`), because training reads it patch by patch.
+`cover` maps pixels to nouns, because training predicts the noun of each patch.
 """
 
 import random
@@ -24,7 +24,7 @@ _BASE_COLOURS = {
     "yellow": (240, 210, 60),
     "purple": (130, 65, 165),
 }
-_SHADE = 18  # a background's channels vary by so much to either side
+_SHADE = 18  # background channels vary by up to this much to either side
 _SIZES = tuple(0.26 + 0.018 * i for i in range(11))  # longest side of a sprite, share of the canvas
 _ANGLES = (-12, -6, 0, 6, 12)  # degrees
 _MOSAIC = 3  # sprites along each side of a mosaic
@@ -65,13 +65,13 @@ class Renderer:
         self._shaped = lru_cache(maxsize=40_000)(self._shape)
 
     def draw(self, scene: Scene, rng: random.Random) -> Picture:
-        """One of the many pictures of `scene`; the same `rng` state gives the same one."""
+        """Draw `scene` at random; the same `rng` state gives the same picture."""
         style = rng.choice(sorted(self._sprites))
         placed = self._pair(scene, style, rng) if scene.relation else self._count(scene, style, rng)
         return self._compose(placed, scene.colour, rng)
 
     def mosaic(self, rng: random.Random) -> Picture:
-        """Nine nouns in a loose grid: no scene of the grammar, but much to recognise at once."""
+        """Nine nouns in a loose grid: no scene of the grammar, but many nouns to recognise."""
         placed = []
         for cell in range(_MOSAIC**2):
             noun, style = rng.choice(NOUNS), rng.choice(sorted(self._sprites))
@@ -163,7 +163,7 @@ class Renderer:
 
 
 def _fitted(picture: Image.Image, size: int) -> Image.Image:
-    """At most the canvas' size: rotating more pixels than will be shown only costs time."""
+    """Shrink a sprite to the canvas: rotating more pixels than are shown only costs time."""
     fitted = picture.copy()
     fitted.thumbnail((size, size), Image.Resampling.LANCZOS)
     return fitted

@@ -49,7 +49,7 @@ def draw() -> None:
 
 
 def draw_many(folder: Path, count: int) -> None:
-    """Fill `folder` with scenes that training may show, to calibrate and judge exports by."""
+    """Fill `folder` with scenes from training's captions, to calibrate and judge exports."""
     folder.mkdir(parents=True, exist_ok=True)
     renderer, rng = Renderer(sprites.TRAINED, _SIZE), random.Random("calibration")
     for index in range(count):

@@ -19,7 +19,7 @@ CACHE = Path(__file__).parent / ".cache"
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """One artist's drawings of all nouns: an npm package and where its pictures lie."""
+    """A set of drawings of all nouns: an npm package, and the folder of its images."""
 
     name: str
     package: str
@@ -39,11 +39,11 @@ UNSEEN = TWITTER
 
 
 class SpritesMissing(RuntimeError):
-    """The sprite packages can't be had; the message says what to do."""
+    """A sprite package, or a sprite in it, is missing; the message says what to do."""
 
 
 def load(style: Style) -> dict[str, Image.Image]:
-    """All sprites of a style by the noun's singular, RGBA, trimmed to what is drawn."""
+    """All sprites of a style by singular noun, RGBA, cropped to their visible pixels."""
     folder = CACHE / style.name
     if not all((folder / f"{noun.singular}.png").exists() for noun in NOUNS):
         _unpack(style, folder)

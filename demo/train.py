@@ -1,14 +1,14 @@
 """Trains the demo model. Resumes from its last checkpoint when it is started again.
 
-Four things make it learn in fewer scenes than captions alone would:
+Four things reduce the number of scenes that training needs:
 
 * one image serves three texts (its caption and two questions). Image tokens never attend to text in
-  GIT, so the texts stand side by side behind one image prefix, each masked from the others;
-* a linear head on the vision tower names the noun behind every patch; it is dropped at the end;
-* another tells each patch's row and column, or the first would teach the tower to forget them, and
-  with them what is left of what;
-* to each batch come mosaics of nine nouns, which only that head learns from: telling so many nouns
-  apart is what takes longest, and a scene shows two of them at most.
+  GIT, so the texts are packed behind one image prefix, each masked from the others;
+* a linear head on the vision tower predicts the noun of every patch; it is dropped at the end;
+* another predicts each patch's row and column, or the first would teach the tower to forget
+  positions, on which "to the left of" depends;
+* each batch has mosaics of nine nouns, which only these heads' losses use: telling so many nouns
+  apart takes longest to learn, and a scene shows two of them at most.
 """
 
 import math
@@ -32,24 +32,24 @@ from demo.render import Renderer
 
 CHECKPOINT = sprites.CACHE / "checkpoint.pt"
 _GRID = model.IMAGE_SIZE // model.PATCH_SIZE
-_CAPTION, _QUESTION = 18, 16  # token places for each text of an image
+_CAPTION, _QUESTION = 18, 16  # token positions of each text of an image
 _SEGMENTS = (_CAPTION, _QUESTION, _QUESTION)
 _IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to train. `scenes` sets the length; the learning rate is 0 at its end."""
+    """Hyperparameters. `scenes` sets the length; the learning rate is 0 at its end."""
 
     scenes: int = 550_000
     batch: int = 32
     learning_rate: float = 8e-4
-    pairs: float = 0.7  # share of scenes with two nouns: what is left of what takes longest
-    mosaics: int = 4  # beside each batch's scenes
+    pairs: float = 0.7  # share of scenes with two nouns: relations take longest to learn
+    mosaics: int = 4  # per batch, beside its scenes
     warmup_steps: int = 500
     initial: Path | None = None  # checkpoint folder to start from instead of fresh weights
-    patch_loss: float = 0.3  # weight of the noun-behind-the-patch loss
-    place_loss: float = 0.3  # weight of the row-and-column loss
+    patch_loss: float = 0.3  # weight of the loss on each patch's noun
+    place_loss: float = 0.3  # weight of the loss on each patch's row and column
     save_every: int = 500  # steps
     seed: int = 1
     device: str = "cpu"
@@ -61,7 +61,7 @@ class Settings:
 
 
 class Batches(IterableDataset):
-    """Endless training batches; `start` skips ahead when a run resumes."""
+    """Endless training batches; a resumed run's `start` step seeds other ones."""
 
     def __init__(self, processor: GitProcessor, settings: Settings, start: int) -> None:
         self._tokenizer = processor.tokenizer
@@ -95,7 +95,7 @@ class Batches(IterableDataset):
         return np.concatenate(tokens), np.concatenate(labels)
 
     def _row(self, prompt: str, answer: str, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and the id to predict at each place; prompts and padding are not predicted."""
+        """Token ids and the label at each position; prompts and padding have none."""
         asked = self._tokenizer.encode(prompt, add_special_tokens=False)
         said = self._tokenizer.encode(answer, add_special_tokens=False)
         ids = [self._tokenizer.cls_token_id, *asked, *said, self._tokenizer.sep_token_id]
@@ -107,14 +107,14 @@ class Batches(IterableDataset):
 
 
 def _patch_labels(cover: np.ndarray) -> np.ndarray:
-    """`cover` [S, S] -> int64 [patches]: the noun that covers a quarter of the patch, or 0."""
+    """`cover` [S, S] -> int64 [patches]: the noun if a quarter of the patch is covered, or 0."""
     cells = cover[2::4, 2::4].reshape(_GRID, 4, _GRID, 4).transpose(0, 2, 1, 3).reshape(-1, 16)
     covered = (cells > 0).sum(axis=1) >= 4
     return np.where(covered, cells.max(axis=1), 0).astype(np.int64)
 
 
 class PackedGit(nn.Module):
-    """GIT over one image prefix and several texts side by side, with the training losses."""
+    """GIT over one image prefix and several packed texts, with the training losses."""
 
     mask: torch.Tensor
     positions: torch.Tensor
@@ -158,7 +158,7 @@ class PackedGit(nn.Module):
         )
 
     def _place_loss(self, seen: torch.Tensor) -> torch.Tensor:
-        """Row and column of each patch, told from its features [images, patches, width]."""
+        """Loss of each patch's row and column, from its features [images, patches, width]."""
         guesses = self.place_head(seen).float().unflatten(-1, (2, _GRID))
         index = torch.arange(_GRID**2, device=seen.device)
         places = torch.stack([index // _GRID, index % _GRID], dim=-1).expand(guesses.shape[:3])
@@ -242,7 +242,7 @@ def _save(step: int, settings: Settings, *parts: nn.Module | torch.optim.Optimiz
 
 
 def _work(settings: Settings) -> str:
-    """What a training is to do, wherever it runs."""
+    """The settings that a resumed run must share: all but the device."""
     return repr(replace(settings, device="cpu"))
 
 
