@@ -1,4 +1,4 @@
-"""`vignette COMMAND`: one command for all there is to do, each with a --help of its own."""
+"""`vignette COMMAND`: one entry point for all commands, each with its own --help."""
 
 import importlib
 import sys
@@ -11,7 +11,7 @@ _NOT_RUN = 2  # exit status
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """module: whose `main` takes the arguments. needs: modules, and extras that bring them."""
+    """module: its `main` takes the arguments. needs: modules, which `extras` bring."""
 
     does: str
     module: str

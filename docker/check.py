@@ -35,7 +35,7 @@ PODMAN_RUN = ["--log-driver", "k8s-file", "--cgroup-parent", "vignette", "--cgro
 
 
 def main() -> int:
-    """Build, run, ask, stop; 0 when everything was as it should be, 2 where it can't be done."""
+    """Build, run, ask, stop; status 0 if all checks hold, 2 where they can't be made."""
     if sys.argv[1:] not in ([], ["gpu"]):
         print(f"usage: {sys.argv[0]} [gpu]\n\n{__doc__}")
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def check_without_a_gpu(command: list[str]) -> None:
-    """It ends at once with a message that says what to do, instead of opening its port."""
+    """The container exits at once and says what to do, instead of opening its port."""
     done = subprocess.run(
         [*command, "--provider", "cuda"], capture_output=True, text=True, check=False, timeout=60
     )
@@ -80,14 +80,14 @@ def check_without_a_gpu(command: list[str]) -> None:
 
 
 def has_docker() -> bool:
-    """Whether there is a Docker daemon to talk to; the client alone builds nothing."""
+    """Whether a Docker daemon answers; the client alone builds nothing."""
     if shutil.which("docker") is None:
         return False
     return subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0
 
 
 def inspect_running(client: list[str]) -> None:
-    """The promises of a running container, one by one."""
+    """Check each promise of a running container."""
     started = time.monotonic()
     wait_until_ready()
     print(f"ready after {time.monotonic() - started:.1f} s")
@@ -116,7 +116,7 @@ def inspect_running(client: list[str]) -> None:
 
 
 def build_with_buildah(target: str, image: str) -> None:
-    """`buildah bud`, which needs no daemon."""
+    """Build with `buildah bud`, which needs no daemon."""
     if subprocess.run(["podman", "image", "exists", BASE], check=False).returncode != 0:
         fetch_base()
     with tempfile.TemporaryDirectory() as name:
@@ -142,7 +142,7 @@ def fetch_base() -> None:
             "sources.list",
             "sources.list.d",
             "apt.conf.d",
-        ):  # as the host reaches packages
+        ):  # the host's way to packages
             source, target = Path("/etc/apt") / part, Path(root) / "etc/apt" / part
             if source.is_dir():
                 shutil.copytree(source, target, dirs_exist_ok=True)
@@ -156,7 +156,7 @@ def fetch_base() -> None:
 
 
 def host_settings(folder: Path) -> list[str]:
-    """Flags that lend the host's pip settings, certificates and package folders to the build."""
+    """Flags that pass the host's pip settings, certificates and package folders to the build."""
     shown = output(sys.executable, "-m", "pip", "config", "list")
     settings = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
     values = {key.rsplit(".", 1)[-1]: value.strip("'\"") for key, value in settings.items()}
@@ -171,7 +171,7 @@ def host_settings(folder: Path) -> list[str]:
     (folder / "pip.conf").write_text("\n".join(["[global]", *lines]) + "\n")
     for word in " ".join(values.values()).replace("\\n", " ").split():
         path = Path(word.removeprefix("file://"))
-        path = path.parent if path.name == "simple" else path  # an index' files lie beside it
+        path = path.parent if path.name == "simple" else path  # an index has its files beside it
         if path.is_absolute() and path.is_dir():
             flags += ["--volume", f"{path}:{path}:ro"]
     return [
@@ -181,7 +181,7 @@ def host_settings(folder: Path) -> list[str]:
 
 
 def wait_until_ready() -> None:
-    """Up to a minute."""
+    """Wait for /health/ready; raises OSError after a minute."""
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -194,7 +194,7 @@ def wait_until_ready() -> None:
 
 
 def check(holds: bool, what: str) -> None:
-    """Say what was found; end with status 1 if it is not as it should be."""
+    """Print a check's outcome; exit with status 1 if it does not hold."""
     print(("ok    " if holds else "FAIL  ") + what, flush=True)
     if not holds:
         raise SystemExit(1)
@@ -206,7 +206,7 @@ def run(*command: str, quiet: bool = False) -> None:
 
 
 def output(*command: str) -> str:
-    """What a command prints."""
+    """A command's standard output, stripped."""
     return subprocess.run(
         command, cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.strip()

@@ -1,5 +1,5 @@
-"""Prints what the named extras of pyproject.toml need, so that an image can install it before the
-code is copied: `python requirements.py cpu export`.
+"""Prints the requirements of pyproject.toml and of the named extras, so that an image can install
+them before the code is copied: `python requirements.py cpu export`.
 """
 
 import sys
