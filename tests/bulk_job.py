@@ -28,7 +28,7 @@ ABOUT = CaptionSettings("words", {"engine": "none"})
 
 
 class Words:
-    """Says something that depends on the image, some milliseconds later."""
+    """Captions an image by its hash, a millisecond later."""
 
     at_once = 4
 
@@ -59,7 +59,7 @@ def run(output: str, *inputs: str, wrong=(), begun=lambda: None, **how) -> BulkR
 
 
 def rows_of(output: str) -> list[dict]:
-    """As a user of each form would read it."""
+    """Read rows as a user of each format would."""
     path = Path(output)
     match path.suffix:
         case ".jsonl":
@@ -84,7 +84,7 @@ def members(path: Path) -> list[tuple[str, bytes]]:
 
 
 def check(output: str, photos: Path) -> None:
-    """Each photo has one row, and that says what it should."""
+    """Every photo has exactly one row, with the right caption."""
     rows = rows_of(output)
     assert Counter(row["id"] for row in rows) == dict.fromkeys(map(str, photos.rglob("*.png")), 1)
     for row in rows:
@@ -92,8 +92,8 @@ def check(output: str, photos: Path) -> None:
 
 
 def killed(times: int, output: str, photos: Path) -> int:
-    """Kill so many runs, each at a random moment of its work; those that ended first are checked,
-    and what they wrote is removed.
+    """Kill `times` runs, each at a random moment of its work. Runs that end before they are killed
+    are checked, and their output is removed.
     """
     chance, done = random.Random(output), 0
     while done < times:

@@ -15,7 +15,7 @@ _VISION = {
 def _small(vision: dict | None = None, **changes) -> GitConfig:
     sizes = {
         "vocab_size": 300,
-        "hidden_size": 64,  # heads of 16: GroupQueryAttention wants a multiple of 8
+        "hidden_size": 64,  # heads of 16: GroupQueryAttention needs a multiple of 8
         "intermediate_size": 96,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,

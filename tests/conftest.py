@@ -31,7 +31,7 @@ def exported(request, tmp_path_factory) -> tuple[Checkpoint, Path]:
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> tuple[Checkpoint, Path]:
-    """The plain shape alone, for tests of one engine folder."""
+    """The plain shape alone, for tests of a single engine folder."""
     checkpoint = from_config("small", SHAPES["base"], seed=1)
     folder = tmp_path_factory.mktemp("small") / "small"
     build(checkpoint, folder, Proof(images=2, new_tokens=4))

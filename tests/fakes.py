@@ -1,4 +1,4 @@
-"""A runner without graphs whose every answer depends on what its slot's cache holds."""
+"""A runner without graphs, whose every token depends on what its slot's cache holds."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ MANIFEST = Manifest(
 
 
 class FakeTokenizer:
-    """Prompts are numbers; captions are the ids that were generated."""
+    """Prompts are numbers; captions are the generated ids."""
 
     def prompt_ids(self, prompt: str | None) -> tuple[int, ...]:
         return (0, *(int(word) for word in (prompt or "").split()))
@@ -39,7 +39,7 @@ class FakeTokenizer:
 
 
 class FakeRunner:
-    """Keeps (image, tokens fed) for each slot, as a cache does, and predicts by hashing it."""
+    """Keeps (image, tokens fed) for each slot, as a cache does, and predicts a hash of them."""
 
     text_tokens = 32
     runs_on = "fake"
@@ -91,7 +91,7 @@ class FakeRunner:
     def _next(self, slot: int, token: int, fed: int) -> int:
         image, texts = self.cache[slot]
         assert fed <= len(texts), "a row was fed at the wrong age"
-        del texts[fed:]  # as in a cache, what lies beyond a row's length does not count
+        del texts[fed:]  # as in a cache, positions beyond a row's length do not count
         texts.append(token)
         return hash((image, *texts)) % 12  # EOS about every twelfth token
 
@@ -104,7 +104,7 @@ class FakeRunner:
 
 
 class Gate(FakeRunner):
-    """Decodes only while it is open."""
+    """Decodes only while `open` is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,21 +123,21 @@ def fake_engine(config: EngineConfig | None = None, burst: int = 1) -> Engine:
 
 
 def gated(slots: int = 2) -> Engine:
-    """Whose `runner.open` an event opens and shuts."""
+    """An engine that decodes only while `runner.open` is set."""
     engine = fake_engine(EngineConfig(slots=slots))
     engine.runner = Gate()
     return engine
 
 
 def image(number: int) -> np.ndarray:
-    """Pixels that tell images apart by their sum."""
+    """Pixels that all equal `number`, so that their sum identifies the image."""
     pixels = np.zeros((3, 4, 4), np.uint8)
     pixels.flat[:] = number
     return pixels
 
 
 def drained(engine: Engine) -> dict[int, tuple[int, ...]]:
-    """Step until nothing is left; what was generated, by the ids of the requests."""
+    """Step until the engine is idle; generated ids by request id."""
     found: dict[int, tuple[int, ...]] = {}
     while not engine.idle:
         for output in engine.step():
@@ -146,7 +146,7 @@ def drained(engine: Engine) -> dict[int, tuple[int, ...]]:
 
 
 class Allergic(FakeRunner):
-    """Bears no image of one colour."""
+    """Fails on images of one colour: raises, or crashes the process."""
 
     def __init__(self, crashes: bool, seconds: float) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Allergic(FakeRunner):
         if any(self.cache[row][0] == 3 * 16 * 7 for row in range(len(tokens))):
             if self.crashes:
                 os.kill(os.getpid(), signal.SIGSEGV)
-                time.sleep(60)  # it ends on another thread, a moment later
+                time.sleep(60)  # the signal may end the process on another thread, a moment later
             raise RuntimeError("no kernel")
         return super().decode(tokens, fed, forced, candidates)
 

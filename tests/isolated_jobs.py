@@ -1,4 +1,4 @@
-"""What is run in a process of its own, in a file that loads nothing else there."""
+"""Functions to run in a fresh process, in a file whose import loads nothing else there."""
 
 import os
 

@@ -70,7 +70,7 @@ class Live:
         return self.request("POST", f"/caption{query}", body, **headers)
 
     def metric(self, name: str) -> float:
-        """Of all models together; `name` has the other labels."""
+        """A metric's sum over all models; `name` has the other labels."""
         text = self.request("GET", "/metrics").body.decode()
         lines = re.sub('{?model="[^"]*"(,|})', _without_model, text).splitlines()
         return sum(float(x.rpartition(" ")[2]) for x in lines if x.startswith(name + " "))
@@ -97,7 +97,7 @@ def serve(
 ) -> Iterator[Live]:
     """A front-end, and a worker around `open_engine()` in a thread instead of a process.
 
-    With `wait` off it may still be starting when it is handed over.
+    Without `wait`, the service may still be starting when it is yielded.
     """
     started = threading.Event()
     live: list[Live] = []
@@ -109,7 +109,7 @@ def serve(
         given = Settings(_env_file=None, decoders=1, front_ends=1, **settings)
         known = {manifest.model: (manifest, FakeTokenizer())}
         service = make_service(given, known, folder, 0, 0)
-        service.metrics.rest = 0  # each look is at what is there by then
+        service.metrics.rest = 0  # no caching: every scrape shows the current values
         sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
         app = make_app(service)
         server = listen(service, app, sockets)

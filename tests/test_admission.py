@@ -97,7 +97,7 @@ def test_bodies_are_bounded_together():
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock that the tests advance."""
 
     now = 0.0
 
@@ -106,7 +106,7 @@ class Clock:
 
 
 def saturated(admission: Admission, clock: Clock, requests: int, each: float) -> None:
-    """So many requests, one after another, while others wait."""
+    """Let `requests` pass one after another, `each` seconds long, while others wait."""
     with ExitStack() as others:
         for _ in range(admission.slots):
             others.enter_context(admission.enter())
@@ -124,7 +124,7 @@ def admitting(queue: int = 100, deadline: float = 30.0) -> tuple[Admission, Cloc
 
 
 def refused_after(admission: Admission) -> tuple[int, int]:
-    """How many are let in, and what the next is told."""
+    """How many requests are let in, and the `retry_after` of the next."""
     with ExitStack() as inside:
         for count in range(1000):
             try:
@@ -136,14 +136,14 @@ def refused_after(admission: Admission) -> tuple[int, int]:
 
 def test_a_client_is_told_how_long_the_queue_will_take_whatever_was_before():
     admission, clock = admitting(queue=8)
-    assert refused_after(admission) == (10, 1)  # nothing is known yet
+    assert refused_after(admission) == (10, 1)  # no service time is known yet
     saturated(admission, clock, 64, each=2.0)
-    for _ in range(4):  # and a few, far apart, for which nobody had to wait
+    for _ in range(4):  # and a few requests, far apart, that did not have to wait
         clock.now += 10
         with admission.enter(), admission.engine():
             clock.now += 1
     assert refused_after(admission) == (10, 20)
-    clock.now += 100_000  # a night without requests: who knows what the day is like
+    clock.now += 100_000  # a night without requests: what was measured before is out of date
     assert refused_after(admission) == (10, 1)
     saturated(admission, clock, 64, each=9.0)
     assert refused_after(admission)[1] <= 60
@@ -265,11 +265,11 @@ def test_half_of_the_queue_is_one_clients_once_another_comes():
         inside.enter_context(admission.enter("honest"))
         assert fill("greedy", inside) == 51
         assert fill("honest", inside) == 50
-    clock.now += 100  # the other one has not come for a while
+    clock.now += 100  # the other client has not come for a while
     with ExitStack() as inside:
         assert fill("greedy", inside) == 102
     with ExitStack() as inside:
         inside.enter_context(admission.enter("honest"))
-        for _ in range(60):  # what waits for the engine alone is not kept from it
+        for _ in range(60):  # requests that wait for the engine do not count towards the half
             inside.enter_context(admission.enter("greedy"))
             inside.enter_context(admission.engine("greedy"))

@@ -29,7 +29,7 @@ WAYS = [
 def said_by_torch(
     checkpoint: Checkpoint, pixels: np.ndarray, prompt: list[int], most: int, **asked
 ) -> list[list[int]]:
-    """What `generate` says, without the prompt and what fills up."""
+    """Tokens of `generate`, without prompt and padding."""
     how, given = checkpoint.normalisation, torch.tensor([prompt])
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (how.mean, how.std))
     asked["num_return_sequences"] = asked.pop("n", 1)

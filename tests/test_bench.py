@@ -72,7 +72,7 @@ def test_slow_contestants_get_as_many_rounds_as_fit():
     assert affordable(256, 16, solo=0.06, budget=30) == 256
     assert affordable(32, 1, solo=6.0, budget=30) == 5
     assert affordable(32, 8, solo=1.6, budget=30) == 16  # two rounds of eight
-    assert affordable(32, 8, solo=6.0, budget=30) == 8  # one, for twice the time
+    assert affordable(32, 8, solo=6.0, budget=30) == 8  # one round, for twice the budget
     assert affordable(256, 64, solo=6.0, budget=30) == 0
 
 

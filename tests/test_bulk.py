@@ -36,7 +36,7 @@ PHOTOS = {"owl.png", "cats.png", "donuts.png", "umbrella.png"}
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Four samples, one of them in a folder below; what is no image is left alone."""
+    """Four samples, one of them in a subfolder, and a file that is no image."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     for name in PHOTOS:
@@ -209,7 +209,7 @@ FOUR_SLOTS = partial(fake_engine, EngineConfig(slots=4))
 
 
 def captioned(open_engine, given: list[Path], **plan) -> dict[str, object]:
-    """What an engine says of files, or what was wrong with each."""
+    """An engine's caption of each file, or what was wrong with it."""
     captioner = LocalCaptioner(open_engine, None, {}, MAX_PIXELS)
     try:
         captioning = Captioning(captioner, CaptioningOptions(None, 10**8, **plan), Kept())
@@ -231,7 +231,7 @@ def test_an_image_that_an_engine_can_not_bear_fails_alone(crashes, tmp_path):
 
 
 class Counting:
-    """Counts what it is asked."""
+    """Counts its calls."""
 
     at_once, asked = 4, 0
 
@@ -285,7 +285,7 @@ def test_names_need_not_be_utf_8(tmp_path):
     name = os.fsdecode(b"\xe9t\xe9.png")
     shutil.copy(SAMPLES / "owl.png", tmp_path / name)
     output = tmp_path / "captions.jsonl"
-    for _ in range(2):  # the second finds it done
+    for _ in range(2):  # the second run finds it done
         assert run(tmp_path / name, "--output", output) == 0
         [line] = output.read_text("utf-8").splitlines()
         written = json.loads(line)["id"]
@@ -334,7 +334,7 @@ def test_only_as_many_are_held_as_keep_the_engine_busy(tmp_path):
         taken.append(item) or item for item in found
     )
     for ended, _ in enumerate(outcomes, 1):
-        assert len(taken) - ended <= 2 * (8 + 64)  # in the captioner and on their way, or told
+        assert len(taken) - ended <= 2 * (8 + 64)  # captioning, on the way, or told
     assert len(taken) == 300
     captioner.close()
 

@@ -32,7 +32,7 @@ def test_an_engine_whose_process_can_not_be_started_says_so():
 
 
 class _DiesAndStaysDead:
-    """Opens an engine that dies of its first image, and can't be opened again."""
+    """Opens an engine whose process dies of its first image; cannot be opened again."""
 
     def __init__(self, marker: Path) -> None:
         self._marker = marker

@@ -92,7 +92,7 @@ def test_a_column_that_is_not_there_is_told(tmp_path):
 
 
 def test_images_may_lie_in_a_csv_file_themselves(tmp_path):
-    inline = "data:image/png;base64," + "A" * 200_000  # beyond what Python's csv takes by itself
+    inline = "data:image/png;base64," + "A" * 200_000  # beyond csv's default field limit
     (tmp_path / "list.csv").write_text(f'image,prompt\n"{inline}",what?\nb.png,\n')
     found = read(tmp_path / "list.csv", prompt="prompt")
     assert [item.prompt for item in found] == ["what?", None]
@@ -195,7 +195,7 @@ def test_a_data_uri_is_an_image():
 
 @pytest.fixture
 def site():
-    """A server that gives /owl.png at the third time, and counts who asks for what."""
+    """A server that gives /owl.png at the third request; counts requests by path."""
     asked: Counter[str] = Counter()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -204,7 +204,7 @@ def site():
             fine = self.path != "/gone.png" and (self.path != "/owl.png" or asked[self.path] > 2)
             self.send_response(200 if fine else 404 if "gone" in self.path else 503)
             self.end_headers()
-            with contextlib.suppress(OSError):  # who has enough hangs up
+            with contextlib.suppress(OSError):  # a client that has read enough hangs up
                 self.wfile.write(OWL if self.path == "/owl.png" else b"x" * 10**7)
 
         def log_message(self, *_):

@@ -18,7 +18,7 @@ from server.bulk.output import OutputConflict
 from tests.bulk_job import check, members, rows_of, run, said_of
 
 KINDS = ("rows.jsonl", "rows.csv", "rows.parquet", "rows.tar", "texts/")
-KILLS = int(os.environ.get("KILLS", "5"))  # of each kind
+KILLS = int(os.environ.get("KILLS", "5"))  # of each kind of output
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_no_text_is_overwritten_that_somebody_else_wrote(photos, tmp_path):
     assert "0/000.txt has the caption of" in error
     (photos / "1" / "001.txt").write_text("edited")
     run(f"{photos}/", str(photos), again=True, overwrite=True)
-    assert (photos / "1" / "001.txt").read_text() == "edited"  # its row is there, and stands
+    assert (photos / "1" / "001.txt").read_text() == "edited"  # rows that exist are kept
 
 
 def test_no_text_lands_outside(tmp_path):

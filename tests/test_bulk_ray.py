@@ -22,7 +22,7 @@ pytest.importorskip("ray", reason="needs the extra ray")
 
 
 def test_a_process_keeps_its_decoder_from_task_to_task(tmp_path):
-    from server.bulk import ray  # which needs the extra
+    from server.bulk import ray  # needs the extra `ray`
 
     [file] = small_images(tmp_path, 1)
     engine = fake_engine()
@@ -32,7 +32,7 @@ def test_a_process_keeps_its_decoder_from_task_to_task(tmp_path):
     batch = {"item": [pickle.dumps(Item(str(file), image=str(file)))]}
     made = []
     for limit in (MAX_PIXELS, MAX_PIXELS, 1):
-        copy = pickle.loads(pickle.dumps(replace(work, max_pixels=limit)))  # as tasks are given
+        copy = pickle.loads(pickle.dumps(replace(work, max_pixels=limit)))  # as Ray passes tasks
         found = ray._Decoder.decode(batch, copy, facts)
         made.append(ray._Decoder.made)
     assert made[0] is made[1] is not made[2]

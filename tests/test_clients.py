@@ -99,7 +99,7 @@ def test_openai_stops_where_it_is_told(live):
     text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
     assert text == cut.choices[0].message.content
     assert live.caption(IMAGE).status == 200
-    long = " ".join(["", *words[2:5]])  # it is there only after three more tokens
+    long = " ".join(["", *words[2:5]])  # a stop string that is complete only three tokens later
     chunks = client(live).chat.completions.create(
         model="fake", messages=message(), max_tokens=8, stop=long, stream=True
     )
@@ -153,7 +153,7 @@ def test_openai_retries_a_full_queue():
     engine = gated(slots=1)
     with serve(lambda: engine, slots=1, max_queue=1, timeout_seconds=1) as live:
         engine.runner.open.clear()
-        held = live.caption  # two requests fill slot and queue until their deadline
+        held = live.caption  # two requests fill the slot and the queue until their deadline
         import threading
 
         waiting = [threading.Thread(target=held, args=(png(),)) for _ in range(2)]
@@ -173,7 +173,7 @@ def test_openai_retries_a_full_queue():
 
 @pytest.fixture
 def online(monkeypatch):
-    """The other tests keep the hub's library from the network; here it asks our own server."""
+    """Let the hub's library use the network, here our own server; other tests forbid it."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
 

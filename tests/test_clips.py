@@ -25,7 +25,7 @@ KINDS = {"mp4": "mpeg4", "mov": "mpeg4", "webm": "libvpx", "gif": "", "webp": ""
 
 
 def clip(kind: str, size: tuple[int, int] = (64, 48)) -> bytes:
-    """Frames of one grey each, lighter from one to the next."""
+    """A clip of uniformly grey frames, each lighter than the one before."""
     images = [Image.new("RGB", size, (grey, grey, grey)) for grey in GREYS]
     content = io.BytesIO()
     if not KINDS[kind]:
@@ -85,7 +85,7 @@ def live():
 
 
 def said_of(data: bytes) -> str:
-    """What frames of these say that are sent one by one."""
+    """The caption of the clip's frames, sent one by one."""
     pictures = []
     for frame in frames_of(data, 3, 10**6):
         content = io.BytesIO()

@@ -47,7 +47,7 @@ DEMO = Path("engines/demo")
 
 
 class Response:
-    """Of a replica: what it says, and whether it was taken back."""
+    """A replica's response: its messages, and whether it was cancelled."""
 
     def __init__(self, news: list[ReplicaOutput | Exception | None]) -> None:
         self._news, self.cancelled = news, False
@@ -71,7 +71,7 @@ class Response:
 
 
 class Replicas:
-    """A handle whose calls are answered one after the other as it was told."""
+    """A deployment handle whose calls get the given answers in order."""
 
     def __init__(self, *answers: list[ReplicaOutput | Exception | None]) -> None:
         self._answers, self.asked, self.responses = list(answers), [], []
@@ -87,7 +87,7 @@ class Replicas:
 
 
 class Socket:
-    """Of a relay; tests say what comes and read what was sent."""
+    """A relay's socket: tests put messages in and read what was sent."""
 
     def __init__(self) -> None:
         self.coming, self.sent = asyncio.Queue(), []
@@ -105,7 +105,7 @@ def said(*tokens: int, ends: bool = False, engine: str = "a") -> ReplicaOutput:
 
 
 def relayed(replicas: Replicas, stream: bool = True, then: Callable[[Socket], object] = str):
-    """What a front-end hears of one request, number 5."""
+    """What a front-end receives for one request, number 5."""
 
     async def run() -> list:
         socket = Socket()
@@ -138,7 +138,7 @@ def test_a_request_reaches_a_replica_whole():
     assert asked.request.sampling == SamplingParams(7)
     assert asked.request.scheduling.priority is Priority.BATCH
     assert (asked.digest, asked.kind) == ("digest", "kind")
-    assert 15 < asked.seconds < 20  # not when: another machine's clock counts from elsewhere
+    assert 15 < asked.seconds < 20  # seconds left: machines' clocks have no common origin
     assert b"".join(pixels) == image(9).tobytes()
 
 
@@ -254,7 +254,7 @@ def test_front_ends_see_one_worker_for_all_replicas(monkeypatch, tmp_path):
             replica(precision="int8").state.facts.identity,
         }
         assert line.follow([]).state == "recovering"
-        assert line.follow([replica()]).epoch == 2  # what the one before had is sent again
+        assert line.follow([replica()]).epoch == 2  # a new epoch: pending requests are sent again
         line.close()
 
     asyncio.run(run())

@@ -24,7 +24,7 @@ Caption = Callable[[bytes], str]
 
 @pytest.fixture(autouse=True)
 def online(monkeypatch):
-    """The other tests keep the hub's library from the network; here it asks our own server."""
+    """Let the hub's library use the network, here our own server; other tests forbid it."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
 
@@ -48,7 +48,7 @@ def chat(image: bytes) -> list[dict]:
 
 @contextmanager
 def by_triton(live: Live) -> Iterator[Caption]:
-    def caption(image: bytes) -> str:  # its connections belong to the thread that made them
+    def caption(image: bytes) -> str:  # a connection belongs to the thread that made it
         with triton.InferenceServerClient(f"127.0.0.1:{live.port}") as client:
             result = client.infer("fake", [tensor("IMAGE", [image])])
             return result.as_numpy("CAPTION")[0].decode()

@@ -22,7 +22,7 @@ JSON = {"Content_Type": "application/json"}
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    """What clients wait for is the same, and short."""
+    """Shorten the server's time-outs."""
     monkeypatch.setattr(listening, "_HANG_UP_SECONDS", 0.05)
     monkeypatch.setattr(handler, "_UNREAD_SECONDS", 0.1)
 
@@ -44,7 +44,7 @@ def test_a_body_of_single_bytes_is_hung_up_on(path):
 def test_a_stranger_is_refused_before_the_body_is_kept_however_often(tmp_path, head):
     (tmp_path / "keys").write_text(f"one {hashlib.sha256(b'secret').hexdigest()} 0 0\n")
     with serve(fake_engine, api_keys=tmp_path / "keys") as live:
-        live.service.refusals.spend("127.0.0.1", 120)  # it has to wait for its refusals
+        live.service.refusals.spend("127.0.0.1", 120)  # no refusals left: it has to wait
         reply = live.caption(png(), **head)
         assert (reply.status, reply.error) == (401, "unauthorised")
         assert live.metric('vignette_requests_total{outcome="ok"}') == 0

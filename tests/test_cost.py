@@ -27,7 +27,7 @@ def _saved(kind: str, **options) -> bytes:
 JPEG, PNG, GIF = _saved("JPEG"), _saved("PNG"), _saved("GIF")
 
 
-TABLE = 13 + (3 << ((GIF[10] & 7) + 1) if GIF[10] & 0x80 else 0)  # behind the colours
+TABLE = 13 + (3 << ((GIF[10] & 7) + 1) if GIF[10] & 0x80 else 0)  # offset behind the colour table
 
 
 CHUNK = struct.pack(">I", 0) + b"abCd" + struct.pack(">I", zlib.crc32(b"abCd"))
@@ -93,7 +93,7 @@ def test_what_takes_longer_than_usual_in_its_format_is_estimated_so(kind, mode, 
         Image.new(mode, size).save(buffer, kind, **options)
         image = Image.open(buffer)
         if interlaced:
-            image.info["interlace"] = 1  # Pillow reads them, and can't write them
+            image.info["interlace"] = 1  # Pillow reads interlaced files, and can't write them
         return estimate(image, buffer.getvalue(), how).seconds
 
     assert estimated(mode, **options) > 1.5 * estimated("RGB")

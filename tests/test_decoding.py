@@ -118,7 +118,7 @@ def test_a_decoder_that_somebody_kills_costs_nobody_anything(store):
 
 
 def dear(side=1500):
-    """A few bytes that take long to decode."""
+    """A WebP of a few bytes that is expensive to decode."""
     buffer = io.BytesIO()
     Image.new("RGB", (side, side)).save(buffer, "WEBP", lossless=True, method=0)
     return buffer.getvalue()
@@ -192,7 +192,7 @@ def test_a_jpeg_with_hundreds_of_scans_is_refused_by_its_head(store):
 
 
 def scans(count):
-    """A progressive JPEG whose last scan comes again and again."""
+    """A progressive JPEG of `count` scans, the last of them repeated."""
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), (9, 9, 9)).save(buffer, "JPEG", progressive=True)
     data = buffer.getvalue()
@@ -291,7 +291,7 @@ def test_a_request_that_gives_up_does_not_free_a_slot_that_is_written_to():
         assert reply.error == "deadline_exceeded"
         assert len(live.model.store._free) == places - 1
         assert live.caption(png(), "?timeout_ms=150").error == "deadline_exceeded"
-        until(lambda: len(live.model.store._free) == places - 1)  # that one had not begun
+        until(lambda: len(live.model.store._free) == places - 1)  # the second had not begun
         os.kill(decoder, signal.SIGCONT)
         until(lambda: len(live.model.store._free) == places)
 
@@ -361,7 +361,7 @@ def test_images_that_wait_already_when_a_client_is_found_out_wait_with_the_dear_
     async def expensive(client, task):
         asked.append(client)
         kind, _ = await real(client, task)
-        return kind, b"0.6"  # seconds more than it looked like
+        return kind, b"0.6"  # seconds more than estimated
 
     decoders._quick._ask = expensive
 

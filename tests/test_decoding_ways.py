@@ -20,7 +20,7 @@ DRAWS = 20_000
 
 
 def shares(logits: np.ndarray, **sampling) -> np.ndarray:
-    """How often each candidate is drawn."""
+    """The share of draws of each candidate."""
     asked = SamplingParams(1, **sampling)
     places = [drawn(logits, asked, draw) for draw in np.random.default_rng(0).random(DRAWS)]
     return np.bincount(places, minlength=len(logits)) / DRAWS
@@ -37,7 +37,7 @@ def test_tokens_are_drawn_by_temperature(temperature):
     found = shares(logits, temperature=temperature)
     expected = likely(logits, temperature)
     assert np.abs(found - expected).max() < 4 * np.sqrt(0.25 / DRAWS)
-    for other in (0.8 * temperature, 1.25 * temperature):  # it would tell a wrong one
+    for other in (0.8 * temperature, 1.25 * temperature):  # a wrong one would show
         assert np.abs(found - likely(logits, other)).max() > 4 * np.sqrt(0.25 / DRAWS)
 
 

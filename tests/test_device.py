@@ -37,7 +37,7 @@ def half(request, tmp_path_factory):
 
 
 class OnHost(HostRunner):
-    """The graphs of a device with their state in host memory; candidates by numpy."""
+    """Runs the device graphs with their state in host memory; finds candidates with numpy."""
 
     def _inputs(self, rows, candidates):
         inputs = super()._inputs(rows, candidates)
@@ -76,7 +76,7 @@ def engine(folder, kind, combination, slots=6, **config):
 
 
 def captions(it, folder):
-    """Uneven lengths and prompts, so that slots are freed, refilled and moved."""
+    """Captions of uneven lengths and prompts, so that slots are freed, refilled and moved."""
     rng = np.random.default_rng(3)
     sizes = it.manifest.sizes
     waiting = [
@@ -125,7 +125,7 @@ def test_a_prompt_is_forced_within_a_burst(half):
         it.submit(request)
     it.step()
     both = it.scheduler.running
-    assert [s.fed for s in both] == [4, 4]  # of four forced tokens, and of four predicted ones
+    assert [s.fed for s in both] == [4, 4]  # four forced tokens, and four predicted ones
     texts = [s.decoding.completions()[0].token_ids for s in both]
     assert list(map(len, texts)) == [1, 4]
     drained(it)

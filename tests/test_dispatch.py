@@ -24,7 +24,7 @@ TOKENS = (3, 1)
 
 
 class Pipe:
-    """Keeps what is sent to a worker."""
+    """Records what is sent to a worker."""
 
     def __init__(self) -> None:
         self.sent: list = []
@@ -42,7 +42,7 @@ class Pipe:
 
     @property
     def captions(self) -> list[int]:
-        """Slots of the requests that were sent, in order."""
+        """Pixel slots of the requests that were sent, in order."""
         return [request.pixels for request in self.requests]
 
     def ids(self, slot: int) -> list[int]:
@@ -50,7 +50,7 @@ class Pipe:
 
 
 class World:
-    """A dispatcher and tasks that wait for what is generated; `slot` names a request."""
+    """A dispatcher, with a task per request that reads its outputs; `slot` names a request."""
 
     def __init__(self) -> None:
         self.started = [0] * 100
@@ -102,7 +102,7 @@ class World:
             self.started[slot] = pipe.ids(slot)[-1]
 
     async def kill(self, slot: int, times: int) -> None:
-        """Somebody kills workers that have begun with a request."""
+        """Kill workers that have begun with a request, from outside."""
         for _ in range(times):
             key, pipe = self.worker()
             await self.start(key, pipe, slot)
@@ -340,7 +340,7 @@ async def test_a_caller_that_gives_up_is_taken_back_from_the_worker(world):
 
 @scenario
 async def test_a_deadline_ends_the_wait_wherever_the_request_stands(world):
-    await world.ask(1, seconds=0.01)  # no worker at all
+    await world.ask(1, seconds=0.01)  # there is no worker at all
     key, pipe = world.worker()
     await world.ask(2, seconds=0.01)
     await asyncio.sleep(0.05)
@@ -372,7 +372,7 @@ async def test_a_stream_goes_on_when_its_worker_dies_without_a_gap_or_a_repeat(w
     assert [output.token_ids for output in world.read[1]] == [(3,), (4, 5)]
     await world.lose(key, blamed=False)
     key, pipe = world.worker()
-    await world.answer(key, pipe, 1, (3, 4), None)  # in other steps than before
+    await world.answer(key, pipe, 1, (3, 4), None)  # in other steps than the worker before
     assert len(world.read[1]) == 2
     await world.answer(key, pipe, 1, (5, 6), None)
     await world.fail(key, pipe.ids(1)[-1])

@@ -29,7 +29,7 @@ def images(graph):
 
 
 def encoded(graph, streams, images):
-    """What came out for each image, and the names of the threads that it came on."""
+    """Outputs of each image, and the names of the threads that delivered them."""
     found, threads = {}, set()
 
     def put(index, outputs):

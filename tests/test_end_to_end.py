@@ -94,7 +94,7 @@ def test_sigterm_finishes_what_was_accepted_and_exits_0():
         asked = [pool.submit(fetch, port, "POST", "/caption", image) for _ in range(40)]
         while inside() < 20:
             assert not all(f.done() for f in asked), "the requests were over before the signal"
-        finished = sum(f.done() for f in asked)  # first: one that ends meanwhile counts once
+        finished = sum(f.done() for f in asked)  # first: what ends meanwhile counts once
         accepted = finished + inside()
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0

@@ -72,7 +72,7 @@ def test_the_same_bytes_read_as_a_clip_are_another_image():
         image = live.caption(data)
         assert clip.status == image.status == 200
         assert live.metric("vignette_cache_hits_total") == 0
-        # What is read is the same in both, so what is said is, too.
+        # Both readings have the same pixels, so the same caption.
         assert clip.json["caption"] == image.json["caption"]
 
 
@@ -81,7 +81,7 @@ def test_who_leaves_a_stream_gives_the_place_of_the_key_back(tmp_path, request):
     path = tmp_path / "keys"
     path.write_text(f"narrow {digest} 0 1\n")
     engine = gated(slots=1)
-    gc.disable()  # it would give it back some time
+    gc.disable()  # a collection would release the place some time later
     request.addfinalizer(gc.enable)
     with serve(lambda: engine, slots=1, api_keys=path) as live:
         engine.runner.open.clear()
@@ -188,14 +188,14 @@ def test_a_head_that_comes_in_bytes_is_hung_up_on(pieces, answered):
 def test_a_long_head_in_a_few_pieces_is_read():
     with serve(fake_engine) as live, socket.create_connection(("127.0.0.1", live.port)) as client:
         client.sendall(b"GET /health/live?%s HTTP/1.1\r\nHost: x" % (b"a" * 40_000))
-        for part in (b"\r", b"\n", b"\r", b"\n"):  # its end lies between two looks
+        for part in (b"\r", b"\n", b"\r", b"\n"):  # the head's end spans two reads
             client.sendall(part)
             time.sleep(0.01)
         assert client.recv(100).startswith(b"HTTP/1.1 200")
 
 
 def test_images_that_fail_count_by_what_they_took(monkeypatch):
-    monkeypatch.setattr("server.images.pool._QUICK", -1.0)  # as if each took a second too long
+    monkeypatch.setattr("server.images.pool._QUICK", -1.0)  # each a second too long
     with serve(fake_engine) as live:
         client = "127.0.0.1"
         for _ in range(3):

@@ -34,7 +34,7 @@ def test_public_addresses_are_told_from_all_others(address, public):
 
 
 class Names(Resolver):
-    """A name server that gives the next of its answers at each question."""
+    """A resolver that gives its next answer at each query, the last one forever."""
 
     def initialize(self, answers):
         self.answers = list(answers)
@@ -99,7 +99,7 @@ class Site(tornado.web.RequestHandler):
 
 
 class Local(PublicResolver):
-    """Checks as always; what passes is then led to the test's own server."""
+    """Checks addresses as always, then connects to the test's own server."""
 
     def initialize(self, inner, port):
         super().initialize(inner=inner)
@@ -144,7 +144,7 @@ def test_a_real_server_is_asked_and_each_hop_checked(tmp_path):
             with pytest.raises(error, match=message):
                 await fetch(path)
         with pytest.raises(ForbiddenUrl, match="not a public address"):
-            await fetch("on", "93.184.216.34", "10.0.0.1")  # the second answer is another
+            await fetch("on", "93.184.216.34", "10.0.0.1")  # the second query gets another answer
         server.stop()
 
     asyncio.run(run())
@@ -180,7 +180,7 @@ def test_slow_look_ups_of_one_client_hold_up_nobody_else(monkeypatch, caplog):
         slow = await asyncio.gather(*(failed("a", f"slow{n}") for n in range(12)))
         fast = await failed("b", "fast")
         over.set()
-        await asyncio.sleep(0.1)  # their threads end, and nobody waits for them
+        await asyncio.sleep(0.1)  # the look-ups' threads end, and nobody waits for them
         return slow, fast
 
     slow, fast = asyncio.run(run())

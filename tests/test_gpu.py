@@ -127,8 +127,8 @@ def test_a_missing_library_is_named(monkeypatch):
         (None, UUIDS),
         ("2,0", ["GPU-cc33", "GPU-aa11"]),
         ("GPU-ab", ["GPU-ab22"]),
-        ("GPU-a", []),  # two begin so
-        ("1,7,0", ["GPU-ab22"]),  # CUDA reads no further than what it doesn't know
+        ("GPU-a", []),  # two UUIDs begin like this
+        ("1,7,0", ["GPU-ab22"]),  # CUDA stops reading at an entry that it does not know
         ("-1", []),
     ],
 )

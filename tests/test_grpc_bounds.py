@@ -123,7 +123,7 @@ def test_calls_whose_message_never_comes_are_counted_and_ended(ports):
         yield from ()
 
     with grpc.insecure_channel(f"127.0.0.1:{ports[0]}") as channel:
-        begin = channel.stream_unary(f"/{SERVICE}/ServerLive")  # as a unary call, on the wire
+        begin = channel.stream_unary(f"/{SERVICE}/ServerLive")  # on the wire like a unary call
         held = [begin.future(silent()) for _ in range(100)]
         beside = grpc.insecure_channel(f"127.0.0.1:{ports[0]}", [("x", 1)])
         held += [beside.stream_unary(f"/{SERVICE}/ModelInfer").future(silent()) for _ in range(100)]

@@ -27,14 +27,14 @@ def documents(path):
 
 
 def base() -> dict[tuple[str, str], dict]:
-    """By kind and name, as kustomization.yaml lists them."""
+    """Objects of the base by kind and name, as kustomization.yaml lists them."""
     [kustomization] = documents(FOLDER / "base" / "kustomization.yaml")
     found = [d for name in kustomization["resources"] for d in documents(FOLDER / "base" / name)]
     return {(each["kind"], each["metadata"]["name"]): each for each in found}
 
 
 def overlaid(name: str) -> dict[tuple[str, str], dict]:
-    """The base with an overlay's patches."""
+    """The base with an overlay's patches applied."""
     [kustomization] = documents(FOLDER / name / "kustomization.yaml")
     assert kustomization["resources"] == ["../base"]
     found = base()
@@ -189,6 +189,6 @@ def test_the_dashboards_questions_can_be_asked():
     for panel in dashboard["panels"]:
         for target in panel["targets"]:
             promql_parser.parse(target["expr"])
-            # Ray's own metrics are of nodes and models; ours of whatever answers Prometheus.
+            # Ray's metrics are labelled by node and model, ours by scraped instance.
             ours = "ray_serve_" not in target["expr"]
             assert ('instance=~"$instance"' if ours else "vignette-($model)") in target["expr"]

@@ -14,17 +14,17 @@ OURS = ("bench", "demo", "export", "runtime", "server")
 ALLOWED = {
     "runtime": {"runtime"},
     "server": {"server", "runtime"},
-    "bench": {"bench", "runtime", "export"},  # of export: the weights, and its plain loop
+    "bench": {"bench", "runtime", "export"},  # of export: the weights, and the verification loop
     "export": {"export", "runtime.model.manifest", "runtime.errors"},
     "demo": {"demo", "runtime"},
 }
 ALLOWED_IN = {
-    "export/self_test.py": {"runtime.execution.self_test"},  # what is stored is what is run
+    "export/self_test.py": {"runtime.execution.self_test"},  # export stores it, each start runs it
     "export/reference.py": {"runtime.decoding", "runtime.request"},  # the choice among beams
     "export/__main__.py": {"runtime"},
     "export/pictures.py": {"runtime.model.preprocess"},  # what Hugging Face's leaves to its caller
-    "bench/sections/bulk.py": {"server.bulk"},  # no server: what it measures runs in the process
-    "bench/reliability/faulty.py": {"server"},  # the service, with faults built in
+    "bench/sections/bulk.py": {"server.bulk"},  # it measures in this process, without a server
+    "bench/reliability/faulty.py": {"server"},  # the service, with faults injected
 }
 HEAVY = {"torch", "transformers", "optimum", "onnx"}
 
@@ -71,7 +71,7 @@ def test_rooms_of_the_server_do_not_import_each_other_in_circles():
 def test_ray_is_known_where_many_machines_are():
     users = {p.relative_to(ROOT) for p in files("server") if "ray" in imports(p)}
     assert {path.parent.name for path in users} == {"bulk", "cluster"}
-    for path in files("server"):  # the import is not made unless it is asked for
+    for path in files("server"):  # serving without Ray must not load server.cluster
         if path.parent.name != "cluster" and path.name != "__main__.py":
             assert not any(module.startswith("server.cluster") for module in imports(path)), path
 
@@ -106,7 +106,7 @@ def test_two_rooms_of_the_runtime_know_onnx_runtime():
 @pytest.mark.parametrize("package", ["runtime.execution.loader", "export.reference"])
 def test_nothing_is_reported_to_the_makers_of_onnx_runtime(package, tmp_path):
     """It would keep an id of the machine under HOME, and what it has not sent yet."""
-    # Where it sees that it is tested it reports nothing either.
+    # Drop the variables of a test run, where it would report nothing anyway.
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     code = (
         f"import {package}, onnxruntime; onnxruntime.InferenceSession('engines/demo/decoder.onnx')"

@@ -15,13 +15,13 @@ ODD = "my 'photos' $HOME"
 
 @pytest.fixture
 def make(tmp_path):
-    """Runs a target with this interpreter in place of an environment of its own."""
+    """Runs a target with this interpreter in place of make's own environments."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "ready").touch()
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        # What this was started with by make itself would be the other's, too.
+        # A make that runs the tests must not pass its own flags on.
         ours = ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "ARGS")
         environment = {k: v for k, v in os.environ.items() if k not in ours}
         environment["PYTHONPATH"] = str(ROOT)

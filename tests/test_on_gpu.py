@@ -70,7 +70,7 @@ def test_the_gate_holds_for_the_gpus_own_arithmetic(kernel):
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory):
-    """Heads of 64, as git-base has: another kernel than the demo model's 32."""
+    """An engine with heads of 64, as git-base has: another kernel than the demo model's 32."""
     folder = tmp_path_factory.mktemp("heads") / "engine"
     build(from_config("heads", SHAPES["heads"], seed=1), folder, Proof(2, 8, target="cuda"))
     return folder

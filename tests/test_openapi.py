@@ -19,7 +19,7 @@ from server.http.app import make_app
 from tests.fakes import fake_engine
 from tests.live import png, serve
 
-_PAGES = ("samples", "static", "docs")  # what people look at
+_PAGES = ("samples", "static", "docs")  # for browsers
 
 
 @pytest.fixture(scope="module")

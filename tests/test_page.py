@@ -59,7 +59,7 @@ def captions(browser) -> list[str]:
 
 
 def ended(count: int):
-    """So many captions are there whole."""
+    """A condition: the page has `count` captions, and all are complete."""
 
     def look(browser) -> bool:
         there = browser.find_elements(By.CSS_SELECTOR, ".caption")

@@ -50,7 +50,7 @@ builtins.open = io.open = hiding(builtins.open, gone)
 
 @pytest.fixture
 def elsewhere(tmp_path):
-    """The environment of a process that finds nothing of what only Linux has."""
+    """The environment of a process in which everything specific to Linux is hidden."""
     (tmp_path / "sitecustomize.py").write_text(HIDING)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     return os.environ | {"PYTHONPATH": path, "TMPDIR": str(tmp_path)}

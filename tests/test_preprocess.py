@@ -143,7 +143,7 @@ def test_formats_that_are_not_listed_are_not_tried():
         decode(encoded(Image.fromarray(noise(50, 50)), "PPM"))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of TIFF tags
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's warnings about TIFF tags
 @pytest.mark.parametrize("kind", FORMATS)
 def test_damaged_files_are_invalid_images_and_nothing_else(kind):
     whole = encoded(Image.fromarray(noise(120, 90)), kind)
@@ -182,7 +182,7 @@ def test_a_line_of_pixels_is_not_blown_up(size):
 
 
 def scenery(width: int, height: int) -> Image.Image:
-    """Smooth areas, hard edges and thin lines, as photographs have them."""
+    """An image of smooth areas, hard edges and thin lines, like a photograph."""
     coarse = Image.fromarray(noise(400, 300)).resize((40, 30))
     picture = np.array(coarse.resize((width, height), Image.Resampling.BICUBIC))
     picture[height // 3 : height // 2, width // 4 : width // 2] = (255, 0, 0)
@@ -215,7 +215,7 @@ def test_even_a_grid_stays_within_the_stated_tolerance():
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_scaled_decoding_keeps_orientation_and_colours(mode):
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera lay on its side
+    exif[0x0112] = 6  # rotated by 90 degrees
     data = encoded(scenery(2400, 1800).convert(mode), "JPEG", quality=95, exif=exif)
     upright = Image.open(io.BytesIO(data)).convert("RGB").transpose(Image.Transpose.ROTATE_270)
     assert np.abs(preprocess(data, HOW).astype(int) - theirs(upright)).mean() <= 1

@@ -15,12 +15,12 @@ from tests.fakes import fake_engine
 from tests.live import as_json, b64, multipart, serve
 
 BAD = b"\0" * 50_000
-LARGE = 10_000  # bytes, of what was sent
+LARGE = 10_000  # bytes of a request's content
 
 
 @contextmanager
 def nothing_left():
-    """No frame that waits for the collector holds anything large."""
+    """Assert that no frame in a reference cycle holds anything large."""
     gc.collect()
     gc.disable()
     try:

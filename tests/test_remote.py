@@ -27,7 +27,7 @@ def said(files, prompt=None) -> dict:
 
 
 def outcomes_of(service, files, prompt=None, **sampling) -> dict:
-    """By file: its caption, or what was wrong with it."""
+    """By file: its caption, or why there is none."""
     captioner = RemoteCaptioner(service, sampling)
     found = Captioning(captioner, CaptioningOptions(prompt, 10**8), Kept()).run(
         items(parts(map(str, files), Columns(), 10**8))

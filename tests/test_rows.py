@@ -28,7 +28,7 @@ def engine(request):
 
 
 def blend(pictures, one, other, share):
-    """Between two pictures, where a small change sways the caption."""
+    """A blend of two pictures, whose caption a small change can flip."""
     return (share * pictures[one] + (1 - share) * pictures[other]).astype(np.uint8)
 
 
@@ -88,5 +88,5 @@ def test_every_row_of_the_8_bit_graphs_is_computed_as_if_alone(pictures, cache):
 
 def _quiet() -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # it warns of initialisers that two graphs share
+    options.log_severity_level = 3  # no warnings about initialisers that two graphs share
     return options

@@ -15,7 +15,7 @@ from tests.conftest import DEMO
 
 
 def ended(count: int, *jobs: tuple[float, float, int]) -> tuple[list[float], float]:
-    """When each of some jobs ends (seconds alone, weight, threads), and the core seconds."""
+    """End of each job (seconds with a core per thread, weight, threads), and the core seconds."""
     env = simpy.Environment()
     cores, ends = Cores(env, count), [0.0] * len(jobs)
 
@@ -33,7 +33,7 @@ def ended(count: int, *jobs: tuple[float, float, int]) -> tuple[list[float], flo
     ("count", "jobs", "ends"),
     [
         (1, [(2.0, 1, 1)], [2.0]),
-        (2, [(2.0, 1, 1), (2.0, 1, 1)], [2.0, 2.0]),  # a core each
+        (2, [(2.0, 1, 1), (2.0, 1, 1)], [2.0, 2.0]),  # one core each
         (1, [(2.0, 1, 1), (2.0, 1, 1)], [4.0, 4.0]),
         (1, [(1.0, 3, 1), (1.0, 1, 1)], [4 / 3, 2.0]),  # three quarters until the first is done
         (2, [(2.0, 1, 2), (1.0, 3, 1)], [2.5, 1.0]),  # a heavy thread has no more than a core

@@ -49,7 +49,7 @@ def test_full_slots_are_refilled_by_a_call_that_is_worth_it():
     first = [added(scheduler) for _ in range(16)]
     assert scheduler.admit() == first
     late = [added(scheduler) for _ in range(5)]
-    for ended in range(3):  # a quarter of the slots is worth it, or all that wait
+    for ended in range(3):  # worth it: a quarter of the slots, or all that wait
         finish(first[ended])
         scheduler.release_finished()
         assert scheduler.admit() == []
@@ -93,7 +93,7 @@ def test_holes_are_closed_from_the_top():
 def test_without_refill_a_batch_ends_before_the_next_begins():
     scheduler = Scheduler(slots=2, encode_batch=1, refill=False)
     a, b, c = [added(scheduler) for _ in range(3)]
-    assert scheduler.admit() == [a, b]  # a whole batch, whatever encode_batch says
+    assert scheduler.admit() == [a, b]  # a whole batch, larger than `encode_batch`
     finish(a)
     scheduler.release_finished()
     assert scheduler.admit() == []

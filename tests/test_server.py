@@ -86,10 +86,10 @@ def test_a_client_that_leaves_is_dropped_from_the_batch_at_once():
         until(lambda: engine.scheduler.running)
         client.close()
         until(lambda: live.model.admission.inside == 0)
-        until(lambda: engine.stepper._commands)  # it is told while the step goes on
+        until(lambda: engine.stepper._commands)  # the cancellation arrives while the step runs
         engine.runner.open.set()
         until(lambda: engine.scheduler.idle)
-        assert len(engine.runner.steps) <= 2  # of the 30 that it had asked for
+        assert len(engine.runner.steps) <= 2  # of the 30 requested
         assert live.metric('vignette_requests_total{outcome="cancelled"}') == 1
         assert live.metric('vignette_requests_total{outcome="internal"}') == 0
 

@@ -36,7 +36,7 @@ def ask(live, **body):
 
 
 def post(live, *parts: tuple[str, bytes]):
-    """A form with parts of any names."""
+    """Post a form with the given parts, whose names may repeat."""
     head = '--frontier\r\nContent-Disposition: form-data; name="{}"\r\n\r\n'
     body = b"".join(head.format(name).encode() + data + b"\r\n" for name, data in parts)
     form = "multipart/form-data; boundary=frontier"

@@ -16,7 +16,7 @@ SLOTS = 8
 
 
 class Scene:
-    """Requests that hold their slots until they are told to end."""
+    """Requests that hold their slots until the test ends them."""
 
     def __init__(self, linger: float = 0.0) -> None:
         self.now = 100.0
@@ -116,7 +116,7 @@ async def test_a_client_whose_requests_take_much_waits_for_others_that_took_litt
     await scene.end("h")
     await scene.come("x1", "x", 8)
     for n in range(5):
-        await scene.come(f"h{n}", "h", 2)  # after x1, which has had eight times as much
+        await scene.come(f"h{n}", "h", 2)  # after x1, whose client has used eight times as much
     scene.now += 1.0
     await scene.end("y")
     for n in range(5):
@@ -128,7 +128,7 @@ async def test_a_client_whose_requests_take_much_waits_for_others_that_took_litt
 
 @scenario
 async def test_a_request_that_is_taken_back_counts_as_what_is_usual(scene):
-    await scene.come("b", "b", 1)  # stays
+    await scene.come("b", "b", 1)  # holds its slot throughout
     await scene.come("z", "z", 4)
     scene.now += 2.0
     await scene.end("z")
@@ -222,7 +222,7 @@ def test_clients_of_other_front_ends_count_too(tmp_path, others):
         elsewhere = PresentClients(1.0, lambda: now, theirs, 1)
         for n in range(others):
             elsewhere.came(f"h{n}")
-            elsewhere.came("a")  # which is one client, wherever it asks
+            elsewhere.came("a")  # still one client, though at two front-ends
         for n in range(20):
             await scene.come(f"a{n}", "a", 1)
         assert len(scene.inside) == {0: 12, 1: 8, 3: 6}[others]
@@ -232,7 +232,7 @@ def test_clients_of_other_front_ends_count_too(tmp_path, others):
         await scene.end("a0")
         assert len(scene.inside) == 12, "once they have been away for a while"
         elsewhere.came("h")
-        PresentClients(1.0, lambda: now, theirs, 1)  # of that front-end's next life
+        PresentClients(1.0, lambda: now, theirs, 1)  # restart of that front-end
         assert PresentClients(1.0, lambda: now, mine.copy(), 1).count() == 1
 
     asyncio.run(run())
@@ -247,7 +247,7 @@ def test_a_client_has_its_share_in_all_front_ends_together(tmp_path):
         elsewhere = PresentClients(records=theirs, index=1)
         elsewhere.came("h")
         elsewhere.came("a")
-        elsewhere.has("a", 7)  # of 8 that are half of all
+        elsewhere.has("a", 7)  # of the 8 that are half of all slots
         for n in range(4):
             await scene.come(f"a{n}", "a", 1)
         assert scene.inside == ["a0"]

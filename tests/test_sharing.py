@@ -76,10 +76,10 @@ def test_who_waits_for_a_decoder_keeps_nobody_from_the_engine():
         assert admission.inside == 0
         with admission.enter(), pytest.raises(QueueFull):
             held.enter_context(admission.aside(Slow("bad", 99)))
-        for number in range(8):  # half of what is left
+        for number in range(8):  # half of the remaining places
             held.enter_context(admission.enter())
             held.enter_context(admission.aside(Slow("good", number)))
-        for _ in range(20):  # one now and then: the time between them is no time that one takes
+        for _ in range(20):  # one now and then: idle time between requests is no service time
             now[0] += 10
             with admission.enter():
                 admission.check_in_time(1.0)
@@ -99,10 +99,10 @@ def test_bodies_that_stop_in_the_middle_make_room_for_those_of_who_has_less():
     for client, size in {"a": 500_000, "b": 250_000, "c": 125_000, "d": 62_500}.items():
         come(client, size)
     with pytest.raises(QueueFull):
-        come("good", 60_000)  # nobody has stopped yet
+        come("good", 60_000)  # no body has stalled yet
     now[0] += 1.5
     with pytest.raises(QueueFull):
-        come("b", 260_000)  # "a" has less than "b" would have
+        come("b", 260_000)  # "a" holds less than "b" would
     assert not closed
     come("good", 60_000)
     assert closed == ["a"]

@@ -64,7 +64,7 @@ def test_one_who_asks_for_nonsense_disturbs_nobody():
 
 def test_an_interrupted_thread_takes_its_request_back_and_leaves_the_others_theirs(monkeypatch):
     class Interrupted(SimpleQueue):
-        """Of one who presses Ctrl-C while it waits."""
+        """The queue of a thread that gets Ctrl-C while it waits."""
 
         def get(self):
             waits.set()
@@ -112,7 +112,7 @@ def test_a_thread_that_steps_for_others_ends_when_nobody_asks(monkeypatch):
     engine = fake_engine()
     for _ in range(2):
         assert engine.generate([image(1)])
-        engine.submit(engine.request(image(2)))  # nobody uses it now
+        engine.submit(engine.request(image(2)))  # nobody waits for this request
         drained(engine)
         until(lambda: engine.stepper._thread is None)
 

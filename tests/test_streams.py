@@ -20,7 +20,7 @@ JSON = {"Content_Type": "application/json"}
 
 
 def events(body: bytes) -> list[tuple[str, dict]]:
-    """Kind and content of each."""
+    """Kind and content of each server-sent event."""
     found = []
     for block in body.decode().split("\n\n")[:-1]:
         kind, data = block.split("\n")
@@ -69,7 +69,7 @@ def test_a_token_is_told_as_soon_as_it_is_there():
         connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=30)
         connection.request("POST", "/caption?stream=true&max_new_tokens=3", png())
         for words in range(1, 4):
-            runner.steps_allowed.release()  # and no step more before its event is read
+            runner.steps_allowed.release()  # the next step runs only after this event is read
             if words == 1:
                 response = connection.getresponse()
             event = b"".join(response.readline() for _ in range(3))
@@ -98,14 +98,14 @@ def test_a_reader_who_leaves_frees_the_slot():
 def test_a_stream_that_is_read_to_its_end_was_not_taken_back():
     with serve(fake_engine) as live:
         assert live.caption(png(), "?stream=true&max_new_tokens=6").status == 200
-        until(lambda: live.model.shares._usual > 0)  # learnt of what is served alone
+        until(lambda: live.model.shares._usual > 0)  # learnt only from requests that are served
 
 
 def test_a_reader_who_takes_nothing_holds_no_place(live):
     before = live.metric('vignette_requests_total{outcome="ok"}')
     image = png()
     head = f"?stream=true&logprobs=20 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(image)}"
-    client = abort(live.port, head, image)  # and reads nothing
+    client = abort(live.port, head, image)  # sends the request, and reads nothing
     until(lambda: live.metric('vignette_requests_total{outcome="ok"}') == before + 1)
     assert live.model.admission.inside == 0
     client.close()

@@ -32,7 +32,7 @@ def test_a_host_that_is_none_is_named():
 def test_a_run_keeps_its_folder_whoever_starts(monkeypatch, tmp_path):
     first, second = RunFolder(), RunFolder()
     assert first.path.exists() and second.path.exists()
-    os.close(first._lock)  # it dies
+    os.close(first._lock)  # as if the process died
     third = RunFolder()
     assert not first.path.exists() and second.path.exists()
     second.remove()

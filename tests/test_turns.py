@@ -8,7 +8,7 @@ from server.fairness.fair_queue import FairQueue
 
 
 def taken(costs: dict[str, float], turns: int) -> dict[str, int]:
-    """How often each client had a place, of clients that always want one."""
+    """How often each client got a place, if all always want one."""
 
     async def run() -> dict[str, int]:
         places, had = FairQueue(1), dict.fromkeys(costs, 0)
@@ -107,7 +107,7 @@ def test_who_is_new_all_the_time_does_not_go_before_those_who_were_there():
             places.give(f"new {number}", 0.01)
 
         tasks = [asyncio.create_task(steady())]
-        for number in range(400):  # two come for each that is served
+        for number in range(400):  # two arrive per one served
             tasks.append(asyncio.create_task(newcomer(number)))
             await asyncio.sleep(0)
         for task in tasks:

@@ -53,7 +53,7 @@ class Socket:
 
 
 class Store:
-    """A single slot."""
+    """A pixel store of a single slot."""
 
     def __init__(self, number):
         self._pixels, self.started = image(number), np.zeros(1, np.int64)
@@ -63,7 +63,7 @@ class Store:
 
 
 class Scene:
-    """A worker around a fake engine, and what front-ends a and b send."""
+    """A worker around a fake engine, with stores of the front-ends a and b."""
 
     def __init__(self):
         self.engine = fake_engine(EngineConfig(slots=4, encode_batch=4, patience=0))
@@ -72,7 +72,7 @@ class Scene:
         self.stores = self.worker.stores = {b"a": Store(1), b"b": Store(2)}
 
     async def run(self, asked, then=lambda scene: None):
-        """Until all is answered."""
+        """Run the worker until all requests are answered."""
         serving = asyncio.create_task(self.worker.run())
         asked(self)
         await asyncio.sleep(0.05)

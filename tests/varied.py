@@ -16,7 +16,7 @@ _TOKENS = 20
 
 
 def pictures(count: int) -> Iterator[Image.Image]:
-    """Samples, cut at all sides and some of them mirrored; the same at every call."""
+    """Sample images, randomly cropped and some of them mirrored; the same at every call."""
     rng = random.Random(1)
     files = sorted(SAMPLES.glob("*.png"))
     for n in range(count):
@@ -29,7 +29,7 @@ def pictures(count: int) -> Iterator[Image.Image]:
 
 
 def agreement(engine: Engine, count: int) -> float:
-    """Of the demo model: the share of captions that are fp32 PyTorch's, token by token."""
+    """Share of the demo model's captions whose tokens equal fp32 PyTorch's."""
     checkpoint = load(str(ROOT / "demo" / "model"))
     rows = [to_pixels(picture, checkpoint.preprocessing) for picture in pictures(count)]
     cases = [Case(np.ascontiguousarray(row), [checkpoint.tokens.bos]) for row in rows]
