@@ -26,7 +26,7 @@ class Item(Struct, frozen=True):
     wrong: str | None = None
 
 
-class ScoredCaption(Struct, frozen=True, omit_defaults=True):
+class ScoredCaption(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """One of several captions. score: mean log-probability of its tokens."""
 
     caption: str
@@ -34,8 +34,8 @@ class ScoredCaption(Struct, frozen=True, omit_defaults=True):
     score: float | None = None
 
 
-class ResultRow(Struct, frozen=True, omit_defaults=True):
-    """What became of an item: a caption, or an error.
+class ResultRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What became of an item: a caption or an error, never both.
 
     captions: all that were asked for, if that is more than one. settings: what else decides a
     caption: engine, precision, sampling parameters. size, modified: of a local file, in bytes and
@@ -56,6 +56,10 @@ class ResultRow(Struct, frozen=True, omit_defaults=True):
     modified: int | None = None
     sha256: str | None = None
     text: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.caption is None) == (self.error is None):
+            raise ValueError("a row has either `caption` or `error`")
 
     @property
     def all_captions(self) -> tuple[ScoredCaption, ...]:

@@ -5,6 +5,7 @@ A row is there once `append` returned, whatever is killed then; a run that is gi
 
 import fcntl
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from runtime.errors import VignetteError
 from server.bulk.index import Index
 from server.bulk.items import Outcome, ResultRow
 
-_BEGINNING = b'{"id":'  # of a row
+_BEGINNING, _NEXT = b'{"id":"', (b'","caption":"', b'","error":"')  # of a row, spaces left out
+_ID = re.compile(_BEGINNING + rb'(?:[^"\\]|\\.)*\\?')
 
 
 class OutputConflict(VignetteError):
@@ -86,12 +88,14 @@ class Lines(Output):
         self._stream.seek(0)
         whole = 0
         for number, line in enumerate(self._stream, 1):
-            if not line.endswith(b"\n") and line.startswith(_BEGINNING[: len(line)]):
-                break  # the last run was killed while it wrote this
-            yield self._row(line, number)
+            ends = line.endswith(b"\n")
+            if not ends and _torn(line):  # the last run was killed while it wrote this
+                self._stream.truncate(whole)
+                return
+            yield row_of(line, f"{self.path}, line {number},")
             whole += len(line)
-        if whole < self._stream.seek(0, os.SEEK_END):
-            self._stream.truncate(whole)
+            if not ends:
+                self._stream.write(b"\n")
 
     @override
     def append(self, row: ResultRow, outcome: Outcome) -> None:
@@ -109,13 +113,27 @@ class Lines(Output):
     def close(self) -> None:
         self._stream.close()
 
-    def _row(self, line: bytes, number: int) -> ResultRow:
-        try:
-            return msgspec.json.decode(line, type=ResultRow)
-        except msgspec.MsgspecError as cause:
-            raise OutputConflict(
-                f"{self.path}, line {number}, is no row of ours: name another output"
-            ) from cause
+
+def row_of(data: bytes, where: str) -> ResultRow:
+    """A row that was written before. Raises OutputConflict for what is none of ours."""
+    try:
+        return msgspec.json.decode(data, type=ResultRow)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as cause:
+        raise OutputConflict(f"{where} is no row of ours ({cause}): name another output") from cause
+
+
+def _torn(line: bytes) -> bool:
+    """Whether a line is the beginning of a row of ours, and not the whole of anything."""
+    try:
+        msgspec.json.decode(line)
+        return False
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        pass
+    line = line.replace(b" ", b"")
+    if (found := _ID.match(line)) is None:
+        return _BEGINNING.startswith(line)
+    rest = line[found.end() :]
+    return any(rest.startswith(each[: len(rest)]) for each in _NEXT)
 
 
 def latest(rows: Iterable[ResultRow], index: Index) -> Iterator[ResultRow]:

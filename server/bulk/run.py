@@ -113,8 +113,13 @@ class BulkRun:
     def _row(self, outcome: Outcome) -> ResultRow:
         item, made_with = outcome.item, self.made_with
         size, modified = _state(item.image)
-        common = ResultRow(
+        best = outcome.captions[0] if outcome.captions else None
+        return ResultRow(
             item.id,
+            caption=best.caption if best else None,
+            score=best.score if best else None,
+            captions=outcome.captions if len(outcome.captions) > 1 else (),
+            finish_reason=best.finish_reason if best else None,
             error=outcome.error,
             model=made_with.model,
             prompt=item.prompt or made_with.prompt,
@@ -122,16 +127,6 @@ class BulkRun:
             size=size,
             modified=modified,
             sha256=outcome.sha256,
-        )
-        if not outcome.captions:
-            return common
-        best = outcome.captions[0]
-        return msgspec.structs.replace(
-            common,
-            caption=best.caption,
-            score=best.score,
-            finish_reason=best.finish_reason,
-            captions=outcome.captions if len(outcome.captions) > 1 else (),
         )
 
     def _difference(self, row: ResultRow) -> str | None:
