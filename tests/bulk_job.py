@@ -45,7 +45,7 @@ def said_of(image: bytes) -> str:
 
 
 def run(output: str, *inputs: str, wrong=(), begun=lambda: None, **how) -> BulkRun:
-    opened = open_output(output, how.pop("overwrite", False))
+    opened = open_output(output, how.pop("overwrite", False), inputs)
     job = BulkRun(opened, ABOUT, how.pop("again", False), how.pop("retry", False))
     try:
         job.read()

@@ -105,46 +105,6 @@ def test_no_run_goes_on_where_other_things_are(output, photos):
     assert Path(output).stat().st_size == kept
 
 
-ROW = {"caption": "an owl", "model": "words", "settings": {"engine": "none"}}
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        '{"id":5,"precious":"data"}',
-        '{"id":"a.png","precious":"da',
-        '{"id":"a.png","caption":"an owl","notes":"mine"}',
-        '{"id":"a.png","caption":"an owl","notes":"mine"}\n',
-        '{"id":"a.png","image":"a.png"}\n',
-        '{"id":"a.png","caption":"an owl","error":"none"}\n',
-        '{"id":"a.png","caption":"' + "\xff" + '"}\n',
-        '{"id":"a.png","caption":"b","settings":{"a":' + "[" * 10_000 + "\n",
-    ],
-)
-def test_a_line_that_is_no_row_is_kept_and_named(content, tmp_path):
-    output = tmp_path / "rows.jsonl"
-    output.write_text(json.dumps({"id": "b.png"} | ROW) + "\n" + content, "latin-1")
-    kept = output.read_bytes()
-    with pytest.raises(OutputConflict, match="line 2, is no row of ours"):
-        run(str(output), str(tmp_path), again=True, retry=True)
-    assert output.read_bytes() == kept
-    output.write_text(content, "latin-1")
-    with pytest.raises(OutputConflict, match="line 1, is no row of ours"):
-        run(str(output), str(tmp_path))
-
-
-@pytest.mark.parametrize("before", ["", '{"id": "b.png", "error": "none"}\n'])
-def test_a_row_goes_on_wherever_it_was_torn(before, tmp_path):
-    output, image = tmp_path / "rows.jsonl", tmp_path / '"\\.png'
-    Image.new("RGB", (2, 2)).save(image)
-    row = json.dumps({"id": str(image)} | ROW, separators=(",", ":"))
-    for end in range(len(row) + 1):
-        output.write_text(before + row[:end])
-        assert run(str(output), str(image)).counts.captioned == (end < len(row))
-        assert [each["id"] for each in rows_of(str(output))][-1] == str(image)
-        assert output.read_text().startswith(before)
-
-
 def test_a_shard_keeps_its_samples(photos, tmp_path):
     run(f"{tmp_path}/first.tar", str(photos))
     keys = {name.partition(".")[0] for name, _ in members(tmp_path / "first.tar")}

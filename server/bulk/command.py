@@ -67,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given = parts(args.images, columns, limit)
         options = CaptioningOptions(args.prompt, limit, args.ordered, args.dedupe)
-        with closing(open_output(args.output, args.overwrite)) as output:
+        inputs = [part.path for part in given]
+        with closing(open_output(args.output, args.overwrite, inputs)) as output:
             run = _on_ray if args.ray else _here
             counts = run(args, options, given, output)
         _tell_skipped(given, counts)

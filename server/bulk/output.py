@@ -78,9 +78,9 @@ class Lines(Output):
     """A file of JSON lines, each written at once."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OutputConflict if another run writes to it."""
-        self.path = path.resolve()  # what is replaced is the file, not a link to it
-        self._stream = locked(self.path)
+        """Raises OutputConflict if another run writes to it, or for what is no regular file."""
+        self.path = path
+        self._stream = locked(path)
 
     @override
     def rows(self) -> Iterator[ResultRow]:
@@ -143,10 +143,14 @@ def latest(rows: Iterable[ResultRow], index: Index) -> Iterator[ResultRow]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file in the making, which takes the place of another when it is whole."""
+    """A file in the making, which takes the place of another when it is whole.
+
+    What a killed run left of one goes; if it is a link, what that leads to is left alone.
+    """
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
     try:
-        with partial.open("wb") as stream:
+        with partial.open("xb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -156,10 +160,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def check_regular(path: Path) -> None:
+    """Raise OutputConflict for a link, a pipe and the like."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OutputConflict(f"{path} is no regular file: remove it, or name another output")
+
+
 def locked(path: Path) -> BinaryIO:
-    """A file to read and append to. Raises OutputConflict if another run has it."""
+    """A file to read and append to.
+
+    Raises OutputConflict if another run has it, or for what is no regular file.
+    """
     while True:
-        stream = path.open("a+b")
+        check_regular(path)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        stream = os.fdopen(os.open(path, flags, 0o666), "a+b")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

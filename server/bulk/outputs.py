@@ -1,28 +1,43 @@
 """Which kind of output a name means."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from server.bulk.fetching import is_url
 from server.bulk.output import Lines, Output, OutputConflict, Printed
-from server.bulk.tables import Csv, Parquet
-from server.bulk.tar import Tar
-from server.bulk.texts import Texts
+from server.bulk.tables import ROWS, Csv, Parquet
+from server.bulk.tar import PARTIAL, Tar
+from server.bulk.texts import HIDDEN_ROWS, Texts
 
 
-def open_output(name: str, overwrite: bool) -> Output:
+def open_output(name: str, overwrite: bool, inputs: Iterable[str] = ()) -> Output:
     """ "-" prints; a folder, or what ends in "/", gets a .txt for each image.
 
-    Raises OutputConflict for a suffix that means nothing, or if another run writes there.
+    inputs: paths, among others, that are read. Raises OutputConflict for a suffix that means
+    nothing, for what is read, or if another run writes there.
     """
     if name == "-":
         return Printed()
     path = Path(name)
     if name.endswith("/") or path.is_dir():
+        _check_apart(inputs, path / HIDDEN_ROWS)
         return Texts(path, overwrite)
-    kinds: dict[str, type[Lines | Csv | Parquet | Tar]] = {
-        ".jsonl": Lines, ".csv": Csv, ".parquet": Parquet, ".tar": Tar,
+    kinds: dict[str, Callable[[Path], Output]] = {
+        ".jsonl": lambda path: Lines(path.resolve()),  # what is replaced is the file, not a link
+        ".csv": Csv, ".parquet": Parquet, ".tar": Tar,
     }  # fmt: skip
     if path.suffix.lower() not in kinds:
         raise OutputConflict(
             f"{name}: name an output that ends in {', '.join(kinds)}, or in / for a folder of .txt"
         )
+    _check_apart(inputs, path, Path(name + ROWS), Path(name + PARTIAL))
     return kinds[path.suffix.lower()](path)
+
+
+def _check_apart(inputs: Iterable[str], *written: Path) -> None:
+    """Raise OutputConflict if a file that an output writes to is one of the inputs."""
+    for given in inputs:
+        file = Path("/dev/stdin" if given == "-" else given)
+        for ours in written:
+            if not is_url(given) and ours.is_file() and file.exists() and file.samefile(ours):
+                raise OutputConflict(f"{ours} is read as input ({given}): name another output")

@@ -17,8 +17,9 @@ from typing_extensions import override
 from server.bulk.index import Index
 from server.bulk.items import Outcome, ResultRow
 from server.bulk.lists import parquet
-from server.bulk.output import Lines, Output, OutputConflict, latest, replacing
+from server.bulk.output import Lines, Output, OutputConflict, check_regular, latest, replacing
 
+ROWS = ".rows.jsonl"  # after the table's name
 _COLUMNS = ResultRow.__struct_fields__
 _KINDS: dict[str, Callable[[str], Any]] = {  # of what is no text in a CSV file
     "captions": json.loads, "settings": json.loads, "score": float, "size": int, "modified": int,
@@ -30,9 +31,10 @@ class TableOutput(Output):
     """A table that is written when a run has ended."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OutputConflict if another run writes to it."""
-        self.path = path.resolve()
-        self._lines = Lines(self.path.with_name(f"{path.name}.rows.jsonl"))
+        """Raises OutputConflict if another run writes to it, or for what is no regular file."""
+        check_regular(path)
+        self.path = path
+        self._lines = Lines(path.with_name(path.name + ROWS))
         self._new = False
 
     @override

@@ -18,9 +18,10 @@ from typing_extensions import override
 from server.bulk.folders import below
 from server.bulk.index import Index
 from server.bulk.items import Outcome, ResultRow
-from server.bulk.output import Output, OutputConflict, locked, replacing
+from server.bulk.output import Output, OutputConflict, check_regular, locked, replacing
 from server.bulk.shards import split
 
+PARTIAL = ".partial"  # after the archive's name, while it grows
 _OURS = ("txt", "json")
 _UNKNOWN = "image"  # extension of what no decoder knows
 _EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif"}  # where they are not the format's name
@@ -31,9 +32,10 @@ class Tar(Output):
     """`.txt` is the caption and `.json` the row of a sample; its own are `.original.*`."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OutputConflict if another run writes to it."""
-        self.path = path.resolve()
-        self._growing = self.path.with_name(f"{path.name}.partial")
+        """Raises OutputConflict if another run writes to it, or for what is no regular file."""
+        check_regular(path)
+        self.path = path
+        self._growing = path.with_name(path.name + PARTIAL)
         self._stream = locked(self._growing)
         self._count, self._new = 0, False
 

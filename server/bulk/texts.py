@@ -6,11 +6,13 @@ from pathlib import Path, PurePosixPath
 from msgspec.structs import replace
 from typing_extensions import override
 
+from server.bulk.folders import below
 from server.bulk.index import Index, Kept
 from server.bulk.items import Outcome, ResultRow
-from server.bulk.output import Lines, NotWritten, Output
+from server.bulk.output import Lines, NotWritten, Output, OutputConflict
 
-_ROWS, _PARTIAL = ".vignette.jsonl", ".vignette.partial"
+HIDDEN_ROWS = ".vignette.jsonl"
+_PARTIAL = ".vignette.partial"
 
 
 class Texts(Output):
@@ -20,18 +22,22 @@ class Texts(Output):
         """overwrite: also what this did not write. Raises OutputConflict if another run has it."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._overwrite = folder.resolve(), overwrite
-        self._lines = Lines(self._folder / _ROWS)
+        self._lines = Lines(self._folder / HIDDEN_ROWS)
         self._written = Kept()  # whose text a file has, and which, by its path
 
     @override
     def rows(self) -> Iterator[ResultRow]:
-        """What was said and has no file, because the last run was killed, gets it."""
+        """What was said and has no file, because the last run was killed, gets it once all rows
+        have been read: a run that is refused writes none.
+        """
+        missing = False
         for row in self._lines.rows():
-            if row.text is not None and row.caption is not None:
+            if row.text is not None:
                 self._written.keep(row.text, _mark(row))
-                if not (self._folder / row.text).exists():
-                    self._write(row.text, row.caption)
+                missing |= not (self._folder / row.text).exists()
             yield row
+        if missing:
+            self._restore()
 
     @override
     def append(self, row: ResultRow, outcome: Outcome) -> None:
@@ -42,10 +48,7 @@ class Texts(Output):
         name = outcome.item.key or outcome.item.name
         row = replace(row, text=f"{PurePosixPath(name)}.txt")
         assert row.text is not None and row.caption is not None
-        try:
-            self._check(row.id, row.text)
-        except (OSError, ValueError) as cause:
-            raise NotWritten(f"{row.text} can't be a file here: {cause}") from cause
+        self._check(row.id, row.text)
         self._lines.append(row, outcome)
         self._written.keep(row.text, _mark(row))
         self._write(row.text, row.caption)
@@ -58,23 +61,43 @@ class Texts(Output):
     def close(self) -> None:
         self._lines.close()
 
+    def _restore(self) -> None:
+        for row in self._lines.rows():
+            if row.text is None or row.caption is None or (self._folder / row.text).exists():
+                continue
+            if self._written.get(row.text) == _mark(row):  # the last of this text
+                try:
+                    self._check(row.id, row.text)
+                except NotWritten as cause:
+                    raise OutputConflict(
+                        f"{self._lines.path} has a row without its text, and {cause}: name another "
+                        "output"
+                    ) from cause
+                self._write(row.text, row.caption)
+
     def _check(self, item_id: str, text: str) -> None:
+        """Raise NotWritten unless an item's text can be written, and may be."""
         target = self._folder / text
-        if not target.resolve().is_relative_to(self._folder):
-            raise NotWritten(f"{text} lies outside of the output")
-        if target.is_dir():
-            raise NotWritten(f"{text} is a folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        owner, _, written = (self._written.get(text) or b"").partition(b"\0")
-        if owner and owner != item_id.encode():
-            raise NotWritten(f"{text} has the caption of {owner.decode()} already")
-        if not self._overwrite and target.exists() and target.read_bytes() != written:
-            raise NotWritten(f"{text} is there, and not written by this (see --overwrite)")
+        try:
+            if below(text) != text or not target.resolve().is_relative_to(self._folder):
+                raise NotWritten(f"{text} lies outside of the output")
+            if target.exists() and not target.is_file():
+                raise NotWritten(f"{text} is no regular file")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            owner, _, written = (self._written.get(text) or b"").partition(b"\0")
+            if owner and owner != item_id.encode():
+                raise NotWritten(f"{text} has the caption of {owner.decode()} already")
+            if not self._overwrite and target.exists() and target.read_bytes() != written:
+                raise NotWritten(f"{text} is there, and not written by this (see --overwrite)")
+        except (OSError, ValueError) as cause:
+            raise NotWritten(f"{text} can't be a file here: {cause}") from cause
 
     def _write(self, text: str, caption: str) -> None:
         target, partial = self._folder / text, self._folder / _PARTIAL
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(caption.encode())
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as stream:  # not where a link leads to
+            stream.write(caption.encode())
         partial.replace(target)
 
 

@@ -1,0 +1,133 @@
+"""Outputs that hold what somebody else wrote: that stays, and nothing is written elsewhere."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from server.bulk.output import OutputConflict
+from tests.bulk_job import check, rows_of, run
+from tests.test_bulk import small_images
+
+ROW = {"caption": "an owl", "model": "words", "settings": {"engine": "none"}}
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    small_images(folder, 3)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"id":5,"precious":"data"}',
+        '{"id":"a.png","precious":"da',
+        '{"id":"a.png","caption":"an owl","notes":"mine"}',
+        '{"id":"a.png","caption":"an owl","notes":"mine"}\n',
+        '{"id":"a.png","image":"a.png"}\n',
+        '{"id":"a.png","caption":"an owl","error":"none"}\n',
+        '{"id":"a.png","caption":"' + "\xff" + '"}\n',
+        '{"id":"a.png","caption":"b","settings":{"a":' + "[" * 10_000 + "\n",
+    ],
+)
+def test_a_line_that_is_no_row_is_kept_and_named(content, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    output.write_text(json.dumps({"id": "b.png"} | ROW) + "\n" + content, "latin-1")
+    kept = output.read_bytes()
+    with pytest.raises(OutputConflict, match="line 2, is no row of ours"):
+        run(str(output), str(tmp_path), again=True, retry=True)
+    assert output.read_bytes() == kept
+    output.write_text(content, "latin-1")
+    with pytest.raises(OutputConflict, match="line 1, is no row of ours"):
+        run(str(output), str(tmp_path))
+
+
+@pytest.mark.parametrize("before", ["", '{"id": "b.png", "error": "none"}\n'])
+def test_a_row_goes_on_wherever_it_was_torn(before, tmp_path):
+    output, image = tmp_path / "rows.jsonl", tmp_path / '"\\.png'
+    Image.new("RGB", (2, 2)).save(image)
+    row = json.dumps({"id": str(image)} | ROW, separators=(",", ":"))
+    for end in range(len(row) + 1):
+        output.write_text(before + row[:end])
+        assert run(str(output), str(image)).counts.captioned == (end < len(row))
+        assert [each["id"] for each in rows_of(str(output))][-1] == str(image)
+        assert output.read_text().startswith(before)
+
+
+def test_no_link_in_an_output_is_followed(photos, tmp_path):
+    victim = tmp_path / "victim"
+    for output in ("rows.csv", "rows.parquet", "rows.tar", "rows.jsonl", "texts/"):
+        partial = tmp_path / (
+            output + ".vignette.partial" if "/" in output else f".{output}.partial"
+        )
+        partial.parent.mkdir(exist_ok=True)
+        partial.symlink_to(victim)
+        victim.write_text("precious")
+        run(f"{tmp_path}/{output}", str(photos))
+        Image.new("RGB", (9, 9)).save(next(photos.rglob("*.png")))
+        run(f"{tmp_path}/{output}", str(photos), again=True)
+        check(f"{tmp_path}/{output}", photos)
+        assert victim.read_text() == "precious"
+        assert not partial.is_symlink()
+    for output, ours in (
+        ("a.csv", "a.csv"), ("b.csv", "b.csv.rows.jsonl"), ("c.tar", "c.tar"),
+        ("d.tar", "d.tar.partial"), ("others/", "others/.vignette.jsonl"),
+    ):  # fmt: skip
+        victim.write_text("")
+        (tmp_path / "others").mkdir(exist_ok=True)
+        (tmp_path / ours).symlink_to(victim)
+        with pytest.raises(OutputConflict, match=f"{ours} is no regular file"):
+            run(f"{tmp_path}/{output}", str(photos))
+        assert victim.read_text() == ""
+
+
+def test_a_row_that_leads_outside_is_refused_and_writes_nothing(photos, tmp_path):
+    rows = tmp_path / "texts" / ".vignette.jsonl"
+    rows.parent.mkdir()
+    for name in ("../escaped.txt", f"{tmp_path}/escaped.txt", "a\0b.txt"):
+        rows.write_text(json.dumps({"id": "a.png", "text": name} | ROW) + "\n")
+        with pytest.raises(OutputConflict, match=r"lies outside of the output|can't be a file"):
+            run(f"{rows.parent}/", str(photos))
+    others = {"id": "b.png", "caption": "b", "model": "another"}
+    inside = {"id": "a.png", "text": "a.txt"} | ROW
+    rows.write_text(json.dumps(inside) + "\n" + json.dumps(others) + "\n")
+    with pytest.raises(OutputConflict, match="another model"):
+        run(f"{rows.parent}/", str(photos))
+    assert {path.name for path in tmp_path.iterdir()} == {"texts", "photos"}
+    assert {path.name for path in rows.parent.iterdir()} == {rows.name}
+
+
+def test_what_is_no_regular_file_is_left_alone(photos, tmp_path):
+    os.mkfifo(photos / "000.txt")
+    for overwrite in (False, True):
+        job = run(f"{photos}/", str(photos), retry=True, overwrite=overwrite)
+        assert job.counts.failed == 1
+        [error] = [row["error"] for row in rows_of(f"{photos}/") if "error" in row]
+        assert error == "000.txt is no regular file"
+    for name in ("rows.jsonl", "rows.csv", "rows.tar"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(OutputConflict, match=f"{name} is no regular file"):
+            run(f"{tmp_path}/{name}", str(photos))
+
+
+@pytest.mark.parametrize(
+    ("given", "output"),
+    [
+        ("a.jsonl", "a.jsonl"), ("link.csv", "a.csv"), ("a.tar", "./a.tar"),
+        ("a.csv.rows.jsonl", "a.csv"), ("texts/.vignette.jsonl", "texts/"),
+    ],
+)  # fmt: skip
+def test_what_is_read_is_not_written_to(given, output, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "link.csv").symlink_to("a.csv")
+    for name in ("a.jsonl", "a.csv", "a.tar", "a.csv.rows.jsonl", "texts/.vignette.jsonl"):
+        (tmp_path / name).write_text("image\na.png\n")
+    with pytest.raises(OutputConflict, match=f"is read as input .*{given}"):
+        run(f"{tmp_path}/{output}", f"{tmp_path}/{given}")
+    assert (tmp_path / given).read_text() == "image\na.png\n"
+    assert len(list(tmp_path.rglob("*"))) == 7
