@@ -1,14 +1,20 @@
 """Outputs that hold what somebody else wrote: that stays, and nothing is written elsewhere."""
 
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
 
 from server.bulk.output import OutputConflict
-from tests.bulk_job import check, rows_of, run
+from server.bulk.run import CaptionSettings
+from server.bulk.tar import Tar
+from tests import bulk_job
+from tests.bulk_job import check, members, rows_of, run
 from tests.test_bulk import small_images
 
 ROW = {"caption": "an owl", "model": "words", "settings": {"engine": "none"}}
@@ -131,3 +137,70 @@ def test_what_is_read_is_not_written_to(given, output, tmp_path):
         run(f"{tmp_path}/{output}", f"{tmp_path}/{given}")
     assert (tmp_path / given).read_text() == "image\na.png\n"
     assert len(list(tmp_path.rglob("*"))) == 7
+
+
+def archive(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as made:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            made.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("name", ["rows.tar", "rows.tar.partial"])
+@pytest.mark.parametrize(
+    "files", [None, {"a.txt": b"mine"}, {"a.json": b'{"mine": 1}'}, {"a.json": b"\xff"}]
+)
+def test_an_archive_that_is_not_ours_is_kept(name, files, photos, tmp_path):
+    if files is None:
+        (tmp_path / name).write_text("precious\n")
+    else:
+        archive(tmp_path / name, files)
+    kept = (tmp_path / name).read_bytes()
+    with pytest.raises(OutputConflict, match="name another output"):
+        run(f"{tmp_path}/rows.tar", str(photos))
+    assert (tmp_path / name).read_bytes() == kept
+
+
+def test_an_archive_goes_on_wherever_its_samples_were_torn(photos, tmp_path):
+    output, growing = tmp_path / "rows.tar", tmp_path / "rows.tar.partial"
+    stopped = pytest.raises(KeyboardInterrupt)
+    with stopped, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Tar, "finish", Mock(side_effect=KeyboardInterrupt))
+        run(str(output), str(photos))
+    whole = growing.read_bytes()
+    for end in range(0, len(whole), 300):
+        output.unlink(missing_ok=True)
+        growing.write_bytes(whole[:end])
+        run(str(output), str(photos))
+        check(str(output), photos)
+        assert not growing.exists()
+    growing.write_bytes(whole)  # as if the last run was killed when all was done
+    run(str(output), str(photos))
+    check(str(output), photos)
+
+
+def test_samples_of_one_key_stay_apart(photos, tmp_path, monkeypatch):
+    images = [file.read_bytes() for file in sorted(photos.iterdir())]
+    shards = [tmp_path / f"{number}.tar" for number in range(3)]
+    output = tmp_path / "rows.tar"
+    for image, shard in zip(images, shards, strict=True):
+        archive(shard, {"000.png": image})
+        run(str(output), *map(str, shards[: shards.index(shard) + 1]))
+    for model in ("words", "another"):
+        monkeypatch.setattr(bulk_job, "ABOUT", CaptionSettings(model, {}))
+        run(str(output), *map(str, shards), again=True)
+        found = dict(members(output))
+        assert len(found) == 9
+        assert found["000.png"] == images[0]  # whose key it was stays so
+        assert {data for name, data in found.items() if name.endswith(".png")} == set(images)
+        assert {row["model"] for row in rows_of(str(output))} == {model}
+
+
+def test_a_member_s_new_name_takes_no_other_s(photos, tmp_path):
+    files = {"z.png": (photos / "000.png").read_bytes()}
+    files |= {"z.txt": b"new", "z.original.txt": b"old"}
+    archive(tmp_path / "in.tar", files)
+    run(f"{tmp_path}/rows.tar", f"{tmp_path}/in.tar")
+    found = dict(members(tmp_path / "rows.tar"))
+    assert (found["z.original.txt"], found["z.original.original.txt"]) == (b"old", b"new")

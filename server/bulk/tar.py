@@ -5,31 +5,43 @@ archive once that is there whole.
 """
 
 import io
-import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 from PIL import Image
 from typing_extensions import override
 
 from server.bulk.folders import below
-from server.bulk.index import Index
-from server.bulk.items import Outcome, ResultRow
-from server.bulk.output import Output, OutputConflict, check_regular, locked, replacing
+from server.bulk.index import Index, Kept
+from server.bulk.items import Item, Outcome, ResultRow
+from server.bulk.output import Output, OutputConflict, check_regular, locked, replacing, row_of
 from server.bulk.shards import split
 
 PARTIAL = ".partial"  # after the archive's name, while it grows
 _OURS = ("txt", "json")
 _UNKNOWN = "image"  # extension of what no decoder knows
 _EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif"}  # where they are not the format's name
+_HEAD = tarfile.TarInfo.create_pax_global_header({"comment": "vignette"})  # while it grows
 _END = b"\0" * 1024  # of an archive
 
 
+class Sample(NamedTuple):
+    """A row, and its sample's key, beginning and end in an archive."""
+
+    row: ResultRow
+    key: str
+    start: int
+    end: int
+
+
 class Tar(Output):
-    """`.txt` is the caption and `.json` the row of a sample; its own are `.original.*`."""
+    """`.txt` is the caption and `.json` the row of a sample; its own are `.original.*`.
+
+    Samples of one key get a number, all but the first.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises OutputConflict if another run writes to it, or for what is no regular file."""
@@ -37,29 +49,26 @@ class Tar(Output):
         self.path = path
         self._growing = path.with_name(path.name + PARTIAL)
         self._stream = locked(self._growing)
+        self._items = Kept()  # ids by the keys of their samples
         self._count, self._new = 0, False
 
     @override
     def rows(self) -> Iterator[ResultRow]:
         """Raises OutputConflict for an archive that holds other things."""
-        self._stream.seek(0)
-        self._new = bool(self._stream.read(1))
-        if not self._new and self.path.exists():
-            self._check()
-            with self.path.open("rb") as whole:
-                shutil.copyfileobj(whole, self._stream)
         end = 0
-        for row, _, offset in self._samples():
-            self._count, end = self._count + 1, offset
-            yield row
+        for stream, sample in self._samples():
+            end = sample.end if stream is self._stream else 0
+            self._count += 1
+            self._items.keep(sample.key, sample.row.id.encode())
+            yield sample.row
+        self._new = end > 0
         self._stream.truncate(end)
 
     @override
     def append(self, row: ResultRow, outcome: Outcome) -> None:
-        key = below(outcome.item.key or "")
-        if not key or split(f"{key}.json") != (key, "json"):  # it would not be found again
-            key = f"{self._count:09}"
-        content = io.BytesIO()
+        key = self._key(outcome.item)
+        content = io.BytesIO(b"" if self._new else _HEAD)
+        content.seek(0, io.SEEK_END)
         with tarfile.open(fileobj=content, mode="w", format=tarfile.PAX_FORMAT) as archive:
             for extension, data in _members(row, outcome).items():
                 member = tarfile.TarInfo(f"{key}.{extension}")
@@ -68,75 +77,90 @@ class Tar(Output):
             end = archive.offset
         self._stream.write(content.getvalue()[:end])
         self._stream.flush()
+        self._items.keep(key, row.id.encode())
         self._count, self._new = self._count + 1, True
 
     @override
     def finish(self, index: Index) -> None:
-        if not self._new and self.path.exists():
-            self._growing.unlink()
-            return
-        with replacing(self.path) as stream:
-            for number, (row, start, end) in enumerate(self._samples()):
-                if index.latest(row, number):
-                    self._stream.seek(start)
-                    _copied(self._stream, stream, end - start)
-            stream.write(_END)
+        if self._new or not self.path.exists():
+            with replacing(self.path) as target:
+                for number, (stream, sample) in enumerate(self._samples()):
+                    if index.latest(sample.row, number):
+                        stream.seek(sample.start)
+                        _copied(stream, target, sample.end - sample.start)
+                target.write(_END)
         self._growing.unlink()
 
     @override
     def close(self) -> None:
         self._stream.close()
 
-    def _samples(self) -> Iterator[tuple[ResultRow, int, int]]:
-        """Rows, and where their samples begin and end; not the one that a kill left half there."""
-        self._stream.seek(0)
-        start = 0
-        try:
-            with tarfile.open(fileobj=self._stream, mode="r:") as archive:
-                while (member := archive.next()) is not None:
-                    archive.members = []  # type: ignore[attr-defined]
-                    if split(member.name)[1] != "json":
-                        continue
-                    content = archive.extractfile(member)
-                    assert content is not None
-                    row = msgspec.json.decode(content.read(), type=ResultRow)
-                    end = archive.offset
-                    yield row, start, end
-                    start = end
-        except tarfile.ReadError:
-            return
+    def _key(self, item: Item) -> str:
+        """One that no other item's sample has."""
+        wanted = below(item.key or "")
+        if not wanted or split(f"{wanted}.json") != (wanted, "json"):  # it would not be found again
+            wanted = f"{self._count:09}"
+        key, number = wanted, self._count
+        while self._items.get(key) not in (None, item.id.encode()):
+            key, number = f"{wanted}-{number:09}", number + 1
+        return key
 
-    def _check(self) -> None:
-        """Raise OutputConflict unless each sample of the archive ends with a row."""
-        last = "json"
-        try:
-            with tarfile.open(self.path, "r:") as archive:
-                for member in archive:
-                    archive.members = []  # type: ignore[attr-defined]
-                    last = split(member.name)[1]
-                    if last == "json":
-                        content = archive.extractfile(member)
-                        assert content is not None
-                        msgspec.json.decode(content.read(), type=ResultRow)
-            if last != "json":
-                raise tarfile.ReadError("its last sample has no row")
-        except (tarfile.TarError, msgspec.MsgspecError) as cause:
+    def _samples(self) -> Iterator[tuple[BinaryIO, Sample]]:
+        """All, and where they are. Raises OutputConflict for what is none of ours."""
+        if self.path.exists():
+            with self.path.open("rb") as stream:
+                end = 0
+                for sample in _samples(stream, self.path, 0):
+                    yield stream, sample
+                    end = sample.end
+                stream.seek(end)
+                if stream.read(len(_END)).strip(b"\0"):
+                    raise OutputConflict(
+                        f"{self.path} is no archive of ours (it has other samples): name another "
+                        "output"
+                    )
+        self._stream.seek(0)
+        if not _HEAD.startswith(self._stream.read(len(_HEAD))):
             raise OutputConflict(
-                f"{self.path} is no archive of ours ({cause}): name another output"
-            ) from cause
+                f"{self._growing} was not left by a run of this: remove it, or name another output"
+            )
+        for sample in _samples(self._stream, self._growing, len(_HEAD)):
+            yield self._stream, sample
+
+
+def _samples(stream: BinaryIO, path: Path, start: int) -> Iterator[Sample]:
+    """Those of an archive, but for one that a kill left half there. Raises OutputConflict."""
+    stream.seek(start)
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # it would keep one for each
+                key, extension = split(member.name)
+                if extension == "json":
+                    content = archive.extractfile(member) if member.isfile() else None
+                    row = row_of(content.read() if content else b"", f"{path}, {member.name},")
+                    yield Sample(row, key, start, start := archive.offset)
+    except tarfile.TarError:
+        return
 
 
 def _members(row: ResultRow, outcome: Outcome) -> dict[str, bytes]:
     """A sample's files by their extensions, its row last."""
-    found = {
-        f"original.{extension}" if extension in _OURS else extension: data
-        for extension, data in outcome.item.members.items()
-    }
+    members = outcome.item.members
+    found = {_renamed(extension, members): data for extension, data in members.items()}
     if not found and outcome.image is not None:
         found[_extension(outcome)] = outcome.image
     if row.caption is not None:
         found["txt"] = row.caption.encode()
     return found | {"json": msgspec.json.encode(row)}
+
+
+def _renamed(extension: str, taken: Container[str]) -> str:
+    """The extension that a member has beside ours."""
+    name = extension
+    while name in _OURS or (name != extension and name in taken):
+        name = f"original.{name}"
+    return name
 
 
 def _extension(outcome: Outcome) -> str:
