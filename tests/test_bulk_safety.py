@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 from PIL import Image
 
+from server.bulk.inputs import NoImages
 from server.bulk.output import OutputConflict
 from server.bulk.run import CaptionSettings
 from server.bulk.tar import Tar
@@ -204,3 +205,11 @@ def test_a_member_s_new_name_takes_no_other_s(photos, tmp_path):
     run(f"{tmp_path}/rows.tar", f"{tmp_path}/in.tar")
     found = dict(members(tmp_path / "rows.tar"))
     assert (found["z.original.txt"], found["z.original.original.txt"]) == (b"old", b"new")
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.tar", "texts/"])
+def test_a_run_that_is_refused_leaves_nothing(name, photos, tmp_path):
+    with pytest.raises(NoImages):
+        run(f"{tmp_path}/{name}", "nowhere")
+    left = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(photos.iterdir())

@@ -113,6 +113,10 @@ class Lines(Output):
     def close(self) -> None:
         self._stream.close()
 
+    def clear(self) -> None:
+        """Its rows are elsewhere now."""
+        self._stream.truncate(0)
+
 
 def row_of(data: bytes, where: str) -> ResultRow:
     """A row that was written before. Raises OutputConflict for what is none of ours."""
@@ -164,6 +168,12 @@ def check_regular(path: Path) -> None:
     """Raise OutputConflict for a link, a pipe and the like."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise OutputConflict(f"{path} is no regular file: remove it, or name another output")
+
+
+def remove_empty(path: Path) -> None:
+    """Of a file that is locked still, if nothing is in it."""
+    if path.exists() and path.stat().st_size == 0:
+        path.unlink()
 
 
 def locked(path: Path) -> BinaryIO:

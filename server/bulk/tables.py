@@ -17,7 +17,15 @@ from typing_extensions import override
 from server.bulk.index import Index
 from server.bulk.items import Outcome, ResultRow
 from server.bulk.lists import parquet
-from server.bulk.output import Lines, Output, OutputConflict, check_regular, latest, replacing
+from server.bulk.output import (
+    Lines,
+    Output,
+    OutputConflict,
+    check_regular,
+    latest,
+    remove_empty,
+    replacing,
+)
 
 ROWS = ".rows.jsonl"  # after the table's name
 _COLUMNS = ResultRow.__struct_fields__
@@ -53,10 +61,11 @@ class TableOutput(Output):
             rows = latest(chain(self._table(), self._lines.rows()), index)
             with replacing(self.path) as stream:
                 self.write(stream, rows)
-        self._lines.path.unlink()
+        self._lines.clear()
 
     @override
     def close(self) -> None:
+        remove_empty(self._lines.path)
         self._lines.close()
 
     def _since(self) -> Iterator[ResultRow]:

@@ -17,7 +17,15 @@ from typing_extensions import override
 from server.bulk.folders import below
 from server.bulk.index import Index, Kept
 from server.bulk.items import Item, Outcome, ResultRow
-from server.bulk.output import Output, OutputConflict, check_regular, locked, replacing, row_of
+from server.bulk.output import (
+    Output,
+    OutputConflict,
+    check_regular,
+    locked,
+    remove_empty,
+    replacing,
+    row_of,
+)
 from server.bulk.shards import split
 
 PARTIAL = ".partial"  # after the archive's name, while it grows
@@ -89,10 +97,11 @@ class Tar(Output):
                         stream.seek(sample.start)
                         _copied(stream, target, sample.end - sample.start)
                 target.write(_END)
-        self._growing.unlink()
+        self._stream.truncate(0)
 
     @override
     def close(self) -> None:
+        remove_empty(self._growing)
         self._stream.close()
 
     def _key(self, item: Item) -> str:

@@ -9,7 +9,7 @@ from typing_extensions import override
 from server.bulk.folders import below
 from server.bulk.index import Index, Kept
 from server.bulk.items import Outcome, ResultRow
-from server.bulk.output import Lines, NotWritten, Output, OutputConflict
+from server.bulk.output import Lines, NotWritten, Output, OutputConflict, remove_empty
 
 HIDDEN_ROWS = ".vignette.jsonl"
 _PARTIAL = ".vignette.partial"
@@ -59,6 +59,7 @@ class Texts(Output):
 
     @override
     def close(self) -> None:
+        remove_empty(self._lines.path)
         self._lines.close()
 
     def _restore(self) -> None:
