@@ -112,6 +112,16 @@ def test_a_file_that_is_no_image_fails_alone(photos, tmp_path, capfd):
     assert "No such file" in found["link.jpg"]["error"]
     assert {name for name, line in found.items() if "caption" in line} == PHOTOS - {"cats.png"}
     assert "3 captioned, 2 failed" in capfd.readouterr().err
+    assert run(photos, "--output", output) == 1
+    assert "0 captioned, 5 before, 2 failed, 2 of them before" in capfd.readouterr().err
+    shutil.copy(SAMPLES / "cats.png", photos)
+    assert run(photos, "--output", output, "--retry-failed") == 1
+    assert "1 captioned, 3 before, 1 failed; try" in capfd.readouterr().err
+    (photos / "link.jpg").unlink()
+    shutil.copy(SAMPLES / "owl.png", photos / "link.jpg")
+    assert run(photos, "--output", output, "--retry-failed") == 0
+    assert run(photos, "--output", output) == 0
+    assert "0 captioned, 5 before, 0 failed" in capfd.readouterr().err
 
 
 def test_the_same_command_goes_on_after_a_kill(photos, tmp_path, capfd):
@@ -128,18 +138,18 @@ def test_the_same_command_goes_on_after_a_kill(photos, tmp_path, capfd):
     output.write_text("\n".join(json.dumps(line | MADE_BY) for line in lines)[:-4])
     link = tmp_path / "link.jsonl"
     link.symlink_to(output)
-    assert run(photos, "--output", link) == 0
+    assert run(photos, "--output", link) == 1
     found = entries(output)
     assert found.pop("elsewhere.png")["error"] == "not of this run"
     assert found.pop("donuts.png")["error"] == "left as it is"
     captions = {name: line["caption"] for name, line in found.items()}
     assert captions == {n: SAID[n] for n in PHOTOS - {"donuts.png"}} | {"cats.png": "kept as it is"}
-    assert "2 captioned, 2 before, 0 failed" in capfd.readouterr().err
-    assert run(photos, "--output", link, "--retry-failed") == 0
+    assert "2 captioned, 2 before, 2 failed, 2 of them before" in capfd.readouterr().err
+    assert run(photos, "--output", link, "--retry-failed") == 1
     assert entries(output)["donuts.png"]["caption"] == SAID["donuts.png"]
     assert link.is_symlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["captions.jsonl", "link.jsonl", "photos"]
-    assert "1 captioned, 3 before, 0 failed" in capfd.readouterr().err
+    assert "1 captioned, 3 before, 1 failed, 1 of them before" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

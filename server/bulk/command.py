@@ -4,7 +4,7 @@ Inputs are image files, folders, patterns ("photos/**/*.jpg"), lists (.txt, .csv
 WebDataset shards (.tar), or - for a list on standard input; all of them also by URL: s3://, gs://,
 hf://, https:// and whatever else fsspec knows. A run that was interrupted, or killed, goes on where
 it was when the same command is given again. The exit status is 0 if all images have captions, 1 if
-any has none, 2 for a wrong argument, 130 if interrupted.
+any has none, also of an earlier run, 2 for a wrong argument, 130 if interrupted.
 """
 
 import argparse
@@ -81,11 +81,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     cut = f", {counts.cut} of them cut off (see --max-new-tokens)" if counts.cut else ""
     before = f", {counts.before} before" if counts.before else ""
-    retry = "; try these again with --retry-failed" if counts.failed and args.output != "-" else ""
-    print(
-        f"{counts.captioned} captioned{cut}{before}, {counts.failed} failed{retry}", file=sys.stderr
-    )
-    return 1 if counts.failed else 0
+    failed = counts.failed + counts.failed_before
+    earlier = f", {counts.failed_before} of them before" if counts.failed_before else ""
+    retry = "; try these again with --retry-failed" if failed and args.output != "-" else ""
+    said = f"{counts.captioned} captioned{cut}{before}, {failed} failed{earlier}{retry}"
+    print(said, file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,7 +21,9 @@ class Index:
 
     def __init__(self) -> None:
         """Empty: it is made again from the rows at every start."""
-        self._table = _table("(id BLOB PRIMARY KEY, row INTEGER, done INTEGER) WITHOUT ROWID")
+        self._table = _table(
+            "(id BLOB PRIMARY KEY, row INTEGER, done INTEGER, failed INTEGER) WITHOUT ROWID"
+        )
         self._next = 0
         self.replaced = False
 
@@ -30,17 +32,24 @@ class Index:
         key = _key(row.id)
         known = self._table.execute("SELECT row FROM t WHERE id = ?", (key,)).fetchone()
         self.replaced |= known is not None and known[0] is not None
-        self._table.execute("INSERT OR REPLACE INTO t VALUES (?, ?, ?)", (key, self._next, done))
+        values = key, self._next, done, row.error is not None
+        self._table.execute("INSERT OR REPLACE INTO t VALUES (?, ?, ?, ?)", values)
         self._next += 1
 
     def claim(self, item_id: str) -> bool:
         """Whether an item is still to be captioned; from now on it isn't."""
         found = self._table.execute(
-            "INSERT INTO t VALUES (?, NULL, 1) ON CONFLICT(id) DO UPDATE SET done = 1 "
+            "INSERT INTO t VALUES (?, NULL, 1, 0) ON CONFLICT(id) DO UPDATE SET done = 1 "
             "WHERE done = 0",
             (_key(item_id),),
         )
         return found.rowcount > 0
+
+    @property
+    def failed(self) -> int:
+        """How many items' last rows are errors."""
+        [[count]] = self._table.execute("SELECT count(*) FROM t WHERE failed")
+        return int(count)
 
     def keys(self) -> "FinishedItems":
         """The items that are not to be captioned again, for other processes."""

@@ -30,12 +30,16 @@ class CaptionSettings:
 
 @dataclass(slots=True)
 class Counts:
-    """How many items there were. before: of an earlier run; cut: of the captioned."""
+    """How many items there were. before: of an earlier run; cut: of the captioned.
+
+    failed_before: errors of earlier runs that stand in the output, whether or not of this input.
+    """
 
     captioned: int = 0
     cut: int = 0
     failed: int = 0
     before: int = 0
+    failed_before: int = 0
 
     @property
     def ended(self) -> int:
@@ -93,6 +97,7 @@ class BulkRun:
             self.counts.captioned += row.error is None
             self.counts.cut += row.finish_reason == FinishReason.LENGTH
             tell(self.counts)
+        self.counts.failed_before = self.index.failed - self.counts.failed
         self.output.finish(self.index)
         return self.counts
 
