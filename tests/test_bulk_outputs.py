@@ -88,6 +88,19 @@ def test_what_changed_is_captioned_anew(output, photos):
     check(output, photos)
 
 
+def test_an_image_of_a_list_is_known_again_by_where_it_is(output, photos, tmp_path, monkeypatch):
+    (tmp_path / "x.png").write_bytes(b"another")
+    shutil.copy(photos / "0" / "000.png", photos / "x.png")
+    (photos / "list.txt").write_text("x.png\n")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        run(output, f"{photos}/list.txt")
+    Image.new("RGB", (5, 5)).save(photos / "x.png")
+    with pytest.raises(OutputConflict, match=r"x.png was captioned with another content"):
+        run(output, f"{photos}/list.txt")
+    assert run(output, f"{photos}/list.txt", again=True).counts.captioned == 1
+
+
 def test_no_run_goes_on_where_other_things_are(output, photos):
     if output.endswith("/"):
         Path(output).mkdir()

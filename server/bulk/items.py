@@ -39,8 +39,9 @@ class ResultRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=T
 
     captions: all that were asked for, if that is more than one. settings: what else decides a
     caption: engine, precision, sampling parameters. size, modified: of a local file, in bytes and
-    ns, by which it is known again. sha256: of the image, where equal ones are captioned once. text:
-    of the file that the caption is in, where there is one for each.
+    ns, by which it is known again; path: where that is, unless the id says so. sha256: of the
+    image, where equal ones are captioned once. text: of the file that the caption is in, where
+    there is one for each.
     """
 
     id: str
@@ -54,6 +55,7 @@ class ResultRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=T
     settings: dict[str, Any] = field(default_factory=dict)
     size: int | None = None
     modified: int | None = None
+    path: str | None = None
     sha256: str | None = None
     text: str | None = None
 

@@ -10,6 +10,7 @@ import msgspec
 from runtime.request import FinishReason
 from server.bulk.captioning import same
 from server.bulk.fetching import is_url
+from server.bulk.folders import plain
 from server.bulk.index import Index, Kept
 from server.bulk.items import Item, Outcome, ResultRow
 from server.bulk.output import NotWritten, Output, OutputConflict
@@ -118,6 +119,7 @@ class BulkRun:
     def _row(self, outcome: Outcome) -> ResultRow:
         item, made_with = outcome.item, self.made_with
         size, modified = _state(item.image)
+        path = None if size is None or item.image == item.id else plain(str(item.image))
         best = outcome.captions[0] if outcome.captions else None
         return ResultRow(
             item.id,
@@ -131,6 +133,7 @@ class BulkRun:
             settings=made_with.settings,
             size=size,
             modified=modified,
+            path=path,
             sha256=outcome.sha256,
         )
 
@@ -145,7 +148,8 @@ class BulkRun:
         for name in sorted(row.settings.keys() | self.made_with.settings.keys()):
             if row.settings.get(name) != self.made_with.settings.get(name):
                 return name
-        if row.size is not None and _state(row.id) not in ((row.size, row.modified), _GONE):
+        known = (row.size, row.modified), _GONE
+        if row.size is not None and _state(row.path or row.id) not in known:
             return "content"
         return None
 
