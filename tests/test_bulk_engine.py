@@ -1,6 +1,10 @@
 """The engine of a bulk run: a process of its own, which may end."""
 
+import multiprocessing
 import os
+import signal
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -9,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import ProviderError
+from server.bulk import local
 from server.bulk.captioning import RunFailed
-from server.bulk.engine_process import NoEngine
+from server.bulk.engine_process import EngineProcess, NoEngine
 from server.bulk.local import LocalCaptioner
 from tests.fakes import fake_engine, video_engine
-from tests.live import png
+from tests.live import png, until
 
 
 def test_an_engine_that_dies_while_it_is_opened_is_told():
@@ -29,6 +34,32 @@ def test_a_model_of_several_frames_is_refused_at_once():
 def test_an_engine_whose_process_can_not_be_started_says_so():
     with pytest.raises(NoEngine, match="can't be started"):
         LocalCaptioner(lambda *_: fake_engine(), None, {}, 10**6)
+
+
+def test_an_interrupt_while_the_engine_opens_leaves_no_process():
+    before = set(multiprocessing.active_children())
+
+    def interrupt() -> None:
+        until(lambda: set(multiprocessing.active_children()) - before)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        EngineProcess(partial(time.sleep, 100), None, {})
+    thread.join()
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_an_interrupt_while_decoders_start_ends_the_engine(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    before = set(multiprocessing.active_children())
+    monkeypatch.setattr(local, "BulkDecoders", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        LocalCaptioner(fake_engine, None, {}, 10**6)
+    assert set(multiprocessing.active_children()) <= before
 
 
 class _DiesAndStaysDead:

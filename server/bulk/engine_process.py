@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import numpy as np
@@ -62,10 +63,15 @@ class EngineProcess:
         self._lock, self._numbers = threading.Lock(), itertools.count()
         self._running: dict[int, Future[tuple[ScoredCaption, ...]]] = {}
         self._closed = False
+        self._process: SpawnProcess | None = None
         self._ready: Future[Facts] = Future()
         self._keeper = threading.Thread(target=self._keep, name="engine", daemon=True)
         self._keeper.start()
-        self.facts = self._ready.result()
+        try:
+            self.facts = self._ready.result()
+        except BaseException:  # an interrupt, too: it would wait for the process for ever
+            self.close()
+            raise
 
     def generate(self, pixels: np.ndarray, prompt: str | None) -> tuple[ScoredCaption, ...]:
         """What is said of an image. Raises VignetteError for what it can't serve, EngineDied, and
@@ -88,7 +94,8 @@ class EngineProcess:
         """End the process."""
         with self._lock:
             self._closed = True
-            self._process.kill()
+            if self._process is not None:
+                self._process.kill()
         self._keeper.join()
 
     def _keep(self) -> None:
@@ -139,16 +146,18 @@ class EngineProcess:
                 future.set_result(answer)
 
     def _died(self) -> None:
+        process = self._process
+        assert process is not None
         with self._lock:
             self._connection.close()
             ended, self._running = self._running, {}
             starting, self._ready = self._ready, Future()
-        self._process.join()
+        process.join()
         if not self._closed:
-            log.warning("the engine's process ended (exit code %s)", self._process.exitcode)
+            log.warning("the engine's process ended (exit code %s)", process.exitcode)
         if not starting.done():
             self._closed = True
-            code = self._process.exitcode
+            code = process.exitcode
             self._ready.set_exception(NoEngine(f"it ended while it was opened (exit code {code})"))
             starting.set_exception(self._ready.exception())
         for future in ended.values():

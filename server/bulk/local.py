@@ -73,7 +73,11 @@ class LocalCaptioner:
         self.identity, self.where = facts.identity, facts.runs_on
         self.at_once = 2 * facts.slots
         cores = this_machine().cores
-        self._decoding = BulkDecoders(facts.preprocessing, facts.shape, cores, max_pixels)
+        try:
+            self._decoding = BulkDecoders(facts.preprocessing, facts.shape, cores, max_pixels)
+        except BaseException:
+            self._engine.close()
+            raise
 
     def caption(self, image: bytes, prompt: str | None) -> tuple[ScoredCaption, ...]:
         """What is said of an image. Raises VignetteError for what is wrong with it, and
