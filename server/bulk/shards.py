@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from threading import Event
-from typing import Any
+from typing import NoReturn, Self, TypeVar
+
+from typing_extensions import override
 
 from runtime.errors import VignetteError
 from runtime.model.preprocess import SUFFIXES
@@ -14,11 +16,51 @@ from server.bulk.folders import named
 from server.bulk.items import Item
 from server.bulk.lists import Columns
 
-Members = dict[str, bytes]
+_Info = TypeVar("_Info", bound=tarfile.TarInfo)
+Members = dict[str, bytes | None]  # None for what is too large to be held
+
+_TOGETHER = 4  # times as many bytes as a member may have, for those of a sample
+_MEMBERS = 1000  # of a sample
+_PLAIN = {*tarfile.SUPPORTED_TYPES} - {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
+_OTHER = _PIECE = 2**20  # bytes of what is not plain: long names, attributes, what nobody knows
 
 
 class DamagedShard(VignetteError):
-    """A tar archive that can't be read to its end."""
+    """A tar archive that can't be read to its end, or holds what no sample has."""
+
+
+class _Member(tarfile.TarInfo):
+    """A member of an archive that ends where a block of zeros does, and nowhere else.
+
+    tarfile takes a damaged head for the end, and fills the holes of a sparse member. A ReadError
+    says so here.
+    """
+
+    @classmethod
+    @override
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Of a head."""
+        if not buf:
+            raise tarfile.ReadError("it has no end: it was cut off between two members")
+        try:
+            member = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as cause:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+                raise
+            raise tarfile.ReadError(f"the head of a member is damaged: {cause}") from cause
+        return _checked(member)
+
+    def _sparse(self, *_: object) -> NoReturn:
+        raise tarfile.ReadError("a member is sparse: make the archive anew without --sparse")
+
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _sparse
+
+
+def _checked(member: _Info) -> _Info:
+    """tarfile reads what is not plain whole, or looks for its end past the archive's."""
+    if member.type not in _PLAIN and member.size > _OTHER:
+        raise tarfile.ReadError(f"a name, or attributes, have {member.size} bytes")
+    return member
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +76,9 @@ class Shard:
         try:
             with (
                 opened(self.path) as stream,
-                tarfile.open(fileobj=stream, mode="r|*", encoding="utf-8") as archive,
+                tarfile.open(
+                    fileobj=stream, mode="r|*", encoding="utf-8", tarinfo=_Member
+                ) as archive,
             ):
                 for key, members in self._samples(archive):
                     yield self._item(key, members)
@@ -50,39 +94,47 @@ class Shard:
         last, members = None, Members()
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # it would keep one for each
-            if not member.isfile():
+            if not _checked(member).isfile():
                 continue
             key, extension = split(member.name)
             if key != last and members:
                 yield str(last), members
                 members = {}
             last = key
-            content = archive.extractfile(member)
-            assert content is not None
-            members[extension] = content.read(self.limit + 1)
-            if len(members[extension]) < min(member.size, self.limit + 1):
-                raise tarfile.ReadError(f"it ends within {member.name}")
-        stream: Any = archive.fileobj
-        if stream.pos % tarfile.BLOCKSIZE:  # which tarfile takes for the end
-            raise tarfile.ReadError("it ends within a head")
+            members[extension] = self._content(archive, member, members)
+            if len(members) > _MEMBERS:
+                raise tarfile.ReadError(f"{key} has over {_MEMBERS} members")
         if members:
             yield str(last), members
+
+    def _content(
+        self, archive: tarfile.TarFile, member: tarfile.TarInfo, others: Members
+    ) -> bytes | None:
+        stream = archive.extractfile(member)
+        assert stream is not None
+        held = sum(len(other or b"") for other in others.values())
+        if member.size <= self.limit and held + member.size <= _TOGETHER * self.limit:
+            return stream.read()
+        while stream.read(_PIECE):  # else tarfile looks for its end past the archive's
+            pass
+        return None
 
     def _item(self, key: str, members: Members) -> Item:
         where, name = f"{self.path}/{key}", f"{named(self.path)}/{key}"
         extension = self.columns.image or next((e for e in members if f".{e}" in SUFFIXES), "")
-        image = members.pop(extension, None)
+        image = members.get(extension)
         wrong = None
-        if image is None:
+        if extension not in members:
             wrong = f"there is no {self.columns.image or 'image'} among {', '.join(members)}"
-        elif len(image) > self.limit:
-            image, wrong = None, f"it has more than {self.limit / 1e6:g} MB (--max-image-mb)"
-        prompt = members.get(self.columns.prompt or "", b"").decode(errors="replace").strip()
+        elif image is None:
+            wrong = (
+                f"it has more than {self.limit / 1e6:g} MB (--max-image-mb), or with the other "
+                f"members of its sample {_TOGETHER} times as much"
+            )
+        prompt = (members.get(self.columns.prompt or "") or b"").decode(errors="replace").strip()
         if self.columns.prompt and not prompt and wrong is None:
             wrong = f"there is no text in {self.columns.prompt}"
-        kept = {e: content for e, content in members.items() if len(content) <= self.limit}
-        if image is not None:
-            kept = {extension: image, **kept}
+        kept = {e: content for e, content in members.items() if content is not None}
         return Item(where, image or b"", name, prompt or None, key, kept, wrong)
 
 

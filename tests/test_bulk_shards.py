@@ -1,0 +1,79 @@
+"""Archives that are damaged, or made to take memory: told, and never taken for shorter ones."""
+
+import io
+import tarfile
+
+import pytest
+
+from server.bulk.inputs import items, parts
+from server.bulk.lists import Columns
+
+LIMIT = 1000
+
+
+def read(path, limit=LIMIT):
+    return list(items(parts([str(path)], Columns(), limit)))
+
+
+def archived(path, names, size=600, attributes=None) -> bytes:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = size
+            member.pax_headers = (attributes or {}) if name == names[0] else {}
+            archive.addfile(member, io.BytesIO(b"x" * size))
+    return path.read_bytes()
+
+
+MEMBER = 512 + 1024  # head and content
+SIX = [f"{n}.png" for n in range(6)]
+
+
+@pytest.mark.parametrize("content", [
+    lambda whole: whole[: 2 * MEMBER + 5] + bytes([whole[2 * MEMBER + 5] ^ 1])
+    + whole[2 * MEMBER + 6 :],
+    lambda whole: whole[: 2 * MEMBER],
+    lambda whole: whole[: 2 * MEMBER + 100],
+], ids=["bit flipped in a head", "cut between members", "cut in a head"])  # fmt: skip
+def test_an_archive_that_breaks_off_is_not_taken_for_a_shorter_one(content, tmp_path):
+    path = tmp_path / "shard.tar"
+    path.write_bytes(content(archived(path, SIX)))
+    *good, bad = read(path)
+    assert [item.key for item in good] == ["0"]  # of the second, more might follow
+    assert "no whole tar archive" in bad.wrong
+
+
+@pytest.mark.parametrize("size", ["nan", "-5", "1", "99999999999999999999"])
+def test_a_size_that_is_none_is_damage(size, tmp_path):
+    path = tmp_path / "shard.tar"
+    archived(path, SIX, attributes={"size": size})
+    assert "no whole tar archive" in read(path)[-1].wrong
+
+
+@pytest.mark.parametrize("attributes", [
+    {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "900"},
+    {"GNU.sparse.map": "0,1", "GNU.sparse.size": "900"},
+    {"GNU.sparse.size": "900", "GNU.sparse.offset": "0", "GNU.sparse.numbytes": "1"},
+])  # fmt: skip
+def test_members_with_holes_are_refused(attributes, tmp_path):
+    path = tmp_path / "shard.tar"
+    archived(path, SIX, attributes=attributes)
+    [bad] = read(path)
+    assert "a member is sparse: make the archive anew without --sparse" in bad.wrong
+
+
+def test_what_is_read_whole_is_bounded(tmp_path):
+    path = tmp_path / "shard.tar"
+    archived(path, SIX, attributes={"comment": "x" * 2**21})
+    assert "a name, or attributes, have 2097169 bytes" in read(path)[-1].wrong
+    archived(path, [f"0.{n}" for n in range(1001)], size=0)
+    assert "0 has over 1000 members" in read(path)[-1].wrong
+
+
+def test_a_sample_is_bounded_as_a_whole(tmp_path):
+    path = tmp_path / "shard.tar"
+    archived(path, ["0.a", "0.b", "0.c", "0.d", "0.e", "0.f", "0.png", "1.png"])
+    first, second = read(path)
+    assert sum(map(len, first.members.values())) == 6 * 600
+    assert "with the other members of its sample 4 times as much" in first.wrong
+    assert second.wrong is None
