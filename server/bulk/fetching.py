@@ -1,11 +1,18 @@
 """The bytes of an image, from a path or from any URL that fsspec knows."""
 
+import http.client
 import io
+import socket
+import stat
+import threading
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import urljoin
+
+from typing_extensions import override
 
 from runtime.errors import VignetteError
 
@@ -14,10 +21,17 @@ _CONNECT_SECONDS, _READ_SECONDS, _SECONDS = 10, 30, 120  # of one attempt
 _CONNECTIONS, _REDIRECTS = 64, 5
 _PIECE = 2**20
 _LATER = (408, 425, 429)  # of the statuses below 500
+_attempt = threading.local()  # of this thread: `end`, a time of `monotonic`
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 
 class TooLarge(VignetteError):
     """An image has more bytes than one may have."""
+
+
+class NoFile(VignetteError):
+    """What is called so is no regular file: a folder, a pipe, a device."""
 
 
 class NoWay(VignetteError):
@@ -53,10 +67,12 @@ def fetch(location: str, limit: int) -> bytes:
     """An image's bytes. What a web server may give later is asked for again; file systems of
     fsspec do so themselves.
 
-    Raises TooLarge above `limit` bytes, NotGiven, and what `opened` raises.
+    Raises TooLarge above `limit` bytes, NotGiven, NoFile, and what `opened` raises.
     """
     if location.startswith(("http://", "https://")):
         return _fetched(location, limit)
+    if not is_url(location) and not stat.S_ISREG(Path(location).stat().st_mode):
+        raise NoFile(f"{location} is no regular file")  # opening a pipe would wait for a writer
     with opened(location) as stream:
         return _bounded(stream, limit)
 
@@ -75,38 +91,91 @@ def _fetched(url: str, limit: int) -> bytes:
 
 
 def _asked(url: str, limit: int) -> bytes:
-    from urllib3.exceptions import HTTPError, LocationValueError, MaxRetryError
+    from urllib3.exceptions import HTTPError, LocationValueError
 
+    _attempt.end = time.monotonic() + _SECONDS
     try:
-        answer = _pool().request("GET", url, preload_content=False)
-        try:
-            if answer.status in _LATER or answer.status >= 500:
-                raise _Later(f"the server answered {answer.status}")
-            if answer.status != 200:
-                raise NotGiven(f"the server answered {answer.status}")
-            content = _bounded(answer, limit)
-            answer.drain_conn()
-            return content
-        finally:
-            answer.close()
-    except (LocationValueError, MaxRetryError) as cause:
-        kind = NotGiven if isinstance(cause, LocationValueError) else _Later
-        raise kind(f"the server can't be asked: {getattr(cause, 'reason', cause)}") from cause
+        for _ in range(1 + _REDIRECTS):
+            with closing(
+                _pool().request("GET", url, redirect=False, preload_content=False)
+            ) as answer:
+                onward = answer.get_redirect_location()
+                if not onward:
+                    return _content(answer, limit)
+                url = urljoin(url, onward)
+    except LocationValueError as cause:
+        raise NotGiven(f"the server can't be asked: {cause}") from cause
     except HTTPError as cause:
-        raise _Later(f"the server's answer broke off: {cause}") from cause
+        if time.monotonic() >= _attempt.end:
+            raise NotGiven(f"it was not there after {_SECONDS} seconds") from cause
+        raise _Later(f"the server gave no whole answer: {cause}") from cause
+    raise NotGiven(f"the server led elsewhere more than {_REDIRECTS} times")
+
+
+def _content(answer: Any, limit: int) -> bytes:
+    if answer.status in _LATER or answer.status >= 500:
+        raise _Later(f"the server answered {answer.status}")
+    if answer.status != 200:
+        raise NotGiven(f"the server answered {answer.status}")
+    content = _bounded(answer, limit)
+    answer.drain_conn()
+    return content
+
+
+class _Timed(io.RawIOBase):
+    """What comes of a connection until the end of its thread's attempt, however slowly."""
+
+    def __init__(self, raw: io.RawIOBase, connection: socket.socket) -> None:
+        self._raw, self._connection = raw, connection
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def readinto(self, buffer: "WriteableBuffer") -> int | None:
+        left = _attempt.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._connection.settimeout(min(left, _READ_SECONDS))
+        return self._raw.readinto(buffer)
+
+    @override
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Answer(http.client.HTTPResponse):
+    """All of it, its head too, is read so."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp = io.BufferedReader(_Timed(self.fp.detach(), sock))
 
 
 @cache
 def _pool() -> Any:
     """Connections, for all threads."""
-    from urllib3 import PoolManager, Retry, Timeout
+    from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, Timeout
+    from urllib3.connection import HTTPConnection, HTTPSConnection
 
-    return PoolManager(
+    class Plain(HTTPConnectionPool):
+        class ConnectionCls(HTTPConnection):
+            response_class = _Answer
+
+    class Secure(HTTPSConnectionPool):
+        class ConnectionCls(HTTPSConnection):
+            response_class = _Answer
+
+    pool = PoolManager(
         maxsize=_CONNECTIONS,
         headers={"User-Agent": "vignette"},
         timeout=Timeout(connect=_CONNECT_SECONDS, read=_READ_SECONDS),
-        retries=Retry(None, connect=0, read=0, status=0, other=0, redirect=_REDIRECTS),
+        retries=False,
     )
+    pool.pool_classes_by_scheme = {"http": Plain, "https": Secure}
+    return pool
 
 
 def _bounded(stream: Any, limit: int) -> bytes:
