@@ -79,7 +79,8 @@ def below(path: str) -> str:
 def _stem(name: str) -> str:
     """Without its last suffix; of what is no relative path the file's name alone."""
     path = PurePosixPath(name)
-    return plain(str(path.with_suffix("")) if not path.is_absolute() else path.stem)
+    path = PurePosixPath(path.name if path.is_absolute() else below(name))
+    return plain(str(path.parent / path.stem))
 
 
 def is_pattern(path: str) -> bool:

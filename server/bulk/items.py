@@ -18,7 +18,7 @@ class Item(Struct, frozen=True):
     """
 
     id: str
-    image: bytes | str = ""
+    image: bytes | str = b""
     name: str = ""
     prompt: str | None = None
     key: str | None = None

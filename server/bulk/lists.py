@@ -1,8 +1,6 @@
 """Lists and tables with a column of paths, URLs or image bytes, read as they stream."""
 
-import csv
 import io
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,14 +9,21 @@ from threading import Event
 from typing import Any, ClassVar
 
 from runtime.errors import VignetteError
-from server.bulk.fetching import NoWay, is_url, opened
+from server.bulk.fetching import is_url, opened
 from server.bulk.folders import named
 from server.bulk.items import Item
+from server.bulk.rows import (
+    IMAGE,
+    BrokenRow,
+    Rows,
+    csv_rows,
+    json_rows,
+    lines,
+    parquet,
+    parquet_rows,
+)
 
-_ROWS = 8  # of a Parquet file that are held at a time: they may be large images
-_COLUMN = "image"  # unless another is named
-_LONGEST_LINE = 64 * 2**20  # a data URI of an image fits
-csv.field_size_limit(_LONGEST_LINE)
+_LONGEST_CELL = 2**16  # characters of what is no image itself
 
 
 class NoColumn(VignetteError):
@@ -53,54 +58,46 @@ class ListFile:
             yield self._item(number, row)
 
     def count(self, over: Event) -> int | None:
-        """How many rows it has, or None: standard input is read once, and so is what is far."""
-        if self.path == "-" or is_url(self.path):
+        """How many rows it has, or None: a pipe is read once, and so is what is far."""
+        if is_url(self.path) or not Path(self.path).is_file():
             return None
-        if self.path.endswith(".parquet"):
+        if self._is(".parquet"):
             with opened(self.path) as stream:
                 return int(parquet().ParquetFile(stream).metadata.num_rows)
         return sum(1 for _ in self._rows() if not over.is_set())
 
     def parts(self) -> "list[ListFile]":
         """Itself in pieces that can be read side by side."""
-        if not self.path.endswith(".parquet"):
+        if not self._is(".parquet"):
             return [self]
         with opened(self.path) as stream:
             count = parquet().ParquetFile(stream).num_row_groups
         return [ListFile(self.path, self.columns, group) for group in range(count)]
 
-    def _rows(self) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-        """Numbers, and rows by column; of a line that is none, what is wrong with it."""
+    def _rows(self) -> Rows:
+        """Numbers, and rows by column; of what is none, what is wrong with it."""
         if self.path == "-":
-            yield from _lines(sys.stdin.buffer)
+            yield from lines(sys.stdin.buffer)
             return
         with opened(self.path) as stream:
-            if self.path.endswith(".parquet"):
-                yield from self._parquet_rows(stream)
-            elif self.path.endswith(".csv"):
-                text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-                reader = csv.DictReader(text)
-                self._check(reader.fieldnames or ())
-                yield from enumerate(reader, 1)
-            elif self.path.endswith(".jsonl"):
-                yield from _objects(stream)
+            # What fsspec opens has no `readline` with a bound.
+            buffered: Any = io.BufferedReader(stream) if is_url(self.path) else stream
+            if self._is(".parquet"):
+                wanted = [n for n in (self._image, self.columns.prompt, self.columns.id) if n]
+                yield from parquet_rows(stream, self._check, wanted, self.part)
+            elif self._is(".csv"):
+                yield from csv_rows(buffered, self._check)
+            elif self._is(".jsonl"):
+                yield from json_rows(buffered)
             else:
-                yield from _lines(stream)
+                yield from lines(buffered)
 
-    def _parquet_rows(self, stream: Any) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        file = parquet().ParquetFile(stream)
-        self._check(file.schema_arrow.names)
-        wanted = [name for name in (self._image, self.columns.prompt, self.columns.id) if name]
-        groups = range(file.num_row_groups) if self.part is None else [self.part]
-        number = sum(file.metadata.row_group(g).num_rows for g in range(self.part or 0))
-        for batch in file.iter_batches(_ROWS, groups, wanted):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+    def _is(self, suffix: str) -> bool:
+        return self.path.lower().endswith(suffix)
 
     @property
     def _image(self) -> str:
-        return self.columns.image or _COLUMN
+        return self.columns.image or IMAGE
 
     def _check(self, there: Iterable[str]) -> None:
         there = list(there)
@@ -114,34 +111,37 @@ class ListFile:
                     f"{self.path} has no column {name}: name one of {', '.join(there)} with {flag}"
                 )
 
-    def _item(self, number: int, row: Mapping[str, Any] | str) -> Item:
+    def _item(self, number: int, row: Mapping[str, Any] | BrokenRow) -> Item:
         where = f"{self.path}#{number}"
-        if isinstance(row, str):
-            return Item(where, wrong=row)
+        try:
+            return self._named(where, number, row)
+        except (BrokenRow, ValueError) as error:  # of a URL that is none
+            return Item(where, wrong=str(error))
+
+    def _named(self, where: str, number: int, row: Mapping[str, Any] | BrokenRow) -> Item:
+        if isinstance(row, BrokenRow):
+            raise row
         image, prompt, known = (
             row.get(name) if name else None
             for name in (self._image, self.columns.prompt, self.columns.id)
         )
         if isinstance(image, Mapping):  # as the `datasets` library stores images
             image = image.get("bytes") or image.get("path")
-        wrong = None
         if not isinstance(image, bytes | str) or not image:
-            wrong = f"there is no path, URL or image in {self._image}"
-        elif prompt is not None and not isinstance(prompt, str):
-            wrong = f"{self.columns.prompt} is no text"
-        elif self.columns.id and known in (None, ""):
-            wrong = f"there is nothing in {self.columns.id}"
-        if wrong is not None:
-            return Item(where, wrong=wrong)
-        if isinstance(image, bytes):
-            return Item(str(known or where), image, f"{named(self.path)}/{number}", prompt or None)
-        assert isinstance(image, str)
-        location = self._location(image)
-        data = image.startswith("data:")
+            raise BrokenRow(f"there is no path, URL or image in {self._image}")
+        if prompt is not None and not isinstance(prompt, str):
+            raise BrokenRow(f"{self.columns.prompt} is no text")
+        if self.columns.id and known in (None, ""):
+            raise BrokenRow(f"there is nothing in {self.columns.id}")
+        path = None if isinstance(image, bytes) or image.startswith("data:") else image
+        where = path or where
+        for cell in (where, prompt or "", str(known)):
+            if len(cell) > _LONGEST_CELL:
+                raise BrokenRow(f"a path, prompt or id has {len(cell)} characters: that is none")
         return Item(
-            id=str(known or (where if data else image)),
-            image=location,
-            name=f"{named(self.path)}/{number}" if data else named(image),
+            id=where if known is None else str(known),
+            image=self._location(path) if path else image,
+            name=named(path) if path else f"{named(self.path)}/{number}",
             prompt=prompt or None,
         )
 
@@ -152,39 +152,3 @@ class ListFile:
         if is_url(self.path):
             return self.path.rpartition("/")[0] + "/" + image
         return str(Path(self.path).parent / image)
-
-
-def _lines(stream: Any) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    for number, line in _bounded(stream):
-        if name := line.rstrip(b"\r\n"):
-            yield number, {_COLUMN: name.decode("utf-8", "surrogateescape")}
-
-
-def _objects(stream: Any) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    for number, line in _bounded(stream):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            found = f"this line is no JSON: {error}"
-        yield number, found if isinstance(found, dict | str) else "this line is no JSON object"
-
-
-def _bounded(stream: Any) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines. Raises NoWay for one that no list has."""
-    number = 0
-    while line := stream.readline(_LONGEST_LINE):
-        number += 1
-        if len(line) == _LONGEST_LINE:
-            raise NoWay(f"line {number} of the list has over {_LONGEST_LINE // 2**20} MiB")
-        yield number, line
-
-
-def parquet() -> Any:
-    """The module of pyarrow. Raises NoWay without it."""
-    try:
-        import pyarrow.parquet
-    except ImportError as cause:
-        raise NoWay("Parquet needs pyarrow: install vignette with the extra [bulk]") from cause
-    return pyarrow.parquet

@@ -1,0 +1,120 @@
+"""Rows of lists and tables, as they stream. What is wrong with one is said in its place."""
+
+import codecs
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from runtime.errors import VignetteError
+from server.bulk.fetching import NoWay
+
+IMAGE = "image"  # the column of a list that has no names
+
+_LONGEST_LINE = 64 * 2**20  # a data URI of an image fits
+_ROWS = 8  # of a Parquet file that are held at a time: they may be large images
+_LARGE = 64 * 2**20  # bytes of a row group, any row of which may be as large: they come one by one
+csv.field_size_limit(_LONGEST_LINE)
+
+Check = Callable[[Iterable[str]], object]  # is told the names of columns
+
+
+class BrokenRow(VignetteError):
+    """A row is none, or names no image."""
+
+
+Rows = Iterator[tuple[int, Mapping[str, Any] | BrokenRow]]
+
+
+def lines(stream: Any) -> Rows:
+    """Of a file with a path or URL a line."""
+    for number, line in _bounded(stream):
+        if isinstance(line, BrokenRow):
+            yield number, line
+        elif name := line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").rstrip(b"\r\n"):
+            yield number, {IMAGE: name.decode("utf-8", "surrogateescape")}
+
+
+def json_rows(stream: Any) -> Rows:
+    """Of JSON lines."""
+    for number, line in _bounded(stream):
+        if isinstance(line, BrokenRow):
+            yield number, line
+        elif line.strip():
+            yield number, _object(line)
+
+
+def csv_rows(stream: Any, check: Check) -> Rows:
+    """Of CSV. Raises csv.Error and BrokenRow for a first line that is none."""
+    with io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as text:
+        reader = csv.DictReader(map(_whole, _bounded(text)))
+        check(reader.fieldnames or ())
+        number, ended = 0, False
+        while not ended:
+            number += 1
+            try:
+                yield number, next(reader)
+            except StopIteration:
+                ended = True
+            except (csv.Error, BrokenRow) as error:
+                yield number, BrokenRow(str(error))
+
+
+def parquet_rows(
+    stream: Any, check: Check, columns: Sequence[str], part: int | None = None
+) -> Rows:
+    """Of Parquet. part: a row group alone."""
+    file = parquet().ParquetFile(stream)
+    check(file.schema_arrow.names)
+    groups = range(file.num_row_groups) if part is None else [part]
+    number = sum(file.metadata.row_group(g).num_rows for g in range(part or 0))
+    for group in groups:
+        large = file.metadata.row_group(group).total_byte_size > _LARGE
+        for batch in file.iter_batches(1 if large else _ROWS, [group], columns):
+            for index in range(batch.num_rows):
+                number += 1
+                yield number, _cells(batch.slice(index, 1))
+
+
+def parquet() -> Any:
+    """The module of pyarrow. Raises NoWay without it."""
+    try:
+        import pyarrow.parquet
+    except ImportError as cause:
+        raise NoWay("Parquet needs pyarrow: install vignette with the extra [bulk]") from cause
+    return pyarrow.parquet
+
+
+def _object(line: bytes) -> Mapping[str, Any] | BrokenRow:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BrokenRow(f"this line is no JSON: {error}")
+    return found if isinstance(found, dict) else BrokenRow("this line is no JSON object")
+
+
+def _cells(row: Any) -> Mapping[str, Any] | BrokenRow:
+    try:
+        return row.to_pylist()[0]
+    except ValueError as error:  # of text that is no UTF-8, of times that Python has not
+        return BrokenRow(f"this row can't be read: {error}")
+
+
+def _bounded(stream: Any) -> Iterator[tuple[int, Any]]:
+    """Numbered lines, and a BrokenRow for one that no list has."""
+    number = 0
+    while line := stream.readline(_LONGEST_LINE):
+        number += 1
+        short = piece = line
+        while len(piece) == _LONGEST_LINE and ord(piece[-1:]) != ord("\n"):
+            short = BrokenRow(f"this line has over {_LONGEST_LINE // 2**20} MiB")
+            piece = stream.readline(_LONGEST_LINE)
+        yield number, short
+
+
+def _whole(numbered: tuple[int, str | BrokenRow]) -> str:
+    _, line = numbered
+    if isinstance(line, BrokenRow):
+        raise line
+    return line
