@@ -63,6 +63,16 @@ def opened(location: str) -> AbstractContextManager[BinaryIO]:
         raise NoWay(f"{location} can't be opened: {cause}") from cause
 
 
+def file_system(url: str) -> tuple[Any, str]:
+    """What fsspec reads a URL with, and the path there. Raises NoWay."""
+    try:
+        import fsspec
+
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as cause:
+        raise NoWay(f"{url} can't be opened: {cause}") from cause
+
+
 def fetch(location: str, limit: int) -> bytes:
     """An image's bytes. What a web server may give later is asked for again; file systems of
     fsspec do so themselves.

@@ -3,23 +3,44 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from threading import Event
-from typing import Any
 from urllib.parse import urlsplit
 
 from runtime.model.preprocess import SUFFIXES
-from server.bulk.fetching import is_url
+from server.bulk.fetching import file_system, is_url
 from server.bulk.items import Item
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file. name: relative to what was given. itself: it is what was given. wrong: why it, or a
+    folder, can't be read.
+    """
+
+    location: str
+    name: str
+    itself: bool = False
+    wrong: str | None = None
+
+    @property
+    def meant(self) -> bool:
+        """Whether it has a row: who names a file means it, whatever it is called."""
+        return self.itself or self.wrong is not None or self.suffix in SUFFIXES
+
+    @property
+    def suffix(self) -> str:
+        """In small letters."""
+        return PurePosixPath(self.name).suffix.lower()
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
     """The images that a path, folder or pattern means. skipped: counts of what is none, by suffix.
 
-    Whoever names a file means it, whatever it is called. Of a folder it is what is named like an
-    image, at any depth, without what is hidden: previews, caches, versions.
+    Of a folder or pattern it is what is named like an image, at any depth, without what is hidden:
+    previews, caches, versions.
     """
 
     path: str
@@ -27,23 +48,19 @@ class Files:
 
     def items(self) -> Iterator[Item]:
         """Each file, in the order of their names, folder by folder."""
-        for location, name in matches(self.path):
-            suffix = PurePosixPath(name).suffix.lower()
-            if suffix in SUFFIXES or name == location:
-                yield Item(plain(location), location, _stem(name if name != location else location))
+        for found in matches(self.path):
+            if found.wrong is not None:
+                yield Item(plain(found.location), wrong=found.wrong)
+            elif found.meant:
+                yield Item(plain(found.location), found.location, _stem(found.name))
             else:
-                self.skipped[suffix or name] += 1
+                self.skipped[found.suffix or found.name] += 1
 
     def count(self, over: Event) -> int | None:
         """How many there are, or None: elsewhere, listing them twice takes long."""
         if is_url(self.path):
             return None
-        found = (
-            PurePosixPath(name).suffix.lower() in SUFFIXES or name == location
-            for location, name in matches(self.path)
-            if not over.is_set()
-        )
-        return sum(found)
+        return sum(found.meant for found in matches(self.path) if not over.is_set())
 
 
 def plain(name: str) -> str:
@@ -88,47 +105,51 @@ def is_pattern(path: str) -> bool:
     return any(c in path for c in "*?[") and (is_url(path) or not os.path.lexists(path))
 
 
-def matches(path: str) -> Iterator[tuple[str, str]]:
-    """Files that a path, folder or pattern means, and their names relative to what was given."""
+def matches(path: str) -> Iterator[Found]:
+    """Files that a path, folder or pattern means. Raises NoWay."""
     return _remote(path) if is_url(path) else _local(path)
 
 
-def _local(path: str) -> Iterator[tuple[str, str]]:
+def _local(path: str) -> Iterator[Found]:
     if is_pattern(path):
         import glob
 
         for found in map(Path, sorted(glob.iglob(path, recursive=True))):  # noqa: PTH207 - any root
             if not found.is_dir():
-                yield str(found), found.name if found.is_absolute() else str(found)
+                yield Found(str(found), found.name if found.is_absolute() else str(found))
     elif Path(path).is_dir():
-        for file in _walk(Path(path)):
-            yield str(file), str(file.relative_to(path))
+        yield from _walk(Path(path))
     else:
-        yield path, path
+        yield Found(path, path, itself=True)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(top: Path) -> Iterator[Found]:
     """Its files at any depth, in order; also links that lead nowhere, which are told as such."""
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            if not entry.is_symlink():
-                yield from _walk(entry)
-        elif entry.is_file() or entry.is_symlink():
-            yield entry
+    left = [top]
+    while left:
+        entry = left.pop()
+        found = Found(str(entry), str(entry.relative_to(top)))
+        try:
+            if entry.is_dir():
+                if entry == top or not entry.is_symlink():
+                    left += sorted(_shown(entry), reverse=True)
+            elif entry.is_file() or entry.is_symlink():
+                yield found
+        except OSError as error:
+            yield replace(found, wrong=str(error))
 
 
-def _remote(url: str) -> Iterator[tuple[str, str]]:
+def _shown(folder: Path) -> Iterator[Path]:
+    return (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def _remote(url: str) -> Iterator[Found]:
     """The same over fsspec."""
-    import fsspec
-
-    system: Any
-    system, path = fsspec.core.url_to_fs(url)
+    system, path = file_system(url)
     if is_pattern(url):
         found = sorted(system.glob(path))
     elif PurePosixPath(path).suffix.lower() in SUFFIXES or not system.isdir(path):
-        yield url, url
+        yield Found(url, url, itself=True)
         return
     else:
         found = system.find(path)
@@ -136,4 +157,4 @@ def _remote(url: str) -> Iterator[tuple[str, str]]:
     for each in found:
         name = each.removeprefix(root)
         if not any(part.startswith(".") for part in PurePosixPath(name).parts):
-            yield system.unstrip_protocol(each), name
+            yield Found(system.unstrip_protocol(each), name)

@@ -15,21 +15,26 @@ from server.bulk.shards import Shard
 
 Part = Files | ListFile | Shard
 _SHARDS = (".tar", ".tar.gz", ".tgz")
+_BROKEN = (VignetteError, OSError, ValueError, csv.Error, RecursionError)
+_LISTS = (*ListFile.suffixes, *_SHARDS)  # files with several images
 
 
 class NoImages(VignetteError):
     """There is nothing to caption."""
 
 
-def parts(given: Iterable[str], columns: Columns, limit: int) -> list[Part]:
-    """A part for each argument. limit: bytes of an image in a shard.
+def parts(given: Iterable[str], columns: Columns, limit: int, output: str = "-") -> list[Part]:
+    """A part for each argument. limit: bytes of an image in a shard. output: where captions go;
+    a pattern does not mean that.
 
-    Raises NoImages for a path that does not exist.
+    Raises NoImages for a path that does not exist, or that is the output.
     """
     found: list[Part] = []
-    for path in dict.fromkeys(each for pattern in given for each in _expanded(pattern)):
+    for path in dict.fromkeys(each for pattern in given for each in _expanded(pattern, output)):
         if not (path == "-" or is_url(path) or is_pattern(path) or os.path.lexists(path)):
             raise NoImages(f"{path} does not exist")
+        if path.lower().endswith(_LISTS) and _same(path, output):
+            raise NoImages(f"{path} is the output: name another")
         if path == "-" or path.lower().endswith(ListFile.suffixes):
             found.append(ListFile(path, columns))
         elif path.lower().endswith(_SHARDS):
@@ -39,17 +44,24 @@ def parts(given: Iterable[str], columns: Columns, limit: int) -> list[Part]:
     return found
 
 
-def _expanded(path: str) -> list[str]:
-    """A pattern of lists or shards means each of them; one of images stays, it may mean millions.
+def _expanded(path: str, output: str) -> list[str]:
+    """A pattern of lists or shards means each of them, but not what an earlier run made of them;
+    one of images stays, it may mean millions.
 
     Raises NoImages if there is none.
     """
-    if not is_pattern(path) or not path.lower().endswith((*ListFile.suffixes, *_SHARDS)):
+    if not is_pattern(path) or not path.lower().endswith(_LISTS):
         return [path]
-    found = [file for file, _ in matches(path)]
+    made = (output, f"{output}.rows.jsonl")
+    found = [each.location for each in matches(path)]
+    found = [each for each in found if not any(_same(each, one) for one in made)]
     if not found:
         raise NoImages(f"nothing is called like {path}")
     return found
+
+
+def _same(path: str, other: str) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def split(parts: Iterable[Part]) -> list[Part]:
@@ -80,5 +92,7 @@ def items(parts: Iterable[Part]) -> Iterator[Item]:
             yield from map(_written, part.items())
         except (NoColumn, NoWay):
             raise
-        except (VignetteError, OSError, ValueError, csv.Error) as error:
+        except Exception as error:
+            if not (isinstance(error, _BROKEN) or is_url(part.path)):
+                raise  # each file system of fsspec has its own, what is here has these
             yield Item(plain(part.path), wrong=f"it can't be read to its end: {error}")

@@ -1,0 +1,104 @@
+"""Folders and patterns: which files they mean, and what those are called in the output."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from threading import Event
+
+import fsspec
+import pytest
+
+from server.bulk.fetching import NoWay
+from server.bulk.folders import Files
+from server.bulk.inputs import NoImages, items, parts
+from server.bulk.lists import Columns
+
+
+def read(*given, output="-"):
+    return list(items(parts(map(str, given), Columns(), 10**7, output)))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "README.md", "sub/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("given", [".", "*", "**"])
+def test_of_a_folder_or_pattern_only_images_are_meant(given, here):
+    files = Files(given)
+    assert "README.md" not in [item.id for item in files.items()]
+    assert files.skipped == {".md": 1}
+    assert [item.id for item in Files("README.md").items()] == ["README.md"]
+
+
+def test_a_name_leads_nowhere_else(here, monkeypatch):
+    monkeypatch.chdir(here / "sub")
+    [item] = read("../*.png")
+    assert (item.id, item.name) == ("../a.png", "a")
+    assert [item.name for item in read("../a.png", "..")] == ["a", "a", "sub/b"]
+
+
+def test_a_folder_that_can_not_be_read_fails_alone(here, monkeypatch):
+    listed = Path.iterdir
+
+    def iterdir(folder):
+        if folder.name == "closed":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    (here / "closed").mkdir()
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    found = read(here)
+    assert [item.name for item in found] == ["a", "", "sub/b"]
+    assert found[1].id == str(here / "closed")
+    assert "Permission denied" in found[1].wrong
+    assert Files(str(here)).count(Event()) == 3
+
+
+def test_a_folder_may_be_as_deep_as_the_system_lets_it(here):
+    depth = sys.getrecursionlimit() + 100
+    for _ in range(depth):
+        Path("d").mkdir()
+        os.chdir("d")
+    Path("deep.png").touch()
+    os.chdir(here)
+    [deep] = [item for item in read(".") if item.name.endswith("deep")]
+    subprocess.run(["rm", "-r", "d"], check=True)  # pytest could not
+    assert deep.id.count("/") == depth
+
+
+def test_what_a_run_has_made_is_no_input_of_the_next(here):
+    for name in ("1.tar", "out.tar", "list.csv", "all.csv", "list.jsonl", "all.csv.rows.jsonl"):
+        (here / name).touch()
+    assert [part.path for part in parts(["*.tar"], Columns(), 1, f"{here}/out.tar")] == ["1.tar"]
+    assert [part.path for part in parts(["*.csv"], Columns(), 1, "all.csv")] == ["list.csv"]
+    assert [part.path for part in parts(["*.jsonl"], Columns(), 1, "all.csv")] == ["list.jsonl"]
+    with pytest.raises(NoImages, match=r"out\.tar is the output: name another"):
+        parts(["out.tar"], Columns(), 1, "./out.tar")
+
+
+def test_a_package_that_is_missing_is_told(monkeypatch):
+    def none(*_):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", none)
+    with pytest.raises(NoWay, match="s3://bucket/photos can't be opened: Install s3fs"):
+        read("s3://bucket/photos")
+
+
+def test_what_a_file_system_raises_ends_its_part_alone(here, monkeypatch):
+    class Gone(Exception):
+        pass
+
+    def none(*_):
+        raise Gone("no such bucket")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", none)
+    bad, good = read("s3://bucket/photos", "a.png")
+    assert bad.wrong == "it can't be read to its end: no such bucket"
+    assert good.id == "a.png"
