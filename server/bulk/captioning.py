@@ -18,6 +18,7 @@ from server.bulk.items import Item, Outcome, ScoredCaption
 
 _FETCHES = 64  # of images elsewhere that wait to be captioned, beside those that are
 _AHEAD = 8  # times as many as run may wait for one before them, where the order is kept
+_HELD = 2**30  # bytes of items and images, above which no more are taken
 
 
 class UnfitItem(VignetteError):
@@ -65,14 +66,18 @@ class Captioning:
         """Raises what ended the run; closing it leaves what was not begun."""
         most = self._captioner.at_once + _FETCHES
         pool = ThreadPoolExecutor(most, "item")
-        remaining, running = iter(items), OrderedDict[Future[Outcome], None]()
+        remaining, running = iter(items), OrderedDict[Future[Outcome], Item]()
         held = most * _AHEAD if self._options.ordered else most
         try:
             while True:
                 unfinished = sum(not each.done() for each in running)
                 room = min(most - unfinished, held - len(running))
-                for item in islice(remaining, max(0, room)):
-                    running[pool.submit(self._outcome, item)] = None
+                size = sum(_size(*each) for each in running.items())
+                for item in islice(remaining, 0 if size > _HELD else max(0, room)):
+                    running[pool.submit(self._outcome, item)] = item
+                    size += _bytes(item)
+                    if size > _HELD:
+                        break
                 if not running:
                     return
                 yield from self._ended(running)
@@ -80,7 +85,7 @@ class Captioning:
             self._captioner.stop()
             pool.shutdown(cancel_futures=True)
 
-    def _ended(self, running: OrderedDict[Future[Outcome], None]) -> Iterator[Outcome]:
+    def _ended(self, running: OrderedDict[Future[Outcome], Item]) -> Iterator[Outcome]:
         """Those that have ended, at least one; where the order is kept, up to one that hasn't."""
         first = [next(iter(running))] if self._options.ordered else running
         wait(first, return_when=FIRST_COMPLETED)
@@ -129,6 +134,16 @@ class Captioning:
         finally:
             with self._lock:
                 del self._same[key]
+
+
+def _size(future: Future[Outcome], item: Item) -> int:
+    """Of what is held: of an image that lies elsewhere nothing until it has been captioned."""
+    ended = future.done() and future.exception() is None
+    return _bytes(item, future.result().image if ended else None)
+
+
+def _bytes(item: Item, image: bytes | None = None) -> int:
+    return sum(map(len, item.members.values())) or len(image or item.image)
 
 
 def same(digest: str, prompt: str | None) -> str:
