@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-_NOT_RUN = 2  # exit status
+_NOT_RUN, _INTERRUPTED = 2, 130  # exit statuses
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,12 @@ def main() -> int:
             file=sys.stderr,
         )
         return _NOT_RUN
-    run = importlib.import_module(command.module).main
-    return int(run(arguments) or 0)
+    try:
+        run = importlib.import_module(command.module).main
+        return int(run(arguments) or 0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
 
 
 def _usage() -> str:

@@ -120,13 +120,13 @@ def test_what_scales_and_is_scraped_is_there():
 
 
 def test_the_ray_job_is_a_command_that_there_is():
-    from server.bulk.command import _parser
+    from server.bulk.arguments import command_line
 
     [job] = documents(FOLDER / "ray" / "job.yaml")
     assert (job["kind"], job["apiVersion"]) == ("RayJob", CUSTOM["RayJob"])
     command, name, *arguments = job["spec"]["entrypoint"].split()
     assert (command, name) == ("vignette", "caption")
-    assert _parser().parse_args(arguments).ray == "auto"
+    assert command_line("").parse_args(arguments).ray == "auto"
     for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, **group["template"]}
         kubernetes_validate.validate(pod, "1.33", strict=True)

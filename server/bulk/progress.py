@@ -47,10 +47,8 @@ class Progress:
             print(meter, file=sys.stderr, flush=True)
 
     def _count(self) -> None:
-        total = 0
-        for part in self._parts:
-            count = part.count(self._over)
-            if count is None:
-                return
-            total += count
-        self._total = total
+        try:
+            counts = [part.count(self._over) for part in self._parts]
+        except Exception:  # whatever it is: the run reads the same, and says what is wrong
+            return
+        self._total = None if None in counts else sum(count or 0 for count in counts)
