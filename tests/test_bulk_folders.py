@@ -11,7 +11,7 @@ import pytest
 
 from server.bulk.fetching import NoWay
 from server.bulk.folders import Files
-from server.bulk.inputs import NoImages, items, parts
+from server.bulk.inputs import items, parts
 from server.bulk.lists import Columns
 
 
@@ -78,8 +78,6 @@ def test_what_a_run_has_made_is_no_input_of_the_next(here):
     assert [part.path for part in parts(["*.tar"], Columns(), 1, f"{here}/out.tar")] == ["1.tar"]
     assert [part.path for part in parts(["*.csv"], Columns(), 1, "all.csv")] == ["list.csv"]
     assert [part.path for part in parts(["*.jsonl"], Columns(), 1, "all.csv")] == ["list.jsonl"]
-    with pytest.raises(NoImages, match=r"out\.tar is the output: name another"):
-        parts(["out.tar"], Columns(), 1, "./out.tar")
 
 
 def test_a_package_that_is_missing_is_told(monkeypatch):

@@ -27,14 +27,12 @@ def parts(given: Iterable[str], columns: Columns, limit: int, output: str = "-")
     """A part for each argument. limit: bytes of an image in a shard. output: where captions go;
     a pattern does not mean that.
 
-    Raises NoImages for a path that does not exist, or that is the output.
+    Raises NoImages for a path that does not exist.
     """
     found: list[Part] = []
     for path in dict.fromkeys(each for pattern in given for each in _expanded(pattern, output)):
         if not (path == "-" or is_url(path) or is_pattern(path) or os.path.lexists(path)):
             raise NoImages(f"{path} does not exist")
-        if path.lower().endswith(_LISTS) and _same(path, output):
-            raise NoImages(f"{path} is the output: name another")
         if path == "-" or path.lower().endswith(ListFile.suffixes):
             found.append(ListFile(path, columns))
         elif path.lower().endswith(_SHARDS):
