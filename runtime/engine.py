@@ -47,7 +47,7 @@ _ENCODE_BATCH = 4  # for an engine built without a plan
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """Counts of a step: images encoded, sequences fed, sequences running and waiting after it."""
+    """Counts of a step: images encoded, rows fed, sequences running and waiting after it."""
 
     encoded: int
     rows: int
@@ -226,6 +226,7 @@ class Engine:
         for source, target in self.scheduler.compact(self.runner.bucket):
             self.runner.move(source, target)
         running = self.scheduler.running
+        rows = sum(len(sequence.slots) for sequence in running)
         if running:
             self._decode(running)
         ended = expired + self.scheduler.release_finished()
@@ -233,7 +234,7 @@ class Engine:
             del self._sequences[sequence.request.id]
         self._let_go()
         left, waiting = self.scheduler.running, self.scheduler.waiting
-        self.observer.stepped(StepReport(len(admitted), len(running), len(left), waiting))
+        self.observer.stepped(StepReport(len(admitted), rows, len(left), waiting))
         news = (sequence.output() for sequence in (*ended, *left))
         return [output for output in news if output is not None]
 

@@ -86,6 +86,15 @@ def test_holes_change_nothing_and_are_closed_only_for_a_smaller_bucket(requests,
     assert all(runner.bucket(fed) == runner.bucket(run) for run, fed in rows if run)
 
 
+def test_all_rows_of_a_request_are_reported():
+    engine, rows = fake_engine(EngineConfig(slots=8)), []
+    engine.observer.stepped = lambda report: rows.append(report.rows)
+    engine.submit(engine.request(image(1), num_beams=3, max_new_tokens=4))
+    engine.submit(engine.request(image(2), max_new_tokens=4, ignore_eos=True))
+    drained(engine)
+    assert max(rows) == 4
+
+
 def test_a_sequence_is_not_moved_where_that_saves_nothing():
     moves = {}
     for kind in (FakeRunner, Buckets):

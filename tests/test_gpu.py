@@ -187,7 +187,7 @@ def test_slots_fill_the_memory_up_to_a_bound():
     need = Memory(weights=600 * MIB, slot=10 * MIB, image=50 * MIB)
     slots, limit = need.budget(H100, None, most=64, batch=16)
     assert slots == 64
-    assert limit == int(H100.free * 0.9) - 65 * 10 * MIB
+    assert limit == int(H100.free * 0.9) - 768 * MIB - 65 * 10 * MIB
     assert need.budget(H100, 200, most=64, batch=16)[0] == 200
     small = Gpu(0, "small", (8, 6), "580", (13, 0), 4096 * MIB, 2600 * MIB)
     assert need.budget(small, None, most=64, batch=16)[0] == (2340 - 768 - 600 - 800 - 10) // 10

@@ -43,4 +43,4 @@ class Memory:
             )
         chosen = slots or min(most, fitting)
         log.info("%s; %d slots fit, %d are used", sum_, fitting, chosen)
-        return chosen, int(gpu.free * _SAFE) - (chosen + 1) * self.slot
+        return chosen, int(gpu.free * _SAFE) - self.fixed - (chosen + 1) * self.slot
