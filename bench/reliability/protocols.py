@@ -18,7 +18,7 @@ from bench.contestants.servers import free_port
 from bench.reliability.running import Verdict, said, sample, service
 
 _EACH = 2  # clients of each protocol
-_MODEL = "vignette-demo"
+MODEL = "vignette-demo"
 Ask = Callable[[], Awaitable[str]]
 
 
@@ -48,33 +48,38 @@ async def _asked_until(over: Awaitable[None], url: str, grpc_port: int) -> dict[
     """Ask with clients of each kind until `over`; each answer is "right", or what was wrong."""
     async with (
         aiohttp.ClientSession() as http,
-        triton.InferenceServerClient(f"127.0.0.1:{grpc_port}") as grpc,
+        client(grpc_port) as grpc,
     ):
-        await _ready(grpc)
+        await ready(grpc)
         kinds: dict[str, Ask] = {
             "streams": lambda: stream(http, url),
             "chat streams": lambda: _chat_stream(http, url),
-            "gRPC calls": lambda: _call(grpc),
+            "gRPC calls": lambda: call(grpc),
             "gRPC streams": lambda: _grpc_stream(grpc),
         }
         found: dict[str, list[str]] = {kind: [] for kind in kinds}
         ended = asyncio.Event()
 
-        async def client(kind: str) -> None:
+        async def asking(kind: str) -> None:
             while not ended.is_set():
                 try:
                     found[kind].append(await kinds[kind]())
                 except (aiohttp.ClientError, InferenceServerException, ValueError) as error:
                     found[kind].append(f"{type(error).__name__}: {error}")
 
-        clients = [asyncio.create_task(client(kind)) for kind in kinds for _ in range(_EACH)]
+        clients = [asyncio.create_task(asking(kind)) for kind in kinds for _ in range(_EACH)]
         await over
         ended.set()
         await asyncio.gather(*clients)
         return found
 
 
-async def _ready(grpc: triton.InferenceServerClient) -> None:
+def client(port: int) -> triton.InferenceServerClient:
+    """Triton's client, for a port of this machine."""
+    return triton.InferenceServerClient(f"127.0.0.1:{port}")
+
+
+async def ready(grpc: triton.InferenceServerClient) -> None:
     """Wait for gRPC, whose process is another than the one `service` has waited for."""
     while True:
         try:
@@ -111,7 +116,7 @@ async def _chat_stream(http: aiohttp.ClientSession, url: str) -> str:
     image = {"url": "data:image/png;base64," + b64encode(sample()).decode()}
     content = [{"type": "image_url", "image_url": image}]
     messages = [{"role": "user", "content": content}]
-    body = {"model": _MODEL, "stream": True, "messages": messages}
+    body = {"model": MODEL, "stream": True, "messages": messages}
     pieces = []
     async with http.post(f"{url}/v1/chat/completions", json=body) as answer:
         async for line in answer.content:
@@ -128,15 +133,16 @@ def _image() -> triton.InferInput:
     return made
 
 
-async def _call(grpc: triton.InferenceServerClient) -> str:
-    result = await grpc.infer(_MODEL, [_image()])
+async def call(grpc: triton.InferenceServerClient) -> str:
+    """One caption over gRPC: "right", or what was wrong."""
+    result = await grpc.infer(MODEL, [_image()])
     text = result.as_numpy("CAPTION")[0].decode()
     return "right" if text == said() else repr(text)
 
 
 async def _grpc_stream(grpc: triton.InferenceServerClient) -> str:
     async def requests():  # type: ignore[no-untyped-def]
-        yield {"model_name": _MODEL, "inputs": [_image()]}
+        yield {"model_name": MODEL, "inputs": [_image()]}
 
     texts: list[str] = []
     async for result, error in grpc.stream_infer(requests()):

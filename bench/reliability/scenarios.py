@@ -5,6 +5,7 @@ from collections.abc import Callable
 from bench.reliability import (
     admission,
     beside,
+    calls,
     clients,
     cluster,
     endurance,
@@ -49,4 +50,5 @@ SCENARIOS: dict[str, tuple[int, Callable[..., Verdict]]] = {
     "all attacks for two hours": (30, beside.siege),
     "a worker killed under streams and gRPC": (31, protocols.killed_under_streams),
     "replicas and nodes of a cluster that die": (32, cluster.dying_cluster),
+    "gRPC calls that are held, wrong or left": (33, calls.held_calls),
 }
