@@ -5,12 +5,12 @@ import statistics
 from collections.abc import AsyncIterator
 
 import grpc
+from tritonclient.grpc import service_pb2 as pb
 
 from bench.contestants.servers import free_port
 from bench.reliability.load import Clients, after
 from bench.reliability.protocols import MODEL, call, client, ready
 from bench.reliability.running import Service, Verdict, said, sample, service
-from server.grpc.stubs import grpc_service_pb2 as pb
 
 _HONEST, _SECONDS = 8, 2.0
 _SILENT, _LEFT, _WRONG = 400, 60, 8  # calls of each kind, per round
