@@ -26,7 +26,7 @@ COMMANDS = {
         "a GIT checkpoint, to an engine folder", "export.__main__",
         ("onnxruntime", "torch", "optimum"), "export,cpu",
     ),
-    "tune": Command("an engine, to this machine", "runtime.planning.tune"),
+    "tune": Command("an engine, to this machine", "runtime.tune"),
     "evaluate": Command(
         "what settings do to captions, on pictures that people described", "bench.quality.command",
         ("onnxruntime", "pycocoevalcap", "nltk"), "quality,cpu",

@@ -55,12 +55,13 @@ def test_imports_run_one_way(package):
                 assert known, f"{name} imports {module}"
 
 
-def test_rooms_of_the_server_do_not_import_each_other_in_circles():
-    rooms = {p.name for p in (ROOT / "server").iterdir() if p.is_dir()}
+@pytest.mark.parametrize("package", ["runtime", "server"])
+def test_rooms_do_not_import_each_other_in_circles(package):
+    rooms = {p.name for p in (ROOT / package).iterdir() if p.is_dir()}
     needs: dict[str, set[str]] = {}
-    for path in files("server"):
-        of = path.relative_to(ROOT / "server").parts[0].removesuffix(".py")
-        modules = (m.split(".")[1] for m in imports(path) if m.startswith("server."))
+    for path in files(package):
+        of = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        modules = (m.split(".")[1] for m in imports(path) if m.startswith(f"{package}."))
         needs.setdefault(of, set()).update(set(modules) - {of})
     while free := {room for room in needs if not needs[room] & needs.keys()}:
         for room in free:

@@ -14,7 +14,7 @@ from runtime.planning import plan as plans
 from runtime.planning.config import EngineConfig
 from runtime.planning.machine import Machine, quota, this_machine
 from runtime.planning.plan import default, resolve, suitable
-from runtime.planning.tune import main, tune
+from runtime.tune import main, tune
 from runtime.providers import registry
 
 AUTO = EngineConfig()
@@ -120,7 +120,7 @@ def test_a_plan_is_not_made_for_what_is_no_engine(tmp_path, capsys):
 
 
 def test_an_old_processor_is_never_given_saturating_products(folder, monkeypatch, caplog):
-    monkeypatch.setattr("runtime.planning.tune.this_machine", lambda: OLD)
+    monkeypatch.setattr("runtime.tune.this_machine", lambda: OLD)
     assert "int8" not in tune(folder, slots=2).plan.combination.rpartition("/")[0]
     rows = json.loads((folder / "plan.json").read_text())["measured"]
     assert {r["combination"] for r in rows} == {EXACT, "fp32/fp32/int8"}
@@ -130,7 +130,7 @@ def test_an_old_processor_is_never_given_saturating_products(folder, monkeypatch
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_before_measuring(folder, monkeypatch, capsys):
-    monkeypatch.setattr("runtime.planning.tune.os.access", lambda *_: False)
+    monkeypatch.setattr("runtime.tune.os.access", lambda *_: False)
     assert main([str(folder)]) == 1
     assert "can't be written to" in capsys.readouterr().err
 
