@@ -97,6 +97,7 @@ def test_scores_are_judged_by_how_well_they_tell_right_from_wrong():
     assert told_apart(good) == 1.0
     assert told_apart([(s, not right) for s, right in good]) == 0.0
     assert told_apart([(-2.0, False), (-1.0, True), (-0.5, False), (-0.1, True)]) == 0.75
+    assert told_apart([(-1.0, False), (-1.0, True)]) == 0.5
     many = [(float(n), n >= 50) for n in range(100)]
     parts = tenths(many)
     assert [share for _, share in parts] == [0.0] * 5 + [1.0] * 5

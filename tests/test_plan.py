@@ -14,8 +14,8 @@ from runtime.planning import plan as plans
 from runtime.planning.config import EngineConfig
 from runtime.planning.machine import Machine, quota, this_machine
 from runtime.planning.plan import default, resolve, suitable
-from runtime.tune import main, tune
 from runtime.providers import registry
+from runtime.tune import main, tune
 
 AUTO = EngineConfig()
 OLD = Machine("old", 4, ("avx2",))

@@ -113,7 +113,9 @@ def _wait_until_it_answers(
             continue
         words = len(answer["caption"].split())  # with random weights, each word is one token
         if contestant.tokens not in (None, words):
-            raise ServerFailed(f"{contestant.name} did not generate {TOKENS} tokens: {answer}")
+            raise ServerFailed(
+                f"{contestant.name} did not generate {contestant.tokens} tokens: {answer}"
+            )
         return
     raise ServerFailed(f"{contestant.name} did not answer in {_START_SECONDS} s: {reason}")
 

@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,14 @@ def tenths(answers: list[tuple[float, bool]]) -> list[tuple[float, float]]:
 
 
 def told_apart(answers: list[tuple[float, bool]]) -> float:
-    """Area under the ROC curve: how often a right answer scores higher than a wrong one. answers:
-    (score, right), sorted; 1 if all are right, or all wrong.
+    """Area under the ROC curve: how often a right answer scores higher than a wrong one, of equal
+    scores half. answers: (score, right), sorted; 1 if all are right, or all wrong.
     """
-    below = higher = pairs = 0
-    wrong = sum(not right for _, right in answers)
-    for _, right in answers:
-        if right:
-            higher += below
-            pairs += wrong
-        else:
-            below += 1
+    below, higher = 0, 0.0
+    for _, equal in itertools.groupby(answers, key=itemgetter(0)):
+        judged = [right for _, right in equal]
+        right, wrong = sum(judged), len(judged) - sum(judged)
+        higher += right * (below + wrong / 2)
+        below += wrong
+    pairs = below * (len(answers) - below)
     return higher / pairs if pairs else 1.0
