@@ -1,4 +1,4 @@
-"""What may be asked for besides images: the fields of a request, whatever protocol has them."""
+"""Fields of a request besides its images, shared by all protocols."""
 
 import re
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,12 +21,12 @@ from server.bodies import shown
 
 _KINDS = {"str", "bool", "int", "float"}
 _FIELDS = 64  # more than any request has
-_DIGITS = 9  # of a number of tokens
+_DIGITS = 9  # of a token count
 _MOST_DIGITS = 19  # of any number: a seed has 63 bits
 
 
 def _whole(value: Any) -> Any:
-    """Digits as forms and queries send them, as an int; all else as it is."""
+    """Convert digits, as forms and queries send them, to an int; return all else unchanged."""
     if isinstance(value, str):
         value = value.strip()
         if value.isascii() and value.isdecimal() and len(value) <= _MOST_DIGITS:
@@ -35,7 +35,7 @@ def _whole(value: Any) -> Any:
 
 
 def _flag(value: Any) -> Any:
-    """true and false as forms and queries send them; all else as it is."""
+    """Convert true and false, as forms and queries send them; return all else unchanged."""
     known = {"true": True, "false": False}
     return known.get(value.lower(), value) if isinstance(value, str) else value
 
@@ -54,8 +54,8 @@ Shape = TypeVar("Shape", bound=BaseModel)
 
 
 def checked(shape: type[Shape], fields: dict[str, Any]) -> Shape:
-    """The fields of a request. Raises InvalidRequest naming what is wrong."""
-    if len(fields) > _FIELDS:  # an error for each takes long to make
+    """Validate the fields of a request. Raises InvalidRequest naming what is wrong."""
+    if len(fields) > _FIELDS:  # building an error for each takes long
         raise InvalidRequest(f"{len(fields)} fields: there are {', '.join(shape.model_fields)}")
     try:
         return shape.model_validate(fields)
@@ -65,19 +65,19 @@ def checked(shape: type[Shape], fields: dict[str, Any]) -> Shape:
             name, there = ".".join(map(str, errors[0]["loc"])), ", ".join(shape.model_fields)
             raise InvalidRequest(f"unknown field {shown(name)}: there are {there}") from None
         place = _place(errors[0])
-        same = [each["msg"] for each in errors if _place(each) == place]  # of a union, one for each
+        same = [each["msg"] for each in errors if _place(each) == place]  # one per union member
         said = ", or ".join(dict.fromkeys(message.removeprefix("Input ") for message in same))
         raise InvalidRequest(f"the field {shown(place)} {said}") from None
 
 
 def _place(error: Any) -> str:
-    """Where it is, by fields and indices, without what pydantic calls the kinds of a union."""
+    """The error's place by fields and indices, without pydantic's names of union members."""
     parts = map(str, error["loc"])
     return ".".join(p for p in parts if p not in _KINDS and re.fullmatch("[a-z_]+|[0-9]+", p))
 
 
 class CaptionFields(BaseModel):
-    """What to do with an image."""
+    """Options of a caption request."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -152,7 +152,7 @@ class CaptionFields(BaseModel):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Fields of SamplingParams that were given."""
+        """The given fields of SamplingParams."""
         return self.model_dump(include=SAMPLING, exclude_unset=True)
 
     @model_validator(mode="before")

@@ -1,4 +1,4 @@
-"""What is answered: made of these types, and described by them in OpenAPI."""
+"""Response types, which are also the schemas of the OpenAPI document."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from server.service.model import Model
 
 
 class Usage(Struct):
-    """Tokens, without the start and end tokens."""
+    """Token counts, excluding the start and end tokens."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -21,26 +21,26 @@ class Usage(Struct):
 
     @classmethod
     def of(cls, prompt: int, completion: int) -> "Usage":
-        """Tokens of the prompt, and of all that was generated."""
+        """prompt: tokens of the prompt. completion: tokens generated."""
         return cls(prompt, completion, prompt + completion)
 
 
 class TokenLogprob(Struct):
-    """A token as the vocabulary has it, and its log-probability."""
+    """A token, spelled as in the vocabulary, and its log-probability."""
 
     token: str
     logprob: float
 
 
 class ChosenToken(TokenLogprob):
-    """A token of the caption, and the likeliest in its place."""
+    """A token of the caption, and the most likely tokens at its position."""
 
     top: list[TokenLogprob]
 
 
 class AnotherCaption(Struct, kw_only=True):
     """One of several captions. score: mean log-probability of its tokens, the end token included;
-    score_sum: the sum of them. logprobs: only if they were asked for.
+    score_sum: their sum. logprobs: present only if requested.
     """
 
     caption: str
@@ -51,7 +51,7 @@ class AnotherCaption(Struct, kw_only=True):
 
 
 class Milliseconds(Struct):
-    """Where a request's time went."""
+    """Milliseconds that a request spent in each stage, and in total."""
 
     queue: float
     preprocess: float
@@ -61,13 +61,13 @@ class Milliseconds(Struct):
 
     @classmethod
     def of(cls, timing: Timing, total_s: float) -> "Milliseconds":
-        """total_s: seconds."""
+        """total_s: the total in seconds."""
         seconds = {**timing.stages, "total": total_s}
         return cls(**{stage: round(1e3 * value, 2) for stage, value in seconds.items()})
 
 
 class CaptionAnswer(AnotherCaption, kw_only=True):
-    """A caption; of several the best or first, and all of them in `captions`."""
+    """A caption; if there are several, the best or first, with all of them in `captions`."""
 
     model: str
     usage: Usage
@@ -78,7 +78,7 @@ class CaptionAnswer(AnotherCaption, kw_only=True):
     def of(
         cls, caption: Caption, model: str, tokenizer: CaptionTokenizer, total_s: float
     ) -> "CaptionAnswer":
-        """total_s: seconds from the end of the request's body to now."""
+        """total_s: seconds since the end of the request's body."""
         captions = caption, *caption.others
         return cls(
             **_told(caption, tokenizer),
@@ -92,7 +92,7 @@ class CaptionAnswer(AnotherCaption, kw_only=True):
 
 
 def _told(caption: Caption, tokenizer: CaptionTokenizer) -> dict[str, Any]:
-    """Fields of AnotherCaption."""
+    """The fields of AnotherCaption."""
 
     def likely(candidates: Sequence[tuple[int, float]]) -> list[TokenLogprob]:
         return [TokenLogprob(tokenizer.token(token), logprob) for token, logprob in candidates]
@@ -111,7 +111,7 @@ def _told(caption: Caption, tokenizer: CaptionTokenizer) -> dict[str, Any]:
     }
 
 
-_OURS = ("epoch", "facts")  # of WorkerState, which are not told, or one by one
+_OURS = ("epoch", "facts")  # fields of WorkerState: epoch is internal, facts are listed one by one
 WorkerAnswer = defstruct(
     "WorkerAnswer",
     [(each.name, each.type) for each in fields(WorkerState) if each.name not in _OURS]
@@ -121,13 +121,13 @@ WorkerAnswer = defstruct(
 
 
 def worker_answer(worker: WorkerState) -> Any:
-    """A WorkerAnswer."""
+    """The WorkerAnswer of a worker."""
     told = asdict(worker) | ({} if worker.facts is None else asdict(worker.facts))
     return WorkerAnswer(**{name: value for name, value in told.items() if name not in _OURS})
 
 
 class ReadyAnswer(Struct):
-    """The state of the server, of each model by its name, and of each worker."""
+    """State of the server, of each model by name, and of each worker."""
 
     status: str
     models: dict[str, str]
@@ -135,8 +135,8 @@ class ReadyAnswer(Struct):
 
 
 class ModelAnswer(Struct, kw_only=True):
-    """A model as OpenAI lists its own, and what its captions depend on, which is known once it has
-    served. slots: of all its engines.
+    """A model in OpenAI's list format. slots: total over its engines. engine, precision: what its
+    captions depend on, known once it has served.
     """
 
     id: str
@@ -150,7 +150,7 @@ class ModelAnswer(Struct, kw_only=True):
 
     @classmethod
     def of(cls, model: Model) -> "ModelAnswer":
-        """As it is now."""
+        """The model's current state."""
         facts = model.facts
         return cls(
             id=model.name,
@@ -169,13 +169,13 @@ class ModelsAnswer(Struct):
 
 
 class ErrorDetail(Struct):
-    """code: for programs. message: what was wrong, and what to do."""
+    """code: machine-readable. message: what was wrong, and what to do."""
 
     code: str
     message: str
 
 
 class ErrorAnswer(Struct):
-    """Every error, of every route but those of other protocols."""
+    """The error response of every route except those of other protocols."""
 
     error: ErrorDetail

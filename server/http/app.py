@@ -1,4 +1,4 @@
-"""Routes."""
+"""The HTTP applications: routes and access log."""
 
 import logging
 from typing import cast
@@ -11,8 +11,8 @@ from server.http.handler import Handler
 from server.logs import plain
 from server.service.service import Service
 
-_MODEL = "(.+?)(?:/versions/1)?"  # a name may hold slashes
-_PATH, _METHOD = 200, 20  # characters that are logged
+_MODEL = "(.+?)(?:/versions/1)?"  # names may contain slashes
+_PATH, _METHOD = 200, 20  # characters logged
 log = logging.getLogger(__name__)
 
 _OPS: list[tuple[str, type[Handler]]] = [
@@ -23,7 +23,7 @@ _OPS: list[tuple[str, type[Handler]]] = [
 
 
 def make_app(service: Service) -> tornado.web.Application:
-    """The public application for one service; tests make theirs with the same function."""
+    """The public application for one service; tests use it, too."""
     routes: list[tuple[str, type[Handler]]] = [
         (r"/", hub.HubHandler),
         (r"/openapi.json", pages.OpenApiHandler),
@@ -43,25 +43,25 @@ def make_app(service: Service) -> tornado.web.Application:
 
 
 def make_ops_app(service: Service) -> tornado.web.Application:
-    """Health and metrics alone, for a port of their own."""
+    """The application of a separate ops port: health and metrics only."""
     return _app(service, _OPS)
 
 
 def _app(service: Service, routes: list[tuple[str, type[Handler]]]) -> tornado.web.Application:
-    networks(service.settings.trusted_proxies)  # a wrong one is told before anything is served
+    networks(service.settings.trusted_proxies)  # fail on an invalid network before serving
     parts = {"service": service}
     return tornado.web.Application(
         [(path, handler, parts) for path, handler in routes],
         default_handler_class=pages.NotFoundHandler,
         default_handler_args=parts,
-        late={},  # connections that wait for no caption
-        unread={},  # connections that don't take their answers
+        late={},  # connections held back by a rate limit
+        unread={},  # connections whose client is not reading the answer
         log_function=_log if service.settings.access_log else lambda handler: None,
     )
 
 
 def _log(handler: tornado.web.RequestHandler) -> None:
-    """A line for a request, with the same as fields for those who read JSON."""
+    """Log a line for a request, with the same values as fields for JSON logs."""
     ours, request = cast(Handler, handler), handler.request
     fields = {
         "method": plain(request.method or "", _METHOD),

@@ -30,14 +30,14 @@ from server.service.service import Images
 from server.streams import growing
 from server.tasks import gather_or_cancel
 
-_MOST_LOGPROBS = 160  # at each place of all captions of several images
-_VISIT = 8 * 1024  # characters of an answer that count as a visit
-_ACCEPT = 1000  # characters of that header that are looked at
+_MOST_LOGPROBS = 160  # images times n times logprobs of a request with several images
+_VISIT = 8 * 1024  # characters of an answer charged as one visit
+_ACCEPT = 1000  # characters of the Accept header that are parsed
 _WEIGHT = re.compile(r"[01](\.[0-9]{0,3})?")
 
 
 class CaptionHandler(IntakeHandler):
-    """Takes the image as raw body, as multipart form or as base64 in JSON."""
+    """Accepts the image as a raw body, as a multipart form or as base64 in JSON."""
 
     def check_head(self) -> None:
         """Raises InvalidRequest or UnsupportedMediaType."""
@@ -45,7 +45,7 @@ class CaptionHandler(IntakeHandler):
         check_media_type(self._kind)
 
     async def serve(self, body: bytes) -> None:
-        """Answer with the caption, as JSON or, for `Accept: text/plain`, as it is."""
+        """Answer with the caption as JSON, or as plain text for `Accept: text/plain`."""
         started = time.perf_counter()
         wanted = parsed(await self._parts(body), query_fields(self.request))
         del body
@@ -76,7 +76,7 @@ class CaptionHandler(IntakeHandler):
     async def _several(
         self, model: Model, wanted: ParsedRequest, streams: bool, started: float
     ) -> None:
-        """Answer with a list: of each image its caption, or what was wrong with it."""
+        """Answer with a list that has a caption or an error for each image."""
         if streams or model.manifest.sizes.frames:
             raise InvalidRequest("several images go without stream, and with models of one image")
         told = len(wanted.images) * (wanted.fields.n or 1) * (wanted.fields.logprobs or 0)
@@ -100,7 +100,7 @@ class CaptionHandler(IntakeHandler):
         await self._finish(f'{{"results": [{", ".join(texts)}]}}')
 
     async def _finish(self, text: str) -> None:
-        """Answer with JSON; a long one costs as much as several requests for something else."""
+        """Answer with JSON; a long answer is charged as several visits."""
         if visits := len(text) // _VISIT:
             await self.paced(visits)
         self.finish_json(text)
@@ -129,7 +129,7 @@ class CaptionHandler(IntakeHandler):
     async def _stream(
         self, model: Model, request: GenerationRequest, images: Images, started: float
     ) -> None:
-        """Answer with an event for each token, and one with all that the JSON answer holds."""
+        """Answer with an event for each token, then one that holds the whole JSON answer."""
         try:
             async with aclosing(
                 self.service.generate(model, request, images, self.client)
@@ -153,11 +153,11 @@ class CaptionHandler(IntakeHandler):
         return answer
 
     async def _parts(self, body: bytes) -> Parts:
-        """The body taken apart, in pieces or by another process."""
+        """Parse the body, in pieces or in another process, so as not to block the event loop."""
         if not body:
             raise InvalidRequest("the body is empty: send an image")
         if self._kind == FORM:
-            self.hold(len(body))  # the images are copied from it
+            self.hold(len(body))  # the images are copied out of it
             parts = Parts()
             for _ in read_form(body, self._boundary, parts):
                 await asyncio.sleep(0)
@@ -175,7 +175,7 @@ class CaptionHandler(IntakeHandler):
 
 
 def _check_clip(model: Model, wanted: ParsedRequest) -> None:
-    """Raise InvalidRequest or NoVideo for a clip that this model, or this server, does not take."""
+    """Raise InvalidRequest or NoVideo for a clip that this model or server does not accept."""
     clip = next((each for each in wanted.images if isinstance(each, Clip)), None)
     if clip is None:
         return
@@ -190,12 +190,12 @@ def _check_clip(model: Model, wanted: ParsedRequest) -> None:
 
 
 def _prefers_text(accept: str) -> bool:
-    """Whether text/plain is asked for by name, and above JSON (RFC 9110, 12.5.1)."""
+    """Whether Accept names text/plain with more weight than JSON (RFC 9110, 12.5.1)."""
     weights: dict[str, float] = {}
     for place, part in enumerate(accept.split(",")):
         kind, *parameters = (p.strip().lower() for p in part.split(";"))
         weight = next((p.removeprefix("q=") for p in parameters if p.startswith("q=")), "1")
-        # Of equal ones the first counts as wanted more.
+        # Of equal weights the first listed wins.
         weights[kind] = float(weight) - place * 1e-6 if _WEIGHT.fullmatch(weight) else 0
     json_weight = max(weights.get(k, 0) for k in ("application/json", "application/*", "*/*"))
     return weights.get("text/plain", 0) > max(json_weight, 0)

@@ -1,4 +1,4 @@
-"""A service elsewhere, as its clients see it."""
+"""Client of a remote service."""
 
 import http.client
 import json
@@ -12,16 +12,16 @@ from runtime.errors import VignetteError
 from server.http.answers import ModelsAnswer
 
 _MOST_CONNECTIONS = 256
-_SECONDS = 120.0  # for one answer
+_SECONDS = 120.0  # timeout of each socket operation
 
 
 class ServiceFailed(VignetteError):
-    """The service can't be reached, is none of ours, or wants a key."""
+    """The service can't be reached, is not a Vignette service, or requires a key."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteService:
-    """A service by its URL. `connections` keep it busy; `identity` decides what it says."""
+    """A service. connections: how many keep it busy. identity: what decides its captions."""
 
     url: str
     key: str | None
@@ -30,12 +30,12 @@ class RemoteService:
 
     @property
     def model(self) -> str:
-        """Which captions there."""
+        """Name of the model that captions there."""
         return self.identity["model"]
 
     @classmethod
     def at(cls, url: str, key: str | None = None, model: str | None = None) -> "RemoteService":
-        """Ask the service what it is. model: which of its models, or its first.
+        """Look up a model of the service. model: its name, or None for the service's first.
 
         Raises ServiceFailed.
         """
@@ -60,7 +60,7 @@ class RemoteService:
 
 
 class Connection:
-    """Kept open from request to request; one thread uses it."""
+    """A keep-alive connection to a service, for use by one thread."""
 
     def __init__(self, url: str, key: str | None) -> None:
         self.url = url.rstrip("/")
@@ -83,12 +83,12 @@ class Connection:
     def ask(
         self, method: str, path: str, body: bytes | None = None
     ) -> tuple[int, float, dict[str, Any]]:
-        """Status, seconds to wait if it is to be asked again, and the JSON that was answered."""
+        """Send a request; returns status, seconds to wait before a retry, and the JSON answer."""
         self._http.request(method, self._base + path, body, self._headers)
         response = self._http.getresponse()
         content = response.read()
         return response.status, float(response.headers.get("Retry-After", 1)), json.loads(content)
 
     def close(self) -> None:
-        """The next request opens a new one."""
+        """Close the connection; the next request opens a new one."""
         self._http.close()

@@ -1,4 +1,4 @@
-"""What a caption request asks for, whichever way it was sent: its fields, checked."""
+"""Validated fields of a caption request, in whichever format it was sent."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ _RAW_TYPES = ("", "application/octet-stream", URLENCODED)
 
 
 def check_media_type(kind: str) -> None:
-    """Raise UnsupportedMediaType for what is no image, form or JSON."""
+    """Raise UnsupportedMediaType for a body that is no image, clip, form or JSON."""
     if kind not in (*_RAW_TYPES, JSON, FORM) and not kind.startswith(("image/", VIDEO)):
         raise UnsupportedMediaType(
             f"Content-Type {shown(kind)} is not taken: send image/*, video/*, "
@@ -28,7 +28,7 @@ def check_media_type(kind: str) -> None:
 
 
 def query_fields(request: httputil.HTTPServerRequest) -> dict[str, Any]:
-    """Fields of the query, and of the headers that stand for some. Raises InvalidRequest."""
+    """Fields from the query, and from headers that set a field. Raises InvalidRequest."""
     fields = {}
     for name, values in request.query_arguments.items():
         if len(values) > 1:
@@ -42,11 +42,11 @@ def query_fields(request: httputil.HTTPServerRequest) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """What to do, and with what. images: encoded, or where they are to be fetched. listed: sent as
-    a list, to be answered as one.
+    """A parsed caption request. images: encoded, or URLs to fetch. listed: the images were sent as
+    a list, so the answer is one, too.
 
-    prompts: of each image, where they are asked for one by one; fields.prompt is that of those
-    which have none.
+    prompts: one per image, if the images have prompts of their own; an empty one stands for
+    fields.prompt.
     """
 
     fields: CaptionFields
@@ -55,12 +55,12 @@ class ParsedRequest:
     listed: bool = False
 
     def is_list(self, frames: int | None) -> bool:
-        """Whether each image is to be answered for itself. frames: that the model takes."""
+        """Whether each image gets its own answer. frames: how many the model takes, or None."""
         return self.listed or (len(self.images) > 1 and not frames)
 
     @property
     def alone(self) -> Images:
-        """What is captioned together."""
+        """The images that are captioned together, or the URL of one."""
         first = self.images[0]
         if isinstance(first, str):
             return first
@@ -68,7 +68,7 @@ class ParsedRequest:
 
 
 def parsed(parts: Parts, query: dict[str, Any]) -> ParsedRequest:
-    """Fields of the body count above those of the query.
+    """The request of a body and a query; fields of the body take precedence.
 
     Raises InvalidRequest naming what is wrong.
     """

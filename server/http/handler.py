@@ -1,4 +1,4 @@
-"""What all handlers share: the service, errors in one JSON shape, and patience with its end."""
+"""Base of all handlers: access to the service, errors in one JSON shape, rate limits."""
 
 import asyncio
 import json
@@ -23,34 +23,34 @@ from server.service.service import Service
 log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.2
-_UNREAD_SECONDS = 2.0  # that an answer may lie unread before its connection makes room for others
+_UNREAD_SECONDS = 2.0  # after which the connection of an unread answer may be closed for a new one
 _ETAGS = 1000  # characters of If-None-Match
-_LATE = 256  # connections that wait for no caption: who is hung up on comes again at once
+_LATE = 256  # connections held back: a client whose connection is closed reconnects at once
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 def _bare(error: BaseException) -> BaseException:
-    """An error without what led to it."""
+    """The error without its traceback, cause and context."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error
 
 
 def as_json(content: Any) -> str:
-    """As people can read it, UTF-8 as it is. content: dicts, lists or types of ours."""
+    """Readable JSON with unescaped UTF-8. content: dicts, lists or msgspec structs."""
     return json.dumps(to_builtins(content), ensure_ascii=False)
 
 
-@tornado.web.stream_request_body  # or Tornado would parse bodies that nobody asked for
+@tornado.web.stream_request_body  # else Tornado parses bodies that no handler wants
 class Handler(tornado.web.RequestHandler):
-    """Base of our handlers."""
+    """Base class of all handlers."""
 
     def initialize(self, service: Service) -> None:
-        """Tornado passes the service of the app here."""
+        """Called by Tornado with the application's service."""
         self.service = service
         self.name = ""
-        self.streamed = 0  # bytes that were written before the end
-        self.model = ""  # the name of the one that is asked
-        self.code = "ok"  # or of the error that is answered
+        self.streamed = 0  # bytes written before finish()
+        self.model = ""  # the name of the requested model
+        self.code = "ok"  # or the code of the error answered
         self.key: str | None = None  # the name of the client's API key
         peer = self.request.remote_ip or ""
         self.address = address_of(
@@ -59,16 +59,16 @@ class Handler(tornado.web.RequestHandler):
             networks(service.settings.trusted_proxies),
         )
         self._refusing = False
-        self._timer: asyncio.TimerHandle | None = None  # of a refusal that waits
+        self._timer: asyncio.TimerHandle | None = None  # of a delayed refusal
 
     def set_default_headers(self) -> None:
-        """Nothing that is answered is to be guessed at or kept."""
+        """Forbid MIME sniffing and caching, and omit the Server header."""
         self.set_header("X-Content-Type-Options", "nosniff")
         self.set_header("Cache-Control", "no-store")
         self.clear_header("Server")
 
     def prepare(self) -> None:
-        """Every request has a number, its client's or ours, that is answered and logged."""
+        """Set the request id, the client's or a new one, which is returned and logged."""
         given = self.request.headers.get("X-Request-Id", "")
         self.name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         request_id.set(self.name)
@@ -76,11 +76,11 @@ class Handler(tornado.web.RequestHandler):
 
     @property
     def client(self) -> str:
-        """With whom the request shares its turns: all of one key, or of one address."""
+        """The client for fairness and rate limits: its API key's name, or its address group."""
         return self.key or group_of(self.address)
 
     def _set_common_headers(self) -> None:
-        """Tornado forgets all headers before it answers an error."""
+        """Set headers of every answer; again for errors, as Tornado clears all headers then."""
         if self.name:
             self.set_header("X-Request-Id", self.name)
         allowed = self.service.settings.cors_origins
@@ -88,7 +88,7 @@ class Handler(tornado.web.RequestHandler):
             self.set_header(name, value)
 
     async def options(self, *path: str) -> None:
-        """What a browser asks before a page of another origin may send its request."""
+        """Answer a browser's CORS preflight request; 405 if CORS is off."""
         await self.paced()
         if not self.service.settings.cors_origins:
             raise tornado.web.HTTPError(405)
@@ -98,20 +98,20 @@ class Handler(tornado.web.RequestHandler):
         self.finish()
 
     def check_etag_header(self) -> bool:
-        """Whether the client has this answer already; a header that takes long to read is none."""
+        """Whether the client has this answer already; an overlong If-None-Match is ignored."""
         given = self.request.headers.get("If-None-Match", "")
         return len(given) <= _ETAGS and super().check_etag_header()
 
     def head(self, *path: str) -> Awaitable[None] | None:
-        """Where there is something to get: the same without the body, which Tornado leaves out."""
+        """Same as GET; Tornado leaves out the body."""
         return self.get(*path)
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
-        """A body is dropped as it comes, where none is wanted."""
+        """Drop the body: only subclasses that override this want one."""
         return None
 
     def finish(self, chunk: str | bytes | dict | None = None) -> "asyncio.Future[None]":
-        """Answer; a client that does not take its answer is cut off, and counts until then."""
+        """Answer; unread bytes count against the client until it reads them or is cut off."""
         written = super().finish(chunk)
         stream = self.request.connection.stream  # type: ignore[union-attr]
         if stream.writing():
@@ -124,7 +124,7 @@ class Handler(tornado.web.RequestHandler):
                 waited = loop.time() - start
                 if stream.writing() and waited < self.service.settings.body_seconds:
                     if waited > _UNREAD_SECONDS:
-                        unread[stream] = None  # it makes room for others
+                        unread[stream] = None  # may be closed for a new connection
                     loop.call_later(_LOOK_SECONDS, look)
                     return
                 if stream.writing():
@@ -136,61 +136,61 @@ class Handler(tornado.web.RequestHandler):
         return written
 
     def write_json(self, content: Any) -> None:
-        """Answer with JSON that people can read, UTF-8 as it is."""
+        """Answer with `content` as readable JSON."""
         self.finish_json(as_json(content))
 
     def finish_json(self, text: str) -> None:
-        """Answer with what `as_json` made."""
+        """Answer with JSON text from `as_json`."""
         self.set_header("Content-Type", "application/json; charset=utf-8")
         self.finish(text + "\n")
 
     def send_error(self, status_code: int = 500, **kwargs: Any) -> None:
-        """Answer an error, at once or when it is this client's turn to be refused."""
+        """Answer with an error, at once or after the delay of the client's refusal limit."""
         if self._refusing or self._finished:
             return
-        if self._headers_written:  # in the middle of a stream there is nothing to say any more
+        if self._headers_written:  # mid-stream, no error status can be sent any more
             error = kwargs.get("exc_info", (None, None, None))[1]
             self.outcome(answer_to(error, status_code).code)
             self.request.connection.stream.close()  # type: ignore[union-attr]
-            self.on_finish()  # Tornado calls it for what has an end
+            self.on_finish()  # Tornado calls it only for finished answers
             return
         self._refusing = True
         stream, late = self.request.connection.stream, self.settings["late"]  # type: ignore[union-attr]
         wait = 0.0 if stream.closed() else self.service.refusals.spend(self.client, 1)
         if wait and len(late) >= _LATE:
-            stream.close()  # this client gets more than it can be refused
+            stream.close()  # no room to hold back another refusal
             wait = 0.0
         if not wait:
             super().send_error(status_code, **kwargs)
             return
         if error := kwargs.get("exc_info", (None, None, None))[1]:
-            # Its frames hold the body and the images, and it was logged.
+            # The error's frames hold the body and the images, and it has been logged.
             kwargs["exc_info"] = (type(error), _bare(error), None)
         late[stream] = None
         self._answer_error = partial(super().send_error, status_code, **kwargs)
         self._timer = asyncio.get_running_loop().call_later(wait, self._refuse)
 
     async def paced(self, visits: float = 1) -> None:
-        """Wait until this client may have what costs a front-end something and is no caption."""
+        """Apply the client's rate limit for non-caption requests. visits: cost of this one."""
         await self.held_back(self.service.visits.spend(self.client, visits))
 
     async def held_back(self, wait: float) -> None:
-        """Wait so many seconds; a client of which too many wait is cut off."""
+        """Wait so many seconds; close the connection if too many are held back already."""
         stream, late = self.request.connection.stream, self.settings["late"]  # type: ignore[union-attr]
         if not wait:
             return
         if len(late) >= _LATE:
             stream.close()
-            await asyncio.sleep(_LOOK_SECONDS)  # a caption is taken back by then, and not begun
+            await asyncio.sleep(_LOOK_SECONDS)  # the request is cancelled meanwhile, not begun
             return
-        late[stream] = None  # it makes room for others
+        late[stream] = None  # may be closed for a new connection
         try:
             await asyncio.sleep(wait)
         finally:
             late.pop(stream, None)
 
     def _refuse(self) -> None:
-        """Answer a refusal that waited; to a client that has gone, so that all is given back."""
+        """Send a delayed refusal; also if the client has gone, so that everything is released."""
         if self._timer is not None:
             self._timer.cancel()
             self.settings["late"].pop(self.request.connection.stream, None)  # type: ignore[union-attr]
@@ -198,7 +198,7 @@ class Handler(tornado.web.RequestHandler):
                 self._answer_error()
 
     def on_connection_close(self) -> None:
-        """Nobody waits for a refusal any more."""
+        """The client has gone: send a delayed refusal now, which frees its resources."""
         super().on_connection_close()
         self._refuse()
 
@@ -222,14 +222,14 @@ class Handler(tornado.web.RequestHandler):
         self.write_json(self.shown_error(answer, answer.message or str(error)))
 
     def shown_error(self, answer: ErrorStatus, message: str) -> Any:
-        """An error in the shape of its protocol."""
+        """The error body in the protocol's format."""
         return ErrorAnswer(ErrorDetail(answer.code, message))
 
     def outcome(self, code: str) -> None:
-        """Called once with the code of an error; those who count requests override it."""
+        """Called once with the code of an error; handlers that count requests override it."""
 
     def allowed(self) -> str:
-        """The methods that this handler serves, for the header Allow."""
+        """The methods that this handler serves, for the Allow header."""
         default = tornado.web.RequestHandler
         names = [n for n in ("get", "post") if getattr(type(self), n) != getattr(default, n)]
         return ", ".join(names).upper().replace("GET", "GET, HEAD")
@@ -240,7 +240,7 @@ class Handler(tornado.web.RequestHandler):
         value: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        """Log only what is not the client's doing."""
+        """Log only errors that are not the client's fault."""
         status = value.status_code if isinstance(value, tornado.web.HTTPError) else 500
         answer = answer_to(value, status)
         if answer is INTERNAL:

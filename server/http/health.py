@@ -1,4 +1,4 @@
-"""Health: alive as long as it answers, ready when it captions."""
+"""Liveness and readiness."""
 
 from server.http.answers import ReadyAnswer, worker_answer
 from server.http.handler import Handler
@@ -15,10 +15,10 @@ class LiveHandler(Handler):
 
 
 class ReadyHandler(Handler):
-    """GET /health/ready: 200 once all models have served, while any does, until it drains."""
+    """GET /health/ready: 200 once all models have served, while any serves, until draining."""
 
     async def get(self) -> None:
-        """The state, that of each model, and each worker's."""
+        """The state of the server, of each model and of each worker."""
         await self.paced()
         service = self.service
         if not service.serves:

@@ -1,5 +1,5 @@
-"""POST /: what `huggingface_hub.InferenceClient` asks of an endpoint for image to text, and for
-questions about an image.
+"""POST /: the endpoint of `huggingface_hub.InferenceClient` for image-to-text and visual question
+answering.
 """
 
 from math import exp
@@ -17,7 +17,7 @@ from server.http.pages import Page
 
 
 class Question(BaseModel):
-    """What is asked about an image, which stands there by its number."""
+    """A question about an image. image: its index among the body's images."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -26,8 +26,8 @@ class Question(BaseModel):
 
 
 class Parameters(BaseModel):
-    """What a task may ask for. top_k: answers, of which there is one. generation_parameters: by the
-    names of `generate`.
+    """Parameters of a task. top_k: ignored, as there is one answer. generation_parameters: named as
+    in `generate`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -38,8 +38,8 @@ class Parameters(BaseModel):
 
 
 class HubRequest(BaseModel):
-    """inputs: an image, which stands there by its number, or a question about one. image: the same
-    again, as the hub's client sends it beside a question.
+    """inputs: an image, by its index among the body's images, or a question about one. image: the
+    same image again, as the hub's client sends it beside a question.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -51,7 +51,7 @@ class HubRequest(BaseModel):
 
     @property
     def asks(self) -> str | None:
-        """The question, wherever a client puts it."""
+        """The question, from either field that may hold it."""
         return self.inputs.question if isinstance(self.inputs, Question) else self.question
 
     @property
@@ -61,7 +61,7 @@ class HubRequest(BaseModel):
         asked = dict(given.generation_parameters or {})
         if asked.pop("do_sample", False):
             asked.setdefault("temperature", 1.0)
-        else:  # as `generate` does, which draws only if it is told to
+        else:  # like `generate`, which samples only if told to
             asked = {k: v for k, v in asked.items() if k not in ("temperature", "top_k", "top_p")}
         if given.max_new_tokens is not None:
             asked["max_new_tokens"] = given.max_new_tokens
@@ -73,10 +73,10 @@ class HubRequest(BaseModel):
 
 
 class HubHandler(Page, IntakeHandler):
-    """Takes an image as it is, or in JSON; GET is the page."""
+    """Accepts an image as a raw body or in JSON; GET serves the demo page."""
 
     def shown_error(self, answer: ErrorStatus, message: str) -> Any:
-        """As the hub's client reads it."""
+        """The error in the hub client's format."""
         return {"error": message, "error_type": answer.code}
 
     def check_head(self) -> None:
@@ -85,7 +85,7 @@ class HubHandler(Page, IntakeHandler):
         check_media_type(self._kind)
 
     async def serve(self, body: bytes) -> None:
-        """Answer with the caption, or with the answer and how likely its tokens are on average."""
+        """Answer with the caption, or with the answer and its mean token probability."""
         if not body:
             raise InvalidRequest("the body is empty: send an image")
         images, asked = [body], HubRequest(inputs=0)

@@ -1,6 +1,6 @@
-"""A request for captions, whatever its protocol: who sends it, its body, and how it ended.
+"""Caption requests of any protocol over HTTP: client, body and outcome.
 
-The key and the head are looked at before anything of the body is kept or read.
+The API key and the headers are checked before any of the body is kept or read.
 """
 
 import asyncio
@@ -20,45 +20,45 @@ from server.logs import plain
 from server.service.keys import sent
 from server.service.service import Service
 
-_PATH = 200  # characters that are traced
+_PATH = 200  # characters traced
 EVENTS = "text/event-stream"
-_DRAINED = 20  # times the body limit
-_FREE = 256 * 1024  # bytes of each body that are not paced: most images are no larger
-_STEP_SECONDS = 0.02  # shorter waits are put off
+_DRAINED = 20  # times the body limit: read and dropped of a refused body, at most
+_FREE = 256 * 1024  # bytes of each body without a rate limit: most images are no larger
+_STEP_SECONDS = 0.02  # shorter waits are left to later chunks
 _WHOLE, _LENGTH = re.compile(r"[0-9]+"), re.compile(r"[0-9]{1,15}")  # of a Content-Length
 
 
 class IntakeHandler(Handler):
-    """Takes a body in, bounded and paced. A protocol's handler adds `check_head` and `serve`."""
+    """Receives a body, limited in size and rate. Subclasses add `check_head` and `serve`."""
 
     def initialize(self, service: Service) -> None:
-        """Nothing has come in yet."""
+        """Start with an empty body."""
         super().initialize(service)
-        self.streams = False  # whether the answer has begun, event by event
-        self.timing: Timing | None = None  # of its caption, once that is there
+        self.streams = False  # whether a stream of events has begun
+        self.timing: Timing | None = None  # of the caption, once there is one
         self._body = bytearray()
         self._received = self._held = 0
         self._limit = service.settings.max_body_bytes
         self._task: asyncio.Task | None = None
         self._gone = False
-        self._payer = self.client  # for the bytes of the body
+        self._payer = self.client  # the client charged for the body's bytes
         self._incoming: Incoming | None = None
         self._refused: VignetteError | None = None
-        self._place = ExitStack()  # among the requests of its key
+        self._place = ExitStack()  # among the requests of the API key
 
     def check_head(self) -> None:
-        """Raise a VignetteError for a head whose body this protocol does not take."""
+        """Raise a VignetteError if the headers announce a body that the protocol rejects."""
         raise NotImplementedError
 
     async def serve(self, body: bytes) -> None:
-        """Answer a request whose body is here. Raises a VignetteError, which is answered."""
+        """Answer a request whose body is complete. A VignetteError becomes the answer."""
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Refuse what can be refused by its head, before anything of the body is kept or read.
+        """Refuse what the headers alone rule out, before any of the body is kept or read.
 
         A client that is still sending would lose an early answer with its connection, so the body
-        is read and dropped first, unless the client waits for the answer, or sends far too much.
+        is read and dropped first, unless the client expects 100-continue or sends far too much.
         """
         super().prepare()
         if self.request.method != "POST":
@@ -88,16 +88,16 @@ class IntakeHandler(Handler):
                 self._refused = error
 
     def take_place(self) -> None:
-        """Count a caption among those of its key, where there are keys; until the answer is over.
+        """Count a caption against its API key, if there are keys, until the answer is over.
 
         Raises Unauthorised or TooFast.
         """
         if self.service.keys is not None:
-            key = sent(self.request.headers)  # by names in any case
+            key = sent(self.request.headers)  # header names match in any case
             self.key = self._place.enter_context(self.service.keys.enter(key))
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
-        """Gather the body; a chunked one tells its length only as it comes."""
+        """Collect the body, checking its size: a chunked body does not declare one."""
         if self._finished:
             return None
         self._received += len(chunk)
@@ -122,18 +122,18 @@ class IntakeHandler(Handler):
         return asyncio.sleep(wait) if wait > _STEP_SECONDS else None
 
     def hold(self, size: int) -> None:
-        """Count bytes of this request among those inside. Raises QueueFull."""
+        """Count bytes of this request in the byte budget. Raises QueueFull."""
         self.service.budget.hold(size, self._payer, self._incoming)
         self._held += size
 
     def _came(self) -> None:
-        """Nothing of the body comes in any more."""
+        """Note that the body has ended."""
         if self._incoming is not None:
             self.service.budget.end(self._incoming)
             self._incoming = None
 
     def _make_room(self) -> None:
-        """Hang up on a client that has all but stopped sending."""
+        """Close the connection of a client that has all but stopped sending."""
         self._drop_body()
         self.request.connection.stream.close()  # type: ignore[union-attr]
 
@@ -145,8 +145,8 @@ class IntakeHandler(Handler):
         self._held = 0
 
     def _refuse_now(self, error: VignetteError) -> None:
-        """Answer, and close, with the body still coming."""
-        self._refused = error  # should the rest of the body be here before the answer is due
+        """Answer and close while the body is still arriving."""
+        self._refused = error  # in case the body ends before the delayed answer
         self._drop_body()
         self.send_error(exc_info=(type(error), error, None))
 
@@ -155,11 +155,11 @@ class IntakeHandler(Handler):
         return BodyTooLarge(f"the body is larger than {limit}: send a smaller image")
 
     async def post(self) -> None:
-        """Have the request served, if nothing was wrong so far."""
+        """Serve the request, or raise the error that was found in its head or body."""
         if self._finished:
             return
         if self._refused is not None:
-            refused, self._refused = self._refused, None  # or its frames would hold this for long
+            refused, self._refused = self._refused, None  # else its frames keep this handler alive
             raise refused
         self._came()
         self._task = asyncio.current_task()
@@ -174,31 +174,31 @@ class IntakeHandler(Handler):
     def send(self, content: Any, kind: str | None = None) -> None:
         """Write a server-sent event (https://html.spec.whatwg.org/multipage/server-sent-events).
 
-        It waits for no reader: what one leaves lying is short, counts when the answer is over, and
-        holds up nothing in the engine.
+        Does not wait for the client to read: unread events are short, count in the byte budget once
+        the answer is over, and hold up nothing in the engine.
         """
         event = f"event: {kind}\n" if kind else ""
         event += f"data: {as_json(content)}\n\n"
         if not self.streams:
             self.streams = True
             self.set_header("Content-Type", EVENTS)
-            self.set_header("X-Accel-Buffering", "no")  # for nginx, which gathers answers
+            self.set_header("X-Accel-Buffering", "no")  # else nginx buffers the stream
         self.streamed += len(event)
         self.write(event)
         self.flush()
 
     def failed(self, error: VignetteError) -> Any:
-        """What is told of an error once the answer has begun; it is logged if it is ours."""
+        """Body of an error event within a stream; an error that is the server's fault is logged."""
         self.log_exception(type(error), error, error.__traceback__)
         answer = answer_to(error, 500)
         self.code = answer.code
         return self.shown_error(answer, answer.message or str(error))
 
     async def json_parts(self, body: bytes) -> Parts:
-        """A JSON body taken apart, a large one by another process; InvalidRequest, or Expired after
-        the usual deadline, because the request's own may stand in the body.
+        """Parse a JSON body, a large one in another process. Raises InvalidRequest, and Expired
+        after the default deadline, because the request's own may be in the body.
         """
-        self.hold(len(body))  # the images are copied from it
+        self.hold(len(body))  # the images are copied out of it
         if len(body) <= PIECE:
             return json_parts(body)
         try:
@@ -208,7 +208,7 @@ class IntakeHandler(Handler):
             raise Expired("the deadline passed before the body was read") from None
 
     def outcome(self, code: str) -> None:
-        """Count how the request ended; what is answered to a client that has gone is nothing."""
+        """Count and trace how the request ended, unless the client had gone before."""
         if not self._gone:
             self.service.count(self.model, self.key, code)
             if self.service.tracer is not None:
@@ -220,16 +220,16 @@ class IntakeHandler(Handler):
                 )
 
     def on_finish(self) -> None:
-        """The bytes of the body are free again, and the place of its key."""
+        """Release the body's bytes, and the place among its key's requests."""
         self._drop_body()
         self._place.close()
 
     def on_connection_close(self) -> None:
-        """The client has gone: take its request out of queue or batch.
+        """The client has gone: cancel its request, which removes it from the queue or batch.
 
-        Decoders and engine have worked for nothing: who does so all the time has to wait.
+        The wasted work is charged to the client: one that does this often has to wait.
         """
-        super().on_connection_close()  # wakes those who wait for the rest of the body
+        super().on_connection_close()  # wakes tasks that wait for the rest of the body
         self._drop_body()
         if self._task is None or self._task.done():
             self._place.close()

@@ -34,12 +34,12 @@ from server.kserve import (
 )
 
 _LENGTH = "Inference-Header-Content-Length"
-_VISITS = 4  # that statistics count as
+_VISITS = 4  # cost of statistics
 _WHOLE = re.compile(r"[0-9]{1,9}")
 
 
 class Tensor(BaseModel):
-    """A tensor as it is sent; its data in JSON, or behind it (`binary_data_size`)."""
+    """An input tensor. data: its values, or null if they follow the JSON (`binary_data_size`)."""
 
     name: str
     shape: Annotated[list[int], Field(max_length=8, fail_fast=True)]
@@ -49,14 +49,14 @@ class Tensor(BaseModel):
 
 
 class WantedTensor(BaseModel):
-    """An output that is asked for."""
+    """A requested output."""
 
     name: str
     parameters: dict[str, Any] = {}
 
 
 class InferRequest(BaseModel):
-    """A call."""
+    """An inference request."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -67,18 +67,18 @@ class InferRequest(BaseModel):
 
 
 class _Shape:
-    """Errors as the protocol has them."""
+    """Errors in the protocol's format."""
 
     def shown_error(self, answer: ErrorStatus, message: str) -> Any:
-        """As clients of the protocol read it."""
+        """The protocol's error body."""
         return {"error": message, "code": answer.code}
 
 
 class ServerHandler(_Shape, Handler):
-    """GET /v2: what this server is."""
+    """GET /v2: server metadata."""
 
     async def get(self) -> None:
-        """Its name and extensions."""
+        """The server's name, version and extensions."""
         await self.paced()
         self.write_json(SERVER | {"extensions": EXTENSIONS})
 
@@ -87,7 +87,7 @@ class ServerLiveHandler(_Shape, Handler):
     """GET /v2/health/live, /v2/health/ready."""
 
     async def get(self, kind: str) -> None:
-        """200, or 503 while it is not ready."""
+        """200, or 503 while the server is not ready."""
         await self.paced()
         good = kind == "live" or self.service.serves
         self.set_status(200 if good else 503)
@@ -95,10 +95,10 @@ class ServerLiveHandler(_Shape, Handler):
 
 
 class ModelHandler(_Shape, Handler):
-    """GET /v2/models/NAME, and /ready, /config, /stats of it."""
+    """GET /v2/models/NAME, and its /ready, /config and /stats."""
 
     async def get(self, name: str, what: str | None) -> None:
-        """What there is to know of a model."""
+        """The model's metadata, readiness, configuration or statistics."""
         await self.paced(_VISITS if what == "stats" else 1)
         model = self.service.model(name)
         match what:
@@ -109,7 +109,7 @@ class ModelHandler(_Shape, Handler):
             case "ready":
                 self.set_status(200 if model.serves else 503)
                 self.write_json({"name": name, "ready": model.serves})
-            case "stats" if self.service.settings.ops_port is None:  # else they are not public
+            case "stats" if self.service.settings.ops_port is None:  # else they are private
                 counted = (await self.service.metrics.rendered()).decode()
                 stats = {
                     "name": name,
@@ -125,7 +125,7 @@ class RepositoryHandler(_Shape, Handler):
     """POST /v2/repository/index: all models."""
 
     async def post(self) -> None:
-        """Their states, whatever is in the body."""
+        """The state of each model; the body is ignored."""
         await self.paced()
         self.write_json([index_entry(model) for model in self.service.models.values()])
 
@@ -134,7 +134,7 @@ class InferHandler(_Shape, IntakeHandler):
     """POST /v2/models/NAME/infer."""
 
     def check_head(self) -> None:
-        """Raises UnknownModel for what is not served here, or InvalidRequest."""
+        """Raises UnknownModel or InvalidRequest."""
         self.asked_model = self.service.model(self.path_args[0])
         self.model = self.asked_model.name
         length = self.request.headers.get(_LENGTH)
@@ -143,7 +143,7 @@ class InferHandler(_Shape, IntakeHandler):
         self._json_length = None if length is None else int(length)
 
     async def post(self, *path: str) -> None:
-        """The name of the model is known from the head."""
+        """Drop the path's model name, which `check_head` has read."""
         await super().post()
 
     async def serve(self, body: bytes) -> None:
@@ -152,10 +152,10 @@ class InferHandler(_Shape, IntakeHandler):
         if cut > len(body):
             raise InvalidRequest(f"{_LENGTH} is {cut}, and the body has {len(body)} bytes")
         parts = await self.json_parts(body[:cut])
-        self.hold(len(body) - cut)  # the images are copied from it
+        self.hold(len(body) - cut)  # the images are copied out of it
         asked = checked(InferRequest, parts.fields)
         inputs = Inputs.of(_values(asked, parts, body[cut:]))
-        for _ in inputs.images[1:]:  # the first has one since the head of the request
+        for _ in inputs.images[1:]:  # the first took its place in `prepare`
             self.take_place()
         try:
             captions = await inputs.captions(self.service, self.asked_model, self.client)
@@ -199,7 +199,7 @@ class InferHandler(_Shape, IntakeHandler):
 
 
 def _values(asked: InferRequest, parts: Parts, binary: bytes) -> dict[str, list[Any]]:
-    """The values of each tensor, by its name. Raises InvalidRequest."""
+    """The values of each tensor, by name. Raises InvalidRequest."""
     check_outputs([output.name for output in asked.outputs or []])
     values: dict[str, list[Any]] = {}
     at = 0
@@ -220,7 +220,7 @@ def _values(asked: InferRequest, parts: Parts, binary: bytes) -> dict[str, list[
 
 
 def _images(places: list[Any], parts: Parts) -> list[bytes]:
-    """Those that were sent in base64, of which their numbers are left."""
+    """The images that were sent in base64. places: their indices in `parts.images`."""
     return [parts.images[number] for number in places]
 
 

@@ -1,8 +1,8 @@
 """The HTTP server of a front-end: accepts connections, and bounds how many are open.
 
 All front-ends accept from the same sockets, which the supervisor listens on. A connection that does
-not wait for an answer holds nothing but its place, and gives that up when a new one needs it: the
-oldest of the address that has the most of them.
+not wait for an answer is idle and may be closed for a new one: first the oldest idle connection of
+the address that has the most of them.
 """
 
 import asyncio
@@ -32,10 +32,10 @@ from server.logs import Seldom
 log = logging.getLogger(__name__)
 
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-# Of a head, which takes a while to parse: lines, and bytes without the query; of these the request
-# line's before the query, and those of Host: expressions look at both, which take longer.
+# Limits on a request's head, as parsing it takes time: lines, and bytes without the query; then
+# bytes of the request line before the query and of Host, which slower regular expressions parse.
 _HEADERS, _HEAD, _LINE, _HOST = 200, 16 * 1024, 1024, 300
-_FIELDS = 100  # of a query
+_FIELDS = 100  # in a query
 _REASON = (
     f"the head is larger than is read here: send at most {_HEADERS} lines of {_HEAD // 1024} KiB "
     f"together, a path of {_LINE} bytes, a Host of {_HOST}, and {_FIELDS} fields in the query"
@@ -46,15 +46,15 @@ _TOO_LARGE = (
     + json.dumps({"error": {"code": "head_too_large", "message": _REASON}}) + "\n"
 ).encode()  # fmt: skip
 _HOSTS = re.compile(rb"\nhost[ \t]*:((?:[^\n]|\n[ \t])*)", re.IGNORECASE)
-_CHUNKS, _CHUNK = 256, 512  # of a connection whatever their size, and bytes of the others
-_PIECES, _PIECE = 64, 512  # of a head whatever their size, and bytes of the others
-_END = 4  # bytes that end a head at most
+_CHUNKS, _CHUNK = 256, 512  # chunks allowed per connection, and one more per so many bytes
+_PIECES, _PIECE = 64, 512  # pieces allowed per head, and one more per so many bytes
+_END = 4  # bytes of the longest end of a head
 _HANG_UP_SECONDS = 2.0
-_PAUSE_SECONDS = 0.5  # without accepting, when the system has no room for another connection
+_PAUSE_SECONDS = 0.5  # pause in accepting when the system has no room for another connection
 
 
 class Server(HTTPServer):
-    """Tornado's, with a bound on connections. Used on the event loop's thread only."""
+    """Tornado's server with a limit on connections. Used on the event loop's thread only."""
 
     def initialize(  # type: ignore[override]
         self,
@@ -64,9 +64,9 @@ class Server(HTTPServer):
         unread: dict[IOStream, None],
         **options: Any,
     ) -> None:
-        """most: connections that may be open. late: those that wait for nothing but a refusal,
-        unread: those that leave their answers where they are; both make room first. options: of
-        Tornado's server.
+        """most: open connections allowed. late: connections held back by a rate limit; unread:
+        those whose client is not reading the answer; both are closed first to make room. options:
+        of Tornado's server.
         """
         self._late, self._unread = late, unread
         super().initialize(app, **options)
@@ -78,7 +78,7 @@ class Server(HTTPServer):
     # --- Accepting --------------------------------------------------------------------------------
 
     def add_sockets(self, sockets: Iterable[socket.socket]) -> None:
-        """Accept from these sockets, one connection at a time, so that others get some, too."""
+        """Accept from these sockets, one connection at a time, so that others get some."""
         loop = asyncio.get_running_loop()
         for sock in sockets:
             sock.setblocking(False)
@@ -93,7 +93,7 @@ class Server(HTTPServer):
         try:
             connection, address = sock.accept()
         except (BlockingIOError, ConnectionAbortedError):
-            return  # another front-end has taken it, or it has gone
+            return  # another front-end took the connection, or the client has gone
         except OSError as cause:
             if cause.errno not in _FULL:
                 raise
@@ -115,11 +115,11 @@ class Server(HTTPServer):
         )
 
     def _resume(self, sock: socket.socket) -> None:
-        if sock.fileno() in self._sockets:  # it is -1 once the server has stopped
+        if sock.fileno() in self._sockets:  # -1 once the server has stopped
             asyncio.get_running_loop().add_reader(sock, self._accept, sock)
 
     def _make_room(self) -> bool:
-        """Close the oldest idle connection of the address with the most; whether there was one."""
+        """Close a late, unread or idle connection, in this order; returns whether there was one."""
         self._seldom.warning(
             "%d connections are open, the most that may be: idle ones are closed for new ones",
             len(self._open),
@@ -144,7 +144,7 @@ class Server(HTTPServer):
     def start_request(
         self, server_conn: object, request_conn: HTTPConnection
     ) -> HTTPMessageDelegate:
-        """A connection waits for its next request, or the rest of one."""
+        """Count the connection as idle until its next request is complete."""
         assert isinstance(server_conn, HTTP1ServerConnection)
         stream = server_conn.stream
         assert isinstance(stream, _Stream)
@@ -154,13 +154,13 @@ class Server(HTTPServer):
         return _Watched(delegate, stream, lambda: self._busy(server_conn))
 
     def on_close(self, server_conn: object) -> None:
-        """A connection is gone."""
+        """Forget a closed connection."""
         super().on_close(server_conn)
         assert isinstance(server_conn, HTTP1ServerConnection)
         self._forget(server_conn)
 
     def _busy(self, connection: HTTP1ServerConnection) -> None:
-        """It has sent its request, and waits for the answer."""
+        """The connection has sent its request and waits for the answer: it is not idle."""
         address = _address(connection)
         idle = self._idle.get(address, {})
         idle.pop(connection, None)
@@ -179,39 +179,38 @@ def _address(connection: HTTP1ServerConnection) -> str:
 class _Stream(IOStream):
     """A connection whose client may end its side of it and still wait for the answer.
 
-    One that sends a head in pieces, or a body in chunks, of a few bytes is hung up on: each of them
-    takes as long as a large one.
+    A connection that sends a head in pieces, or a body in chunks, of a few bytes is closed: each of
+    them takes as long to handle as a large one.
 
-    last: the client has said that it sends no other request (Connection: close), and the one it
-    sent is here. That nothing more comes then says nothing; otherwise it says that the client has
-    gone.
+    last: the client has announced its last request (Connection: close), and that is complete. The
+    end of the input is expected then; otherwise it means that the client has gone.
     """
 
     last = False
     _ended = False
     _received = _chunks = 0
-    _pieces: int | None = None  # of the head that is being read
-    _searched = 0  # bytes of it
+    _pieces: int | None = None  # read so far of the current head
+    _searched = 0  # bytes of the head
 
     def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
-        """Bytes that were read; None if there are none now, 0 if there won't be any."""
+        """Bytes read; None if there are none now, 0 at the end of the input."""
         count = super().read_from_fd(buf)
         self._received += count or 0
         if count and self._pieces is not None:
             self._pieces += 1
             if self._pieces > _PIECES + len(self._read_buffer) / _PIECE:
-                return 0  # as if it had gone
+                return 0  # as if the client had gone
         if count != 0 or not self.last:
             return count
         if self._ended:
             return None
-        # A byte that is never looked at: with one in the buffer Tornado doesn't wait for others.
+        # A byte that is never parsed: with one in the buffer, Tornado does not wait for more.
         self._ended = True
         buf[:1] = b"\n"
         return 1
 
     async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
-        """Bytes up to a pattern: the head of the next request, in Tornado's server."""
+        """Read up to a pattern: Tornado's server reads a request's head with this."""
         self._pieces = self._searched = 0
         try:
             head = await super().read_until_regex(regex, max_bytes)
@@ -222,7 +221,7 @@ class _Stream(IOStream):
         return head
 
     def _find_read_pos(self) -> int | None:
-        """As Tornado's, which looks through all of a head again for each piece of it."""
+        """Like Tornado's, without searching the whole head again for each piece of it."""
         regex = self._read_regex
         if regex is None:
             return super()._find_read_pos()
@@ -233,7 +232,7 @@ class _Stream(IOStream):
         return None if found is None else end
 
     async def _hang_up(self, answer: bytes = b"") -> bytes:
-        """End a connection after a while, for a client that would come again at once."""
+        """Close the connection after a while, as its client would reconnect at once."""
         await asyncio.sleep(_HANG_UP_SECONDS)
         if answer:
             await self.write(answer)
@@ -241,7 +240,7 @@ class _Stream(IOStream):
         raise StreamClosedError
 
     def read_until(self, delimiter: bytes, max_bytes: int | None = None) -> Awaitable[bytes]:
-        """Bytes up to a delimiter: the length of the next chunk, in Tornado's server."""
+        """Read up to a delimiter: Tornado's server reads a chunk's length with this."""
         self._chunks += 1
         if self._chunks > _CHUNKS + self._received / _CHUNK:
             return asyncio.ensure_future(self._hang_up())
@@ -249,7 +248,7 @@ class _Stream(IOStream):
 
 
 def _takes_long(head: bytes) -> bool:
-    """Whether parsing it would hold up others: no client that means well sends such a head."""
+    """Whether parsing the head would hold up others; no well-behaved client sends such a one."""
     line = head.lstrip(b"\r\n").partition(b"\n")[0]
     before, _, query = line.partition(b"?")
     return (
@@ -262,7 +261,7 @@ def _takes_long(head: bytes) -> bool:
 
 
 class _Watched(HTTPMessageDelegate):
-    """Tells when a request has come in whole."""
+    """Calls `whole` when a request is complete."""
 
     def __init__(
         self, delegate: HTTPMessageDelegate, stream: _Stream, whole: Callable[[], None]

@@ -3,7 +3,7 @@
 from server.http.handler import Handler
 from server.metrics import CONTENT_TYPE
 
-_VISITS = 4  # that it counts as: a large answer
+_VISITS = 4  # cost of a request, as its answer is large
 
 
 class MetricsHandler(Handler):

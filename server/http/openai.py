@@ -1,4 +1,4 @@
-"""The part of OpenAI's interface that captioning needs: models, and chat with an image in it.
+"""The part of OpenAI's API that captioning needs: models, and chat with an image in it.
 
 The text of the user's message is the prompt. https://platform.openai.com/docs/api-reference/chat
 """
@@ -36,28 +36,28 @@ _DONE = "data: [DONE]\n\n"
 
 
 class TextPart(BaseModel):
-    """Text of a message."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
 
 
 class ImageUrl(BaseModel):
-    """url: where the image is, or its number among those that were sent as data URLs."""
+    """url: the image's URL, or a data URL (which parsing replaces by an index)."""
 
     url: str | int
     detail: str | None = None
 
 
 class ImagePart(BaseModel):
-    """An image of a message."""
+    """An image part of a message."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
 class ChatMessage(BaseModel):
-    """A message of a chat; there is one, the user's."""
+    """A chat message; send exactly one, the user's."""
 
     role: str
     content: (
@@ -71,13 +71,13 @@ class ChatMessage(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells beside its tokens."""
+    """Extras of a stream besides its tokens."""
 
     include_usage: bool = False
 
 
 class ChatRequest(BaseModel):
-    """What a chat asks for; what has no meaning for a caption is refused unless it is neutral."""
+    """A chat request; options that mean nothing for captions must be absent or neutral."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -110,7 +110,7 @@ class ChatRequest(BaseModel):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Fields of SamplingParams. What draws tokens is left out where none is drawn."""
+        """Fields of SamplingParams; temperature, top_p and seed only when sampling."""
         asked: dict[str, Any] = {
             "max_new_tokens": self.max_completion_tokens or self.max_tokens,
             "n": self.n,
@@ -123,11 +123,11 @@ class ChatRequest(BaseModel):
 
     @property
     def stops(self) -> list[str]:
-        """Texts that end a caption."""
+        """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     def asked(self, images: list[bytes]) -> tuple[str | None, Images]:
-        """The prompt, and the images or where one is. Raises InvalidRequest."""
+        """The prompt, and the images or the URL of one. Raises InvalidRequest."""
         if [message.role for message in self.messages] != ["user"]:
             raise InvalidRequest("send one message, the user's: GIT knows no others")
         content = self.messages[0].content
@@ -143,19 +143,19 @@ class ChatRequest(BaseModel):
 
 
 class ModelsHandler(Handler):
-    """GET /v1/models: those of the server."""
+    """GET /v1/models: the server's models."""
 
     async def get(self) -> None:
-        """As OpenAI lists its own, and what decides captions."""
+        """OpenAI's model list, with what each model's captions depend on."""
         await self.paced()
         self.write_json(ModelsAnswer([ModelAnswer.of(m) for m in self.service.models.values()]))
 
 
 class ChatHandler(IntakeHandler):
-    """POST /v1/chat/completions: a chat that is an image, and perhaps a question about it."""
+    """POST /v1/chat/completions: an image, and perhaps a question about it."""
 
     def shown_error(self, answer: ErrorStatus, message: str) -> Any:
-        """As OpenAI's clients read it."""
+        """OpenAI's error body."""
         kind = _KINDS.get(answer.status)
         kind = kind or ("server_error" if answer.status >= 500 else "invalid_request_error")
         return {"error": {"message": message, "type": kind, "param": None, "code": answer.code}}
@@ -183,7 +183,7 @@ class ChatHandler(IntakeHandler):
 
 
 class _Completion:
-    """A caption as OpenAI would tell it."""
+    """A caption as an OpenAI chat completion."""
 
     def __init__(
         self, handler: ChatHandler, asked: ChatRequest, model: Model, request: GenerationRequest
@@ -196,7 +196,7 @@ class _Completion:
         }
 
     def whole(self, output: RequestOutput) -> dict[str, Any]:
-        """All of it."""
+        """The whole completion, not streamed."""
         caption = captioned(self._request, output, self._model.tokenizer)
         self._handler.timing = caption.timing
         captions = (caption, *caption.others)
@@ -218,12 +218,12 @@ class _Completion:
         }
 
     def _stopped(self, text: str) -> tuple[str, bool]:
-        """A text up to the first of those that end it, and whether there was one."""
+        """The text up to its first stop string, and whether it has one."""
         ends = [at for stop in self._asked.stops if stop and (at := text.find(stop)) >= 0]
         return (text[: min(ends)], True) if ends else (text, False)
 
     def _held_back(self, text: str) -> int:
-        """Characters at the end of a text that may be the beginning of one that ends it."""
+        """How many characters at the end of the text may begin a stop string."""
         begun = 0
         for stop in self._asked.stops:
             for length in range(1, min(len(stop), len(text) + 1)):
@@ -250,7 +250,7 @@ class _Completion:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     async def stream(self, outputs: AsyncIterator[RequestOutput]) -> None:
-        """Chunks of whole words as they come; what goes wrong after the first is an event, too."""
+        """Send chunks of whole words as they come; an error after the first is an event, too."""
         said, stopped = "", False
         try:
             async for news in growing(outputs, self._model.tokenizer):

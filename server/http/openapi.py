@@ -1,4 +1,4 @@
-"""The OpenAPI document: routes from openapi.json, what they take and answer from its types."""
+"""The OpenAPI document: routes from openapi.json, schemas from request and response types."""
 
 import json
 from functools import cache
@@ -24,7 +24,7 @@ _REFERENCE = "#/components/schemas/{%s}"
 
 @cache
 def document() -> str:
-    """As it is sent."""
+    """The document as JSON text."""
     content = json.loads(_ROUTES.read_text())
     content["info"]["version"] = SERVER["version"]
     _, defined = models_json_schema(

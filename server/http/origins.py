@@ -1,4 +1,4 @@
-"""What lets a browser's page of another origin read answers."""
+"""CORS headers."""
 
 _METHODS = "GET, HEAD, POST"
 _REQUEST_HEADERS = (
@@ -9,7 +9,7 @@ _PREFLIGHT_SECONDS = 600
 
 
 def cors_headers(origin: str | None, allowed: tuple[str, ...]) -> dict[str, str]:
-    """What lets a page of another origin read an answer (Fetch standard, 3.2), if it may."""
+    """Headers that let a page of an allowed origin read an answer (Fetch standard, 3.2)."""
     if not allowed:
         return {}
     if origin is None or (origin not in allowed and "*" not in allowed):

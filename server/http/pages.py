@@ -1,4 +1,4 @@
-"""GET / to try the service, GET /docs with its interface, and what they are made of."""
+"""GET / to try the service, GET /docs with its interface, and their static files."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ _STATIC = Path(__file__).with_name("static")
 _SAMPLES = Path(__file__).parents[2] / "demo" / "samples"
 _DEMO = "vignette-demo"
 _ASKED = "vqa"  # in the names of checkpoints that were trained to answer questions
-_VISIT = 32 * 1024  # bytes of a file that count as another visit
+_VISIT = 32 * 1024  # bytes of a file charged as another visit
 _TYPES = {
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -27,10 +27,10 @@ _POLICY = (
 
 
 class _Page(Handler):
-    """What a browser shows."""
+    """Base of HTML pages."""
 
     def show(self, content: str) -> None:
-        """Answer with a page, which may load nothing from elsewhere and run nothing of others."""
+        """Answer with a page that may load and run nothing from other origins."""
         self.set_header("Content-Type", _TYPES[".html"])
         self.set_header("Content-Security-Policy", _POLICY)
         self.set_header("Referrer-Policy", "no-referrer")
@@ -41,7 +41,7 @@ class Page(_Page):
     """GET /: a page to try the service on."""
 
     async def get(self) -> None:
-        """HTML; all else that it needs is served here, too."""
+        """HTML whose scripts, styles and images this server has, too."""
         await self.paced()
         models = {
             name: {"about": model.manifest.about, "asked": name == _DEMO or _ASKED in name}
@@ -52,13 +52,13 @@ class Page(_Page):
             "samples": _samples() if _DEMO in models else [],
             "ops": self.service.settings.ops_port is None,
         }
-        # "</script>" in a text would end the element that it stands in.
+        # "</script>" in a text would end the script element.
         written = json.dumps(facts).replace("<", "\\u003c")
         self.show(_read("page.html").decode().replace("FACTS", written))
 
 
 class DocsHandler(_Page):
-    """GET /docs: the interface, to read and to try."""
+    """GET /docs: interactive API documentation."""
 
     async def get(self) -> None:
         """HTML."""
@@ -67,21 +67,21 @@ class DocsHandler(_Page):
 
 
 class StaticHandler(Handler):
-    """GET /static/NAME: what the pages are made of."""
+    """GET /static/NAME: the pages' static files."""
 
     async def get(self, name: str) -> None:
-        """One of the files."""
+        """The file of that name, or 404."""
         known = name in _files()
-        await self.paced(1 + (len(_read(name)) // _VISIT if known else 0))  # it may lie unread
+        await self.paced(1 + (len(_read(name)) // _VISIT if known else 0))  # it may stay unread
         if not known:
             raise tornado.web.HTTPError(404)
         self._name = name
         self.set_header("Content-Type", _TYPES[Path(name).suffix])
-        self.set_header("Cache-Control", "no-cache")  # asked for again, answered 304
+        self.set_header("Cache-Control", "no-cache")  # revalidated each time, answered 304
         self.finish(_read(name))
 
     def compute_etag(self) -> str | None:
-        """Known beforehand: hashing the largest takes milliseconds."""
+        """The cached hash: hashing the largest file takes milliseconds."""
         return _etag(self._name)
 
 
@@ -89,7 +89,7 @@ class SampleHandler(Handler):
     """GET /samples/NAME: a picture to try the demo model on."""
 
     async def get(self, name: str) -> None:
-        """One of the files, which the page names."""
+        """The sample of that name, or 404."""
         await self.paced()
         if _DEMO not in self.service.models or name not in _samples():
             raise tornado.web.HTTPError(404)
@@ -98,10 +98,10 @@ class SampleHandler(Handler):
 
 
 class OpenApiHandler(Handler):
-    """GET /openapi.json: the whole interface, for clients and generators."""
+    """GET /openapi.json: the API description, for clients and generators."""
 
     async def get(self) -> None:
-        """OpenAPI 3.1."""
+        """The OpenAPI 3.1 document."""
         await self.paced()
         self.set_header("Content-Type", "application/json; charset=utf-8")
         self.finish(document())

@@ -1,4 +1,4 @@
-"""What a JSON body of POST /caption holds, as OpenAPI describes it."""
+"""The JSON body of POST /caption, for the OpenAPI document."""
 
 from typing import Annotated
 
@@ -9,14 +9,14 @@ from server.fields import CaptionFields
 
 
 class ImageEntry(BaseModel):
-    """One of several images. image: base64, also as a data URL."""
+    """One of several images. image: base64, or a data URL."""
 
     image: str
     prompt: str | None = None
 
 
 class CaptionRequest(CaptionFields):
-    """Either image, images or image_url."""
+    """Send exactly one of image, images, video and image_url."""
 
     image: Annotated[
         str | list[str] | None,
