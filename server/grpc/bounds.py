@@ -1,7 +1,7 @@
-"""Bounds on the calls of an address: how many it has at once, and how often it asks.
+"""Limits on the calls of an address: how many at once, and how many a second.
 
 Every method is registered as one whose requests stream, which is the same on the wire: so a call
-counts from its head on, and not only once its message is here.
+counts from its headers on, and not only once its message has arrived.
 """
 
 import asyncio
@@ -17,25 +17,25 @@ import grpc
 from server.grpc.calls import Context, address_in
 from server.service.service import Service
 
-_CROWDED = 1536  # calls of all addresses; from there on those that wait for clients make room
-_EACH = 256  # calls that one address has at once
-_LARGEST = 4096  # bytes of a message that is not to caption
+_CROWDED = 1536  # calls of all addresses, above which calls that wait for clients are ended
+_EACH = 256  # calls at once of one address
+_LARGEST = 4096  # bytes of a message to a method that does not caption
 _TOO_MANY = "too_many_calls: this address has, or makes, more calls than one may: wait for answers"
 _TOO_LARGE = "invalid_request: the message is larger than this method takes"
 _TOO_SLOW = "the message did not come in time"
 
 
 class Bounds(grpc.aio.ServerInterceptor):
-    """Each address has so many calls at once, and so many a second that are not to caption."""
+    """Limits each address's calls at once, and its non-captioning calls per second."""
 
     def __init__(self, service: Service, captioning: frozenset[str]) -> None:
-        """captioning: full names of methods that have bounds of their own."""
+        """captioning: full names of captioning methods, which have rate limits of their own."""
         self._service, self._captioning = service, captioning
         self._calls: Counter[str] = Counter()
         self._idle: dict[str, dict[asyncio.Task[Any], None]] = {}  # by address, oldest first
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """The handler of a call, within bounds."""
+        """The handler of a call, wrapped to enforce the limits."""
         handler = await continuation(details)
         if handler is None:
             return None
@@ -61,7 +61,7 @@ class Bounds(grpc.aio.ServerInterceptor):
                 else:
                     given = await call.only(self._service.settings.body_seconds)
                 answering = function(given, context)
-                del given  # or this frame would hold it for as long as an error lives
+                del given  # else this frame holds the message as long as an error lives
                 if not inspect.isasyncgen(answering):
                     return await call.answered(answering, watches=handler.response_streaming)
                 async for answer in answering:
@@ -72,7 +72,7 @@ class Bounds(grpc.aio.ServerInterceptor):
 
     @contextmanager
     def _place(self, address: str) -> Iterator[bool]:
-        """Whether there was one."""
+        """Count a call of this address; yields whether it is within the limit."""
         self._calls[address] += 1
         if self._calls.total() > _CROWDED:
             self._make_room()
@@ -84,14 +84,14 @@ class Bounds(grpc.aio.ServerInterceptor):
                 del self._calls[address]
 
     def _make_room(self) -> None:
-        """End the oldest call that waits for its client, of the address that has most of them."""
+        """End the oldest call waiting for its client, of the address with the most such calls."""
         if self._idle:
             idle = max(self._idle.values(), key=len)
             next(iter(idle)).cancel()
 
     @contextmanager
     def idle(self, address: str) -> Iterator[None]:
-        """The call of the task that runs now waits for its client."""
+        """Mark the current task's call as waiting for its client."""
         task = asyncio.current_task()
         assert task is not None
         self._idle.setdefault(address, {})[task] = None
@@ -105,7 +105,7 @@ class Bounds(grpc.aio.ServerInterceptor):
 
 @dataclass(slots=True)
 class _BoundedCall:
-    """A call, and what is made sure of its messages."""
+    """A call whose messages are limited in size and time."""
 
     bounds: Bounds
     address: str
@@ -113,7 +113,7 @@ class _BoundedCall:
     captions: bool
 
     async def message(self) -> Any:
-        """The next one, or EOF. grpc's own iterator would hold it until there is another."""
+        """The next message, or EOF. grpc's own iterator would hold it until there is another."""
         with self.bounds.idle(self.address):
             message = await self.context.read()
         if message is grpc.aio.EOF:
@@ -123,7 +123,7 @@ class _BoundedCall:
         return message
 
     async def only(self, seconds: float) -> Any:
-        """The message of a method that has one, which comes within so many seconds."""
+        """The one message of a unary request; aborts the call if it does not come in time."""
         message = grpc.aio.EOF
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -133,7 +133,7 @@ class _BoundedCall:
         return message
 
     async def answered(self, answering: Any, watches: bool) -> Any:
-        """What a method answers. watches: it may have nothing to say for long."""
+        """Await a method's answer. watches: the method may stay silent for long."""
         if not watches or self.captions:
             return await answering
         with self.bounds.idle(self.address):
@@ -142,7 +142,7 @@ class _BoundedCall:
 
 @dataclass(slots=True)
 class _Messages:
-    """Those of a stream, as they come; an iterator that holds none of them."""
+    """Iterates over a stream's messages without holding any of them."""
 
     call: _BoundedCall
     service: Service

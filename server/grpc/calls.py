@@ -1,4 +1,4 @@
-"""A call that is to caption: who makes it, what it may take, how it is refused."""
+"""A captioning call: its client, its limits and its refusal."""
 
 import asyncio
 import math
@@ -30,13 +30,13 @@ _STATUS = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-_COPIES = 2  # of a message's images: its own, and those that are taken from it
-_LEAST_MS = 100  # of a deadline: less is spent on the way
-_SMALL = 64 * 1024  # bytes
+_COPIES = 2  # of a message's images: in the message, and copied out of it
+_LEAST_MS = 100  # the shortest deadline, as less is lost on the way
+_SMALL = 64 * 1024  # bytes of a message that has no rate limit
 
 
 class Refusal:
-    """How a call is refused, without the error: that would hold the message as long as it lives."""
+    """How a call is refused, without the error, which would keep the message alive."""
 
     def __init__(self, error: VignetteError) -> None:
         answer: ErrorStatus = answer_to(error, 500)
@@ -51,32 +51,32 @@ def _metadata(context: Context) -> dict[str, Any]:
 
 
 def address_in(service: Service, context: Context) -> str:
-    """Whom a call is from."""
+    """The address group that a call comes from."""
     peer = unquote(context.peer()).partition(":")[2]  # ipv4:1.2.3.4:5, ipv6:[::1]:5
     forwarded = str(_metadata(context).get("x-forwarded-for", ""))
     return group_of(address_of(peer, forwarded, networks(service.settings.trusted_proxies)))
 
 
 class Call:
-    """One call that is to caption: who makes it, and how it ended."""
+    """A captioning call: its client, and how it ended."""
 
     def __init__(self, service: Service, context: Context, method: str) -> None:
         self.service, self._context, self._method = service, context, method
         self._metadata, self._began = _metadata(context), time.perf_counter()
         self.model = self.id = ""
         self.images = 1
-        self.timing: Timing | None = None  # of its caption, once that is there
+        self.timing: Timing | None = None  # of the caption, once there is one
         self.key: str | None = None
         self._address = address_in(service, context)
 
     @property
     def client(self) -> str:
-        """With whom it shares its turns."""
+        """The client for fairness and rate limits: its API key's name, or its address group."""
         return self.key or self._address
 
     @property
     def timeout_ms(self) -> int | None:
-        """What is left of its deadline."""
+        """Milliseconds left of the call's deadline; None if that is beyond the server's own."""
         left = self._context.time_remaining()
         longest = self.service.settings.timeout_seconds
         if left is None or left > longest:
@@ -84,14 +84,14 @@ class Call:
         return max(_LEAST_MS, math.floor(left * 1e3))
 
     def asks(self, request: Any) -> Model:
-        """The model that is to caption. Raises UnknownModel."""
+        """Note the request's id and model, and return the model. Raises UnknownModel."""
         self.id = request.id
         model = self.service.model(request.model_name)
         self.model = model.name
         return model
 
     def enter(self, held: ExitStack) -> None:
-        """Count a caption among those of its key. Raises Unauthorised or TooFast."""
+        """Count a caption against its API key. Raises Unauthorised or TooFast."""
         if self.service.keys is not None:
             self.key = held.enter_context(self.service.keys.enter(sent(self._metadata)))
 
@@ -99,7 +99,7 @@ class Call:
     def held(self, size: int) -> Iterator[ExitStack]:
         """Hold a place and the message's bytes while the call is served, and count how it ended.
 
-        Raises what refuses it.
+        Raises the error that refuses it.
         """
         with ExitStack() as held:
             try:
@@ -131,17 +131,17 @@ class Call:
             self.service.tracer.record(self._method, self._metadata, code, stages, total, self.id)
 
     async def wait_for(self, size: int) -> None:
-        """Wait until this client may have sent so many bytes, of which small messages are free, and
-        for what it left or was refused before.
+        """Wait for the client's byte rate limit, which small messages are free of, and for what its
+        abandoned and refused requests cost. size: bytes.
         """
         wait = self.service.intake.spend(self.client, size) if size > _SMALL else 0.0
         await asyncio.sleep(max(wait, self.service.owed(self.client)))
 
     async def wait_turn(self, images: int = 1) -> None:
-        """Wait until this client may be refused so many images."""
+        """Apply the client's rate limit for refusals. images: how many are refused."""
         await asyncio.sleep(self.service.refusals.spend(self.client, images))
 
     async def refuse(self, refusal: Refusal, images: int = 1) -> None:
-        """End the call with an error, when it is this client's turn to be refused."""
+        """End the call with an error, after the client's rate limit for refusals."""
         await self.wait_turn(images)
         await self._context.abort(refusal.status, refusal.message, refusal.trailing)

@@ -1,4 +1,4 @@
-"""The port that speaks gRPC, on the event loop of a front-end that has no other."""
+"""The gRPC port, on the event loop of a front-end that has no other port."""
 
 import logging
 from collections.abc import Callable
@@ -9,38 +9,38 @@ from server.service.service import Service
 from server.settings import Settings
 
 _SERVICE = "inference.GRPCInferenceService"
-_BESIDE = 64 * 1024  # bytes of a message beside its image
-_CALLS = 4096  # at once, far above what `Bounds` has: grpc refuses whoever comes next
-_STREAMS = 128  # at once on one connection
-_IDLE_MS, _AGE_MS = 120_000, 3_600_000  # of a connection; then its client makes another
-_IDENTITY = 1  # the one algorithm that is on: what comes is as large as it is counted
+_BESIDE = 64 * 1024  # bytes of a message besides its image
+_CALLS = 4096  # at once, far above the limits of `Bounds`: grpc refuses all further calls
+_STREAMS = 128  # calls at once on one connection
+_IDLE_MS, _AGE_MS = 120_000, 3_600_000  # of a connection, after which its client opens another
+_IDENTITY = 1  # no compression: received messages are as large as they are counted
 _SELDOM_SECONDS = 60.0
 
 
 class CannotSpeakGrpc(VignetteError):
-    """gRPC was asked for, and its packages are missing, or its port or files can't be used."""
+    """gRPC is on, but its packages are missing, or its port or files can't be used."""
 
 
 class GrpcServer:
-    """One that serves."""
+    """A running gRPC server."""
 
     def __init__(self, server: Any, health: Any, states: tuple[Any, Any]) -> None:
-        """states: what the standard health service says of a service that serves, or doesn't."""
+        """states: of the standard health service, for serving and for not serving."""
         self._server, self._health, self._states = server, health, states
 
     async def tell(self, serves: bool) -> None:
-        """What health is to say from now on."""
+        """Set what the health service reports."""
         for name in ("", _SERVICE):
             await self._health.set(name, self._states[not serves])
 
     async def stop(self) -> None:
-        """Take nothing new, and end what is not over."""
+        """Refuse new calls, and abort those in progress."""
         await self.tell(False)
         await self._server.stop(0)
 
 
 async def start(service: Service) -> GrpcServer | None:
-    """One that serves, or None without --grpc-port. Raises CannotSpeakGrpc."""
+    """Start the server; None without --grpc-port. Raises CannotSpeakGrpc."""
     settings = service.settings
     if settings.grpc_port is None:
         return None
@@ -90,7 +90,7 @@ async def start(service: Service) -> GrpcServer | None:
 
 
 def _once_a_minute() -> Callable[[logging.LogRecord], bool]:
-    """Lets what grpc complains of by once a minute: strangers can have it do so without end."""
+    """A filter that passes each grpc message once a minute: clients can cause any number."""
     said: dict[str, float] = {}
 
     def passes(record: logging.LogRecord) -> bool:

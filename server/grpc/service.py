@@ -1,6 +1,6 @@
-"""GRPCInferenceService: what `server.kserve` says, in protobuf.
+"""GRPCInferenceService: `server.kserve` in protobuf.
 
-The stubs name their methods and messages, and say what each does.
+The stubs document its methods and messages.
 """
 
 import asyncio
@@ -21,9 +21,9 @@ from server.service.model import Model
 from server.service.service import Service
 from server.streams import growing
 
-_IDLE_SECONDS = 300.0  # that a stream is kept open for its next request
+_IDLE_SECONDS = 300.0  # that a stream stays open without a request
 _SILENT = "the stream was silent for too long: read its answers, or open another"
-_METHODS = {  # that are not to caption, and their requests
+_METHODS = {  # methods that do not caption, and their requests
     "ServerLive": pb.ServerLiveRequest,
     "ServerReady": pb.ServerReadyRequest,
     "ModelReady": pb.ModelReadyRequest,
@@ -33,7 +33,7 @@ _METHODS = {  # that are not to caption, and their requests
     "ModelStatistics": pb.ModelStatisticsRequest,
     "RepositoryIndex": pb.RepositoryIndexRequest,
 }
-CAPTIONING = ("ModelInfer", "ModelStreamInfer")  # their requests come as bytes
+CAPTIONING = ("ModelInfer", "ModelStreamInfer")  # their requests are passed as bytes
 
 
 def handlers(service: Service) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def _serialized(message: Any) -> bytes:
 
 
 class InferenceService:
-    """For one front-end."""
+    """The service's methods in one front-end."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -86,7 +86,7 @@ class InferenceService:
 
     async def ModelStatistics(self, request: Any, context: Context) -> Any:  # noqa: D102, N802
         model = await self._model(request.name, context)
-        if self._service.settings.ops_port is not None:  # then they are not public
+        if self._service.settings.ops_port is not None:  # then statistics are not public
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "statistics are served by /metrics")
         counted = (await self._service.metrics.rendered()).decode()
         done = kserve.captioned_so_far(counted, model.name)
@@ -106,7 +106,7 @@ class InferenceService:
             return await self._infer(data, call)
         except VignetteError as error:
             refusal = Refusal(error)
-        del data  # or what is raised next would hold it
+        del data  # else the error raised next holds it
         return await call.refuse(refusal, call.images)
 
     async def ModelStreamInfer(  # noqa: D102, N802
@@ -118,8 +118,8 @@ class InferenceService:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, _SILENT)
 
     async def _answered(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        """All requests of a stream, one after the other. Raises TimeoutError when none comes, or
-        an answer is not read.
+        """Answer a stream's requests one after the other. Raises TimeoutError when no request
+        comes, or an answer is not read.
         """
         while True:
             async with asyncio.timeout(_IDLE_SECONDS):
@@ -139,7 +139,7 @@ class InferenceService:
                 answering.cancel()
 
     async def _answer(self, data: bytes, call: Call, answers: "asyncio.Queue[Any]") -> None:
-        """All of a stream's answers to one request, whether they are read or not, and None."""
+        """Queue all answers to one request, whether they are read or not, then None."""
         try:
             async with aclosing(self._stream(data, call)) as responses:
                 async for response in responses:
@@ -202,7 +202,7 @@ class InferenceService:
 
 
 def _inputs(request: Any) -> Inputs:
-    """What a call asks for. Raises InvalidRequest."""
+    """The inputs of a request. Raises InvalidRequest."""
     kserve.check_outputs([output.name for output in request.outputs])
     raw = list(request.raw_input_contents)
     if raw and len(raw) != len(request.inputs):
@@ -220,7 +220,7 @@ def _inputs(request: Any) -> Inputs:
 
 
 def _response(request: Any, model: Model, texts: list[str], scores: list[float]) -> Any:
-    """The outputs that are asked for, or all, as raw bytes."""
+    """The requested outputs, or all, as raw bytes."""
     values: dict[str, list[Any]] = {"CAPTION": texts, "SCORE": scores}
     names = [output.name for output in request.outputs] or list(values)
     response = pb.ModelInferResponse(

@@ -1,7 +1,7 @@
-"""Protobuf messages of strangers, looked at before they are parsed.
+"""Untrusted protobuf messages, checked before they are parsed.
 
 A message of two bytes becomes a Python object of a hundred, and parsing holds up the event loop:
-so what is in a call is counted first. https://protobuf.dev/programming-guides/encoding
+so a call's fields and bytes are counted first. https://protobuf.dev/programming-guides/encoding
 """
 
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ from google.protobuf.message import DecodeError
 from runtime.errors import InvalidRequest
 from server.grpc.stubs import grpc_service_pb2 as pb
 
-_FIELDS, _BESIDE = 1024, 64 * 1024  # of a call; bytes beside its images
+_FIELDS, _BESIDE = 1024, 64 * 1024  # of a call; bytes besides its images
 _DEEPEST = 4
 _CALL = pb.ModelInferRequest.DESCRIPTOR
-_IMAGES = {  # where they may be
+_IMAGES = {  # fields that may hold them
     _CALL.fields_by_name["raw_input_contents"].full_name,
     pb.InferTensorContents.DESCRIPTOR.fields_by_name["bytes_contents"].full_name,
 }
-_MOST_ID = 256  # characters: it comes back with every answer
+_MOST_ID = 256  # characters: every answer repeats the id
 
 
 def call_in(data: bytes) -> Any:
-    """A ModelInferRequest. Raises InvalidRequest for what is none, or holds more than calls do."""
+    """Parse a ModelInferRequest. Raises InvalidRequest if it is malformed or exceeds a limit."""
     left = [_FIELDS, _BESIDE]
     _count(memoryview(data), _CALL, left, _DEEPEST)
     call = pb.ModelInferRequest()
@@ -37,7 +37,7 @@ def call_in(data: bytes) -> Any:
 
 
 def _count(data: memoryview, kind: Any, left: list[int], depth: int) -> None:
-    """Take a message's fields, and bytes that are no image's, from what is left of both."""
+    """Subtract a message's fields and non-image bytes from `left`. Raises InvalidRequest."""
     for number, content in _fields(data):
         left[0] -= 1
         field = kind.fields_by_number.get(number) if kind is not None else None
@@ -53,19 +53,19 @@ def _count(data: memoryview, kind: Any, left: list[int], depth: int) -> None:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and content of each field; of numbers it is empty."""
+    """Number and content of each field; the content of a numeric field is empty."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
         match tag & 7:
-            case 0:  # a number
+            case 0:  # a varint
                 _, at = _varint(data, at)
                 content = data[at:at]
-            case 1:  # of 8 bytes
+            case 1:  # 8 bytes
                 at, content = at + 8, data[at:at]
-            case 5:  # of 4 bytes
+            case 5:  # 4 bytes
                 at, content = at + 4, data[at:at]
-            case 2:  # of as many as it says
+            case 2:  # length-delimited
                 size, at = _varint(data, at)
                 content = data[at : at + size]
                 at += size
@@ -77,7 +77,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """A number of variable length, and where it ends."""
+    """The varint at `at`, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):
