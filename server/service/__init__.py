@@ -1,1 +1,1 @@
-"""What stands between any protocol and the engines: keys, admission, cache, deadlines."""
+"""The layer between protocols and engines: keys, admission, cache, deadlines."""

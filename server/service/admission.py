@@ -1,4 +1,4 @@
-"""Who may come in to a model: its state, and bounds on the requests inside."""
+"""Admission to a model: its state, and limits on the requests inside."""
 
 import math
 import time
@@ -13,14 +13,14 @@ from server.fairness.recent_clients import RecentClients
 from server.images.pool import Origin
 from server.service.drain_rate import DrainRate
 
-_OLD_SECONDS = 60.0  # after which a client that came says nothing any more
-_IN_TIME = 0.9  # of the deadline: the last in the queue must make it, too
-_LONGEST_WAIT = 60  # seconds that a client is told to wait
-ASIDE = 32  # requests that may wait for something else than the engine, half of them one client's
+_OLD_SECONDS = 60.0  # after which a client no longer counts as recent
+_IN_TIME = 0.9  # of the deadline: the last request in the queue must meet it, too
+_LONGEST_WAIT = 60  # seconds, the longest Retry-After
+ASIDE = 32  # requests that may wait for something other than the engine, half of them one client's
 
 
 class State(StrEnum):
-    """What a model, or all of a server, is doing; only `READY` takes requests."""
+    """State of a model or a whole server; only `READY` takes requests."""
 
     STARTING = "starting"
     READY = "ready"
@@ -28,11 +28,11 @@ class State(StrEnum):
 
 
 class NotServing(VignetteError):
-    """The server, or this model of it, is starting or draining."""
+    """The server or the model is starting or draining."""
 
 
 class Admission:
-    """Counts the requests that are inside one model. Used on the event loop's thread only."""
+    """Counts the requests inside one model. Used on the event loop's thread only."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Admission:
     ) -> None:
         """Let at most `queue` requests wait, besides those that have a slot (set `slots`).
 
-        deadline: seconds that a request has; no more wait than can be captioned in time.
+        deadline: seconds that a request has; no more requests wait than can be captioned in time.
         """
         self.state = State.STARTING
         self.inside = 0
@@ -71,7 +71,8 @@ class Admission:
     def check(self, client: str = "") -> None:
         """Raise NotServing or QueueFull if there is no place for a request of this client.
 
-        Half of the queue is one client's at most before the engine, as soon as another comes, too.
+        One client may fill half of the queue before the engine at most, unless it was the only one
+        within the last minute.
         """
         if self.state is not State.READY:
             raise NotServing(f"the server is {self.state}: try again soon, or another instance")
@@ -87,9 +88,9 @@ class Admission:
 
     @contextmanager
     def engine(self, client: str = "", rows: int = 1) -> Iterator[None]:
-        """A request that was let in has its pixels, and waits for the engine alone.
+        """Count an admitted request as in the engine: its pixels are ready.
 
-        rows: slots that it takes there.
+        rows: slots that the request takes there.
         """
         self._in_engine += rows
         self._preparing[client] -= 1
@@ -106,14 +107,14 @@ class Admission:
 
     @contextmanager
     def aside(self, request: Origin) -> Iterator[None]:
-        """A request that was let in waits for something else than the engine: it is not inside.
+        """Take an admitted request out of `inside` while it waits for something else.
 
-        Raises QueueFull if too many do, of all clients or of its own. It may be given several times
-        at once, for each frame of a clip.
+        Raises QueueFull if too many requests wait aside, of all clients or of its own. May be
+        entered several times at once for one request: for each frame of a clip.
         """
         first = request not in self._aside
         of_client = sum(other.client == request.client for other in self._aside)
-        left = ASIDE - (len(self._aside) - of_client)  # by others, of which half may be one's own
+        left = ASIDE - (len(self._aside) - of_client)  # by others; one client may have half
         if first and (len(self._aside) >= ASIDE or of_client >= -(-left // 2)):
             raise QueueFull(
                 "too many images that take long to decode are waiting: send smaller ones, or try "
@@ -132,25 +133,25 @@ class Admission:
 
     @property
     def accepted(self) -> int:
-        """Requests that were let in and are not over, those that stepped aside included."""
+        """Admitted requests that are not over, including those aside."""
         return self.inside + len(self._aside)
 
     @property
     def _most(self) -> int:
-        """Requests that may be inside: those for which there is room, and time.
+        """The most requests that may be inside, given the room and the time.
 
-        Some may always wait: without any, it would never be seen that the rate is better again.
+        Some may always wait: without any, a recovered rate would never be noticed.
         """
         each = self._rate.seconds
         in_time = math.inf if not each else _IN_TIME * self._deadline / each
         return int(min(self.slots + self._queue, max(2 * self.slots, in_time)))
 
     def expect(self, seconds: float) -> None:
-        """A request takes about so long while others wait, until more is known."""
+        """Set how long a request takes while others wait, until enough are measured."""
         self._rate.expected = seconds
 
     def check_in_time(self, seconds: float) -> None:
-        """Raise QueueFull if the requests inside take longer than one has that was just let in."""
+        """Raise QueueFull if the requests ahead of a new one take longer than it has."""
         each, ahead = self._rate.seconds, self.inside - 1
         if each and ahead >= 2 * self.slots and each * ahead > seconds:
             raise QueueFull(
@@ -160,5 +161,5 @@ class Admission:
             )
 
     def _seconds_to_drain(self) -> int:
-        """How long the requests inside will take, from 1 to a minute."""
+        """Seconds that the requests inside will take, from 1 to 60."""
         return min(_LONGEST_WAIT, max(1, math.ceil(self.inside * (self._rate.seconds or 0))))

@@ -1,6 +1,6 @@
-"""What was generated for images that were sent before, off by default, bounded in bytes.
+"""A cache of outputs for images that were sent before; off by default, bounded in bytes.
 
-Requests for an image that is being captioned already wait for that caption (single flight).
+A request that is identical to one in flight waits for that one's output (single flight).
 """
 
 import asyncio
@@ -11,15 +11,15 @@ from msgspec.structs import replace
 
 from runtime.request import RequestOutput, SamplingParams, Timing
 
-# Name of the model, identity of its engine, digest of the images, prompt, what is asked for.
+# Model name, engine identity, digest of the images, prompt tokens, sampling parameters.
 Key = tuple[str, str, str, tuple[int, ...], SamplingParams]
-_PATIENCE_SECONDS = 2.0  # with another's flight, before one starts one's own
-_TOKEN_BYTES, _TOP_BYTES = 120, 130  # of a token with its log-probability; of one beside it
-_ENTRY_BYTES = 600  # of an entry without its texts: measured as tuples, ints and the dict's share
+_PATIENCE_SECONDS = 2.0  # to wait for an identical request in flight before running our own
+_TOKEN_BYTES, _TOP_BYTES = 120, 130  # per token with its log-probability; per top candidate
+_ENTRY_BYTES = 600  # per text without its tokens: measured as tuples, ints and the dict's share
 
 
 class OutputCache:
-    """The outputs that were asked for last."""
+    """The most recently used outputs."""
 
     def __init__(self, limit: int) -> None:
         """Keep at most `limit` bytes."""
@@ -28,11 +28,11 @@ class OutputCache:
         self._flights: dict[Key, asyncio.Future[RequestOutput]] = {}
 
     async def get(self, key: Key, make: Callable[[], Awaitable[RequestOutput]]) -> RequestOutput:
-        """The output for `key`, made if it is not known: then it took no time in any stage.
+        """The cached output for `key`, with no time in any stage, or else what `make` returns.
 
-        What `make` raises is not kept.
+        Errors of `make` are not cached.
 
-        Who waits for another's flight and sees it cancelled or expired starts one of their own.
+        A request starts its own flight if the one it waits for fails, is cancelled or expires.
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + _PATIENCE_SECONDS
@@ -43,11 +43,11 @@ class OutputCache:
             if key not in self._flights or self._flights[key].done():
                 return await self._fly(key, make)
             landed, _ = await asyncio.wait([self._flights[key]], timeout=end - loop.time())
-            if not landed:  # it waits for its own client's turn, or has less of a hurry
+            if not landed:  # the flight may wait for its client's turn, or for longer
                 found = await make()
                 self._keep(key, found)
                 if (flight := self._flights.get(key)) is not None:
-                    flight.cancel()  # those who wait for it find this one
+                    flight.cancel()  # its waiters find this output
                 return found
 
     async def _fly(self, key: Key, make: Callable[[], Awaitable[RequestOutput]]) -> RequestOutput:
@@ -63,7 +63,7 @@ class OutputCache:
         return found
 
     def _keep(self, key: Key, output: RequestOutput) -> None:
-        if (before := self._entries.pop(key, None)) is not None:  # two made it side by side
+        if (before := self._entries.pop(key, None)) is not None:  # two were made side by side
             self.size -= _bytes(key, before)
         self._entries[key] = output
         self.size += _bytes(key, output)

@@ -1,8 +1,8 @@
-"""API keys: who may come in, how often, and how many at once.
+"""API keys: who may send requests, how often, and how many at once.
 
 The file has a line for each key: name, SHA-256 of the key, requests a second, requests at once,
-apart by spaces; 0 means no limit. `vignette keys NAME` makes one. Keys are known by their digests,
-and appear in no log.
+separated by spaces; 0 means no limit. `vignette keys NAME` makes one. Only digests of keys are
+stored, and no log contains a key.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from runtime.errors import VignetteError
 from server.service.usage import KeyUsage
 
-_BURST_SECONDS = 2  # a key may send so many seconds' worth of its rate at once
+_BURST_SECONDS = 2  # seconds' worth of its rate that a key may send at once
 
 
 class InvalidKeys(VignetteError):
@@ -40,7 +40,7 @@ class TooFast(VignetteError):
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A line of the file. A limit of 0 is none."""
+    """A line of the key file. A limit of 0 means none."""
 
     name: str
     digest: bytes
@@ -49,7 +49,7 @@ class Client:
 
 
 class Keys:
-    """The keys that a front-end takes. Its limits are those of all front-ends together."""
+    """The keys that a front-end accepts. Limits hold for all front-ends together."""
 
     def __init__(self, clients: list[Client], usage: KeyUsage) -> None:
         self._clients, self._usage = clients, usage
@@ -59,10 +59,10 @@ class Keys:
     def open(
         cls, path: Path, folder: Path, front_ends: int = 1, index: int = 0, reading: int = 0
     ) -> "Keys":
-        """For front-end `index`, counting in the run's `folder`. Raises InvalidKeys.
+        """Read the keys for front-end `index`, counting in `folder`. Raises InvalidKeys.
 
-        reading: how often the file was read again. Each has counts of its own, and so has a file
-        that was changed meanwhile: a front-end that starts anew may find another one than the rest.
+        reading: how often the file was read again. Each reading has counts of its own, and so has
+        each content: a restarted front-end may find a newer file than the others have read.
         """
         clients = read(path)
         digest = hashlib.sha256(b"".join(client.digest for client in clients)).hexdigest()
@@ -70,12 +70,12 @@ class Keys:
         return cls(clients, usage)
 
     def close(self) -> None:
-        """Others count from now on; who is inside leaves as if nothing had happened."""
+        """Retire these counts; requests inside still leave normally."""
         self._usage.remove()
 
     @contextmanager
     def enter(self, key: str | None) -> Iterator[str]:
-        """Hold a place for the owner of `key`, whose name it gives.
+        """Hold a place for the owner of `key`; yields the owner's name.
 
         Raises Unauthorised, or TooFast.
         """
@@ -104,7 +104,7 @@ class Keys:
     def _find(self, key: str | None) -> int:
         if not key:
             raise Unauthorised("send your key: Authorization: Bearer <key>, or X-API-Key: <key>")
-        # How long looking it up takes tells of digests, from which no key can be made.
+        # The lookup's timing reveals at most digests, from which no key can be derived.
         digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
         found = self._indices.get(digest)
         if found is None:
@@ -113,16 +113,16 @@ class Keys:
 
 
 def sent(headers: Mapping[str, str]) -> str | None:
-    """The key of a request: a bearer token, or x-api-key. Names are in lower case."""
+    """The key of a request: a bearer token, or x-api-key. Header names are in lower case."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else None
     return bearer or headers.get("x-api-key")
 
 
 def read(path: Path) -> list[Client]:
-    """The lines of a key file; raises InvalidKeys naming the one that is wrong."""
+    """Parse a key file; raises InvalidKeys naming the line that is wrong."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe would block
             raise InvalidKeys(f"{path} is no file: every front-end reads it")
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as cause:
@@ -144,7 +144,7 @@ def read(path: Path) -> list[Client]:
 
 
 def _client(line: str) -> Client:
-    """A line of the file; ValueError if it is none."""
+    """Parse a line of the file. Raises ValueError if it is malformed."""
     name, digest, rate, at_once = line.split()
     client = Client(name, bytes.fromhex(digest), float(rate), int(at_once))
     whole = len(client.digest) == hashlib.sha256().digest_size

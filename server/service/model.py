@@ -1,4 +1,4 @@
-"""One model of a front-end: its workers, queue and pixels, and a request's way through them."""
+"""One model of a front-end: its workers, queue and pixels, and a request's path through them."""
 
 import asyncio
 import math
@@ -34,7 +34,7 @@ from server.tasks import note_error
 
 @dataclass(slots=True, eq=False)
 class Model:
-    """What is one model's own. number: among those of the server, as decoders count them."""
+    """The parts of one model. number: its index among the server's models, for decoders."""
 
     number: int
     name: str
@@ -47,8 +47,8 @@ class Model:
     decoders: ImageDecoders
     timeout_seconds: float
     identity: str = ""  # of its engine, once a worker was ready (`WorkerFacts.identity`)
-    facts: tuple[WorkerFacts, ...] = ()  # of the workers that are ready, or were last
-    device: str = ""  # of its workers; its name where they are elsewhere
+    facts: tuple[WorkerFacts, ...] = ()  # of the workers that are ready, or last were
+    device: str = ""  # of its workers; the model's name if they are remote
     shares: SlotShares = field(default_factory=SlotShares)
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -59,12 +59,12 @@ class Model:
 
     @property
     def status(self) -> str:
-        """For people and load balancers."""
+        """The model's state, for people and load balancers."""
         recovering = self.admission.state is State.READY and not self.serves
         return "recovering" if recovering else self.admission.state
 
     def update(self, workers: Sequence[WorkerState], front_ends: int) -> None:
-        """Take what the supervisor says of its workers, which all front-ends share."""
+        """Apply the supervisor's report on the workers, which all front-ends share."""
         ready = [w for w in workers if w.state == "ready" and w.facts is not None]
         ends = {w.index: w.last_end for w in workers}
         self.links.update({(w.index, w.epoch) for w in ready}, ends)
@@ -91,7 +91,7 @@ class Model:
         timeout_ms: int | None = None,
         stream: bool = False,
     ) -> GenerationRequest:
-        """A request whose image is still to come. sampling: fields of SamplingParams.
+        """A request without its pixels. sampling: fields of SamplingParams.
 
         Raises InvalidRequest if it can't be served.
         """
@@ -103,7 +103,7 @@ class Model:
     async def run(
         self, request: GenerationRequest, images: list[bytes], origin: Origin
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Decode the images and generate; closing takes the request back.
+        """Decode the images and generate; closing the generator cancels the request.
 
         Raises what the decoders and the dispatcher raise, and Expired.
         """
@@ -138,17 +138,17 @@ class Model:
                     async for output in news:
                         if output.finish_reason is None:
                             yield output
-            # Who has this needs no more, and may close: the request was not taken back.
+            # Yield the last output outside the slot: closing the iterator here is no cancellation.
             yield _timed(output, decoded - started)
         finally:
             self._give_back(slot, jobs)
-            jobs.clear()  # their errors would hold this frame, and this frame them, with the images
+            jobs.clear()  # break the cycle of their errors and this frame, which holds the images
 
     def _job(self, image: bytes, slot: int, frame: int, origin: Origin) -> ImageJob:
         return ImageJob(image, Place(self.number, slot, frame), origin, self.admission.aside)
 
     async def _slot(self) -> int:
-        """A free slot; there may be none for a moment, while decodings outlast their requests."""
+        """Take a slot, waiting for one while decodings outlast their requests."""
         while not self.store.has_room:
             self.freed.clear()
             await self.freed.wait()
@@ -159,7 +159,7 @@ class Model:
         self.freed.set()
 
     def _give_back(self, slot: int, jobs: "list[asyncio.Task[None]]") -> None:
-        """Free the slot once nothing writes to it any more; who gave up need not wait for that."""
+        """Free the slot once no decoder writes to it, without making the caller wait for that."""
         running = [job for job in jobs if not job.done()]
         for job in jobs:
             if job.done():
@@ -183,7 +183,7 @@ class Model:
 
 @asynccontextmanager
 async def until(deadline: float) -> AsyncIterator[None]:
-    """Raise Expired if this takes longer. deadline: `time.perf_counter()`."""
+    """Raise Expired if the block runs past the deadline, a time of `time.perf_counter()`."""
     left = None if deadline == math.inf else max(0.0, deadline - time.perf_counter())
     try:
         async with asyncio.timeout(left):
@@ -193,17 +193,17 @@ async def until(deadline: float) -> AsyncIterator[None]:
 
 
 def _timed(output: RequestOutput, preprocess_s: float) -> RequestOutput:
-    """The last of a request's outputs with what its image took."""
+    """A request's last output with the time of preprocessing its images."""
     assert output.timing is not None
     return replace(output, timing=replace(output.timing, preprocess_s=preprocess_s))
 
 
 def _raise_first(jobs: "list[asyncio.Task[None]]") -> None:
-    """Raise what the first of some tasks raised, all of which have ended."""
+    """Raise the error of the first task that failed. All tasks must have ended."""
     for job in jobs:
         note_error(job)
     try:
         for job in jobs:
             job.result()
     finally:
-        del job, jobs  # as above
+        del job, jobs  # break the cycle of error and frame

@@ -1,4 +1,4 @@
-"""The parts of one front-end, put together."""
+"""Assembles the parts of one front-end."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,14 +25,14 @@ from server.settings import Settings
 from server.system import NICENESS
 from server.tracing import Tracer
 
-Known = Mapping[str, tuple[Manifest, CaptionTokenizer]]  # of each model, by its name
+Known = Mapping[str, tuple[Manifest, CaptionTokenizer]]  # by model name
 
 
 def make_service(settings: Settings, known: Known, folder: Path, index: int, epoch: int) -> Service:
-    """The parts of one front-end. `folder` is the run's."""
+    """The service of one front-end. folder: the run's folder."""
     name = process_name("front", index, epoch)
     share = -(-settings.max_queue // settings.front_end_processes)
-    # Decodings may outlast requests that gave up.
+    # More than requests, as decodings may outlast cancelled ones.
     places = (
         (settings.slots or MOST_SLOTS) * (settings.workers or 1) + share + settings.decoders + ASIDE
     )

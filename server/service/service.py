@@ -1,4 +1,4 @@
-"""A front-end's service: all protocols ask it, and none of its parts knows which did."""
+"""A front-end's service, used by all protocols and independent of them."""
 
 import asyncio
 import hashlib
@@ -33,14 +33,14 @@ from server.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
-_LARGE = 256 * 1024  # bytes that are not hashed on the event loop: a third of a millisecond
-_BYTES = 100e6, 32e6  # of all large bodies, a second and at once: half of a slow core
+_LARGE = 256 * 1024  # bytes above which images are hashed on a thread: a third of a millisecond
+_BYTES = 100e6, 32e6  # bytes of all large bodies, a second and at once: half of a slow core
 _REFUSALS = 50.0, 100.0
-# A proxy that is started again leaves as many requests as there are: the burst is above that.
+# A restarted proxy abandons all its requests in flight: the burst is above that number.
 _LEFT, _LEFT_SECONDS = (10.0, 200.0), 2.0
-_SERVED = 0.2  # of what one that was left costs, which one that is served earns back
-_VISITS = 200.0, 400.0  # of what is no caption and is answered
-Images = list[bytes] | str  # as they were sent, one or one a frame; or where one is to be fetched
+_SERVED = 0.2  # of an abandoned request's cost, which a served request earns back
+_VISITS = 200.0, 400.0  # of non-caption requests, a second and at once
+Images = list[bytes] | str  # encoded, one or one per frame; or the URL of one
 
 
 class UnknownModel(VignetteError):
@@ -49,7 +49,7 @@ class UnknownModel(VignetteError):
 
 @dataclass(slots=True)
 class Service:
-    """What protocols work with. `workers` is what the supervisor last said of each."""
+    """What protocols call. workers: the supervisor's last report on each."""
 
     settings: Settings
     models: dict[str, Model]  # by name, the default first
@@ -74,7 +74,7 @@ class Service:
 
     @property
     def state(self) -> State:
-        """READY once each model has served, whatever has happened to some of them since."""
+        """READY once each model has served, even if some have failed since."""
         states = {model.admission.state for model in self.models.values()}
         return next((s for s in (State.DRAINING, State.STARTING) if s in states), State.READY)
 
@@ -85,12 +85,12 @@ class Service:
 
     @property
     def inside(self) -> int:
-        """Requests that were let in and not answered yet."""
+        """Admitted requests that are not answered yet."""
         return sum(model.admission.accepted for model in self.models.values())
 
     def share_devices(self) -> None:
-        """Let models of one device share what clients may have of it, as their engines take the
-        same cores; unless each was given some of its own.
+        """Let models on one device share clients' slot shares, as their engines use the same
+        cores; unless each model has cores of its own.
         """
         slots, models = Counter[str](), Counter[str]()
         for model in self.models.values():
@@ -103,23 +103,23 @@ class Service:
             model.shares = self.shares[device]
             slots[device] = max(slots[device], model.admission.slots)
             models[device] += 1
-        for device, most in slots.items():  # who waits for others, as of a start, waits on
+        for device, most in slots.items():  # no wake-up: others' ends admit waiting requests
             self.shares[device].slots, self.shares[device].models = most, models[device]
 
     def drain(self) -> None:
-        """Take nothing new."""
+        """Stop admitting requests."""
         for model in self.models.values():
             model.admission.state = State.DRAINING
 
     def read_keys(self, reading: int) -> None:
-        """Take the keys that the file has now; a wrong file is logged. Who was let in goes on."""
+        """Reload the key file; an invalid file is logged. Requests inside go on."""
         if self.keys is not None and self.keys_read != reading:
             self.keys_read = reading
             if self.keys_reader is None or self.keys_reader.done():
                 self.keys_reader = asyncio.create_task(self._read_keys(self.keys))
 
     async def _read_keys(self, keys: Keys) -> None:
-        """On a thread, as many keys take long; again if the file was to be read again meanwhile."""
+        """Reload on a thread, as many keys take long; once more if asked to meanwhile."""
         path, reading = self.settings.api_keys, -1
         assert path is not None
         while reading != self.keys_read:
@@ -142,9 +142,9 @@ class Service:
         return self.models[name]
 
     def check_room(self, client: str) -> None:
-        """Raise what its admission raises if no model has room for a request of this client.
+        """Raise NotServing or QueueFull if no model has room for a request of this client.
 
-        Which model it is for may stand in its body, which is not worth reading then.
+        The model's name may be in the body, which is not worth reading then.
         """
         refusal: VignetteError | None = None
         for model in self.models.values():
@@ -158,27 +158,27 @@ class Service:
     async def caption(
         self, model: Model, request: GenerationRequest, images: Images, client: str
     ) -> Caption:
-        """All that is generated; raises what `generate` raises, and ComputationFailed."""
+        """The whole caption. Raises what `generate` raises, and ComputationFailed."""
         async with aclosing(self.generate(model, request, images, client)) as outputs:
             output = joined([each async for each in outputs])
         return captioned(request, output, model.tokenizer)
 
     def owed(self, client: str) -> float:
-        """Seconds that a client has to wait for what it was refused, or left, before."""
+        """Seconds that a client has to wait for its earlier refused or abandoned requests."""
         return max(self.refusals.owed(client), self.left.owed(client))
 
     def was_served(self, client: str) -> None:
-        """A request of this client was answered with a caption."""
+        """Credit a client for a request that was answered with a caption."""
         self.refusals.earn(client, 1)
         self.left.earn(client, _SERVED)
 
     def was_left(self, client: str, requests: int = 1) -> None:
-        """Decoders and engine have worked for nothing, as this client waits no more."""
+        """Charge a client for abandoned requests: decoders and engine worked for nothing."""
         self.left.spend(client, requests)
 
     def count(self, model: str, key: str | None, code: str) -> None:
-        """How a request ended: ok, cancelled, or the code of its error. model: or none, if it was
-        refused before that was known.
+        """Count how a request ended. model: "" if it was refused before the model was known. code:
+        ok, cancelled, or the code of its error.
         """
         self.metrics.requests.labels(model, code).inc()
         if key is not None:
@@ -187,9 +187,9 @@ class Service:
     async def generate(
         self, model: Model, request: GenerationRequest, images: Images, client: str
     ) -> AsyncGenerator[RequestOutput, None]:
-        """What is generated for a request, as it comes; closing takes the request back.
+        """Yield a request's outputs as they come; closing the generator cancels the request.
 
-        client: with whose other requests this one takes its turns.
+        client: the one whose requests share their turns with this one.
 
         Raises what admission, the fetcher, the decoders and the dispatcher raise, and Expired.
         """
@@ -206,15 +206,15 @@ class Service:
 
     def _measure(self, model: Model, timing: Timing, total: float) -> None:
         for stage, value in {**timing.stages, "total": total}.items():
-            if value:  # else it was gone through for an earlier request: the caption was known
+            if value:  # 0: the caption was cached, so no time was spent here
                 self.metrics.stage.labels(model.name, stage).observe(value)
 
     @asynccontextmanager
     async def _outputs(
         self, model: Model, request: GenerationRequest, images: Images, client: str
     ) -> AsyncIterator[AsyncGenerator[RequestOutput, None]]:
-        """Fetch and hash the images of a request that was let in, refuse those that are known to
-        crash engines, and run the request or find its caption in the cache.
+        """Fetch and hash the images of an admitted request, refuse those that are known to crash
+        engines, and run the request or find its caption in the cache.
         """
         deadline = request.scheduling.deadline or math.inf
         async with self._fetched(images, deadline, client) as encoded:
@@ -224,7 +224,7 @@ class Service:
             model.links.dispatcher.check(digest)
             origin = Origin(client, digest, deadline)
             found = model.run(request, encoded, origin)
-            drawn = request.sampling.temperature > 0  # it may never be drawn again
+            drawn = request.sampling.temperature > 0  # sampled outputs are not cached
             if self.cache is not None and not request.stream and not drawn:
                 found = self._known_or_run(self.cache, model, request, encoded, origin)
             async with aclosing(found) as outputs:
@@ -242,7 +242,7 @@ class Service:
 
         async def make() -> RequestOutput:
             made.append(True)
-            model.links.dispatcher.check(origin.digest)  # another's flight may have found it deadly
+            model.links.dispatcher.check(origin.digest)  # it may have crashed another flight
             async with aclosing(model.run(request, images, origin)) as outputs:
                 return joined([output async for output in outputs])
 
@@ -257,13 +257,13 @@ class Service:
     async def _fetched(
         self, images: Images, deadline: float, client: str
     ) -> AsyncIterator[list[bytes]]:
-        """The images, sent or fetched; what is fetched counts among the bytes that are inside."""
+        """The images, sent or fetched; fetched bytes count in the byte budget."""
         if not isinstance(images, str):
             yield images
             return
         if self.fetcher is None:
             raise InvalidRequest("image_url is switched off here: send the image itself")
-        held = self.settings.max_body_bytes  # it may become as large
+        held = self.settings.max_body_bytes  # the image may be as large
         self.budget.hold(held, client)
         try:
             async with until(deadline):
@@ -278,7 +278,7 @@ class Service:
 
 def _digest(images: list[bytes]) -> str:
     digest = hashlib.sha256()
-    for image in images:  # the same bytes are another image if they are read as a clip
+    for image in images:  # the same bytes read as a clip are another image
         digest.update(b"clip" if isinstance(image, Clip) else b"image")
         digest.update(hashlib.sha256(image).digest())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What each API key has used, counted by all front-ends together in a file that they map."""
+"""Usage of each API key, counted by all front-ends together in a memory-mapped file."""
 
 import fcntl
 import os
@@ -17,9 +17,9 @@ class KeyUsage:
     """
 
     def __init__(self, path: Path, keys: int, front_ends: int, index: int) -> None:
-        """The file at `path`, made by whoever comes first, for front-end `index`.
+        """Open the file at `path`, creating it if needed, for front-end `index`.
 
-        What an earlier life of that front-end had inside is forgotten.
+        Requests that an earlier process of that front-end had inside are forgotten.
         """
         record = np.dtype(
             [("tokens", float), ("filled_at", float), ("inside", np.int64, (front_ends,))]
@@ -33,7 +33,7 @@ class KeyUsage:
             self._records["inside"][:, index] = 0
 
     def remove(self) -> None:
-        """Nobody else opens it; it lasts as long as somebody counts there."""
+        """Unlink the file; it lasts as long as a process has it open."""
         self._path.unlink(missing_ok=True)
 
     def __del__(self) -> None:
@@ -41,7 +41,7 @@ class KeyUsage:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Nobody else counts meanwhile. The system lets go for a process that dies."""
+        """Lock the file against other processes. The system unlocks it if this one dies."""
         fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
             yield
@@ -53,16 +53,16 @@ class KeyUsage:
         return int(self._records["inside"][key].sum())
 
     def count(self, key: int, change: int) -> None:
-        """That many requests more in this front-end."""
+        """Add `change` to this front-end's requests with a key."""
         self._records["inside"][key, self._index] += change
 
     def refill(self, key: int, rate: float, most: float, now: float) -> float:
-        """Tokens in a key's bucket, which gains `rate` a second up to `most` and begins full."""
+        """Refill a key's bucket, `rate` tokens a second up to `most`, full at first; its tokens."""
         record = self._records[key]
         gained = (now - record["filled_at"]) * rate if record["filled_at"] else most
         record["tokens"], record["filled_at"] = min(most, record["tokens"] + gained), now
         return float(record["tokens"])
 
     def spend(self, key: int) -> None:
-        """One token less."""
+        """Take a token from a key's bucket."""
         self._records["tokens"][key] -= 1
