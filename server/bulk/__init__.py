@@ -1,1 +1,1 @@
-"""Captions in bulk: images from wherever they lie, rows to where they are read."""
+"""Bulk captioning: from files, lists and shards to files of captions."""

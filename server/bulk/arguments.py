@@ -16,17 +16,17 @@ from runtime.request import SamplingParams
 from server.fields import SAMPLING, CaptionFields
 
 KEY = "VIGNETTE_API_KEY"
-_LOCAL = "local"  # which Ray takes for a cluster that is started here, and no other
+_LOCAL = "local"  # Ray's address for a new cluster on this machine
 SAMPLING_FLAGS: dict[str, Any] = {  # flags that are sampling parameters, and their defaults
     field.name: DEFAULT_MAX_NEW_TOKENS if field.required else field.default
     for field in fields(SamplingParams)
-    if field.name in SAMPLING - {"logprobs"}  # of which a row has none
+    if field.name in SAMPLING - {"logprobs"}  # rows have no logprobs
 } | {"seed": "any"}
 _Number = TypeVar("_Number", int, float)
 
 
 def command_line(description: str) -> argparse.ArgumentParser:
-    """Reads arguments; ends the process with status 2 and a message for one that can't be."""
+    """The parser; a wrong argument ends the process with status 2 and a message."""
     parser = argparse.ArgumentParser(
         prog="vignette caption", description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,4 +1,4 @@
-"""Items in, outcomes out: on threads, as many at a time as keep the captioner busy."""
+"""Captions items on threads, as many at a time as keep the captioner busy."""
 
 import threading
 from collections import OrderedDict
@@ -16,13 +16,13 @@ from server.bulk.fetching import fetch, is_url
 from server.bulk.index import Kept
 from server.bulk.items import Item, Outcome, ScoredCaption
 
-_FETCHES = 64  # of images elsewhere that wait to be captioned, beside those that are
-_AHEAD = 8  # times as many as run may wait for one before them, where the order is kept
+_FETCHES = 64  # images fetched ahead, beyond those being captioned
+_AHEAD = 8  # times as many as run may wait for an earlier one, if ordered
 _HELD = 2**30  # bytes of items and images, above which no more are taken
 
 
 class UnfitItem(VignetteError):
-    """What is wrong with one image."""
+    """One image can't be captioned."""
 
 
 class RunFailed(Exception):
@@ -30,22 +30,22 @@ class RunFailed(Exception):
 
 
 class Captioner(Protocol):
-    """Captions images for any number of threads, at most `at_once` of them with gain."""
+    """Captions images for any number of threads; more than `at_once` gain nothing."""
 
     at_once: int
 
     def caption(self, image: bytes, prompt: str | None) -> tuple[ScoredCaption, ...]:
-        """What is said of an image, the best first. Raises VignetteError for what is wrong with
-        it, and RunFailed, which ends the run.
+        """An image's captions, the best first. Raises VignetteError if this image can't be
+        captioned, and RunFailed, which ends the run.
         """
 
     def stop(self) -> None:
-        """The run is over: give up what would be tried again."""
+        """Stop retrying: the run is over."""
 
 
 @dataclass(frozen=True, slots=True)
 class CaptioningOptions:
-    """How items are captioned. limit: bytes of an image. once: equal images are captioned once."""
+    """How items are captioned. limit: bytes of an image. once: caption equal images once."""
 
     prompt: str | None
     limit: int
@@ -54,7 +54,7 @@ class CaptioningOptions:
 
 
 class Captioning:
-    """Outcomes of items, as they end or in their order."""
+    """Turns items into outcomes, as they end or in input order."""
 
     def __init__(self, captioner: Captioner, options: CaptioningOptions, kept: Kept) -> None:
         self._captioner, self._options, self._kept = captioner, options, kept
@@ -63,7 +63,7 @@ class Captioning:
         self._lock = threading.Lock()
 
     def run(self, items: Iterable[Item]) -> Generator[Outcome, None, None]:
-        """Raises what ended the run; closing it leaves what was not begun."""
+        """Yield outcomes; closing drops items not begun. Raises the error that ended the run."""
         most = self._captioner.at_once + _FETCHES
         pool = ThreadPoolExecutor(most, "item")
         remaining, running = iter(items), OrderedDict[Future[Outcome], Item]()
@@ -86,7 +86,7 @@ class Captioning:
             pool.shutdown(cancel_futures=True)
 
     def _ended(self, running: OrderedDict[Future[Outcome], Item]) -> Iterator[Outcome]:
-        """Those that have ended, at least one; where the order is kept, up to one that hasn't."""
+        """Outcomes of ended items, at least one; if ordered, up to one that has not ended."""
         first = [next(iter(running))] if self._options.ordered else running
         wait(first, return_when=FIRST_COMPLETED)
         for future in list(running):
@@ -115,7 +115,7 @@ class Captioning:
             return self._captioner.caption(image, prompt)
 
     def _once(self, key: str, image: bytes, prompt: str | None) -> tuple[ScoredCaption, ...]:
-        """The caption of the first that was the same, or is being captioned."""
+        """Captions for a key: kept ones, those of a thread already captioning it, or new ones."""
         with self._lock:
             if (kept := self._kept.get(key)) is not None:
                 return msgspec.msgpack.decode(kept, type=tuple[ScoredCaption, ...])
@@ -137,7 +137,7 @@ class Captioning:
 
 
 def _size(future: Future[Outcome], item: Item) -> int:
-    """Of what is held: of an image that lies elsewhere nothing until it has been captioned."""
+    """Bytes held for an item; an image to fetch counts only once its item has ended."""
     ended = future.done() and future.exception() is None
     return _bytes(item, future.result().image if ended else None)
 
@@ -147,7 +147,7 @@ def _bytes(item: Item, image: bytes | None = None) -> int:
 
 
 def same(digest: str, prompt: str | None) -> str:
-    """The key under which the caption of equal images is kept."""
+    """The key under which captions of equal images are kept."""
     return f"{digest} {prompt or ''}"
 
 
@@ -163,15 +163,15 @@ def image_of(item: Item, limit: int) -> bytes:
         return fetch(item.image, limit)
     except (VignetteError, OSError):
         raise
-    except ValueError as error:  # no name of a file
+    except ValueError as error:  # not a valid file name
         raise UnfitItem(str(error)) from error
-    except Exception as error:  # each file system of fsspec has its own
+    except Exception as error:  # each file system of fsspec has its own errors
         if not is_url(item.image):
             raise
         raise UnfitItem(f"{type(error).__name__}: {error}") from error
 
 
 def message_of(error: Exception) -> str:
-    """For a row of the output; a name that is no UTF-8 is spelled out."""
+    """An error's message for an output row; characters that are not UTF-8 are escaped."""
     message = str(error) or type(error).__name__
     return message.encode("utf-8", "backslashreplace").decode()

@@ -35,7 +35,7 @@ from server.bulk.tar import Tar
 from server.fields import CaptionFields, checked
 from server.http.client import RemoteService
 
-_SKIPPED = 5  # kinds of files that are named
+_SKIPPED = 5  # kinds of skipped files that are listed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             run = _on_ray if args.ray else _here
             counts = run(args, options, given, output)
         _tell_skipped(given, counts)
-    except (VignetteError, RunFailed, OSError) as error:  # of a single image, none gets here
+    except (VignetteError, RunFailed, OSError) as error:  # not of a single image
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """What was given of it. Raises InvalidRequest."""
+    """The given sampling parameters. Raises InvalidRequest."""
     given = {name: getattr(args, name) for name in SAMPLING_FLAGS}
     return checked(CaptionFields, given).sampling
 
@@ -91,7 +91,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 def _here(
     args: argparse.Namespace, options: CaptioningOptions, given: list[Part], output: Output
 ) -> Counts:
-    """By an engine of this machine, or a service."""
+    """Caption with an engine on this machine, or with a service."""
     with closing(_remote(args) if args.url else _local(args)) as captioner:
         bulk_run = _bulk_run(args, output, captioner.identity)
         print(captioner.where, file=sys.stderr)
@@ -127,7 +127,7 @@ def _bulk_run(args: argparse.Namespace, output: Output, identity: dict[str, str]
 
 
 def _tell_skipped(given: list[Part], counts: Counts) -> None:
-    """What in folders was no image. Raises NoImages if nothing was."""
+    """Report files in folders that are no images. Raises NoImages if there were no images."""
     skipped: Counter[str] = Counter()
     for part in given:
         skipped += part.skipped if isinstance(part, Files) else Counter()

@@ -1,4 +1,4 @@
-"""Images decoded for threads, in processes under the limits of the server's decoders."""
+"""Decodes images for threads, in processes with the limits of the server's decoders."""
 
 import asyncio
 import threading
@@ -13,19 +13,19 @@ from server.images.lane import DecodeTask, Lane
 from server.ipc.shared import PixelStore, RunFolder
 from server.settings import Settings
 
-# An engine's threads wait for each other, so it loses twice what decoders take of one. They decode
-# ahead: what the engine leaves is enough for them.
+# An engine's threads wait for each other, so it loses twice the time that decoders take from one.
+# Decoders work ahead: the time that the engine leaves is enough for them.
 _NICENESS = 15
 _Result = TypeVar("_Result")
 
 
 class BulkDecoders:
-    """`pixels` for any number of threads."""
+    """Decoder processes for any number of threads."""
 
     def __init__(
         self, how: Preprocessing, shape: tuple[int, ...], processes: int, max_pixels: int
     ) -> None:
-        """shape: of an image's pixels. max_pixels: that an image may have before."""
+        """shape: of the decoded pixels. max_pixels: the most that an image may have before."""
         limits = Settings.model_fields
         self._seconds: float = limits["decode_seconds"].default
         memory = limits["decode_memory_mb"].default * 2**20
@@ -40,7 +40,7 @@ class BulkDecoders:
         self._lane = self._on_loop(self._start(setup, processes))
 
     def pixels(self, image: bytes) -> np.ndarray:
-        """As the encoder takes them. Raises InvalidImage, TooManyPixels or TooHard."""
+        """An image's pixels for the encoder. Raises InvalidImage, TooManyPixels or TooHard."""
         return self._on_loop(self._decode(image))
 
     def close(self) -> None:
@@ -52,7 +52,7 @@ class BulkDecoders:
         self._folder.remove()
 
     async def _start(self, setup: Setup, count: int) -> Lane:
-        """On the loop's thread: processes die with the one that started them."""
+        """Runs on the loop's thread: processes die with the thread that started them."""
         return Lane(setup, count)
 
     async def _decode(self, image: bytes) -> np.ndarray:

@@ -1,6 +1,6 @@
 """An engine in a process of its own, for any number of threads.
 
-An image that crashes it takes that process with it and nothing else: the next finds a new one.
+An image that crashes the engine ends only that process; the next image gets a new one.
 """
 
 import itertools
@@ -28,15 +28,15 @@ _CONTEXT = multiprocessing.get_context("spawn")
 
 
 class NoEngine(VignetteError):
-    """The engine can't be opened, or not again after it died."""
+    """The engine can't be opened, or reopened after it died."""
 
 
 class EngineDied(Exception):
-    """The process ended with this image in it, and perhaps with others."""
+    """The process ended while it had this image, and perhaps others."""
 
 
 class Facts(Struct, frozen=True):
-    """What an engine is. shape: of an image's pixels, uint8."""
+    """Properties of an engine. shape: of an image's pixels, uint8."""
 
     identity: dict[str, str]
     runs_on: str
@@ -51,13 +51,13 @@ class _CaptionCall(Struct, frozen=True):
 
 
 class EngineProcess:
-    """`generate` for threads; `facts` once it is there."""
+    """An engine in a process, restarted after a crash; any thread may call `generate`."""
 
     def __init__(
         self, open_engine: Callable[[], Engine], prompt: str | None, sampling: dict[str, Any]
     ) -> None:
-        """sampling: fields of SamplingParams. Raises NoEngine, with the reason, also where the
-        engine can't serve this prompt or sampling.
+        """sampling: fields of SamplingParams. Raises NoEngine, with the reason, also if the engine
+        can't serve this prompt or sampling.
         """
         self._open = open_engine, prompt, sampling
         self._lock, self._numbers = threading.Lock(), itertools.count()
@@ -69,13 +69,13 @@ class EngineProcess:
         self._keeper.start()
         try:
             self.facts = self._ready.result()
-        except BaseException:  # an interrupt, too: it would wait for the process for ever
+        except BaseException:  # an interrupt, too: else the process is waited for for ever
             self.close()
             raise
 
     def generate(self, pixels: np.ndarray, prompt: str | None) -> tuple[ScoredCaption, ...]:
-        """What is said of an image. Raises VignetteError for what it can't serve, EngineDied, and
-        RuntimeError for what a step raised.
+        """An image's captions. Raises VignetteError if the engine can't serve it, EngineDied, and
+        RuntimeError for an error of a step.
         """
         while True:
             self._ready.result()
@@ -86,7 +86,7 @@ class EngineProcess:
                 try:
                     self._connection.send((number, _CaptionCall(pixels, prompt)))
                     break
-                except OSError:  # it is being replaced; this image was not in it
+                except OSError:  # the process is being replaced; it never got this image
                     del self._running[number]
         return future.result()
 
@@ -99,7 +99,7 @@ class EngineProcess:
         self._keeper.join()
 
     def _keep(self) -> None:
-        """On one thread, which the processes die with: start one after the other."""
+        """Start processes one after the other, on one thread, as they die with it."""
         while self._start():
             try:
                 self._listen()
@@ -113,7 +113,7 @@ class EngineProcess:
             future.set_exception(EngineDied("the engine's process has ended for good"))
 
     def _start(self) -> bool:
-        """The next process, unless this is closed."""
+        """Start the next process; returns False if this is closed or it can't be started."""
         with self._lock:
             if self._closed:
                 return False
@@ -121,7 +121,7 @@ class EngineProcess:
                 self._connection, theirs = _CONTEXT.Pipe()
                 process = _CONTEXT.Process(target=_serve, args=(theirs, *self._open), daemon=True)
                 process.start()
-            except Exception as error:  # no room for it, or it can't be told what to open
+            except Exception as error:  # no room for it, or `open_engine` can't be pickled
                 self._closed = True
                 self._ready.set_exception(NoEngine(f"its process can't be started: {error}"))
                 return False
@@ -170,7 +170,7 @@ def _serve(
     prompt: str | None,
     sampling: dict[str, Any],
 ) -> None:
-    """The process: captions what comes until nobody is there any more."""
+    """The process: captions what arrives until its parent has gone."""
     follow_parent()
     try:
         engine = open_engine()

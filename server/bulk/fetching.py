@@ -16,12 +16,12 @@ from typing_extensions import override
 
 from runtime.errors import VignetteError
 
-_ATTEMPTS, _LONGEST_WAIT = 4, 20  # of one image over HTTP; seconds before another
+_ATTEMPTS, _LONGEST_WAIT = 4, 20  # per image over HTTP; seconds between attempts
 _CONNECT_SECONDS, _READ_SECONDS, _SECONDS = 10, 30, 120  # of one attempt
 _CONNECTIONS, _REDIRECTS = 64, 5
 _PIECE = 2**20
-_LATER = (408, 425, 429)  # of the statuses below 500
-_attempt = threading.local()  # of this thread: `end`, a time of `monotonic`
+_LATER = (408, 425, 429)  # statuses below 500 that are retried
+_attempt = threading.local()  # of this thread: `end`, a time of `time.monotonic`
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
@@ -31,40 +31,40 @@ class TooLarge(VignetteError):
 
 
 class NoFile(VignetteError):
-    """What is called so is no regular file: a folder, a pipe, a device."""
+    """The path is no regular file but a folder, a pipe or a device."""
 
 
 class NoWay(VignetteError):
-    """A package is missing that reads URLs of this kind."""
+    """No installed package reads input of this kind."""
 
 
 class NotGiven(VignetteError):
-    """A server did not give an image."""
+    """A server did not deliver an image."""
 
 
 class _Later(NotGiven):
-    """It may do so another time."""
+    """The server may deliver it later."""
 
 
 def is_url(location: str) -> bool:
-    """Whether it is elsewhere."""
+    """Whether a location is a URL, not a path."""
     return "://" in location or location.startswith("data:")
 
 
 def opened(location: str) -> AbstractContextManager[BinaryIO]:
-    """A file to read, local or by URL. Raises OSError, NoWay, and what its file system raises."""
+    """Open a path or URL to read. Raises OSError, NoWay, and what its file system raises."""
     if not is_url(location):
         return Path(location).open("rb")
     try:
         import fsspec
 
         return fsspec.open(location, "rb")
-    except (ImportError, ValueError) as cause:  # a protocol without its package, or without a name
+    except (ImportError, ValueError) as cause:  # a protocol without its package, or unknown
         raise NoWay(f"{location} can't be opened: {cause}") from cause
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """What fsspec reads a URL with, and the path there. Raises NoWay."""
+    """The fsspec file system of a URL, and the path in it. Raises NoWay."""
     try:
         import fsspec
 
@@ -74,8 +74,8 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def fetch(location: str, limit: int) -> bytes:
-    """An image's bytes. What a web server may give later is asked for again; file systems of
-    fsspec do so themselves.
+    """An image's bytes. Temporary failures over HTTP are retried; file systems of fsspec retry
+    by themselves.
 
     Raises TooLarge above `limit` bytes, NotGiven, NoFile, and what `opened` raises.
     """
@@ -133,7 +133,7 @@ def _content(answer: Any, limit: int) -> bytes:
 
 
 class _Timed(io.RawIOBase):
-    """What comes of a connection until the end of its thread's attempt, however slowly."""
+    """Reads a connection until the end of its thread's attempt, however slow the server."""
 
     def __init__(self, raw: io.RawIOBase, connection: socket.socket) -> None:
         self._raw, self._connection = raw, connection
@@ -157,7 +157,7 @@ class _Timed(io.RawIOBase):
 
 
 class _Answer(http.client.HTTPResponse):
-    """All of it, its head too, is read so."""
+    """A response that is read, headers included, through `_Timed`."""
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
@@ -166,7 +166,7 @@ class _Answer(http.client.HTTPResponse):
 
 @cache
 def _pool() -> Any:
-    """Connections, for all threads."""
+    """The connection pool of all threads."""
     from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, Timeout
     from urllib3.connection import HTTPConnection, HTTPSConnection
 

@@ -1,4 +1,4 @@
-"""Image files: single ones, those of folders, those that a pattern finds."""
+"""Image files: single ones, those in folders, those that match a pattern."""
 
 import os
 from collections import Counter
@@ -15,8 +15,8 @@ from server.bulk.items import Item
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A file. name: relative to what was given. itself: it is what was given. wrong: why it, or a
-    folder, can't be read.
+    """A file. name: relative to the argument. itself: the file is the argument. wrong: why it, or
+    a folder, can't be read.
     """
 
     location: str
@@ -26,28 +26,28 @@ class Found:
 
     @property
     def meant(self) -> bool:
-        """Whether it has a row: who names a file means it, whatever it is called."""
+        """Whether the file gets a row: one that is named explicitly does, whatever its suffix."""
         return self.itself or self.wrong is not None or self.suffix in SUFFIXES
 
     @property
     def suffix(self) -> str:
-        """In small letters."""
+        """The name's suffix in lower case."""
         return PurePosixPath(self.name).suffix.lower()
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The images that a path, folder or pattern means. skipped: counts of what is none, by suffix.
+    """The images of a path, folder or pattern. skipped: counts of other files, by suffix.
 
-    Of a folder or pattern it is what is named like an image, at any depth, without what is hidden:
-    previews, caches, versions.
+    Of a folder or pattern these are the files with an image's suffix, at any depth, except hidden
+    ones: previews, caches, versions.
     """
 
     path: str
     skipped: Counter[str] = field(default_factory=Counter, compare=False)
 
     def items(self) -> Iterator[Item]:
-        """Each file, in the order of their names, folder by folder."""
+        """An item for each file, ordered by name, folder by folder."""
         for found in matches(self.path):
             if found.wrong is not None:
                 yield Item(plain(found.location), wrong=found.wrong)
@@ -57,16 +57,16 @@ class Files:
                 self.skipped[found.suffix or found.name] += 1
 
     def count(self, over: Event) -> int | None:
-        """How many there are, or None: elsewhere, listing them twice takes long."""
+        """The number of images; None for a URL, where listing twice takes long."""
         if is_url(self.path):
             return None
         return sum(found.meant for found in matches(self.path) if not over.is_set())
 
 
 def plain(name: str) -> str:
-    """A file's name as UTF-8. A byte that is none is written \\xNN, another half of a surrogate
-    pair \\uNNNN, and a backslash \\\\ then, so that
-    `bytes(name, "latin-1", "backslashreplace").decode("unicode_escape")` finds it again.
+    """A file's name as UTF-8. A byte that is not UTF-8 becomes \\xNN, any other lone surrogate
+    \\uNNNN, and in such a name a backslash becomes \\\\, so that
+    `bytes(name, "latin-1", "backslashreplace").decode("unicode_escape")` restores it.
     """
     if not any("\ud800" <= c <= "\udfff" for c in name):
         return name
@@ -82,31 +82,31 @@ def plain(name: str) -> str:
 
 
 def named(location: str) -> str:
-    """A path below an output folder for what lies at a location: without root, dots and suffix."""
+    """The path below an output folder for a location: without root, dot parts and suffix."""
     return _stem(below(urlsplit(location).path if is_url(location) else location))
 
 
 def below(path: str) -> str:
-    """A path without root and dots: it leads nowhere else."""
+    """A path without root and dot parts, so that it can't leave its folder."""
     return "/".join(
         part for part in PurePosixPath(path).parts if part not in ("/", "//", "..", ".")
     )
 
 
 def _stem(name: str) -> str:
-    """Without its last suffix; of what is no relative path the file's name alone."""
+    """The name without its last suffix; of an absolute path only the file's name."""
     path = PurePosixPath(name)
     path = PurePosixPath(path.name if path.is_absolute() else below(name))
     return plain(str(path.parent / path.stem))
 
 
 def is_pattern(path: str) -> bool:
-    """Whether it stands for other names, as in a shell; a file may be called so all the same."""
+    """Whether a path is a shell pattern, unless a file of that very name exists."""
     return any(c in path for c in "*?[") and (is_url(path) or not os.path.lexists(path))
 
 
 def matches(path: str) -> Iterator[Found]:
-    """Files that a path, folder or pattern means. Raises NoWay."""
+    """Files of a path, folder or pattern. Raises NoWay."""
     return _remote(path) if is_url(path) else _local(path)
 
 
@@ -124,7 +124,7 @@ def _local(path: str) -> Iterator[Found]:
 
 
 def _walk(top: Path) -> Iterator[Found]:
-    """Its files at any depth, in order; also links that lead nowhere, which are told as such."""
+    """A folder's files at any depth, in order; also broken links, which are reported as such."""
     left = [top]
     while left:
         entry = left.pop()
@@ -144,7 +144,7 @@ def _shown(folder: Path) -> Iterator[Path]:
 
 
 def _remote(url: str) -> Iterator[Found]:
-    """The same over fsspec."""
+    """Like `_local`, through fsspec."""
     system, path = file_system(url)
     if is_pattern(url):
         found = sorted(system.glob(path))

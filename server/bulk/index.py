@@ -1,4 +1,4 @@
-"""Which items have a row: on disk beyond some megabytes, whatever their number."""
+"""Index of the items that have a row: on disk beyond some megabytes, for any number of items."""
 
 import hashlib
 import sqlite3
@@ -14,13 +14,13 @@ _CACHE_KIB = 64 * 1024  # of memory
 
 
 class Index:
-    """Rows by the ids of their items. Used by one thread.
+    """Row numbers by item id. Used by one thread.
 
-    A row that comes later is the item's; that it replaced one is remembered in `replaced`.
+    An item's last row counts. replaced: whether any row replaced an earlier one.
     """
 
     def __init__(self) -> None:
-        """Empty: it is made again from the rows at every start."""
+        """Start empty: the index is rebuilt from the rows at every start."""
         self._table = _table(
             "(id BLOB PRIMARY KEY, row INTEGER, done INTEGER, failed INTEGER) WITHOUT ROWID"
         )
@@ -28,7 +28,7 @@ class Index:
         self.replaced = False
 
     def add(self, row: ResultRow, done: bool) -> None:
-        """The next row of the output. done: its item is not to be captioned again."""
+        """Add the output's next row. done: its item is not to be captioned again."""
         key = _key(row.id)
         known = self._table.execute("SELECT row FROM t WHERE id = ?", (key,)).fetchone()
         self.replaced |= known is not None and known[0] is not None
@@ -37,7 +37,7 @@ class Index:
         self._next += 1
 
     def claim(self, item_id: str) -> bool:
-        """Whether an item is still to be captioned; from now on it isn't."""
+        """Whether an item is still to be captioned; marks it as done."""
         found = self._table.execute(
             "INSERT INTO t VALUES (?, NULL, 1, 0) ON CONFLICT(id) DO UPDATE SET done = 1 "
             "WHERE done = 0",
@@ -47,7 +47,7 @@ class Index:
 
     @property
     def failed(self) -> int:
-        """How many items' last rows are errors."""
+        """The number of items whose last row is an error."""
         [[count]] = self._table.execute("SELECT count(*) FROM t WHERE failed")
         return int(count)
 
@@ -57,7 +57,7 @@ class Index:
         return FinishedItems(np.array([key for [key] in found], f"S{_KEY_BYTES}"))
 
     def latest(self, row: ResultRow, number: int) -> bool:
-        """Whether the output's row of this number is its item's last."""
+        """Whether the output's row with this number is its item's last."""
         [[last]] = self._table.execute("SELECT row FROM t WHERE id = ?", (_key(row.id),))
         return last == number
 
@@ -75,28 +75,28 @@ class FinishedItems:
 
 
 class Kept:
-    """Bytes by text, the last for each. Used by any thread."""
+    """Bytes by text key, the last for each. Used by any thread."""
 
     def __init__(self) -> None:
         self._table = _table("(key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
         self._lock = threading.Lock()
 
     def get(self, key: str) -> bytes | None:
-        """What was kept."""
+        """The bytes kept for a key, or None."""
         with self._lock:
             found = self._table.execute("SELECT value FROM t WHERE key = ?", (_key(key),))
             row = found.fetchone()
         return row and row[0]
 
     def keep(self, key: str, value: bytes) -> None:
-        """For `get`."""
+        """Keep bytes for a key, in place of earlier ones."""
         with self._lock:
             self._table.execute("INSERT OR REPLACE INTO t VALUES (?, ?)", (_key(key), value))
 
 
 def _table(columns: str) -> sqlite3.Connection:
-    """A table `t` in a file without a name: SQLite keeps it in memory, and beyond its cache in a
-    file that goes by itself.
+    """A table `t` in an unnamed database: SQLite keeps it in memory, and beyond its cache in a
+    temporary file that it deletes.
     """
     made = sqlite3.connect("", check_same_thread=False, isolation_level=None)
     made.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")

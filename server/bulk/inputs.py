@@ -1,4 +1,4 @@
-"""What the arguments of `vignette caption` mean, as parts that stream."""
+"""Turns the arguments of `vignette caption` into parts that stream items."""
 
 import csv
 import os
@@ -24,8 +24,8 @@ class NoImages(VignetteError):
 
 
 def parts(given: Iterable[str], columns: Columns, limit: int, output: str = "-") -> list[Part]:
-    """A part for each argument. limit: bytes of an image in a shard. output: where captions go;
-    a pattern does not mean that.
+    """A part for each argument. limit: bytes of an image in a shard. output: where captions go,
+    which no pattern matches.
 
     Raises NoImages for a path that does not exist.
     """
@@ -43,10 +43,10 @@ def parts(given: Iterable[str], columns: Columns, limit: int, output: str = "-")
 
 
 def _expanded(path: str, output: str) -> list[str]:
-    """A pattern of lists or shards means each of them, but not what an earlier run made of them;
-    one of images stays, it may mean millions.
+    """Expand a pattern of lists or shards, leaving out the output of an earlier run; keep a
+    pattern of images, which may match millions.
 
-    Raises NoImages if there is none.
+    Raises NoImages if nothing matches.
     """
     if not is_pattern(path) or not path.lower().endswith(_LISTS):
         return [path]
@@ -63,14 +63,14 @@ def _same(path: str, other: str) -> bool:
 
 
 def split(parts: Iterable[Part]) -> list[Part]:
-    """The same in smaller parts, which can be read side by side."""
+    """Split parts into smaller ones that can be read in parallel."""
     return [
         each for part in parts for each in (part.parts() if isinstance(part, ListFile) else [part])
     ]
 
 
 def _written(item: Item) -> Item:
-    """An item whose texts can be written as UTF-8, whatever bytes a list or a shard had there."""
+    """The item with texts that can be written as UTF-8, whatever bytes its list or shard had."""
     texts = {"id": item.id, "name": item.name, "key": item.key, "prompt": item.prompt}
     try:
         for text in texts.values():
@@ -81,7 +81,7 @@ def _written(item: Item) -> Item:
 
 
 def items(parts: Iterable[Part]) -> Iterator[Item]:
-    """The items of all parts, in order. A part that breaks off has an item that says so.
+    """The items of all parts, in order. A part that breaks off yields an item with the error.
 
     Raises NoColumn and NoWay.
     """
@@ -92,5 +92,5 @@ def items(parts: Iterable[Part]) -> Iterator[Item]:
             raise
         except Exception as error:
             if not (isinstance(error, _BROKEN) or is_url(part.path)):
-                raise  # each file system of fsspec has its own, what is here has these
+                raise  # local files raise only these; each fsspec file system has its own
             yield Item(plain(part.path), wrong=f"it can't be read to its end: {error}")

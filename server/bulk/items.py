@@ -1,4 +1,4 @@
-"""What is to be captioned, and the row that comes of it."""
+"""Items to caption, and the rows written for them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +11,9 @@ from runtime.request import Caption
 class Item(Struct, frozen=True):
     """One image of the input.
 
-    id: unique among the rows of an output. image: its bytes, or the path or URL where they lie.
-    name: a path without a suffix, relative to where the input begins; key: of a sample in a
-    WebDataset shard, whose other members `members` are, by their extensions. wrong: why there is
-    no image.
+    id: unique among the rows of an output. image: its bytes, path or URL. name: a path without a
+    suffix, relative to the input. key: of a sample in a WebDataset shard; members: its files by
+    extension, the image included. wrong: why there is no image.
     """
 
     id: str
@@ -35,13 +34,12 @@ class ScoredCaption(Struct, frozen=True, omit_defaults=True, forbid_unknown_fiel
 
 
 class ResultRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What became of an item: a caption or an error, never both.
+    """The result for an item: a caption or an error, never both.
 
-    captions: all that were asked for, if that is more than one. settings: what else decides a
-    caption: engine, precision, sampling parameters. size, modified: of a local file, in bytes and
-    ns, by which it is known again; path: where that is, unless the id says so. sha256: of the
-    image, where equal ones are captioned once. text: of the file that the caption is in, where
-    there is one for each.
+    captions: all requested captions, if more than one. settings: what else decides a caption:
+    engine, precision, sampling parameters. size, modified: of a local file, in bytes and ns, to
+    detect changes; path: of that file, unless it is the id. sha256: of the image, if equal images
+    are captioned once. text: path of the caption's own file, if each caption has one.
     """
 
     id: str
@@ -72,9 +70,9 @@ class ResultRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=T
 
 
 class Outcome(Struct, frozen=True):
-    """What captioning an item came to: captions, the best first, or an error.
+    """The outcome of captioning an item: captions, the best first, or an error.
 
-    image: its bytes, where they could be read.
+    image: its bytes, if they could be read.
     """
 
     item: Item

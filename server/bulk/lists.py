@@ -23,16 +23,16 @@ from server.bulk.rows import (
     parquet_rows,
 )
 
-_LONGEST_CELL = 2**16  # characters of what is no image itself
+_LONGEST_CELL = 2**16  # characters of a path, prompt or id
 
 
 class NoColumn(VignetteError):
-    """A table lacks a column that was named."""
+    """A table lacks a requested column."""
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which columns of a table are what. In a shard they are extensions of a sample's members."""
+    """Names of a table's columns; for a shard, extensions of a sample's members."""
 
     image: str | None = None
     prompt: str | None = None
@@ -43,7 +43,7 @@ class Columns:
 class ListFile:
     """A list: .txt (a path or URL a line), .csv, .jsonl or .parquet; "-" is standard input as .txt.
 
-    Paths are relative to the folder that the list is in. part: of a Parquet file a row group alone.
+    Paths are relative to the list's folder. part: the only row group to read of a Parquet file.
     """
 
     path: str
@@ -53,12 +53,12 @@ class ListFile:
     suffixes: ClassVar = (".txt", ".csv", ".jsonl", ".parquet")
 
     def items(self) -> Iterator[Item]:
-        """Its rows. Raises NoColumn; what is wrong with one row is said of that one."""
+        """An item for each row; one for a broken row has the error. Raises NoColumn."""
         for number, row in self._rows():
             yield self._item(number, row)
 
     def count(self, over: Event) -> int | None:
-        """How many rows it has, or None: a pipe is read once, and so is what is far."""
+        """The number of rows; None for a pipe or a URL, which are read only once."""
         if is_url(self.path) or not Path(self.path).is_file():
             return None
         if self._is(".parquet"):
@@ -67,7 +67,7 @@ class ListFile:
         return sum(1 for _ in self._rows() if not over.is_set())
 
     def parts(self) -> "list[ListFile]":
-        """Itself in pieces that can be read side by side."""
+        """The list in pieces that can be read in parallel: row groups of Parquet."""
         if not self._is(".parquet"):
             return [self]
         with opened(self.path) as stream:
@@ -75,12 +75,12 @@ class ListFile:
         return [ListFile(self.path, self.columns, group) for group in range(count)]
 
     def _rows(self) -> Rows:
-        """Numbers, and rows by column; of what is none, what is wrong with it."""
+        """Numbered rows by column; a BrokenRow for one that can't be read."""
         if self.path == "-":
             yield from lines(sys.stdin.buffer)
             return
         with opened(self.path) as stream:
-            # What fsspec opens has no `readline` with a bound.
+            # Files of fsspec have no `readline` with a limit.
             buffered: Any = io.BufferedReader(stream) if is_url(self.path) else stream
             if self._is(".parquet"):
                 wanted = [n for n in (self._image, self.columns.prompt, self.columns.id) if n]
@@ -115,7 +115,7 @@ class ListFile:
         where = f"{self.path}#{number}"
         try:
             return self._named(where, number, row)
-        except (BrokenRow, ValueError) as error:  # of a URL that is none
+        except (BrokenRow, ValueError) as error:  # ValueError: a malformed URL
             return Item(where, wrong=str(error))
 
     def _named(self, where: str, number: int, row: Mapping[str, Any] | BrokenRow) -> Item:
@@ -146,7 +146,7 @@ class ListFile:
         )
 
     def _location(self, image: str) -> str:
-        """Where an image lies that a list names."""
+        """The path or URL of an image that the list names."""
         if is_url(image) or self.path == "-" or Path(image).is_absolute():
             return image
         if is_url(self.path):

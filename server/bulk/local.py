@@ -1,4 +1,4 @@
-"""Captions by an engine of this machine."""
+"""Captioning by an engine on this machine."""
 
 import logging
 import threading
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 
 class TryingEngine:
-    """An engine for threads. A step that fails is repeated for each of its images alone, and so is
-    what was in an engine that crashed.
+    """An engine for any number of threads. After a failed step or a crash, each image concerned is
+    tried again alone.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class TryingEngine:
         self._apart = _Apart()
 
     def say(self, pixels: np.ndarray, prompt: str | None) -> tuple[ScoredCaption, ...]:
-        """What is said of an image. Raises VignetteError for what is wrong with it, and
+        """An image's captions. Raises VignetteError if this image can't be captioned, and
         RunFailed.
         """
         try:
@@ -53,7 +53,7 @@ class TryingEngine:
             raise RunFailed(f"the engine ended, and can't be opened again: {error}") from error
 
     def close(self) -> None:
-        """End its process."""
+        """End the engine's process."""
         self._engine.close()
 
 
@@ -80,13 +80,13 @@ class LocalCaptioner:
             raise
 
     def caption(self, image: bytes, prompt: str | None) -> tuple[ScoredCaption, ...]:
-        """What is said of an image. Raises VignetteError for what is wrong with it, and
+        """An image's captions. Raises VignetteError if this image can't be captioned, and
         RunFailed.
         """
         return self._engine.say(self._decoding.pixels(image), prompt)
 
     def stop(self) -> None:
-        """Nothing is done again that could be given up."""
+        """No-op: there are no retries to stop."""
 
     def close(self) -> None:
         """End all processes."""
@@ -95,7 +95,7 @@ class LocalCaptioner:
 
 
 class _Apart:
-    """Many together, or one alone."""
+    """A lock for many users together, or one alone."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -104,7 +104,7 @@ class _Apart:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """With others that are; not while one wants to be alone."""
+        """Run with others, once no user runs or waits to run alone."""
         with self._alone, self._changed:
             self._together += 1
         try:
@@ -116,7 +116,7 @@ class _Apart:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Once those that are together have ended."""
+        """Run alone, once the users that run together have ended."""
         with self._alone:
             with self._changed:
                 self._changed.wait_for(lambda: not self._together)

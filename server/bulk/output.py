@@ -1,6 +1,6 @@
-"""Where rows go: what every kind of output promises, and lines of JSON, which most kinds begin as.
+"""The interface of all outputs, and JSON lines, which most other outputs begin as.
 
-A row is there once `append` returned, whatever is killed then; a run that is given again finds it.
+Once `append` has returned, a row survives a kill of the process, and a repeated run finds it.
 """
 
 import fcntl
@@ -19,26 +19,26 @@ from runtime.errors import VignetteError
 from server.bulk.index import Index
 from server.bulk.items import Outcome, ResultRow
 
-_BEGINNING, _NEXT = b'{"id":"', (b'","caption":"', b'","error":"')  # of a row, spaces left out
+_BEGINNING, _NEXT = b'{"id":"', (b'","caption":"', b'","error":"')  # of a row, without spaces
 _ID = re.compile(_BEGINNING + rb'(?:[^"\\]|\\.)*\\?')
 
 
 class OutputConflict(VignetteError):
-    """The output holds something else, or another run writes to it."""
+    """The output holds something other than our rows, or another run writes to it."""
 
 
 class NotWritten(VignetteError):
-    """A row can't be written where it belongs; nothing is wrong with the others."""
+    """One row can't be written where it belongs; other rows can."""
 
 
 class Output(ABC):
-    """Rows of a run, and of those before it."""
+    """Rows of a run, and of earlier runs."""
 
     @abstractmethod
     def rows(self) -> Iterator[ResultRow]:
-        """All that are there, in their order; what a killed run left half written is removed.
+        """All rows, in order; one that a killed run left half-written is removed.
 
-        Read once, before anything else. Raises OutputConflict.
+        Called once, before anything else. Raises OutputConflict.
         """
 
     @abstractmethod
@@ -47,11 +47,11 @@ class Output(ABC):
 
     @abstractmethod
     def finish(self, index: Index) -> None:
-        """All are there: put the output in its final form, each item's last row alone."""
+        """Put the output in its final form, with only the last row of each item."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the files."""
+        """Close and unlock the files."""
 
 
 class Printed(Output):
@@ -75,21 +75,21 @@ class Printed(Output):
 
 
 class Lines(Output):
-    """A file of JSON lines, each written at once."""
+    """A file of JSON lines, each flushed as it is appended."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OutputConflict if another run writes to it, or for what is no regular file."""
+        """Raises OutputConflict if another run writes to it, or it is no regular file."""
         self.path = path
         self._stream = locked(path)
 
     @override
     def rows(self) -> Iterator[ResultRow]:
-        """Raises OutputConflict for a line that is none of ours."""
+        """Raises OutputConflict for a line that is no row of ours."""
         self._stream.seek(0)
         whole = 0
         for number, line in enumerate(self._stream, 1):
             ends = line.endswith(b"\n")
-            if not ends and _torn(line):  # the last run was killed while it wrote this
+            if not ends and _torn(line):  # the last run was killed while writing this
                 self._stream.truncate(whole)
                 return
             yield row_of(line, f"{self.path}, line {number},")
@@ -114,12 +114,12 @@ class Lines(Output):
         self._stream.close()
 
     def clear(self) -> None:
-        """Its rows are elsewhere now."""
+        """Remove all rows, which are in another file now."""
         self._stream.truncate(0)
 
 
 def row_of(data: bytes, where: str) -> ResultRow:
-    """A row that was written before. Raises OutputConflict for what is none of ours."""
+    """Decode a row. Raises OutputConflict if it is none of ours."""
     try:
         return msgspec.json.decode(data, type=ResultRow)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as cause:
@@ -127,7 +127,7 @@ def row_of(data: bytes, where: str) -> ResultRow:
 
 
 def _torn(line: bytes) -> bool:
-    """Whether a line is the beginning of a row of ours, and not the whole of anything."""
+    """Whether a line is the beginning of a row of ours, and no complete JSON."""
     try:
         msgspec.json.decode(line)
         return False
@@ -141,15 +141,15 @@ def _torn(line: bytes) -> bool:
 
 
 def latest(rows: Iterable[ResultRow], index: Index) -> Iterator[ResultRow]:
-    """The last row of each item. rows: all of the output."""
+    """The last row of each item. rows: all rows of the output."""
     return (row for number, row in enumerate(rows) if index.latest(row, number))
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file in the making, which takes the place of another when it is whole.
+    """A temporary file that replaces `path` when it is complete.
 
-    What a killed run left of one goes; if it is a link, what that leads to is left alone.
+    One left by a killed run is removed; if that is a link, its target is left alone.
     """
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
@@ -165,21 +165,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_regular(path: Path) -> None:
-    """Raise OutputConflict for a link, a pipe and the like."""
+    """Raise OutputConflict if the path exists and is no regular file, such as a link or pipe."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise OutputConflict(f"{path} is no regular file: remove it, or name another output")
 
 
 def remove_empty(path: Path) -> None:
-    """Of a file that is locked still, if nothing is in it."""
+    """Remove a file that is still locked, if it is empty."""
     if path.exists() and path.stat().st_size == 0:
         path.unlink()
 
 
 def locked(path: Path) -> BinaryIO:
-    """A file to read and append to.
+    """Open and lock a file to read and append to.
 
-    Raises OutputConflict if another run has it, or for what is no regular file.
+    Raises OutputConflict if another run has it, or it is no regular file.
     """
     while True:
         check_regular(path)
@@ -192,4 +192,4 @@ def locked(path: Path) -> BinaryIO:
             raise OutputConflict(f"another run writes to {path}: name another output") from None
         if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
             return stream
-        stream.close()  # the other run has just put the whole file in its place
+        stream.close()  # another run has just replaced the file

@@ -1,4 +1,4 @@
-"""Which kind of output a name means."""
+"""Chooses the kind of output by its name."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,10 +11,10 @@ from server.bulk.texts import HIDDEN_ROWS, Texts
 
 
 def open_output(name: str, overwrite: bool, inputs: Iterable[str] = ()) -> Output:
-    """ "-" prints; a folder, or what ends in "/", gets a .txt for each image.
+    """Open an output: "-" prints; a folder, or a name ending in "/", gets a .txt for each image.
 
-    inputs: paths, among others, that are read. Raises OutputConflict for a suffix that means
-    nothing, for what is read, or if another run writes there.
+    inputs: paths, URLs or "-" that are read. Raises OutputConflict for an unknown suffix, for an
+    output that is also an input, or if another run writes there.
     """
     if name == "-":
         return Printed()
@@ -23,7 +23,7 @@ def open_output(name: str, overwrite: bool, inputs: Iterable[str] = ()) -> Outpu
         _check_apart(inputs, path / HIDDEN_ROWS)
         return Texts(path, overwrite)
     kinds: dict[str, Callable[[Path], Output]] = {
-        ".jsonl": lambda path: Lines(path.resolve()),  # what is replaced is the file, not a link
+        ".jsonl": lambda path: Lines(path.resolve()),  # replace the file, not a link to it
         ".csv": Csv, ".parquet": Parquet, ".tar": Tar,
     }  # fmt: skip
     if path.suffix.lower() not in kinds:

@@ -1,4 +1,4 @@
-"""How far a run is: one line on a terminal, else a line a minute."""
+"""Progress of a run: one line on a terminal, else a line a minute."""
 
 import sys
 import threading
@@ -14,7 +14,7 @@ _MINUTE = 60.0
 
 
 class Progress:
-    """Shows what is told of a run. The input is counted meanwhile, where that is cheap."""
+    """Shows a run's counts. The input is counted in the background, where that is cheap."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts, self._over = parts, threading.Event()
@@ -49,6 +49,6 @@ class Progress:
     def _count(self) -> None:
         try:
             counts = [part.count(self._over) for part in self._parts]
-        except Exception:  # whatever it is: the run reads the same, and says what is wrong
+        except Exception:  # the run reads the same input, and reports what is wrong
             return
         self._total = None if None in counts else sum(count or 0 for count in counts)

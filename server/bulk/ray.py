@@ -1,7 +1,7 @@
-"""The same run on a Ray cluster: Ray Data reads, decodes and captions, and a row for each item
-comes back here, where the output is. What a node had that died is done again elsewhere.
+"""Bulk captioning on a Ray cluster: Ray Data reads, decodes and captions, and each item's outcome
+comes back to this process, which writes the output. A dead node's work is repeated elsewhere.
 
-Engine folder and package have to be on every node, under the same paths.
+The engine folder and the package must be on every node, under the same paths.
 """
 
 import logging
@@ -28,16 +28,16 @@ from server.bulk.inputs import Part, items, split
 from server.bulk.items import Item, Outcome
 from server.bulk.local import TryingEngine
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers otherwise
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray sends usage statistics
 
 import ray
 import ray.data
 
-_ROWS = 16  # of a block: what a task decodes, and an engine is given at a time
+_ROWS = 16  # per block: what a task decodes, and an engine is given, at a time
 _AT_ONCE = 2  # blocks that an engine works on
-_READING = 0.25  # of a core: reading is waiting
-_DECODING = 0.99  # of one: with 1 Ray would join it with an engine of one core
-_LEFT = 0.75  # of the cluster's cores for engines at most; the others decode
+_READING = 0.25  # of a core: reading is mostly waiting
+_DECODING = 0.99  # of a core: with 1 Ray would fuse decoding with an engine of one core
+_LEFT = 0.75  # of the cluster's cores, at most, for engines; the others decode
 Batch = Mapping[str, np.ndarray]
 
 
@@ -47,7 +47,7 @@ class TooSmall(VignetteError):
 
 @dataclass(frozen=True, slots=True)
 class ClusterOptions:
-    """What to run engines on. address: "local" starts a cluster of this machine alone.
+    """Where to run engines. address: "local" starts a cluster of this machine alone.
 
     cores: of each engine, on a cluster without GPUs.
     """
@@ -58,9 +58,9 @@ class ClusterOptions:
 
 @dataclass(frozen=True, slots=True)
 class TaskSetup:
-    """What all tasks are given. open: an engine that computes on so many threads, 0 for all.
+    """Parameters of all tasks. open: opens an engine with so many threads, 0 for all.
 
-    whole: images come back with what was said of them.
+    whole: outcomes include the images, and the other members of their samples.
     """
 
     open: Callable[[int], Engine]
@@ -72,13 +72,13 @@ class TaskSetup:
 
     @property
     def engine(self) -> Callable[[], Engine]:
-        """Opens it."""
+        """Opener of an engine with this task's thread count."""
         return partial(self.open, self.threads)
 
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """For `TaskSetup.open`: the engine of a folder. Equal to its copies in other processes."""
+    """Opens a folder's engine, for `TaskSetup.open`. Equal to its copies in other processes."""
 
     folder: str
     config: EngineConfig
@@ -89,10 +89,10 @@ class Opening:
 
 
 class RayCaptioning:
-    """Outcomes of inputs, as they end somewhere on the cluster."""
+    """Captions inputs on the cluster; outcomes come as they end."""
 
     def __init__(self, cluster: ClusterOptions, setup: TaskSetup) -> None:
-        """Join the cluster and ask an engine there what it is. Raises NoEngine and TooSmall."""
+        """Join the cluster and get an engine's facts there. Raises NoEngine and TooSmall."""
         ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
         there = ray.cluster_resources()
         self._gpus = int(there.get("GPU", 0))
@@ -111,7 +111,7 @@ class RayCaptioning:
         self.where = f"up to {self._most} engines on Ray, {self.facts.runs_on}"
 
     def run(self, parts: list[Part], index: Index) -> Iterator[Outcome]:
-        """Those that `index` does not know; an item may come twice if a node dies."""
+        """Outcomes of items not done in `index`; an item may come twice if a node dies."""
         apart = split(parts)
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -169,7 +169,7 @@ def _read(batch: Batch, known: "ray.ObjectRef[FinishedItems]") -> Iterator[Batch
 
 
 class _Decoder:
-    """Fetches and decodes for the tasks of one process, which is used again and again."""
+    """Fetches and decodes for the tasks of one process, which Ray reuses."""
 
     made: "ClassVar[_Decoder | None]" = None
 
@@ -180,7 +180,7 @@ class _Decoder:
 
     @classmethod
     def decode(cls, batch: Batch, setup: TaskSetup, facts: Facts) -> Batch:
-        """Images as pixels, or what is wrong with them."""
+        """Decode a batch into pixels, or errors."""
         if cls.made is not None and cls.made._setup != setup:
             cls.made._close()
             cls.made = None
@@ -218,7 +218,7 @@ class _Engine:
         self._threads = ThreadPoolExecutor(_AT_ONCE * _ROWS, "caption")
 
     def __call__(self, batch: Batch) -> Batch:
-        """What is said of images that could be decoded."""
+        """Caption the images of a batch that could be decoded."""
         return {
             "outcome": _packed(self._threads.map(self._said, batch["outcome"], batch["pixels"]))
         }

@@ -1,4 +1,4 @@
-"""Captions by a service elsewhere, as `server.bulk.local` makes them here."""
+"""Captioning by a remote service, the counterpart of `server.bulk.local`."""
 
 import http.client
 import threading
@@ -10,16 +10,16 @@ from server.bulk.captioning import RunFailed, UnfitItem
 from server.bulk.items import ScoredCaption
 from server.http.client import Connection, RemoteService
 
-_PATIENCE = 300.0  # seconds without an answer of any use, before all is given up
+_PATIENCE = 300.0  # seconds without a useful answer, before the run fails
 _LATER = (429, 503, 504)
-_WRONG_SERVICE = (401, 404, 405)  # whatever is sent, it will answer that
+_WRONG_SERVICE = (401, 404, 405)  # answers that every request would get
 
 
 class RemoteCaptioner:
-    """Has a service caption images, each of many threads over a connection of its own.
+    """Captions images by a service; each of many threads has a connection of its own.
 
-    What the service can't take yet is sent again when it says; what it can't ever take is that
-    image's own failure.
+    An image is sent again at the time the service asks for if it can't take it yet; if it never
+    can, only that image fails.
     """
 
     def __init__(self, service: RemoteService, sampling: dict[str, Any]) -> None:
@@ -31,9 +31,9 @@ class RemoteCaptioner:
         self._over = threading.Event()
 
     def caption(self, image: bytes, prompt: str | None) -> tuple[ScoredCaption, ...]:
-        """What is said of an image, sent as often as it takes.
+        """An image's captions, retrying as often as it takes.
 
-        Raises UnfitItem, and RunFailed when the service is gone for minutes, or wants another key.
+        Raises UnfitItem, and RunFailed if the service is gone for minutes, or wants another key.
         """
         connection = self._connection()
         asked = {"model": self._service.model, "prompt": prompt, "priority": "batch"}
@@ -58,7 +58,7 @@ class RemoteCaptioner:
                 raise RunFailed(f"{connection.url} gave no caption for too long: {reason}")
 
     def stop(self) -> None:
-        """Send nothing again."""
+        """Stop retrying."""
         self._over.set()
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ class RemoteCaptioner:
             connection.close()
 
     def _connection(self) -> Connection:
-        """This thread's."""
+        """This thread's connection."""
         if not hasattr(self._mine, "connection"):
             self._mine.connection = Connection(self._service.url, self._service.key)
             self._all.append(self._mine.connection)

@@ -1,4 +1,4 @@
-"""Rows of lists and tables, as they stream. What is wrong with one is said in its place."""
+"""Rows of lists and tables, streamed. An unreadable row yields a BrokenRow in its place."""
 
 import codecs
 import csv
@@ -10,25 +10,25 @@ from typing import Any
 from runtime.errors import VignetteError
 from server.bulk.fetching import NoWay
 
-IMAGE = "image"  # the column of a list that has no names
+IMAGE = "image"  # the column of a list without column names
 
 _LONGEST_LINE = 64 * 2**20  # a data URI of an image fits
-_ROWS = 8  # of a Parquet file that are held at a time: they may be large images
-_LARGE = 64 * 2**20  # bytes of a row group, any row of which may be as large: they come one by one
+_ROWS = 8  # of a Parquet file, held at a time: they may be large images
+_LARGE = 64 * 2**20  # bytes of a row group, above which rows are read singly: any may be as large
 csv.field_size_limit(_LONGEST_LINE)
 
-Check = Callable[[Iterable[str]], object]  # is told the names of columns
+Check = Callable[[Iterable[str]], object]  # is given the column names
 
 
 class BrokenRow(VignetteError):
-    """A row is none, or names no image."""
+    """A row can't be read, or names no image."""
 
 
 Rows = Iterator[tuple[int, Mapping[str, Any] | BrokenRow]]
 
 
 def lines(stream: Any) -> Rows:
-    """Of a file with a path or URL a line."""
+    """Rows of a file with a path or URL a line."""
     for number, line in _bounded(stream):
         if isinstance(line, BrokenRow):
             yield number, line
@@ -37,7 +37,7 @@ def lines(stream: Any) -> Rows:
 
 
 def json_rows(stream: Any) -> Rows:
-    """Of JSON lines."""
+    """Rows of JSON lines."""
     for number, line in _bounded(stream):
         if isinstance(line, BrokenRow):
             yield number, line
@@ -46,7 +46,7 @@ def json_rows(stream: Any) -> Rows:
 
 
 def csv_rows(stream: Any, check: Check) -> Rows:
-    """Of CSV. Raises csv.Error and BrokenRow for a first line that is none."""
+    """Rows of CSV. Raises csv.Error and BrokenRow for an unreadable header."""
     with io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as text:
         reader = csv.DictReader(map(_whole, _bounded(text)))
         check(reader.fieldnames or ())
@@ -64,7 +64,7 @@ def csv_rows(stream: Any, check: Check) -> Rows:
 def parquet_rows(
     stream: Any, check: Check, columns: Sequence[str], part: int | None = None
 ) -> Rows:
-    """Of Parquet. part: a row group alone."""
+    """Rows of Parquet. part: the only row group to read."""
     file = parquet().ParquetFile(stream)
     check(file.schema_arrow.names)
     groups = range(file.num_row_groups) if part is None else [part]
@@ -78,7 +78,7 @@ def parquet_rows(
 
 
 def parquet() -> Any:
-    """The module of pyarrow. Raises NoWay without it."""
+    """The module `pyarrow.parquet`. Raises NoWay without it."""
     try:
         import pyarrow.parquet
     except ImportError as cause:
@@ -97,12 +97,12 @@ def _object(line: bytes) -> Mapping[str, Any] | BrokenRow:
 def _cells(row: Any) -> Mapping[str, Any] | BrokenRow:
     try:
         return row.to_pylist()[0]
-    except ValueError as error:  # of text that is no UTF-8, of times that Python has not
+    except ValueError as error:  # text that is no UTF-8, times that Python can't represent
         return BrokenRow(f"this row can't be read: {error}")
 
 
 def _bounded(stream: Any) -> Iterator[tuple[int, Any]]:
-    """Numbered lines, and a BrokenRow for one that no list has."""
+    """Numbered lines, with a BrokenRow in place of an overlong one."""
     number = 0
     while line := stream.readline(_LONGEST_LINE):
         number += 1

@@ -1,4 +1,4 @@
-"""A run of `vignette caption`: what is left of the input, captioned into the output."""
+"""A run of `vignette caption`: captions the rest of the input into the output."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -31,9 +31,9 @@ class CaptionSettings:
 
 @dataclass(slots=True)
 class Counts:
-    """How many items there were. before: of an earlier run; cut: of the captioned.
+    """Numbers of items. before: done by earlier runs; cut: captions cut off at the limit.
 
-    failed_before: errors of earlier runs that stand in the output, whether or not of this input.
+    failed_before: errors of earlier runs in the output, whether or not of this input.
     """
 
     captioned: int = 0
@@ -44,16 +44,16 @@ class Counts:
 
     @property
     def ended(self) -> int:
-        """Items that this run has written rows of."""
+        """Items that this run has written rows for."""
         return self.captioned + self.failed
 
 
 @dataclass(slots=True)
 class BulkRun:
-    """Items that have no row yet get one each.
+    """Writes a row for each item that has none yet.
 
-    again: captions that were made otherwise, or of a file that has changed since, are made anew.
-    retry: so are errors. kept: what is known of images that may come again.
+    again: caption anew what has captions of other settings, or of a file that has changed since.
+    retry: caption failed items anew. kept: captions for equal images that may come again.
     """
 
     output: Output
@@ -65,7 +65,7 @@ class BulkRun:
     counts: Counts = field(default_factory=Counts)
 
     def read(self) -> None:
-        """Find out what the output has. Raises OutputConflict for captions of other settings."""
+        """Read the output's rows. Raises OutputConflict for captions of other settings."""
         for row in self.output.rows():
             other = self._difference(row)
             if other and not self.again:
@@ -80,7 +80,7 @@ class BulkRun:
                 )
 
     def left(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Those that have no row yet; from now on they count as if they had."""
+        """Items that have no row yet; each is marked as done when it is taken."""
         for item in items:
             if self.index.claim(item.id):
                 yield item
@@ -88,9 +88,9 @@ class BulkRun:
                 self.counts.before += 1
 
     def write(self, outcomes: Iterable[Outcome], tell: Callable[[Counts], object]) -> Counts:
-        """A row for each, then the output's final form; tell is called after each.
+        """Write a row for each outcome, calling `tell` after each, then finish the output.
 
-        Raises OSError when none can be written, and what ended the run.
+        Raises OSError if rows can't be written, and the error that ended the run.
         """
         for outcome in outcomes:
             row = self._write(outcome)
@@ -103,7 +103,7 @@ class BulkRun:
         return self.counts
 
     def once(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
-        """Without those of items that have a row, which may come again from elsewhere."""
+        """Outcomes without repeats: a cluster may send an item's outcome twice."""
         return (outcome for outcome in outcomes if self.index.claim(outcome.item.id))
 
     def _write(self, outcome: Outcome) -> ResultRow:
@@ -138,7 +138,7 @@ class BulkRun:
         )
 
     def _difference(self, row: ResultRow) -> str | None:
-        """What about a caption is not as it would be made now, or None."""
+        """Name of what differs between a row's caption and one made now, or None."""
         if row.caption is None:
             return None
         if row.model != self.made_with.model:
@@ -158,11 +158,11 @@ _GONE = None, None
 
 
 def _state(image: bytes | str) -> tuple[int | None, int | None]:
-    """Size and time of change of a local file, by which it is known again."""
+    """Size (bytes) and modification time (ns) of a local file, to detect changes."""
     if isinstance(image, bytes) or is_url(image):
         return _GONE
     try:
         found = Path(image).stat()
-    except (OSError, ValueError):  # no name of a file, too
+    except (OSError, ValueError):  # ValueError: not a valid file name
         return _GONE
     return found.st_size, found.st_mtime_ns

@@ -1,4 +1,4 @@
-"""WebDataset shards: tar archives whose neighbouring members of one name are a sample."""
+"""WebDataset shards: tar archives whose adjacent members of one stem are a sample."""
 
 import tarfile
 from collections.abc import Iterator
@@ -17,29 +17,29 @@ from server.bulk.items import Item
 from server.bulk.lists import Columns
 
 _Info = TypeVar("_Info", bound=tarfile.TarInfo)
-Members = dict[str, bytes | None]  # None for what is too large to be held
+Members = dict[str, bytes | None]  # None for a member too large to hold
 
-_TOGETHER = 4  # times as many bytes as a member may have, for those of a sample
+_TOGETHER = 4  # times the bytes that a member may have: the limit of a sample
 _MEMBERS = 1000  # of a sample
 _PLAIN = {*tarfile.SUPPORTED_TYPES} - {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
-_OTHER = _PIECE = 2**20  # bytes of what is not plain: long names, attributes, what nobody knows
+_OTHER = _PIECE = 2**20  # bytes of a special member: long names, attributes, unknown types
 
 
 class DamagedShard(VignetteError):
-    """A tar archive that can't be read to its end, or holds what no sample has."""
+    """A tar archive can't be read to its end, or exceeds a sample's limits."""
 
 
 class _Member(tarfile.TarInfo):
-    """A member of an archive that ends where a block of zeros does, and nowhere else.
+    """A member of an archive, which must end with a block of zeros.
 
-    tarfile takes a damaged head for the end, and fills the holes of a sparse member. A ReadError
-    says so here.
+    tarfile takes a damaged header for the end, and fills the holes of a sparse member; this raises
+    ReadError for both.
     """
 
     @classmethod
     @override
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """Of a head."""
+        """Parse a header block. Raises ReadError if it is missing or damaged."""
         if not buf:
             raise tarfile.ReadError("it has no end: it was cut off between two members")
         try:
@@ -57,7 +57,7 @@ class _Member(tarfile.TarInfo):
 
 
 def _checked(member: _Info) -> _Info:
-    """tarfile reads what is not plain whole, or looks for its end past the archive's."""
+    """Raise ReadError for a large special member: tarfile reads it whole, or seeks past the end."""
     if member.type not in _PLAIN and member.size > _OTHER:
         raise tarfile.ReadError(f"a name, or attributes, have {member.size} bytes")
     return member
@@ -65,14 +65,14 @@ def _checked(member: _Info) -> _Info:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """An archive. columns: the extensions of a sample's image and prompt; else its first image."""
+    """An archive. columns: extensions of a sample's image (by default its first) and prompt."""
 
     path: str
     columns: Columns
     limit: int  # bytes that a member may have
 
     def items(self) -> Iterator[Item]:
-        """Its samples. Raises DamagedShard."""
+        """An item for each sample. Raises DamagedShard."""
         try:
             with (
                 opened(self.path) as stream,
@@ -86,14 +86,14 @@ class Shard:
             raise DamagedShard(f"{self.path} is no whole tar archive: {cause}") from cause
 
     def count(self, over: Event) -> int | None:
-        """Not known: an archive has no list of what is in it."""
+        """None: an archive has no table of contents."""
         return None
 
     def _samples(self, archive: tarfile.TarFile) -> Iterator[tuple[str, Members]]:
-        """Keys, and members by their extensions."""
+        """Keys of samples, and their members by extension."""
         last, members = None, Members()
         for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # it would keep one for each
+            archive.members = []  # type: ignore[attr-defined]  # else it keeps every member
             if not _checked(member).isfile():
                 continue
             key, extension = split(member.name)
@@ -115,7 +115,7 @@ class Shard:
         held = sum(len(other or b"") for other in others.values())
         if member.size <= self.limit and held + member.size <= _TOGETHER * self.limit:
             return stream.read()
-        while stream.read(_PIECE):  # else tarfile looks for its end past the archive's
+        while stream.read(_PIECE):  # else tarfile seeks the member's end past the archive's
             pass
         return None
 
@@ -139,7 +139,7 @@ class Shard:
 
 
 def split(name: str) -> tuple[str, str]:
-    """Key and extension of a member: what stands before and after the first dot of its name."""
+    """Key and extension of a member: the parts before and after the first dot of its name."""
     path = PurePosixPath(name)
     stem, _, extension = path.name.partition(".")
     return str(path.with_name(stem)) if stem else str(path), extension.lower()

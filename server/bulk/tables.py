@@ -1,5 +1,5 @@
-"""Tables of rows. A table can't grow under kills and stay whole: until a run ends its rows are
-lines of JSON beside it, and then the table takes its place in one piece.
+"""Tables of rows. Appending to CSV or Parquet is not crash-safe: rows go to JSON lines first, and
+the table is written in one piece when a run ends.
 """
 
 import csv
@@ -27,9 +27,9 @@ from server.bulk.output import (
     replacing,
 )
 
-ROWS = ".rows.jsonl"  # after the table's name
+ROWS = ".rows.jsonl"  # appended to the table's name
 _COLUMNS = ResultRow.__struct_fields__
-_KINDS: dict[str, Callable[[str], Any]] = {  # of what is no text in a CSV file
+_KINDS: dict[str, Callable[[str], Any]] = {  # of CSV columns that are not text
     "captions": json.loads, "settings": json.loads, "score": float, "size": int, "modified": int,
 }  # fmt: skip
 _GROUP = 10_000  # rows of a Parquet row group
@@ -39,7 +39,7 @@ class TableOutput(Output):
     """A table that is written when a run has ended."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OutputConflict if another run writes to it, or for what is no regular file."""
+        """Raises OutputConflict if another run writes to it, or it is no regular file."""
         check_regular(path)
         self.path = path
         self._lines = Lines(path.with_name(path.name + ROWS))
@@ -47,7 +47,7 @@ class TableOutput(Output):
 
     @override
     def rows(self) -> Iterator[ResultRow]:
-        """Those of the table, then those since. Raises OutputConflict for another table."""
+        """Rows of the table, then those added since. Raises OutputConflict for a foreign table."""
         return chain(self._table(), self._since())
 
     @override
@@ -85,15 +85,15 @@ class TableOutput(Output):
 
     @abstractmethod
     def read(self) -> Iterable[dict[str, Any]]:
-        """What the file has of each row. Raises ValueError if it is another's."""
+        """The fields of each row in the file. Raises ValueError for a foreign table."""
 
     @abstractmethod
     def write(self, stream: BinaryIO, rows: Iterator[ResultRow]) -> None:
-        """The whole file."""
+        """Write the whole file."""
 
 
 class Csv(TableOutput):
-    """Comma-separated values with a head; `captions` and `settings` are JSON."""
+    """Comma-separated values with a header; `captions` and `settings` are JSON."""
 
     @override
     def read(self) -> Iterable[dict[str, Any]]:
@@ -126,7 +126,7 @@ class Csv(TableOutput):
 
 
 class Parquet(TableOutput):
-    """Row groups of ten thousand; `settings` is JSON."""
+    """Parquet in row groups of 10,000; `settings` is JSON."""
 
     @override
     def read(self) -> Iterable[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""A WebDataset shard of the input's samples, with what was said of them.
+"""A WebDataset shard of the input's samples with their captions.
 
-Until a run ends it grows as a file beside the output. A sample ends with its `.json`, and is in the
-archive once that is there whole.
+Until a run ends, the shard grows in a file beside the output. A sample ends with its `.json`, and
+counts once that is complete.
 """
 
 import io
@@ -28,16 +28,16 @@ from server.bulk.output import (
 )
 from server.bulk.shards import split
 
-PARTIAL = ".partial"  # after the archive's name, while it grows
+PARTIAL = ".partial"  # appended to the archive's name while it grows
 _OURS = ("txt", "json")
-_UNKNOWN = "image"  # extension of what no decoder knows
-_EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif"}  # where they are not the format's name
-_HEAD = tarfile.TarInfo.create_pax_global_header({"comment": "vignette"})  # while it grows
+_UNKNOWN = "image"  # extension of an image that no decoder knows
+_EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif"}  # that differ from the format's name
+_HEAD = tarfile.TarInfo.create_pax_global_header({"comment": "vignette"})  # of a growing archive
 _END = b"\0" * 1024  # of an archive
 
 
 class Sample(NamedTuple):
-    """A row, and its sample's key, beginning and end in an archive."""
+    """A row, and its sample's key, start and end (bytes) in an archive."""
 
     row: ResultRow
     key: str
@@ -46,23 +46,23 @@ class Sample(NamedTuple):
 
 
 class Tar(Output):
-    """`.txt` is the caption and `.json` the row of a sample; its own are `.original.*`.
+    """A sample's `.txt` is its caption and `.json` its row; the input's are `.original.*`.
 
-    Samples of one key get a number, all but the first.
+    Of samples with the same key, all but the first get a number.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises OutputConflict if another run writes to it, or for what is no regular file."""
+        """Raises OutputConflict if another run writes to it, or it is no regular file."""
         check_regular(path)
         self.path = path
         self._growing = path.with_name(path.name + PARTIAL)
         self._stream = locked(self._growing)
-        self._items = Kept()  # ids by the keys of their samples
+        self._items = Kept()  # item ids by sample key
         self._count, self._new = 0, False
 
     @override
     def rows(self) -> Iterator[ResultRow]:
-        """Raises OutputConflict for an archive that holds other things."""
+        """Raises OutputConflict for an archive that is not ours."""
         end = 0
         for stream, sample in self._samples():
             end = sample.end if stream is self._stream else 0
@@ -105,9 +105,9 @@ class Tar(Output):
         self._stream.close()
 
     def _key(self, item: Item) -> str:
-        """One that no other item's sample has."""
+        """A key that no other item's sample has."""
         wanted = below(item.key or "")
-        if not wanted or split(f"{wanted}.json") != (wanted, "json"):  # it would not be found again
+        if not wanted or split(f"{wanted}.json") != (wanted, "json"):  # read back otherwise
             wanted = f"{self._count:09}"
         key, number = wanted, self._count
         while self._items.get(key) not in (None, item.id.encode()):
@@ -115,7 +115,7 @@ class Tar(Output):
         return key
 
     def _samples(self) -> Iterator[tuple[BinaryIO, Sample]]:
-        """All, and where they are. Raises OutputConflict for what is none of ours."""
+        """All samples with their files. Raises OutputConflict for an archive that is not ours."""
         if self.path.exists():
             with self.path.open("rb") as stream:
                 end = 0
@@ -138,12 +138,12 @@ class Tar(Output):
 
 
 def _samples(stream: BinaryIO, path: Path, start: int) -> Iterator[Sample]:
-    """Those of an archive, but for one that a kill left half there. Raises OutputConflict."""
+    """Samples of an archive, except one that a kill left incomplete. Raises OutputConflict."""
     stream.seek(start)
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # it would keep one for each
+                archive.members = []  # type: ignore[attr-defined]  # else it keeps every member
                 key, extension = split(member.name)
                 if extension == "json":
                     content = archive.extractfile(member) if member.isfile() else None
@@ -154,7 +154,7 @@ def _samples(stream: BinaryIO, path: Path, start: int) -> Iterator[Sample]:
 
 
 def _members(row: ResultRow, outcome: Outcome) -> dict[str, bytes]:
-    """A sample's files by their extensions, its row last."""
+    """A sample's files by extension, the row last."""
     members = outcome.item.members
     found = {_renamed(extension, members): data for extension, data in members.items()}
     if not found and outcome.image is not None:
@@ -165,7 +165,7 @@ def _members(row: ResultRow, outcome: Outcome) -> dict[str, bytes]:
 
 
 def _renamed(extension: str, taken: Container[str]) -> str:
-    """The extension that a member has beside ours."""
+    """The extension of an input's member, renamed if it is one of ours."""
     name = extension
     while name in _OURS or (name != extension and name in taken):
         name = f"original.{name}"
@@ -173,12 +173,12 @@ def _renamed(extension: str, taken: Container[str]) -> str:
 
 
 def _extension(outcome: Outcome) -> str:
-    """The extension of an image by its content; else that of its name."""
+    """An image's extension by its content, or else by its name."""
     assert outcome.image is not None
     try:
         with Image.open(io.BytesIO(outcome.image)) as image:
             kind = str(image.format)
-    except Exception:  # whatever is wrong with it is in its row
+    except Exception:  # the row says what is wrong with the image
         suffix = PurePosixPath(outcome.item.id).suffix.lstrip(".").lower()
         return suffix if suffix.isalnum() and suffix not in _OURS else _UNKNOWN
     return _EXTENSIONS.get(kind, kind.lower())

@@ -1,4 +1,4 @@
-"""A folder of .txt files, each where its image lies in the input: what diffusion trainers read."""
+"""A folder of .txt files, laid out like the input's images, as diffusion trainers read them."""
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -16,19 +16,19 @@ _PARTIAL = ".vignette.partial"
 
 
 class Texts(Output):
-    """A file for each caption. All rows, errors too, are lines of JSON in a hidden file there."""
+    """A file for each caption. All rows, errors too, are JSON lines in a hidden file there."""
 
     def __init__(self, folder: Path, overwrite: bool) -> None:
-        """overwrite: also what this did not write. Raises OutputConflict if another run has it."""
+        """overwrite: also foreign files. Raises OutputConflict if another run has the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._overwrite = folder.resolve(), overwrite
         self._lines = Lines(self._folder / HIDDEN_ROWS)
-        self._written = Kept()  # whose text a file has, and which, by its path
+        self._written = Kept()  # item id and caption by a file's path
 
     @override
     def rows(self) -> Iterator[ResultRow]:
-        """What was said and has no file, because the last run was killed, gets it once all rows
-        have been read: a run that is refused writes none.
+        """All rows. Captions without a file, because the last run was killed, are written once all
+        rows have been read: a run that is refused writes none.
         """
         missing = False
         for row in self._lines.rows():
@@ -41,7 +41,7 @@ class Texts(Output):
 
     @override
     def append(self, row: ResultRow, outcome: Outcome) -> None:
-        """Raises NotWritten where there is a file that this did not write."""
+        """Raises NotWritten if the caption's file can't, or must not, be written."""
         if row.caption is None:
             self._lines.append(row, outcome)
             return
@@ -66,7 +66,7 @@ class Texts(Output):
         for row in self._lines.rows():
             if row.text is None or row.caption is None or (self._folder / row.text).exists():
                 continue
-            if self._written.get(row.text) == _mark(row):  # the last of this text
+            if self._written.get(row.text) == _mark(row):  # the last row of this file
                 try:
                     self._check(row.id, row.text)
                 except NotWritten as cause:
@@ -77,7 +77,7 @@ class Texts(Output):
                 self._write(row.text, row.caption)
 
     def _check(self, item_id: str, text: str) -> None:
-        """Raise NotWritten unless an item's text can be written, and may be."""
+        """Raise NotWritten if an item's file can't, or must not, be written."""
         target = self._folder / text
         try:
             if below(text) != text or not target.resolve().is_relative_to(self._folder):
@@ -97,7 +97,7 @@ class Texts(Output):
         target, partial = self._folder / text, self._folder / _PARTIAL
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
-        with partial.open("xb") as stream:  # not where a link leads to
+        with partial.open("xb") as stream:  # "x" does not follow links
             stream.write(caption.encode())
         partial.replace(target)
 
