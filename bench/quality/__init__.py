@@ -1,1 +1,1 @@
-"""What a setting does to captions, on pictures that people described."""
+"""Effect of settings on caption quality, measured on pictures with human references."""

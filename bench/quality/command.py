@@ -57,7 +57,7 @@ def _check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 
 def _check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Open each: a wrong one must end this before anything is captioned. What is there stays."""
+    """Open each output, so that a wrong one fails before captioning. Existing content stays."""
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         for path in filter(None, (args.output, args.json)):
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _contestants(args: argparse.Namespace) -> list[Contestant]:
-    """The first is what the others are compared to."""
+    """The settings to compare; the first is the baseline."""
     precisions = args.precisions or [EXACT, AUTO]
     found: list[Contestant] = []
     if args.reference:

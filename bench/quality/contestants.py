@@ -1,4 +1,4 @@
-"""Who captions the pictures: an engine in a precision, with or without beams, or PyTorch."""
+"""What captions the pictures: an engine in a precision, with or without beams, or PyTorch."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from runtime.engine import Engine
 from runtime.model.images import pixels_of
 from runtime.planning.config import AUTO, EngineConfig
 
-_AT_ONCE = 64  # pictures that are decoded while an engine captions others
+_AT_ONCE = 64  # pictures decoded, then captioned, at a time
 
 
 class Contestant(Protocol):
@@ -22,10 +22,10 @@ class Contestant(Protocol):
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """The label in tables."""
 
     def captions(self, pictures: list[Picture]) -> list[str]:
-        """One for each, in order."""
+        """A caption for each picture, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class OnEngine:
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """The label in tables."""
         chosen = "this machine's choice" if self.precision == AUTO else self.precision
         return chosen + (f", {self.beams} beams" if self.beams > 1 else "")
 
@@ -68,11 +68,11 @@ class OnTorch:
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """The label in tables."""
         return "PyTorch" + (f", {self.beams} beams" if self.beams > 1 else "")
 
     def captions(self, pictures: list[Picture]) -> list[str]:
-        """Raises ExportError for what is no checkpoint."""
+        """Raises ExportError if `checkpoint` is none."""
         import torch
         from transformers import AutoProcessor
 

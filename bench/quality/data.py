@@ -1,4 +1,4 @@
-"""Pictures with what people said of them."""
+"""Pictures with human reference captions."""
 
 import csv
 from collections import defaultdict
@@ -16,7 +16,7 @@ class NoData(VignetteError):
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """file: where it is. references: at least one."""
+    """A picture's file, and its references: at least one."""
 
     file: Path
     references: tuple[str, ...]
@@ -24,11 +24,11 @@ class Picture:
 
 
 def read(data: Path, images: Path, limit: int | None = None) -> list[Picture]:
-    """COCO's format (`images` and `annotations`), a list of objects, JSON lines, or CSV.
+    """Read COCO's format (`images` and `annotations`), a list of objects, JSON lines, or CSV.
 
-    Tables have a column image (or file_name, path, file) and one of references: caption,
-    reference or text with one each, several rows to an image, or captions, references with a list;
-    optionally prompt. Images are paths below `images`, without "..". Raises NoData.
+    Tables have a column image (or file_name, path, file), optionally prompt, and one of references:
+    caption, reference or text with one each, in several rows per image, or captions, references
+    with a list. Images are paths below `images`, without "..". Raises NoData.
     """
     try:
         found = _by_picture(_content(data))
@@ -66,7 +66,7 @@ class _Coco(Struct):
 
 
 class _Row(Struct):
-    """Of a table; the first column that is not empty counts."""
+    """A row of a table; of synonymous columns the first that is not empty counts."""
 
     image: str | None = None
     file_name: str | None = None

@@ -1,9 +1,8 @@
 """CIDEr, BLEU-4 and ROUGE-L by the scorers of COCO's evaluation (`pycocoevalcap`).
 
-Those are fed by a tokeniser in Java. Here NLTK's does its work, which follows the same Penn
-Treebank rules. Of seven texts made to be hard for it (`tests/test_quality.py`, where there is Java)
-it splits five as the other does; the others differ at an abbreviation before the final stop, and
-at quotes within a word.
+Their Java tokeniser is replaced by NLTK's, which follows the same Penn Treebank rules. Of seven
+deliberately hard texts (`tests/test_quality.py`, where there is Java) both split five alike; the
+other two differ at an abbreviation before the final stop, and at quotes within a word.
 """
 
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ from pycocoevalcap.rouge.rouge import Rouge
 METRICS = ("CIDEr", "BLEU-4", "ROUGE-L")
 _RESAMPLINGS, _SEED = 2000, 1
 _INTERVAL = 2.5, 97.5  # percentiles
-# What COCO's evaluation leaves out (pycocoevalcap/tokenizer/ptbtokenizer.py). It means to leave out
-# brackets, too, and keeps them, because they are in lower case by then.
+# Tokens that COCO's evaluation drops (pycocoevalcap/tokenizer/ptbtokenizer.py). It means to drop
+# brackets, too, but keeps them, because they are in lower case by then.
 _PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 _WRITTEN = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 _BRACKETS = dict(zip("(){}[]", ("-lrb-", "-rrb-", "-lcb-", "-rcb-", "-lsb-", "-rsb-"), strict=True))
@@ -28,20 +27,20 @@ _tokenizer = TreebankWordTokenizer()
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Scores of all captions as one, and of each alone, by the names of METRICS."""
+    """Scores of the whole corpus, and of each caption, by the names of METRICS."""
 
     whole: dict[str, float]
     each: dict[str, np.ndarray]
 
 
 def tokens(text: str) -> str:
-    """A text's words in lower case, between blanks."""
+    """A text's words in lower case, separated by spaces."""
     words = _tokenizer.tokenize(" ".join(text.lower().translate(_WRITTEN).split()))
     return " ".join(_BRACKETS.get(word, word) for word in words if word not in _PUNCTUATION)
 
 
 def score(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-    """Captions against what people said of the same pictures."""
+    """Score captions against human references of the same pictures."""
     said = {place: [tokens(text)] for place, text in enumerate(captions)}
     known = {place: [tokens(text) for text in texts] for place, texts in enumerate(references)}
     bleu, bleus = Bleu(4).compute_score(known, said, verbose=0)
@@ -53,7 +52,7 @@ def score(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Score
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
-    """Mean difference of paired scores, and the 95 % interval of a bootstrap over the pictures."""
+    """Mean of `second - first`, paired, and its 95 % bootstrap interval over the pictures."""
     differences = second - first
     chance = np.random.default_rng(_SEED)
     means = [

@@ -1,4 +1,4 @@
-"""What came out, as a table for terminals and a page with the pictures that differ most."""
+"""Results as a table for terminals, and a page with the pictures that differ most."""
 
 import base64
 import html
@@ -15,7 +15,7 @@ from bench.quality.data import Picture
 from bench.quality.metrics import METRICS, Scores, difference
 
 _TEMPLATE = Path(__file__).with_name("page.html")
-_WORST, _EDGE = 12, 320  # pictures of each setting; pixels of their longer side
+_WORST, _EDGE = 12, 320  # pictures per setting; pixels of their longer side
 _NOTE = (
     "Scores are those of pycocoevalcap; words are split by NLTK's Penn Treebank tokeniser in place "
     "of Stanford's, and differ from published ones by what the two split differently. Intervals: "
@@ -25,7 +25,7 @@ _NOTE = (
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a setting said of each picture, and what that is worth."""
+    """A setting's caption for each picture, and their scores."""
 
     name: str
     captions: Sequence[str]
@@ -33,7 +33,7 @@ class Result:
 
 
 def rows(results: Sequence[Result]) -> list[list[str]]:
-    """A head, and a row for each setting."""
+    """A header, and a row for each setting."""
     first, *others = results
     head = ["", *METRICS, *(f"{metric} against {first.name}" for metric in METRICS), "captions"]
     found = [head, [first.name, *_wholes(first), *("" for _ in METRICS), ""]]
@@ -50,7 +50,7 @@ def rows(results: Sequence[Result]) -> list[list[str]]:
 
 
 def write(path: Path, title: str, pictures: Sequence[Picture], results: Sequence[Result]) -> None:
-    """The page, with all that it shows in it."""
+    """Write a self-contained HTML page."""
     first, *others = results
     parts = [_table(rows(results)), f"<p class='about'>{_NOTE}</p>"]
     for result in others:
