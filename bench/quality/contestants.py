@@ -72,7 +72,7 @@ class OnTorch:
         return "PyTorch" + (f", {self.beams} beams" if self.beams > 1 else "")
 
     def captions(self, pictures: list[Picture]) -> list[str]:
-        """Raises ExportError if `checkpoint` is none."""
+        """Raises ExportError if `checkpoint` is not a checkpoint."""
         import torch
         from transformers import AutoProcessor
 

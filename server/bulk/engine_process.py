@@ -69,7 +69,7 @@ class EngineProcess:
         self._keeper.start()
         try:
             self.facts = self._ready.result()
-        except BaseException:  # an interrupt, too: else the process is waited for for ever
+        except BaseException:  # an interrupt, too: else we wait for the process for ever
             self.close()
             raise
 

@@ -18,8 +18,8 @@ _WRONG_SERVICE = (401, 404, 405)  # answers that every request would get
 class RemoteCaptioner:
     """Captions images by a service; each of many threads has a connection of its own.
 
-    An image is sent again at the time the service asks for if it can't take it yet; if it never
-    can, only that image fails.
+    An image that the service can't take yet is sent again when the service says; one that it can
+    never take fails alone.
     """
 
     def __init__(self, service: RemoteService, sampling: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ class Sample(NamedTuple):
 
 
 class Tar(Output):
-    """A sample's `.txt` is its caption and `.json` its row; the input's are `.original.*`.
+    """A sample's `.txt` is its caption and `.json` its row; the input's own become `.original.*`.
 
     Of samples with the same key, all but the first get a number.
     """

@@ -123,7 +123,7 @@ class _BoundedCall:
         return message
 
     async def only(self, seconds: float) -> Any:
-        """The one message of a unary request; aborts the call if it does not come in time."""
+        """The one message of a unary request; aborts the call if none comes within `seconds`."""
         message = grpc.aio.EOF
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):

@@ -76,7 +76,7 @@ class Call:
 
     @property
     def timeout_ms(self) -> int | None:
-        """Milliseconds left of the call's deadline; None if that is beyond the server's own."""
+        """Milliseconds left of the call's deadline; None without one before the server's own."""
         left = self._context.time_remaining()
         longest = self.service.settings.timeout_seconds
         if left is None or left > longest:
@@ -131,8 +131,8 @@ class Call:
             self.service.tracer.record(self._method, self._metadata, code, stages, total, self.id)
 
     async def wait_for(self, size: int) -> None:
-        """Wait for the client's byte rate limit, which small messages are free of, and for what its
-        abandoned and refused requests cost. size: bytes.
+        """Apply the client's limit on bytes a second, which exempts small messages, and the delay
+        for its abandoned and refused requests. size: bytes.
         """
         wait = self.service.intake.spend(self.client, size) if size > _SMALL else 0.0
         await asyncio.sleep(max(wait, self.service.owed(self.client)))

@@ -45,8 +45,8 @@ class ParsedRequest:
     """A parsed caption request. images: encoded, or URLs to fetch. listed: the images were sent as
     a list, so the answer is one, too.
 
-    prompts: one per image, if the images have prompts of their own; an empty one stands for
-    fields.prompt.
+    prompts: one per image, if the images have prompts of their own; fields.prompt replaces empty
+    ones.
     """
 
     fields: CaptionFields

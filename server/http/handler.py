@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.2
 _UNREAD_SECONDS = 2.0  # after which the connection of an unread answer may be closed for a new one
 _ETAGS = 1000  # characters of If-None-Match
-_LATE = 256  # connections held back: a client whose connection is closed reconnects at once
+_LATE = 256  # connections held back, as a client that is cut off reconnects at once
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 

@@ -1,8 +1,8 @@
 """The HTTP server of a front-end: accepts connections, and bounds how many are open.
 
 All front-ends accept from the same sockets, which the supervisor listens on. A connection that does
-not wait for an answer is idle and may be closed for a new one: first the oldest idle connection of
-the address that has the most of them.
+not wait for an answer is idle and may be closed for a new one: the oldest of the address that has
+the most idle connections.
 """
 
 import asyncio

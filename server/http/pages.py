@@ -41,7 +41,7 @@ class Page(_Page):
     """GET /: a page to try the service on."""
 
     async def get(self) -> None:
-        """HTML whose scripts, styles and images this server has, too."""
+        """HTML; its scripts, styles and images come from this server, too."""
         await self.paced()
         models = {
             name: {"about": model.manifest.about, "asked": name == _DEMO or _ASKED in name}

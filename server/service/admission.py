@@ -71,7 +71,7 @@ class Admission:
     def check(self, client: str = "") -> None:
         """Raise NotServing or QueueFull if there is no place for a request of this client.
 
-        One client may fill half of the queue before the engine at most, unless it was the only one
+        At most half of the queue before the engine is one client's, unless no other client came
         within the last minute.
         """
         if self.state is not State.READY:

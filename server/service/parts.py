@@ -32,7 +32,7 @@ def make_service(settings: Settings, known: Known, folder: Path, index: int, epo
     """The service of one front-end. folder: the run's folder."""
     name = process_name("front", index, epoch)
     share = -(-settings.max_queue // settings.front_end_processes)
-    # More than requests, as decodings may outlast cancelled ones.
+    # More slots than requests, as decodings may outlast cancelled ones.
     places = (
         (settings.slots or MOST_SLOTS) * (settings.workers or 1) + share + settings.decoders + ASIDE
     )

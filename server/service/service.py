@@ -189,7 +189,7 @@ class Service:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield a request's outputs as they come; closing the generator cancels the request.
 
-        client: the one whose requests share their turns with this one.
+        client: whose turns and limits this request counts against.
 
         Raises what admission, the fetcher, the decoders and the dispatcher raise, and Expired.
         """
