@@ -1,8 +1,8 @@
-"""Captions over HTTP: front-ends that speak it, workers that own engines, a supervisor over both.
+"""Captions over HTTP: front-ends speak the protocol, workers own engines, a supervisor runs both.
 
 Reading order, along a request: `__main__` and `settings` -> `processes/supervisor` ->
 `processes/frontend` -> `http/app` (routes), `http/caption`, `http/intake` -> `service/service`,
 `service/model` -> `images/pool` -> `ipc/dispatcher`, `ipc/messages` -> `processes/worker`; then
-`errors` (the table of answers), `metrics`, `logs`, `tracing`. `bulk/` captions files, `grpc/`
+`errors` (errors to responses), `metrics`, `logs`, `tracing`. `bulk/` captions files, `grpc/`
 speaks KServe's protocol, `cluster/` runs all of it on Ray.
 """

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run until told to stop; returns the exit status."""
+    """Run until told to stop; return the exit status."""
     try:
         settings = from_command_line(arguments)
         configure(settings)
@@ -41,9 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 async def _supervise(settings: Settings) -> None:
     if settings.api_keys:
-        keys.read(settings.api_keys)  # each front-end does, but now is the time to complain
+        keys.read(settings.api_keys)  # front-ends read them again; fail early here
     models, devices = served(settings.engine), _devices(settings)
-    settings = settings.model_copy(update={"workers": len(devices)})  # pixels are kept for all
+    settings = settings.model_copy(update={"workers": len(devices)})  # sizes the pixel stores
     await local.run(settings, models, worker.main, devices)
 
 
@@ -56,7 +56,7 @@ def _serve_on_ray(settings: Settings) -> None:
 
 
 def _devices(settings: Settings) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of each worker of a model, one GPU each; on processors nothing.
+    """CUDA_VISIBLE_DEVICES for each worker of a model: one GPU each, or an empty string on the CPU.
 
     Raises InvalidSettings for more workers than GPUs.
     """
@@ -64,11 +64,11 @@ def _devices(settings: Settings) -> list[str]:
     if settings.provider in NVIDIA:
         gpus = visible_gpus()
     elif settings.provider == AUTO and _serves_gpus():
-        with contextlib.suppress(ProviderError):  # the worker says what auto takes instead
+        with contextlib.suppress(ProviderError):  # the worker logs what auto takes instead
             gpus = visible_gpus()
     if not gpus:
         return [""] * (settings.workers or 1)
-    # Those that are visible are the first ones that the variable names.
+    # The visible GPUs are the first ones that the variable names.
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = named.split(",") if named else [g.uuid if g.is_instance else str(g.index) for g in gpus]
     if (settings.workers or 0) > len(gpus):
@@ -77,7 +77,7 @@ def _devices(settings: Settings) -> list[str]:
 
 
 def _serves_gpus() -> bool:
-    """Whether the ONNX Runtime that is installed knows CUDA; it is not loaded for the question."""
+    """Whether the installed ONNX Runtime supports CUDA, found out without loading it."""
     try:
         return bool(version("onnxruntime-gpu"))
     except PackageNotFoundError:

@@ -1,21 +1,21 @@
-"""Where a request comes from, also behind proxies."""
+"""Client addresses of requests, also behind proxies."""
 
 import ipaddress
 from functools import cache
 
 from runtime.errors import VignetteError
 
-_FORWARDED = 2000  # characters of X-Forwarded-For that are looked at, the last ones
+_FORWARDED = 2000  # characters read at the end of X-Forwarded-For
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class InvalidProxies(VignetteError):
-    """A setting that names no network."""
+    """An entry of --trusted-proxies is not an IP address or network."""
 
 
 @cache
 def networks(names: tuple[str, ...]) -> list[Network]:
-    """Addresses and networks by their names. Raises InvalidProxies."""
+    """Parse addresses and networks. Raises InvalidProxies."""
     try:
         return [ipaddress.ip_network(name) for name in names]
     except ValueError as cause:
@@ -23,9 +23,9 @@ def networks(names: tuple[str, ...]) -> list[Network]:
 
 
 def address_of(peer: str, forwarded: str, proxies: list[Network]) -> str:
-    """Whom a request is from: its peer, or whom a trusted proxy says that it had it from.
+    """Client address of a request: its peer, or the address that trusted proxies report.
 
-    forwarded: its X-Forwarded-For.
+    forwarded: the X-Forwarded-For header.
     """
     peer = _plain(peer)
     said = forwarded[-_FORWARDED:].split(",")
@@ -38,7 +38,7 @@ def address_of(peer: str, forwarded: str, proxies: list[Network]) -> str:
 
 
 def _plain(address: str) -> str:
-    """Without the port that some proxies add, and IPv4 as itself."""
+    """The address without the port that some proxies add; IPv4-mapped IPv6 as IPv4."""
     if address.startswith("["):
         address = address[1:].partition("]")[0]
     elif address.count(":") == 1:
@@ -50,7 +50,7 @@ def _plain(address: str) -> str:
 
 
 def group_of(address: str) -> str:
-    """Whom an address stands for: in IPv6 everybody has at least 64 bits of them."""
+    """The address or, for IPv6, its /64 network: one client has at least a /64."""
     if ":" not in address or not _is_address(address):
         return address
     return str(ipaddress.ip_network(f"{address}/64", strict=False))
@@ -61,7 +61,7 @@ def _is_address(text: str) -> bool:
         ipaddress.ip_address(text)
     except ValueError:
         return False
-    return "%" not in text  # behind it anything may stand
+    return "%" not in text  # a zone id may hold any text
 
 
 def _within(address: str, proxies: list[Network]) -> bool:

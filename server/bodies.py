@@ -1,7 +1,7 @@
-"""Bodies of requests taken apart: multipart forms and JSON, within bounds on what they may hold.
+"""Parses request bodies (multipart forms and JSON) within bounds on their contents.
 
-Only an image may be large. Of JSON that is made sure before an object is built of it: its strings
-are found first, and long ones are left where they are and stand for themselves in what is parsed.
+Only images may be large. For JSON, this is checked before any object is built: strings are located
+first, and short marks replace long ones in the text that is parsed.
 """
 
 import base64
@@ -16,50 +16,50 @@ from multipart import MultipartError, MultipartSegment, PushMultipartParser, par
 
 from runtime.errors import InvalidRequest
 
-PIECE = 64 * 1024  # bytes of a form that are parsed at a time: a millisecond at most
+PIECE = 64 * 1024  # bytes of a form parsed at a time: a millisecond at most
 _CONTENT_TYPE = 512  # characters of the header
 _BOUNDARY = 70  # characters, by RFC 2046
-_PARTS = 64  # of a form
-_SHOWN = 100  # characters of what a client sent that may come back in a message
-_TEXT = 16 * 1024  # bytes of a field that is no image, and of all that is no string in JSON
-_OUTLINE = 64 * 1024  # bytes of a JSON document without its image
-_QUOTES = 1024  # that end a string of a JSON document, or are escaped within one
-_DEPTH, _VALUES = 8, 512  # how deep a JSON document is nested, and the values in it
-_UNESCAPED = 16  # characters of an image for each escape: some programs escape each "/" or "+"
-_MARK = b'"\\u0000'  # that stands with a number for a long string, once
-MOST_IMAGES = 64  # of a request
+_PARTS = 64  # most parts of a form
+_SHOWN = 100  # characters of client input repeated in a message
+_TEXT = 16 * 1024  # bytes of a field other than an image, and of JSON outside strings
+_OUTLINE = 64 * 1024  # bytes of a JSON document without its images
+_QUOTES = 1024  # quotes of a JSON document that end a string or are escaped in one
+_DEPTH, _VALUES = 8, 512  # levels of nesting, and values, of a JSON document
+_UNESCAPED = 16  # fewest base64 characters per escape: some programs escape each "/" or "+"
+_MARK = b'"\\u0000'  # start of a mark for a long string, whose index follows
+MOST_IMAGES = 64  # per request
 _WHITESPACE = str.maketrans("", "", " \t\r\n")
 _NO_OBJECT = 'send {"image": "<base64>"} in UTF-8'
 
 
 def shown(text: object) -> str:
-    """What a client sent, as it may be repeated in a message: on one line, and short."""
+    """Client input quoted for a message: on one line, cut to `_SHOWN` characters."""
     text = str(text)
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…")
 
 
 @dataclass(slots=True)
 class Parts:
-    """What a body holds: texts and numbers by name, and encoded images, or a clip."""
+    """Contents of a body: fields by name, and encoded images or a clip."""
 
     fields: dict[str, Any] = field(default_factory=dict)
     images: list[bytes] = field(default_factory=list)
     video: bytes | None = None
 
     def packed(self) -> bytes:
-        """As bytes; `unpacked` reads them."""
+        """Encode for `unpacked`."""
         fields = json.dumps(self.fields)  # msgpack takes neither lone surrogates nor large numbers
         return msgpack.encode((fields, self.images, self.video))
 
     @classmethod
     def unpacked(cls, data: bytes) -> "Parts":
-        """What `packed` made."""
+        """Decode the result of `packed`."""
         fields, images, video = msgpack.decode(data, type=tuple[str, list[bytes], bytes | None])
         return cls(json.loads(fields), images, video)
 
 
 def media_type(header: str) -> tuple[str, str]:
-    """A Content-Type in lower case, and the boundary if it is a form. Raises InvalidRequest."""
+    """Media type of a Content-Type in lower case, and a form's boundary. Raises InvalidRequest."""
     if len(header) > _CONTENT_TYPE:
         raise InvalidRequest(f"Content-Type is longer than {_CONTENT_TYPE} characters")
     kind, options = parse_options_header(header)
@@ -75,9 +75,9 @@ def media_type(header: str) -> tuple[str, str]:
 
 
 def read_form(body: bytes, boundary: str, found: Parts) -> Iterator[None]:
-    """Add the parts of a form to `found`, a piece at a time, so that others get their turn.
+    """Add the parts of a form to `found`, yielding after each piece to let other requests run.
 
-    Raises InvalidRequest naming what is wrong.
+    Raises InvalidRequest naming the problem.
     """
     parser = PushMultipartParser(boundary, max_segment_count=_PARTS)
     segment: MultipartSegment | None = None
@@ -127,7 +127,7 @@ def _keep(found: Parts, segment: MultipartSegment, content: bytes) -> None:
 
 
 def text(name: str, value: bytes) -> str:
-    """A field's value. Raises InvalidRequest."""
+    """Decode a field's value from UTF-8. Raises InvalidRequest."""
     try:
         return value.decode()
     except UnicodeDecodeError as cause:
@@ -135,13 +135,13 @@ def text(name: str, value: bytes) -> str:
 
 
 def json_parts(body: bytes) -> Parts:
-    """The fields of a JSON object, with the images in it (base64, or data URLs) decoded.
+    """Parse a JSON object, and decode the images in it (base64, or data URLs).
 
-    They stand in `image` (one, or a list), in `images` (each as it is, or as `image` of an object),
-    or where other protocols have them: in `inputs`, `inputs.image`, the `data` of a tensor IMAGE in
-    `inputs`, or `image_url.url` of a part of a message's content. In each place the image's number
-    in the list of images is left; in `image` how many were there, and in `video` true.
-    Raises InvalidRequest naming what is wrong.
+    Images may be in `image` (one, or a list), in `images` (each as it is, or as `image` of an
+    object), or where other protocols put them: in `inputs`, `inputs.image`, the `data` of a tensor
+    IMAGE in `inputs`, or `image_url.url` of a part of a message's content. Each is replaced by its
+    index in the list of images; `image` by the number of images in it, and `video` by true.
+    Raises InvalidRequest naming the problem.
     """
     outline, long = _outline(body)
     try:
@@ -166,9 +166,9 @@ def json_parts(body: bytes) -> Parts:
 
 
 def _places(fields: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """Where images are beside `image`: what holds each, and by which key.
+    """Container and key of each image outside `image`.
 
-    Nothing else may stand there: numbers will mean the images that were taken out.
+    Callers must refuse other values there: the numbers put in place are indices of images.
     """
     images = fields.get("images")
     for place, each in enumerate(images if isinstance(images, list) else []):
@@ -195,7 +195,7 @@ def _places(fields: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def _texts(data: Any, depth: int = 1) -> Iterator[tuple[Any, Any]]:
-    """Where a tensor's data has its elements, in rows or not."""
+    """Container and index of each element of a tensor's data, nested or flat."""
     for place, each in enumerate(data if isinstance(data, list) and depth < _DEPTH else []):
         if isinstance(each, list):
             yield from _texts(each, depth + 1)
@@ -204,14 +204,14 @@ def _texts(data: Any, depth: int = 1) -> Iterator[tuple[Any, Any]]:
 
 
 def _is_address(url: Any) -> bool:
-    """Whether an image stands elsewhere."""
+    """Whether the image is at a URL rather than in the body."""
     return isinstance(url, str) and not url.startswith(("data:", "\0"))
 
 
 def _outline(body: bytes) -> tuple[bytes, list[bytes]]:
-    """A JSON text with marks in place of its long strings, and those strings as they are written.
+    """The JSON text with marks in place of its long strings, and those strings as written.
 
-    A mark is a string of a zero byte and a number, which no string that is sent may begin with.
+    A mark is a string of a zero character and an index; no string in the body may begin like that.
     """
     pieces: list[bytes] = []
     long: list[bytes] = []
@@ -245,12 +245,12 @@ def _outline(body: bytes) -> tuple[bytes, list[bytes]]:
 
 
 def _ends_escaping(text: bytes) -> bool:
-    """Whether a text ends with an odd number of backslashes: what follows it is escaped."""
+    """Whether a text ends with an odd number of backslashes, so that the next byte is escaped."""
     return (len(text) - len(text.rstrip(b"\\"))) % 2 == 1
 
 
 def _check_short(fields: dict[str, Any]) -> None:
-    """Raise InvalidRequest for many values, deep nesting, or a long string that is no image."""
+    """Raise InvalidRequest for too many values or levels, or a long string that is no image."""
     waiting: list[tuple[Any, int]] = [(fields, 1)]
     count = 0
     while waiting:
@@ -270,7 +270,7 @@ def _check_short(fields: dict[str, Any]) -> None:
 
 
 def _from_base64(image: Any, long: list[bytes], name: str = "image") -> bytes:
-    """An image or clip of a JSON body. Raises InvalidRequest."""
+    """Decode an image or clip of a JSON body. Raises InvalidRequest."""
     if not isinstance(image, str):
         raise InvalidRequest(f"the field {name!r} is missing or not a string: send it as base64")
     try:
@@ -282,8 +282,8 @@ def _from_base64(image: Any, long: list[bytes], name: str = "image") -> bytes:
         if image.startswith("data:"):
             image = image.partition(",")[2]
         if not image.isascii():
-            raise ValueError("it has other characters")  # looking them up one by one takes long
-        image = image.translate(_WHITESPACE)  # of programs that break lines, as MIME has it
+            raise ValueError("it has other characters")  # translate is slow on them
+        image = image.translate(_WHITESPACE)  # some programs break lines, as MIME does
         return base64.b64decode(image + "=" * (-len(image) % 4), validate=True)
     except (binascii.Error, ValueError, IndexError) as cause:
         raise InvalidRequest(f"the field {name!r} is not base64") from cause

@@ -1,4 +1,4 @@
-"""The one table that says which error is answered how."""
+"""The table of errors and their responses."""
 
 from dataclasses import dataclass
 
@@ -26,19 +26,19 @@ class BodyTooLarge(VignetteError):
 
 
 class UnsupportedMediaType(VignetteError):
-    """The request's Content-Type is none that /caption takes."""
+    """/caption does not accept the request's Content-Type."""
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorStatus:
-    """How an error is answered. `message` replaces the error's own text, where that isn't ours."""
+    """Response to an error. `message` replaces the text of errors that other libraries raise."""
 
     status: int
     code: str
     message: str | None = None
 
 
-# The first that fits counts, so what is a kind of another stands before it.
+# The first match counts, so subclasses come before their base classes.
 ERRORS: dict[type[Exception], ErrorStatus] = {
     ForbiddenUrl: ErrorStatus(400, "forbidden_url"),
     InvalidImage: ErrorStatus(400, "invalid_image"),
@@ -70,7 +70,7 @@ INTERNAL = ErrorStatus(500, "internal", "an error of ours; it was logged")
 
 
 def answer_to(error: BaseException | None, status_code: int) -> ErrorStatus:
-    """The table's line for an error; what the table doesn't know is an internal error."""
+    """The table's entry for an error; INTERNAL for an error without one."""
     for kind, answer in ERRORS.items():
         if isinstance(error, kind):
             return answer

@@ -1,6 +1,6 @@
-"""What the Open Inference Protocol (KServe v2) means for captions, over HTTP or gRPC.
+"""The Open Inference Protocol (KServe v2) for captions, shared by HTTP and gRPC.
 
-A model takes IMAGE, one or several encoded images, each of which is captioned by itself.
+The input IMAGE holds one or several encoded images, each captioned by itself.
 https://github.com/kserve/open-inference-protocol
 """
 
@@ -26,13 +26,13 @@ PLATFORM = "onnxruntime_git"
 INPUTS = {"IMAGE": "BYTES", "PROMPT": "BYTES", "MAX_NEW_TOKENS": "INT32", "NUM_BEAMS": "INT32"}
 OUTPUTS = {"CAPTION": "BYTES", "SCORE": "FP32"}
 NUMBERS = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
-SIZE = 4  # bytes before each element of a BYTES tensor
+SIZE = 4  # bytes of the length before each element of a BYTES tensor
 CONFIG_TYPES = {"BYTES": "TYPE_STRING", "INT32": "TYPE_INT32", "FP32": "TYPE_FP32"}
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
 
 
 def check_datatype(name: str, datatype: str) -> None:
-    """Raise InvalidRequest for a tensor that there is none of, or of another type than its own."""
+    """Raise InvalidRequest for an unknown input or a wrong datatype."""
     if name not in INPUTS:
         raise InvalidRequest(f"unknown input {shown(name)}: there are {', '.join(INPUTS)}")
     if datatype != INPUTS[name]:
@@ -40,7 +40,7 @@ def check_datatype(name: str, datatype: str) -> None:
 
 
 def check_outputs(names: Sequence[str]) -> None:
-    """Raise InvalidRequest for outputs that there are none of, or that are asked for twice."""
+    """Raise InvalidRequest for unknown or repeated outputs."""
     if len(set(names)) < len(names):
         raise InvalidRequest("an output is asked for twice")
     if unknown := set(names) - OUTPUTS.keys():
@@ -51,7 +51,7 @@ def check_outputs(names: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a call asks for: images, a prompt for each or none, and fields of SamplingParams."""
+    """Inputs of a call: images, a prompt or None for each, and fields of SamplingParams."""
 
     images: list[bytes]
     prompts: list[str | None]
@@ -59,7 +59,7 @@ class Inputs:
 
     @classmethod
     def of(cls, tensors: dict[str, list[Any]]) -> "Inputs":
-        """From values by the names of tensors. Raises InvalidRequest."""
+        """Build from tensor values by name. Raises InvalidRequest."""
         images = tensors.get("IMAGE", [])
         if not 0 < len(images) <= MOST_IMAGES:
             raise InvalidRequest(f"IMAGE must hold 1 to {MOST_IMAGES} encoded images")
@@ -79,11 +79,11 @@ class Inputs:
     async def captions(
         self, service: Service, model: Model, client: str, timeout_ms: int | None = None
     ) -> list[Caption]:
-        """Caption all images side by side; the first error takes the others back."""
+        """Caption all images concurrently; the first error cancels the others."""
         requests = []
         for prompt in self.prompts:
             requests.append(model.request(prompt, self.sampling, timeout_ms=timeout_ms))
-            await asyncio.sleep(0)  # a prompt may take a while
+            await asyncio.sleep(0)  # tokenizing a prompt may take a while
         each = zip(requests, self.images, strict=True)
         return await gather_or_cancel(
             service.caption(model, request, [image], client) for request, image in each
@@ -100,7 +100,7 @@ def _text(prompt: object) -> str:
 
 
 def unpacked(name: str, datatype: str, data: bytes) -> list[Any]:
-    """Values of a tensor that came as bytes. Raises InvalidRequest."""
+    """Decode the values of a tensor. Raises InvalidRequest."""
     if datatype in NUMBERS:
         kind = np.dtype(NUMBERS[datatype])
         if len(data) > MOST_IMAGES * kind.itemsize:
@@ -120,7 +120,7 @@ def unpacked(name: str, datatype: str, data: bytes) -> list[Any]:
 
 
 def packed(values: list[Any], datatype: str) -> bytes:
-    """Values of a tensor as bytes."""
+    """Encode the values of a tensor."""
     if datatype in NUMBERS:
         return np.array(values, NUMBERS[datatype]).tobytes()
     texts = [value.encode() for value in values]
@@ -128,7 +128,7 @@ def packed(values: list[Any], datatype: str) -> bytes:
 
 
 def metadata(model: Model) -> dict[str, Any]:
-    """Inputs and outputs of a model."""
+    """Metadata of a model: its inputs and outputs."""
 
     def tensors(kinds: dict[str, str]) -> list[dict[str, Any]]:
         return [{"name": n, "datatype": kind, "shape": [-1]} for n, kind in kinds.items()]
@@ -143,7 +143,7 @@ def metadata(model: Model) -> dict[str, Any]:
 
 
 def index_entry(model: Model) -> dict[str, str]:
-    """A model in a list of all."""
+    """A model's entry in the repository index."""
     return {
         "name": model.name,
         "version": VERSION,
@@ -153,7 +153,7 @@ def index_entry(model: Model) -> dict[str, str]:
 
 
 def config(model: Model) -> dict[str, Any]:
-    """As Triton's model configuration."""
+    """A model in the format of Triton's model configuration."""
 
     def tensors(kinds: dict[str, str], **more: Any) -> list[dict[str, Any]]:
         return [
@@ -173,7 +173,7 @@ def config(model: Model) -> dict[str, Any]:
 
 
 def captioned_so_far(metrics: str, model: str) -> int:
-    """Requests of a model that got their captions."""
+    """Number of a model's requests that were captioned. metrics: in Prometheus' text format."""
     wanted = {"model": model, "outcome": "ok"}
     lines = (line for line in metrics.splitlines() if line.startswith("vignette_requests_total"))
     return sum(

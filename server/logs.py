@@ -1,7 +1,7 @@
 """Logging, as text for people or as one JSON object a line for machines.
 
-It never blocks: a thread writes the lines, and while nobody reads them they are dropped and
-counted. What clients sent is escaped and cut, so that no line of theirs looks like one of ours.
+Logging never blocks: a thread writes the lines, and while nobody reads them, lines are dropped and
+counted. Messages are escaped and cut, so that client input can't forge a log line.
 """
 
 import json
@@ -27,7 +27,7 @@ _SELDOM_SECONDS = 60.0
 
 
 def plain(text: str, most: int, keep: str = "") -> str:
-    """A text without characters that end a line or steer a terminal, cut to `most`."""
+    """Cut a text to `most` characters, and escape those that end a line or control a terminal."""
     cut = text if len(text) <= most else text[:most] + "…"
     if cut.isprintable():
         return cut
@@ -65,7 +65,7 @@ class _Json(logging.Formatter):
 
 
 class _Unblocked(logging.Handler):
-    """Hands lines to a thread that writes them to a file; what can't be written is counted."""
+    """Hands lines to a thread that writes them to a file; lines it can't write are counted."""
 
     def __init__(self, file: int) -> None:
         super().__init__()
@@ -90,25 +90,25 @@ class _Unblocked(logging.Handler):
                 while data:
                     data = data[os.write(self._file, data) :]
             except OSError:
-                self._dropped += 1  # it is closed, or full: there is nowhere to say so
+                self._dropped += 1  # closed, or full: there is nowhere to report it
             self._lines.task_done()
 
     def flush(self) -> None:
-        """Wait a moment until all is written; at the end of the process `logging` asks for it."""
+        """Wait up to `_FLUSH_SECONDS` until all lines are written; `logging` calls this at exit."""
         end = time.monotonic() + _FLUSH_SECONDS
         while self._lines.unfinished_tasks and time.monotonic() < end:
             time.sleep(0.005)
 
 
 class Seldom:
-    """Logs the same message once a minute at most, however often it would be said."""
+    """Logs each message at most once a minute."""
 
     def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._log, self._clock = log, clock
         self._said: dict[str, float] = {}
 
     def warning(self, message: str, *values: object) -> None:
-        """Log a warning, if it was not logged within the last minute."""
+        """Log a warning, unless the same message was logged within the last minute."""
         now = self._clock()
         if now - self._said.get(message, -_SELDOM_SECONDS) >= _SELDOM_SECONDS:
             self._said[message] = now
@@ -116,7 +116,7 @@ class Seldom:
 
 
 def flush() -> None:
-    """Wait a moment until what was logged so far is written."""
+    """Wait up to `_FLUSH_SECONDS` until the lines logged so far are written."""
     for handler in logging.getLogger().handlers:
         handler.flush()
 
@@ -126,5 +126,5 @@ def configure(settings: Settings) -> None:
     handler = _Unblocked(_FILE)
     handler.setFormatter(_Json() if settings.log_format == "json" else _Text(_TEXT))
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
-    if settings.log_level != "DEBUG":  # it has a line for each request that is not HTTP
+    if settings.log_level != "DEBUG":  # it logs each request that is not HTTP
         logging.getLogger("tornado.general").setLevel("WARNING")

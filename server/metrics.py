@@ -1,10 +1,10 @@
-"""What the server tells Prometheus.
+"""Prometheus metrics.
 
-In a running server several processes count, each into files of the run's folder, and whoever is
-asked adds them up (prometheus_client's multi-process mode, which the supervisor switches on). The
-files are made by the supervisor, with all their room, and a process that is started again goes on
-in those of its former lives. In tests there is one process and one object an app, so that they
-don't share counts.
+In a running server, each process counts into files in the run's folder, and the front-end that is
+scraped adds them up (prometheus_client's multi-process mode, which the supervisor switches on). The
+supervisor creates the files at full size, and a restarted process continues in those of its
+predecessor. Tests have one process, and one Metrics object for each app, so that apps don't share
+counts.
 """
 
 import asyncio
@@ -20,22 +20,22 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from server.ipc.shared import reserve
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # the variable by which prometheus_client knows the mode
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # switches prometheus_client to multi-process mode
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
-_LIVE = "gauge_livesum"  # gauges that end with their process
+_LIVE = "gauge_livesum"  # gauges that are cleared when their process dies
 _KINDS = ("counter", "histogram", "gauge_max", _LIVE)
-_REST = 4  # times as long as adding up took, the next one waits
-_KEY_BYTES = 20 * 160  # outcomes, and what each takes
-_FILE_BYTES = 64 * 1024  # prometheus_client's own, and several times what a model needs
+_REST = 4  # pause between renderings, as a multiple of the time one takes
+_KEY_BYTES = 20 * 160  # outcomes, times the bytes of each
+_FILE_BYTES = 64 * 1024  # prometheus_client's default, several times what a model needs
 
 
 def make_files(folder: Path, names: list[str], keys: int = 0, models: int = 1) -> None:
-    """Files for processes of these names to count into. Raises NoSharedMemory.
+    """Create the files of the processes with these names. Raises NoSharedMemory.
 
-    keys, models: how many API keys and models there are.
+    keys, models: number of API keys and of models.
     """
     folder.mkdir()
     os.environ[FOLDER] = str(folder)
@@ -49,23 +49,23 @@ def make_files(folder: Path, names: list[str], keys: int = 0, models: int = 1) -
 
 
 def count_as(name: str) -> None:
-    """This process counts under that name from now on."""
+    """Count under this name in this process from now on."""
     values.ValueClass = values.MultiProcessValue(lambda: name)
 
 
 def forget_gauges(name: str) -> None:
-    """The process of that name has died: what it showed leaves the sums; its counts stay."""
+    """Clear the gauges of a process that has died; its counters stay."""
     with (Path(os.environ[FOLDER]) / f"{_LIVE}_{name}.db").open("r+b") as file:
         file.write(bytes(Path(file.name).stat().st_size))
 
 
 class Metrics:
-    """What a front-end counts; names start with `vignette_`."""
+    """Metrics of a front-end; names start with `vignette_`."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.rest = _REST
-        self._render_at = 0.0  # not before, by `time.monotonic`
+        self._render_at = 0.0  # earliest next rendering (`time.monotonic`)
         self._rendering: asyncio.Task[bytes]
         self.requests = Counter(
             "vignette_requests",
@@ -106,9 +106,9 @@ class Metrics:
         )
 
     async def rendered(self) -> bytes:
-        """As `render`, or what that said a moment ago: a fifth of the time is spent on it at most.
+        """The result of `render`, or its last one: rendering takes at most a fifth of the time.
 
-        With many API keys it takes a tenth of a second.
+        With many API keys, one rendering takes a tenth of a second.
         """
         if time.monotonic() >= self._render_at:
             self._render_at = math.inf
@@ -124,7 +124,7 @@ class Metrics:
             self._render_at = now + self.rest * (now - started)
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format, of all processes."""
+        """Metrics of all processes in Prometheus' text format."""
         registry = self.registry
         if FOLDER in os.environ:
             registry = CollectorRegistry()
@@ -133,9 +133,7 @@ class Metrics:
 
 
 class WorkerMetrics:
-    """What an engine worker of a model counts. In a process of its own without a registry of its
-    own.
-    """
+    """Metrics of an engine worker. registry: None in a worker process."""
 
     def __init__(self, model: str, registry: CollectorRegistry | None = None) -> None:
         registry = registry or CollectorRegistry()

@@ -1,4 +1,4 @@
-"""Which models a server has: their names, and where their engines are."""
+"""The models that a server serves: their names and engine folders."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +8,12 @@ from runtime.model import manifest as manifests
 
 
 class AmbiguousModel(VignetteError):
-    """Two engines that are to be served have one name."""
+    """Two engines to be served have the same name."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model by the name that requests call it by. memory_share: of its device's memory."""
+    """A model under the name that requests use. memory_share: fraction of its device's memory."""
 
     name: str
     engine: Path
@@ -21,13 +21,12 @@ class ServedModel:
 
 
 def served(engine: str) -> tuple[ServedModel, ...]:
-    """The models that a server is to have; the first is the default.
+    """The models to serve; the first is the default.
 
-    engine: a folder; several, between blanks; or a folder of such folders, which are taken in the
-        order of the alphabet. A model is called by the name in its engine's manifest, or as
-        NAME=FOLDER says.
+    engine: a folder; several, separated by blanks; or a folder of engine folders, taken in
+        alphabetical order. A model has the name in its engine's manifest, or NAME in NAME=FOLDER.
 
-    Raises EngineFolderError for a folder that has no engine, AmbiguousModel.
+    Raises EngineFolderError for a folder without an engine, and AmbiguousModel.
     """
     found: dict[str, Path] = {}
     for part in [engine] if Path(engine).is_dir() else engine.split() or [engine]:
@@ -46,7 +45,7 @@ def served(engine: str) -> tuple[ServedModel, ...]:
 
 
 def _engines(folder: Path) -> list[Path]:
-    """The folder itself, or the engines in it."""
+    """The folder itself if it is an engine, else the engines in it."""
     if (folder / manifests.FILE).exists():
         return [folder]
     return sorted(path.parent for path in folder.glob(f"*/{manifests.FILE}")) or [folder]

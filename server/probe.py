@@ -1,7 +1,7 @@
 """`python -m server.probe`: exit status 0 if the server on this machine is alive, for containers.
 
-It asks /health/live, not /health/ready: a server that drains is healthy, and must not be killed.
-Where to ask it reads from the server's own variables.
+It asks /health/live, not /health/ready: a draining server is healthy, and must not be killed. Host
+and port come from the server's own variables.
 """
 
 import os
@@ -10,11 +10,11 @@ import urllib.error
 import urllib.request
 
 _SECONDS = 2
-_ANY = ("0.0.0.0", "::", "")  # addresses to listen on, not to ask
+_ANY = ("0.0.0.0", "::", "")  # addresses to listen on, not to connect to
 
 
 def main() -> int:
-    """Ask the port that the server was given for health; 0 or 1."""
+    """Request /health/live; return 0 if it answers 200, else 1."""
     host = os.environ.get("VIGNETTE_HOST", "")
     host = "127.0.0.1" if host in _ANY else f"[{host}]" if ":" in host else host
     port = os.environ.get("VIGNETTE_OPS_PORT") or os.environ.get("VIGNETTE_PORT", "8000")

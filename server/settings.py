@@ -1,4 +1,4 @@
-"""Every setting of the server, once: a flag, a `VIGNETTE_*` variable, its default, its reason."""
+"""All settings of the server: flag, `VIGNETTE_*` variable, default and description of each."""
 
 import difflib
 import os
@@ -17,7 +17,7 @@ from runtime.planning.machine import this_machine
 
 _CORES = this_machine().cores
 _PREFIX = "VIGNETTE_"
-LOCAL = "local"  # which Ray takes for a cluster that is started here, and no other
+LOCAL = "local"  # makes Ray start a cluster here instead of joining one
 
 
 class InvalidSettings(VignetteError):
@@ -236,7 +236,7 @@ class Settings(BaseSettings):
 
     @property
     def _shared_threads(self) -> int:
-        """Threads of each worker, if several share a processor; 0 leaves all cores to the one."""
+        """Threads of each worker if several share a processor; 0 gives a single one all cores."""
         several = (self.workers or 1) > 1 and self.provider not in NVIDIA
         return max(1, _CORES // (self.workers or 1)) if several else 0
 
@@ -248,12 +248,12 @@ class Settings(BaseSettings):
 
     @property
     def front_end_processes(self) -> int:
-        """Front-ends, that for gRPC included: they share the queue."""
+        """Number of front-ends, including the one for gRPC; they share the queue."""
         return self.front_ends + (self.grpc_port is not None)
 
     @property
     def engine_config(self) -> EngineConfig:
-        """The part that the engine reads."""
+        """The settings that the engine reads."""
         return EngineConfig(
             slots=self.slots,
             encode_batch=self.encode_batch,
@@ -265,12 +265,12 @@ class Settings(BaseSettings):
 
 
 def _names() -> list[str]:
-    """Names of the settings as environment variables have them, without the prefix."""
+    """Environment variables of the settings, without the prefix."""
     return [field.upper() for field in Settings.model_fields]
 
 
 def unknown_variables(environment: Iterable[str]) -> list[str]:
-    """What to say of each variable that looks like a setting, and is none."""
+    """A warning for each variable that has the prefix and names no setting."""
     known = _names()
     said = []
     for variable in sorted(environment):
@@ -284,7 +284,7 @@ def unknown_variables(environment: Iterable[str]) -> list[str]:
 
 
 def _with_address(arguments: list[str]) -> list[str]:
-    """Flags, of which --ray may stand alone."""
+    """The arguments with `LOCAL` inserted after a --ray that has no value."""
     found = []
     for flag, after in zip(arguments, [*arguments[1:], "-"], strict=False):
         found += [flag, LOCAL] if flag == "--ray" and after.startswith("-") else [flag]
@@ -292,7 +292,7 @@ def _with_address(arguments: list[str]) -> list[str]:
 
 
 def from_command_line(arguments: list[str] | None = None) -> Settings:
-    """Settings from flags, then variables, then defaults; InvalidSettings names the wrong ones."""
+    """Settings from flags, then variables, then defaults. Raises InvalidSettings naming errors."""
     for name, value in os.environ.items():
         if name.startswith(_PREFIX) and not value and name.removeprefix(_PREFIX) in _names():
             raise InvalidSettings(f"{name} is empty: give it a value, or unset it")

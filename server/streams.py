@@ -1,4 +1,4 @@
-"""Generated tokens as text that grows, for those who read along."""
+"""Generated tokens as growing text, for streamed responses."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from runtime.request import Completion, RequestOutput, joined
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What is new. text: all so far, but for a word that may go on. whole: at the end, everything
-    that was generated, which `text` holds by then.
+    """Progress of a request. text: all so far, without a last word that may continue. whole: the
+    complete output, set only at the end, when `text` is complete, too.
     """
 
     completion: Completion
@@ -22,7 +22,7 @@ class News:
 async def growing(
     outputs: AsyncIterator[RequestOutput], tokenizer: CaptionTokenizer
 ) -> AsyncGenerator[News, None]:
-    """News for each output; the last one is the end. Raises ComputationFailed in place of that."""
+    """Yield News for each output, the last with `whole`, or raise ComputationFailed instead."""
     told: list[RequestOutput] = []
     tokens: list[int] = []
     async for output in outputs:

@@ -1,7 +1,7 @@
-"""What a process asks of its system, where that is not the same on Linux and elsewhere.
+"""System calls that differ between Linux and other systems.
 
-What another system lacks is lost with a word here: macOS limits no address space (the estimate of
-what an image takes still counts), and gives files no room beforehand.
+Features that other systems lack are listed here: macOS does not limit address space (the estimate
+of an image's memory still counts), and does not preallocate files.
 """
 
 import contextlib
@@ -18,19 +18,19 @@ from pathlib import Path
 
 OPERATORS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1,
                      signal.SIGUSR2)  # fmt: skip
-# Exit codes of a process that somebody else ended.
+# Exit codes of a process that was killed from outside.
 KILLED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
-NICENESS = 5  # of workers and decoders
-_FILES = 65536  # most that a process is allowed: tables of all of them are not to become large
+NICENESS = 5  # of workers and image decoder processes
+_FILES = 65536  # most open files of a process: keeps tables of all descriptors small
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG
 _LOOK_SECONDS = 0.5
 
 
 def follow_parent() -> None:
-    """Die with the process that started this one, and leave signals to it.
+    """Die with the parent process, and leave signals to it.
 
-    A terminal's Ctrl-C and some service managers signal a whole group; what to do then, and in
-    which order, is the supervisor's business.
+    A terminal's Ctrl-C and some service managers signal a whole process group; the supervisor
+    decides what to end, and in which order.
     """
     for number in OPERATORS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -39,7 +39,7 @@ def follow_parent() -> None:
         ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
     except AttributeError:  # not Linux
         threading.Thread(target=_watch, args=(os.getppid(),), name="parent", daemon=True).start()
-    if parent is not None and not parent.is_alive():  # it died before that was in force
+    if parent is not None and not parent.is_alive():  # it died before the call above
         os._exit(1)
 
 
@@ -50,7 +50,7 @@ def _watch(parent: int) -> None:
 
 
 def own_memory() -> int:
-    """Bytes in memory that are this process's alone and no file's; 0 if the system is not Linux."""
+    """Resident bytes of this process that are neither shared nor a file's; 0 if not on Linux."""
     try:
         counts = Path("/proc/self/statm").read_text()
     except FileNotFoundError:
@@ -60,28 +60,28 @@ def own_memory() -> int:
 
 
 def trim_memory() -> None:
-    """Give back to the system what is free: glibc keeps that as long as something lies above it."""
-    with contextlib.suppress(AttributeError):  # another library's allocator
+    """Return free memory to the system: glibc keeps it while any block above is in use."""
+    with contextlib.suppress(AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def give_way(niceness: int = NICENESS) -> None:
-    """Let front-ends go first: what they do is short, and somebody waits for each of it.
+    """Lower this process's priority below that of front-ends, whose tasks are short and waited for.
 
-    Without it a server whose cores are all busy takes long to say that it is full.
+    Otherwise a server whose cores are all busy takes long to answer that it is full.
     """
     os.nice(niceness)
 
 
 def limit_memory(size: int) -> None:
-    """Let this process have so many bytes of address space, where the system counts them."""
+    """Limit the address space to `size` bytes, where the system can, and disable core dumps."""
     if hasattr(resource, "RLIMIT_AS"):
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def raise_file_limit() -> None:
-    """Let this process, and those that it starts, have as many files as it may ask for."""
+    """Raise the open-file limit of this process and its children as far as allowed, to `_FILES`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
     if soft < wanted:
@@ -89,7 +89,7 @@ def raise_file_limit() -> None:
 
 
 def allocate(handle: int, size: int) -> None:
-    """Give a file its size and, on Linux, its room: later there would be no error but a SIGBUS."""
+    """Set a file's size and, on Linux, reserve its space: a later shortage would be a SIGBUS."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, size)
     else:
@@ -98,7 +98,7 @@ def allocate(handle: int, size: int) -> None:
 
 @contextmanager
 def environment(variables: dict[str, str]) -> Iterator[None]:
-    """Let a child that is started meanwhile see other variables."""
+    """Set environment variables for children that are started within the block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ |= variables
     try:

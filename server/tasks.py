@@ -1,4 +1,4 @@
-"""Tasks of one request, side by side or left to themselves."""
+"""Concurrent asyncio tasks of one request."""
 
 import asyncio
 from collections.abc import Coroutine, Iterable
@@ -8,8 +8,9 @@ _Result = TypeVar("_Result")
 
 
 async def gather_or_cancel(parts: Iterable[Coroutine[Any, Any, _Result]]) -> list[_Result]:
-    """What they return, in their order. The first error takes the others back, and is raised once
-    they have ended. The event loop turns between their beginnings: reading a prompt takes a while.
+    """Run coroutines concurrently; return their results in order. The first error cancels the
+    others, and is raised once they have ended. The event loop turns between their starts, because
+    reading a prompt takes a while.
     """
     tasks: list[asyncio.Task[_Result]] = []
     try:
@@ -21,7 +22,7 @@ async def gather_or_cancel(parts: Iterable[Coroutine[Any, Any, _Result]]) -> lis
         _cancel(tasks)
         if tasks:
             await asyncio.wait(tasks)
-        while tasks:  # a name of one would hold its error, the error this frame, and that an image
+        while tasks:  # unnamed: a task holds its error, which holds this frame and an image
             note_error(tasks.pop())
 
 
@@ -31,6 +32,6 @@ def _cancel(tasks: "Iterable[asyncio.Task[Any]]") -> None:
 
 
 def note_error(task: "asyncio.Future[Any]") -> None:
-    """Ask for the error of a task that has ended, or asyncio logs that nobody did."""
+    """Retrieve the exception of a finished task, or asyncio logs that it was never retrieved."""
     if not task.cancelled():
         task.exception()

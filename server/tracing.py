@@ -1,7 +1,7 @@
-"""OpenTelemetry traces of requests, for those who install the extra and name a collector.
+"""OpenTelemetry traces of requests, with the otel extra and a collector.
 
-A request's span is written when it is over, with one child for each stage; a `traceparent` that the
-client sent is its parent.
+A request's span is recorded when the request ends, with one child for each stage; its parent is the
+client's `traceparent`, if sent.
 """
 
 import time
@@ -12,7 +12,7 @@ from runtime.errors import VignetteError
 
 
 class CannotTrace(VignetteError):
-    """Traces were asked for, and the packages are missing."""
+    """Traces are configured, but their packages are missing."""
 
 
 class Tracer:
@@ -46,7 +46,7 @@ class Tracer:
         total: float,
         request_id: str,
     ) -> None:
-        """A request that has just ended. name: of its span. stages: seconds of each, in order."""
+        """Record a request that just ended. name: of its span. stages: seconds each, in order."""
         from opentelemetry.trace import set_span_in_context
 
         end = time.time_ns()
@@ -66,5 +66,5 @@ class Tracer:
         span.end(end)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
         self._provider.shutdown()
