@@ -1,1 +1,1 @@
-"""What processes say to each other, and by what way."""
+"""Messages between processes, their sockets, and shared memory."""

@@ -1,18 +1,18 @@
-"""The front-end's side of the engine workers: who gets which request, and what if they die.
+"""The front-end's side of the engine workers: routes requests, and retries those of dead workers.
 
 * A request goes to the worker with the fewest in flight. If no worker serves, it waits.
-* A worker that dies was killed by one of the requests that it had started, or by none. Those that
-  it had not started are sent to another as if nothing had happened.
-* Those that it had started are suspects: each is sent again, alone, so that no other is harmed.
-  (The worker sees to that too, because other front-ends send to it as well.) A suspect in whose
-  step a worker crashes again is answered with an error, and its image is refused for some minutes,
-  by all front-ends; when it is sent after that it is a suspect from the start.
-* A worker that somebody killed or stopped proves nothing: its suspects get more tries, and what is
-  given up in the end is not refused the next time.
+* If a worker dies, only requests that it had started can be the cause. The others are sent to
+  another worker as if nothing had happened.
+* Started requests are suspects: each is sent again, alone, so that no other is harmed. (The worker
+  enforces that too, because other front-ends send to it as well.) A suspect in whose step a worker
+  crashes again is answered with an error, and all front-ends refuse its image for some minutes;
+  when the image is sent after that, it is a suspect from the start.
+* A worker that was killed or stopped from outside proves nothing: its suspects get more tries, and
+  the image of a request that is given up in the end is not refused.
 * A step that raises is treated as a crash: its requests are tried again one by one.
-* A request that is tried again is generated from its beginning; what was handed on before is left
+* A request that is tried again is generated from its beginning; tokens already handed on are left
   out (`server/ipc/replay_filter.py`).
-* A worker may stand for engines elsewhere, and say of a request what was found out there.
+* A worker may stand for engines elsewhere, and report why a request failed there.
 """
 
 import asyncio
@@ -45,8 +45,8 @@ from server.ipc.replay_filter import ReplayFilter
 log = logging.getLogger(__name__)
 
 QUARANTINE_SECONDS = 600.0
-BLAMED = ("crashed", "stuck")  # ends of a worker that are its own doing, or its request's
-_CRASHES, _LOSSES = 2, 4  # of a worker with a request in it, until that is given up
+BLAMED = ("crashed", "stuck")  # ends of a worker caused by itself or by a request
+_CRASHES, _LOSSES = 2, 4  # of workers with a request inside, before the request is given up
 _DEADLY = "the engine failed on this image twice: it is not tried again for ten minutes"
 _UNLUCKY = "the engine was killed several times with this request: try again later"
 _FULL = "the queue of the cluster is full: try again later"
@@ -56,15 +56,15 @@ _NO_PIXELS = "the engine's process can't open the shared memory that images are 
 
 
 class EngineFailed(VignetteError):
-    """The engine broke on this request several times; it goes on with the others."""
+    """The engine failed on this request several times; other requests go on."""
 
 
 class Deadly(EngineFailed):
-    """The engine broke twice because of this request's image."""
+    """The engine failed twice because of this request's image."""
 
 
 class EnginesFull(VignetteError):
-    """The engines elsewhere have no room; `retry_after` in seconds."""
+    """The engines of the cluster have no room; `retry_after` in seconds."""
 
     retry_after = 1
 
@@ -77,7 +77,7 @@ class Expired(VignetteError):
 class RequestInFlight:
     """A request on its way through a worker. Its pixels are in a slot of the front-end's store.
 
-    digest: of its images, by which a killer is known again. turn: among the dispatcher's requests.
+    digest: of its images; identifies those that crash workers. turn: order of arrival.
     """
 
     request: GenerationRequest
@@ -85,20 +85,20 @@ class RequestInFlight:
     turn: int
     suspect: bool = False
     crashes: int = 0  # of workers that had started it
-    losses: int = 0  # the same, and those that somebody killed
+    losses: int = 0  # crashes, and workers killed from outside
     replayed: ReplayFilter = field(default_factory=ReplayFilter)
     link: "Link | None" = None
     news: "asyncio.Queue[RequestOutput | VignetteError]" = field(default_factory=asyncio.Queue)
     ended: bool = False
 
     def end(self, news: RequestOutput | VignetteError) -> None:
-        """Its last news, unless it has had them."""
+        """Deliver the last output or the error, unless the request has ended."""
         if not self.ended:
             self.ended = True
             self.news.put_nowait(news)
 
     def take(self, output: RequestOutput) -> None:
-        """Hand on what is new in an output of a worker."""
+        """Deliver the new tokens of a worker's output."""
         output = self.replayed.fresh(output)
         if output.finish_reason is FinishReason.EXPIRED:
             self.end(Expired(_LATE))
@@ -115,12 +115,12 @@ class Pipe(Protocol):
         """Queue a message."""
 
     def close(self, linger: int = 0) -> Any:
-        """Drop what was not sent."""
+        """Drop unsent messages."""
 
 
 @dataclass(slots=True, eq=False)
 class Link:
-    """A worker in one of its lives, and what it has of ours."""
+    """A worker in one epoch, and this front-end's requests in it."""
 
     key: tuple[int, int]  # index, epoch
     pipe: Pipe
@@ -128,7 +128,7 @@ class Link:
 
     @property
     def holds_a_suspect(self) -> bool:
-        """Whether it must be left alone with what it has."""
+        """Whether a suspect is inside, beside which no request may be sent."""
         return any(entry.suspect for entry in self.inside.values())
 
 
@@ -139,10 +139,10 @@ class Dispatcher:
     """
 
     def __init__(self, hello: Hello, started: np.ndarray) -> None:
-        """hello: what every worker is told first. started: the store's; for each of its slots the
-        number of the request that a worker began with there, or 0.
+        """hello: first message to every worker. started: the store's; for each slot, the id of the
+        request that a worker has started there, or 0.
         """
-        # Told a digest and until when it is refused, to pass it on.
+        # Called with a digest and the end of its refusal, to tell other front-ends.
         self.on_refused: Callable[[str, float], object] = lambda digest, until: None
         self._hello, self._started = hello, started
         self._links: dict[tuple[int, int], Link] = {}
@@ -158,25 +158,25 @@ class Dispatcher:
 
     @property
     def inside(self) -> int:
-        """Requests that were not answered yet."""
+        """Number of requests not answered yet."""
         held = sum(len(link.inside) for link in self._links.values())
         return held + len(self._pending) + len(self._suspects)
 
     def check(self, digest: str) -> None:
-        """Raise EngineFailed for an image that killed a worker twice."""
+        """Raise Deadly for an image that crashed workers twice."""
         if digest in self._quarantine:
             raise Deadly(_DEADLY)
 
     def refuse(self, digest: str, until: float | None = None) -> float:
-        """Take no image with this digest until then: it killed workers, here or for another."""
+        """Refuse images with this digest until then (default: ten minutes); return that time."""
         return self._quarantine.add(digest, until)
 
     async def generate(
         self, request: GenerationRequest, digest: str
     ) -> AsyncGenerator[RequestOutput, None]:
-        """A request's outputs, the last of which has a finish reason; closing takes it back.
+        """Yield a request's outputs, the last with a finish reason; closing cancels the request.
 
-        Raises EngineFailed, or Expired when its deadline passes first.
+        Raises EngineFailed, EnginesFull, or Expired when its deadline passes first.
         """
         entry = RequestInFlight(request, digest, next(self._turns))
         if self._quarantine.expired(digest):
@@ -205,13 +205,13 @@ class Dispatcher:
             raise Expired("the deadline passed before the caption was there") from None
 
     def connected(self, key: tuple[int, int], pipe: Pipe) -> None:
-        """A worker serves from now on."""
+        """Add a worker that serves from now on."""
         pipe.send(packed(self._hello))
         self._links[key] = Link(key, pipe)
         self._pump()
 
     def lost(self, key: tuple[int, int], blamed: bool) -> None:
-        """A worker is gone; what it had is sent again. blamed: it crashed by itself."""
+        """Remove a worker and send its requests again. blamed: its end is one of `BLAMED`."""
         link = self._links.pop(key, None)
         if link is None:
             return
@@ -226,12 +226,12 @@ class Dispatcher:
         return set(self._links)
 
     def received(self, key: tuple[int, int], message: Output | StepFailed | Unserved) -> None:
-        """What a worker says of a request."""
+        """Handle a worker's message about a request."""
         link = self._links.get(key)
         number = message.output.id if isinstance(message, Output) else message.id
         entry = link.inside.get(number) if link else None
         if link is None or entry is None or entry.ended:
-            return  # it was taken back meanwhile
+            return  # the request was cancelled meanwhile
         match message:
             case Output(output):
                 entry.take(output)
@@ -239,21 +239,21 @@ class Dispatcher:
                 self._again(entry, blamed=True)
             case Unserved(_, why):
                 self._unserved(entry, why)
-        if entry.ended:  # whether or not somebody has read it
+        if entry.ended:  # even if its last output was not read yet
             link.inside.pop(number, None)
         if entry.ended or isinstance(message, StepFailed):
             self._pump()
 
     def _again(self, entry: RequestInFlight, blamed: bool) -> None:
-        """A worker failed on it, or with it inside. blamed: by itself."""
+        """Retry a request whose step or worker failed. blamed: the request may be the cause."""
         number = entry.request.id
         if entry.link is not None:
             entry.link.inside.pop(number, None)
         entry.link = None
         if entry.ended:
-            return  # it was answered just before
+            return  # the request was answered just before
         if self._started[entry.request.pixels] != number:
-            bisect.insort(self._pending, entry, key=lambda each: each.turn)  # where it was
+            bisect.insort(self._pending, entry, key=lambda each: each.turn)  # at its old place
             return
         entry.suspect = True
         entry.losses += 1
@@ -266,7 +266,7 @@ class Dispatcher:
             self._suspects.append(entry)
 
     def _unserved(self, entry: RequestInFlight, why: Why) -> None:
-        """It has no caption, and who waits for it is told so."""
+        """End a request with the error for `why`; refuse a deadly image from now on."""
         if why is Why.DEADLY:
             self.on_refused(entry.digest, self.refuse(entry.digest))
             log.error(
@@ -285,7 +285,7 @@ class Dispatcher:
         )
 
     def _pump(self) -> None:
-        """Send what can be sent; what turned out to be deadly meanwhile is refused."""
+        """Send waiting requests to free workers; refuse those whose image has proved deadly."""
         for queue in (self._pending, self._suspects) if self._quarantine else ():
             for entry in [w for w in queue if w.digest in self._quarantine]:
                 queue.remove(entry)
@@ -297,7 +297,7 @@ class Dispatcher:
             elif self._pending:
                 free = [link for link in self._links.values() if not link.holds_a_suspect]
                 if not free or (self._suspects and len(free) == 1):
-                    return  # the suspects come first: this worker empties for them
+                    return  # the suspects come first: the last such worker drains for them
                 self._send(self._pending.popleft(), min(free, key=lambda link: len(link.inside)))
             else:
                 return
@@ -310,7 +310,7 @@ class Dispatcher:
         link.pipe.send(packed(Generate(entry.request, entry.suspect, entry.digest)))
 
     def _forget(self, entry: RequestInFlight) -> None:
-        """It was answered, or its caller gave up."""
+        """Drop a request that was answered, or whose caller gave up."""
         if entry.link is not None:
             if entry.link.inside.pop(entry.request.id, None) and not entry.ended:
                 entry.link.pipe.send(packed(Cancel(entry.request.id)))

@@ -1,8 +1,8 @@
-"""What the processes say to each other: typed messages in MessagePack over ZeroMQ.
+"""Messages between processes: typed, in MessagePack over ZeroMQ.
 
-In the folder of a run every worker binds `worker-<index>-<epoch>`, to which each
-front-end connects, and the supervisor binds `control`. A worker that is started again takes the
-next epoch, so that nothing that was queued for the dead one reaches it by itself.
+In the run's folder, every worker binds `worker-<index>-<epoch>`, to which each front-end connects,
+and the supervisor binds `control`. A restarted worker takes the next epoch, so that messages queued
+for its predecessor do not reach it.
 
 | from | to | messages |
 | --- | --- | --- |
@@ -27,11 +27,11 @@ BEAT_SECONDS = 0.5
 
 
 class Message(Struct, frozen=True, tag=True):
-    """One of those below."""
+    """Base class of the messages below."""
 
 
 class Hello(Message, frozen=True):
-    """A front-end's pixels: file, slots and shape of its PixelStore."""
+    """A front-end's PixelStore: file, number of slots, and shape of a slot."""
 
     store: str
     slots: int
@@ -41,7 +41,7 @@ class Hello(Message, frozen=True):
 class Generate(Message, frozen=True):
     """A request whose pixels are in a slot of the sender's store.
 
-    alone: with nothing beside it. digest: of its images.
+    alone: no other request may run beside it. digest: of its images.
     """
 
     request: GenerationRequest
@@ -56,57 +56,57 @@ class Cancel(Message, frozen=True):
 
 
 class Output(Message, frozen=True):
-    """News of a request."""
+    """A new output of a request."""
 
     output: RequestOutput
 
 
 class StepFailed(Message, frozen=True):
-    """A step that this request was in raised."""
+    """A step that included this request raised."""
 
     id: int
 
 
 class Why(StrEnum):
-    """A request was not served."""
+    """Reason a request ended without a caption."""
 
     DEADLY = "deadly"  # its image broke an engine twice, and is refused from now on
-    UNLUCKY = "unlucky"  # engines were killed with it inside, several times
+    UNLUCKY = "unlucky"  # engines were lost with it inside, several times
     EXPIRED = "expired"  # its deadline passed
     FULL = "full"  # engines have no room for it
-    REPLACED = "replaced"  # by another model, which it was not made for
+    REPLACED = "replaced"  # the model was replaced by one that can't take it
     NO_PIXELS = "no pixels"  # the front-end's shared memory can't be opened
 
 
 class Unserved(Message, frozen=True):
-    """A request has ended without a caption, for a reason that was found elsewhere."""
+    """A request ended without a caption, for a reason that the sender found."""
 
     id: int
     why: Why
 
 
 class Beat(Message, frozen=True):
-    """The sender lives; since when it has been in one step (`time.monotonic`), if in any."""
+    """Heartbeat. step_since: start of the current step (`time.monotonic`), None between steps."""
 
     step_since: float | None = None
 
 
 class Found(Message, frozen=True):
-    """The model's engine is whole: the port may open."""
+    """The model's engine is complete; once all are, front-ends start."""
 
     model: str
 
 
 class FailedToStart(Message, frozen=True):
-    """The process could not start; `reason` is told to the operator."""
+    """The process could not start; `reason` is for the operator."""
 
     reason: str
 
 
 class WorkerFacts(Struct, frozen=True):
-    """What a worker runs. seconds: that a caption of the self-test took.
+    """What a worker runs. seconds: time of one caption in the self-test.
 
-    slots: of each of its engines. engines: that it stands for.
+    slots: per engine. engines: number of engines that the worker stands for.
     """
 
     engine: str
@@ -121,7 +121,7 @@ class WorkerFacts(Struct, frozen=True):
 
     @property
     def identity(self) -> str:
-        """What captions depend on; the same for workers whose captions are the same."""
+        """Engine and precision: workers with the same identity give the same captions."""
         return f"{self.engine} {self.precision}"
 
 
@@ -136,7 +136,7 @@ class FrontEndReady(Message, frozen=True):
 
 
 class Refused(Message, frozen=True):
-    """All front-ends refuse an image that broke two workers, until then (`time.monotonic`)."""
+    """An image that crashed workers twice; all refuse it until `until` (`time.monotonic`)."""
 
     model: str
     digest: str
@@ -144,11 +144,11 @@ class Refused(Message, frozen=True):
 
 
 class Drained(Message, frozen=True):
-    """A front-end has finished what it accepted."""
+    """A front-end has finished the requests that it accepted."""
 
 
 class WorkerState(Struct, frozen=True):
-    """A worker, for front-ends and for /health/ready."""
+    """State of a worker, for front-ends and for /health/ready."""
 
     model: str
     index: int
@@ -161,8 +161,8 @@ class WorkerState(Struct, frozen=True):
 
 
 class Serving(Message, frozen=True):
-    """Who serves, which images each model refuses until when, and how often the API keys were
-    re-read.
+    """State of all workers. refused: by model and digest, until when. reading: number of API key
+    reloads.
     """
 
     workers: tuple[WorkerState, ...]
@@ -171,17 +171,17 @@ class Serving(Message, frozen=True):
 
 
 class Drain(Message, frozen=True):
-    """Take nothing new, finish what was accepted."""
+    """Refuse new requests, finish those accepted."""
 
 
 class Gone(Message, frozen=True):
-    """A front-end has died: nobody waits for what it sent."""
+    """A front-end has died: nobody waits for its requests."""
 
     name: str
 
 
 class Stop(Message, frozen=True):
-    """Finish what was begun, then end."""
+    """Finish the requests inside, then end."""
 
 
 TO_WORKER = msgpack.Decoder(Hello | Generate | Cancel)
@@ -194,22 +194,22 @@ packed = msgpack.encode
 
 
 def control_address(folder: Path) -> str:
-    """Where the supervisor listens."""
+    """Address of the supervisor's socket."""
     return f"ipc://{folder}/control"
 
 
 def process_name(kind: str, index: int, epoch: int) -> str:
-    """A process's identity in one of its lives. kind: front or worker."""
+    """Name of a process in one epoch. kind: front or worker."""
     return f"{kind}-{index}-{epoch}"
 
 
 def worker_address(folder: Path, index: int, epoch: int) -> str:
-    """Where a worker listens, in one of its lives."""
+    """Address of a worker's socket in one epoch."""
     return f"ipc://{folder}/{process_name('worker', index, epoch)}"
 
 
 def tell(folder: Path, name: str, message: Message) -> None:
-    """One message to the supervisor, from before or after a process's life proper."""
+    """Send the supervisor one message over a new socket, before a process serves or as it fails."""
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     socket.identity = f"{name}-{type(message).__name__}".encode()
     socket.connect(control_address(folder))

@@ -1,4 +1,4 @@
-"""The engines' side of the front-ends' sockets: takes what they ask for, a task a request."""
+"""The worker's side of the front-ends' sockets: serves each request in a task."""
 
 import asyncio
 import logging
@@ -28,7 +28,7 @@ Owner = bytes  # identity of the front-end that a message came from
 
 @dataclass(slots=True, eq=False)
 class RequestTask:
-    """A request, whose it is, and the task that answers it."""
+    """A request, the front-end that sent it, and the task that serves it."""
 
     owner: Owner
     message: Generate
@@ -36,12 +36,12 @@ class RequestTask:
 
 
 class Receiver:
-    """Serves what front-ends send until it is told to stop. Subclasses say how."""
+    """Serves front-ends' requests until told to stop. Subclasses implement `serve`."""
 
     def __init__(self, socket: zmq.asyncio.Socket) -> None:
         self._socket = socket
         self.stores: dict[Owner, PixelStore] = {}
-        self.jobs: dict[int, RequestTask] = {}  # that were begun, by the ids of their requests
+        self.jobs: dict[int, RequestTask] = {}  # started, by request id
         self.over, self._changed = asyncio.Event(), asyncio.Event()
 
     async def serve(self, job: RequestTask) -> None:
@@ -49,19 +49,19 @@ class Receiver:
         raise NotImplementedError
 
     def came(self, job: RequestTask) -> None:
-        """A request was received; subclasses may call `begin` later."""
+        """Start a request that was received; subclasses may call `begin` later."""
         self.begin(job)
 
     def ended(self, number: int) -> None:
-        """A request that was begun is over."""
+        """Note that a started request has ended."""
 
     @property
     def idle(self) -> bool:
-        """Whether it may end."""
+        """Whether no request is left."""
         return not self.jobs
 
     async def run(self) -> None:
-        """Serve until told to stop, then finish what was begun. Raises what receiving raised."""
+        """Serve until told to stop, then until idle. Raises errors of receiving."""
         receiving = asyncio.create_task(self._receive())
         over = asyncio.create_task(self.over.wait())
         try:
@@ -76,35 +76,35 @@ class Receiver:
             over.cancel()
 
     def stop(self) -> None:
-        """Finish what was begun."""
+        """End `run` once no request is left."""
         self.over.set()
 
     def forget(self, owner: Owner) -> None:
-        """A front-end has died: nobody waits for what it sent."""
+        """Cancel the requests of a front-end that has died, and drop its store."""
         self.stores.pop(owner, None)
         for job in list(self.jobs.values()):
             if job.owner == owner:
                 self.cancel(job.message.request.id)
 
     def begin(self, job: RequestTask) -> None:
-        """Have a request served."""
+        """Start the task that serves a request."""
         number = job.message.request.id
         self.jobs[number] = job
         job.task = asyncio.create_task(self.serve(job))
         job.task.add_done_callback(partial(self._ended, number))
 
     def cancel(self, number: int) -> None:
-        """Nobody waits for a request."""
+        """Cancel a request that nobody waits for."""
         if (job := self.jobs.get(number)) is not None and job.task is not None:
             job.task.cancel()
         self._changed.set()
 
     def pixels(self, job: RequestTask) -> np.ndarray:
-        """A request's pixels: a view of what its front-end shares."""
+        """A request's pixels: a view of its front-end's shared memory."""
         return self.stores[job.owner][job.message.request.pixels]
 
     async def send(self, owner: Owner, message: Message) -> None:
-        """Tell a front-end."""
+        """Send a message to a front-end."""
         await self._socket.send_multipart([owner, packed(message)])
 
     async def _receive(self) -> None:
@@ -123,7 +123,7 @@ class Receiver:
     def _open(self, owner: Owner, hello: Hello) -> None:
         try:
             self.stores[owner] = PixelStore(Path(hello.store), hello.slots, hello.shape)
-        except (OSError, ValueError, NoSharedMemory) as cause:  # such as: it has died
+        except (OSError, ValueError, NoSharedMemory) as cause:  # e.g. the front-end died
             log.warning("the pixels of %s can't be opened: %s", owner.decode(), cause)
 
     def _ended(self, number: int, task: asyncio.Task[None]) -> None:

@@ -1,4 +1,4 @@
-"""What a reader has had of a request, which may have to be generated again."""
+"""Drops tokens already delivered when a request is generated again."""
 
 from msgspec.structs import replace
 
@@ -6,21 +6,21 @@ from runtime.request import RequestOutput
 
 
 class ReplayFilter:
-    """Counts tokens: those that were handed on, and those that came in the present try.
+    """Counts tokens: those delivered (`tokens`), and those received in the current try.
 
-    The same image and prompt give the same tokens, whatever they are decoded with: who reads along
-    sees neither a gap nor a repeat.
+    The same image and prompt give the same tokens, whatever else is in the batch, so that clients
+    see neither a gap nor a repeat.
     """
 
     def __init__(self) -> None:
         self.tokens = self._position = 0
 
     def again(self) -> None:
-        """It is generated from its beginning."""
+        """Start a new try, from the first token."""
         self._position = 0
 
     def fresh(self, output: RequestOutput) -> RequestOutput:
-        """What is new in an output."""
+        """An output without the tokens already delivered."""
         known = max(0, self.tokens - self._position)
         self._position += len(output.token_ids)
         self.tokens = max(self.tokens, self._position)

@@ -1,6 +1,7 @@
-"""What the processes of a run share in memory: its folder, and the pixels of requests.
+"""Shared memory of a run: its folder, and the pixels of requests.
 
-In the pixel files a worker notes, too, what it is about to encode: a message would die with it.
+A worker also marks in the pixel files which requests it is about to encode: shared memory survives
+a crash; a queued message would not.
 """
 
 import fcntl
@@ -17,15 +18,15 @@ from runtime.errors import VignetteError
 from server.system import allocate
 
 _PREFIX, _LOCK = "vignette-", "lock"
-_FRESH_SECONDS = 60.0  # a folder without a lock is being made
+_FRESH_SECONDS = 60.0  # a younger folder without a lock is still being created
 
 
 class NoSharedMemory(VignetteError):
-    """There is no room in shared memory for what a run needs."""
+    """Shared memory has no room for what a run needs."""
 
 
 def reserve(handle: int, size: int, what: str, remedy: str) -> None:
-    """Give a file its room. Raises NoSharedMemory, which says what has none, and the remedy."""
+    """Allocate a file's space. Raises NoSharedMemory, which names its content and the remedy."""
     try:
         allocate(handle, size)
     except OSError as cause:
@@ -38,17 +39,17 @@ def reserve(handle: int, size: int, what: str, remedy: str) -> None:
 class PixelStore:
     """A file in shared memory with room for the pixels of `slots` requests.
 
-    Whoever decodes an image writes it into a slot, the worker reads it there, and the front-end
-    that owns the file gives the slot to the next request once the first was answered.
+    The image decoder writes pixels into a slot, the worker reads them there, and the front-end that
+    owns the file reuses the slot once the request was answered.
 
-    started: for each slot the number of the request in it that a worker began with, or 0. size: of
+    started: for each slot, the id of the request that a worker has started there, or 0. size: of
     the file in bytes.
     """
 
     def __init__(
         self, path: Path, slots: int, shape: tuple[int, ...], create: bool = False
     ) -> None:
-        """Create the file, or open another process's. Raises NoSharedMemory without room."""
+        """Create the file, or open another process's. Raises NoSharedMemory."""
         self.path, self.slots, self.shape = path, slots, shape
         head = slots * np.dtype(np.int64).itemsize
         self.size = head + slots * int(np.prod(shape))
@@ -74,23 +75,23 @@ class PixelStore:
         return bool(self._free)
 
     def take(self) -> int:
-        """A free slot, if it has room."""
+        """Take a free slot; there must be one (`has_room`)."""
         return self._free.pop()
 
     def give_back(self, slot: int) -> None:
-        """The request of this slot is over."""
+        """Free a slot whose request is over."""
         self._free.append(slot)
 
 
 class RunFolder:
-    """The folder of a run, in memory if the system has such a place, locked while it is used.
+    """The folder of a run, in /dev/shm if that is writable, locked while it is used.
 
-    A process's number would not tell whether a run lives: another container that shares the place
-    counts its own. The system lets go of a lock when its owner dies, wherever that was.
+    A process id would not tell whether a run is alive: containers that share /dev/shm number their
+    processes separately. The system releases a lock when its owner dies, in any container.
     """
 
     def __init__(self) -> None:
-        """Make one; those of runs that have died are removed."""
+        """Create the folder, and remove those of dead runs."""
         shared = Path("/dev/shm")
         parent = shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
         for folder in parent.glob(f"{_PREFIX}*"):
@@ -103,13 +104,13 @@ class RunFolder:
         unlocked.rename(self.path / _LOCK)
 
     def remove(self) -> None:
-        """The run is over."""
+        """Delete the folder, and release its lock."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
 
 def _abandoned(folder: Path) -> bool:
-    """Whether nobody holds a run's folder; what can't be looked into is somebody else's."""
+    """Whether no run holds a folder's lock; a folder that can't be read is another user's."""
     try:
         lock = os.open(folder / _LOCK, os.O_RDWR)
     except FileNotFoundError:
@@ -126,7 +127,7 @@ def _abandoned(folder: Path) -> bool:
 
 
 def _made(folder: Path) -> float:
-    """When a folder was last changed; now, if it has just gone."""
+    """Time of a folder's last change; now, if the folder was just removed."""
     try:
         return folder.stat().st_mtime
     except OSError:

@@ -28,7 +28,10 @@ class Workers:
         self._readers: dict[tuple[int, int], asyncio.Task[None]] = {}
 
     def update(self, serving: set[tuple[int, int]], ends: Mapping[int, str | None]) -> None:
-        """Who serves now, and how each worker's last life ended, as the supervisor says."""
+        """Connect to new workers, and drop lost ones. serving: index and epoch of each that serves.
+
+        ends: how each worker last ended, by index.
+        """
         for key in self.dispatcher.keys - serving:
             self.dispatcher.lost(key, blamed=ends.get(key[0]) in BLAMED)
             self._readers.pop(key).cancel()
@@ -45,10 +48,10 @@ class Workers:
             data = await socket.recv()
             try:
                 self.dispatcher.received(key, TO_FRONT_END.decode(data))
-            except Exception:  # an error of ours with one message; others may still be taken
+            except Exception:  # a bug with one message must not stop the others
                 log.exception("a message of worker %d could not be taken", key[0])
 
     async def close(self) -> None:
-        """Let go of all workers."""
+        """Disconnect from all workers."""
         self.update(set(), {})
         await asyncio.sleep(0)
