@@ -1,4 +1,4 @@
-"""A process that the supervisor keeps alive: what is known of it, and whether it is well."""
+"""A process that the supervisor keeps alive: its state and its health."""
 
 import multiprocessing
 import time
@@ -9,16 +9,16 @@ from multiprocessing.process import BaseProcess
 from server.ipc.messages import WorkerFacts, WorkerState, process_name
 from server.system import KILLED_FROM_OUTSIDE, environment
 
-_SILENCE_SECONDS = 3.0  # without a beat: it is stopped, or starved
+_SILENCE_SECONDS = 3.0  # without a heartbeat: the process is stopped, or starved
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
 @dataclass(slots=True)
 class Child:
-    """A process and its lives. `epoch` counts them; times are `time.monotonic()`.
+    """A process, restarted as needed. `epoch` counts its starts; times are `time.monotonic()`.
 
-    main: what it runs, with its index and epoch as arguments. model: that a worker serves.
-    environment: variables that only it sees.
+    main: entry point, called with index and epoch. model: the one that a worker serves.
+    environment: variables for this process only.
     """
 
     kind: str
@@ -37,7 +37,7 @@ class Child:
     facts: WorkerFacts | None = None  # of a worker that was ready once
 
     def start(self) -> None:
-        """Begin its next life."""
+        """Start the process in its next epoch."""
         self.epoch += 1
         self.state, self.step_since = "starting", None
         self.heard_at = time.monotonic()
@@ -47,25 +47,25 @@ class Child:
         self.process = process
 
     def note_end(self, reason: str) -> None:
-        """Remember how this life ended: killed by somebody, stuck, hung, or crashed by itself."""
+        """Set `last_end`: killed (from outside), crashed, stuck or hung."""
         killed = self.process is not None and self.process.exitcode in KILLED_FROM_OUTSIDE
         self.last_end = reason if reason != "ended" else "killed" if killed else "crashed"
 
     def kill(self) -> None:
-        """End this life, if there is one, whatever it does."""
+        """Kill the process, if it was started."""
         if self.process is not None:
             self.process.kill()
 
     @property
     def alive(self) -> bool:
-        """Whether its process runs."""
+        """Whether the process runs."""
         return self.process is not None and self.process.is_alive()
 
     def ailing(self, now: float, step_seconds: float) -> str | None:
-        """Why it has to be replaced, or None. step_seconds: that a step may take."""
+        """Why the process must be replaced, or None. step_seconds: longest step."""
         if not self.alive:
             return "ended"
-        # A start is not watched: loading a graph may hold the interpreter's lock for long.
+        # Silence is normal during start-up: loading a graph may hold the GIL for long.
         if self.state == "ready" and now - self.heard_at > _SILENCE_SECONDS:
             return "hung"
         since = now if self.step_since is None else self.step_since
@@ -73,16 +73,16 @@ class Child:
 
     @property
     def station(self) -> str:
-        """What it is through all its lives."""
+        """Name without the epoch: stable across restarts."""
         return f"{self.kind}-{self.index}"
 
     @property
     def name(self) -> str:
-        """Its identity in this life."""
+        """Name with the current epoch."""
         return process_name(self.kind, self.index, self.epoch)
 
     def public(self) -> WorkerState:
-        """What front-ends and /health/ready are told."""
+        """State as told to front-ends and /health/ready."""
         state = "recovering" if self.state == "down" or self._again else self.state
         pid = self.process.pid if self.process else None
         restarts = self.epoch - 1

@@ -11,7 +11,7 @@ from server.processes.child import Child
 from server.processes.ports import Ports
 from server.settings import Settings
 
-_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # large bodies go back to the system at once
+_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # returns the memory of large bodies at once
 
 
 def workers(
@@ -21,10 +21,10 @@ def workers(
     main: Callable[..., Any],
     devices: Sequence[str],
 ) -> list[Child]:
-    """Workers: of each model one on each device.
+    """One worker for each model and device.
 
-    folder: of the run. main: of a worker's process. devices: CUDA_VISIBLE_DEVICES of each; an empty
-    string changes nothing.
+    folder: of the run. main: entry point of a worker. devices: CUDA_VISIBLE_DEVICES of each worker;
+    an empty string leaves the variable alone.
     """
     found: list[Child] = []
     for model in models:
@@ -38,7 +38,7 @@ def workers(
 def front_ends(
     settings: Settings, models: Sequence[ServedModel], folder: Path, ports: Ports
 ) -> list[Child]:
-    """As many as the settings say, that for gRPC included. They read the models' engine folders."""
+    """All front-ends, including the one for gRPC. They read the models' engine folders."""
     main = partial(frontend.main, settings, tuple(models), folder, ports)
     return [
         Child("front", index, main, environment=_MEMORY)

@@ -1,4 +1,4 @@
-"""A front-end process: speaks HTTP on the shared port, gRPC if it is to, and hears who serves."""
+"""A front-end process: serves HTTP on the shared port, or gRPC, and learns which workers serve."""
 
 import asyncio
 import gc
@@ -51,9 +51,9 @@ log = logging.getLogger(__name__)
 _HEADER_BYTES = 56 * 1024  # a prompt of 4,096 characters takes 48 KiB in a query
 _READ_BYTES = 64 * 1024  # of a body at a time
 _OTHER_BODY_BYTES = 64 * 1024  # of requests that are not for /caption, which sets its own limit
-_COLLECTIONS = 5_000, 20, 50  # objects to a young one, those to a middle one, to a full one
-_GRPC_MEMORY = 4 * 2**30  # bytes of address space: messages that come in there are not counted
-_OTHER_FILES = 256  # that are no connections: sockets to the other processes, libraries
+_COLLECTIONS = 5_000, 20, 50  # gc: objects per young one, young per middle, middle per full
+_GRPC_MEMORY = 4 * 2**30  # bytes of address space: incoming messages are not counted
+_OTHER_FILES = 256  # files besides connections: sockets to other processes, libraries
 
 
 def main(
@@ -64,7 +64,7 @@ def main(
     index: int,
     epoch: int,
 ) -> None:
-    """The process: serve until told to drain."""
+    """Entry point of the process: serve until told to drain."""
     follow_parent()
     name = process_name("front", index, epoch)
     configure(settings)
@@ -95,7 +95,7 @@ async def _serve(make: Callable[[], Service], folder: Path, ports: Ports, name: 
         servers.append(listen(service, make_app(service), ports.public))
         if ports.ops:
             servers.append(listen(service, make_ops_app(service), ports.ops))
-    else:  # the last one, which no flood of frames on that port takes from HTTP
+    else:  # the last one: a flood of gRPC frames must not slow down HTTP
         give_way()
         limit_memory(_GRPC_MEMORY + sum(model.store.size for model in service.models.values()))
         grpc = await start_grpc(service)
@@ -126,8 +126,8 @@ async def _serve(make: Callable[[], Service], folder: Path, ports: Ports, name: 
 
 
 def _settle_garbage() -> None:
-    """A full collection visits every object there is, with the event loop waiting: a quarter of a
-    second with thousands of connections. What is here now stays; what comes dies young.
+    """Exclude present objects from garbage collection and make full ones rare: they visit every
+    object while the event loop waits, a quarter of a second with thousands of connections.
     """
     gc.collect()
     gc.freeze()
@@ -135,7 +135,7 @@ def _settle_garbage() -> None:
 
 
 def listen(service: Service, app: tornado.web.Application, sockets: list[socket.socket]) -> Server:
-    """Serve on sockets; slow clients are cut off, and hold nothing but their connection."""
+    """Serve on sockets; slow clients are disconnected, and hold only a connection until then."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     server = Server(
         app,
@@ -153,7 +153,7 @@ def listen(service: Service, app: tornado.web.Application, sockets: list[socket.
 
 
 def update(service: Service, serving: Serving) -> None:
-    """Take what the supervisor says of workers, refused images and API keys."""
+    """Apply the supervisor's state of workers, refused images and API keys."""
     service.workers = serving.workers
     service.read_keys(serving.reading)
     for worker in serving.workers:
@@ -167,7 +167,7 @@ def update(service: Service, serving: Serving) -> None:
 
 
 async def _hear(control: zmq.asyncio.Socket, service: Service, grpc: GrpcServer | None) -> None:
-    """Follow what the supervisor says, until it says to drain."""
+    """Apply the supervisor's messages until told to drain."""
     while True:
         match FROM_SUPERVISOR.decode(await control.recv()):
             case Drain():
@@ -191,7 +191,7 @@ async def _beat(control: zmq.asyncio.Socket) -> None:
 
 
 async def _drain(service: Service, servers: list[Server], grpc: GrpcServer | None) -> None:
-    """Take nothing new, finish what was accepted, then let go."""
+    """Refuse new requests, finish those accepted, then close all connections."""
     service.drain()
     if grpc is not None:
         await grpc.tell(False)

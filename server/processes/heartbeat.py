@@ -1,4 +1,4 @@
-"""A worker's line to the supervisor, on a thread of its own: a step may take long."""
+"""A worker's connection to the supervisor, on its own thread because a step may take long."""
 
 import asyncio
 import threading
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Heartbeat(threading.Thread):
-    """Tells the supervisor that this process lives, and hears from it when to stop."""
+    """Sends heartbeats to the supervisor, and receives its messages for the worker."""
 
     def __init__(self, context: zmq.Context, folder: Path, index: int, epoch: int) -> None:
         super().__init__(name="heartbeat", daemon=True)
@@ -36,11 +36,11 @@ class Heartbeat(threading.Thread):
         self._ready: tuple[Worker, WorkerFacts, asyncio.AbstractEventLoop] | None = None
 
     def serving(self, worker: "Worker", facts: WorkerFacts) -> None:
-        """From now on the worker serves, on this thread's event loop."""
+        """Report the worker as ready. Called on its event loop, which gets the messages for it."""
         self._ready = worker, facts, asyncio.get_running_loop()
 
     def run(self) -> None:
-        """Beat until the process ends."""
+        """Send heartbeats until the process ends."""
         self._socket.connect(self._address)
         told = False
         while True:

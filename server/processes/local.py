@@ -26,7 +26,7 @@ async def run(
     worker_main: Callable[..., Any],
     devices: Sequence[str],
 ) -> None:
-    """Serve until a signal asks to end. devices: as `crew.workers` takes them.
+    """Serve until a signal asks to end. devices: see `crew.workers`.
 
     Raises CannotListen, NoSharedMemory or CannotStart.
     """
@@ -44,11 +44,11 @@ async def run(
 
 
 def announce(settings: Settings, ports: Ports) -> None:
-    """Say where the service is, and what to try."""
+    """Print the service's URL and an example request, or log the URL if the log is JSON."""
     host, port = settings.host, ports.number
     shown = "localhost" if host in ("0.0.0.0", "127.0.0.1", "::", "::1") else host
     shown = f"[{shown}]" if ":" in shown else shown
-    if settings.log_format == "json":  # whoever reads that wants nothing else
+    if settings.log_format == "json":  # a program reads the output
         log.info("ready on http://%s:%d", shown, port)
         return
     flush()
@@ -60,12 +60,12 @@ def announce(settings: Settings, ports: Ports) -> None:
 
 
 def stop_event(on_hangup: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Event:
-    """Set by the first signal that asks to end; the second takes its default course, at once.
+    """An event set by a signal that asks to end; the same signal then has its default effect.
 
-    on_hangup: what SIGHUP does. The other signals of an operator do nothing.
+    on_hangup: called on SIGHUP. The other operators' signals are only logged.
     """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    running: set[asyncio.Task[None]] = set()  # or they could be collected before they end
+    running: set[asyncio.Task[None]] = set()  # keeps tasks from being collected before they end
 
     def on_signal(number: signal.Signals) -> None:
         loop.remove_signal_handler(number)

@@ -1,7 +1,7 @@
-"""The ports of a run: listened on by the supervisor, accepted from by all front-ends.
+"""The ports of a run: the supervisor listens, all front-ends accept.
 
-One socket for all of them means that nobody else can take the port, that clients can connect while
-a front-end is replaced, and that a front-end takes the next connection when it has time for it.
+With one socket for all front-ends, no other program can take the port, clients can connect while a
+front-end is replaced, and a front-end accepts the next connection when it has time.
 """
 
 import errno
@@ -19,9 +19,9 @@ class CannotListen(VignetteError):
 
 
 class Ports:
-    """Listening sockets: of the public port and, if there is one, of that for health and metrics.
+    """Listening sockets of the public port and, if set, of the port for health and metrics.
 
-    It can be given to a process that is started, which then has sockets of its own.
+    Can be passed to a process that is being started, which gets duplicates of the sockets.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -36,7 +36,7 @@ class Ports:
         return self.public[0].getsockname()[1]
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         for sock in [*self.public, *self.ops]:
             sock.close()
 

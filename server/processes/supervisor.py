@@ -1,8 +1,8 @@
 """The supervisor: starts the processes, watches them, replaces them, and ends them in order.
 
-A process is replaced when it ended, when it has not been heard of for some seconds (hung), or when
-an engine worker is in one step for too long (stuck). One that had served is replaced at once, one
-that fails as it starts after a pause that doubles.
+A process is replaced when it has ended, when it sends no heartbeat for some seconds (hung), or when
+an engine worker is in one step for too long (stuck). A process that had served is replaced at once,
+one that fails as it starts after a pause that doubles each time.
 """
 
 import asyncio
@@ -50,14 +50,14 @@ _STOP_SECONDS = 5.0
 
 
 class CannotStart(VignetteError):
-    """No process could be started; the message is its own."""
+    """The service could not start; the message says why."""
 
 
 class Supervisor:
     """One run of the service, or of a part of it.
 
-    on_ready: called once all serve. on_change: told who does, as front-ends are. elsewhere: engine
-    workers that are no processes of this run.
+    on_ready: called once all models and front-ends serve. on_change: called with each `Serving`
+    that front-ends are sent. elsewhere: engine workers that are not processes of this run.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class Supervisor:
         front_ends: list[Child],
         ports: Ports | None = None,
     ) -> None:
-        """models: their names. Folder and ports are let go of in the end."""
+        """models: their names. The folder is removed and the ports are closed in the end."""
         self._settings, self._draining, self._over = settings, False, asyncio.Event()
         self._failure: str | None = None
-        self._reading = 0  # how often the API keys were read again
+        self._reading = 0  # number of API key reloads
         self._announced = self._stopping = False
         self._run, self._folder, self._ports = run, run.path, ports
         self._workers, self._later = workers, front_ends
-        self._front_ends: list[Child] = []  # those, once the engine is whole
-        self._whole: set[str] = set()  # models whose engine was found so
+        self._front_ends: list[Child] = []  # those started, once all engines are found
+        self._whole: set[str] = set()  # models whose engine was found complete
         self.refused = {model: Remembered(QUARANTINE_SECONDS) for model in models}
         self.elsewhere: tuple[WorkerState, ...] = ()
         self.on_ready: Callable[[], object] = lambda: None
@@ -102,7 +102,7 @@ class Supervisor:
     async def learn(
         self, elsewhere: tuple[WorkerState, ...], refused: Mapping[str, Mapping[str, float]]
     ) -> None:
-        """Who serves elsewhere now, and which images are refused there until when."""
+        """Update the workers elsewhere, and add the images refused there, with expiry times."""
         news = elsewhere != self.elsewhere
         self.elsewhere = elsewhere
         for model, digests in refused.items():
@@ -137,7 +137,7 @@ class Supervisor:
             for task in (hearing, watching, stopping, over):
                 task.cancel()
 
-    # --- Lives ------------------------------------------------------------------------------------
+    # --- Processes --------------------------------------------------------------------------------
 
     def _open_front_ends(self) -> None:
         self._front_ends = self._later
@@ -149,7 +149,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             now = time.monotonic()
-            if now - last > _FROZEN_SECONDS:  # all of us were stopped: nobody could beat
+            if now - last > _FROZEN_SECONDS:  # all processes were suspended
                 for child in [*self._workers, *self._front_ends]:
                     child.heard_at = now
                     child.step_since = None
@@ -193,7 +193,7 @@ class Supervisor:
             self._over.set()
 
     async def read_keys(self) -> None:
-        """Have all front-ends read the file of API keys again, if it can be used."""
+        """Have all front-ends reload the file of API keys, if it is valid."""
         path = self._settings.api_keys
         if path is None:
             log.warning("SIGHUP reads the API keys again, and there are none (--api-keys)")
@@ -222,7 +222,7 @@ class Supervisor:
                 case Found(model):
                     self._whole.add(model)
                     if self._whole == set(self.refused) and not self._front_ends:
-                        self._open_front_ends()  # all engines are whole: the port may open
+                        self._open_front_ends()  # all engines are complete
                 case FrontEndReady() if child is not None and self._draining:
                     child.kill()  # it would take requests that nobody drains
                 case FrontEndReady() if child is not None:
@@ -244,7 +244,7 @@ class Supervisor:
         self._announce()
 
     def _of(self, name: str) -> Child | None:
-        """The child of that name, in this life; a dead one's last words are nobody's."""
+        """The child of that name, epoch included; None for messages of an earlier epoch."""
         children = [*self._workers, *self._front_ends]
         return next((child for child in children if child.name == name), None)
 
@@ -272,10 +272,10 @@ class Supervisor:
                 log.info("model %s, %s", state.model, state.facts.runs_on)
         self.on_ready()
 
-    # --- The end ----------------------------------------------------------------------------------
+    # --- Shutdown ---------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
-        """Front-ends finish what they accepted, with workers replaced meanwhile; then all end."""
+        """Let front-ends finish their requests, replacing workers meanwhile, then end workers."""
         self._draining = True
         for child in self._front_ends:
             if child.state == "ready":
@@ -285,7 +285,7 @@ class Supervisor:
         deadline = time.monotonic() + self._settings.drain_seconds + _STOP_SECONDS
         while any(c.state != "over" for c in self._front_ends) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        self._close_ports()  # who comes now is told at once that nobody serves
+        self._close_ports()  # new clients are refused at once
         for child in self._workers:
             if child.state == "ready":
                 await self._send(child, Stop())

@@ -1,8 +1,7 @@
 """The engine worker: a process that owns one engine and forms its batches.
 
-Its main thread talks to the front-ends, one steps the engine (`runtime.stepper`), and one tells the
-supervisor every half second that this process lives, and since when the step that it is in has
-been running.
+The main thread talks to the front-ends, one steps the engine (`runtime.stepper`), and one sends the
+supervisor a heartbeat every half second, with the start time of the current step.
 """
 
 import asyncio
@@ -49,20 +48,20 @@ from server.system import follow_parent, give_way
 
 log = logging.getLogger(__name__)
 
-_FAILURES = 2  # steps that may raise in a row
+_FAILURES = 2  # consecutive steps that may raise
 
 
 class Worker(Receiver, Observer):
-    """Feeds what front-ends send to an engine, and answers them.
+    """Passes front-ends' requests to an engine, and its outputs back.
 
-    broken: after a GPU's error nothing in this process works any more, and what keeps failing may
-    be the process, not the images. The next one starts afresh.
+    broken: whether the process must be replaced: after a GPU error nothing in it works any more,
+    and repeated failures may be due to the process, not the images.
     """
 
     def __init__(self, engine: Engine, socket: zmq.asyncio.Socket, metrics: WorkerMetrics) -> None:
         super().__init__(socket)
         self._engine, self._metrics = AsyncEngine(engine), metrics
-        self._held: deque[RequestTask] = deque()  # behind one that has to run alone
+        self._held: deque[RequestTask] = deque()  # waiting for or behind one that runs alone
         self._alone: int | None = None
         self._failure: Exception | None = None
         self.broken = False
@@ -71,11 +70,11 @@ class Worker(Receiver, Observer):
 
     @property
     def idle(self) -> bool:
-        """Whether it may end."""
+        """Whether the process may end."""
         return self.broken or not (self.jobs or self._held)
 
     def forget(self, owner: Owner) -> None:
-        """A front-end has died: nobody waits for what it sent."""
+        """Cancel the requests of a front-end that has died, and drop its store."""
         super().forget(owner)
         for job in list(self._held):
             if job.owner == owner:
@@ -83,16 +82,16 @@ class Worker(Receiver, Observer):
 
     @property
     def step_since(self) -> float | None:
-        """When the step that the engine is in began (`time.monotonic`)."""
+        """Start of the engine's current step (`time.monotonic`), None between steps."""
         return self._engine.engine.stepper.step_since
 
     def came(self, job: RequestTask) -> None:
-        """Begin with a request when its turn has come."""
+        """Start a request when its turn has come."""
         self._held.append(job)
         self._begin_held()
 
     def _begin_held(self) -> None:
-        """Hand requests to the engine in their order; a suspect runs alone, whoever sent it."""
+        """Pass requests to the engine in order; a suspect of any front-end runs alone."""
         while self._held and self._alone is None:
             job = self._held[0]
             if job.message.alone and self.jobs:
@@ -102,20 +101,20 @@ class Worker(Receiver, Observer):
             self.begin(job)
 
     def ended(self, number: int) -> None:
-        """Others may have waited for this one."""
+        """Start requests that waited for this one."""
         if self._alone == number:
             self._alone = None
         self._begin_held()
 
     async def serve(self, job: RequestTask) -> None:
-        """Have the engine generate; what it says goes to who asked."""
+        """Run a request on the engine, and send its outputs to the front-end."""
         request = job.message.request
         try:
             ready = replace(request, pixels=self.pixels(job))
             async with aclosing(self._engine.generate(ready)) as outputs:
                 async for output in outputs:
                     await self.send(job.owner, Output(output))
-        except VignetteError as error:  # such as too few slots, of which another worker has more
+        except VignetteError as error:  # e.g. too few slots here; another worker may have more
             log.error("request %d can't be served here", request.id, exc_info=error)
             failed = RequestOutput(
                 request.id, Completion((), finish_reason=FinishReason.ERROR), Timing()
@@ -126,7 +125,7 @@ class Worker(Receiver, Observer):
             self._note_failure(error)
 
     def _note_failure(self, error: Exception) -> None:
-        if error is not self._failure:  # else of the same step
+        if error is not self._failure:  # requests of one step share its error
             message = "the engine failed in a step; its requests are tried one by one"
             log.error(message, exc_info=error)
         self._failure = error
@@ -136,16 +135,16 @@ class Worker(Receiver, Observer):
             self.stop()
 
     def cancel(self, number: int) -> None:
-        """Nobody waits for a request."""
+        """Cancel a request that nobody waits for."""
         super().cancel(number)
         for held in [job for job in self._held if job.message.request.id == number]:
             self._held.remove(held)
-        self._begin_held()  # others may have waited for it to run alone
+        self._begin_held()  # others may have waited behind it
 
     # --- On the thread that steps -----------------------------------------------------------------
 
     def admitted(self, requests: list[GenerationRequest]) -> None:
-        """Note those that are about to be encoded: if this process dies now, one of them did it."""
+        """Mark requests about to be encoded as started: they are suspects if this process dies."""
         for request in requests:
             job = self.jobs.get(request.id)  # None if it was cancelled at this moment
             store = self.stores.get(job.owner) if job else None
@@ -153,7 +152,7 @@ class Worker(Receiver, Observer):
                 store.started[job.message.request.pixels] = request.id
 
     def stepped(self, report: StepReport) -> None:
-        """Count what was done."""
+        """Update the metrics after a step."""
         if report.encoded:
             self._metrics.encode_images.observe(report.encoded)
         if report.rows:
@@ -163,7 +162,7 @@ class Worker(Receiver, Observer):
 
 
 def main(settings: Settings, model: ServedModel, folder: Path, index: int, epoch: int) -> None:
-    """The process: open the model's engine, serve until stopped."""
+    """Entry point of the process: open the model's engine, serve until stopped."""
     follow_parent()
     give_way()
     configure(settings)
@@ -183,13 +182,13 @@ def main(settings: Settings, model: ServedModel, folder: Path, index: int, epoch
 def serve(
     open_engine: Callable[[], Engine], model: str, folder: Path, index: int, epoch: int
 ) -> int:
-    """Open the engine, say so, serve until stopped; returns the exit status."""
+    """Open the engine, report it as ready, serve until stopped; return the exit status."""
     heartbeat = Heartbeat(zmq.Context(), folder, index, epoch)
     heartbeat.start()
     try:
         engine = open_engine()
     except VignetteError as error:
-        # The supervisor, not this process, says it: once, and only if nothing serves already.
+        # The supervisor, not this process, reports the error, so that it is shown once.
         tell(folder, process_name("worker", index, epoch), FailedToStart(str(error)))
         return 1
     metrics = WorkerMetrics(model)
@@ -199,7 +198,7 @@ def serve(
 async def _serve(engine: Engine, metrics: WorkerMetrics, heartbeat: Heartbeat, address: str) -> int:
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.ROUTER)
-    socket.sndhwm = socket.rcvhwm = 0  # a full queue would drop answers without a word
+    socket.sndhwm = socket.rcvhwm = 0  # unlimited: a full queue would drop outputs silently
     socket.bind(address)
     worker = Worker(engine, socket, metrics)
     facts = WorkerFacts(
