@@ -1,1 +1,1 @@
-"""Encoded images to pixels: fetched, estimated, decoded in processes of their own."""
+"""Encoded images to pixels: fetching, cost estimates, decoding in separate processes."""

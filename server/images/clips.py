@@ -1,7 +1,7 @@
 """Frames of a clip, evenly over its whole length, as GIT's video checkpoints were trained.
 
-Animations are read by Pillow, videos by PyAV (an extra). Runs in a decoder process, under its
-limits: of a long video every frame up to the last that is wanted is decoded.
+Animations are read by Pillow, videos by PyAV (an extra). Runs in an image decoder process, under
+its limits: a long video is decoded frame by frame up to the last one needed.
 """
 
 import io
@@ -22,7 +22,7 @@ _QUARTERS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180,
 
 
 class Clip(bytes):
-    """An encoded clip, where others have an image."""
+    """An encoded clip, in place of an image."""
 
 
 class NoVideo(VignetteError):
@@ -30,7 +30,7 @@ class NoVideo(VignetteError):
 
 
 def check(data: bytes) -> None:
-    """Raise NoVideo for a video where PyAV is missing."""
+    """Raise NoVideo for a video if PyAV is missing."""
     if not data.startswith(_ANIMATIONS) and find_spec("av") is None:
         raise NoVideo(
             "videos are not taken here, for want of the package av (pip install av, or the extra "
@@ -39,7 +39,7 @@ def check(data: bytes) -> None:
 
 
 def frames_of(data: bytes, count: int, max_pixels: int) -> Iterator[Image.Image]:
-    """So many frames, one held at a time; of a shorter clip some twice.
+    """Yield `count` frames, one held at a time; a shorter clip repeats some.
 
     Raises InvalidImage or TooManyPixels.
     """
@@ -49,7 +49,7 @@ def frames_of(data: bytes, count: int, max_pixels: int) -> Iterator[Image.Image]
 
 
 def places(length: int, count: int) -> list[int]:
-    """Which frames of so many are taken."""
+    """Indices of the `count` frames taken from `length`."""
     if count == 1:
         return [0]
     return [round(place * (length - 1) / (count - 1)) for place in range(count)]
@@ -83,7 +83,7 @@ def _video(data: bytes, count: int, max_pixels: int) -> Iterator[Image.Image]:
         raise InvalidImage(_NO_CLIP) from cause
     if frame is None:
         raise InvalidImage(_NO_CLIP)
-    for _ in wanted:  # a container may tell of more frames than there are
+    for _ in wanted:  # a container may have more packets than frames
         yield _upright(frame)
 
 
@@ -97,7 +97,7 @@ def _stream(container: Any, max_pixels: int) -> Any:
 
 
 def _upright(frame: Any) -> Image.Image:
-    """A frame as it is to be seen."""
+    """A frame with its display rotation applied."""
     image: Image.Image = frame.to_image()
     turn = _QUARTERS.get(round(getattr(frame, "rotation", 0)) % 360)
     return image if turn is None else image.transpose(turn)

@@ -1,7 +1,7 @@
-"""What decoding an image will take, estimated from its head before it is decoded.
+"""Cost of decoding an image, estimated from its header before it is decoded.
 
 The figures are upper bounds over photographs, noise and flat colour, on one core of a slow machine
-(2 GHz Zen): it is enough that dear images are told from usual ones.
+(2 GHz Zen): they need only tell expensive images from usual ones.
 """
 
 from dataclasses import dataclass
@@ -12,25 +12,25 @@ from runtime.errors import InvalidImage, VignetteError
 from runtime.model.manifest import Preprocessing
 from runtime.model.preprocess import resized
 
-_BYTES = 20  # of a pixel while it is decoded and converted: the decoder's, Pillow's, and a copy
-_SCANS = 100  # of a JPEG; cameras and programs write about ten, libjpeg itself takes 500
-_SCAN = 0.6  # ns for a pixel and scan: coefficients are visited again in each
-_RESIZED, _RESIZED_BYTES = 6, 4  # ns and bytes of a pixel of what it is resized to before cropping
-_TILE_SIDES, _LARGE_TILE = (322, 323), 2**20  # tags; pixels of one that any image may have
-_SLOW_DECODER, _SLOW_BYTE = "bmp_rle", 1000  # Pillow has it in Python; ns of a byte
-_PLAIN_SCANS = 6  # of a picture that is not progressive: four colours at most, and thumbnails
-_DEEP, _INTERLACED, _LZMA = 2.7, 2.7, 3.5  # times what a pixel usually takes
+_BYTES = 20  # per pixel while it is decoded and converted: the codec's, Pillow's, and a copy
+_SCANS = 100  # most of a JPEG; cameras and programs write about ten, libjpeg itself takes 500
+_SCAN = 0.6  # ns per pixel and scan: each scan visits the coefficients again
+_RESIZED, _RESIZED_BYTES = 6, 4  # ns and bytes per pixel of the resized image, before cropping
+_TILE_SIDES, _LARGE_TILE = (322, 323), 2**20  # tags; pixels of a tile that any image may have
+_SLOW_DECODER, _SLOW_BYTE = "bmp_rle", 1000  # Pillow has it in Python; ns per byte
+_PLAIN_SCANS = 6  # most of a non-progressive JPEG: four colours at most, and thumbnails
+_DEEP, _INTERLACED, _LZMA = 2.7, 2.7, 3.5  # factors on the usual time per pixel
 _START_OF_SCAN = b"\xff\xda"
 
 
 class TooHard(VignetteError):
-    """Decoding this image took too long or too much memory, or would."""
+    """Decoding this image takes, or would take, too long or too much memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What a format costs, in ns: a pixel whatever it shows, a byte of the file, and how much
-    bytes can add for a pixel at most.
+    """Cost of a format in ns: per pixel whatever its content, per byte of the file, and the most
+    that bytes can add per pixel.
     """
 
     pixel: float
@@ -52,17 +52,17 @@ _FORMATS = {
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds of a core, and bytes of memory at the worst moment."""
+    """Core seconds, and peak bytes of memory."""
 
     seconds: float
     memory: int
 
 
 def estimate(image: Image.Image, data: bytes, how: Preprocessing) -> Cost:
-    """The cost of an image that was opened and not yet decoded; `data` is its file.
+    """The cost of an image that was opened but not decoded; `data` is its file.
 
     Raises InvalidImage for a JPEG with more scans than any program writes, and for a TIFF whose
-    tiles are far larger than it is.
+    tiles are far larger than the image.
     """
     pixels = max(image.width * image.height, _tile(image))
     width, height = resized(image.size, how)
@@ -72,7 +72,7 @@ def estimate(image: Image.Image, data: bytes, how: Preprocessing) -> Cost:
     if any(tile[0] == _SLOW_DECODER for tile in getattr(image, "tile", ())):
         spent += len(data) * _SLOW_BYTE
     if image.format in _JPEG:
-        scans = data.count(_START_OF_SCAN)  # a thumbnail in it has some, too
+        scans = data.count(_START_OF_SCAN)  # including those of a thumbnail
         if scans > _SCANS:
             raise InvalidImage(
                 f"this JPEG has {scans} scans, and at most {_SCANS} are decoded: save it again"
@@ -83,7 +83,7 @@ def estimate(image: Image.Image, data: bytes, how: Preprocessing) -> Cost:
 
 
 def _slower(image: Image.Image) -> float:
-    """Times that a pixel takes what it usually does in its format."""
+    """Factor on the usual time per pixel of the image's format."""
     factor = 1.0
     if image.format == "PNG":
         raw = "".join(str(tile[3]) for tile in getattr(image, "tile", ()))

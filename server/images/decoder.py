@@ -1,7 +1,7 @@
-"""One decoder process: images to pixels, and large JSON bodies taken apart.
+"""One image decoder process: decodes images to pixels, and parses large JSON bodies.
 
-Decoders are C code that is fed whatever strangers send, so this process has limits on its memory
-and on its time, and no say in anything. It answers with data, never with objects.
+Image codecs are C code that is fed untrusted data, so this process has limits on memory and time,
+and is not trusted: it replies with bytes, never pickles.
 """
 
 import asyncio
@@ -35,33 +35,33 @@ from server.system import (
     trim_memory,
 )
 
-_KEPT = 64 * 2**20  # bytes of freed memory that are no matter
-_ENVIRONMENT = {  # which the process has before it loads anything
+_KEPT = 64 * 2**20  # bytes of freed memory that the process may keep
+_ENVIRONMENT = {  # set before the process loads any library
     "OPENBLAS_NUM_THREADS": "1",  # its threads' stacks would count as address space
-    # glibc's allocator keeps what is freed, up to so many bytes, for the next image: pages that the
-    # system gives out anew each time take as long to clear as a small image takes to decode.
+    # glibc keeps freed memory up to this size for the next image: clearing fresh pages from the
+    # system takes as long as decoding a small image.
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(_KEPT),
 }
-# What is asked for: an image's pixels, those of a clip's frames, a JSON body's parts.
+# Tasks: pixels of an image, pixels of a clip's frames, parts of a JSON body.
 PIXELS, FRAMES, PARTS = b"P", b"F", b"J"
-# What is answered: the parts, or the seconds of a core that an image took beyond its estimate; what
-# was wrong, and the seconds until that was seen; the estimate of an image that was left alone; an
-# error of ours.
+# Replies: the parts, or the core seconds that an image took beyond its estimate; the error in the
+# data, and the core seconds until it was found; the estimate of an image too expensive to decode;
+# the traceback of a bug.
 DONE, FAILED, DEAR, BUG = b"D", b"F", b"E", b"B"
-# what, bytes that follow, place, seconds of processor time, most seconds as estimated
+# task, bytes that follow, place, limit of processor seconds, most estimated seconds
 _HEAD = struct.Struct("=cIHIidd")
-_ANSWER = struct.Struct("=cI")  # what, bytes that follow
+_ANSWER = struct.Struct("=cI")  # reply, bytes that follow
 _READY = b"R"
 _PIECE = 2**20
 _CLIP_AXES = 4  # of a slot's pixels: frames, channels, height, width
-_USUAL_MEMORY = 256 * 2**20  # that an image may take beside others
+_USUAL_MEMORY = 256 * 2**20  # bytes that an image may take while others are decoded
 _ERRORS = {kind.__name__: kind for kind in (InvalidImage, InvalidRequest, TooManyPixels, TooHard)}
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
 class Place(NamedTuple):
-    """Where an image's pixels go: a model's store, a slot, and of a clip a frame (else -1)."""
+    """Destination of pixels: a model's store, a slot, and a frame of it (-1: the whole slot)."""
 
     model: int
     slot: int
@@ -70,7 +70,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A model's pixels. store: path, slots and shape of its PixelStore."""
+    """A model's pixel format. store: path, slots and shape of its PixelStore."""
 
     store: tuple[Path, int, tuple[int, ...]]
     how: Preprocessing
@@ -78,10 +78,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a decoder process is started with.
+    """Configuration of a decoder process.
 
-    targets: of each model, in the order of `Place.model`. memory: bytes of address space beside
-    their stores. niceness: added to this process's own.
+    targets: one per model, indexed by `Place.model`. memory: bytes of address space besides the
+    stores. niceness: added to the front-end's.
     """
 
     targets: tuple[Target, ...]
@@ -91,7 +91,7 @@ class Setup:
 
 
 class Decoder:
-    """The process from outside, and the socket to it. Used on one thread, which outlives it."""
+    """Handle of a decoder process, with its socket. Used on one thread, which must outlive it."""
 
     def __init__(self, setup: Setup) -> None:
         self._socket, theirs = socket.socketpair()
@@ -103,7 +103,7 @@ class Decoder:
                 self.process.start()
 
     async def started(self) -> None:
-        """Wait until it is there; loading its libraries is not to count as decoding."""
+        """Wait until the process is ready, so that loading libraries does not count as decoding."""
         if not self._started:
             await self._read(len(_READY))
             self._started = True
@@ -111,10 +111,10 @@ class Decoder:
     async def ask(
         self, what: bytes, data: bytes, place: Place, seconds: float, most: float
     ) -> tuple[bytes, bytes]:
-        """Have something done; kind of the answer, and the answer. Raises OSError or EOFError.
+        """Run a task; return kind and content of the reply. Raises OSError or EOFError.
 
-        seconds: of processor time, after which the process dies. most: an image whose estimate is
-        above is left alone, and DEAR answered.
+        seconds: of processor time, after which the process dies. most: estimated seconds above
+        which an image is not decoded, and the reply is DEAR.
         """
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(self._socket, _HEAD.pack(what, len(data), *place, seconds, most))
@@ -132,7 +132,7 @@ class Decoder:
         return data
 
     async def death(self) -> int | None:
-        """Exit code of a process that has closed its socket; None if it lives after a second."""
+        """Exit code of a process that closed its socket; None if it is alive after a second."""
         for _ in range(100):
             if self.process.exitcode is not None:
                 break
@@ -140,26 +140,26 @@ class Decoder:
         return self.process.exitcode
 
     def kill(self) -> None:
-        """End it, whatever it does."""
+        """Kill the process, and close the socket."""
         self.process.kill()
         self._socket.close()
 
 
 def raised(payload: bytes) -> tuple[VignetteError, float]:
-    """The error that a FAILED answer tells of, and the seconds of a core until it was seen."""
+    """The error in a FAILED reply, and the core seconds until it was found."""
     kind, message, seconds = json.loads(payload)
     return _ERRORS[kind](message), seconds
 
 
 def _serve(socket: socket.socket, setup: Setup) -> None:
-    """The decoder process: answers one request after the other."""
+    """Entry point of the process: run one task after the other."""
     follow_parent()
     give_way(setup.niceness)
     stores = [PixelStore(*target.store) for target in setup.targets]
     limit_memory(setup.memory + sum(store.size for store in stores))
     at_first = own_memory()
     socket.sendall(_READY)
-    # Libraries write there what strangers make them complain of, as much as they like.
+    # Libraries write warnings about untrusted data to standard error, without limit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     stream = socket.makefile("rb")
     while head := stream.read(_HEAD.size):
@@ -181,14 +181,14 @@ def _serve(socket: socket.socket, setup: Setup) -> None:
             kind, answer = BUG, traceback.format_exc().encode(errors="replace")
         signal.setitimer(signal.ITIMER_PROF, 0)
         socket.sendall(_ANSWER.pack(kind, len(answer)) + answer)
-        if own_memory() > at_first + _KEPT:  # what a large image leaves, in many pieces
+        if own_memory() > at_first + _KEPT:  # fragments after a large image
             trim_memory()
 
 
 def _pixels(
     data: bytes, setup: Setup, stores: list[PixelStore], place: Place, most: float
 ) -> tuple[bytes, bytes]:
-    """An image's pixels into a slot of the store, of a clip into one of its frames."""
+    """Decode an image into a slot of the store, or into one frame of the slot."""
     started = time.process_time()
     heads.check(data)
     image = opened(data, setup.max_pixels)
@@ -209,7 +209,7 @@ def _pixels(
 def _frames(
     data: bytes, setup: Setup, stores: list[PixelStore], place: Place
 ) -> tuple[bytes, bytes]:
-    """A clip's frames into a slot of the store, as many as it has room for."""
+    """Decode frames of a clip into a slot of the store, as many as it has room for."""
     heads.check(data)
     how, slot = setup.targets[place.model].how, stores[place.model][place.slot]
     rows = slot if slot.ndim == _CLIP_AXES else slot[None]
@@ -219,5 +219,5 @@ def _frames(
 
 
 def _parts(data: bytes) -> tuple[bytes, bytes]:
-    """A JSON body's parts, as `server.bodies.Parts.packed`."""
+    """Parse a JSON body; the reply is encoded by `server.bodies.Parts.packed`."""
     return DONE, json_parts(data).packed()

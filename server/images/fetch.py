@@ -1,7 +1,7 @@
-"""Images by URL, off unless domains are allowed: https alone, and never a private address.
+"""Fetches images by URL, if domains are allowed: only by https, never from private addresses.
 
-Each name is looked up once and the connection goes to the very address that was checked, so a
-second answer of the name server changes nothing. Every redirect is checked like the first URL.
+Each name is looked up once and the connection goes to the very address that was checked, so DNS
+rebinding has no effect. Every redirect is checked like the first URL.
 """
 
 import asyncio
@@ -27,48 +27,48 @@ from server.tasks import note_error
 _REDIRECTS = 3
 _LOOKUPS, _FETCHES = 8, 32  # at a time
 _CONNECT_SECONDS, _LONGEST_SECONDS = 5.0, 15.0
-# Of the seconds for a connection; Tornado logs what fails after it has given up itself.
+# Fraction of the connection's seconds: Tornado logs errors that come after its own time-out.
 _LOOKING_UP = 0.9
 _HEAD_BYTES = 16 * 1024
-# What Python's own list lacks, or lacked until lately: local translators, old site-local addresses,
-# IPv4 written the old way within IPv6, or translated (RFC 2765).
+# Missing from Python's own list, or until lately: local NAT64, deprecated site-local addresses,
+# IPv4-compatible IPv6, IPv4 translated to IPv6 (RFC 2765).
 _NOT_PUBLIC = tuple(
     map(
         ipaddress.ip_network,
         ("64:ff9b:1::/48", "fec0::/10", "::/96", "::ffff:0:0:0/96", "3fff::/20", "5f00::/16",
-         "192.0.0.0/24", "168.63.129.16/32"),  # the last two are clouds' own
+         "192.0.0.0/24", "168.63.129.16/32"),  # the last two: used inside clouds
     )
 )  # fmt: skip
-_HOST, _LABEL = 253, 63  # characters (RFC 1035, 2.3.4); looking up others takes Python long
+_HOST, _LABEL = 253, 63  # characters (RFC 1035, 2.3.4); Python is slow to look up longer names
 _MOVED = (301, 302, 303, 307, 308)
-# Whose URL a task fetches, and the seconds that are left to look its host up.
+# The client whose URL a task fetches, and the seconds left to look up the host.
 _looking_up: ContextVar[tuple[str, float]] = ContextVar(
     "looking up", default=("", _CONNECT_SECONDS)
 )
 
 
 class ForbiddenUrl(InvalidRequest):
-    """A URL that must not be asked."""
+    """A URL that must not be fetched."""
 
 
 class FetchFailed(VignetteError):
-    """The other server did not give the image."""
+    """The other server did not return the image."""
 
 
 class Lookups(Resolver):
-    """Asks the name server on threads of its own: one that hangs holds up nothing but look-ups, of
-    which one client has half at most.
+    """Looks names up on its own threads, so that a hanging name server delays only look-ups. One
+    client has half of the threads at most.
     """
 
     def initialize(self) -> None:
-        """No thread is started yet."""
+        """Create the thread pool; threads start when needed."""
         self._threads = ThreadPoolExecutor(_LOOKUPS, "lookup")
         self._turns = FairQueue(_LOOKUPS, _LOOKUPS // 2)
 
     async def resolve(
         self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[tuple[int, Any]]:
-        """Addresses of `host`. Raises OSError, also if none are known in time."""
+        """Addresses of `host`. Raises OSError, also on time-out."""
         client, seconds = _looking_up.get()
         try:
             async with asyncio.timeout(seconds):
@@ -89,16 +89,16 @@ class Lookups(Resolver):
 
 
 class PublicResolver(Resolver):
-    """Looks names up, and knows public addresses only."""
+    """Looks names up, and refuses those with addresses that are not public."""
 
     def initialize(self, inner: Resolver | None = None) -> None:
-        """inner: who asks the name server; tests put their own in."""
+        """inner: the resolver that asks the name server; tests replace it."""
         self._inner = inner or Lookups()
 
     async def resolve(
         self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[tuple[int, Any]]:
-        """Addresses of `host`; raises ForbiddenUrl if any of them is not public."""
+        """Addresses of `host`. Raises ForbiddenUrl if any of them is not public."""
         found = await self._inner.resolve(host, port, family)
         for _, address in found:
             if not is_public(address[0]):
@@ -107,7 +107,7 @@ class PublicResolver(Resolver):
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet, also if it is written within another."""
+    """Whether an IP address is public; for IPv4 embedded in IPv6, whether the former is."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if any(ip in network for network in _NOT_PUBLIC):
         return False
@@ -115,18 +115,18 @@ def is_public(address: str) -> bool:
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
         if inner is not None:
             return inner.is_global
-        if ip in ipaddress.ip_network("64:ff9b::/96"):  # IPv4 behind a translator
+        if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
             return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF).is_global
     return ip.is_global and not ip.is_multicast
 
 
 class Fetcher:
-    """Fetches images from the domains that are allowed."""
+    """Fetches images from allowed domains."""
 
     def __init__(
         self, domains: tuple[str, ...], limit: int, resolver: Resolver | None = None, **client: Any
     ) -> None:
-        """domains: a name, or `.name` for those below it too. limit: bytes of an image."""
+        """domains: `name`, or `.name` to include subdomains. limit: most bytes of an image."""
         self._domains, self._limit = tuple(d.lower() for d in domains), limit
         self._http = SimpleAsyncHTTPClient(
             force_instance=True,
@@ -140,7 +140,7 @@ class Fetcher:
         self._client = client
 
     def check(self, url: str) -> None:
-        """Raise ForbiddenUrl for what is not https, of no allowed domain, or dressed up."""
+        """Raise ForbiddenUrl for a URL that is not https, of no allowed domain, or obfuscated."""
         try:
             parts = urlsplit(url)
             host, port = parts.hostname or "", parts.port
@@ -162,16 +162,16 @@ class Fetcher:
             raise ForbiddenUrl(f"image_url: {shown(host)} is not among the allowed domains")
 
     async def fetch(self, url: str, seconds: float, client: str) -> bytes:
-        """The image behind `url`, within so many seconds; raises ForbiddenUrl or FetchFailed.
+        """Fetch the image at `url` within `seconds`. Raises ForbiddenUrl or FetchFailed.
 
-        client: with whose other fetches this one waits for its turn.
+        client: fetches take turns by client.
         """
         self.check(url)
         await self._turns.take(client)
         end = time.monotonic() + min(seconds, _LONGEST_SECONDS)
         fetching = asyncio.create_task(self._follow(url, end, client))
         fetching.add_done_callback(partial(self._ended, client))
-        # Cancelled, the client would log what comes of it all the same; it ends by its deadline.
+        # If cancelled, Tornado would log the outcome all the same; a fetch ends by its deadline.
         return await asyncio.shield(fetching)
 
     def _ended(self, client: str, fetching: "asyncio.Task[bytes]") -> None:

@@ -1,17 +1,17 @@
-"""A look at an image's parts before a library reads them: there may be only so many.
+"""Bounds on the number of parts of an image file, checked before Pillow opens it.
 
 Pillow walks through the parts of a file one by one, in Python, before anything is known of the
-image: a file of millions of empty ones takes many seconds to open.
+image: a file of millions of empty parts takes many seconds to open.
 """
 
 from typing import Literal
 
 from runtime.errors import InvalidImage
 
-_PARTS = 1000  # before the image itself, and in PNG beside so much for each of its pieces
-_PIECE = 2048  # bytes of a PNG for which it may have another chunk
+_PARTS = 1000  # most before the image data; a PNG may have one more per `_PIECE`
+_PIECE = 2048  # bytes
 _PACKED, _MOST_PACKED = (b"iCCP", b"zTXt", b"iTXt"), 32  # chunks that unpack to a megabyte each
-_PADDING = 64  # bytes of 0xFF before a JPEG's marker
+_PADDING = 64  # most bytes of 0xFF before a JPEG's marker
 _JPEG, _PNG, _GIF = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", (b"GIF87a", b"GIF89a")
 _TIFF, _BIG_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), 43
 _SCAN, _END, _ALONE = 0xDA, 0xD9, (0x01, *range(0xD0, 0xD9))  # markers of JPEG
@@ -20,7 +20,7 @@ _SCAN, _END, _ALONE = 0xDA, 0xD9, (0x01, *range(0xD0, 0xD9))  # markers of JPEG
 def check(data: bytes) -> None:
     """Raise InvalidImage for a file that has far more parts than any program writes.
 
-    What is damaged otherwise is left to the library.
+    Other damage is left to Pillow.
     """
     if data.startswith(_JPEG):
         _check_jpeg(data)
@@ -51,7 +51,7 @@ def _check_jpeg(data: bytes) -> None:
         if marker[0] not in _ALONE:
             place += int.from_bytes(data[place : place + 2], "big")
         if data[place : place + 1] != b"\xff":
-            found = data.find(b"\xff", place, place + _PIECE)  # as Pillow does, skip what is none
+            found = data.find(b"\xff", place, place + _PIECE)  # like Pillow, skip other bytes
             if found < 0:
                 return
             place = found

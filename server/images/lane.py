@@ -1,4 +1,4 @@
-"""Decoder processes of one niceness, and those who wait for one of them, client by client."""
+"""Image decoder processes of one niceness, and a fair queue of the tasks that wait for them."""
 
 import asyncio
 import logging
@@ -27,28 +27,28 @@ UNFIT = (
 
 
 class Unfit(VignetteError):
-    """An image crashed its decoder."""
+    """An image crashed its decoder process."""
 
 
 class GaveWay(Exception):
-    """The task withdrew when its turn came."""
+    """Raised when a task leaves the quick lane for the slow one."""
 
 
 class OutOfTime(Unfit):
-    """An image used up the seconds of a core that it was given."""
+    """An image used up its core seconds."""
 
 
-_NOWHERE = Place(0, 0, -1)  # of what is no image
+_NOWHERE = Place(0, 0, -1)  # for data that is no image
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeTask:
-    """What a process is asked: kind, data, and where pixels go; an image only if it is estimated
-    to take at most `most` seconds.
+    """A task for a decoder process: kind, data, and destination of the pixels.
 
-    seconds: of a core. wall: seconds by the clock, after which the process is replaced; until:
-    the same as a time of `perf_counter`. gives_way: asked when its turn has come. failed: told the
-    seconds of a core that were spent on data with which something is wrong.
+    seconds: core seconds allowed. wall: elapsed seconds after which the process is replaced. most:
+    estimated seconds above which an image is not decoded. until: deadline (`perf_counter`), waiting
+    included. gives_way: asked when the task's turn has come; if true, GaveWay is raised. failed:
+    called with the core seconds spent on invalid data.
     """
 
     what: bytes
@@ -63,7 +63,7 @@ class DecodeTask:
 
 
 class Lane:
-    """Processes of one niceness, and those who wait for one."""
+    """Decoder processes of one niceness, and the tasks that wait for them."""
 
     def __init__(self, setup: Setup, count: int) -> None:
         self._setup, self._turns = setup, FairQueue(count, beside=max(1, count // 2))
@@ -72,16 +72,16 @@ class Lane:
         self._all: set[Decoder] = set()
 
     def start(self, count: int) -> "Lane":
-        """Start processes now; others are when they are needed."""
+        """Start `count` processes now; others start when needed."""
         self._idle.extend(self._new() for _ in range(count))
         return self
 
     async def ask(self, client: str, task: DecodeTask) -> tuple[bytes, bytes]:
-        """Kind and content of the answer.
+        """Run a task; return kind and content of the reply.
 
-        Raises what was wrong with the data, Unfit, TooHard or GaveWay, and TimeoutError if its
-        turn did not come in time. Cancelled, it ends when nothing writes to the slot any more: at
-        once if its turn had not come.
+        Raises the error in the data, Unfit, TooHard or GaveWay, and TimeoutError if the task's turn
+        did not come in time. If cancelled, ends when nothing writes to the slot any more: at once
+        if the task's turn had not come.
         """
         left = None if task.until == math.inf else task.until - time.perf_counter()
         async with asyncio.timeout(left):
@@ -97,7 +97,7 @@ class Lane:
             found = await self._attempt(task) or await self._attempt(task)
         finally:
             self._turns.give(client, time.perf_counter() - began)
-        if found is None:  # for want of memory, most likely
+        if found is None:  # killed twice, most likely for lack of memory
             raise TooHard(UNFIT)
         kind, answer = found
         if kind == FAILED:
@@ -106,17 +106,17 @@ class Lane:
             try:
                 raise error
             finally:
-                del error  # it would hold this frame, and this frame the error, with the image
+                del error  # it and this frame would hold each other, and the image
         if kind == BUG:
             self._seldom.warning("an image was refused for an error of ours: %s", answer.decode())
             raise TooHard(UNFIT)
         return found
 
     async def _attempt(self, task: DecodeTask) -> tuple[bytes, bytes] | None:
-        """Ask a process; None if somebody else has killed it meanwhile."""
+        """Run a task once; None if the process was killed from outside meanwhile."""
         decoder = self._idle.popleft() if self._idle else self._new()
         try:
-            if not decoder.process.is_alive():  # it died of something else than this image
+            if not decoder.process.is_alive():  # it died before this task
                 decoder = self._replaced(decoder)
             async with asyncio.timeout(_START_SECONDS):
                 await decoder.started()
@@ -147,7 +147,7 @@ class Lane:
         return self._new()
 
     def close(self) -> None:
-        """End all processes."""
+        """Kill all processes."""
         for decoder in self._all:
             decoder.kill()
 
@@ -158,7 +158,7 @@ class Lane:
 
 
 async def _to_the_end(task: "asyncio.Task[tuple[bytes, bytes]]") -> tuple[bytes, bytes]:
-    """The result of a task that goes on while the caller is cancelled, who then waits for it."""
+    """Result of a task that is not cancelled with its caller, but awaited before raising that."""
     cancelled = False
     while not task.done():
         try:
@@ -171,4 +171,4 @@ async def _to_the_end(task: "asyncio.Task[tuple[bytes, bytes]]") -> tuple[bytes,
     try:
         return task.result()
     finally:
-        del task  # its error would hold this frame, and this frame the error, with an image in it
+        del task  # its error and this frame would hold each other, and an image

@@ -1,12 +1,11 @@
-"""Decoding images in processes of their own, those that are dear behind one another.
+"""Decodes images in separate processes, the expensive ones one at a time.
 
-An image that crashes its decoder, hangs in it or unpacks to gigabytes takes that process with it
-and nothing else: the next image finds a new one.
+An image that crashes its decoder process, hangs in it or unpacks to gigabytes takes down only that
+process, which is replaced.
 
-Most images take milliseconds; some files of a few bytes take seconds and a gigabyte. So what an
-image will cost is estimated from its head. Those that take longer than `_QUICK` wait for the one
-process that decodes them, at a lower priority, and the others never wait for any of them. In both
-lanes the clients take turns.
+Most images take milliseconds; some files of a few bytes take seconds and a gigabyte. So the cost of
+an image is estimated from its header. Images above `_QUICK` go to the slow lane, a single process
+of lower priority; the others never wait for them. In both lanes the clients take turns.
 """
 
 import json
@@ -26,17 +25,17 @@ from server.images.decoder import DEAR, FRAMES, PARTS, PIXELS, Place, Setup
 from server.images.lane import UNFIT, DecodeTask, GaveWay, Lane, OutOfTime, Unfit
 from server.ipc.remembered import Remembered
 
-_QUICK = 0.15  # estimated seconds of a core: what a camera's 12 megapixels take
-_QUICK_LIMIT = 0.6  # seconds of a core, of an image that was estimated wrongly
-_MISJUDGED = 1 / 60, 2.0  # of a client, a second and at once: more than that is taken for dear
-_MISJUDGED_SECONDS = 600.0  # that it takes to be forgotten, at most
-_CLIP_SECONDS = 1.0  # that a clip counts as among the dear ones
-_WRONG = 0.1  # seconds of a core beyond the estimate that are none of a photograph's
-_QUICK_MEMORY = 768 * 2**20  # of a process that decodes usual images, its libraries included
-_LOWER = 5  # niceness of the slow lane, beside that of the others
+_QUICK = 0.15  # estimated core seconds: what a camera's 12 megapixels take
+_QUICK_LIMIT = 0.6  # core seconds in the quick lane, for an image that was estimated wrongly
+_MISJUDGED = 1 / 60, 2.0  # underestimates per client, a second and at once; beyond, the slow lane
+_MISJUDGED_SECONDS = 600.0  # after which underestimates are forgotten, at most
+_CLIP_SECONDS = 1.0  # estimate for any clip
+_WRONG = 0.1  # core seconds beyond the estimate that no photograph takes
+_QUICK_MEMORY = 768 * 2**20  # bytes of a process of the quick lane, its libraries included
+_LOWER = 5  # niceness of the slow lane, added to that of the quick one
 _REMEMBERED_SECONDS = 3600.0
 _LONGEST_WAIT = 60  # seconds that a client is told to wait
-_LEARNING, _SLOWEST = 0.2, 4.0  # of the pace: how fast it is learnt, and the most that it becomes
+_LEARNING, _SLOWEST = 0.2, 4.0  # of the pace: weight of a new value, and its upper bound
 _WAITING = (
     "this image takes long to decode, and others of that kind wait already: send a smaller one, or "
     "try again later"
@@ -45,8 +44,8 @@ _WAITING = (
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Whose a request's images are: the client whose turn they take, the digest by which they are
-    known again, and their deadline (`time.perf_counter()`).
+    """Of a request's images: the client that sent them, their digest, and their deadline
+    (`time.perf_counter()`).
     """
 
     client: str
@@ -56,7 +55,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class ImageJob:
-    """An image to decode. aside: entered while it waits among the dear ones."""
+    """An image to decode. aside: context entered while the image is in the slow lane."""
 
     image: bytes
     place: Place
@@ -65,38 +64,38 @@ class ImageJob:
 
 
 class ImageDecoders:
-    """The decoder processes of a front-end. Used on one thread, which has to outlive them."""
+    """The decoder processes of a front-end. Used on one thread, which must outlive them."""
 
     def __init__(
         self, count: int, setup: Setup, seconds: float, longest_wait: float = 30.0
     ) -> None:
-        """count: processes, beside the one for dear images, which is started for the first of them.
+        """count: processes of the quick lane; that of the slow lane starts with its first image.
 
-        seconds: of a core, for one image, after which it is given up. longest_wait: seconds that a
-        dear one waits at most, whatever its deadline.
+        seconds: core seconds after which an image is given up. longest_wait: most seconds in the
+        slow lane, whatever the deadline.
         """
         self._longest_wait = longest_wait
         self._seconds = seconds
-        self._wall = 2 * seconds + 1  # by the clock: by then it is not the processor that it lacks
+        self._wall = 2 * seconds + 1  # elapsed: longer than for lack of a core
         quick = replace(setup, memory=min(setup.memory, _QUICK_MEMORY))
         self._quick = Lane(quick, count).start(count)
         self._slow = Lane(replace(setup, niceness=setup.niceness + _LOWER), 1)
         self._too_hard = Remembered(_REMEMBERED_SECONDS)
         self._queued: Counter[str] = Counter()  # estimated ms in the slow lane, by client
         self._misjudged = TokenBuckets(*_MISJUDGED, longest=_MISJUDGED_SECONDS)
-        self._pace = 1.0  # seconds that an estimated one takes there
+        self._pace = 1.0  # seconds there per estimated second
 
     async def decode(self, job: ImageJob) -> None:
-        """Put an image's pixels into its slot.
+        """Decode an image into its slot.
 
-        Raises InvalidImage, TooManyPixels or TooHard, and QueueFull if more dear images wait than
-        can be decoded until the job's deadline. Cancelled, it ends when nothing writes to the slot
-        any more: at once if the decoding had not begun.
+        Raises InvalidImage, TooManyPixels or TooHard, and QueueFull if the slow lane is too full to
+        decode it by the job's deadline. If cancelled, ends when nothing writes to the slot any
+        more: at once if the decoding had not begun.
         """
         if job.origin.digest in self._too_hard:
             raise TooHard(UNFIT)
         try:
-            clip = isinstance(job.image, Clip)  # its head does not tell how long one takes
+            clip = isinstance(job.image, Clip)  # its header does not tell how long it takes
             seconds = _CLIP_SECONDS if clip else await self._decode_quickly(job)
             if seconds:
                 await self._decode_slowly(job, seconds)
@@ -105,7 +104,7 @@ class ImageDecoders:
             raise TooHard(UNFIT) from cause
 
     async def parts(self, body: bytes, client: str) -> Parts:
-        """Take a JSON body apart. Raises InvalidRequest; TooHard if that takes too long."""
+        """Parse a JSON body. Raises InvalidRequest; TooHard if that takes too long."""
         try:
             task = DecodeTask(PARTS, body, self._seconds, self._wall)
             _, answer = await self._quick.ask(client, task)
@@ -114,7 +113,7 @@ class ImageDecoders:
         return Parts.unpacked(answer)
 
     async def _decode_quickly(self, job: ImageJob) -> float:
-        """Decode what takes little, and return 0; of another image the seconds as estimated."""
+        """Decode a cheap image and return 0; return the estimated seconds of an expensive one."""
         seconds = min(_QUICK_LIMIT, self._seconds)
         client = job.origin.client
         task = DecodeTask(
@@ -137,12 +136,12 @@ class ImageDecoders:
         return 0.0
 
     def _took(self, client: str, beyond: float) -> None:
-        """An image of this client's took so many seconds more than it was to."""
+        """Note that an image took `beyond` seconds more than estimated."""
         if beyond > _WRONG:
             self._misjudged.spend(client, beyond / _QUICK_LIMIT)
 
     async def _decode_slowly(self, job: ImageJob, seconds: float) -> None:
-        """Decode in the slow lane; what would wait there beyond its deadline is refused now."""
+        """Decode in the slow lane. Raises QueueFull, at once if the deadline can't be met."""
         cost = math.ceil(seconds * 1e3)
         mine = self._queued[job.origin.client] + cost
         others = sum(
@@ -163,16 +162,16 @@ class ImageDecoders:
             raise QueueFull(_WAITING, _LONGEST_WAIT) from None
         finally:
             self._queued[job.origin.client] -= cost
-            self._queued += Counter()  # without those that have nothing there
+            self._queued += Counter()  # drops zero counts
         took = (time.perf_counter() - started) / usual
         self._pace += _LEARNING * (min(took, _SLOWEST) - self._pace)
 
     def close(self) -> None:
-        """End all processes."""
+        """Kill all processes."""
         self._quick.close()
         self._slow.close()
 
     @property
     def pids(self) -> list[int]:
-        """Process ids, that for dear images last, if there is one."""
+        """Process ids, that of the slow lane last, if started."""
         return self._quick.pids + self._slow.pids
