@@ -1,1 +1,1 @@
-"""What one client may have of what others need, too: slots, decoders, bytes, and refusals."""
+"""Sharing slots, image decoder processes, bytes and refusals among clients."""

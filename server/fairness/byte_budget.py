@@ -1,4 +1,4 @@
-"""The bytes of bodies and answers that are inside a front-end, whatever model they are for."""
+"""Bounds the bytes of bodies and responses inside a front-end, over all models."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from time import monotonic
 from server.fairness.errors import QueueFull
 
 _RETRY_SECONDS = 1
-_STEP, _STEP_SECONDS = 64 * 1024, 1.0  # bytes that a body gains at least in so many seconds
+_STEP, _STEP_SECONDS = 64 * 1024, 1.0  # fewest bytes that a body must gain in so many seconds
 
 
 @dataclass(slots=True, eq=False)
 class Incoming:
-    """A body that is still coming in. close: has its bytes let go at once.
+    """A body being received. close: drops the body, and releases its bytes at once.
 
-    size, since: bytes that have come in the present step, and when it began.
+    size, since: bytes received in the current step, and when the step began.
     """
 
     client: str
@@ -29,27 +29,27 @@ class ByteBudget:
     """Counts bytes by client. Used on the event loop's thread only."""
 
     def __init__(self, most: int, clock: Callable[[], float] = monotonic) -> None:
-        """Let at most `most` in together; of what others leave, half may be one client's."""
+        """Hold at most `most` bytes in all; one client may have half of what the others leave."""
         self.held = 0
         self._most, self._clock = most, clock
         self._by_client: Counter[str] = Counter()
-        self._incoming: dict[Incoming, None] = {}  # the longest in their present step first
+        self._incoming: dict[Incoming, None] = {}  # longest in the current step first
 
     def begin(self, client: str, close: Callable[[], object]) -> Incoming:
-        """A body begins to come in; `end` it when it is here, or given up."""
+        """Register a body; `end` it when it is received, or given up."""
         body = Incoming(client, close, self._clock())
         self._incoming[body] = None
         return body
 
     def end(self, body: Incoming) -> None:
-        """It does not come in any more."""
+        """Unregister a body."""
         self._incoming.pop(body, None)
 
     def hold(self, size: int, client: str, body: Incoming | None = None) -> None:
-        """Count bytes in, of a body that comes in or of a copy.
+        """Add bytes of a body being received, or of a copy.
 
-        Where there is no room, bodies are closed that have all but stopped coming, of clients that
-        have more bytes than this one, the most first. Raises QueueFull if that does not help.
+        If there is no room, bodies that have all but stalled are closed, of clients that hold more
+        bytes than this one, the largest first. Raises QueueFull if that does not help.
         """
         if body is not None:
             body.size += size
@@ -76,13 +76,13 @@ class ByteBudget:
         return self.held + size <= self._most and before + size <= left // 2
 
     def owe(self, size: int, client: str) -> None:
-        """Count bytes of an answer in, which can't be refused any more."""
+        """Add bytes of a response, which can't be refused any more."""
         assert size >= 0, "less than nothing would make room for others' bytes"
         self.held += size
         self._by_client[client] += size
 
     def let_go(self, size: int, client: str) -> None:
-        """Count them out again."""
+        """Release bytes added by `hold` or `owe`."""
         self.held -= size
         self._by_client[client] -= size
         if not self._by_client[client]:

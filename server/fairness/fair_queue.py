@@ -1,6 +1,4 @@
-"""Places that clients take in turns, by what each has had of them: a dear one waits for many cheap
-ones of others, and a client with many requests behind itself.
-"""
+"""A semaphore whose waiters are served by start-time fair queueing across clients."""
 
 import asyncio
 from collections import Counter, OrderedDict, deque
@@ -10,12 +8,12 @@ from time import monotonic
 from server.fairness.client_clocks import ClientClocks
 from server.fairness.recent_clients import RecentClients
 
-_PRESENT_SECONDS = 1.0  # after it came, that a client counts as another
+_PRESENT_SECONDS = 1.0  # for which a client counts as present after it came
 
 
 class FairQueue:
-    """A number of places, by `ClientClocks`; of equal clocks the one that waits longest is next.
-    Used on the event loop's thread only.
+    """Grants places in the order of `ClientClocks`; of equal clocks, the client that waits longest
+    is next. Used on the event loop's thread only.
     """
 
     def __init__(
@@ -25,7 +23,7 @@ class FairQueue:
         beside: int | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        """each: places that a client has at most at a time. beside: the same while others come."""
+        """each: most places of one client at a time. beside: the same while others are present."""
         self._free, self._each = places, each or places
         self._beside = beside or self._each
         self._held: Counter[str] = Counter()
@@ -45,13 +43,11 @@ class FairQueue:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self.give(client, 0)  # it came at the same moment
+                self.give(client, 0)  # the place was granted at the same moment
             raise
 
     def give(self, client: str, took: float = 1.0) -> None:
-        """A place of this client's is free again, for the one whose turn it is. took: in any unit,
-        the same for all.
-        """
+        """Release a client's place, for the client that is next. took: service, in any one unit."""
         self._held[client] -= 1
         if not self._held[client]:
             del self._held[client]
@@ -70,15 +66,15 @@ class FairQueue:
         self._clocks.begin(client)
 
     def _may(self, client: str) -> bool:
-        """Whether it may have one more place."""
+        """Whether a client may have one more place."""
         alone = self._recent.within(_PRESENT_SECONDS) <= {client}
         return self._held[client] < (self._each if alone else self._beside)
 
     def _next(self) -> str | None:
-        """The client whose turn it is, of those that wait."""
+        """The waiting client that is next, or None."""
         for client, turns in list(self._waiting.items()):
             while turns and turns[0].done():
-                turns.popleft()  # who waited has gone
+                turns.popleft()  # cancelled
             if not turns:
                 del self._waiting[client]
         could = (client for client in self._waiting if self._may(client))

@@ -1,5 +1,5 @@
-"""Which clients want slots now, or did a moment ago, and how many each has: those of all
-front-ends, in a file that all of them map.
+"""Clients of all front-ends that want slots now, or did a moment ago, and how many slots each has,
+in a file that all front-ends map.
 """
 
 import os
@@ -15,15 +15,15 @@ import numpy as np
 from server.ipc.shared import reserve
 
 _LINGER_SECONDS = 2.0
-_MOST = 64  # clients that each front-end tells of
+_MOST = 64  # most clients published by each front-end
 _RECORD = np.dtype([("client", np.uint64), ("until", float), ("slots", np.int64)])
 
 
 class PresentClients:
-    """The clients of one front-end, told to all. Each counts until it has been away for a while.
+    """The clients of one front-end, published to all. Each counts until it was away for a while.
 
-    Used on the event loop's thread only. Others may read a record as it is written: a number is
-    then off by one, once.
+    Used on the event loop's thread only. Other front-ends may read a record while it is written: a
+    count is then off by one, once.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class PresentClients:
         records: np.ndarray | None = None,
         index: int = 0,
     ) -> None:
-        """linger: seconds for which who left still counts. records: `[front-ends, 64]`, of which
-        `index` is this one's; as `shared` opens them.
+        """linger: seconds for which a client counts after it left. records: `[front-ends, 64]`, one
+        kind of those that `shared` opens. index: of this front-end in them.
         """
         self.linger, self._clock = linger, clock
         self._records = np.zeros((1, _MOST), _RECORD) if records is None else records
@@ -42,22 +42,22 @@ class PresentClients:
             self._records[index],
             np.delete(np.arange(len(self._records)), index),
         )
-        self._mine.fill(0)  # what an earlier life of this front-end told
+        self._mine.fill(0)  # drops the records of an earlier epoch
         self._names: list[str] = []  # by place in the record
         self._places: dict[str, int] = {}
         self._hashes: dict[int, str] = {}
 
     def came(self, client: str) -> None:
-        """It wants slots."""
+        """Note that a client wants slots."""
         place = self._places.get(client)
         if place is None:
             if len(self._names) < _MOST:
                 place = len(self._names)
                 self._names.append(client)
-            else:  # in place of who has been away for longest
+            else:  # replace the client that left first
                 place = int(self._mine["until"].argmin())
                 if self._mine["until"][place] == inf:
-                    return  # as many are here as are told of
+                    return  # all published clients are present
                 del self._places[self._names[place]]
                 del self._hashes[int(self._mine["client"][place])]
                 self._names[place] = client
@@ -66,17 +66,17 @@ class PresentClients:
         self._mine["until"][place] = inf
 
     def has(self, client: str, slots: int) -> None:
-        """It holds so many here."""
+        """Note how many slots a client holds in this front-end."""
         if (place := self._places.get(client)) is not None:
             self._mine["slots"][place] = slots
 
     def left(self, client: str) -> None:
-        """It has none any more, and waits for none."""
+        """Note that a client neither has nor waits for slots."""
         if (place := self._places.get(client)) is not None:
             self._mine["until"][place] = self._clock() + self.linger
 
     def elsewhere(self) -> Counter[str]:
-        """Slots that clients of this front-end hold in others."""
+        """Slots that clients of this front-end hold in other front-ends."""
         found = Counter[str]()
         if len(self._others):
             others = self._records[self._others]
@@ -87,17 +87,17 @@ class PresentClients:
 
     @property
     def front_ends(self) -> int:
-        """That share the file."""
+        """Number of front-ends that share the file."""
         return len(self._records)
 
     def count(self) -> int:
-        """How many there are, in all front-ends."""
+        """Number of clients, in all front-ends."""
         counted = self._records["client"][self._records["until"] > self._clock()]
         return len(np.unique(counted))
 
 
 def shared(path: Path, front_ends: int, kinds: int) -> np.ndarray:
-    """Records `[kinds, front-ends, 64]` in a file, made by whoever comes first.
+    """Records `[kinds, front-ends, 64]` in a file, which the first caller creates.
 
     Raises NoSharedMemory.
     """

@@ -1,7 +1,7 @@
-"""What of the slots one client may have while others want some, too.
+"""Bounds the slots of one client while others want some, too.
 
-A request may take several slots, and hold them for long: without a bound few requests of one
-client, or of a few, would keep all the others waiting.
+A request may take several slots, and hold them for long: without a bound, a few requests of one or
+a few clients would keep all others waiting.
 """
 
 import asyncio
@@ -15,9 +15,9 @@ from runtime.request import Priority
 from server.fairness.client_clocks import ClientClocks
 from server.fairness.present_clients import PresentClients
 
-_ELSEWHERE_SECONDS = 0.02  # until those who wait for other front-ends look again
-_AHEAD = 2  # that may wait in an engine of few slots
-_LEARNING = 0.1  # of what a request takes usually
+_ELSEWHERE_SECONDS = 0.02  # until slots that clients hold in other front-ends are counted again
+_AHEAD = 2  # requests that may wait in an engine of few slots
+_LEARNING = 0.1  # weight of a new value in the usual cost of a request
 
 
 @dataclass(slots=True, eq=False)
@@ -31,13 +31,13 @@ class _Waiting:
 
 
 class SlotShares:
-    """Hands out slots of the engines that share a device, by clients' clocks, which go on by slots
-    times seconds. Used on the event loop's thread only.
+    """Hands out slots of the engines that share a device, in the order of `ClientClocks`, which
+    advance by slots times seconds. Used on the event loop's thread only.
 
-    While others are here, or were a moment ago, one client has its share at most, so that between
-    two requests of theirs it does not take all; one request may be larger. Half as many as there
-    are slots wait in the engine, so that it encodes several together; but those of several slots
-    wait here, because the engine keeps its order: all others would wait for so many to be free.
+    While other clients are present, or were a moment ago, one client has its share at most, so that
+    it does not take all slots between two of their requests; one request may be larger. Half as
+    many requests as slots wait in the engine, so that it encodes several together; but requests of
+    several slots wait here, because the engine keeps its order: all others would wait with them.
     """
 
     def __init__(
@@ -45,26 +45,25 @@ class SlotShares:
     ) -> None:
         """clients: those of all front-ends that want slots of this device.
 
-        slots, models: set them; slots are those of this front-end. With several models a share is
-        smaller: a request of another model keeps all cores busy, too, which one in the same batch
-        does not.
+        slots, models: to be set; slots are those of this front-end. With several models a share is
+        smaller: a request of another model keeps all cores busy, too, unlike one in the same batch.
         """
         self.slots, self.models = 0, 1
         self._clients, self._clock = clients or PresentClients(clock=clock), clock
         self._clocks = ClientClocks()
         self._taken: Counter[str] = Counter()
-        self._batch: Counter[str] = Counter()  # of those, by requests that let others pass
-        # By client and whether they let others pass, each in the order of their coming.
+        self._batch: Counter[str] = Counter()  # of those, by batch requests
+        # By client and whether of batch priority, each in the order of arrival.
         self._waiting: dict[tuple[str, bool], deque[_Waiting]] = {}
         self._looking = False
         self._usual = 0.0  # slots times seconds of a request
 
     @asynccontextmanager
     async def take(self, client: str, rows: int, priority: Priority) -> AsyncIterator[None]:
-        """Hold so many slots, once it is this request's turn.
+        """Hold `rows` slots, once it is the request's turn.
 
-        One that is taken back counts as what is usual, at least: the engine has encoded its image
-        all the same, and ends its step with it.
+        A cancelled request is charged the usual cost at least: the engine has encoded its image all
+        the same, and ends its step with it.
         """
         me = _Waiting(client, rows, priority is Priority.BATCH)
         self._waiting.setdefault((client, me.batch), deque()).append(me)
@@ -108,21 +107,21 @@ class SlotShares:
 
     @property
     def _present(self) -> set[str]:
-        """Clients that have slots, or wait for some."""
+        """Clients that hold or wait for slots."""
         return {*self._taken, *(client for client, _ in self._waiting)}
 
     def _look_again(self) -> None:
-        """Once whoever left has been away for long enough, who waits may be alone."""
+        """Admit again after `linger` seconds, when a waiting client may be alone."""
         if self._waiting:
             asyncio.get_running_loop().call_later(self._clients.linger, self._admit)
 
     def _look_elsewhere(self) -> None:
-        """A client may have got slots back in another front-end, of which nobody tells."""
+        """Admit again: other front-ends don't tell when a client's slots are freed there."""
         self._looking = False
         self._admit()
 
     def _admit(self) -> None:
-        """Let in who has its turn; nobody passes another of its own client and priority."""
+        """Admit requests whose turn it is; those of one client and priority keep their order."""
         if not self._waiting:
             return
         clients, elsewhere = self._clients.count(), self._clients.elsewhere()
@@ -134,7 +133,7 @@ class SlotShares:
             self._looking = True
             asyncio.get_running_loop().call_later(_ELSEWHERE_SECONDS, self._look_elsewhere)
         while (next_ := self._next(most, elsewhere)) is not None:
-            # The engine lets those of high priority pass: what others have there is no matter.
+            # The engine lets interactive requests pass: for them, batch requests don't count.
             taken = self._taken.total() - (0 if next_.batch else self._batch.total())
             room = self.slots + (ahead if next_.rows == 1 or clients == 1 else 0)
             if taken and taken + next_.rows > room:
@@ -145,7 +144,7 @@ class SlotShares:
             next_.turn.set()
 
     def _next(self, most: int, elsewhere: Counter[str]) -> _Waiting | None:
-        """The request whose turn it is, of those whose client has less than its share."""
+        """The next request among those that fit their clients' shares, or None."""
         first = (
             line[0]
             for (client, batch), line in self._waiting.items()
@@ -155,11 +154,11 @@ class SlotShares:
         return min(fits, key=self._turn, default=None)
 
     def _fits(self, each: _Waiting, left: int, most: int) -> bool:
-        """left: of the most that a client may have in all front-ends, what it has in no other."""
+        """Whether a request fits its client's share. left: `most` less its slots elsewhere."""
         mine = self._taken[each.client] - (0 if each.batch else self._batch[each.client])
         return mine + each.rows <= left or (not mine and left == most)
 
     def _turn(self, each: _Waiting) -> tuple[bool, float]:
-        """Those of high priority first, then by clocks; of what a client has now, what is usual."""
+        """Order: interactive first, then by clock plus the usual cost of slots held now."""
         running = self._taken[each.client] * self._usual
         return each.batch, self._clocks.of(each.client) + running

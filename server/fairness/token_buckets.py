@@ -1,16 +1,16 @@
-"""What a client may use of something that others need, too: so much at once, and so much a second.
+"""Token buckets by client: so much at once, and so much a second.
 
-It is for costs that can't be refused: bytes of bodies that come in, and refusals themselves, each
-of which takes a front-end as long as a request that is served.
+They are for costs that can't be refused: bytes of incoming bodies, and refusals themselves, each of
+which takes a front-end as long as a request that is served.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable
 from time import monotonic
 
-_LONGEST_SECONDS = 5.0  # that a client is let wait
+_LONGEST_SECONDS = 5.0  # most that a client has to wait
 _TOGETHER_SECONDS = 1.0
-_CLIENTS = 1024  # that are remembered
+_CLIENTS = 1024  # most clients remembered
 
 
 class TokenBuckets:
@@ -24,23 +24,23 @@ class TokenBuckets:
         longest: float = _LONGEST_SECONDS,
         together: bool = False,
     ) -> None:
-        """rate: what a client gains a second, up to `burst`, with which it begins. longest: the
-        seconds that what it used beyond that takes to be forgotten, at most. together: those who
-        use some at a time divide rate and burst among them.
+        """rate: tokens that a client gains a second, up to `burst`, with which it begins. longest:
+        most seconds in which a client's debt is repaid. together: clients that spend within the
+        same second divide rate and burst among them.
         """
         self._rate, self._burst, self._clock, self._longest = rate, burst, clock, longest
         self._together = together
-        self._spent: OrderedDict[str, float] = OrderedDict()  # and when they did last
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # and when that was
+        self._spent: OrderedDict[str, float] = OrderedDict()  # by client, when last
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, and as of when
 
     def spend(self, client: str, amount: float) -> float:
-        """Use so much; returns the seconds that the client has to wait for it."""
+        """Take tokens; return the seconds that the client has to wait for them."""
         if self._together:
             amount *= self._spending(client)
         return min(self._longest, max(0.0, -self._change(client, -amount) / self._rate))
 
     def _spending(self, client: str) -> int:
-        """Clients that have used some within the last second, this one included."""
+        """Number of clients that spent some within the last second, including this one."""
         now = self._clock()
         self._spent[client] = now
         self._spent.move_to_end(client)
@@ -49,11 +49,11 @@ class TokenBuckets:
         return len(self._spent)
 
     def owed(self, client: str) -> float:
-        """Seconds until the client has what it used beyond what it had."""
+        """Seconds until the client's debt is repaid; 0 without one."""
         return max(0.0, -self._change(client, 0) / self._rate)
 
     def earn(self, client: str, amount: float) -> None:
-        """Give so much back."""
+        """Give tokens back."""
         self._change(client, amount)
 
     def _change(self, client: str, change: float) -> float:
