@@ -1,7 +1,6 @@
-"""The service over a Ray cluster: front doors on its nodes, engines in replicas of Ray Serve.
+"""The service over a Ray cluster: doors on its nodes, engines in replicas of Ray Serve.
 
-Both halves are those of one machine, and Ray stands between them. A door (`door.py`) is a
-supervisor with front-ends; where on one machine there were workers, `relay.py` takes what the
-front-ends send and calls a replica. A replica (`replica.py`) is a supervisor with a worker; what it
-is called with goes to that worker as from a front-end.
+Both halves are those of one machine, with Ray in between. A door (`door.py`) is a supervisor with
+front-ends; in place of workers, `relay.py` takes the front-ends' requests and calls a replica. A
+replica (`replica.py`) is a supervisor with a worker, and passes calls to it as a front-end does.
 """

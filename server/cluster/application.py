@@ -1,4 +1,4 @@
-"""What is deployed: an application for each model, and one of doors. Ray Serve imports both.
+"""The applications that Ray Serve imports: one for each model, and one for the doors.
 
 In a file for `serve deploy`, with settings as arguments (those of `vignette serve`, with
 underscores):
@@ -29,9 +29,9 @@ from server.models import ServedModel, served
 from server.processes import worker
 from server.settings import Settings
 
-_CORES = 4  # of an engine, where nodes have as many
+_CORES = 4  # of an engine, if nodes have as many
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
-# Requests need no threads beside the event loop that answers them.
+# Requests need no threads besides the event loop that serves them.
 _ENVIRONMENT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -45,15 +45,15 @@ class NoRoom(VignetteError):
 
 
 def model(args: Settings) -> Application:
-    """A model's replicas: the engine folder that the settings name, or the first of several."""
+    """The application of the model that the settings name, or of the first of several."""
     return replicas(args, served(args.engine)[0])
 
 
 def replicas(settings: Settings, model: ServedModel, worker_main: Any = worker.main) -> Application:
     """The application of one model. Raises NoRoom.
 
-    An update stops a replica before it starts the next: one that waited for room that a cluster of
-    fixed size does not have would never end. With a single one requests wait for it meanwhile.
+    An update stops a replica before it starts the next, because a cluster of fixed size may never
+    have room for both. With a single replica, requests wait meanwhile.
     """
     needed = _resources(settings)
     cores = int(needed.get("num_cpus", 0))
@@ -74,7 +74,7 @@ def replicas(settings: Settings, model: ServedModel, worker_main: Any = worker.m
     return serve.deployment(Replica).options(
         name=model.name,
         ray_actor_options=_actor(needed),
-        max_ongoing_requests=2 * slots,  # so that the next ones are there when slots are free
+        max_ongoing_requests=2 * slots,  # so that the next requests are there when slots are freed
         max_queued_requests=settings.max_queue,
         graceful_shutdown_timeout_s=settings.drain_seconds,
         **scaled,
@@ -83,12 +83,12 @@ def replicas(settings: Settings, model: ServedModel, worker_main: Any = worker.m
 
 
 def doors(args: Settings) -> Application:
-    """Doors for the models that the settings name."""
+    """The application of the doors for the models that the settings name."""
     return opened(args, tuple(model.name for model in served(args.engine)))
 
 
 def opened(settings: Settings, models: tuple[str, ...]) -> Application:
-    """The application of the doors of these models."""
+    """The application of the doors for these models."""
     scaled: dict[str, Any] = {"num_replicas": settings.ray_doors}
     if settings.ray_doors is None:
         scaling = AutoscalingConfig(
@@ -108,8 +108,8 @@ def opened(settings: Settings, models: tuple[str, ...]) -> Application:
 
 
 def made_of(settings: Settings, models: tuple[str, ...]) -> bytes:
-    """Digest of the settings that doors have to be opened anew for: they know no engine folders,
-    nor how many engines there are.
+    """Digest of settings, models and API keys, for which doors are opened anew. Doors know neither
+    engine folders nor the number of engines, so those settings are left out.
     """
     engines = {"engine", "ray", "ray_replicas", "ray_cores", "ray_detach", "provider", "precision"}
     keys = settings.api_keys.read_bytes() if settings.api_keys else b""
@@ -118,7 +118,7 @@ def made_of(settings: Settings, models: tuple[str, ...]) -> bytes:
 
 
 def one_for_each_node(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """As many replicas as there are nodes."""
+    """Autoscaling policy: as many replicas as there are live nodes."""
     state = context.policy_state
     now = time.monotonic()
     if now - state.get("looked", 0.0) > _LOOK_SECONDS:
@@ -132,7 +132,7 @@ def _actor(needed: dict[str, float]) -> dict[str, Any]:
 
 
 def _resources(settings: Settings) -> dict[str, float]:
-    """What a replica takes of a node: a GPU, or cores."""
+    """Resources of a replica: a GPU, or cores. Raises NoRoom."""
     there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = any(node.get("GPU", 0) for node in there)
     if settings.provider in NVIDIA or (settings.provider == "auto" and gpus):

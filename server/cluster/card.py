@@ -1,4 +1,4 @@
-"""What a door has to know of a model, told by a replica: doors need no engine folder."""
+"""What a door needs to know of a model, sent by a replica: doors need no engine folder."""
 
 import hashlib
 import json
@@ -22,12 +22,12 @@ class Card(Struct, frozen=True):
     def of(cls, folder: Path) -> "Card":
         """The card of an engine folder. Raises EngineFolderError."""
         manifest = manifests.read(folder)
-        CaptionTokenizer(folder, manifest)  # complains if it can't be read
+        CaptionTokenizer(folder, manifest)  # raises if it can't be read
         tokenizer = (folder / manifests.TOKENIZER).read_bytes()
         return cls((folder / manifests.FILE).read_bytes(), tokenizer, kind_of(manifest))
 
     def write(self, folder: Path) -> Path:
-        """Make a folder of it that a front-end can read."""
+        """Write the files to a new folder, which a front-end can read; return the folder."""
         folder.mkdir(parents=True)
         (folder / manifests.FILE).write_bytes(self.manifest)
         (folder / manifests.TOKENIZER).write_bytes(self.tokenizer)
@@ -35,7 +35,7 @@ class Card(Struct, frozen=True):
 
 
 def kind_of(manifest: manifests.Manifest) -> str:
-    """The same for engines that can take each other's requests: of equal tokens, images, sizes."""
+    """Digest of tokens, preprocessing and sizes: engines of one kind take each other's requests."""
     parts = [asdict(manifest.sizes), asdict(manifest.tokens), asdict(manifest.preprocessing)]
     told = json.dumps([*parts, manifest.files.get(manifests.TOKENIZER)], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:12]

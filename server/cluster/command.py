@@ -1,4 +1,4 @@
-"""`vignette serve --ray`: deploy to a cluster, say where the doors are, and end it when told to."""
+"""`vignette serve --ray`: deploy to a cluster, print the doors' URLs, and end when told to."""
 
 import asyncio
 import logging
@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers otherwise
-# Of a cluster that is started here: ten looks a second take 3 % of a core.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports usage by default
+# For a cluster that is started here: the default of ten loops a second takes 3 % of a core.
 os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
 
 import ray
@@ -32,24 +32,24 @@ log = logging.getLogger(__name__)
 
 DOORS = "vignette"  # the application of doors
 _ASK_SECONDS = 20.0
-_END_SECONDS = 20.0  # for doors and engines to end, once they have finished what was accepted
+_END_SECONDS = 20.0  # for doors and engines to end after their accepted requests
 _LOOK_SECONDS = 0.2
 _ERROR = re.compile(r"[\w.]+: .")  # a line of a traceback that names the error
 
 
 class NotDeployed(VignetteError):
-    """The cluster could not be reached, or did not take the service."""
+    """The cluster could not be reached, or rejected the service."""
 
 
 def serve(settings: Settings, worker_main: Callable[..., Any] = worker.main) -> None:
-    """Deploy, or update what is there, and serve until a signal asks to end.
+    """Deploy or update the service, and serve until a signal asks to end.
 
-    worker_main: of an engine worker's process.
+    worker_main: entry point of an engine worker.
 
     Raises EngineFolderError, NoRoom, and NotDeployed.
     """
     if settings.api_keys:
-        keys.read(settings.api_keys)  # doors do, but now is the time to complain
+        keys.read(settings.api_keys)  # doors read them again; fail early here
     models = served(settings.engine)
     ours = settings.ray == LOCAL
     try:
@@ -71,9 +71,9 @@ def serve(settings: Settings, worker_main: Callable[..., Any] = worker.main) -> 
 def deploy(
     settings: Settings, models: tuple[ServedModel, ...], worker_main: Callable[..., Any]
 ) -> None:
-    """Have models and doors on the cluster; those that are there are updated, one by one.
+    """Deploy models and doors; existing ones are updated one by one.
 
-    Doors stay open if nothing that concerns them has changed. Raises NoRoom and NotDeployed.
+    Doors stay open if `made_of` has not changed. Raises NoRoom and NotDeployed.
     """
     try:
         for model in models:
@@ -82,12 +82,12 @@ def deploy(
         names = tuple(model.name for model in models)
         if _doors_made_of() != {made_of(settings, names)}:
             ray_serve.run(opened(settings, names), name=DOORS, route_prefix=None)
-    except RuntimeError as cause:  # it holds the traceback of what went wrong, somewhere
+    except RuntimeError as cause:  # the cause is deep in a traceback
         raise NotDeployed(f"the cluster did not take the service: {_reason()}") from cause
 
 
 def doors(models: tuple[ServedModel, ...]) -> list[str]:
-    """Where the service is, once all its models are. Raises NotDeployed if that takes too long."""
+    """URLs of the doors, once each model has a replica. Raises NotDeployed if none open in time."""
     end = time.monotonic() + _ASK_SECONDS
     wanted = {model.name for model in models}
     while time.monotonic() < end:
@@ -99,14 +99,14 @@ def doors(models: tuple[ServedModel, ...]) -> list[str]:
 
 
 def end(models: tuple[ServedModel, ...]) -> None:
-    """Close the doors, which finish what they accepted, and then the engines."""
+    """Close the doors, which finish accepted requests, and then the engines."""
     for name in (DOORS, *(application_of(model.name) for model in models)):
         ray_serve.delete(name)
     ray.kill(notices())
 
 
 def _end_in_time(models: tuple[ServedModel, ...], seconds: float) -> None:
-    """A cluster that was ended at the same moment answers nobody, and Ray would ask it for long."""
+    """End the service, or exit: Ray would wait long for a cluster that ended at the same moment."""
     ending = threading.Thread(target=end, args=(models,), daemon=True)
     ending.start()
     ending.join(seconds)
@@ -121,7 +121,7 @@ def _known() -> Known:
 
 
 def _doors_made_of() -> set[bytes]:
-    """What the doors that are there were made of; nothing if there are none that work."""
+    """`made_of` of the doors that are open; empty if their application does not run."""
     found = ray_serve.status().applications.get(DOORS)
     if found is None or found.status is not ApplicationStatus.RUNNING:
         return set()
@@ -129,7 +129,7 @@ def _doors_made_of() -> set[bytes]:
 
 
 def _reason() -> str:
-    """What went wrong where something did: the last line of the first traceback."""
+    """Cause of a failed deployment: the last error line of the first traceback found."""
     for application in ray_serve.status().applications.values():
         for deployment in application.deployments.values():
             lines = [line for line in deployment.message.splitlines() if _ERROR.match(line)]

@@ -30,17 +30,17 @@ from server.settings import Settings
 log = logging.getLogger(__name__)
 
 _CARD = msgpack.Decoder(Card)
-_LOOK_SECONDS = 0.5  # for a model that is not there yet
+_LOOK_SECONDS = 0.5  # between look-ups of a model that is not there yet
 
 
 def application_of(model: str) -> str:
-    """The name of a model's application; its deployment has the model's own."""
+    """Name of a model's application; its deployment has the model's name."""
     return f"vignette-{model}"
 
 
 def _together(known: list[WorkerFacts], nodes: Iterable[str]) -> WorkerFacts:
-    """All replicas' facts as one worker's. Those of several engines, as during an update, have an
-    identity of their own: what is said meanwhile is no caption of either.
+    """Facts of all replicas as of one worker. Different engines, as during an update, combine to an
+    identity of their own, so that captions made meanwhile are cached for neither.
     """
     return replace(
         known[0],
@@ -53,7 +53,7 @@ def _together(known: list[WorkerFacts], nodes: Iterable[str]) -> WorkerFacts:
 
 
 class ModelRelay:
-    """A model's relay, while any replica serves. Each of its lives has an epoch, as a worker's."""
+    """A model's relay, open while any replica serves. Each opening is an epoch, as of a worker."""
 
     def __init__(self, folder: Path, index: int, name: str, kind: str) -> None:
         self.name, self.kind = name, kind
@@ -62,11 +62,11 @@ class ModelRelay:
 
     @property
     def opened(self) -> bool:
-        """Whether it takes calls."""
+        """Whether the relay takes requests."""
         return self._relay is not None
 
     def follow(self, replicas: Sequence[ReplicaNotice]) -> WorkerState:
-        """Take calls while there are replicas; what front-ends are told of them, as one worker."""
+        """Open or close the relay; return the state of all replicas as that of one worker."""
         ready = [each.state for each in replicas if each.state.state == "ready"]
         if ready and not self.opened:
             self._epoch += 1
@@ -93,7 +93,7 @@ class ModelRelay:
             socket.close(linger=0)
 
     def close(self) -> None:
-        """No replica is left: front-ends send again what is not answered yet, once one is."""
+        """Close the relay; front-ends send unanswered requests again once a replica serves."""
         if self._relay is not None:
             self._relay.cancel()
         self._relay = None
@@ -105,7 +105,7 @@ class Door:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, models: tuple[str, ...], made_of: bytes
     ) -> None:
-        """Wait for the models, then listen. made_of: by what this door is told from another.
+        """Wait for the models, then listen. made_of: see `application.made_of`.
 
         Raises CannotListen, NoSharedMemory and CannotStart.
         """
@@ -140,7 +140,7 @@ class Door:
         log.info("a door is open on %s", self._url)
 
     async def __del__(self) -> None:
-        """Serve lets go of it: finish what was accepted."""
+        """Finish accepted requests, when Serve ends this door."""
         self._stop.set()
         await self._running
         self._following.cancel()
@@ -148,7 +148,7 @@ class Door:
             relay.close()
 
     def check_health(self) -> None:
-        """Raise if it has to be opened anew."""
+        """Raise CannotStart if the door has to be opened anew."""
         if self._running.done() or self._following.done():
             raise CannotStart("the door's supervisor has ended: see the log")
         if self._stale is not None:
@@ -158,7 +158,7 @@ class Door:
             )
 
     async def _follow(self) -> None:
-        """Hear every other second who serves, and which images are refused."""
+        """Exchange notices every other second: who serves, and which images are refused."""
         name = ray.get_runtime_context().get_actor_id() or ""
         while True:
             now = time.monotonic()
@@ -180,7 +180,7 @@ class Door:
         for relay in self._relays:
             replicas = [each for each in known.replicas if each.state.model == relay.name]
             if not known.complete and not replicas and relay.opened:
-                return  # they are there, and were not heard of yet
+                return  # its replicas have not been heard of yet
             ours = [each for each in replicas if each.kind == relay.kind]
             if replicas and not ours:
                 self._stale = relay.name
@@ -195,14 +195,14 @@ class Door:
 
 
 def _address(host: str) -> str:
-    """Where a host that is listened on is reached."""
+    """Address under which a host that is listened on is reached."""
     if host in ("0.0.0.0", "::"):
         host = ray.util.get_node_ip_address()
     return f"[{host}]" if ":" in host else host
 
 
 async def _card(model: str) -> Card:
-    """Ask a replica for it, as soon as there is one."""
+    """Get a model's card from a replica, as soon as there is one."""
     while True:
         try:
             replicas = serve.get_deployment_handle(model, application_of(model))

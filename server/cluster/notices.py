@@ -1,7 +1,7 @@
-"""What doors and replicas of a cluster tell each other: who serves, which images are refused.
+"""Notices between doors and replicas of a cluster: who serves, and which images are refused.
 
-Everybody tells all that it knows every other second, so that nothing is lost with this actor's
-life. Times are told as seconds that are left: machines have clocks of their own.
+Each sends all that it knows every other second, so that nothing is lost when this actor dies. Times
+are sent as seconds left, because machines have different clocks.
 """
 
 import time
@@ -16,15 +16,15 @@ from server.ipc.messages import WorkerState
 from server.ipc.remembered import Remembered
 
 TELL_SECONDS = 2.0
-_HEARD_SECONDS = 7.0  # after which somebody is taken for gone
-_YOUNG_SECONDS = 5.0  # in which not all may have been heard of
+_HEARD_SECONDS = 7.0  # without a notice, after which a sender counts as gone
+_YOUNG_SECONDS = 5.0  # of the actor, in which not all senders may have been heard of
 
 _NAME = "vignette"  # of the actor, and its namespace
-Refused = dict[str, dict[str, float]]  # by model and digest, for how many seconds more
+Refused = dict[str, dict[str, float]]  # seconds left, by model and digest
 
 
 class ReplicaNotice(Struct, frozen=True):
-    """What a replica tells: its worker, and the kind of its model (`Card.kind`)."""
+    """Notice of a replica: its worker's state, and the kind of its model (`Card.kind`)."""
 
     name: str
     node: str
@@ -33,7 +33,7 @@ class ReplicaNotice(Struct, frozen=True):
 
 
 class DoorNotice(Struct, frozen=True):
-    """What a door tells: where it listens, what it was made of, and the images that it refuses."""
+    """Notice of a door: its URL, its `application.made_of`, and the images that it refuses."""
 
     name: str
     url: str
@@ -42,7 +42,7 @@ class DoorNotice(Struct, frozen=True):
 
 
 class Known(Struct, frozen=True):
-    """What is known of the cluster. complete: or somebody may not have been heard of yet."""
+    """What is known of the cluster. complete: False while senders may be missing."""
 
     replicas: tuple[ReplicaNotice, ...]
     doors: tuple[DoorNotice, ...]
@@ -55,7 +55,7 @@ KNOWN = msgpack.Decoder(Known)
 
 
 class Notices:
-    """An actor, of which a cluster has one."""
+    """The actor that collects notices; a cluster has one."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._began = clock, clock()
@@ -64,12 +64,12 @@ class Notices:
         self._refused: dict[str, Remembered] = {}
 
     def replica(self, notice: bytes) -> None:
-        """Hear of a replica."""
+        """Record the notice of a replica."""
         told = REPLICA.decode(notice)
         self._replicas[told.name] = self._clock(), told
 
     def door(self, notice: bytes) -> bytes:
-        """Hear of a door, and tell it what is `Known`."""
+        """Record the notice of a door; return what is `Known`."""
         told = DOOR.decode(notice)
         now = self._clock()
         self._doors[told.name] = now, told
@@ -80,7 +80,7 @@ class Notices:
         return self.known()
 
     def known(self) -> bytes:
-        """What is `Known` now."""
+        """What is `Known` now, without senders that are gone."""
         now = self._clock()
         for heard in (self._replicas, self._doors):
             for name in [name for name, (at, _) in heard.items() if now - at > _HEARD_SECONDS]:
@@ -100,7 +100,7 @@ class Notices:
 
 
 def notices() -> ActorHandle:
-    """The cluster's; it is made if it is not there. It outlives who makes it, and its node."""
+    """The cluster's actor, created if missing. It outlives its creator and its node."""
     return (
         ray.remote(Notices)
         .options(

@@ -1,7 +1,7 @@
-"""Takes what a door's front-ends ask of a model, and has its replicas answer.
+"""Forwards requests of a door's front-ends to the replicas of a model.
 
-To the front-ends it is a worker. A request that is lost with its replica is sent again, and what
-was handed on before is left out.
+To the front-ends a relay is a worker. A request that is lost with its replica is sent again, and
+tokens already delivered are left out.
 """
 
 import asyncio
@@ -25,11 +25,11 @@ from server.ipc.replay_filter import ReplayFilter
 
 log = logging.getLogger(__name__)
 
-_LOSSES = 4  # of replicas with a request in them, until that is given up
+_LOSSES = 4  # of replicas with a request inside, before the request is given up
 # An argument of up to 100 kB travels with its call, a larger one through the object store: with
-# images of 150 kB that took the cluster half as much time again.
+# images of 150 kB that took the cluster 50 % more time.
 _PIECE = 96_000
-_PAUSE_SECONDS = 0.05  # after the first, and twice as long after each further one
+_PAUSE_SECONDS = 0.05  # after the first loss, doubled after each further one
 
 
 class Relay(Receiver):
@@ -41,7 +41,7 @@ class Relay(Receiver):
         self._replicas, self._kind = replicas, kind
 
     async def serve(self, job: RequestTask) -> None:
-        """Answer a request, whatever happens to replicas meanwhile."""
+        """Have a replica serve a request; try again if the replica is lost."""
         number = job.message.request.id
         replayed, engine, why = ReplayFilter(), None, Why.UNLUCKY
         for losses in range(_LOSSES):
@@ -65,13 +65,13 @@ class Relay(Receiver):
         await self.send(job.owner, Unserved(number, why))
 
     async def _asked(self, job: RequestTask) -> AsyncGenerator[ReplicaOutput, None]:
-        """What a replica says of a request; closing takes it back."""
+        """Outputs of a request from a replica; closing cancels the request."""
         request = job.message.request
         deadline = request.scheduling.deadline
         left = None if deadline is None else max(0.0, deadline - time.perf_counter())
         bare = replace(request, pixels=None)
         call = msgpack.encode(ReplicaRequest(bare, job.message.digest, left, self._kind))
-        pixels = self.pixels(job).tobytes()  # the slot is another's as soon as nobody waits
+        pixels = self.pixels(job).tobytes()  # the slot is reused as soon as nobody waits
         pieces = [pixels[at : at + _PIECE] for at in range(0, len(pixels), _PIECE)]
         response: Any
         if request.stream:

@@ -1,7 +1,7 @@
 """A replica of a model's deployment: a worker under a supervisor, asked by doors through Ray Serve.
 
-The engine has a process of its own, as on one machine. So what crashes it is found out here, where
-that can be told, and the replica goes on; a replica that dies with its node proves nothing.
+The engine has a process of its own, as on one machine. So the replica survives a crash, and finds
+out and reports its cause; a replica that dies with its node proves nothing.
 """
 
 import asyncio
@@ -34,13 +34,13 @@ from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-_FAILED_STARTS = 3  # of the worker in a row, after which another replica may do better
+_FAILED_STARTS = 3  # of the worker in a row, after which the replica is replaced
 
 
 class ReplicaRequest(Struct, frozen=True):
-    """A request as a door sends it, beside its pixels.
+    """A request as a door sends it, without its pixels.
 
-    seconds: that are left until its deadline. kind: of the model that it was made for.
+    seconds: left until its deadline. kind: of the model that the request was made for.
     """
 
     request: GenerationRequest
@@ -50,9 +50,9 @@ class ReplicaRequest(Struct, frozen=True):
 
 
 class ReplicaOutput(Struct, frozen=True):
-    """What a replica answers: news of a request, or why there are none.
+    """A replica's reply: an output of a request, or the reason why there is none.
 
-    engine: its identity (`WorkerFacts.identity`).
+    engine: identity of the replica's engine (`WorkerFacts.identity`).
     """
 
     engine: str
@@ -69,7 +69,7 @@ class Replica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, model: ServedModel, worker_main: Callable[..., Any], places: int
     ) -> None:
-        """places: requests that may be here at once.
+        """places: most requests inside at once.
 
         Raises EngineFolderError, NoSharedMemory and CannotStart.
         """
@@ -99,15 +99,15 @@ class Replica:
         self._telling = asyncio.create_task(self._tell())
 
     async def __del__(self) -> None:
-        """Serve lets go of it; what was asked has been answered."""
+        """End the worker, when Serve ends this replica; all requests have been answered."""
         self._telling.cancel()
         self._stop.set()
         await self._links.close()
         await self._running
 
     def check_health(self) -> None:
-        """Raise if another replica would do better. A worker that is stuck in a step or has crashed
-        is replaced here.
+        """Raise CannotStart if the replica must be replaced. The supervisor replaces a worker that
+        is stuck in a step or has crashed.
         """
         if self._running.done():
             raise CannotStart("the replica's supervisor has ended: see the log")
@@ -115,12 +115,12 @@ class Replica:
             raise CannotStart("the replica's worker does not start any more: see the log")
 
     def card(self) -> bytes:
-        """A `Card`."""
+        """The model's `Card`, encoded."""
         return msgpack.encode(self._card)
 
     async def caption(self, message: bytes, *pixels: bytes) -> bytes:
-        """The one output of a request that is not streamed. message: a ReplicaRequest. pixels: in
-        pieces.
+        """The one output of a request that is not streamed. message: an encoded ReplicaRequest.
+        pixels: in pieces.
         """
         async with aclosing(self._answers(message, b"".join(pixels))) as news:
             [answer] = [each async for each in news]
@@ -153,7 +153,7 @@ class Replica:
     async def _outputs(
         self, asked: ReplicaRequest, pixels: bytes
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Outputs of the request under an id of its own: doors count from the same numbers."""
+        """Outputs of the request under a new id: ids of different doors may coincide."""
         now = time.perf_counter()
         deadline = None if asked.seconds is None else now + asked.seconds
         scheduling = replace(asked.request.scheduling, arrival_time=now, deadline=deadline)
@@ -177,7 +177,7 @@ class Replica:
         self._links.update(ready, {w.index: w.last_end for w in serving.workers})
 
     async def _tell(self) -> None:
-        """Say every other second that it is here."""
+        """Send a notice of this replica every other second."""
         context = ray.get_runtime_context()
         told = notices()
         name, node = context.get_actor_id() or "", ray.util.get_node_ip_address()
