@@ -20,7 +20,7 @@ _RECORD = np.dtype([("client", np.uint64), ("until", float), ("slots", np.int64)
 
 
 class PresentClients:
-    """The clients of one front-end, published to all. Each counts until it was away for a while.
+    """The clients of one front-end, published to all. Each counts for `linger` after it left.
 
     Used on the event loop's thread only. Other front-ends may read a record while it is written: a
     count is then off by one, once.

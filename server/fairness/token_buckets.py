@@ -1,4 +1,4 @@
-"""Token buckets by client: so much at once, and so much a second.
+"""Token buckets by client: a burst, and a rate per second.
 
 They are for costs that can't be refused: bytes of incoming bodies, and refusals themselves, each of
 which takes a front-end as long as a request that is served.
@@ -30,7 +30,7 @@ class TokenBuckets:
         """
         self._rate, self._burst, self._clock, self._longest = rate, burst, clock, longest
         self._together = together
-        self._spent: OrderedDict[str, float] = OrderedDict()  # by client, when last
+        self._spent: OrderedDict[str, float] = OrderedDict()  # time of each client's last use
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, and as of when
 
     def spend(self, client: str, amount: float) -> float:

@@ -70,7 +70,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A model's pixel format. store: path, slots and shape of its PixelStore."""
+    """A model's pixel store and preprocessing. store: path, slots and shape of its PixelStore."""
 
     store: tuple[Path, int, tuple[int, ...]]
     how: Preprocessing

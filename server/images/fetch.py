@@ -107,7 +107,7 @@ class PublicResolver(Resolver):
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is public; for IPv4 embedded in IPv6, whether the former is."""
+    """Whether an IP address is public; IPv6 that embeds IPv4 is judged by the IPv4 address."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if any(ip in network for network in _NOT_PUBLIC):
         return False
@@ -140,7 +140,7 @@ class Fetcher:
         self._client = client
 
     def check(self, url: str) -> None:
-        """Raise ForbiddenUrl for a URL that is not https, of no allowed domain, or obfuscated."""
+        """Raise ForbiddenUrl for a URL not by https, not on an allowed domain, or obfuscated."""
         try:
             parts = urlsplit(url)
             host, port = parts.hostname or "", parts.port

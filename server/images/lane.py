@@ -158,7 +158,7 @@ class Lane:
 
 
 async def _to_the_end(task: "asyncio.Task[tuple[bytes, bytes]]") -> tuple[bytes, bytes]:
-    """Result of a task that is not cancelled with its caller, but awaited before raising that."""
+    """Result of a task; if the caller is cancelled, that is raised once the task has ended."""
     cancelled = False
     while not task.done():
         try:

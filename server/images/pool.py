@@ -44,9 +44,7 @@ _WAITING = (
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Of a request's images: the client that sent them, their digest, and their deadline
-    (`time.perf_counter()`).
-    """
+    """Origin of a request's images: client, digest, and deadline (`time.perf_counter()`)."""
 
     client: str
     digest: str
@@ -76,7 +74,7 @@ class ImageDecoders:
         """
         self._longest_wait = longest_wait
         self._seconds = seconds
-        self._wall = 2 * seconds + 1  # elapsed: longer than for lack of a core
+        self._wall = 2 * seconds + 1  # elapsed: past this, a lack of cores is not the reason
         quick = replace(setup, memory=min(setup.memory, _QUICK_MEMORY))
         self._quick = Lane(quick, count).start(count)
         self._slow = Lane(replace(setup, niceness=setup.niceness + _LOWER), 1)

@@ -115,7 +115,7 @@ class Pipe(Protocol):
         """Queue a message."""
 
     def close(self, linger: int = 0) -> Any:
-        """Drop unsent messages."""
+        """Close the socket, and drop unsent messages."""
 
 
 @dataclass(slots=True, eq=False)

@@ -76,7 +76,7 @@ class Supervisor:
         self._announced = self._stopping = False
         self._run, self._folder, self._ports = run, run.path, ports
         self._workers, self._later = workers, front_ends
-        self._front_ends: list[Child] = []  # those started, once all engines are found
+        self._front_ends: list[Child] = []  # started once all engines are complete
         self._whole: set[str] = set()  # models whose engine was found complete
         self.refused = {model: Remembered(QUARANTINE_SECONDS) for model in models}
         self.elsewhere: tuple[WorkerState, ...] = ()
