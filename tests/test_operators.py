@@ -267,6 +267,25 @@ def test_files_of_the_same_names_in_the_working_directory_are_not_ours(tmp_path)
     assert process.returncode == 0
 
 
+@pytest.mark.parametrize("second", ["SIGTERM", "SIGINT"])
+def test_a_second_signal_of_any_kind_ends_it_at_once(second):
+    code = f"""
+import asyncio, os, signal
+from server.processes.local import stop_event
+
+async def main():
+    stop = stop_event(None)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await stop.wait()
+    os.kill(os.getpid(), signal.{second})
+    await asyncio.sleep(20)
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=30, check=False)
+    assert done.returncode == -signal.Signals[second]
+
+
 def _answers(port: int) -> bool:
     try:
         return fetch(port, "GET", "/health/ready").status == 200

@@ -14,9 +14,9 @@ from runtime.model.preprocess import MAX_PIXELS
 from runtime.planning.config import AUTO, PROVIDERS, demo_engine
 from runtime.request import SamplingParams
 from server.fields import SAMPLING, CaptionFields
+from server.settings import LOCAL
 
 KEY = "VIGNETTE_API_KEY"
-_LOCAL = "local"  # Ray's address for a new cluster on this machine
 SAMPLING_FLAGS: dict[str, Any] = {  # flags that are sampling parameters, and their defaults
     field.name: DEFAULT_MAX_NEW_TOKENS if field.required else field.default
     for field in fields(SamplingParams)
@@ -103,7 +103,7 @@ def _add_captioning(group: argparse._ArgumentGroup) -> None:
         help="encoder/decoder/cache, one of the combinations in the engine's manifest.json (auto)",
     )  # fmt: skip
     group.add_argument(
-        "--ray", nargs="?", const=_LOCAL, metavar="ADDRESS",
+        "--ray", nargs="?", const=LOCAL, metavar="ADDRESS",
         help="on a Ray cluster (auto: the one that this machine is of); without an address on one "
         "that is started for it; engine and package have to be on every node",
     )  # fmt: skip

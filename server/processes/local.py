@@ -60,21 +60,22 @@ def announce(settings: Settings, ports: Ports) -> None:
 
 
 def stop_event(on_hangup: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Event:
-    """An event set by a signal that asks to end; the same signal then has its default effect.
+    """An event set by a signal that asks to end; another one then has its default effect.
 
     on_hangup: called on SIGHUP. The other operators' signals are only logged.
     """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     running: set[asyncio.Task[None]] = set()  # keeps tasks from being collected before they end
 
-    def on_signal(number: signal.Signals) -> None:
-        loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_DFL)
+    def on_signal() -> None:
+        for number in _ENDING:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
         stop.set()
 
     for number in OPERATORS_SIGNALS:
         if number in _ENDING:
-            loop.add_signal_handler(number, on_signal, number)
+            loop.add_signal_handler(number, on_signal)
         elif number is signal.SIGHUP:
             loop.add_signal_handler(number, lambda: running.add(loop.create_task(on_hangup())))
         else:
