@@ -24,7 +24,6 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", "
 MAX_PIXELS = 50_000_000
 _SPARE = 3  # scaled decoding keeps at least so many times `shortest_edge`
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # per image; many images are decoded at a time
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns; `max_pixels` refuses
 
 # Exceptions of Pillow's decoders on damaged files; any other exception is a bug and must show.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
@@ -63,6 +62,8 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as cause:  # Pillow's own limit, where none has lifted it
+        raise TooManyPixels(_too_many(max_pixels)) from cause
     except _DAMAGE as cause:
         raise InvalidImage(_NOT_AN_IMAGE) from cause
     if image.width * image.height > max_pixels:

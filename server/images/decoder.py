@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
 from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels, VignetteError
 from runtime.model.manifest import Preprocessing
 from runtime.model.preprocess import opened, prepared, to_pixels
@@ -156,6 +158,7 @@ def _serve(socket: socket.socket, setup: Setup) -> None:
     follow_parent()
     give_way(setup.niceness)
     stores = [PixelStore(*target.store) for target in setup.targets]
+    Image.MAX_IMAGE_PIXELS = None  # Setup.max_pixels counts
     limit_memory(setup.memory + sum(store.size for store in stores))
     at_first = own_memory()
     socket.sendall(_READY)
