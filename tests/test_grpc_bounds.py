@@ -1,6 +1,9 @@
 """What strangers send over gRPC takes nothing from others."""
 
 import asyncio
+import contextlib
+import os
+import socket
 import threading
 import time
 from collections import Counter
@@ -22,7 +25,7 @@ from server.grpc.bounds import Bounds
 from server.grpc.stubs import grpc_service_pb2 as pb
 from server.grpc.wire import call_in
 from server.settings import Settings
-from tests.live import fetch
+from tests.live import fetch, until
 from tests.test_end_to_end import MODEL, ON_CPU, SAID, running
 from tests.test_grpc import IMAGES, SERVICE, tensor
 
@@ -135,6 +138,8 @@ def test_calls_whose_message_never_comes_are_counted_and_ended(ports):
 
 def test_idle_streams_make_room_for_calls_of_others(monkeypatch):
     monkeypatch.setattr(bounds, "_CROWDED", 6)
+    monkeypatch.setattr(bounds, "_FEW", 2)
+    told = []
 
     class Context:
         def __init__(self, address):
@@ -146,6 +151,10 @@ def test_idle_streams_make_room_for_calls_of_others(monkeypatch):
         async def read(self):
             await asyncio.sleep(60)
 
+        async def abort(self, status, reason):
+            told.append((self.peer(), status))
+            raise grpc.aio.AbortError
+
     async def infer(requests, context):
         async for _ in requests:
             pass
@@ -154,19 +163,89 @@ def test_idle_streams_make_room_for_calls_of_others(monkeypatch):
         service = SimpleNamespace(settings=Settings(_env_file=None))
         handler = grpc.stream_stream_rpc_method_handler(infer)
         call = Bounds(service, frozenset())._bounded(handler, captions=True)
-        addresses = ["10.0.0.1", *["10.0.0.2"] * 5, "10.0.0.3", "10.0.0.4"]
+        addresses = ["10.0.0.1", *["10.0.0.2"] * 5, *["10.0.0.3", "10.0.0.4"] * 3]
         tasks = []
         for address in addresses:
             tasks.append(asyncio.create_task(call(None, Context(address))))
             await asyncio.sleep(0)
         await asyncio.sleep(0.01)
-        ended = [at for at, task in enumerate(tasks) if task.cancelled()]
+        ended = [at for at, task in enumerate(tasks) if task.done()]
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
         return ended
 
-    assert asyncio.run(run()) == [1, 2], "the oldest of the address with the most of them"
+    assert asyncio.run(run())[:3] == [1, 2, 3], "the oldest of the address with the most of them"
+    assert {status for _, status in told} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert "ipv4:10.0.0.1:5" not in {peer for peer, _ in told}, "who has few calls keeps them"
+
+
+def unread(port: int):
+    """A connection whose client takes no answers: no stream of it may send data."""
+    client = socket.create_connection(("127.0.0.1", port))
+    client.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, b"\0\4\0\0\0\0"))
+    return client
+
+
+def frame(kind: int, flags: int, payload: bytes, stream: int = 0) -> bytes:
+    head = len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big")
+    return head + payload
+
+
+def begun(method: str, stream: int, message: bytes = b"") -> bytes:
+    """Frames of a call, its headers written as literals without an index (RFC 7541, 6.2.2)."""
+    fields = {":method": "POST", ":scheme": "http", ":path": method, ":authority": "x",
+              "content-type": "application/grpc", "te": "trailers"}  # fmt: skip
+    block = b"".join(
+        b"\0" + b"".join(bytes([len(text)]) + text.encode() for text in field)
+        for field in fields.items()
+    )
+    data = b"\0" + len(message).to_bytes(4, "big") + message
+    return frame(1, 4, block, stream) + frame(0, 1, data, stream)
+
+
+def test_a_watch_that_nobody_reads_keeps_no_change_from_others(ports):
+    with unread(ports[0]) as client:
+        client.sendall(begun("/grpc.health.v1.Health/Watch", 1))
+        with grpc.insecure_channel(f"127.0.0.1:{ports[0]}") as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert next(iter(watch)).status == health_pb2.HealthCheckResponse.SERVING
+            watch.cancel()
+            os.kill(fetch(ports[1], "GET", "/health/ready").json["workers"][0]["pid"], 9)
+            until(lambda: fetch(ports[1], "GET", "/health/ready").status == 503)
+            until(lambda: fetch(ports[1], "GET", "/health/ready").status == 200)
+            check = health_pb2_grpc.HealthStub(channel).Check
+            serving = health_pb2.HealthCheckResponse.SERVING
+            until(lambda: check(health_pb2.HealthCheckRequest()).status == serving)
+            assert captioned(ports[0]) == SAID["owl.png"]["caption"]
+
+
+def test_answers_that_nobody_takes_are_given_up(ports):
+    with contextlib.ExitStack() as held:
+        for _ in range(3):
+            client = held.enter_context(unread(ports[0]))
+            for stream in range(1, 240, 2):
+                client.sendall(begun(f"/{SERVICE}/ServerLive", stream))
+        with grpc.insecure_channel(f"127.0.0.1:{ports[0]}") as channel:
+            live = channel.unary_unary(f"/{SERVICE}/ServerLive")
+
+            def answered():
+                try:
+                    return live(b"", timeout=2) is not None
+                except grpc.RpcError as error:
+                    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+                    return False
+
+            until(lambda: not answered(), 10)
+            until(answered, 20)
+
+
+def test_what_is_no_message_is_told_so(ports):
+    with grpc.insecure_channel(f"127.0.0.1:{ports[0]}") as channel:
+        for method, messages in (("ServerLive", []), ("ModelReady", [b"\xff" * 50])):
+            with pytest.raises(grpc.RpcError) as error:
+                channel.stream_unary(f"/{SERVICE}/{method}")(iter(messages))
+            assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_streams_that_nobody_reads_hold_no_place(ports):

@@ -1,7 +1,7 @@
 """Limits on the calls of an address: how many at once, and how many a second.
 
-Every method is registered as one whose requests stream, which is the same on the wire: so a call
-counts from its headers on, and not only once its message has arrived.
+Every method is registered as one whose requests and answers stream, which is the same on the wire.
+So a call counts from its headers until its client has taken the answer, and both waits end.
 """
 
 import asyncio
@@ -13,16 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from server.grpc.calls import Context, address_in
 from server.service.service import Service
 
 _CROWDED = 1536  # calls of all addresses, above which calls that wait for clients are ended
 _EACH = 256  # calls at once of one address
+_FEW = 16  # calls of an address that are never ended for others
 _LARGEST = 4096  # bytes of a message to a method that does not caption
+_END_SECONDS = 1.0  # for a client to take the status of a call that is ended
 _TOO_MANY = "too_many_calls: this address has, or makes, more calls than one may: wait for answers"
 _TOO_LARGE = "invalid_request: the message is larger than this method takes"
-_TOO_SLOW = "the message did not come in time"
+_NO_MESSAGE = "invalid_request: the call has no message, or not one of this method's"
+_TOO_SLOW = "too_slow: the message did not come, or the answer was not taken, in time"
 
 
 class Bounds(grpc.aio.ServerInterceptor):
@@ -32,47 +36,39 @@ class Bounds(grpc.aio.ServerInterceptor):
         """captioning: full names of captioning methods, which have rate limits of their own."""
         self._service, self._captioning = service, captioning
         self._calls: Counter[str] = Counter()
-        self._idle: dict[str, dict[asyncio.Task[Any], None]] = {}  # by address, oldest first
+        self._idle: dict[str, dict[_BoundedCall, None]] = {}  # by address, oldest first
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """The handler of a call, wrapped to enforce the limits."""
         handler = await continuation(details)
         if handler is None:
             return None
-        make = (
-            grpc.stream_stream_rpc_method_handler
-            if handler.response_streaming
-            else grpc.stream_unary_rpc_method_handler
-        )
         bounded = self._bounded(handler, captions=details.method in self._captioning)
-        return make(bounded, handler.request_deserializer, handler.response_serializer)
+        return grpc.stream_stream_rpc_method_handler(bounded, None, handler.response_serializer)
 
     def _bounded(self, handler: Any, captions: bool) -> Callable[..., Any]:
         function = _function(handler)
 
-        async def bounded(_: Any, context: Context) -> Any:
-            call = _BoundedCall(self, address_in(self._service, context), context, captions)
+        async def bounded(_: Any, context: Context) -> None:
+            call = _BoundedCall(self, self._service, handler, context, captions)
             with self._place(call.address) as place:
                 asks = not (captions or handler.request_streaming)
                 if not place or (asks and self._service.visits.spend(call.address, 1)):
-                    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _TOO_MANY)
-                if handler.request_streaming:
-                    given: Any = _Messages(call, self._service)
-                else:
-                    given = await call.only(self._service.settings.body_seconds)
-                answering = function(given, context)
-                del given  # else this frame holds the message as long as an error lives
-                if not inspect.isasyncgen(answering):
-                    return await call.answered(answering, watches=handler.response_streaming)
-                async for answer in answering:
-                    await context.write(answer)
-                return None
+                    await call.end(grpc.StatusCode.RESOURCE_EXHAUSTED, _TOO_MANY)
+                try:
+                    await call.answer(function)
+                except TimeoutError:
+                    await call.end(grpc.StatusCode.DEADLINE_EXCEEDED, _TOO_SLOW)
+                except asyncio.CancelledError:
+                    if call.evicted:
+                        await call.end(grpc.StatusCode.RESOURCE_EXHAUSTED, _TOO_MANY)
+                    raise
 
         return bounded
 
     @contextmanager
     def _place(self, address: str) -> Iterator[bool]:
-        """Count a call of this address; yields whether it is within the limit."""
+        """Count a call; yields whether its address may have one more."""
         self._calls[address] += 1
         if self._calls.total() > _CROWDED:
             self._make_room()
@@ -84,68 +80,110 @@ class Bounds(grpc.aio.ServerInterceptor):
                 del self._calls[address]
 
     def _make_room(self) -> None:
-        """End the oldest call waiting for its client, of the address with the most such calls."""
-        if self._idle:
-            idle = max(self._idle.values(), key=len)
-            next(iter(idle)).cancel()
+        """End the oldest call that waits for its client, of the address with the most calls."""
+        address = max(self._idle, key=self._calls.__getitem__, default=None)
+        if address is not None and self._calls[address] > _FEW:
+            next(iter(self._idle[address])).evict()
 
     @contextmanager
-    def idle(self, address: str) -> Iterator[None]:
-        """Mark the current task's call as waiting for its client."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._idle.setdefault(address, {})[task] = None
+    def idle(self, call: "_BoundedCall") -> Iterator[None]:
+        """The call waits for its client meanwhile."""
+        self._idle.setdefault(call.address, {})[call] = None
         try:
             yield
         finally:
-            del self._idle[address][task]
-            if not self._idle[address]:
-                del self._idle[address]
+            self.busy(call)
+
+    def busy(self, call: "_BoundedCall") -> None:
+        """The call waits for its client no more."""
+        idle = self._idle.get(call.address, {})
+        idle.pop(call, None)
+        if not idle:
+            self._idle.pop(call.address, None)
 
 
-@dataclass(slots=True)
 class _BoundedCall:
-    """A call whose messages are limited in size and time."""
+    """A call, and the limits on its messages and answers."""
 
-    bounds: Bounds
-    address: str
-    context: Context
-    captions: bool
+    def __init__(
+        self, bounds: Bounds, service: Service, handler: Any, context: Context, captions: bool
+    ) -> None:
+        self._bounds, self._service, self._handler = bounds, service, handler
+        self._context, self.captions = context, captions
+        self.address = address_in(service, context)
+        self.evicted = False
+        self._task = asyncio.current_task()
+
+    def evict(self) -> None:
+        """End the call, as others need its place."""
+        self._bounds.busy(self)
+        self.evicted = True
+        assert self._task is not None
+        self._task.cancel()
+
+    async def answer(self, function: Callable[..., Any]) -> None:
+        """Run the method. Raises TimeoutError for a client that neither sends nor takes."""
+        given = _Messages(self) if self._handler.request_streaming else await self._only()
+        answering = function(given, self._context)
+        del given  # or this frame would hold it for as long as an error lives
+        if inspect.isasyncgen(answering):
+            async for answer in answering:
+                await self._write(answer)
+        elif not self._handler.response_streaming:
+            await self._write(await answering)
+        elif self.captions:
+            await answering
+        else:  # a watch, which may have nothing to say for long
+            with self._bounds.idle(self):
+                await answering
 
     async def message(self) -> Any:
         """The next message, or EOF. grpc's own iterator would hold it until there is another."""
-        with self.bounds.idle(self.address):
-            message = await self.context.read()
+        with self._bounds.idle(self):
+            data = await self._context.read()
+        if data is grpc.aio.EOF:
+            return data
+        reason = _TOO_LARGE
+        if self.captions:
+            return data
+        if len(data) <= _LARGEST:
+            with suppress(DecodeError):
+                return self._handler.request_deserializer(data)
+            reason = _NO_MESSAGE
+        del data  # or this frame would hold it for as long as an error lives
+        return await self.end(grpc.StatusCode.INVALID_ARGUMENT, reason)
+
+    async def _only(self) -> Any:
+        """The message of a method that takes one."""
+        async with asyncio.timeout(self._service.settings.body_seconds):
+            message = await self.message()
         if message is grpc.aio.EOF:
-            return message
-        if not self.captions and message.ByteSize() > _LARGEST:
-            await self.context.abort(grpc.StatusCode.INVALID_ARGUMENT, _TOO_LARGE)
+            await self.end(grpc.StatusCode.INVALID_ARGUMENT, _NO_MESSAGE)
         return message
 
-    async def only(self, seconds: float) -> Any:
-        """The one message of a unary request; aborts the call if none comes within `seconds`."""
-        message = grpc.aio.EOF
+    async def _write(self, answer: Any) -> None:
+        with self._bounds.idle(self):
+            async with asyncio.timeout(self._service.settings.body_seconds):
+                await self._context.write(answer)
+
+    async def pace(self) -> None:
+        """Wait for the address's next turn to ask."""
+        if not self.captions:
+            await asyncio.sleep(self._service.visits.spend(self.address, 1))
+
+    async def end(self, status: grpc.StatusCode, reason: str) -> None:
+        """End the call with a status, whether or not its client takes that."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                message = await self.message()
-        if message is grpc.aio.EOF:
-            await self.context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, _TOO_SLOW)
-        return message
-
-    async def answered(self, answering: Any, watches: bool) -> Any:
-        """Await a method's answer. watches: the method may stay silent for long."""
-        if not watches or self.captions:
-            return await answering
-        with self.bounds.idle(self.address):
-            return await answering
+            async with asyncio.timeout(_END_SECONDS):
+                await self._context.abort(status, reason)
+        raise asyncio.CancelledError  # any other error would be told the client, too, and wait
 
 
 @dataclass(slots=True)
 class _Messages:
-    """Iterates over a stream's messages without holding any of them."""
+    """Messages of a stream as they arrive; the iterator keeps none of them."""
 
     call: _BoundedCall
-    service: Service
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self
@@ -154,8 +192,7 @@ class _Messages:
         message = await self.call.message()
         if message is grpc.aio.EOF:
             raise StopAsyncIteration
-        if not self.call.captions:
-            await asyncio.sleep(self.service.visits.spend(self.call.address, 1))
+        await self.call.pace()
         return message
 
 

@@ -24,18 +24,13 @@ class CannotSpeakGrpc(VignetteError):
 class GrpcServer:
     """A running gRPC server."""
 
-    def __init__(self, server: Any, health: Any, states: tuple[Any, Any]) -> None:
-        """states: of the standard health service, for serving and for not serving."""
-        self._server, self._health, self._states = server, health, states
-
-    async def tell(self, serves: bool) -> None:
-        """Set what the health service reports."""
-        for name in ("", _SERVICE):
-            await self._health.set(name, self._states[not serves])
+    def __init__(self, server: Any, tell: Callable[[bool], object]) -> None:
+        """tell: sets whether the health service says that this serves."""
+        self._server, self.tell = server, tell
 
     async def stop(self) -> None:
         """Refuse new calls, and abort those in progress."""
-        await self.tell(False)
+        self.tell(False)
         await self._server.stop(0)
 
 
@@ -46,9 +41,10 @@ async def start(service: Service) -> GrpcServer | None:
         return None
     try:
         import grpc
-        from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+        from grpc_health.v1 import health_pb2_grpc
         from grpc_reflection.v1alpha import reflection
 
+        from server.grpc import health
         from server.grpc.bounds import Bounds
         from server.grpc.service import CAPTIONING, handlers
     except ModuleNotFoundError as cause:
@@ -72,13 +68,11 @@ async def start(service: Service) -> GrpcServer | None:
     )
     for handler in logging.getLogger().handlers:
         handler.addFilter(_once_a_minute())
-    alive = health.aio.HealthServicer()
+    alive = health.Health([_SERVICE], settings.body_seconds)
     health_pb2_grpc.add_HealthServicer_to_server(alive, server)
-    names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    names = (_SERVICE, health.SERVICE, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-    states = health_pb2.HealthCheckResponse
-    started = GrpcServer(server, alive, (states.SERVING, states.NOT_SERVING))
-    await started.tell(service.serves)
+    alive.tell(service.serves)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"{host}:{settings.grpc_port}"
     try:
@@ -86,7 +80,7 @@ async def start(service: Service) -> GrpcServer | None:
     except (RuntimeError, OSError) as cause:
         raise CannotSpeakGrpc(f"--grpc-port: can't listen on {address}: {cause}") from cause
     await server.start()
-    return started
+    return GrpcServer(server, alive.tell)
 
 
 def _once_a_minute() -> Callable[[logging.LogRecord], bool]:

@@ -22,7 +22,6 @@ from server.service.service import Service
 from server.streams import growing
 
 _IDLE_SECONDS = 300.0  # that a stream stays open without a request
-_SILENT = "the stream was silent for too long: read its answers, or open another"
 _METHODS = {  # methods that do not caption, and their requests
     "ServerLive": pb.ServerLiveRequest,
     "ServerReady": pb.ServerReadyRequest,
@@ -109,15 +108,9 @@ class InferenceService:
         del data  # else the error raised next holds it
         return await call.refuse(refusal, call.images)
 
-    async def ModelStreamInfer(  # noqa: D102, N802
+    async def ModelStreamInfer(  # noqa: N802
         self, requests: AsyncIterator[bytes], context: Context
     ) -> None:
-        try:
-            await self._answered(requests, context)
-        except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, _SILENT)
-
-    async def _answered(self, requests: AsyncIterator[bytes], context: Context) -> None:
         """Answer a stream's requests one after the other. Raises TimeoutError when no request
         comes, or an answer is not read.
         """

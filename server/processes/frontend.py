@@ -175,7 +175,7 @@ async def _hear(control: zmq.asyncio.Socket, service: Service, grpc: GrpcServer 
             case Serving() as serving:
                 update(service, serving)
                 if grpc is not None:
-                    await grpc.tell(service.serves)
+                    grpc.tell(service.serves)
 
 
 def _tell_refused(
@@ -194,7 +194,7 @@ async def _drain(service: Service, servers: list[Server], grpc: GrpcServer | Non
     """Refuse new requests, finish those accepted, then close all connections."""
     service.drain()
     if grpc is not None:
-        await grpc.tell(False)
+        grpc.tell(False)
     log.info("draining %d requests", service.inside)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + service.settings.drain_seconds
