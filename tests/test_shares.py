@@ -253,9 +253,14 @@ def test_a_client_has_its_share_in_all_front_ends_together(tmp_path):
         assert scene.inside == ["a0"]
         await scene.come("h", "h", 1)
         assert scene.inside == ["a0", "h"]
+        await scene.end("a0")
+        elsewhere.has("a", 20)
+        await asyncio.sleep(0.1)
+        assert scene.inside == ["h", "a1"], "one is left here, or its connections here would starve"
+        await scene.come("a8", "a", 8)
         elsewhere.has("a", 5)
         await asyncio.sleep(0.1)
-        assert scene.inside == ["a0", "h", "a1", "a2"]
+        assert scene.inside == ["h", "a1", "a2", "a3"]
 
     asyncio.run(run())
 

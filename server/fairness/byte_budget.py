@@ -9,6 +9,7 @@ from time import monotonic
 from server.fairness.errors import QueueFull
 
 _RETRY_SECONDS = 1
+_UNREAD = 0.25  # of all bytes, above which no large page is added to unread responses
 _STEP, _STEP_SECONDS = 64 * 1024, 1.0  # fewest bytes that a body must gain in so many seconds
 
 
@@ -30,7 +31,7 @@ class ByteBudget:
 
     def __init__(self, most: int, clock: Callable[[], float] = monotonic) -> None:
         """Hold at most `most` bytes in all; one client may have half of what the others leave."""
-        self.held = 0
+        self.held = self.unread = 0  # bytes in all, and those of responses
         self._most, self._clock = most, clock
         self._by_client: Counter[str] = Counter()
         self._incoming: dict[Incoming, None] = {}  # longest in the current step first
@@ -65,7 +66,7 @@ class ByteBudget:
                 raise QueueFull(message, _RETRY_SECONDS)
             self.end(victim)
             victim.close()
-        self.owe(size, client)
+        self._add(size, client)
 
     def _bytes(self, body: Incoming) -> int:
         return self._by_client[body.client]
@@ -77,12 +78,26 @@ class ByteBudget:
 
     def owe(self, size: int, client: str) -> None:
         """Add bytes of a response, which can't be refused any more."""
+        self.unread += size
+        self._add(size, client)
+
+    def read(self, size: int, client: str) -> None:
+        """Release bytes added by `owe`."""
+        self.unread -= size
+        self.let_go(size, client)
+
+    def check_unread(self) -> None:
+        """Raise QueueFull if responses that clients have not read take more than their part."""
+        if self.unread > self._most * _UNREAD:
+            raise QueueFull("too many answers lie unread: read yours, or try later", _RETRY_SECONDS)
+
+    def _add(self, size: int, client: str) -> None:
         assert size >= 0, "less than nothing would make room for others' bytes"
         self.held += size
         self._by_client[client] += size
 
     def let_go(self, size: int, client: str) -> None:
-        """Release bytes added by `hold` or `owe`."""
+        """Release bytes added by `hold`."""
         self.held -= size
         self._by_client[client] -= size
         if not self._by_client[client]:

@@ -154,9 +154,12 @@ class SlotShares:
         return min(fits, key=self._turn, default=None)
 
     def _fits(self, each: _Waiting, left: int, most: int) -> bool:
-        """Whether a request fits its client's share. left: `most` less its slots elsewhere."""
+        """left: of the client's share, slots that it holds in no other front-end.
+
+        Whatever it holds there, it has one slot here: those who wait here would starve.
+        """
         mine = self._taken[each.client] - (0 if each.batch else self._batch[each.client])
-        return mine + each.rows <= left or (not mine and left == most)
+        return mine + each.rows <= left or (not mine and (left == most or each.rows == 1))
 
     def _turn(self, each: _Waiting) -> tuple[bool, float]:
         """Order: interactive first, then by clock plus the usual cost of slots held now."""

@@ -130,7 +130,7 @@ class Handler(tornado.web.RequestHandler):
                 if stream.writing():
                     stream.close()
                 unread.pop(stream, None)
-                budget.let_go(size, self.client)
+                budget.read(size, self.client)
 
             loop.call_later(_LOOK_SECONDS, look)
         return written
@@ -186,6 +186,10 @@ class Handler(tornado.web.RequestHandler):
         late[stream] = None  # may be closed for a new connection
         try:
             await asyncio.sleep(wait)
+            async with (
+                self.service.waking
+            ):  # one a turn of the loop, as hundreds may be due at once
+                await asyncio.sleep(0)
         finally:
             late.pop(stream, None)
 

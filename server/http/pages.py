@@ -72,7 +72,10 @@ class StaticHandler(Handler):
     async def get(self, name: str) -> None:
         """The file of that name, or 404."""
         known = name in _files()
-        await self.paced(1 + (len(_read(name)) // _VISIT if known else 0))  # it may stay unread
+        visits = 1 + (len(_read(name)) // _VISIT if known else 0)
+        if visits > 1:  # the file may stay unread
+            self.service.check_page(self.client)
+        await self.paced(visits)
         if not known:
             raise tornado.web.HTTPError(404)
         self._name = name

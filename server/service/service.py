@@ -26,7 +26,7 @@ from server.ipc.messages import WorkerState
 from server.metrics import Metrics
 from server.service.admission import State
 from server.service.cache import OutputCache
-from server.service.keys import Keys
+from server.service.keys import Keys, TooFast
 from server.service.model import Model, until
 from server.settings import Settings
 from server.tracing import Tracer
@@ -39,6 +39,7 @@ _REFUSALS = 50.0, 100.0
 # A restarted proxy abandons all its requests in flight: the burst is above that number.
 _LEFT, _LEFT_SECONDS = (10.0, 200.0), 2.0
 _SERVED = 0.2  # of an abandoned request's cost, which a served request earns back
+_PAGES_SECONDS = 4.0  # of debt for them, above which large pages are refused
 _VISITS = 200.0, 400.0  # of non-caption requests, a second and at once
 Images = list[bytes] | str  # encoded, one or one per frame; or the URL of one
 
@@ -68,6 +69,7 @@ class Service:
     refusals: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_REFUSALS))
     left: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_LEFT, longest=_LEFT_SECONDS))
     visits: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_VISITS))
+    waking: asyncio.Lock = field(default_factory=asyncio.Lock)  # of requests that were held back
     workers: tuple[WorkerState, ...] = ()
     shares: dict[str, SlotShares] = field(default_factory=dict)  # by device
     present: np.ndarray | None = None  # clients of all front-ends, by model (`PresentClients`)
@@ -162,6 +164,12 @@ class Service:
         async with aclosing(self.generate(model, request, images, client)) as outputs:
             output = joined([each async for each in outputs])
         return captioned(request, output, model.tokenizer)
+
+    def check_page(self, client: str) -> None:
+        """Raise TooFast or QueueFull if a client, or all together, have too many large pages."""
+        if (wait := self.visits.owed(client)) >= _PAGES_SECONDS:
+            raise TooFast("too many pages are asked for: ask for fewer", math.ceil(wait))
+        self.budget.check_unread()
 
     def owed(self, client: str) -> float:
         """Seconds that a client has to wait for its earlier refused or abandoned requests."""
