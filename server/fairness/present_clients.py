@@ -38,10 +38,8 @@ class PresentClients:
         """
         self.linger, self._clock = linger, clock
         self._records = np.zeros((1, _MOST), _RECORD) if records is None else records
-        self._mine, self._others = (
-            self._records[index],
-            np.delete(np.arange(len(self._records)), index),
-        )
+        self._mine = self._records[index]
+        self._others = np.delete(np.arange(len(self._records)), index)
         self._mine.fill(0)  # drops the records of an earlier epoch
         self._names: list[str] = []  # by place in the record
         self._places: dict[str, int] = {}
