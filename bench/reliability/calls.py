@@ -22,7 +22,7 @@ _SERVICE = "/inference.GRPCInferenceService/"
 
 def held_calls(long: bool) -> Verdict:
     """33: calls whose message never comes, large images that are none, and calls that are left."""
-    rounds, port = 20 if long else 2, free_port()
+    rounds, port = 20 if long else 1, free_port()
     flags = "--grpc-port", str(port), "--body-seconds", str(_BODY_SECONDS)
     with service(*flags, "--precision", "fp32/fp32/float32") as it:
         return asyncio.run(_beside(it, port, rounds))

@@ -18,7 +18,7 @@ from bench.reliability.running import Verdict, said, sample, service
 
 def fuzzing(long: bool) -> Verdict:
     """15: schemathesis against the OpenAPI document."""
-    examples = "2000" if long else "30"
+    examples = "2000" if long else "12"
     with service() as it:
         asyncio.run(one_caption(it))
         before, files = it.resident(), open_files(it.process.pid)
