@@ -125,7 +125,7 @@ def dying_cluster(long: bool) -> Verdict:
     """32: under load: scale out, SIGKILL replicas, kill nodes, crash engines with an image, update
     the engine; then scale in.
     """
-    kills, nodes, most = (20, 3, 3) if long else (2, 1, 2)
+    kills, nodes, most = (20, 3, 3) if long else (1, 1, 2)
     with fleet(most) as it, ThreadPoolExecutor(1) as pool:
         over = False
         load = pool.submit(lambda: asyncio.run(_asked_until(lambda: over, it.url)))
