@@ -22,7 +22,7 @@ from runtime.execution.host import HostRunner
 from runtime.model import manifest as manifests
 from runtime.model.manifest import Manifest
 from runtime.planning import plan as plans
-from runtime.planning.config import NVIDIA, EngineConfig
+from runtime.planning.config import NVIDIA, SLOTS, EngineConfig
 from runtime.planning.machine import Machine, this_machine
 from runtime.planning.plan import Plan
 from runtime.providers import registry
@@ -51,7 +51,7 @@ class Measurement:
         return self.encode_ms + _TOKENS * self.step_ms / self.slots
 
 
-def tune(folder: Path, slots: int = 16) -> Measurement:
+def tune(folder: Path, slots: int = SLOTS) -> Measurement:
     """Measure the proven combinations on each provider, then threads and streams; write plan.json.
 
     slots: rows per measured decode step. Raises EngineFolderError for a bad folder.
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
         "its plan.json, which is used where there is no GPU",
     )
     parser.add_argument("engine", type=Path, help="engine folder")
-    parser.add_argument("--slots", type=int, default=16, help="sequences that decode together")
+    parser.add_argument("--slots", type=int, default=SLOTS, help="sequences that decode together")
     args = parser.parse_args(arguments)
     try:
         best = tune(args.engine, args.slots)

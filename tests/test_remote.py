@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -79,6 +80,25 @@ def test_a_service_that_is_none_is_told(tmp_path):
     ):
         with pytest.raises(ServiceFailed, match=complaint):
             RemoteService.at(url)
+
+
+@pytest.mark.parametrize("answer", [{}, {"data": []}, {"data": [{"id": "gpt"}]}, [], "no JSON"])
+def test_a_service_of_another_kind_is_told(answer):
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = answer if isinstance(answer, str) else json.dumps(answer)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(ServiceFailed, match="does not answer as a Vignette service"):
+            RemoteService.at(f"http://127.0.0.1:{server.server_port}")
 
 
 def test_a_service_that_went_away_is_told_and_not_waited_for_for_good(tmp_path, monkeypatch):

@@ -46,13 +46,13 @@ class RemoteService:
             try:
                 _, _, answer = connection.ask("GET", "/v1/models")
                 models = {each.id: each for each in convert(answer, ModelsAnswer).data}
-            except (OSError, http.client.HTTPException, ValueError) as cause:
+                name = model or next(iter(models))
+            except (OSError, http.client.HTTPException, ValueError, StopIteration) as cause:
                 raise ServiceFailed(
                     f"{url}/v1/models does not answer as a Vignette service does ({cause!r})"
                 ) from cause
-        found = models.get(model or next(iter(models)))
-        if found is None:
-            raise ServiceFailed(f"{url} has no model {model}: {', '.join(models)}")
+        if (found := models.get(name)) is None:
+            raise ServiceFailed(f"{url} has no model {name}: {', '.join(models)}")
         if found.engine is None or found.precision is None:
             raise ServiceFailed(f"{found.id} at {url} is not ready: {found.status}")
         identity = {"model": found.id, "engine": found.engine, "precision": found.precision}
