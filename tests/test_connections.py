@@ -13,7 +13,6 @@ import pytest
 from server.fairness.token_buckets import TokenBuckets
 from server.http import handler, listening
 from server.http.loop import few_at_a_time
-from server.service import service as services
 from server.service.service import Service
 from tests.fakes import fake_engine
 from tests.live import fetch, png, serve, until
@@ -254,15 +253,6 @@ def test_headers_of_many_parts_are_not_read_to_their_end():
         assert live.request("GET", "/", If_None_Match='""' + "*" * 15_000).status == 200
 
 
-def test_who_asks_for_pages_all_the_time_has_to_wait():
-    with serve(fake_engine) as live:
-        live.service.visits.spend("127.0.0.1", 400 + 100)
-        start = time.perf_counter()
-        assert live.request("GET", "/health/live").status == 200
-        assert time.perf_counter() - start > 0.3
-        assert live.caption(png()).status == 200, "captions are not counted among them"
-
-
 def test_connections_that_leave_their_answers_unread_make_room():
     with serve(fake_engine, max_connections=16, body_seconds=60.0) as live:
         live.service.metrics.render = lambda: b"x" * 8_000_000
@@ -273,31 +263,6 @@ def test_connections_that_leave_their_answers_unread_make_room():
         assert live.caption(png()).status == 200
         for client in unread:
             client.close()
-
-
-def test_large_pages_are_refused_to_who_asks_for_too_many_of_them(monkeypatch):
-    monkeypatch.setattr(services, "_PAGES_SECONDS", 0.5)
-    asked = b"GET /static/swagger-ui/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
-    with serve(fake_engine) as live, contextlib.ExitStack() as held:
-        clients = [
-            held.enter_context(socket.create_connection(("127.0.0.1", live.port)))
-            for _ in range(30)
-        ]
-        for client in clients:
-            client.sendall(asked)
-        assert live.caption(png()).status == 200
-        told = [client.recv(12) for client in clients]
-        assert told.count(b"HTTP/1.1 429") >= 15
-        assert told.count(b"HTTP/1.1 200") >= 7
-
-
-def test_large_pages_are_refused_while_many_lie_unread():
-    with serve(fake_engine) as live:
-        live.service.budget.owe(200_000_000, "another")
-        reply = live.request("GET", "/static/swagger-ui/swagger-ui-bundle.js")
-        assert (reply.status, reply.error) == (429, "queue_full")
-        assert live.caption(png()).status == 200
-        live.service.budget.read(200_000_000, "another")
 
 
 def test_answers_without_a_body_that_are_not_read_are_noticed_too():
@@ -315,14 +280,6 @@ def test_answers_without_a_body_that_are_not_read_are_noticed_too():
             return bool(live.app.settings["unread"])
 
         until(is_unread, 120)
-
-
-def test_preflights_are_paced_as_pages_are():
-    with serve(fake_engine, cors_origins=("*",)) as live:
-        live.service.visits.spend("127.0.0.1", 400 + 100)
-        start = time.perf_counter()
-        assert live.request("OPTIONS", "/caption", Origin="https://a.example").status == 204
-        assert time.perf_counter() - start > 0.3
 
 
 @pytest.mark.skipif(not hasattr(select, "epoll"), reason="elsewhere asyncio's own loop is used")

@@ -31,7 +31,7 @@ class Unauthorised(VignetteError):
 
 
 class TooFast(VignetteError):
-    """A key's rate or concurrency is used up; `retry_after` in seconds."""
+    """A client's rate or concurrency is used up; `retry_after` in seconds."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
