@@ -120,15 +120,6 @@ class Engine:
         return cls(prepared.manifest, tokenizer, runner, config, seconds=seconds)
 
     @property
-    def identity(self) -> dict[str, str]:
-        """Everything that determines the captions: model, export and precision."""
-        return {
-            "model": self.manifest.model,
-            "engine": self.manifest.fingerprint,
-            "precision": self.runner.plan.combination,
-        }
-
-    @property
     def runs_on(self) -> str:
         """For people: providers, precisions, memory of the slots, and the self-test."""
         return f"{self.runner.runs_on}; self-test {self.self_test}"

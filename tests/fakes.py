@@ -2,18 +2,39 @@
 
 import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from runtime.engine import Engine
 from runtime.execution.base import Candidates
-from runtime.model.manifest import UNFORCED, Manifest, Preprocessing, Sizes, SpecialTokens
+from runtime.model.manifest import (
+    TOKENIZER,
+    UNFORCED,
+    WEIGHTS,
+    Manifest,
+    Preprocessing,
+    Sizes,
+    SpecialTokens,
+)
 from runtime.planning.config import EngineConfig
 from runtime.planning.plan import Plan
+from server.logs import configure
+from server.metrics import count_as
+from server.models import ServedModel
+from server.processes.worker import serve
+from server.settings import Settings
+from server.system import follow_parent
 
 EOS, VOCABULARY = 1, 50
 SIZES = Sizes(4, frames=None, prefix=5, layers=1, heads=1, head=1, vocabulary=VOCABULARY, text=32)
@@ -168,12 +189,30 @@ def allergic_engine(crashes: bool, seconds: float = 0) -> Engine:
     return engine
 
 
-def video_engine() -> Engine:
-    engine = fake_engine()
-    engine.manifest = replace(engine.manifest, sizes=replace(engine.manifest.sizes, frames=6))
-    return engine
+def fake_folder(path: Path, manifest: Manifest = MANIFEST) -> Path:
+    """A folder of a manifest, and of a tokenizer that says what FakeTokenizer says."""
+    path.mkdir()
+    pieces = Tokenizer(WordLevel({str(number): number for number in range(VOCABULARY)}))
+    pieces.pre_tokenizer = WhitespaceSplit()
+    pieces.add_special_tokens([str(EOS)])
+    pieces.save(str(path / TOKENIZER))
+    replace(manifest, files={TOKENIZER: "", WEIGHTS: ""}).save(path)
+    return path
 
 
-def ray_engine(threads: int) -> Engine:
-    assert threads == 1
-    return allergic_engine(crashes=True, seconds=0.02)
+def fake_worker(
+    open_engine: Callable[[], Engine],
+    settings: Settings,
+    model: ServedModel,
+    folder: Path,
+    index: int,
+    epoch: int,
+) -> None:
+    """Entry point of a worker process around `open_engine()`."""
+    follow_parent()
+    configure(settings)
+    count_as(f"worker-{index}")
+    sys.exit(serve(open_engine, model.name, folder, index, epoch))
+
+
+allergic_worker = partial(fake_worker, partial(allergic_engine, crashes=True, seconds=0.02))

@@ -6,18 +6,20 @@ A node dies in the middle, and one is added.
 import sys
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 
 from ray.cluster_utils import Cluster
 
 from runtime.model.preprocess import MAX_PIXELS
 from server.bulk import ray as bulk_ray
 from server.bulk.captioning import CaptioningOptions
+from server.bulk.engine import EngineSetup
 from server.bulk.inputs import parts
 from server.bulk.lists import Columns
 from server.bulk.outputs import open_output
 from server.bulk.ray import RayCaptioning, TaskSetup
 from server.bulk.run import BulkRun, CaptionSettings
-from tests.fakes import ray_engine
+from tests.fakes import allergic_worker, fake_folder
 
 
 def main(output: str, given: str) -> None:
@@ -26,7 +28,8 @@ def main(output: str, given: str) -> None:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
     cluster.wait_for_nodes()
-    work = TaskSetup(ray_engine, {}, CaptioningOptions(None, 10**7), MAX_PIXELS, whole=False)
+    engine = EngineSetup(fake_folder(Path(output).parent / "engine"), main=allergic_worker)
+    work = TaskSetup(engine, {}, CaptioningOptions(None, 10**7), MAX_PIXELS, whole=False)
     with (
         closing(open_output(output, overwrite=False)) as opened,
         closing(RayCaptioning(bulk_ray.ClusterOptions(cluster.address, 1), work)) as captioning,

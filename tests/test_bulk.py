@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from runtime.model.preprocess import MAX_PIXELS
 from runtime.planning.config import EngineConfig
 from server.bulk.captioning import Captioning, CaptioningOptions
 from server.bulk.command import main
+from server.bulk.engine import EngineSetup
 from server.bulk.index import Kept
 from server.bulk.inputs import items, parts
 from server.bulk.items import ScoredCaption
@@ -21,7 +23,7 @@ from server.bulk.lists import Columns
 from server.bulk.local import LocalCaptioner
 from server.bulk.output import Lines
 from tests.conftest import DEMO, SAMPLES
-from tests.fakes import allergic_engine, fake_engine
+from tests.fakes import allergic_engine, fake_engine, fake_folder, fake_worker
 
 SAID = {
     name: said["caption"]
@@ -218,23 +220,24 @@ def test_what_was_cut_off_and_what_was_skipped_is_told(photos, capfd):
 FOUR_SLOTS = partial(fake_engine, EngineConfig(slots=4))
 
 
-def captioned(open_engine, given: list[Path], **plan) -> dict[str, object]:
+def local(open_engine, folder: Path) -> LocalCaptioner:
+    setup = EngineSetup(fake_folder(folder / "engine"), main=partial(fake_worker, open_engine))
+    return LocalCaptioner(setup, None, {}, MAX_PIXELS)
+
+
+def captioned(open_engine, given: list[Path], folder: Path, **options) -> dict[str, object]:
     """An engine's caption of each file, or what was wrong with it."""
-    captioner = LocalCaptioner(open_engine, None, {}, MAX_PIXELS)
-    try:
-        captioning = Captioning(captioner, CaptioningOptions(None, 10**8, **plan), Kept())
+    with closing(local(open_engine, folder)) as captioner:
+        captioning = Captioning(captioner, CaptioningOptions(None, 10**8, **options), Kept())
         outcomes = captioning.run(items(parts(map(str, given), Columns(), 10**8)))
         return {each.item.id: each.error or each.captions[0].caption for each in outcomes}
-    finally:
-        captioner.close()
 
 
 @pytest.mark.parametrize("crashes", [False, True])
 def test_an_image_that_an_engine_can_not_bear_fails_alone(crashes, tmp_path):
     files = small_images(tmp_path, 20)
-    outcomes = captioned(partial(allergic_engine, crashes), files)
-    said = "the engine's process ended" if crashes else "no kernel"
-    assert outcomes.pop(str(files[7])) == f"captioning it failed, also alone: {said}"
+    outcomes = captioned(partial(allergic_engine, crashes), files, tmp_path)
+    assert outcomes.pop(str(files[7])) == "the engine failed on it twice, the second time alone"
     expected = fake_engine().generate([file.read_bytes() for file in files])
     said = {str(f): c.text for f, c in zip(files, expected, strict=True)}
     assert outcomes == {name: text for name, text in said.items() if name != str(files[7])}
@@ -270,7 +273,7 @@ def test_rows_can_come_in_the_order_of_the_input(tmp_path):
     files = small_images(tmp_path, 60)
     files.insert(3, tmp_path / "none.png")
     files[3].write_bytes(b"GIF")
-    outcomes = captioned(FOUR_SLOTS, files, ordered=True)
+    outcomes = captioned(FOUR_SLOTS, files, tmp_path, ordered=True)
     assert list(outcomes) == [str(file) for file in files]
     assert "not an image" in outcomes[str(files[3])]
 
@@ -338,7 +341,7 @@ def small_images(folder: Path, count: int) -> list[Path]:
 
 def test_only_as_many_are_held_as_keep_the_engine_busy(tmp_path):
     files, taken = small_images(tmp_path, 300), []
-    captioner = LocalCaptioner(FOUR_SLOTS, None, {}, MAX_PIXELS)
+    captioner = local(FOUR_SLOTS, tmp_path)
     found = items(parts(map(str, files), Columns(), 10**8))
     outcomes = Captioning(captioner, CaptioningOptions(None, 10**8), Kept()).run(
         taken.append(item) or item for item in found

@@ -7,36 +7,57 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from runtime.errors import ProviderError
+from runtime.errors import InvalidRequest, ProviderError
 from server.bulk import local
 from server.bulk.captioning import RunFailed
-from server.bulk.engine_process import EngineProcess, NoEngine
+from server.bulk.engine import BulkEngine, EngineSetup
 from server.bulk.local import LocalCaptioner
-from tests.fakes import fake_engine, video_engine
+from server.processes.supervisor import CannotStart
+from tests.fakes import MANIFEST, FakeRunner, fake_engine, fake_folder, fake_worker
 from tests.live import png, until
 
 
-def test_an_engine_that_dies_while_it_is_opened_is_told():
-    with pytest.raises(NoEngine, match="ended while it was opened"):
-        LocalCaptioner(partial(os._exit, 3), None, {}, 10**6)
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return fake_folder(tmp_path / "engine")
 
 
-def test_a_model_of_several_frames_is_refused_at_once():
-    with pytest.raises(NoEngine, match="several frames"):
-        LocalCaptioner(video_engine, None, {}, 10**6)
+def setup(folder: Path, open_engine) -> EngineSetup:
+    return EngineSetup(folder, main=partial(fake_worker, open_engine))
 
 
-def test_an_engine_whose_process_can_not_be_started_says_so():
-    with pytest.raises(NoEngine, match="can't be started"):
-        LocalCaptioner(lambda *_: fake_engine(), None, {}, 10**6)
+def test_an_engine_that_dies_while_it_is_opened_is_told(folder):
+    with pytest.raises(CannotStart, match="no worker process stays up"):
+        BulkEngine(setup(folder, partial(os._exit, 3)), None, {})
 
 
-def test_an_interrupt_while_the_engine_opens_leaves_no_process():
+def no_card():
+    raise ProviderError("there is no card")
+
+
+def test_why_an_engine_can_not_be_opened_is_told(folder):
+    with pytest.raises(CannotStart, match="there is no card"):
+        BulkEngine(setup(folder, no_card), None, {})
+
+
+def test_a_model_of_several_frames_is_refused_at_once(tmp_path):
+    manifest = replace(MANIFEST, sizes=replace(MANIFEST.sizes, frames=6))
+    with pytest.raises(InvalidRequest, match="several frames"):
+        BulkEngine(setup(fake_folder(tmp_path / "video", manifest), fake_engine), None, {})
+
+
+def test_sampling_that_takes_more_slots_than_there_are_is_refused_at_once(folder):
+    with pytest.raises(InvalidRequest, match="n is 4, and there are 3 slots"):
+        BulkEngine(setup(folder, fake_engine), None, {"n": 4, "temperature": 1.0})
+
+
+def test_an_interrupt_while_the_engine_opens_leaves_no_process(folder):
     before = set(multiprocessing.active_children())
 
     def interrupt() -> None:
@@ -46,20 +67,25 @@ def test_an_interrupt_while_the_engine_opens_leaves_no_process():
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        EngineProcess(partial(time.sleep, 100), None, {})
+        BulkEngine(setup(folder, partial(time.sleep, 100)), None, {})
     thread.join()
     assert set(multiprocessing.active_children()) <= before
 
 
-def test_an_interrupt_while_decoders_start_ends_the_engine(monkeypatch):
+def test_an_interrupt_while_decoders_start_ends_the_engine(folder, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     before = set(multiprocessing.active_children())
     monkeypatch.setattr(local, "BulkDecoders", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        LocalCaptioner(fake_engine, None, {}, 10**6)
+        LocalCaptioner(setup(folder, fake_engine), None, {}, 10**6)
     assert set(multiprocessing.active_children()) <= before
+
+
+class _Dying(FakeRunner):
+    def encode(self, *_) -> None:
+        os._exit(1)
 
 
 class _DiesAndStaysDead:
@@ -73,14 +99,17 @@ class _DiesAndStaysDead:
             raise ProviderError("the card has fallen off the bus")
         self._marker.touch()
         engine = fake_engine()
-        engine.generate = lambda *_, **__: os._exit(1)
+        engine.runner = _Dying()
         return engine
 
 
-def test_an_engine_that_can_not_be_opened_again_ends_the_run_and_fails_no_image(tmp_path):
-    captioner = LocalCaptioner(_DiesAndStaysDead(tmp_path / "died"), None, {}, 10**6)
-    with closing(captioner), ThreadPoolExecutor(4) as pool:
+def test_an_engine_that_can_not_be_opened_again_ends_the_run_and_fails_no_image(folder, tmp_path):
+    opening = _DiesAndStaysDead(tmp_path / "died")
+    with (
+        closing(LocalCaptioner(setup(folder, opening), None, {}, 10**6)) as captioner,
+        ThreadPoolExecutor(4) as pool,
+    ):
         asked = [pool.submit(captioner.caption, png(), None) for _ in range(4)]
         for each in asked:
-            with pytest.raises(RunFailed, match="fallen off the bus"):
+            with pytest.raises(RunFailed, match="does not start any more"):
                 each.result(60)

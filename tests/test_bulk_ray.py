@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from runtime.model.preprocess import MAX_PIXELS
-from runtime.planning.config import EngineConfig
 from server.bulk.captioning import CaptioningOptions
-from server.bulk.engine_process import Facts
+from server.bulk.engine import EngineSetup
 from server.bulk.items import Item
-from tests.fakes import fake_engine
+from tests.fakes import fake_engine, fake_folder
 from tests.test_bulk import small_images
 
 pytest.importorskip("ray", reason="needs the extra ray")
@@ -25,18 +24,16 @@ def test_a_process_keeps_its_decoder_from_task_to_task(tmp_path):
     from server.bulk import ray  # needs the extra `ray`
 
     [file] = small_images(tmp_path, 1)
-    engine = fake_engine()
-    facts = Facts({}, "", 4, engine.manifest.sizes.pixels, engine.manifest.preprocessing)
-    opening = ray.Opening("engine", EngineConfig())
-    work = ray.TaskSetup(opening, {}, CaptioningOptions(None, 10**7), MAX_PIXELS, whole=False)
+    engine = EngineSetup(fake_folder(tmp_path / "engine"))
+    work = ray.TaskSetup(engine, {}, CaptioningOptions(None, 10**7), MAX_PIXELS, whole=False)
     batch = {"item": [pickle.dumps(Item(str(file), image=str(file)))]}
     made = []
     for limit in (MAX_PIXELS, MAX_PIXELS, 1):
         copy = pickle.loads(pickle.dumps(replace(work, max_pixels=limit)))  # as Ray passes tasks
-        found = ray._Decoder.decode(batch, copy, facts)
+        found = ray._Decoder.decode(batch, copy)
         made.append(ray._Decoder.made)
     assert made[0] is made[1] is not made[2]
-    assert not made[0]._decoding._thread.is_alive()
+    assert not made[0]._decoding._loop._thread.is_alive()
     assert "too many pixels" in pickle.loads(found["outcome"][0]).error
     made[2]._close()
     ray._Decoder.made = None
@@ -60,7 +57,7 @@ def test_a_node_that_dies_costs_no_row_and_one_that_comes_is_used(tmp_path):
     assert len(output.read_text().splitlines()) == 201
     assert "not an image" in rows.pop(str(photos / "broken.png"))["error"]
     assert rows.pop(str(files[3]))["caption"] == "before"
-    assert "the engine's process ended" in rows.pop(str(files[7]))["error"]
+    assert "the engine failed on it twice" in rows.pop(str(files[7]))["error"]
     left = [file for number, file in enumerate(files) if number not in (3, 7)]
     expected = fake_engine().generate([file.read_bytes() for file in left])
     assert {name: row["caption"] for name, row in rows.items()} == {

@@ -15,6 +15,7 @@ from bench.sections.images import jpeg
 from runtime.engine import Engine
 from runtime.model.preprocess import MAX_PIXELS, preprocess
 from server.bulk.captioning import Captioning, CaptioningOptions
+from server.bulk.engine import EngineSetup
 from server.bulk.index import Kept
 from server.bulk.inputs import items, parts
 from server.bulk.lists import Columns
@@ -39,10 +40,10 @@ def measure(settings: Settings) -> dict[str, Any]:
     pixels = [preprocess(image, engine.manifest.preprocessing)] * count
     rates: dict[str, list[float]] = {name: [] for name in ("engine", *_OUTPUTS)}
     shares: dict[str, list[float]] = {name: [] for name in _OUTPUTS}
-    opening = partial(Engine.open, settings.engine)
+    setup = EngineSetup(settings.engine)
     with (
         tempfile.TemporaryDirectory() as folder,
-        closing(LocalCaptioner(opening, None, _SAMPLING, MAX_PIXELS)) as captioner,
+        closing(LocalCaptioner(setup, None, _SAMPLING, MAX_PIXELS)) as captioner,
     ):
         photos = Path(folder, "photos")
         photos.mkdir()

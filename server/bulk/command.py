@@ -13,15 +13,13 @@ import os
 import sys
 from collections import Counter
 from contextlib import closing
-from functools import partial
 from typing import Any
 
-from runtime.engine import Engine
 from runtime.errors import InvalidRequest, VignetteError
 from runtime.model.preprocess import SUFFIXES
-from runtime.planning.config import EngineConfig
 from server.bulk.arguments import KEY, SAMPLING_FLAGS, command_line
 from server.bulk.captioning import Captioning, CaptioningOptions, RunFailed
+from server.bulk.engine import EngineSetup
 from server.bulk.folders import Files
 from server.bulk.inputs import NoImages, Part, items, parts
 from server.bulk.lists import Columns
@@ -103,10 +101,10 @@ def _here(
 def _on_ray(
     args: argparse.Namespace, options: CaptioningOptions, given: list[Part], output: Output
 ) -> Counts:
-    from server.bulk.ray import ClusterOptions, Opening, RayCaptioning, TaskSetup
+    from server.bulk.ray import ClusterOptions, RayCaptioning, TaskSetup
 
-    opening = Opening(str(args.engine.absolute()), _config(args))
-    setup = TaskSetup(opening, args.sampling, options, args.max_pixels, isinstance(output, Tar))
+    whole = isinstance(output, Tar)
+    setup = TaskSetup(_setup(args), args.sampling, options, args.max_pixels, whole)
     with closing(RayCaptioning(ClusterOptions(args.ray, args.ray_cores), setup)) as captioning:
         bulk_run = _bulk_run(args, output, captioning.identity)
         bulk_run.counts.before = len(bulk_run.index.keys().sorted)
@@ -141,12 +139,11 @@ def _tell_skipped(given: list[Part], counts: Counts) -> None:
 
 
 def _local(args: argparse.Namespace) -> LocalCaptioner:
-    open_engine = partial(Engine.open, args.engine, _config(args))
-    return LocalCaptioner(open_engine, args.prompt, args.sampling, args.max_pixels)
+    return LocalCaptioner(_setup(args), args.prompt, args.sampling, args.max_pixels)
 
 
-def _config(args: argparse.Namespace) -> EngineConfig:
-    return EngineConfig(slots=args.slots, provider=args.provider, precision=args.precision)
+def _setup(args: argparse.Namespace) -> EngineSetup:
+    return EngineSetup(args.engine.absolute(), args.slots, args.provider, args.precision)
 
 
 def _remote(args: argparse.Namespace) -> RemoteCaptioner:

@@ -7,26 +7,24 @@ The engine folder and the package must be on every node, under the same paths.
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
 from msgspec import structs
 
-from runtime.engine import Engine
 from runtime.errors import VignetteError
-from runtime.planning.config import EngineConfig
+from runtime.model import manifest as manifests
 from server.bulk.captioning import CaptioningOptions, RunFailed, image_of, message_of
 from server.bulk.decoding import BulkDecoders
-from server.bulk.engine_process import EngineProcess, Facts
+from server.bulk.engine import BulkEngine, EngineSetup
 from server.bulk.index import FinishedItems, Index
 from server.bulk.inputs import Part, items, split
 from server.bulk.items import Item, Outcome
-from server.bulk.local import TryingEngine
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray sends usage statistics
 
@@ -58,41 +56,24 @@ class ClusterOptions:
 
 @dataclass(frozen=True, slots=True)
 class TaskSetup:
-    """Parameters of all tasks. open: opens an engine with so many threads, 0 for all.
-
-    whole: outcomes include the images, and the other members of their samples.
+    """Parameters of all tasks. whole: outcomes include the images, and the other members of their
+    samples.
     """
 
-    open: Callable[[int], Engine]
+    engine: EngineSetup
     sampling: dict[str, Any]
     options: CaptioningOptions
     max_pixels: int
     whole: bool
-    threads: int = 0
-
-    @property
-    def engine(self) -> Callable[[], Engine]:
-        """Opener of an engine with this task's thread count."""
-        return partial(self.open, self.threads)
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """Opens a folder's engine, for `TaskSetup.open`. Equal to its copies in other processes."""
-
-    folder: str
-    config: EngineConfig
-
-    def __call__(self, threads: int) -> Engine:
-        """threads: 0 for all."""
-        return Engine.open(self.folder, replace(self.config, threads=threads))
 
 
 class RayCaptioning:
     """Captions inputs on the cluster; outcomes come as they end."""
 
     def __init__(self, cluster: ClusterOptions, setup: TaskSetup) -> None:
-        """Join the cluster and get an engine's facts there. Raises NoEngine and TooSmall."""
+        """Join the cluster and open an engine there once. Raises TooSmall, and what BulkEngine
+        raises.
+        """
         ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
         there = ray.cluster_resources()
         self._gpus = int(there.get("GPU", 0))
@@ -105,10 +86,10 @@ class RayCaptioning:
                 f"cluster has {cores}"
             )
         threads = 0 if self._gpus else cluster.cores
-        self._setup = replace(setup, threads=threads)
-        self.facts: Facts = ray.get(ray.remote(**self._each)(_facts).remote(self._setup))
-        self.identity = self.facts.identity
-        self.where = f"up to {self._most} engines on Ray, {self.facts.runs_on}"
+        self._setup = replace(setup, engine=replace(setup.engine, threads=threads))
+        tried = ray.remote(**self._each)(_tried).remote(self._setup)
+        self.identity, runs_on = ray.get(tried)
+        self.where = f"up to {self._most} engines on Ray, {runs_on}"
 
     def run(self, parts: list[Part], index: Index) -> Iterator[Outcome]:
         """Outcomes of items not done in `index`; an item may come twice if a node dies."""
@@ -127,7 +108,7 @@ class RayCaptioning:
                 _Decoder.decode,
                 batch_size=_ROWS,
                 num_cpus=_DECODING,
-                fn_args=(self._setup, self.facts),
+                fn_args=(self._setup,),
             )
             .map_batches(
                 _Engine,
@@ -154,10 +135,10 @@ class RayCaptioning:
         ray.shutdown()
 
 
-def _facts(setup: TaskSetup) -> Facts:
-    process = EngineProcess(setup.engine, setup.options.prompt, setup.sampling)
-    process.close()
-    return process.facts
+def _tried(setup: TaskSetup) -> tuple[dict[str, str], str]:
+    """Identity of an engine, and what it runs on."""
+    with closing(BulkEngine(setup.engine, setup.options.prompt, setup.sampling)) as engine:
+        return engine.identity, engine.facts.runs_on
 
 
 def _read(batch: Batch, known: "ray.ObjectRef[FinishedItems]") -> Iterator[Batch]:
@@ -173,18 +154,19 @@ class _Decoder:
 
     made: "ClassVar[_Decoder | None]" = None
 
-    def __init__(self, setup: TaskSetup, facts: Facts) -> None:
+    def __init__(self, setup: TaskSetup) -> None:
         self._setup = setup
-        self._decoding = BulkDecoders(facts.preprocessing, facts.shape, 1, setup.max_pixels)
+        manifest = manifests.read(setup.engine.folder)
+        self._decoding = BulkDecoders(manifest, 1, setup.max_pixels)
         self._threads = ThreadPoolExecutor(_ROWS, "fetch")
 
     @classmethod
-    def decode(cls, batch: Batch, setup: TaskSetup, facts: Facts) -> Batch:
+    def decode(cls, batch: Batch, setup: TaskSetup) -> Batch:
         """Decode a batch into pixels, or errors."""
         if cls.made is not None and cls.made._setup != setup:
             cls.made._close()
             cls.made = None
-        cls.made = cls.made or cls(setup, facts)
+        cls.made = cls.made or cls(setup)
         found = list(cls.made._threads.map(cls.made._decoded, batch["item"]))
         return {
             "outcome": _packed(outcome for outcome, _ in found),
@@ -214,7 +196,7 @@ class _Engine:
 
     def __init__(self, setup: TaskSetup) -> None:
         self._setup = setup
-        self._engine = TryingEngine(setup.engine, setup.options.prompt, setup.sampling)
+        self._engine = BulkEngine(setup.engine, setup.options.prompt, setup.sampling)
         self._threads = ThreadPoolExecutor(_AT_ONCE * _ROWS, "caption")
 
     def __call__(self, batch: Batch) -> Batch:
@@ -227,10 +209,10 @@ class _Engine:
         outcome = pickle.loads(packed)
         if outcome.error is not None:
             return outcome
-        image = np.frombuffer(pixels, np.uint8).reshape(self._engine.facts.shape)
+        image = np.frombuffer(pixels, np.uint8)
         try:
             prompt = outcome.item.prompt or self._setup.options.prompt
-            return structs.replace(outcome, captions=self._engine.say(image, prompt))
+            return structs.replace(outcome, captions=self._engine.caption(image, prompt))
         except VignetteError as cause:
             return structs.replace(outcome, error=message_of(cause))
 
