@@ -6,22 +6,9 @@ from msgspec.structs import replace
 
 from runtime.errors import InvalidRequest
 from runtime.model.tokenizer import CaptionTokenizer
-from runtime.request import SamplingParams
+from runtime.request import RANGES, SamplingParams
 
 DEFAULT_MAX_NEW_TOKENS = 20  # the default of `generate` for Hugging Face's GIT
-RANGES: dict[str, tuple[float, float]] = {  # inclusive minimum and maximum
-    "min_new_tokens": (0, 1024),
-    "n": (1, 8),
-    "logprobs": (0, 20),
-    "num_beams": (1, 8),
-    "length_penalty": (-10, 10),
-    "no_repeat_ngram_size": (0, 1024),
-    "repetition_penalty": (1, 100),
-    "temperature": (0, 100),
-    "top_k": (1, 64),
-    "top_p": (0, 1),
-    "seed": (0, 2**63 - 1),
-}
 _MOST_LOGPROBS = 40  # per position, over all captions: sending them outweighs computing them
 _DRAWING = ("top_k", "top_p", "seed")  # of no effect without a temperature
 _RANKING = ("length_penalty", "early_stopping")  # of no effect without beams

@@ -6,11 +6,11 @@ A `GenerationRequest` is built once, where it is parsed, and passed on whole. Ti
 
 import itertools
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
 from msgspec.structs import replace
 
 from runtime.errors import ComputationFailed
@@ -60,23 +60,32 @@ class SamplingParams(Struct, frozen=True):
 
     max_new_tokens: int
     ignore_eos: bool = False
-    n: int = 1
-    logprobs: int = 0
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
-    no_repeat_ngram_size: int = 0
-    repetition_penalty: float = 1.0
-    temperature: float = 0.0
-    top_k: int = 50
-    top_p: float = 1.0
-    seed: int = 0
-    min_new_tokens: int = 0
+    n: Annotated[int, Meta(ge=1, le=8)] = 1
+    logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
+    num_beams: Annotated[int, Meta(ge=1, le=8)] = 1
+    length_penalty: Annotated[float, Meta(ge=-10, le=10)] = 1.0
+    early_stopping: bool | Literal["never"] = False
+    no_repeat_ngram_size: Annotated[int, Meta(ge=0, le=1024)] = 0
+    repetition_penalty: Annotated[float, Meta(ge=1, le=100)] = 1.0
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    top_k: Annotated[int, Meta(ge=1, le=64)] = 50
+    top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+    min_new_tokens: Annotated[int, Meta(ge=0, le=1024)] = 0
 
     @property
     def rows(self) -> int:
         """Rows of the decode batch, one slot each, that the request takes."""
         return max(self.num_beams, self.n)
+
+
+def _ranges() -> Iterator[tuple[str, tuple[float, float]]]:
+    for name, hint in get_type_hints(SamplingParams, include_extras=True).items():
+        for meta in getattr(hint, "__metadata__", ()):
+            yield name, (meta.ge, meta.le)
+
+
+RANGES = dict(_ranges())  # inclusive minimum and maximum of sampling parameters
 
 
 class SchedulingParams(Struct, frozen=True):

@@ -3,23 +3,19 @@
 import ipaddress
 from functools import cache
 
-from runtime.errors import VignetteError
+from server.settings import InvalidSettings
 
 _FORWARDED = 2000  # characters read at the end of X-Forwarded-For
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
-class InvalidProxies(VignetteError):
-    """An entry of --trusted-proxies is not an IP address or network."""
-
-
 @cache
 def networks(names: tuple[str, ...]) -> list[Network]:
-    """Parse addresses and networks. Raises InvalidProxies."""
+    """Parse addresses and networks. Raises InvalidSettings."""
     try:
         return [ipaddress.ip_network(name) for name in names]
     except ValueError as cause:
-        raise InvalidProxies(f"--trusted-proxies: {cause}") from cause
+        raise InvalidSettings(f"--trusted-proxies: {cause}") from cause
 
 
 def address_of(peer: str, forwarded: str, proxies: list[Network]) -> str:

@@ -15,8 +15,7 @@ from pydantic import (
 )
 
 from runtime.errors import InvalidRequest
-from runtime.limits import RANGES
-from runtime.request import Priority, SamplingParams
+from runtime.request import RANGES, Priority, SamplingParams
 from server.bodies import shown
 
 _KINDS = {"str", "bool", "int", "float"}

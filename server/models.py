@@ -3,12 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import VignetteError
 from runtime.model import manifest as manifests
-
-
-class AmbiguousModel(VignetteError):
-    """Two engines to be served have the same name."""
+from server.settings import InvalidSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +22,8 @@ def served(engine: str) -> tuple[ServedModel, ...]:
     engine: a folder; several, separated by blanks; or a folder of engine folders, taken in
         alphabetical order. A model has the name in its engine's manifest, or NAME in NAME=FOLDER.
 
-    Raises EngineFolderError for a folder without an engine, and AmbiguousModel.
+    Raises EngineFolderError for a folder without an engine, and InvalidSettings if two have
+    the same name.
     """
     found: dict[str, Path] = {}
     for part in [engine] if Path(engine).is_dir() else engine.split() or [engine]:
@@ -36,7 +33,7 @@ def served(engine: str) -> tuple[ServedModel, ...]:
         for each in [Path(folder)] if named else _engines(Path(folder)):
             name = given if named else manifests.read(each).model
             if name in found:
-                raise AmbiguousModel(
+                raise InvalidSettings(
                     f"{found[name]} and {each} are both called {name}: give one another name, "
                     f"such as --engine '{found[name]} other={each}'"
                 )

@@ -8,18 +8,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from runtime.errors import VignetteError
-
-
-class CannotTrace(VignetteError):
-    """Traces are configured, but their packages are missing."""
+from server.settings import InvalidSettings
 
 
 class Tracer:
     """Sends spans to a collector over OTLP/HTTP, in batches and off the event loop."""
 
     def __init__(self, endpoint: str, exporter: Any = None) -> None:
-        """endpoint: such as http://localhost:4318/v1/traces. Raises CannotTrace."""
+        """endpoint: such as http://localhost:4318/v1/traces. Raises InvalidSettings."""
         try:
             from opentelemetry import propagate
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -27,7 +23,7 @@ class Tracer:
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ModuleNotFoundError as cause:
-            raise CannotTrace(
+            raise InvalidSettings(
                 f"--traces needs {cause.name}: install the otel extra (pip install -e '.[otel]')"
             ) from cause
         self._propagate = propagate

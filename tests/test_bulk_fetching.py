@@ -10,6 +10,7 @@ import time
 import pytest
 
 from server.bulk import fetching
+from server.bulk.items import UnfitItem
 from tests.conftest import SAMPLES
 
 OWL = (SAMPLES / "owl.png").read_bytes()
@@ -68,14 +69,14 @@ def slow():
 @pytest.mark.parametrize("what", ["body", "head", "continues"])
 def test_a_server_that_drips_has_so_long_and_no_longer(what, slow, monkeypatch):
     monkeypatch.setattr(fetching, "_SECONDS", 0.2)
-    with pytest.raises(fetching.NotGiven, match=r"not there after 0\.2 seconds"):
+    with pytest.raises(UnfitItem, match=r"not there after 0\.2 seconds"):
         fetching.fetch(f"{slow}/{what}", 10**6)
 
 
 def test_a_redirect_is_followed_without_its_body(slow):
     for _ in range(2):
         assert fetching.fetch(f"{slow}/redirected", 10**6) == OWL
-    with pytest.raises(fetching.NotGiven, match="led elsewhere more than 5 times"):
+    with pytest.raises(UnfitItem, match="led elsewhere more than 5 times"):
         fetching.fetch(f"{slow}/around", 10**6)
 
 
@@ -89,5 +90,5 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "link.jpg").symlink_to("pipe.jpg")
     for name in ("pipe.jpg", "link.jpg", "."):
-        with pytest.raises(fetching.NoFile, match="is no regular file"):
+        with pytest.raises(UnfitItem, match="is no regular file"):
             fetching.fetch(str(tmp_path / name), 10**6)

@@ -17,6 +17,7 @@ import pytest
 
 from server.bulk import fetching
 from server.bulk.inputs import NoImages, items, parts
+from server.bulk.items import UnfitItem
 from server.bulk.lists import Columns, NoColumn
 from tests.conftest import SAMPLES
 
@@ -209,9 +210,9 @@ def test_what_may_work_later_is_tried_again(site, monkeypatch):
     url, asked = site
     monkeypatch.setattr(fetching, "_LONGEST_WAIT", 0.01)
     assert fetching.fetch(f"{url}/owl.png", 10**6) == OWL
-    with pytest.raises(fetching.NotGiven, match="answered 404"):
+    with pytest.raises(UnfitItem, match="answered 404"):
         fetching.fetch(f"{url}/gone.png", 10**6)
-    with pytest.raises(fetching.TooLarge, match=r"more than 1 MB"):
+    with pytest.raises(UnfitItem, match=r"more than 1 MB"):
         fetching.fetch(f"{url}/large", 10**6)
     assert asked == {"/owl.png": 3, "/gone.png": 1, "/large": 1}
 

@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from runtime.errors import EngineFolderError
-from server.models import AmbiguousModel, served
+from server.models import served
+from server.settings import InvalidSettings
 from tests.conftest import DEMO
 
 MODEL = "vignette-demo"
@@ -40,7 +41,7 @@ def test_a_folder_of_engines_is_all_of_them(engines):
 
 
 def test_two_of_one_name_are_refused_with_a_remedy(engines):
-    with pytest.raises(AmbiguousModel, match=r"both called vignette-demo.*other="):
+    with pytest.raises(InvalidSettings, match=r"both called vignette-demo.*other="):
         served(str(engines))
 
 

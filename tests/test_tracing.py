@@ -7,7 +7,8 @@ import pytest
 
 from server.grpc.service import InferenceService
 from server.grpc.stubs import grpc_service_pb2 as pb
-from server.tracing import CannotTrace, Tracer
+from server.settings import InvalidSettings
+from server.tracing import Tracer
 from tests.fakes import fake_engine
 from tests.live import png, serve
 
@@ -74,5 +75,5 @@ def test_a_call_over_grpc_is_a_span_too():
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(CannotTrace, match=r"\.\[otel\]"):
+    with pytest.raises(InvalidSettings, match=r"\.\[otel\]"):
         Tracer("http://localhost:4318/v1/traces")

@@ -17,9 +17,9 @@ from bench.quality.data import Picture
 from bench.quality.metrics import score
 from bench.quality.page import Result
 from runtime.errors import VignetteError
-from runtime.limits import RANGES
 from runtime.model.manifest import EXACT, read
 from runtime.planning.config import AUTO, PROVIDERS, demo_engine
+from runtime.request import RANGES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,15 +14,11 @@ import msgspec
 from runtime.errors import VignetteError
 from server.bulk.fetching import fetch, is_url
 from server.bulk.index import Kept
-from server.bulk.items import Item, Outcome, ScoredCaption
+from server.bulk.items import Item, Outcome, ScoredCaption, UnfitItem
 
 _FETCHES = 64  # images fetched ahead, beyond those being captioned
 _AHEAD = 8  # times as many as run may wait for an earlier one, if ordered
 _HELD = 2**30  # bytes of items and images, above which no more are taken
-
-
-class UnfitItem(VignetteError):
-    """One image can't be captioned."""
 
 
 class RunFailed(Exception):

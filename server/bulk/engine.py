@@ -18,8 +18,8 @@ from runtime.model import manifest as manifests
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.planning.config import MOST_SLOTS
 from runtime.request import GenerationRequest, RequestOutput, captioned
-from server.bulk.captioning import RunFailed, UnfitItem
-from server.bulk.items import ScoredCaption, scored
+from server.bulk.captioning import RunFailed
+from server.bulk.items import ScoredCaption, UnfitItem, scored
 from server.bulk.loop_thread import LoopThread
 from server.ipc.dispatcher import Deadly, EngineFailed
 from server.models import ServedModel

@@ -15,6 +15,7 @@ from urllib.parse import urljoin
 from typing_extensions import override
 
 from runtime.errors import VignetteError
+from server.bulk.items import UnfitItem
 
 _ATTEMPTS, _LONGEST_WAIT = 4, 20  # per image over HTTP; seconds between attempts
 _CONNECT_SECONDS, _READ_SECONDS, _SECONDS = 10, 30, 120  # of one attempt
@@ -26,23 +27,11 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 
-class TooLarge(VignetteError):
-    """An image has more bytes than one may have."""
-
-
-class NoFile(VignetteError):
-    """The path is no regular file but a folder, a pipe or a device."""
-
-
 class NoWay(VignetteError):
     """No installed package reads input of this kind."""
 
 
-class NotGiven(VignetteError):
-    """A server did not deliver an image."""
-
-
-class _Later(NotGiven):
+class _Later(UnfitItem):
     """The server may deliver it later."""
 
 
@@ -77,12 +66,12 @@ def fetch(location: str, limit: int) -> bytes:
     """An image's bytes. Temporary failures over HTTP are retried; file systems of fsspec retry
     by themselves.
 
-    Raises TooLarge above `limit` bytes, NotGiven, NoFile, and what `opened` raises.
+    Raises UnfitItem, also above `limit` bytes, and what `opened` raises.
     """
     if location.startswith(("http://", "https://")):
         return _fetched(location, limit)
     if not is_url(location) and not stat.S_ISREG(Path(location).stat().st_mode):
-        raise NoFile(f"{location} is no regular file")  # opening a pipe would wait for a writer
+        raise UnfitItem(f"{location} is no regular file")  # opening a pipe would wait for a writer
     with opened(location) as stream:
         return _bounded(stream, limit)
 
@@ -114,19 +103,19 @@ def _asked(url: str, limit: int) -> bytes:
                     return _content(answer, limit)
                 url = urljoin(url, onward)
     except LocationValueError as cause:
-        raise NotGiven(f"the server can't be asked: {cause}") from cause
+        raise UnfitItem(f"the server can't be asked: {cause}") from cause
     except HTTPError as cause:
         if time.monotonic() >= _attempt.end:
-            raise NotGiven(f"it was not there after {_SECONDS} seconds") from cause
+            raise UnfitItem(f"it was not there after {_SECONDS} seconds") from cause
         raise _Later(f"the server gave no whole answer: {cause}") from cause
-    raise NotGiven(f"the server led elsewhere more than {_REDIRECTS} times")
+    raise UnfitItem(f"the server led elsewhere more than {_REDIRECTS} times")
 
 
 def _content(answer: Any, limit: int) -> bytes:
     if answer.status in _LATER or answer.status >= 500:
         raise _Later(f"the server answered {answer.status}")
     if answer.status != 200:
-        raise NotGiven(f"the server answered {answer.status}")
+        raise UnfitItem(f"the server answered {answer.status}")
     content = _bounded(answer, limit)
     answer.drain_conn()
     return content
@@ -193,7 +182,7 @@ def _bounded(stream: Any, limit: int) -> bytes:
     while content.tell() <= limit and (piece := stream.read(_PIECE)):
         content.write(piece)
         if time.monotonic() > end:
-            raise NotGiven(f"it was not there after {_SECONDS} seconds")
+            raise UnfitItem(f"it was not there after {_SECONDS} seconds")
     if content.tell() > limit:
-        raise TooLarge(f"it has more than {limit / 1e6:g} MB (--max-image-mb)")
+        raise UnfitItem(f"it has more than {limit / 1e6:g} MB (--max-image-mb)")
     return content.getvalue()

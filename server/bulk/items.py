@@ -5,7 +5,12 @@ from typing import Any
 
 from msgspec import Struct, field
 
+from runtime.errors import VignetteError
 from runtime.request import Caption
+
+
+class UnfitItem(VignetteError):
+    """One image can't be captioned."""
 
 
 class Item(Struct, frozen=True):

@@ -25,6 +25,7 @@ from server.bulk.engine import BulkEngine, EngineSetup
 from server.bulk.index import FinishedItems, Index
 from server.bulk.inputs import Part, items, split
 from server.bulk.items import Item, Outcome
+from server.processes.supervisor import CannotStart
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray sends usage statistics
 
@@ -37,10 +38,6 @@ _READING = 0.25  # of a core: reading is mostly waiting
 _DECODING = 0.99  # of a core: with 1 Ray would fuse decoding with an engine of one core
 _LEFT = 0.75  # of the cluster's cores, at most, for engines; the others decode
 Batch = Mapping[str, np.ndarray]
-
-
-class TooSmall(VignetteError):
-    """The cluster has no room for an engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +68,8 @@ class RayCaptioning:
     """Captions inputs on the cluster; outcomes come as they end."""
 
     def __init__(self, cluster: ClusterOptions, setup: TaskSetup) -> None:
-        """Join the cluster and open an engine there once. Raises TooSmall, and what BulkEngine
-        raises.
+        """Join the cluster and open an engine there once. Raises CannotStart if the cluster
+        has no room for one, and what BulkEngine raises.
         """
         ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
         there = ray.cluster_resources()
@@ -81,7 +78,7 @@ class RayCaptioning:
         self._each = {"num_gpus": 1} if self._gpus else {"num_cpus": cluster.cores}
         self._most = self._gpus or max(1, int(cores * _LEFT) // cluster.cores)
         if not self._gpus and cluster.cores >= cores:
-            raise TooSmall(
+            raise CannotStart(
                 f"an engine takes {cluster.cores} cores (--ray-cores), decoding another, and the "
                 f"cluster has {cores}"
             )

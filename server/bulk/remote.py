@@ -6,8 +6,8 @@ import time
 from typing import Any
 from urllib.parse import urlencode
 
-from server.bulk.captioning import RunFailed, UnfitItem
-from server.bulk.items import ScoredCaption
+from server.bulk.captioning import RunFailed
+from server.bulk.items import ScoredCaption, UnfitItem
 from server.http.client import Connection, RemoteService
 
 _PATIENCE = 300.0  # seconds without a useful answer, before the run fails

@@ -21,12 +21,12 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-from runtime.errors import VignetteError
 from runtime.planning.config import MOST_SLOTS, NVIDIA, SLOTS
 from server.cluster.door import Door
 from server.cluster.replica import Replica
 from server.models import ServedModel, served
 from server.processes import worker
+from server.processes.supervisor import CannotStart
 from server.settings import Settings
 
 _CORES = 4  # of an engine, if nodes have as many
@@ -40,17 +40,13 @@ _EACH = {"health_check_period_s": 2, "health_check_timeout_s": 20, "logging_conf
 _LOOK_SECONDS = 1.0
 
 
-class NoRoom(VignetteError):
-    """No node of the cluster has room for an engine."""
-
-
 def model(args: Settings) -> Application:
     """The application of the model that the settings name, or of the first of several."""
     return replicas(args, served(args.engine)[0])
 
 
 def replicas(settings: Settings, model: ServedModel, worker_main: Any = worker.main) -> Application:
-    """The application of one model. Raises NoRoom.
+    """The application of one model. Raises CannotStart.
 
     An update stops a replica before it starts the next, because a cluster of fixed size may never
     have room for both. With a single replica, requests wait meanwhile.
@@ -132,17 +128,17 @@ def _actor(needed: dict[str, float]) -> dict[str, Any]:
 
 
 def _resources(settings: Settings) -> dict[str, float]:
-    """Resources of a replica: a GPU, or cores. Raises NoRoom."""
+    """Resources of a replica: a GPU, or cores. Raises CannotStart."""
     there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = any(node.get("GPU", 0) for node in there)
     if settings.provider in NVIDIA or (settings.provider == "auto" and gpus):
         if not gpus:
-            raise NoRoom(f"--provider {settings.provider}: the cluster has no GPU")
+            raise CannotStart(f"--provider {settings.provider}: the cluster has no GPU")
         return {"num_gpus": 1, "num_cpus": 0}
     most = int(max((node.get("CPU", 0) for node in there), default=0))
     cores = settings.ray_cores or min(_CORES, most)
     if not cores or cores > most:
-        raise NoRoom(
+        raise CannotStart(
             f"an engine takes {cores or _CORES} cores (--ray-cores), and no node of the cluster "
             f"has more than {most}"
         )

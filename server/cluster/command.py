@@ -17,7 +17,6 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.schema import ApplicationStatus
 
-from runtime.errors import VignetteError
 from server.cluster.application import QUIET, made_of, opened, replicas
 from server.cluster.door import application_of
 from server.cluster.notices import KNOWN, Known, notices
@@ -25,6 +24,7 @@ from server.logs import flush
 from server.models import ServedModel, served
 from server.processes import worker
 from server.processes.local import stop_event
+from server.processes.supervisor import CannotStart
 from server.service import keys
 from server.settings import LOCAL, Settings
 
@@ -37,16 +37,12 @@ _LOOK_SECONDS = 0.2
 _ERROR = re.compile(r"[\w.]+: .")  # a line of a traceback that names the error
 
 
-class NotDeployed(VignetteError):
-    """The cluster could not be reached, or rejected the service."""
-
-
 def serve(settings: Settings, worker_main: Callable[..., Any] = worker.main) -> None:
     """Deploy or update the service, and serve until a signal asks to end.
 
     worker_main: entry point of an engine worker.
 
-    Raises EngineFolderError, NoRoom, and NotDeployed.
+    Raises EngineFolderError and CannotStart.
     """
     if settings.api_keys:
         keys.read(settings.api_keys)  # doors read them again; fail early here
@@ -55,7 +51,7 @@ def serve(settings: Settings, worker_main: Callable[..., Any] = worker.main) -> 
     try:
         ray.init(settings.ray, include_dashboard=False if ours else None, logging_level="warning")
     except (ConnectionError, RuntimeError, ValueError) as cause:
-        raise NotDeployed(f"--ray {settings.ray}: no cluster could be reached ({cause})") from cause
+        raise CannotStart(f"--ray {settings.ray}: no cluster could be reached ({cause})") from cause
     try:
         ray_serve.start(proxy_location="Disabled", logging_config=QUIET)
         deploy(settings, models, worker_main)
@@ -73,7 +69,7 @@ def deploy(
 ) -> None:
     """Deploy models and doors; existing ones are updated one by one.
 
-    Doors stay open if `made_of` has not changed. Raises NoRoom and NotDeployed.
+    Doors stay open if `made_of` has not changed. Raises CannotStart.
     """
     try:
         for model in models:
@@ -83,11 +79,11 @@ def deploy(
         if _doors_made_of() != {made_of(settings, names)}:
             ray_serve.run(opened(settings, names), name=DOORS, route_prefix=None)
     except RuntimeError as cause:  # the cause is deep in a traceback
-        raise NotDeployed(f"the cluster did not take the service: {_reason()}") from cause
+        raise CannotStart(f"the cluster did not take the service: {_reason()}") from cause
 
 
 def doors(models: tuple[ServedModel, ...]) -> list[str]:
-    """URLs of the doors, once each model has a replica. Raises NotDeployed if none open in time."""
+    """URLs of the doors, once each model has a replica. Raises CannotStart if none open in time."""
     end = time.monotonic() + _ASK_SECONDS
     wanted = {model.name for model in models}
     while time.monotonic() < end:
@@ -95,7 +91,7 @@ def doors(models: tuple[ServedModel, ...]) -> list[str]:
         if known.doors and {notice.state.model for notice in known.replicas} >= wanted:
             return sorted({notice.url for notice in known.doors})
         time.sleep(_LOOK_SECONDS)
-    raise NotDeployed("no door opened: see the log of the cluster (ray logs)")
+    raise CannotStart("no door opened: see the log of the cluster (ray logs)")
 
 
 def end(models: tuple[ServedModel, ...]) -> None:

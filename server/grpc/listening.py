@@ -4,9 +4,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from runtime.errors import VignetteError
 from server.service.service import Service
-from server.settings import Settings
+from server.settings import InvalidSettings, Settings
 
 _SERVICE = "inference.GRPCInferenceService"
 _BESIDE = 64 * 1024  # bytes of a message besides its image
@@ -15,10 +14,6 @@ _STREAMS = 128  # calls at once on one connection
 _IDLE_MS, _AGE_MS = 120_000, 3_600_000  # of a connection, after which its client opens another
 _IDENTITY = 1  # no compression: received messages are as large as they are counted
 _SELDOM_SECONDS = 60.0
-
-
-class CannotSpeakGrpc(VignetteError):
-    """gRPC is on, but its packages are missing, or its port or files can't be used."""
 
 
 class GrpcServer:
@@ -35,7 +30,7 @@ class GrpcServer:
 
 
 async def start(service: Service) -> GrpcServer | None:
-    """Start the server; None without --grpc-port. Raises CannotSpeakGrpc."""
+    """Start the server; None without --grpc-port. Raises InvalidSettings."""
     settings = service.settings
     if settings.grpc_port is None:
         return None
@@ -48,7 +43,7 @@ async def start(service: Service) -> GrpcServer | None:
         from server.grpc.bounds import Bounds
         from server.grpc.service import CAPTIONING, handlers
     except ModuleNotFoundError as cause:
-        raise CannotSpeakGrpc(
+        raise InvalidSettings(
             f"--grpc-port needs {cause.name}: install the grpc extra (pip install -e '.[grpc]')"
         ) from cause
     server = grpc.aio.server(
@@ -78,7 +73,7 @@ async def start(service: Service) -> GrpcServer | None:
     try:
         _open(server, address, settings)
     except (RuntimeError, OSError) as cause:
-        raise CannotSpeakGrpc(f"--grpc-port: can't listen on {address}: {cause}") from cause
+        raise InvalidSettings(f"--grpc-port: can't listen on {address}: {cause}") from cause
     await server.start()
     return GrpcServer(server, alive.tell)
 
