@@ -211,7 +211,7 @@ class Settings(BaseSettings):
         Field(ge=1, le=1024, description="of each engine on a cluster without GPUs; left out, 4, "
               "or what its largest node has"),
     ] = None  # fmt: skip
-    ray_doors: Annotated[
+    ray_ingresses: Annotated[
         int | None,
         Field(ge=1, le=1024, description="nodes that listen on the port; left out, all"),
     ] = None  # fmt: skip

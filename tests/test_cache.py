@@ -97,7 +97,7 @@ def test_identical_images_are_captioned_once_if_that_is_wished():
 
 
 def test_captions_of_another_engine_of_the_model_are_not_known():
-    """Doors stay open while a cluster is updated."""
+    """Ingresses stay open while a cluster is updated."""
     with serve(fake_engine, cache_mb=1) as live:
         for identity in ("new fp32", "new int8"):
             live.model.identity = identity

@@ -24,9 +24,9 @@ from runtime.request import (
     SchedulingParams,
 )
 from server.cluster.application import one_for_each_node
-from server.cluster.card import Card, kind_of
-from server.cluster.door import ModelRelay
-from server.cluster.notices import KNOWN, DoorNotice, Notices, ReplicaNotice
+from server.cluster.ingress import ModelRelay
+from server.cluster.model_files import ModelFiles, kind_of
+from server.cluster.registry import CLUSTER_STATE, IngressReport, Registry, ReplicaReport
 from server.cluster.relay import Relay
 from server.cluster.replica import REQUEST_DECODER, ReplicaOutput
 from server.ipc.messages import (
@@ -183,15 +183,15 @@ def test_who_gives_up_takes_the_request_back_from_the_replica(stream):
     assert replicas.responses[0].cancelled
 
 
-def notice(name: str = "r1", state: str = "ready", slots: int = 16) -> bytes:
+def report(name: str = "r1", state: str = "ready", slots: int = 16) -> bytes:
     return msgpack.encode(replica(name, state, slots))
 
 
 def replica(
     name: str = "r1", state: str = "ready", slots: int = 16, precision: str = "fp32"
-) -> ReplicaNotice:
+) -> ReplicaReport:
     facts = WorkerFacts("e", precision, "cpu", "cpu", "passed", 0.1, "cpu", slots)
-    return ReplicaNotice(
+    return ReplicaReport(
         name, f"node of {name}", "k", WorkerState("m", 0, 1, state, 1, 2, None, facts)
     )
 
@@ -205,35 +205,35 @@ class Clock:
 
 def test_who_is_not_heard_of_is_gone():
     clock = Clock()
-    heard = Notices(clock)
-    heard.replica(notice("r1"))
+    heard = Registry(clock)
+    heard.report_replica(report("r1"))
     clock.now += 6
-    heard.replica(notice("r2"))
-    door = DoorNotice("d1", "http://d1", b"", {})
-    assert len(KNOWN.decode(heard.door(msgpack.encode(door))).replicas) == 2
+    heard.report_replica(report("r2"))
+    ingress = IngressReport("d1", "http://d1", b"", {})
+    assert len(CLUSTER_STATE.decode(heard.report_ingress(msgpack.encode(ingress))).replicas) == 2
     clock.now += 2
-    known = KNOWN.decode(heard.known())
+    known = CLUSTER_STATE.decode(heard.state())
     assert [replica.name for replica in known.replicas] == ["r2"]
-    assert [door.url for door in known.doors] == ["http://d1"]
+    assert [ingress.url for ingress in known.ingresses] == ["http://d1"]
 
 
 def test_an_image_that_one_door_refuses_is_refused_by_all_until_then():
     clock = Clock()
-    heard = Notices(clock)
-    heard.door(msgpack.encode(DoorNotice("d1", "", b"", {"m": {"bad": 500.0}})))
+    heard = Registry(clock)
+    heard.report_ingress(msgpack.encode(IngressReport("d1", "", b"", {"m": {"bad": 500.0}})))
     clock.now += 100
-    second = msgpack.encode(DoorNotice("d2", "", b"", {}))
-    assert KNOWN.decode(heard.door(second)).refused == {"m": {"bad": 400.0}}
+    second = msgpack.encode(IngressReport("d2", "", b"", {}))
+    assert CLUSTER_STATE.decode(heard.report_ingress(second)).refused == {"m": {"bad": 400.0}}
     clock.now += 401
-    assert KNOWN.decode(heard.door(second)).refused == {"m": {}}
+    assert CLUSTER_STATE.decode(heard.report_ingress(second)).refused == {"m": {}}
 
 
 def test_notices_that_were_just_born_say_so():
     clock = Clock()
-    heard = Notices(clock)
-    assert not KNOWN.decode(heard.known()).complete
+    heard = Registry(clock)
+    assert not CLUSTER_STATE.decode(heard.state()).complete
     clock.now += 6
-    assert KNOWN.decode(heard.known()).complete
+    assert CLUSTER_STATE.decode(heard.state()).complete
 
 
 def test_front_ends_see_one_worker_for_all_replicas(monkeypatch, tmp_path):
@@ -261,8 +261,8 @@ def test_front_ends_see_one_worker_for_all_replicas(monkeypatch, tmp_path):
 
 
 def test_doors_know_a_model_by_its_card(tmp_path):
-    card = Card.of(DEMO)
-    assert Card.of(card.write(tmp_path / "card")) == card
+    files = ModelFiles.of(DEMO)
+    assert ModelFiles.of(files.write(tmp_path / "files")) == files
 
 
 def test_only_an_engine_of_other_tokens_or_images_is_another_kind():

@@ -34,7 +34,7 @@ _SECONDS = 120.0  # time-out of each operation on the cluster
 
 
 class Fleet:
-    """A cluster that starts with one node, which has the service and its door."""
+    """A cluster that starts with one node, which has the service and its ingress."""
 
     def __init__(self, folder: Path, most: int) -> None:
         """most: replicas, at most."""
@@ -53,7 +53,7 @@ class Fleet:
     def _command(self, *flags: str) -> list[str]:
         flags = (
             "--provider", "cpu", "--slots", str(_SLOTS), "--ray", self.cluster.address,
-            "--ray-replicas", f"1-{self.most}", "--ray-cores", "1", "--ray-doors", "1", *flags,
+            "--ray-replicas", f"1-{self.most}", "--ray-cores", "1", "--ray-ingresses", "1", *flags,
         )  # fmt: skip
         return command(self.port, *flags, program="bench.reliability.faulty")
 
@@ -94,7 +94,7 @@ class Fleet:
         self.nodes.append(self.cluster.add_node(num_cpus=1))
 
     def kill_node(self) -> None:
-        """Kill the oldest node but the first, which has the door."""
+        """Kill the oldest node but the first, which has the ingress."""
         self.cluster.remove_node(self.nodes.pop(0), allow_graceful=False)
 
     def close(self) -> None:

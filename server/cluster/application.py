@@ -1,4 +1,4 @@
-"""The applications that Ray Serve imports: one for each model, and one for the doors.
+"""The applications that Ray Serve imports: one for each model, and one for the ingresses.
 
 In a file for `serve deploy`, with settings as arguments (those of `vignette serve`, with
 underscores):
@@ -8,7 +8,7 @@ underscores):
         import_path: server.cluster.application:model
         args: {engine: engines/git-base, ray_replicas: 1-8, ray_cores: 8}
       - name: vignette
-        import_path: server.cluster.application:doors
+        import_path: server.cluster.application:ingresses
         args: {engine: engines/git-base, host: 0.0.0.0}
 """
 
@@ -22,7 +22,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
 from runtime.planning.config import MOST_SLOTS, NVIDIA, SLOTS
-from server.cluster.door import Door
+from server.cluster.ingress import Ingress
 from server.cluster.replica import Replica
 from server.models import ServedModel, served
 from server.processes import worker
@@ -78,23 +78,23 @@ def replicas(settings: Settings, model: ServedModel, worker_main: Any = worker.m
     ).bind(settings, model, worker_main, 2 * slots)  # fmt: skip
 
 
-def doors(args: Settings) -> Application:
-    """The application of the doors for the models that the settings name."""
+def ingresses(args: Settings) -> Application:
+    """The application of the ingresses for the models that the settings name."""
     return opened(args, tuple(model.name for model in served(args.engine)))
 
 
 def opened(settings: Settings, models: tuple[str, ...]) -> Application:
-    """The application of the doors for these models."""
-    scaled: dict[str, Any] = {"num_replicas": settings.ray_doors}
-    if settings.ray_doors is None:
+    """The application of the ingresses for these models."""
+    scaled: dict[str, Any] = {"num_replicas": settings.ray_ingresses}
+    if settings.ray_ingresses is None:
         scaling = AutoscalingConfig(
             min_replicas=1,
             max_replicas=10_000,
             policy=AutoscalingPolicy(policy_function=one_for_each_node),
         )
         scaled = {"autoscaling_config": scaling}
-    return serve.deployment(Door).options(
-        name="Door",
+    return serve.deployment(Ingress).options(
+        name="Ingress",
         ray_actor_options=_actor({"num_cpus": 0}),
         max_replicas_per_node=1,
         graceful_shutdown_timeout_s=settings.drain_seconds + 10,
@@ -104,13 +104,14 @@ def opened(settings: Settings, models: tuple[str, ...]) -> Application:
 
 
 def made_of(settings: Settings, models: tuple[str, ...]) -> bytes:
-    """Digest of settings, models and API keys, for which doors are opened anew. Doors know neither
-    engine folders nor the number of engines, so those settings are left out.
+    """Digest of settings, models and API keys; if it differs, ingresses are opened anew.
+
+    Ingresses know neither engine folders nor the number of engines: those settings are left out.
     """
     engines = {"engine", "ray", "ray_replicas", "ray_cores", "ray_detach", "provider", "precision"}
     keys = settings.api_keys.read_bytes() if settings.api_keys else b""
-    told = settings.model_dump_json(exclude=engines).encode() + repr(models).encode()
-    return hashlib.sha256(told + keys).digest()
+    known = settings.model_dump_json(exclude=engines).encode() + repr(models).encode()
+    return hashlib.sha256(known + keys).digest()
 
 
 def one_for_each_node(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`vignette serve --ray`: deploy to a cluster, print the doors' URLs, and end when told to."""
+"""`vignette serve --ray`: deploy to a cluster, print the ingresses' URLs, and end when told to."""
 
 import asyncio
 import logging
@@ -18,8 +18,8 @@ from ray import serve as ray_serve
 from ray.serve.schema import ApplicationStatus
 
 from server.cluster.application import QUIET, made_of, opened, replicas
-from server.cluster.door import application_of
-from server.cluster.notices import KNOWN, Known, notices
+from server.cluster.ingress import application_of
+from server.cluster.registry import CLUSTER_STATE, ClusterState, registry
 from server.logs import flush
 from server.models import ServedModel, served
 from server.processes import worker
@@ -30,9 +30,9 @@ from server.settings import LOCAL, Settings
 
 log = logging.getLogger(__name__)
 
-DOORS = "vignette"  # the application of doors
+INGRESS = "vignette"  # the application of ingresses
 _ASK_SECONDS = 20.0
-_END_SECONDS = 20.0  # for doors and engines to end after their accepted requests
+_END_SECONDS = 20.0  # for ingresses and engines to end after their accepted requests
 _LOOK_SECONDS = 0.2
 _ERROR = re.compile(r"[\w.]+: .")  # a line of a traceback that names the error
 
@@ -45,7 +45,7 @@ def serve(settings: Settings, worker_main: Callable[..., Any] = worker.main) -> 
     Raises EngineFolderError and CannotStart.
     """
     if settings.api_keys:
-        keys.read(settings.api_keys)  # doors read them again; fail early here
+        keys.read(settings.api_keys)  # ingresses read them again; fail early here
     models = served(settings.engine)
     ours = settings.ray == LOCAL
     try:
@@ -55,8 +55,8 @@ def serve(settings: Settings, worker_main: Callable[..., Any] = worker.main) -> 
     try:
         ray_serve.start(proxy_location="Disabled", logging_config=QUIET)
         deploy(settings, models, worker_main)
-        for url in doors(models):
-            print(f"Vignette has a door on {url}", flush=True)
+        for url in ingresses(models):
+            print(f"Vignette listens on {url}", flush=True)
         if not settings.ray_detach:
             asyncio.run(_told_to_stop())
             _end_in_time(models, settings.drain_seconds + _END_SECONDS)
@@ -67,38 +67,38 @@ def serve(settings: Settings, worker_main: Callable[..., Any] = worker.main) -> 
 def deploy(
     settings: Settings, models: tuple[ServedModel, ...], worker_main: Callable[..., Any]
 ) -> None:
-    """Deploy models and doors; existing ones are updated one by one.
+    """Deploy models and ingresses; existing ones are updated one by one.
 
-    Doors stay open if `made_of` has not changed. Raises CannotStart.
+    Ingresses stay open if `made_of` has not changed. Raises CannotStart.
     """
     try:
         for model in models:
             name = application_of(model.name)
             ray_serve.run(replicas(settings, model, worker_main), name=name, route_prefix=None)
         names = tuple(model.name for model in models)
-        if _doors_made_of() != {made_of(settings, names)}:
-            ray_serve.run(opened(settings, names), name=DOORS, route_prefix=None)
+        if _ingresses_made_of() != {made_of(settings, names)}:
+            ray_serve.run(opened(settings, names), name=INGRESS, route_prefix=None)
     except RuntimeError as cause:  # the cause is deep in a traceback
         raise CannotStart(f"the cluster did not take the service: {_reason()}") from cause
 
 
-def doors(models: tuple[ServedModel, ...]) -> list[str]:
-    """URLs of the doors, once each model has a replica. Raises CannotStart if none open in time."""
+def ingresses(models: tuple[ServedModel, ...]) -> list[str]:
+    """URLs of the ingresses, once each model has a replica. Raises CannotStart if none opens."""
     end = time.monotonic() + _ASK_SECONDS
     wanted = {model.name for model in models}
     while time.monotonic() < end:
-        known = _known()
-        if known.doors and {notice.state.model for notice in known.replicas} >= wanted:
-            return sorted({notice.url for notice in known.doors})
+        state = _state()
+        if state.ingresses and {report.state.model for report in state.replicas} >= wanted:
+            return sorted({report.url for report in state.ingresses})
         time.sleep(_LOOK_SECONDS)
-    raise CannotStart("no door opened: see the log of the cluster (ray logs)")
+    raise CannotStart("no ingress opened: see the log of the cluster (ray logs)")
 
 
 def end(models: tuple[ServedModel, ...]) -> None:
-    """Close the doors, which finish accepted requests, and then the engines."""
-    for name in (DOORS, *(application_of(model.name) for model in models)):
+    """Close the ingresses, which finish accepted requests, and then the engines."""
+    for name in (INGRESS, *(application_of(model.name) for model in models)):
         ray_serve.delete(name)
-    ray.kill(notices())
+    ray.kill(registry())
 
 
 def _end_in_time(models: tuple[ServedModel, ...], seconds: float) -> None:
@@ -112,16 +112,16 @@ def _end_in_time(models: tuple[ServedModel, ...], seconds: float) -> None:
         os._exit(1)
 
 
-def _known() -> Known:
-    return KNOWN.decode(ray.get(notices().known.remote(), timeout=_ASK_SECONDS))
+def _state() -> ClusterState:
+    return CLUSTER_STATE.decode(ray.get(registry().state.remote(), timeout=_ASK_SECONDS))
 
 
-def _doors_made_of() -> set[bytes]:
-    """`made_of` of the doors that are open; empty if their application does not run."""
-    found = ray_serve.status().applications.get(DOORS)
+def _ingresses_made_of() -> set[bytes]:
+    """`made_of` of the ingresses that are open; empty if their application does not run."""
+    found = ray_serve.status().applications.get(INGRESS)
     if found is None or found.status is not ApplicationStatus.RUNNING:
         return set()
-    return {door.made_of for door in _known().doors}
+    return {ingress.made_of for ingress in _state().ingresses}
 
 
 def _reason() -> str:
@@ -136,6 +136,8 @@ def _reason() -> str:
 
 async def _told_to_stop() -> None:
     async def hangup() -> None:
-        log.warning("SIGHUP does nothing on a cluster: deploy again, and doors read the API keys")
+        log.warning(
+            "SIGHUP does nothing on a cluster: deploy again, and ingresses read the API keys"
+        )
 
     await stop_event(hangup).wait()

@@ -1,4 +1,4 @@
-"""Forwards requests of a door's front-ends to the replicas of a model.
+"""Forwards requests of an ingress's front-ends to the replicas of a model.
 
 To the front-ends a relay is a worker. A request that is lost with its replica is sent again, and
 tokens already delivered are left out.
@@ -36,7 +36,7 @@ class Relay(Receiver):
     """A worker that stands for all replicas of a model."""
 
     def __init__(self, socket: zmq.asyncio.Socket, replicas: DeploymentHandle, kind: str) -> None:
-        """kind: of the model that requests are made for (`Card.kind`)."""
+        """kind: of the model that requests are made for (`ModelFiles.kind`)."""
         super().__init__(socket)
         self._replicas, self._kind = replicas, kind
 

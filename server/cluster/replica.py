@@ -1,4 +1,4 @@
-"""A replica of a model's deployment: a worker under a supervisor, asked by doors through Ray Serve.
+"""A replica of a model's deployment: a worker under a supervisor, called over Ray Serve.
 
 The engine has a process of its own, as on one machine. So the replica survives a crash, and finds
 out and reports its cause; a replica that dies with its node proves nothing.
@@ -18,8 +18,8 @@ from msgspec.structs import replace
 from ray.exceptions import RayError
 
 from runtime.request import GenerationRequest, RequestOutput
-from server.cluster.card import Card
-from server.cluster.notices import TELL_SECONDS, ReplicaNotice, notices
+from server.cluster.model_files import ModelFiles
+from server.cluster.registry import REPORT_SECONDS, ReplicaReport, registry
 from server.ipc.dispatcher import Deadly, EngineFailed, Expired
 from server.ipc.messages import Why
 from server.logs import configure
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class ReplicaRequest(Struct, frozen=True):
-    """A request as a door sends it, without its pixels.
+    """A request as an ingress sends it, without its pixels.
 
     seconds: left until its deadline. kind: of the model that the request was made for.
     """
@@ -58,7 +58,7 @@ REQUEST_DECODER, OUTPUT_DECODER = msgpack.Decoder(ReplicaRequest), msgpack.Decod
 
 
 class Replica:
-    """Captions for doors. Its methods are called by Ray Serve, on one event loop."""
+    """Captions for ingresses. Its methods are called by Ray Serve, on one event loop."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, model: ServedModel, worker_main: Callable[..., Any], places: int
@@ -68,14 +68,14 @@ class Replica:
         Raises EngineFolderError, NoSharedMemory and CannotStart.
         """
         configure(settings)
-        self._card = Card.of(model.engine)
+        self._files = ModelFiles.of(model.engine)
         self._engine = SupervisedEngine(settings, model, worker_main, places)
         await self._engine.start()
-        self._telling = asyncio.create_task(self._tell())
+        self._reporting = asyncio.create_task(self._report())
 
     async def __del__(self) -> None:
         """End the worker, when Serve ends this replica; all requests have been answered."""
-        self._telling.cancel()
+        self._reporting.cancel()
         await self._engine.close()
 
     def check_health(self) -> None:
@@ -85,9 +85,9 @@ class Replica:
         if (failure := self._engine.failure) is not None:
             raise CannotStart(failure)
 
-    def card(self) -> bytes:
-        """The model's `Card`, encoded."""
-        return msgpack.encode(self._card)
+    def model_files(self) -> bytes:
+        """The model's `ModelFiles`, encoded."""
+        return msgpack.encode(self._files)
 
     async def caption(self, message: bytes, *pixels: bytes) -> bytes:
         """The one output of a request that is not streamed. message: an encoded ReplicaRequest.
@@ -107,7 +107,7 @@ class Replica:
         asked = REQUEST_DECODER.decode(message)
         facts = self._engine.worker.facts
         identity = facts.identity if facts is not None else ""
-        if asked.kind != self._card.kind:
+        if asked.kind != self._files.kind:
             yield ReplicaOutput(identity, None, Why.REPLACED)
             return
         deadline = None if asked.seconds is None else time.perf_counter() + asked.seconds
@@ -125,15 +125,15 @@ class Replica:
         except Expired:
             yield ReplicaOutput(identity, None, Why.EXPIRED)
 
-    async def _tell(self) -> None:
-        """Send a notice of this replica every other second."""
+    async def _report(self) -> None:
+        """Report this replica every other second."""
         context = ray.get_runtime_context()
-        told = notices()
+        reports_to = registry()
         name, node = context.get_actor_id() or "", ray.util.get_node_ip_address()
         while True:
-            notice = ReplicaNotice(name, node, self._card.kind, self._engine.worker)
+            report = ReplicaReport(name, node, self._files.kind, self._engine.worker)
             try:
-                await told.replica.remote(msgpack.encode(notice))
+                await reports_to.report_replica.remote(msgpack.encode(report))
             except RayError as error:
                 log.warning("nobody hears of this replica, for now: %r", error)
-            await asyncio.sleep(TELL_SECONDS)
+            await asyncio.sleep(REPORT_SECONDS)

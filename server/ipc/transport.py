@@ -15,7 +15,7 @@ from server.ipc.shared import PixelStore
 log = logging.getLogger(__name__)
 
 
-class Workers:
+class WorkerLinks:
     """Keeps the dispatcher connected to the workers that serve."""
 
     def __init__(self, folder: Path, store: PixelStore, identity: str) -> None:

@@ -18,7 +18,7 @@ from runtime.model import manifest as manifests
 from runtime.request import GenerationRequest, RequestOutput
 from server.ipc.messages import Serving, WorkerState, process_name
 from server.ipc.shared import PixelStore, RunFolder
-from server.ipc.transport import Workers
+from server.ipc.transport import WorkerLinks
 from server.models import ServedModel
 from server.processes.crew import workers
 from server.processes.supervisor import CannotStart, Supervisor
@@ -49,7 +49,7 @@ class SupervisedEngine:
             folder.remove()
             raise
         self._free, self._numbers = asyncio.Semaphore(places), itertools.count(1)
-        self._links = Workers(folder.path, self._store, name)
+        self._links = WorkerLinks(folder.path, self._store, name)
         [self._worker] = children = workers(settings, [model], folder.path, worker_main, [""])
         self._supervisor = Supervisor(settings, [model.name], folder, children, [])
         self._running: asyncio.Task[None] | None = None

@@ -27,7 +27,7 @@ from server.images.pool import ImageDecoders, ImageJob, Origin
 from server.ipc.dispatcher import Expired
 from server.ipc.messages import WorkerFacts, WorkerState
 from server.ipc.shared import PixelStore
-from server.ipc.transport import Workers
+from server.ipc.transport import WorkerLinks
 from server.service.admission import Admission, State
 from server.tasks import note_error
 
@@ -43,7 +43,7 @@ class Model:
     limits: Limits
     admission: Admission
     store: PixelStore
-    links: Workers
+    links: WorkerLinks
     decoders: ImageDecoders
     timeout_seconds: float
     identity: str = ""  # of its engine, once a worker was ready (`WorkerFacts.identity`)

@@ -14,7 +14,7 @@ from server.images.fetch import Fetcher
 from server.images.pool import ImageDecoders
 from server.ipc.messages import process_name
 from server.ipc.shared import PixelStore
-from server.ipc.transport import Workers
+from server.ipc.transport import WorkerLinks
 from server.metrics import Metrics
 from server.service.admission import ASIDE, Admission
 from server.service.cache import OutputCache
@@ -59,7 +59,7 @@ def make_service(settings: Settings, known: Known, folder: Path, index: int, epo
             limits=Limits(tokenizer, settings.engine_config.text_positions(manifest.sizes.text)),
             admission=Admission(share, settings.timeout_seconds),
             store=stores[number],
-            links=Workers(folder, stores[number], name),
+            links=WorkerLinks(folder, stores[number], name),
             decoders=decoders,
             timeout_seconds=settings.timeout_seconds,
         )

@@ -1,4 +1,4 @@
-"""A door: the front-ends of one node, under a supervisor, with relays in place of workers."""
+"""An ingress: the front-ends of one node, under a supervisor, with relays in place of workers."""
 
 import asyncio
 import logging
@@ -15,8 +15,15 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from server.cluster.card import Card
-from server.cluster.notices import KNOWN, TELL_SECONDS, DoorNotice, Known, ReplicaNotice, notices
+from server.cluster.model_files import ModelFiles
+from server.cluster.registry import (
+    CLUSTER_STATE,
+    REPORT_SECONDS,
+    ClusterState,
+    IngressReport,
+    ReplicaReport,
+    registry,
+)
 from server.cluster.relay import Relay
 from server.ipc.messages import WorkerFacts, WorkerState, worker_address
 from server.ipc.shared import RunFolder
@@ -29,7 +36,7 @@ from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-_CARD = msgpack.Decoder(Card)
+_FILES = msgpack.Decoder(ModelFiles)
 _LOOK_SECONDS = 0.5  # between look-ups of a model that is not there yet
 
 
@@ -65,7 +72,7 @@ class ModelRelay:
         """Whether the relay takes requests."""
         return self._relay is not None
 
-    def follow(self, replicas: Sequence[ReplicaNotice]) -> WorkerState:
+    def follow(self, replicas: Sequence[ReplicaReport]) -> WorkerState:
         """Open or close the relay; return the state of all replicas as that of one worker."""
         ready = [each.state for each in replicas if each.state.state == "ready"]
         if ready and not self.opened:
@@ -99,7 +106,7 @@ class ModelRelay:
         self._relay = None
 
 
-class Door:
+class Ingress:
     """A deployment with one replica on each node."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -110,17 +117,17 @@ class Door:
         Raises CannotListen, NoSharedMemory and CannotStart.
         """
         configure(settings)
-        self._made_of, self._notices = made_of, notices()
-        cards = {name: await _card(name) for name in models}
+        self._made_of, self._registry = made_of, registry()
+        files = {name: await _files_of(name) for name in models}
         ports, run = Ports(settings), RunFolder()
         self._url = f"http://{_address(settings.host)}:{ports.number}"
         self._relays = [
-            ModelRelay(run.path, index, name, card.kind)
-            for index, (name, card) in enumerate(cards.items())
+            ModelRelay(run.path, index, name, each.kind)
+            for index, (name, each) in enumerate(files.items())
         ]
         served = [
-            ServedModel(name, card.write(run.path / "models" / str(index)), 1.0)
-            for index, (name, card) in enumerate(cards.items())
+            ServedModel(name, each.write(run.path / "models" / str(index)), 1.0)
+            for index, (name, each) in enumerate(files.items())
         ]
         children = front_ends(settings, served, run.path, ports)
         self._supervisor = Supervisor(settings, list(models), run, [], children, ports)
@@ -136,11 +143,11 @@ class Door:
         for task in (self._running, self._following):
             if task.done():
                 task.result()
-                raise CannotStart("the door ended as it opened: see the log")
-        log.info("a door is open on %s", self._url)
+                raise CannotStart("the ingress ended as it opened: see the log")
+        log.info("an ingress is open on %s", self._url)
 
     async def __del__(self) -> None:
-        """Finish accepted requests, when Serve ends this door."""
+        """Finish accepted requests, when Serve ends this ingress."""
         self._stop.set()
         await self._running
         self._following.cancel()
@@ -148,17 +155,17 @@ class Door:
             relay.close()
 
     def check_health(self) -> None:
-        """Raise CannotStart if the door has to be opened anew."""
+        """Raise CannotStart if the ingress has to be opened anew."""
         if self._running.done() or self._following.done():
-            raise CannotStart("the door's supervisor has ended: see the log")
+            raise CannotStart("the ingress's supervisor has ended: see the log")
         if self._stale is not None:
             raise CannotStart(
-                f"{self._stale} was replaced by a model of other tokens or images: the door opens "
-                "again for that"
+                f"{self._stale} was replaced by a model of other tokens or images: the ingress "
+                "opens again for that"
             )
 
     async def _follow(self) -> None:
-        """Exchange notices every other second: who serves, and which images are refused."""
+        """Every other second report to the registry, and learn the cluster's state from it."""
         name = ray.get_runtime_context().get_actor_id() or ""
         while True:
             now = time.monotonic()
@@ -166,16 +173,16 @@ class Door:
                 model: {digest: until - now for digest, until in kept.items().items()}
                 for model, kept in self._supervisor.refused.items()
             }
-            notice = msgpack.encode(DoorNotice(name, self._url, self._made_of, refused))
+            report = msgpack.encode(IngressReport(name, self._url, self._made_of, refused))
             try:
-                known = KNOWN.decode(await self._notices.door.remote(notice))
+                known = CLUSTER_STATE.decode(await self._registry.report_ingress.remote(report))
             except RayError as error:
-                log.warning("this door hears nothing new, for now: %r", error)
+                log.warning("this ingress hears nothing new, for now: %r", error)
             else:
                 await self._learn(known)
-            await asyncio.sleep(TELL_SECONDS)
+            await asyncio.sleep(REPORT_SECONDS)
 
-    async def _learn(self, known: Known) -> None:
+    async def _learn(self, known: ClusterState) -> None:
         states = []
         for relay in self._relays:
             replicas = [each for each in known.replicas if each.state.model == relay.name]
@@ -201,12 +208,12 @@ def _address(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-async def _card(model: str) -> Card:
-    """Get a model's card from a replica, as soon as there is one."""
+async def _files_of(model: str) -> ModelFiles:
+    """Get a model's files from a replica, as soon as there is one."""
     while True:
         try:
             replicas = serve.get_deployment_handle(model, application_of(model))
-            return _CARD.decode(await replicas.card.remote())
+            return _FILES.decode(await replicas.model_files.remote())
         except RayServeException as error:
             log.info("%s is not there yet (%s)", model, error)
             await asyncio.sleep(_LOOK_SECONDS)

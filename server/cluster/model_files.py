@@ -1,4 +1,4 @@
-"""What a door needs to know of a model, sent by a replica: doors need no engine folder."""
+"""What an ingress needs to know of a model, sent by a replica: ingresses need no engine folder."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from runtime.model import manifest as manifests
 from runtime.model.tokenizer import CaptionTokenizer
 
 
-class Card(Struct, frozen=True):
+class ModelFiles(Struct, frozen=True):
     """The files of an engine folder that a front-end reads. kind: see `kind_of`."""
 
     manifest: bytes
@@ -19,8 +19,8 @@ class Card(Struct, frozen=True):
     kind: str
 
     @classmethod
-    def of(cls, folder: Path) -> "Card":
-        """The card of an engine folder. Raises EngineFolderError."""
+    def of(cls, folder: Path) -> "ModelFiles":
+        """The files of an engine folder. Raises EngineFolderError."""
         manifest = manifests.read(folder)
         CaptionTokenizer(folder, manifest)  # raises if it can't be read
         tokenizer = (folder / manifests.TOKENIZER).read_bytes()
@@ -37,5 +37,5 @@ class Card(Struct, frozen=True):
 def kind_of(manifest: manifests.Manifest) -> str:
     """Digest of tokens, preprocessing and sizes: engines of one kind take each other's requests."""
     parts = [asdict(manifest.sizes), asdict(manifest.tokens), asdict(manifest.preprocessing)]
-    told = json.dumps([*parts, manifest.files.get(manifests.TOKENIZER)], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
+    parts_json = json.dumps([*parts, manifest.files.get(manifests.TOKENIZER)], sort_keys=True)
+    return hashlib.sha256(parts_json.encode()).hexdigest()[:12]
