@@ -186,9 +186,7 @@ class Handler(tornado.web.RequestHandler):
         late[stream] = None  # may be closed for a new connection
         try:
             await asyncio.sleep(wait)
-            async with (
-                self.service.waking
-            ):  # one a turn of the loop, as hundreds may be due at once
+            async with self.service.waking:  # one a turn of the loop: hundreds may be due at once
                 await asyncio.sleep(0)
         finally:
             late.pop(stream, None)
