@@ -161,9 +161,9 @@ class Engine:
         rows = request.sampling.rows
         if rows > self.slots:
             raise InvalidRequest(f"it takes {rows} slots, and there are {self.slots}")
-        self._claim()
         kind = Beams if request.sampling.num_beams > 1 else Continuation
         decoding = kind(request.prompt_ids, request.sampling, self.manifest.tokens.eos)
+        self._claim()
         self._sequences[request.id] = self.scheduler.add(request, decoding)
 
     def cancel(self, request_id: int) -> bool:
@@ -301,7 +301,7 @@ class Engine:
         """
         prompts = prompts or [None] * len(images)
         requests = [
-            self.request(image, prompt, place=place, **sampling)
+            self.request(image, prompt, stream=False, place=place, **sampling)
             for place, (image, prompt) in enumerate(zip(images, prompts, strict=True), 1)
         ]
         outputs = self._run(requests)

@@ -75,7 +75,11 @@ class _Unblocked(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._lines.put_nowait(self.format(record))
+            line = self.format(record)
+        except Exception as error:  # a wrong log call must not fail its caller
+            line = f"ERROR {record.pathname}:{record.lineno}: wrong log call: {error!r}"
+        try:
+            self._lines.put_nowait(line)
         except queue.Full:
             self._dropped += 1
 

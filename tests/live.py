@@ -162,9 +162,9 @@ class _WorkerThread(threading.Thread):
         self._loop, self._worker = asyncio.get_running_loop(), worker
         facts = WorkerFacts(
             engine="fake", precision="fake", runs_on="fake", provider="fake", self_test="passed",
-            seconds=None, device="cpu", slots=engine.slots,
+            seconds=None, slots=engine.slots,
         )  # fmt: skip
-        serving = Serving((WorkerState(model, 0, 1, "ready", 1, 0, None, facts),), {}, 0)
+        serving = Serving((WorkerState(model, "cpu", 0, 1, "ready", 1, 0, None, facts),), {}, 0)
         self._live.loop.call_soon_threadsafe(update, service, serving)
         await worker.run()
         router.close(linger=0)

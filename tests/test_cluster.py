@@ -190,10 +190,9 @@ def report(name: str = "r1", state: str = "ready", slots: int = 16) -> bytes:
 def replica(
     name: str = "r1", state: str = "ready", slots: int = 16, precision: str = "fp32"
 ) -> ReplicaReport:
-    facts = WorkerFacts("e", precision, "cpu", "cpu", "passed", 0.1, "cpu", slots)
-    return ReplicaReport(
-        name, f"node of {name}", "k", WorkerState("m", 0, 1, state, 1, 2, None, facts)
-    )
+    facts = WorkerFacts("e", precision, "cpu", "cpu", "passed", 0.1, slots)
+    worker = WorkerState("m", "cpu", 0, 1, state, 1, 2, None, facts)
+    return ReplicaReport(name, f"node of {name}", "k", worker)
 
 
 class Clock:
@@ -247,7 +246,7 @@ def test_front_ends_see_one_worker_for_all_replicas(monkeypatch, tmp_path):
         assert state.state == "ready"
         assert state.facts is not None
         assert (state.facts.engines, state.facts.slots, state.restarts) == (2, 8, 6)
-        assert "node of r1, node of r2" in state.facts.device
+        assert "node of r1, node of r2" in state.device
         mixed = line.follow([replica("r1"), replica("r2", precision="int8")]).facts
         assert mixed.identity not in {
             state.facts.identity,

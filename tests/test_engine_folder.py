@@ -9,10 +9,14 @@ import pytest
 
 from runtime.engine import Engine
 from runtime.errors import EngineFolderError, InvalidRequest, ProviderError
+from runtime.execution import loader
 from runtime.model import manifest as manifests
+from runtime.model.manifest import EXACT
 from runtime.planning.config import EngineConfig
+from runtime.planning.plan import Plan
 from runtime.providers import openvino, registry, session
 from runtime.providers.session import Placement
+from tests.conftest import DEMO
 
 
 @pytest.fixture
@@ -122,6 +126,14 @@ def test_openvino_agrees_with_the_cpu(demo):
     images = [path.read_bytes() for path in sorted(SAMPLES.glob("*.png"))]
     fast = Engine.open(DEMO, EngineConfig(provider="openvino"))
     assert [c.text for c in fast.generate(images)] == [c.text for c in demo.generate(images)]
+
+
+def test_slots_that_fit_no_provider_are_refused(monkeypatch):
+    plans = Plan(EXACT, "openvino"), Plan(EXACT, "cpu")
+    monkeypatch.setattr(loader, "resolve", lambda *_: plans)
+    monkeypatch.setattr(loader, "memory", lambda: 2**20)
+    with pytest.raises(ProviderError, match="16 slots do not fit"):
+        loader.prepare(DEMO, EngineConfig())
 
 
 def test_impossible_settings_are_refused():

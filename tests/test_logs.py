@@ -33,6 +33,14 @@ def test_logging_never_blocks(root_logging, monkeypatch):
         logging.getLogger("server.x").warning("y")
 
 
+def test_a_wrong_log_call_fails_nobody_and_is_told(root_logging, monkeypatch):
+    read, write = os.pipe()
+    monkeypatch.setattr("server.logs._FILE", write)
+    configure(Settings(_env_file=None))
+    logging.getLogger("server.x").warning("%d", "no number")
+    assert b"test_logs.py:" in os.read(read, 65536)
+
+
 def test_what_clients_sent_is_on_one_line_and_short():
     assert plain("a\nb\x85c\u2028d\x1b[0m\ud800", 100) == r"a\nb\x85c\u2028d\x1b[0m\ud800"
     assert len(plain("x" * 5000, 100)) == 101

@@ -72,7 +72,7 @@ def test_a_server_captions_without_what_only_linux_has(elsewhere, tmp_path):
 
     try:
         wait_for(ready, 60)
-        assert any(path.name.startswith("vignette-") for path in tmp_path.iterdir())
+        assert any(path.name.startswith("vignette-run-") for path in tmp_path.iterdir())
         reply = fetch(port, "POST", "/caption", sample(), Content_Type="image/png")
         assert reply.json["caption"] == said()
     finally:
@@ -80,7 +80,7 @@ def test_a_server_captions_without_what_only_linux_has(elsewhere, tmp_path):
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Traceback" not in out
-    assert not any(path.name.startswith("vignette-") for path in tmp_path.iterdir())
+    assert not any(path.name.startswith("vignette-run-") for path in tmp_path.iterdir())
 
 
 def test_its_processes_end_with_it(elsewhere):

@@ -30,6 +30,21 @@ def test_every_thread_gets_its_own_captions():
     until(lambda: engine.idle)
 
 
+def test_a_request_that_can_not_be_begun_leaves_the_engine_to_other_threads(monkeypatch):
+    engine = fake_engine()
+    request = engine.request(image(1))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("runtime.engine.Continuation", lambda *_: 1 / 0)
+        engine.submit(request)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(engine.submit, request).result()
+
+
+def test_whole_captions_are_not_streamed():
+    with pytest.raises(TypeError, match="stream"):
+        fake_engine().generate([image(1)], stream=True)
+
+
 def test_what_threads_want_at_the_same_time_is_captioned_together():
     engine = fake_engine(EngineConfig(slots=8, patience=0))
     barrier = threading.Barrier(8)

@@ -53,7 +53,7 @@ def prepare(folder: Path, config: EngineConfig) -> Prepared:
         try:
             fitting.append(_fitted(manifest, config, plan))
         except ProviderError as cause:
-            if len(plans) == 1:
+            if plan is plans[-1] and not fitting:
                 raise
             log.warning("auto: %s was left out: %s", plan.encoder_provider, cause)
     return Prepared(folder, manifest, config, tuple(fitting))

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import ray
@@ -45,7 +45,7 @@ def application_of(model: str) -> str:
     return f"vignette-{model}"
 
 
-def _together(known: list[WorkerFacts], nodes: Iterable[str]) -> WorkerFacts:
+def _together(known: list[WorkerFacts]) -> WorkerFacts:
     """Facts of all replicas as of one worker. Different engines, as during an update, combine to an
     identity of their own, so that captions made meanwhile are cached for neither.
     """
@@ -54,7 +54,6 @@ def _together(known: list[WorkerFacts], nodes: Iterable[str]) -> WorkerFacts:
         engine=" ".join(sorted({facts.engine for facts in known})),
         precision=" ".join(sorted({facts.precision for facts in known})),
         engines=len(known),
-        device=f"{len(known)} replicas on {', '.join(sorted(set(nodes)))}",
         slots=min(facts.slots for facts in known),
     )
 
@@ -73,8 +72,13 @@ class ModelRelay:
         return self._relay is not None
 
     def follow(self, replicas: Sequence[ReplicaReport]) -> WorkerState:
-        """Open or close the relay; return the state of all replicas as that of one worker."""
+        """Open or close the relay; return the state of all replicas as that of one worker.
+
+        Raises the error of a relay that has failed.
+        """
         ready = [each.state for each in replicas if each.state.state == "ready"]
+        if self._relay is not None and self._relay.done():
+            self._relay.result()  # it ends only by an error
         if ready and not self.opened:
             self._epoch += 1
             self._relay = asyncio.create_task(self._serve())
@@ -82,9 +86,18 @@ class ModelRelay:
             self.close()
         restarts = sum(each.state.restarts for each in replicas)
         known = [state.facts for state in ready if state.facts is not None]
-        facts = _together(known, [each.node for each in replicas]) if known else None
-        state = "ready" if facts else "recovering" if self._epoch else "starting"
-        return WorkerState(self.name, self._index, self._epoch, state, None, restarts, None, facts)
+        nodes = sorted({each.node for each in replicas})
+        return WorkerState(
+            model=self.name,
+            device=f"{len(replicas)} replicas on {', '.join(nodes)}",
+            index=self._index,
+            epoch=self._epoch,
+            state="ready" if known else "recovering" if self._epoch else "starting",
+            pid=None,
+            restarts=restarts,
+            last_end=None,
+            facts=_together(known) if known else None,
+        )
 
     async def _serve(self) -> None:
         socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)

@@ -115,7 +115,6 @@ class WorkerFacts(Struct, frozen=True):
     provider: str
     self_test: str
     seconds: float | None
-    device: str
     slots: int
     engines: int = 1
 
@@ -148,9 +147,13 @@ class Drained(Message, frozen=True):
 
 
 class WorkerState(Struct, frozen=True):
-    """State of a worker, for front-ends and for /health/ready."""
+    """State of a worker, for front-ends and for /health/ready.
+
+    device: the GPUs that it may use, as in CUDA_VISIBLE_DEVICES, or cpu; over Ray its nodes.
+    """
 
     model: str
+    device: str
     index: int
     epoch: int
     state: str

@@ -17,7 +17,7 @@ import numpy as np
 from runtime.errors import VignetteError
 from server.system import allocate
 
-_PREFIX, _LOCK = "vignette-", "lock"
+_PREFIX, _LOCK = "vignette-run-", "lock"
 _FRESH_SECONDS = 60.0  # a younger folder without a lock is still being created
 
 

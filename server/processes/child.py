@@ -87,7 +87,15 @@ class Child:
         pid = self.process.pid if self.process else None
         restarts = self.epoch - 1
         return WorkerState(
-            self.model, self.index, self.epoch, state, pid, restarts, self.last_end, self.facts
+            model=self.model,
+            device=self.environment.get("CUDA_VISIBLE_DEVICES", "cpu"),
+            index=self.index,
+            epoch=self.epoch,
+            state=state,
+            pid=pid,
+            restarts=restarts,
+            last_end=self.last_end,
+            facts=self.facts,
         )
 
     @property

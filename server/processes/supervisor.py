@@ -29,6 +29,7 @@ from server.ipc.messages import (
     Refused,
     Serving,
     Stop,
+    WorkerFacts,
     WorkerReady,
     WorkerState,
     control_address,
@@ -228,8 +229,7 @@ class Supervisor:
                 case FrontEndReady() if child is not None:
                     await self._is_ready(child)
                 case WorkerReady(facts) if child is not None:
-                    child.facts = facts
-                    await self._is_ready(child)
+                    await self._take_worker(child, facts)
                 case Beat(step_since) if child is not None:
                     child.heard_at, child.step_since = time.monotonic(), step_since
                 case Refused(model, digest, until):
@@ -237,6 +237,31 @@ class Supervisor:
                     await self._tell_front_ends()
                 case Drained() if child is not None:
                     child.state = "over"
+
+    async def _take_worker(self, child: Child, facts: WorkerFacts) -> None:
+        """Let a worker serve unless others of its model run another precision, as `auto` may take
+        one if a GPU fails: their captions may differ, and a retried request moves between them.
+        At its first start that ends the service, later the worker is started again.
+        """
+        others = {
+            each.facts.identity
+            for each in self._workers
+            if each.model == child.model and each.state == "ready" and each.facts is not None
+        }
+        if others <= {facts.identity}:
+            child.facts = facts
+            await self._is_ready(child)
+            return
+        reason = (
+            f"{child.name} would run {facts.identity} ({facts.runs_on}), and the model's other "
+            f"workers {', '.join(others)}: name --provider and --precision"
+        )
+        if child.epoch > 1:
+            log.error(reason)
+            child.kill()
+        else:
+            self._failure = reason
+            self._over.set()
 
     async def _is_ready(self, child: Child) -> None:
         child.state, child.heard_at = "ready", time.monotonic()

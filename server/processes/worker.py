@@ -7,7 +7,6 @@ supervisor a heartbeat every half second, with the start time of the current ste
 import asyncio
 import dataclasses
 import logging
-import os
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -208,7 +207,6 @@ async def _serve(engine: Engine, metrics: WorkerMetrics, heartbeat: Heartbeat, a
         provider=engine.runner.plan.encoder_provider,
         self_test=engine.self_test,
         seconds=engine.seconds,
-        device=os.environ.get("CUDA_VISIBLE_DEVICES", "0") if engine.runner.on_gpu else "cpu",
         slots=engine.slots,
     )
     heartbeat.serving(worker, facts)

@@ -76,8 +76,7 @@ class Model:
         slots, engines = sum(f.slots * f.engines for f in facts), sum(f.engines for f in facts)
         self.admission.slots = -(-slots // front_ends)
         here = all(w.pid is not None for w in ready)
-        devices = {w.facts.device for w in workers if w.facts is not None}  # of the dead, too
-        self.device = " ".join(sorted(devices)) if here else self.name
+        self.device = " ".join(sorted({w.device for w in workers})) if here else self.name
         if known := [f.seconds for f in facts if f.seconds]:
             self.admission.expect(front_ends * min(known) / engines)
         if self.admission.state is State.STARTING:
