@@ -3,8 +3,9 @@
 import importlib
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+
+from runtime import __version__
 
 _NOT_RUN, _INTERRUPTED = 2, 130  # exit statuses
 
@@ -46,7 +47,7 @@ def main() -> int:
         print(_usage())
         return 0
     if name == "--version":
-        print(_version())
+        print(__version__)
         return 0
     if name not in COMMANDS:
         print(f"vignette: there is no command {name!r}\n\n{_usage()}", file=sys.stderr)
@@ -72,13 +73,6 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {command.does}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: vignette COMMAND [--help] ...", "", *lines])
-
-
-def _version() -> str:
-    try:
-        return version("vignette")
-    except PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

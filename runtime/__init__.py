@@ -7,5 +7,7 @@ Reading order: `model/` (the contents of an engine folder) -> `planning/` -> `pr
 
 import os
 
+__version__ = "0.1.0"
+
 # ONNX Runtime 1.29 and later send telemetry unless this is set before the import.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -125,7 +125,9 @@ class _Bench:
     """Measures plans; a graph shared by several plans is measured once."""
 
     def __init__(self, folder: Path, manifest: Manifest, slots: int) -> None:
+        """Raises InvalidRequest for a number of slots that no engine has."""
         self._folder, self._manifest, self._slots = folder, manifest, slots
+        self._text = EngineConfig(slots=slots).text_positions(manifest.sizes.text)
         self._encoders: dict[tuple[str | int, ...], tuple[int, float]] = {}
         self._decoders: dict[tuple[str | int, ...], float] = {}
 
@@ -137,8 +139,7 @@ class _Bench:
         )  # fmt: skip
         decoder_key = (decoder, cache, plan.decoder_provider, plan.decoder_threads)
         if encoder_key not in self._encoders or decoder_key not in self._decoders:
-            text = EngineConfig().text_positions(self._manifest.sizes.text)
-            complete = replace(plan, slots=self._slots, text_tokens=text)
+            complete = replace(plan, slots=self._slots, text_tokens=self._text)
             runner = HostRunner(self._folder, self._manifest, complete)
             if encoder_key not in self._encoders:
                 self._encoders[encoder_key] = self._encode_ms(runner, plan.encoder_streams)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime import __version__
 from runtime.errors import InvalidRequest
 from runtime.request import Caption
 from server.bodies import MOST_IMAGES, shown
@@ -20,7 +21,7 @@ from server.service.model import Model
 from server.service.service import Service
 from server.tasks import gather_or_cancel
 
-SERVER = {"name": "vignette", "version": "0.1.0"}
+SERVER = {"name": "vignette", "version": __version__}
 VERSION = "1"  # of each model
 PLATFORM = "onnxruntime_git"
 INPUTS = {"IMAGE": "BYTES", "PROMPT": "BYTES", "MAX_NEW_TOKENS": "INT32", "NUM_BEAMS": "INT32"}

@@ -142,9 +142,9 @@ class WorkerMetrics:
         self.waiting = gauge(
             "vignette_queue_length", "Requests in a worker that wait for a slot"
         ).labels(model)
-        self.running = gauge("vignette_running_rows", "Sequences that are being decoded").labels(
-            model
-        )
+        self.running = gauge(
+            "vignette_running_sequences", "Sequences that are being decoded"
+        ).labels(model)
         self.graphs = gauge(
             "vignette_cuda_graphs", "Engine workers on a GPU that launch captured graphs"
         ).labels(model)

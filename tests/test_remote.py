@@ -3,7 +3,8 @@
 import json
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 import pytest
 
@@ -20,6 +21,8 @@ from server.service import keys
 from tests.fakes import fake_engine, gated
 from tests.live import serve, until
 from tests.test_bulk import small_images
+
+SAID = {"caption": "a dog", "finish_reason": "stop", "score": -1.0}
 
 
 def said(files, prompt=None) -> dict:
@@ -106,6 +109,38 @@ def test_a_service_that_went_away_is_told_and_not_waited_for_for_good(tmp_path, 
     service = RemoteService("http://127.0.0.1:1", None, {"model": "fake"}, 2)
     with pytest.raises(RunFailed, match=r"for too long.*refused"):
         outcomes_of(service, small_images(tmp_path, 5))
+
+
+def test_an_image_that_is_put_off_for_good_fails_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_PATIENCE", 0.5)
+    files = small_images(tmp_path, 12)
+    never = files[0].read_bytes()
+
+    class Service(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            late = body == never
+            time.sleep(0 if late else 0.1)
+            answer = {"error": {"message": "busy"}} if late else SAID
+            said = json.dumps(answer).encode()
+            self.send_response(429 if late else 200)
+            self.send_header("Content-Length", str(len(said)))
+            self.send_header("Retry-After", "0.05")
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        outcomes = outcomes_of(RemoteService(url, None, {"model": "fake"}, 2), files)
+        server.shutdown()
+    assert "gave no caption for too long: busy" in outcomes.pop(files[0])
+    assert set(outcomes.values()) == {"a dog"}
 
 
 def test_the_command_line_takes_a_service_and_its_key(tmp_path, monkeypatch, capsys):

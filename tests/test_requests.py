@@ -196,7 +196,7 @@ def test_metrics_tell_stages_and_batches(live):
     assert live.metric("vignette_decode_batch_rows_count") > 0
     assert live.metric("vignette_encode_batch_images_count") > 0
     assert live.metric("vignette_queue_length") == 0
-    assert live.metric("vignette_running_rows") == 0
+    assert live.metric("vignette_running_sequences") == 0
     assert fetch(live.port, "GET", "/metrics").headers["Content-Type"].startswith("text/plain")
 
 

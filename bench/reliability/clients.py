@@ -32,7 +32,7 @@ def disconnects(long: bool) -> Verdict:
 
         right = asyncio.run(run())
         wait_for(lambda: it.metric("vignette_requests_inside") == 0, 10, it.log)
-        left = it.metric("vignette_running_rows") + it.metric("vignette_queue_length")
+        left = it.metric("vignette_running_sequences") + it.metric("vignette_queue_length")
         return Verdict(f"{sum(right)} of {len(right)} others right, {left:.0f} slots still taken",
                        all(right) and left == 0)  # fmt: skip
 

@@ -90,8 +90,11 @@ class Outcome(Struct, frozen=True):
 def scored(caption: Caption) -> tuple[ScoredCaption, ...]:
     """All captions of a request, the best first."""
     return tuple(
-        ScoredCaption(
-            each.text, each.finish_reason, None if each.score is None else round(each.score, 5)
-        )
+        ScoredCaption(each.text, each.finish_reason, rounded(each.score))
         for each in (caption, *caption.others)
     )
+
+
+def rounded(score: float | None) -> float | None:
+    """A score as rows have it."""
+    return None if score is None else round(score, 5)

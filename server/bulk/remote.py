@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from server.bulk.captioning import RunFailed
-from server.bulk.items import ScoredCaption, UnfitItem
+from server.bulk.items import ScoredCaption, UnfitItem, rounded
 from server.http.client import Connection, RemoteService
 
 _PATIENCE = 300.0  # seconds without a useful answer, before the run fails
@@ -29,11 +29,13 @@ class RemoteCaptioner:
         self.where = f"{service.model} on {service.url}, {service.connections} at a time"
         self._mine, self._all = threading.local(), list[Connection]()
         self._over = threading.Event()
+        self._answered = time.monotonic()  # when any image got an answer
 
     def caption(self, image: bytes, prompt: str | None) -> tuple[ScoredCaption, ...]:
         """An image's captions, retrying as often as it takes.
 
-        Raises UnfitItem, and RunFailed if the service is gone for minutes, or wants another key.
+        Raises UnfitItem, also if only this image is put off for minutes, and RunFailed if the
+        service is gone for minutes, or wants another key.
         """
         connection = self._connection()
         asked = {"model": self._service.model, "prompt": prompt, "priority": "batch"}
@@ -44,6 +46,8 @@ class RemoteCaptioner:
         while True:
             try:
                 status, retry_after, answer = connection.ask("POST", path, image)
+                if status not in _LATER:
+                    self._answered = time.monotonic()
                 if status == 200:
                     return _said(answer)
                 reason = answer["error"]["message"]
@@ -55,7 +59,9 @@ class RemoteCaptioner:
             if status not in _LATER:
                 raise UnfitItem(reason)
             if time.monotonic() + retry_after > give_up or self._over.wait(retry_after):
-                raise RunFailed(f"{connection.url} gave no caption for too long: {reason}")
+                silent = time.monotonic() - self._answered > _PATIENCE - retry_after
+                failure = RunFailed if silent or self._over.is_set() else UnfitItem
+                raise failure(f"{connection.url} gave no caption for too long: {reason}")
 
     def stop(self) -> None:
         """Stop retrying."""
@@ -76,6 +82,6 @@ class RemoteCaptioner:
 
 def _said(answer: dict[str, Any]) -> tuple[ScoredCaption, ...]:
     return tuple(
-        ScoredCaption(each["caption"], each["finish_reason"], each["score"])
+        ScoredCaption(each["caption"], each["finish_reason"], rounded(each["score"]))
         for each in (answer, *answer.get("captions", [])[1:])
     )

@@ -29,11 +29,9 @@ class GrpcServer:
         await self._server.stop(0)
 
 
-async def start(service: Service) -> GrpcServer | None:
-    """Start the server; None without --grpc-port. Raises InvalidSettings."""
+async def start(service: Service) -> GrpcServer:
+    """Start the server on the settings' port. Raises InvalidSettings."""
     settings = service.settings
-    if settings.grpc_port is None:
-        return None
     try:
         import grpc
         from grpc_health.v1 import health_pb2_grpc

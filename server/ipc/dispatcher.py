@@ -19,9 +19,11 @@ import asyncio
 import bisect
 import itertools
 import logging
+import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -71,6 +73,17 @@ class EnginesFull(VignetteError):
 
 class Expired(VignetteError):
     """The request's deadline passed."""
+
+
+@asynccontextmanager
+async def until(deadline: float | None) -> AsyncIterator[None]:
+    """Raise Expired if the block runs past the deadline, a time of `time.perf_counter()`."""
+    left = None if deadline in (None, math.inf) else max(0.0, deadline - time.perf_counter())
+    try:
+        async with asyncio.timeout(left):
+            yield
+    except TimeoutError:
+        raise Expired("the deadline passed before the caption was there") from None
 
 
 @dataclass(slots=True, eq=False)
@@ -196,13 +209,8 @@ class Dispatcher:
             self._pump()
 
     async def _news(self, entry: RequestInFlight) -> RequestOutput | VignetteError:
-        deadline = entry.request.scheduling.deadline
-        left = None if deadline is None else max(0.0, deadline - time.perf_counter())
-        try:
-            async with asyncio.timeout(left):
-                return await entry.news.get()
-        except TimeoutError:
-            raise Expired("the deadline passed before the caption was there") from None
+        async with until(entry.request.scheduling.deadline):
+            return await entry.news.get()
 
     def connected(self, key: tuple[int, int], pipe: Pipe) -> None:
         """Add a worker that serves from now on."""

@@ -73,11 +73,16 @@ def stop_event(on_hangup: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Ev
             signal.signal(number, signal.SIG_DFL)
         stop.set()
 
+    def hangup() -> None:
+        task = loop.create_task(on_hangup())
+        running.add(task)
+        task.add_done_callback(running.discard)
+
     for number in OPERATORS_SIGNALS:
         if number in _ENDING:
             loop.add_signal_handler(number, on_signal)
         elif number is signal.SIGHUP:
-            loop.add_signal_handler(number, lambda: running.add(loop.create_task(on_hangup())))
+            loop.add_signal_handler(number, hangup)
         else:
             loop.add_signal_handler(number, log.warning, "%s does nothing here", number.name)
     return stop

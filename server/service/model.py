@@ -1,10 +1,9 @@
 """One model of a front-end: its workers, queue and pixels, and a request's path through them."""
 
 import asyncio
-import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,7 @@ from server.fairness.slot_shares import SlotShares
 from server.images.clips import Clip
 from server.images.decoder import Place
 from server.images.pool import ImageDecoders, ImageJob, Origin
-from server.ipc.dispatcher import Expired
+from server.ipc.dispatcher import until
 from server.ipc.messages import WorkerFacts, WorkerState
 from server.ipc.shared import PixelStore
 from server.ipc.transport import WorkerLinks
@@ -178,17 +177,6 @@ class Model:
         for job in running:
             job.add_done_callback(ended)
             job.cancel()
-
-
-@asynccontextmanager
-async def until(deadline: float) -> AsyncIterator[None]:
-    """Raise Expired if the block runs past the deadline, a time of `time.perf_counter()`."""
-    left = None if deadline == math.inf else max(0.0, deadline - time.perf_counter())
-    try:
-        async with asyncio.timeout(left):
-            yield
-    except TimeoutError:
-        raise Expired("the deadline passed before the caption was there") from None
 
 
 def _timed(output: RequestOutput, preprocess_s: float) -> RequestOutput:

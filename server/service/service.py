@@ -22,12 +22,13 @@ from server.fairness.token_buckets import TokenBuckets
 from server.images.clips import Clip
 from server.images.fetch import Fetcher
 from server.images.pool import ImageDecoders, Origin
+from server.ipc.dispatcher import until
 from server.ipc.messages import WorkerState
 from server.metrics import Metrics
 from server.service.admission import State
 from server.service.cache import OutputCache
 from server.service.keys import Keys, TooFast
-from server.service.model import Model, until
+from server.service.model import Model
 from server.settings import Settings
 from server.tracing import Tracer
 
