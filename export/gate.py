@@ -9,8 +9,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from export.checkpoint import Checkpoint
-from export.reference import Case, Graphs, OnnxGraphs, TorchGraphs, best_of_beams, caption
-from export.variants import file_name
+from export.reference import Case, OnnxGraphs, TorchGraphs, best_of_beams, caption
+from export.variants import files_of
 from export.verify import BEAMS
 from runtime.model.manifest import EXACT, Combination, Variant
 
@@ -57,12 +57,8 @@ def judge(
     ]
     passed = []
     for candidate in _combinations(variants):
-        files = (
-            folder / file_name(graph, precision, candidate.cache)
-            for graph, precision in (("encoder", candidate.encoder), ("decoder", candidate.decoder))
-        )
         on_gpu = cuda and candidate.cache == "float16"
-        graphs = OnnxGraphs(*files, cuda=on_gpu)
+        graphs = OnnxGraphs(*files_of(candidate, folder), cuda=on_gpu)
         answers = caption(graphs, sizes, special, cases, tokens)
         progress = tqdm(answers, desc=candidate.name, total=len(cases), unit="image", leave=False)
         equal = sum(a.tokens == e for a, e in zip(progress, expected, strict=True))
@@ -84,7 +80,7 @@ def judge(
 
 def _searched(
     checkpoint: Checkpoint,
-    graphs: Graphs,
+    graphs: OnnxGraphs,
     cases: list[Case],
     tokens: int,
     expected: list[list[int]],
@@ -93,7 +89,7 @@ def _searched(
 
     None for random weights, and for burst decoders, whose candidates come from another graph.
     """
-    if not expected or not isinstance(graphs, OnnxGraphs) or graphs.for_bursts:
+    if not expected or graphs.for_bursts:
         return None
     sizes, eos = checkpoint.sizes, checkpoint.tokens.eos
     found = [

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from runtime.model.manifest import PIECE, UNFORCED, Sizes
+from runtime.model.manifest import PIECE, UNFORCED, Sizes, kv_names
 
 _OPSET, _IR_VERSION = 17, 8  # as the exporter writes
 Scales = dict[str, np.ndarray]  # "{layer}.key" or "{layer}.value" -> float32 [H, D]
@@ -181,7 +181,7 @@ def write_reordering(output: Path, layers: int) -> None:
     nodes: list[NodeProto] = []
     inputs = [info("sources", integer, ["N"]), info("targets", integer, ["N", 1])]
     outputs = []
-    for name in (f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")):
+    for name in kv_names(layers):
         arena, read, out = f"arena.{name}", f"read.{name}", f"reordered.{name}"
         nodes.append(helper.make_node("Gather", [arena, "sources"], [read]))
         nodes.append(helper.make_node("ScatterND", [arena, "targets", read], [out]))
@@ -220,7 +220,7 @@ def write_insertion(output: Path, layers: int) -> None:
         helper.make_tensor_value_info("firsts", integer, ["B", 1, 1]),
     ]
     outputs = []
-    for name in (f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")):
+    for name in kv_names(layers):
         image, arena, out = f"image.{name}", f"arena.{name}", f"inserted.{name}"
         nodes.append(helper.make_node("ScatterND", [arena, "places", image], [out]))
         inputs.append(helper.make_tensor_value_info(image, integer, ["B", "N", PIECE]))

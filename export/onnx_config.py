@@ -11,7 +11,7 @@ from optimum.exporters.onnx.base import OnnxConfig, OnnxConfigWithPast
 from optimum.utils.normalized_config import NormalizedTextConfig
 from transformers import GitConfig
 
-from runtime.model.manifest import Sizes
+from runtime.model.manifest import Sizes, kv_names
 
 Axes = dict[str, dict[int, str]]
 
@@ -61,11 +61,7 @@ class GitEncoderOnnxConfig(OnnxConfig):
     @property
     def outputs(self) -> Axes:
         """A key and a value output per decoder layer."""
-        return {
-            f"image.{layer}.{kind}": {0: _ROWS}
-            for layer in range(self._sizes.layers)
-            for kind in ("key", "value")
-        }
+        return {f"image.{name}": {0: _ROWS} for name in kv_names(self._sizes.layers)}
 
     def generate_dummy_inputs(self, framework: str = "pt", **kwargs: Any) -> dict[str, Any]:
         """Random pixels; Optimum's shape arguments do not cover this model's inputs."""
@@ -107,11 +103,8 @@ class GitDecoderOnnxConfig(OnnxConfigWithPast):
         }
 
     def _caches(self, name: str) -> Axes:
-        return {
-            f"{name}.{layer}.{kind}": {0: _ROWS, 2: _CAPACITY}
-            for layer in range(self._sizes.layers)
-            for kind in ("key", "value")
-        }
+        names = kv_names(self._sizes.layers)
+        return {f"{name}.{each}": {0: _ROWS, 2: _CAPACITY} for each in names}
 
     def generate_dummy_inputs(self, framework: str = "pt", **kwargs: Any) -> dict[str, Any]:
         """Random tokens and caches; Optimum's shape arguments do not apply."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from export.checkpoint import Checkpoint
 from export.reference import Answer, Case, OnnxGraphs, TorchGraphs, caption
-from export.variants import file_name
+from export.variants import files_of
 from runtime.execution.self_test import PICTURES, TOKENS, picture
 from runtime.model.manifest import Combination, SelfTest
 
@@ -28,11 +28,8 @@ def choose(
     answers = list(caption(TorchGraphs(checkpoint), sizes, special, cases, TOKENS))
     seeds = sorted(range(_TRIED), key=lambda seed: -_margin(answers[seed]))
     for candidate in combinations:
-        files = (
-            folder / file_name(graph, precision, candidate.cache)
-            for graph, precision in (("encoder", candidate.encoder), ("decoder", candidate.decoder))
-        )
-        found = caption(OnnxGraphs(*files), sizes, special, [cases[seed] for seed in seeds], TOKENS)
+        graphs = OnnxGraphs(*files_of(candidate, folder))
+        found = caption(graphs, sizes, special, [cases[seed] for seed in seeds], TOKENS)
         agreed = [a.tokens == answers[s].tokens for s, a in zip(seeds, found, strict=True)]
         seeds = [seed for seed, same in zip(seeds, agreed, strict=True) if same]
         if not seeds:

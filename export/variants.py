@@ -20,7 +20,7 @@ from export.checkpoint import Checkpoint
 from export.graphs import Scales, share_weights, with_int8_cache, with_int8_prefix
 from export.reference import Arrays, Case, OnnxGraphs, caption
 from export.row_scales import with_row_scales
-from runtime.model.manifest import Variant
+from runtime.model.manifest import Combination, Variant
 
 _PRECISIONS = {"encoder": ("fp32", "int8", "int8-static"), "decoder": ("fp32", "int8")}
 _CACHES = {"float32": "", "int8": ".kv8"}  # dtype -> part of the file name
@@ -34,6 +34,14 @@ _OPTIONS = {
 def file_name(graph: str, precision: str, cache: str) -> str:
     """File name of a variant: encoder.onnx is fp32 with a float32 cache, others have suffixes."""
     return f"{graph}{'' if precision == 'fp32' else f'.{precision}'}{_CACHES.get(cache, '')}.onnx"
+
+
+def files_of(combination: Combination, folder: Path) -> tuple[Path, Path]:
+    """Encoder and decoder of a combination."""
+    return (
+        folder / file_name("encoder", combination.encoder, combination.cache),
+        folder / file_name("decoder", combination.decoder, combination.cache),
+    )
 
 
 def data_name(graph: str, precision: str) -> str:

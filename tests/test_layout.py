@@ -118,13 +118,6 @@ def test_nothing_is_reported_to_the_makers_of_onnx_runtime(package, tmp_path):
     assert not list(tmp_path.rglob("*onnxruntime*"))
 
 
-def test_nobody_steps_an_engine_but_the_stepper():
-    """And loads whose time is made up (`bench.load.replay`)."""
-    packages = ("runtime", "server", "bench", "export")
-    users = {p.name for package in packages for p in files(package) if ".step()" in p.read_text()}
-    assert users == {"stepper.py", "arrivals.py", "hosts.py"}
-
-
 def test_what_stands_behind_protocols_knows_of_none():
     for room in ("service", "ipc"):
         for path in files(f"server/{room}"):

@@ -25,7 +25,7 @@ import onnxruntime as ort
 from runtime.errors import GraphsFailed, ProviderError
 from runtime.execution.base import Candidates, leading
 from runtime.execution.device_buffer import DeviceBuffer, View
-from runtime.model.manifest import PIECE, UNFORCED, Manifest
+from runtime.model.manifest import PIECE, UNFORCED, Manifest, kv_names
 from runtime.planning.plan import Plan
 from runtime.providers.cuda import CudaOptions, pin
 from runtime.providers.session import Placement, open_session
@@ -84,7 +84,7 @@ class DeviceRunner:
         self.text_tokens = plan.text_tokens
         self._slots, self._batch = plan.slots, min(plan.encode_batch, plan.slots)
         self._buckets, self._batches = buckets(self._slots), buckets(self._batch)
-        self._names = [f"{i}.{kind}" for i in range(self.sizes.layers) for kind in ("key", "value")]
+        self._names = kv_names(self.sizes.layers)
         combination = manifest.combination(plan.combination)
         graphs = {graph: manifest.variant(graph, combination) for graph in _GRAPHS}
         cache = np.dtype(graphs["decoder"].cache)

@@ -15,7 +15,7 @@ import onnxruntime as ort
 
 from runtime.execution.base import Candidates, leading
 from runtime.execution.encoder import Encoder
-from runtime.model.manifest import EXACT, Manifest
+from runtime.model.manifest import EXACT, Manifest, kv_names
 from runtime.planning.plan import Plan
 from runtime.providers.cuda import CudaOptions
 from runtime.providers.session import Placement, open_session
@@ -41,11 +41,7 @@ class HostRunner:
         self.text_tokens = plan.text_tokens
         combination = manifest.combination(plan.combination)
         encoder, decoder = (manifest.variant(g, combination) for g in ("encoder", "decoder"))
-        self._image_names = [
-            f"image.{layer}.{kind}"
-            for layer in range(self.sizes.layers)
-            for kind in ("key", "value")
-        ]
+        self._image_names = [f"image.{name}" for name in kv_names(self.sizes.layers)]
         self._arena = self._new_arena(plan.slots, decoder.cache)
         self._tokens = np.zeros((plan.slots, 1), np.int64)
         self._lengths = np.full(plan.slots, self.sizes.prefix, np.int32)

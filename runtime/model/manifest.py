@@ -21,6 +21,11 @@ UNFORCED = -1  # stands for the likeliest token of the step before
 PIECE = 2  # int64 values that the insertion graph copies at once
 
 
+def kv_names(layers: int) -> list[str]:
+    """Names of a graph's K/V tensors, without the prefix: 0.key, 0.value, 1.key, ..."""
+    return [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
+
+
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """Shapes of both graphs. `prefix` and `text` are counts of positions, `image` is in pixels."""
