@@ -104,7 +104,7 @@ class _Unblocked(logging.Handler):
             time.sleep(0.005)
 
 
-class Seldom:
+class RateLimitedLog:
     """Logs each message at most once a minute."""
 
     def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:

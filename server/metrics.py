@@ -1,7 +1,7 @@
 """Prometheus metrics.
 
 In a running server, each process counts into files in the run's folder, and the front-end that is
-scraped adds them up (prometheus_client's multi-process mode, which the supervisor switches on). The
+scraped adds them up (prometheus_client's multi-process mode, which `count_as` switches on). The
 supervisor creates the files at full size, and a restarted process continues in those of its
 predecessor. Tests have one process, and one Metrics object for each app, so that apps don't share
 counts.
@@ -20,7 +20,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from server.ipc.shared import reserve
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # switches prometheus_client to multi-process mode
+_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # names prometheus_client's folder in multi-process mode
+_FOLDER = "metrics"  # in the run's folder
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
@@ -32,13 +33,13 @@ _KEY_BYTES = 20 * 160  # outcomes, times the bytes of each
 _FILE_BYTES = 64 * 1024  # prometheus_client's default, several times what a model needs
 
 
-def make_files(folder: Path, names: list[str], keys: int = 0, models: int = 1) -> None:
+def make_files(run: Path, names: list[str], keys: int = 0, models: int = 1) -> None:
     """Create the files of the processes with these names. Raises NoSharedMemory.
 
-    keys, models: number of API keys and of models.
+    run: the run's folder. keys, models: number of API keys and of models.
     """
+    folder = run / _FOLDER
     folder.mkdir()
-    os.environ[FOLDER] = str(folder)
     for name in names:
         for kind in _KINDS:
             handle = os.open(folder / f"{kind}_{name}.db", os.O_RDWR | os.O_CREAT, 0o600)
@@ -48,14 +49,15 @@ def make_files(folder: Path, names: list[str], keys: int = 0, models: int = 1) -
             os.close(handle)
 
 
-def count_as(name: str) -> None:
+def count_as(run: Path, name: str) -> None:
     """Count under this name in this process from now on."""
+    os.environ[_VARIABLE] = str(run / _FOLDER)
     values.ValueClass = values.MultiProcessValue(lambda: name)
 
 
-def forget_gauges(name: str) -> None:
+def forget_gauges(run: Path, name: str) -> None:
     """Clear the gauges of a process that has died; its counters stay."""
-    with (Path(os.environ[FOLDER]) / f"{_LIVE}_{name}.db").open("r+b") as file:
+    with (run / _FOLDER / f"{_LIVE}_{name}.db").open("r+b") as file:
         file.write(bytes(Path(file.name).stat().st_size))
 
 
@@ -126,7 +128,7 @@ class Metrics:
     def render(self) -> bytes:
         """Metrics of all processes in Prometheus' text format."""
         registry = self.registry
-        if FOLDER in os.environ:
+        if _VARIABLE in os.environ:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)
         return generate_latest(registry)

@@ -8,7 +8,7 @@ from runtime.request import Completion, RequestOutput, joined
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class TextDelta:
     """Progress of a request. text: all so far, without a last word that may continue. whole: the
     complete output, set only at the end, when `text` is complete, too.
     """
@@ -19,17 +19,17 @@ class News:
     whole: RequestOutput | None = None
 
 
-async def growing(
+async def text_deltas(
     outputs: AsyncIterator[RequestOutput], tokenizer: CaptionTokenizer
-) -> AsyncGenerator[News, None]:
-    """Yield News for each output, the last with `whole`, or raise ComputationFailed instead."""
+) -> AsyncGenerator[TextDelta, None]:
+    """Yield a TextDelta for each output, the last with `whole`; or raise ComputationFailed."""
     told: list[RequestOutput] = []
     tokens: list[int] = []
     async for output in outputs:
         told.append(output)
         tokens += output.token_ids
         if output.finish_reason is None:
-            yield News(output.completion, tokenizer.whole_words(tokens), len(tokens))
+            yield TextDelta(output.completion, tokenizer.whole_words(tokens), len(tokens))
         else:
             whole = joined(told)
-            yield News(output.completion, tokenizer.text(tokens), len(tokens), whole)
+            yield TextDelta(output.completion, tokenizer.text(tokens), len(tokens), whole)

@@ -211,7 +211,7 @@ def fake_worker(
     """Entry point of a worker process around `open_engine()`."""
     follow_parent()
     configure(settings)
-    count_as(f"worker-{index}")
+    count_as(folder, f"worker-{index}")
     sys.exit(serve(open_engine, model.name, folder, index, epoch))
 
 

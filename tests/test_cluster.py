@@ -25,16 +25,16 @@ from runtime.request import (
 )
 from server.cluster.application import one_for_each_node
 from server.cluster.ingress import ModelRelay
-from server.cluster.model_files import ModelFiles, kind_of
+from server.cluster.model_files import ModelFiles, kind_digest
 from server.cluster.registry import CLUSTER_STATE, IngressReport, Registry, ReplicaReport
 from server.cluster.relay import Relay
 from server.cluster.replica import REQUEST_DECODER, ReplicaOutput
 from server.ipc.messages import (
     TO_FRONT_END,
     Cancel,
+    FailureReason,
     Generate,
     Unserved,
-    Why,
     WorkerFacts,
     WorkerState,
     packed,
@@ -149,13 +149,13 @@ def test_a_stream_goes_on_after_its_replica_died():
 
 
 def test_what_is_lost_again_and_again_is_given_up():
-    assert relayed(Replicas(*[[DIED]] * 4)) == [Unserved(5, Why.UNLUCKY)]
+    assert relayed(Replicas(*[[DIED]] * 4)) == [Unserved(5, FailureReason.LOST)]
 
 
 def test_a_stream_does_not_go_on_with_another_model():
     replicas = Replicas([said(3), DIED], [said(8, engine="b"), said(1, ends=True, engine="b")])
     sent = relayed(replicas)
-    assert sent[-1] == Unserved(5, Why.REPLACED)
+    assert sent[-1] == Unserved(5, FailureReason.REPLACED)
     assert tokens(sent[:-1]) == [(3,)]
 
 
@@ -164,14 +164,16 @@ def test_what_was_not_begun_may_be_answered_by_another_model():
     assert tokens(relayed(replicas)) == [(8, 1)]
 
 
-@pytest.mark.parametrize("why", list(Why))
-def test_what_a_replica_found_out_is_told(why):
-    assert relayed(Replicas([ReplicaOutput("a", None, why)]), stream=False) == [Unserved(5, why)]
+@pytest.mark.parametrize("reason", list(FailureReason))
+def test_what_a_replica_found_out_is_told(reason):
+    assert relayed(Replicas([ReplicaOutput("a", None, reason)]), stream=False) == [
+        Unserved(5, reason)
+    ]
 
 
 def test_a_full_cluster_is_told_and_not_asked_again():
     replicas = Replicas([BackPressureError(1, 1)])
-    assert relayed(replicas) == [Unserved(5, Why.FULL)]
+    assert relayed(replicas) == [Unserved(5, FailureReason.FULL)]
     assert len(replicas.asked) == 1
 
 
@@ -266,12 +268,12 @@ def test_doors_know_a_model_by_its_card(tmp_path):
 
 def test_only_an_engine_of_other_tokens_or_images_is_another_kind():
     manifest = manifests.read(DEMO)
-    kind = kind_of(manifest)
+    kind = kind_digest(manifest)
     weights = manifest.files | {"decoder.onnx": "0" * 64}
-    assert kind_of(replace(manifest, files=weights, about="trained longer")) == kind
+    assert kind_digest(replace(manifest, files=weights, about="trained longer")) == kind
     tokenizer = manifest.files | {"tokenizer.json": "0" * 64}
-    assert kind_of(replace(manifest, files=tokenizer)) != kind
-    assert kind_of(replace(manifest, sizes=replace(manifest.sizes, image=10))) != kind
+    assert kind_digest(replace(manifest, files=tokenizer)) != kind
+    assert kind_digest(replace(manifest, sizes=replace(manifest.sizes, image=10))) != kind
 
 
 def test_doors_are_as_many_as_nodes(monkeypatch):

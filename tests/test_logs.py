@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from server.logs import Seldom, configure, plain
+from server.logs import RateLimitedLog, configure, plain
 from server.settings import Settings
 from tests.fakes import fake_engine
 from tests.live import png, serve
@@ -48,7 +48,7 @@ def test_what_clients_sent_is_on_one_line_and_short():
 
 def test_a_message_is_said_once_a_minute(caplog):
     now = [0.0]
-    seldom = Seldom(logging.getLogger("server.x"), lambda: now[0])
+    seldom = RateLimitedLog(logging.getLogger("server.x"), lambda: now[0])
     for now[0] in (0.0, 30.0, 61.0):
         seldom.warning("again %d", now[0])
     assert [r.getMessage() for r in caplog.records] == ["again 0", "again 61"]

@@ -92,7 +92,7 @@ def test_bodies_that_stop_in_the_middle_make_room_for_those_of_who_has_less():
     budget = ByteBudget(1_000_000, lambda: now[0])
 
     def come(client: str, size: int) -> Incoming:
-        body = budget.begin(client, lambda: (closed.append(client), budget.let_go(size, client)))
+        body = budget.begin(client, lambda: (closed.append(client), budget.release(size, client)))
         budget.hold(size, client, body)
         return body
 
@@ -112,12 +112,12 @@ def test_bodies_that_stop_in_the_middle_make_room_for_those_of_who_has_less():
 def test_a_body_that_goes_on_coming_is_left_alone(piece, closed):
     now, gone = [0.0], []
     budget = ByteBudget(1_000_000, lambda: now[0])
-    body = budget.begin("a", lambda: (gone.append("a"), budget.let_go(100_000 + 4 * piece, "a")))
+    body = budget.begin("a", lambda: (gone.append("a"), budget.release(100_000 + 4 * piece, "a")))
     budget.hold(100_000, "a", body)
     for _ in range(4):
         now[0] += 0.9
         budget.hold(piece, "a", body)
-    budget.owe(1_000_000, "b")
+    budget.hold_answer(1_000_000, "b")
     now[0] += 0.5
     with contextlib.suppress(QueueFull):
         budget.hold(1000, "c")
@@ -142,7 +142,7 @@ def test_a_client_holds_at_most_half_of_the_bytes_that_others_leave():
     budget.hold(250, "good")
     with pytest.raises(QueueFull):
         budget.hold(1, "good")
-    budget.let_go(500, "bad")
+    budget.release(500, "bad")
     budget.hold(250, "good")
-    budget.let_go(500, "good")
+    budget.release(500, "good")
     assert budget.held == 0 and not budget._by_client

@@ -45,4 +45,4 @@ def test_workers_of_a_model_must_give_the_same_captions(tmp_path):
     with pytest.raises(CannotStart, match=r"would run .* name --provider and --precision"):
         asyncio.run(asyncio.wait_for(serve(), 60))
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
-    assert [child.public().device for child in children] == ["0", "1"]
+    assert [child.worker_state().device for child in children] == ["0", "1"]

@@ -46,11 +46,11 @@ def test_metrics_have_their_room_from_the_start(tmp_path, monkeypatch):
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "to be restored")
     try:
-        make_files(tmp_path / "m", ["front-0"])
-        sizes = {path.name: path.stat() for path in (tmp_path / "m").iterdir()}
+        make_files(tmp_path, ["front-0"])
+        sizes = {path.name: path.stat() for path in (tmp_path / "metrics").iterdir()}
         assert all(s.st_blocks * 512 >= s.st_size == 64 * 1024 for s in sizes.values())
         for life in (1, 2):
-            count_as("front-0")
+            count_as(tmp_path, "front-0")
             metrics = Metrics()
             metrics.requests.labels("m", "ok").inc()
             metrics.inside.labels("m").set(5)
@@ -59,9 +59,9 @@ def test_metrics_have_their_room_from_the_start(tmp_path, monkeypatch):
                 in metrics.render().decode()
             )
             assert 'vignette_requests_inside{model="m"} 5.0' in metrics.render().decode()
-            forget_gauges("front-0")
+            forget_gauges(tmp_path, "front-0")
             assert 'vignette_requests_inside{model="m"} 5.0' not in metrics.render().decode()
-        assert {path.name for path in (tmp_path / "m").iterdir()} == set(sizes)
+        assert {path.name for path in (tmp_path / "metrics").iterdir()} == set(sizes)
     finally:
         values.ValueClass = before
 
@@ -71,8 +71,7 @@ def test_full_shared_memory_is_a_message(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "to be restored")
     with pytest.raises(NoSharedMemory, match="MiB of metrics"):
-        make_files(tmp_path / "m", ["front-0"])
+        make_files(tmp_path, ["front-0"])
     with pytest.raises(NoSharedMemory, match="--shm-size"):
         PixelStore(tmp_path / "p", 4, (3, 8, 8), create=True)

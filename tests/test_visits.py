@@ -36,11 +36,11 @@ def test_large_pages_are_refused_to_who_asks_for_too_many_of_them(monkeypatch):
 
 def test_large_pages_are_refused_while_many_lie_unread():
     with serve(fake_engine) as live:
-        live.service.budget.owe(200_000_000, "another")
+        live.service.budget.hold_answer(200_000_000, "another")
         reply = live.request("GET", "/static/swagger-ui/swagger-ui-bundle.js")
         assert (reply.status, reply.error) == (429, "queue_full")
         assert live.caption(png()).status == 200
-        live.service.budget.read(200_000_000, "another")
+        live.service.budget.release_answer(200_000_000, "another")
 
 
 def test_preflights_are_paced_as_pages_are():

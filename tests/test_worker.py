@@ -13,12 +13,12 @@ from runtime.request import FinishReason, GenerationRequest, SamplingParams
 from server.ipc.messages import (
     TO_FRONT_END,
     Cancel,
+    FailureReason,
     Generate,
     Hello,
     Output,
     StepFailed,
     Unserved,
-    Why,
     packed,
 )
 from server.metrics import WorkerMetrics
@@ -184,7 +184,7 @@ def test_a_front_end_that_has_gone_already_does_no_harm(tmp_path):
 
     made = scene(asked)
     assert made.socket.answered == [2]
-    assert Unserved(1, Why.NO_PIXELS) in made.socket.sent
+    assert Unserved(1, FailureReason.NO_PIXELS) in made.socket.sent
 
 
 def test_a_request_that_can_not_be_begun_fails_alone_and_is_not_tried_again(monkeypatch):

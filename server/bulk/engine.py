@@ -21,7 +21,7 @@ from runtime.request import GenerationRequest, RequestOutput, captioned
 from server.bulk.captioning import RunFailed
 from server.bulk.items import ScoredCaption, UnfitItem, scored
 from server.bulk.loop_thread import LoopThread
-from server.ipc.dispatcher import Deadly, EngineFailed
+from server.ipc.dispatcher import EngineFailed, PoisonedImage
 from server.models import ServedModel
 from server.processes import worker
 from server.processes.supervised_engine import SupervisedEngine
@@ -110,7 +110,7 @@ class BulkEngine:
         request = GenerationRequest(None, prompt_ids, params)
         try:
             output = self._loop.run(self._output(request, pixels))
-        except Deadly as error:
+        except PoisonedImage as error:
             raise UnfitItem("the engine failed on it twice, the second time alone") from error
         except EngineFailed as error:
             raise UnfitItem(str(error)) from error

@@ -100,10 +100,10 @@ def opened(settings: Settings, models: tuple[str, ...]) -> Application:
         graceful_shutdown_timeout_s=settings.drain_seconds + 10,
         **scaled,
         **_EACH,
-    ).bind(settings, models, made_of(settings, models))  # fmt: skip
+    ).bind(settings, models, config_digest(settings, models))  # fmt: skip
 
 
-def made_of(settings: Settings, models: tuple[str, ...]) -> bytes:
+def config_digest(settings: Settings, models: tuple[str, ...]) -> bytes:
     """Digest of settings, models and API keys; if it differs, ingresses are opened anew.
 
     Ingresses know neither engine folders nor the number of engines: those settings are left out.

@@ -17,7 +17,7 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.schema import ApplicationStatus
 
-from server.cluster.application import QUIET, made_of, opened, replicas
+from server.cluster.application import QUIET, config_digest, opened, replicas
 from server.cluster.ingress import application_of
 from server.cluster.registry import CLUSTER_STATE, ClusterState, registry
 from server.logs import flush
@@ -69,14 +69,14 @@ def deploy(
 ) -> None:
     """Deploy models and ingresses; existing ones are updated one by one.
 
-    Ingresses stay open if `made_of` has not changed. Raises CannotStart.
+    Ingresses stay open if `config_digest` has not changed. Raises CannotStart.
     """
     try:
         for model in models:
             name = application_of(model.name)
             ray_serve.run(replicas(settings, model, worker_main), name=name, route_prefix=None)
         names = tuple(model.name for model in models)
-        if _ingresses_made_of() != {made_of(settings, names)}:
+        if _ingress_digests() != {config_digest(settings, names)}:
             ray_serve.run(opened(settings, names), name=INGRESS, route_prefix=None)
     except RuntimeError as cause:  # the cause is deep in a traceback
         raise CannotStart(f"the cluster did not take the service: {_reason()}") from cause
@@ -116,12 +116,12 @@ def _state() -> ClusterState:
     return CLUSTER_STATE.decode(ray.get(registry().state.remote(), timeout=_ASK_SECONDS))
 
 
-def _ingresses_made_of() -> set[bytes]:
-    """`made_of` of the ingresses that are open; empty if their application does not run."""
+def _ingress_digests() -> set[bytes]:
+    """`config_digest` of the ingresses that are open; empty if their application does not run."""
     found = ray_serve.status().applications.get(INGRESS)
     if found is None or found.status is not ApplicationStatus.RUNNING:
         return set()
-    return {ingress.made_of for ingress in _state().ingresses}
+    return {ingress.config_digest for ingress in _state().ingresses}
 
 
 def _reason() -> str:

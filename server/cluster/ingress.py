@@ -123,14 +123,14 @@ class Ingress:
     """A deployment with one replica on each node."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: Settings, models: tuple[str, ...], made_of: bytes
+        self, settings: Settings, models: tuple[str, ...], config_digest: bytes
     ) -> None:
-        """Wait for the models, then listen. made_of: see `application.made_of`.
+        """Wait for the models, then listen. config_digest: see `application.config_digest`.
 
         Raises CannotListen, NoSharedMemory and CannotStart.
         """
         configure(settings)
-        self._made_of, self._registry = made_of, registry()
+        self._config_digest, self._registry = config_digest, registry()
         files = {name: await _files_of(name) for name in models}
         ports, run = Ports(settings), RunFolder()
         self._url = f"http://{_address(settings.host)}:{ports.number}"
@@ -186,7 +186,7 @@ class Ingress:
                 model: {digest: until - now for digest, until in kept.items().items()}
                 for model, kept in self._supervisor.refused.items()
             }
-            report = msgpack.encode(IngressReport(name, self._url, self._made_of, refused))
+            report = msgpack.encode(IngressReport(name, self._url, self._config_digest, refused))
             try:
                 known = CLUSTER_STATE.decode(await self._registry.report_ingress.remote(report))
             except RayError as error:

@@ -12,7 +12,7 @@ from runtime.model.tokenizer import CaptionTokenizer
 
 
 class ModelFiles(Struct, frozen=True):
-    """The files of an engine folder that a front-end reads. kind: see `kind_of`."""
+    """The files of an engine folder that a front-end reads. kind: see `kind_digest`."""
 
     manifest: bytes
     tokenizer: bytes
@@ -24,7 +24,7 @@ class ModelFiles(Struct, frozen=True):
         manifest = manifests.read(folder)
         CaptionTokenizer(folder, manifest)  # raises if it can't be read
         tokenizer = (folder / manifests.TOKENIZER).read_bytes()
-        return cls((folder / manifests.FILE).read_bytes(), tokenizer, kind_of(manifest))
+        return cls((folder / manifests.FILE).read_bytes(), tokenizer, kind_digest(manifest))
 
     def write(self, folder: Path) -> Path:
         """Write the files to a new folder, which a front-end can read; return the folder."""
@@ -34,7 +34,7 @@ class ModelFiles(Struct, frozen=True):
         return folder
 
 
-def kind_of(manifest: manifests.Manifest) -> str:
+def kind_digest(manifest: manifests.Manifest) -> str:
     """Digest of tokens, preprocessing and sizes: engines of one kind take each other's requests."""
     parts = [asdict(manifest.sizes), asdict(manifest.tokens), asdict(manifest.preprocessing)]
     parts_json = json.dumps([*parts, manifest.files.get(manifests.TOKENIZER)], sort_keys=True)

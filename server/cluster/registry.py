@@ -33,11 +33,11 @@ class ReplicaReport(Struct, frozen=True):
 
 
 class IngressReport(Struct, frozen=True):
-    """Report of an ingress: its URL, its `application.made_of`, and the images that it refuses."""
+    """Report of an ingress: URL, `application.config_digest`, and the images that it refuses."""
 
     name: str
     url: str
-    made_of: bytes
+    config_digest: bytes
     refused: Refused
 
 

@@ -19,7 +19,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from server.cluster.replica import OUTPUT_DECODER, ReplicaOutput, ReplicaRequest
-from server.ipc.messages import Output, Unserved, Why
+from server.ipc.messages import FailureReason, Output, Unserved
 from server.ipc.receiver import Receiver, RequestTask
 from server.ipc.replay_filter import ReplayFilter
 
@@ -43,26 +43,27 @@ class Relay(Receiver):
     async def serve(self, job: RequestTask) -> None:
         """Have a replica serve a request; try again if the replica is lost."""
         number = job.message.request.id
-        replayed, engine, why = ReplayFilter(), None, Why.UNLUCKY
+        replayed, engine, reason = ReplayFilter(), None, FailureReason.LOST
         for losses in range(_LOSSES):
             try:
                 replayed.again()
                 async with aclosing(self._asked(job)) as news:
                     async for answer in news:
                         if answer.output is None or (replayed.tokens and answer.engine != engine):
-                            await self.send(job.owner, Unserved(number, answer.why or Why.REPLACED))
+                            failure = answer.failure or FailureReason.REPLACED
+                            await self.send(job.owner, Unserved(number, failure))
                             return
                         engine = answer.engine
                         fresh = replace(replayed.fresh(answer.output), id=number)
                         await self.send(job.owner, Output(fresh))
                 return
             except BackPressureError:
-                why = Why.FULL
+                reason = FailureReason.FULL
                 break
             except (RayError, RayServeException) as error:
                 log.warning("a request is sent again: its replica is gone (%r)", error)
                 await asyncio.sleep(_PAUSE_SECONDS * 2**losses)
-        await self.send(job.owner, Unserved(number, why))
+        await self.send(job.owner, Unserved(number, reason))
 
     async def _asked(self, job: RequestTask) -> AsyncGenerator[ReplicaOutput, None]:
         """Outputs of a request from a replica; closing cancels the request."""

@@ -20,8 +20,8 @@ from ray.exceptions import RayError
 from runtime.request import GenerationRequest, RequestOutput
 from server.cluster.model_files import ModelFiles
 from server.cluster.registry import REPORT_SECONDS, ReplicaReport, registry
-from server.ipc.dispatcher import Deadly, EngineFailed, Expired
-from server.ipc.messages import Why
+from server.ipc.dispatcher import EngineFailed, Expired, PoisonedImage
+from server.ipc.messages import FailureReason
 from server.logs import configure
 from server.models import ServedModel
 from server.processes.supervised_engine import SupervisedEngine
@@ -44,14 +44,14 @@ class ReplicaRequest(Struct, frozen=True):
 
 
 class ReplicaOutput(Struct, frozen=True):
-    """A replica's reply: an output of a request, or the reason why there is none.
+    """A replica's reply: an output of a request, or the reason for which there is none.
 
     engine: identity of the replica's engine (`WorkerFacts.identity`).
     """
 
     engine: str
     output: RequestOutput | None
-    why: Why | None = None
+    failure: FailureReason | None = None
 
 
 REQUEST_DECODER, OUTPUT_DECODER = msgpack.Decoder(ReplicaRequest), msgpack.Decoder(ReplicaOutput)
@@ -108,7 +108,7 @@ class Replica:
         facts = self._engine.worker.facts
         identity = facts.identity if facts is not None else ""
         if asked.kind != self._files.kind:
-            yield ReplicaOutput(identity, None, Why.REPLACED)
+            yield ReplicaOutput(identity, None, FailureReason.REPLACED)
             return
         deadline = None if asked.seconds is None else time.perf_counter() + asked.seconds
         scheduling = replace(asked.request.scheduling, deadline=deadline)
@@ -118,12 +118,12 @@ class Replica:
             async with aclosing(self._engine.generate(request, asked.digest, values)) as outputs:
                 async for output in outputs:
                     yield ReplicaOutput(identity, output)
-        except Deadly:
-            yield ReplicaOutput(identity, None, Why.DEADLY)
+        except PoisonedImage:
+            yield ReplicaOutput(identity, None, FailureReason.POISONED)
         except EngineFailed:
-            yield ReplicaOutput(identity, None, Why.UNLUCKY)
+            yield ReplicaOutput(identity, None, FailureReason.LOST)
         except Expired:
-            yield ReplicaOutput(identity, None, Why.EXPIRED)
+            yield ReplicaOutput(identity, None, FailureReason.EXPIRED)
 
     async def _report(self) -> None:
         """Report this replica every other second."""

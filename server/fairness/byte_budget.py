@@ -76,15 +76,15 @@ class ByteBudget:
         left = self._most - (self.held - before)
         return self.held + size <= self._most and before + size <= left // 2
 
-    def owe(self, size: int, client: str) -> None:
+    def hold_answer(self, size: int, client: str) -> None:
         """Add bytes of a response, which can't be refused any more."""
         self.unread += size
         self._add(size, client)
 
-    def read(self, size: int, client: str) -> None:
-        """Release bytes added by `owe`."""
+    def release_answer(self, size: int, client: str) -> None:
+        """Release bytes added by `hold_answer`."""
         self.unread -= size
-        self.let_go(size, client)
+        self.release(size, client)
 
     def check_unread(self) -> None:
         """Raise QueueFull if responses that clients have not read take more than their part."""
@@ -96,7 +96,7 @@ class ByteBudget:
         self.held += size
         self._by_client[client] += size
 
-    def let_go(self, size: int, client: str) -> None:
+    def release(self, size: int, client: str) -> None:
         """Release bytes added by `hold`."""
         self.held -= size
         self._by_client[client] -= size

@@ -108,7 +108,7 @@ class Call:
                 client = self.client
                 size *= _COPIES
                 self.service.budget.hold(size, client)
-                held.callback(self.service.budget.let_go, size, client)
+                held.callback(self.service.budget.release, size, client)
                 yield held
             except VignetteError as error:
                 self._outcome(answer_to(error, 500).code)

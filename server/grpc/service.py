@@ -19,7 +19,7 @@ from server.grpc.wire import call_in
 from server.kserve import Inputs
 from server.service.model import Model
 from server.service.service import Service
-from server.streams import growing
+from server.streams import text_deltas
 
 _IDLE_SECONDS = 300.0  # that a stream stays open without a request
 _METHODS = {  # methods that do not caption, and their requests
@@ -184,7 +184,7 @@ class InferenceService:
             logprobs: list[float] = []
             generated = self._service.generate(model, asked, inputs.images, call.client)
             async with aclosing(generated) as outputs:
-                async for news in growing(outputs, model.tokenizer):
+                async for news in text_deltas(outputs, model.tokenizer):
                     logprobs += news.completion.logprobs
                     mean = sum(logprobs) / max(1, len(logprobs))
                     response = _response(request, model, [news.text], [mean])

@@ -27,7 +27,7 @@ from server.images import clips
 from server.images.clips import Clip
 from server.service.model import Model
 from server.service.service import Images
-from server.streams import growing
+from server.streams import text_deltas
 from server.tasks import gather_or_cancel
 
 _MOST_LOGPROBS = 160  # images times n times logprobs of a request with several images
@@ -134,7 +134,7 @@ class CaptionHandler(IntakeHandler):
             async with aclosing(
                 self.service.generate(model, request, images, self.client)
             ) as outputs:
-                async for news in growing(outputs, model.tokenizer):
+                async for news in text_deltas(outputs, model.tokenizer):
                     if news.completion.token_ids:
                         self.send({"text": news.text, "tokens": news.tokens}, "token")
             assert news.whole is not None

@@ -118,7 +118,7 @@ class Handler(tornado.web.RequestHandler):
             loop, budget = asyncio.get_running_loop(), self.service.budget
             size = len(chunk or b"") + self.streamed
             start, unread = loop.time(), self.settings["unread"]
-            budget.owe(size, self.client)
+            budget.hold_answer(size, self.client)
 
             def look() -> None:
                 waited = loop.time() - start
@@ -130,7 +130,7 @@ class Handler(tornado.web.RequestHandler):
                 if stream.writing():
                     stream.close()
                 unread.pop(stream, None)
-                budget.read(size, self.client)
+                budget.release_answer(size, self.client)
 
             loop.call_later(_LOOK_SECONDS, look)
         return written

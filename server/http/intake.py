@@ -141,7 +141,7 @@ class IntakeHandler(Handler):
         self._came()
         self._body = bytearray()
         if self._held:
-            self.service.budget.let_go(self._held, self._payer)
+            self.service.budget.release(self._held, self._payer)
         self._held = 0
 
     def _refuse_now(self, error: VignetteError) -> None:

@@ -27,7 +27,7 @@ from tornado.httputil import (
 from tornado.iostream import IOStream, StreamClosedError
 
 from server.addresses import group_of
-from server.logs import Seldom
+from server.logs import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Server(HTTPServer):
         self._most = most
         self._open: set[object] = set()
         self._idle: dict[str, dict[HTTP1ServerConnection, None]] = {}  # by address, oldest first
-        self._seldom = Seldom(log)
+        self._seldom = RateLimitedLog(log)
 
     # --- Accepting --------------------------------------------------------------------------------
 

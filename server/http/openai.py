@@ -29,7 +29,7 @@ from server.http.handler import Handler
 from server.http.intake import IntakeHandler
 from server.service.model import Model
 from server.service.service import Images
-from server.streams import growing
+from server.streams import text_deltas
 
 _KINDS = {401: "authentication_error", 404: "invalid_request_error", 429: "rate_limit_error"}
 _DONE = "data: [DONE]\n\n"
@@ -253,7 +253,7 @@ class _Completion:
         """Send chunks of whole words as they come; an error after the first is an event, too."""
         said, stopped = "", False
         try:
-            async for news in growing(outputs, self._model.tokenizer):
+            async for news in text_deltas(outputs, self._model.tokenizer):
                 if not self._handler.streams and news.completion.token_ids:
                     self._chunk({"role": "assistant", "content": ""})
                 text, stopped = self._stopped(news.text)

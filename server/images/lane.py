@@ -13,7 +13,7 @@ from runtime.errors import VignetteError
 from server.fairness.fair_queue import FairQueue
 from server.images.cost import TooHard
 from server.images.decoder import BUG, FAILED, Decoder, Place, Setup, raised
-from server.logs import Seldom
+from server.logs import RateLimitedLog
 from server.system import KILLED_FROM_OUTSIDE
 from server.tasks import note_error
 
@@ -68,7 +68,7 @@ class Lane:
     def __init__(self, setup: Setup, count: int) -> None:
         self._setup, self._turns = setup, FairQueue(count, beside=max(1, count // 2))
         self._idle: deque[Decoder] = deque()
-        self._seldom = Seldom(log)
+        self._seldom = RateLimitedLog(log)
         self._all: set[Decoder] = set()
 
     def start(self, count: int) -> "Lane":

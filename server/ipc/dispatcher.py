@@ -33,12 +33,12 @@ from runtime.errors import VignetteError
 from runtime.request import FinishReason, GenerationRequest, RequestOutput
 from server.ipc.messages import (
     Cancel,
+    FailureReason,
     Generate,
     Hello,
     Output,
     StepFailed,
     Unserved,
-    Why,
     packed,
 )
 from server.ipc.remembered import Remembered
@@ -49,8 +49,8 @@ log = logging.getLogger(__name__)
 QUARANTINE_SECONDS = 600.0
 BLAMED = ("crashed", "stuck")  # ends of a worker caused by itself or by a request
 _CRASHES, _LOSSES = 2, 4  # of workers with a request inside, before the request is given up
-_DEADLY = "the engine failed on this image twice: it is not tried again for ten minutes"
-_UNLUCKY = "the engine was killed several times with this request: try again later"
+_POISONED = "the engine failed on this image twice: it is not tried again for ten minutes"
+_LOST = "the engine was killed several times with this request: try again later"
 _FULL = "the queue of the cluster is full: try again later"
 _REPLACED = "the model was replaced by another meanwhile: try again"
 _LATE = "the deadline passed while it was queued"
@@ -61,7 +61,7 @@ class EngineFailed(VignetteError):
     """The engine failed on this request several times; other requests go on."""
 
 
-class Deadly(EngineFailed):
+class PoisonedImage(EngineFailed):
     """The engine failed twice because of this request's image."""
 
 
@@ -176,9 +176,9 @@ class Dispatcher:
         return held + len(self._pending) + len(self._suspects)
 
     def check(self, digest: str) -> None:
-        """Raise Deadly for an image that crashed workers twice."""
+        """Raise PoisonedImage for an image that crashed workers twice."""
         if digest in self._quarantine:
-            raise Deadly(_DEADLY)
+            raise PoisonedImage(_POISONED)
 
     def refuse(self, digest: str, until: float | None = None) -> float:
         """Refuse images with this digest until then (default: ten minutes); return that time."""
@@ -245,8 +245,8 @@ class Dispatcher:
                 entry.take(output)
             case StepFailed():
                 self._again(entry, blamed=True)
-            case Unserved(_, why):
-                self._unserved(entry, why)
+            case Unserved(_, reason):
+                self._unserved(entry, reason)
         if entry.ended:  # even if its last output was not read yet
             link.inside.pop(number, None)
         if entry.ended or isinstance(message, StepFailed):
@@ -267,15 +267,15 @@ class Dispatcher:
         entry.losses += 1
         entry.crashes += blamed
         if entry.crashes >= _CRASHES:
-            self._unserved(entry, Why.DEADLY)
+            self._unserved(entry, FailureReason.POISONED)
         elif entry.losses >= _LOSSES:
-            self._unserved(entry, Why.UNLUCKY)
+            self._unserved(entry, FailureReason.LOST)
         else:
             self._suspects.append(entry)
 
-    def _unserved(self, entry: RequestInFlight, why: Why) -> None:
-        """End a request with the error for `why`; refuse a deadly image from now on."""
-        if why is Why.DEADLY:
+    def _unserved(self, entry: RequestInFlight, reason: FailureReason) -> None:
+        """End a request with the error for `reason`; refuse a poisoned image from now on."""
+        if reason is FailureReason.POISONED:
             self.on_refused(entry.digest, self.refuse(entry.digest))
             log.error(
                 "the engine failed twice on an image, which is refused for %.0f minutes: sha256 %s",
@@ -283,21 +283,21 @@ class Dispatcher:
             )  # fmt: skip
         entry.end(
             {
-                Why.DEADLY: Deadly(_DEADLY),
-                Why.UNLUCKY: EngineFailed(_UNLUCKY),
-                Why.EXPIRED: Expired(_LATE),
-                Why.FULL: EnginesFull(_FULL),
-                Why.REPLACED: EngineFailed(_REPLACED),
-                Why.NO_PIXELS: EngineFailed(_NO_PIXELS),
-            }[why]
+                FailureReason.POISONED: PoisonedImage(_POISONED),
+                FailureReason.LOST: EngineFailed(_LOST),
+                FailureReason.EXPIRED: Expired(_LATE),
+                FailureReason.FULL: EnginesFull(_FULL),
+                FailureReason.REPLACED: EngineFailed(_REPLACED),
+                FailureReason.NO_PIXELS: EngineFailed(_NO_PIXELS),
+            }[reason]
         )
 
     def _pump(self) -> None:
-        """Send waiting requests to free workers; refuse those whose image has proved deadly."""
+        """Send waiting requests to free workers; refuse those whose image is poisoned."""
         for queue in (self._pending, self._suspects) if self._quarantine else ():
             for entry in [w for w in queue if w.digest in self._quarantine]:
                 queue.remove(entry)
-                entry.end(Deadly(_DEADLY))
+                entry.end(PoisonedImage(_POISONED))
         while (self._suspects or self._pending) and self._links:
             link = min(self._links.values(), key=lambda link: len(link.inside))
             if self._suspects and not link.inside:

@@ -9,10 +9,10 @@ for its predecessor do not reach it.
 | front-end | worker | Hello, Generate, Cancel |
 | worker | front-end | Output, StepFailed, Unserved |
 | worker, front-end | supervisor | Beat, FailedToStart |
-| worker | supervisor | Found, WorkerReady |
+| worker | supervisor | EngineVerified, WorkerReady |
 | front-end | supervisor | FrontEndReady, Refused, Drained |
 | supervisor | front-end | Serving, Drain |
-| supervisor | worker | Gone, Stop |
+| supervisor | worker | FrontEndLost, Stop |
 """
 
 from enum import StrEnum
@@ -67,11 +67,11 @@ class StepFailed(Message, frozen=True):
     id: int
 
 
-class Why(StrEnum):
+class FailureReason(StrEnum):
     """Reason a request ended without a caption."""
 
-    DEADLY = "deadly"  # its image broke an engine twice, and is refused from now on
-    UNLUCKY = "unlucky"  # engines were lost with it inside, several times
+    POISONED = "poisoned"  # its image broke an engine twice, and is refused from now on
+    LOST = "lost"  # engines were lost with it inside, several times
     EXPIRED = "expired"  # its deadline passed
     FULL = "full"  # engines have no room for it
     REPLACED = "replaced"  # the model was replaced by one that can't take it
@@ -82,7 +82,7 @@ class Unserved(Message, frozen=True):
     """A request ended without a caption, for a reason that the sender found."""
 
     id: int
-    why: Why
+    reason: FailureReason
 
 
 class Beat(Message, frozen=True):
@@ -91,7 +91,7 @@ class Beat(Message, frozen=True):
     step_since: float | None = None
 
 
-class Found(Message, frozen=True):
+class EngineVerified(Message, frozen=True):
     """The model's engine is complete; once all are, front-ends start."""
 
     model: str
@@ -177,7 +177,7 @@ class Drain(Message, frozen=True):
     """Refuse new requests, finish those accepted."""
 
 
-class Gone(Message, frozen=True):
+class FrontEndLost(Message, frozen=True):
     """A front-end has died: nobody waits for its requests."""
 
     name: str
@@ -190,9 +190,9 @@ class Stop(Message, frozen=True):
 TO_WORKER = msgpack.Decoder(Hello | Generate | Cancel)
 TO_FRONT_END = msgpack.Decoder(Output | StepFailed | Unserved)
 TO_SUPERVISOR = msgpack.Decoder(
-    Beat | Found | FailedToStart | WorkerReady | FrontEndReady | Refused | Drained
+    Beat | EngineVerified | FailedToStart | WorkerReady | FrontEndReady | Refused | Drained
 )
-FROM_SUPERVISOR = msgpack.Decoder(Serving | Drain | Gone | Stop)
+FROM_SUPERVISOR = msgpack.Decoder(Serving | Drain | FrontEndLost | Stop)
 packed = msgpack.encode
 
 
@@ -211,7 +211,7 @@ def worker_address(folder: Path, index: int, epoch: int) -> str:
     return f"ipc://{folder}/{process_name('worker', index, epoch)}"
 
 
-def tell(folder: Path, name: str, message: Message) -> None:
+def notify_supervisor(folder: Path, name: str, message: Message) -> None:
     """Send the supervisor one message over a new socket, before a process serves or as it fails."""
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     socket.identity = f"{name}-{type(message).__name__}".encode()

@@ -12,11 +12,11 @@ import zmq.asyncio
 from server.ipc.messages import (
     TO_WORKER,
     Cancel,
+    FailureReason,
     Generate,
     Hello,
     Message,
     Unserved,
-    Why,
     packed,
 )
 from server.ipc.shared import NoSharedMemory, PixelStore
@@ -48,7 +48,7 @@ class Receiver:
         """Answer a request."""
         raise NotImplementedError
 
-    def came(self, job: RequestTask) -> None:
+    def received(self, job: RequestTask) -> None:
         """Start a request that was received; subclasses may call `begin` later."""
         self.begin(job)
 
@@ -114,9 +114,9 @@ class Receiver:
                 case Hello() as hello:
                     self._open(owner, hello)
                 case Generate() as message if owner in self.stores:
-                    self.came(RequestTask(owner, message))
+                    self.received(RequestTask(owner, message))
                 case Generate(request):
-                    await self.send(owner, Unserved(request.id, Why.NO_PIXELS))
+                    await self.send(owner, Unserved(request.id, FailureReason.NO_PIXELS))
                 case Cancel() as message:
                     self.cancel(message.id)
 

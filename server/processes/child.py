@@ -61,7 +61,7 @@ class Child:
         """Whether the process runs."""
         return self.process is not None and self.process.is_alive()
 
-    def ailing(self, now: float, step_seconds: float) -> str | None:
+    def health_problem(self, now: float, step_seconds: float) -> str | None:
         """Why the process must be replaced, or None. step_seconds: longest step."""
         if not self.alive:
             return "ended"
@@ -72,7 +72,7 @@ class Child:
         return "stuck" if now - since > step_seconds else None
 
     @property
-    def station(self) -> str:
+    def stable_name(self) -> str:
         """Name without the epoch: stable across restarts."""
         return f"{self.kind}-{self.index}"
 
@@ -81,7 +81,7 @@ class Child:
         """Name with the current epoch."""
         return process_name(self.kind, self.index, self.epoch)
 
-    def public(self) -> WorkerState:
+    def worker_state(self) -> WorkerState:
         """State as told to front-ends and /health/ready."""
         state = "recovering" if self.state == "down" or self._again else self.state
         pid = self.process.pid if self.process else None

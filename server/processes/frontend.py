@@ -33,9 +33,9 @@ from server.ipc.messages import (
     Refused,
     Serving,
     control_address,
+    notify_supervisor,
     packed,
     process_name,
-    tell,
 )
 from server.logs import configure
 from server.metrics import count_as
@@ -68,13 +68,13 @@ def main(
     follow_parent()
     name = process_name("front", index, epoch)
     configure(settings)
-    count_as(f"front-{index}")
+    count_as(folder, f"front-{index}")
     try:
         with asyncio.Runner(loop_factory=few_at_a_time) as runner:
             service = partial(_service, settings, models, folder, index, epoch)
             runner.run(_serve(service, folder, ports, name))
     except VignetteError as error:
-        tell(folder, name, FailedToStart(str(error)))
+        notify_supervisor(folder, name, FailedToStart(str(error)))
         sys.exit(1)
 
 

@@ -11,7 +11,7 @@ from server.ipc.messages import (
     BEAT_SECONDS,
     FROM_SUPERVISOR,
     Beat,
-    Gone,
+    FrontEndLost,
     Stop,
     WorkerFacts,
     WorkerReady,
@@ -57,5 +57,5 @@ class Heartbeat(threading.Thread):
                 match message:
                     case Stop():
                         loop.call_soon_threadsafe(worker.stop)
-                    case Gone(name):
+                    case FrontEndLost(name):
                         loop.call_soon_threadsafe(worker.forget, name.encode())

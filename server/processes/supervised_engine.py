@@ -78,7 +78,7 @@ class SupervisedEngine:
     @property
     def worker(self) -> WorkerState:
         """State of the worker."""
-        return self._worker.public()
+        return self._worker.worker_state()
 
     @property
     def failure(self) -> str | None:

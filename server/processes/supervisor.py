@@ -21,10 +21,10 @@ from server.ipc.messages import (
     Beat,
     Drain,
     Drained,
+    EngineVerified,
     FailedToStart,
-    Found,
+    FrontEndLost,
     FrontEndReady,
-    Gone,
     Message,
     Refused,
     Serving,
@@ -88,10 +88,10 @@ class Supervisor:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until told to stop. Raises NoSharedMemory or CannotStart."""
         try:
-            names = [child.station for child in [*self._workers, *self._later]]
+            names = [child.stable_name for child in [*self._workers, *self._later]]
             path = self._settings.api_keys
             known = len(keys.read(path)) if path else 0
-            metrics.make_files(self._folder / "metrics", names, known, len(self.refused))
+            metrics.make_files(self._folder, names, known, len(self.refused))
             self._control.bind(control_address(self._folder))
             await self._serve(stop)
         finally:
@@ -157,13 +157,13 @@ class Supervisor:
             last = now
             for child in [*self._workers, *self._front_ends]:
                 if self._stopping and child.kind == "worker":
-                    if child.ailing(now, self._settings.step_seconds):
+                    if child.health_problem(now, self._settings.step_seconds):
                         child.kill()  # nobody waits for it any more
                 elif child.state == "down":
                     if now >= child.start_at:
                         child.start()
                 elif child.state != "over" and (
-                    reason := child.ailing(now, self._settings.step_seconds)
+                    reason := child.health_problem(now, self._settings.step_seconds)
                 ):
                     await self._replace(child, reason)
 
@@ -173,13 +173,13 @@ class Supervisor:
         pid, code = child.process.pid, child.process.exitcode
         child.note_end(reason)
         child.kill()
-        metrics.forget_gauges(child.station)
+        metrics.forget_gauges(self._folder, child.stable_name)
         if child.kind == "front":
             for pixels in self._folder.glob(f"{child.name}.*.pixels"):
                 pixels.unlink()
             for worker in self._workers:
                 if worker.state == "ready":
-                    await self._send(worker, Gone(child.name))
+                    await self._send(worker, FrontEndLost(child.name))
         if self._draining and child.kind == "front":
             child.state = "over"
             return
@@ -220,7 +220,7 @@ class Supervisor:
                     self._over.set()
                 case FailedToStart(reason):
                     log.error("%s: %s", sender.decode(), reason)
-                case Found(model):
+                case EngineVerified(model):
                     self._whole.add(model)
                     if self._whole == set(self.refused) and not self._front_ends:
                         self._open_front_ends()  # all engines are complete
@@ -274,7 +274,7 @@ class Supervisor:
         return next((child for child in children if child.name == name), None)
 
     async def _tell_front_ends(self) -> None:
-        workers = (*(child.public() for child in self._workers), *self.elsewhere)
+        workers = (*(child.worker_state() for child in self._workers), *self.elsewhere)
         refused = {model: dict(digests.items()) for model, digests in self.refused.items()}
         message = Serving(workers, refused, self._reading)
         self.on_change(message)
@@ -286,7 +286,7 @@ class Supervisor:
         await self._control.send_multipart([child.name.encode(), packed(message)])
 
     def _announce(self) -> None:
-        children = [child.public() for child in self._workers]
+        children = [child.worker_state() for child in self._workers]
         ready = [state for state in (*children, *self.elsewhere) if state.state == "ready"]
         up = all(child.state == "ready" for child in self._later)
         if self._announced or {state.model for state in ready} != set(self.refused) or not up:

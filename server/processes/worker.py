@@ -28,13 +28,13 @@ from runtime.request import (
     Timing,
 )
 from server.ipc.messages import (
+    EngineVerified,
     FailedToStart,
-    Found,
     Output,
     StepFailed,
     WorkerFacts,
+    notify_supervisor,
     process_name,
-    tell,
     worker_address,
 )
 from server.ipc.receiver import Owner, Receiver, RequestTask
@@ -84,7 +84,7 @@ class Worker(Receiver, Observer):
         """Start of the engine's current step (`time.monotonic`), None between steps."""
         return self._engine.engine.stepper.step_since
 
-    def came(self, job: RequestTask) -> None:
+    def received(self, job: RequestTask) -> None:
         """Start a request when its turn has come."""
         self._held.append(job)
         self._begin_held()
@@ -165,14 +165,14 @@ def main(settings: Settings, model: ServedModel, folder: Path, index: int, epoch
     follow_parent()
     give_way()
     configure(settings)
-    count_as(f"worker-{index}")
+    count_as(folder, f"worker-{index}")
     from runtime.execution.loader import prepare  # so that the supervisor loads no ONNX Runtime
 
     config = dataclasses.replace(settings.engine_config, memory_share=model.memory_share)
 
     def open_engine() -> Engine:
         prepared = prepare(model.engine, config)
-        tell(folder, process_name("worker", index, epoch), Found(model.name))
+        notify_supervisor(folder, process_name("worker", index, epoch), EngineVerified(model.name))
         return Engine.start(prepared)
 
     sys.exit(serve(open_engine, model.name, folder, index, epoch))
@@ -188,7 +188,7 @@ def serve(
         engine = open_engine()
     except VignetteError as error:
         # The supervisor, not this process, reports the error, so that it is shown once.
-        tell(folder, process_name("worker", index, epoch), FailedToStart(str(error)))
+        notify_supervisor(folder, process_name("worker", index, epoch), FailedToStart(str(error)))
         return 1
     metrics = WorkerMetrics(model)
     return asyncio.run(_serve(engine, metrics, heartbeat, worker_address(folder, index, epoch)))

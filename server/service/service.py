@@ -278,11 +278,11 @@ class Service:
             async with until(deadline):
                 left = deadline - time.perf_counter()
                 image = await self.fetcher.fetch(images, left, client)
-            self.budget.let_go(held - len(image), client)
+            self.budget.release(held - len(image), client)
             held = len(image)
             yield [image]
         finally:
-            self.budget.let_go(held, client)
+            self.budget.release(held, client)
 
 
 def _digest(images: list[bytes]) -> str:
