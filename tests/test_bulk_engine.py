@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from server.bulk.captioning import RunFailed
 from server.bulk.engine import BulkEngine, EngineSetup
 from server.bulk.local import LocalCaptioner
 from server.processes.supervisor import CannotStart
+from tests.conftest import ROOT
 from tests.fakes import MANIFEST, FakeRunner, fake_engine, fake_folder, fake_worker
 from tests.live import png, until
 
@@ -81,6 +84,23 @@ def test_an_interrupt_while_decoders_start_ends_the_engine(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         LocalCaptioner(setup(folder, fake_engine), None, {}, 10**6)
     assert set(multiprocessing.active_children()) <= before
+
+
+def test_a_program_that_does_not_close_it_ends_all_the_same(folder):
+    program = (
+        "import sys; from functools import partial; from pathlib import Path\n"
+        "from server.bulk.engine import BulkEngine, EngineSetup\n"
+        "from tests.fakes import fake_engine, fake_worker\n"
+        "if __name__ == '__main__':\n"
+        "    setup = EngineSetup(Path(sys.argv[1]), main=partial(fake_worker, fake_engine))\n"
+        "    engine = BulkEngine(setup, None, {})\n"
+        "    print(engine.facts.slots)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(folder)],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert ended.stdout == "3\n"
 
 
 class _Dying(FakeRunner):

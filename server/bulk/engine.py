@@ -4,6 +4,7 @@ An image that crashes it twice, or in whose step it fails twice, fails alone.
 """
 
 import asyncio
+import atexit
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ class BulkEngine:
         except BaseException:  # an interrupt, too
             self.close()
             raise
+        atexit.register(self.close)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -117,7 +119,8 @@ class BulkEngine:
         return scored(captioned(request, output, self._tokenizer))
 
     def close(self) -> None:
-        """End the engine's process."""
+        """End the engine's process, also when this process exits without it."""
+        atexit.unregister(self.close)
         self._loop.run(self._engine.close())
         self._loop.close()
 

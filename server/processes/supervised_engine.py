@@ -5,6 +5,7 @@ The worker is replaced when it crashes or is stuck, and its requests are tried a
 """
 
 import asyncio
+import atexit
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -59,6 +60,7 @@ class SupervisedEngine:
         """Start the worker. Raises CannotStart, with the reason, and NoSharedMemory."""
         ready = asyncio.Event()
         self._supervisor.on_ready, self._supervisor.on_change = ready.set, self._changed
+        atexit.register(self._worker.kill)  # multiprocessing would wait for it for ever
         self._running = asyncio.create_task(self._supervisor.run(asyncio.Event()))
         self._running.add_done_callback(lambda _: self.lost.set())
         starting = asyncio.create_task(ready.wait())
@@ -74,6 +76,7 @@ class SupervisedEngine:
         if self._running is not None:
             self._running.cancel()
             await asyncio.wait({self._running})
+        atexit.unregister(self._worker.kill)
 
     @property
     def worker(self) -> WorkerState:
