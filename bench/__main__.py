@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"what to measure: {', '.join(SECTIONS)} (default: all)",
     )  # fmt: skip
     parser.add_argument("--engine", type=Path, default=Settings().engine, help="engine folder")
-    parser.add_argument("--output", type=Path, default=Path("bench/results"))
+    parser.add_argument("--output", type=Path, default=Path("bench/runs/latest"))
     parser.add_argument("--quick", action="store_true", help="less of everything, for a first look")
     parser.add_argument("--called", help="how to name the command in the results")
     parser.add_argument("--baseline", action="store_true", help="over HTTP, PyTorch only")

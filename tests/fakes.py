@@ -189,6 +189,12 @@ def allergic_engine(crashes: bool, seconds: float = 0) -> Engine:
     return engine
 
 
+def video_engine(frames: int = 6) -> Engine:
+    engine = fake_engine()
+    engine.manifest = replace(MANIFEST, sizes=replace(SIZES, frames=frames))
+    return engine
+
+
 def fake_folder(path: Path, manifest: Manifest = MANIFEST) -> Path:
     """A folder of a manifest, and of a tokenizer that says what FakeTokenizer says."""
     path.mkdir()

@@ -5,8 +5,8 @@ import io
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import av
 import numpy as np
@@ -16,7 +16,7 @@ from PIL import Image
 from runtime.errors import InvalidImage, TooManyPixels
 from server.images import clips
 from server.images.clips import Clip, NoVideo, frames_of, places
-from tests.fakes import MANIFEST, SIZES, fake_engine
+from tests.fakes import fake_engine, video_engine
 from tests.live import serve
 
 LENGTH, FRAMES = 21, 6
@@ -69,18 +69,12 @@ def test_what_is_no_clip_and_what_is_too_large_is_told():
             next(frames_of(clip(kind), FRAMES, 1000))
 
 
-MANY = replace(MANIFEST, sizes=replace(SIZES, frames=3))
-
-
-def video_engine():
-    engine = fake_engine()
-    engine.manifest = MANY
-    return engine
+MANY = video_engine(3).manifest
 
 
 @pytest.fixture(scope="module")
 def live():
-    with serve(video_engine, manifest=MANY) as live:
+    with serve(partial(video_engine, 3), manifest=MANY) as live:
         yield live
 
 
@@ -91,7 +85,7 @@ def said_of(data: bytes) -> str:
         content = io.BytesIO()
         frame.save(content, "PNG")
         pictures.append(base64.b64encode(content.getvalue()).decode())
-    with serve(video_engine, manifest=MANY) as live:
+    with serve(partial(video_engine, 3), manifest=MANY) as live:
         body = json.dumps({"image": pictures}).encode()
         return live.caption(body, **{"Content-Type": "application/json"}).json["caption"]
 

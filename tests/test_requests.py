@@ -1,10 +1,11 @@
 """What a request may look like, and what is answered: forms, errors, pages, metrics."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from tests.fakes import MANIFEST, fake_engine
+from tests.fakes import MANIFEST, fake_engine, video_engine
 from tests.live import as_json, b64, fetch, multipart, png, serve
 
 JSON = {"Content_Type": "application/json"}
@@ -72,13 +73,7 @@ def test_media_types_are_read_in_any_case_and_blank_fields_are_none(live):
 
 
 def test_a_video_request_carries_its_frames():
-    def video():
-        engine = fake_engine()
-        engine.manifest = manifest
-        return engine
-
-    manifest = replace(MANIFEST, sizes=replace(MANIFEST.sizes, frames=3))
-    with serve(video, manifest=manifest) as live:
+    with serve(partial(video_engine, 3), manifest=video_engine(3).manifest) as live:
         frames = [b64(png((i, i, i))) for i in range(3)]
         assert live.caption(as_json(image=frames), **JSON).status == 200
         reply = live.caption(png())
