@@ -23,7 +23,7 @@ import zmq.asyncio
 from PIL import Image
 
 from runtime.engine import Engine
-from server.http.app import make_app
+from server.http.app import make_app, make_ops_app
 from server.ipc.messages import Serving, WorkerFacts, WorkerState, worker_address
 from server.metrics import WorkerMetrics
 from server.processes.frontend import listen, update
@@ -33,6 +33,8 @@ from server.service.parts import make_service
 from server.service.service import Service
 from server.settings import Settings
 from tests.fakes import MANIFEST, FakeTokenizer
+
+JSON = {"Content_Type": "application/json"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Live:
     service: Service
     app: tornado.web.Application
     port: int
+    ops_port: int
     loop: asyncio.AbstractEventLoop
 
     @property
@@ -110,12 +113,13 @@ def serve(
         known = {manifest.model: (manifest, FakeTokenizer())}
         service = make_service(given, known, folder, 0, 0)
         service.metrics.rest = 0  # no caching: every scrape shows the current values
-        sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
+        public, ops = (tornado.netutil.bind_sockets(0, "127.0.0.1") for _ in range(2))
         app = make_app(service)
-        server = listen(service, app, sockets)
+        servers = listen(service, app, public), listen(service, make_ops_app(service), ops)
+        ports = public[0].getsockname()[1], ops[0].getsockname()[1]
         stop.append(asyncio.Event())
         loop = asyncio.get_running_loop()
-        live.append(Live(service, app, sockets[0].getsockname()[1], loop))
+        live.append(Live(service, app, *ports, loop))
         worker = _WorkerThread(open_engine, live[0], folder)
         worker.start()
         if not wait:
@@ -124,8 +128,9 @@ def serve(
             await asyncio.sleep(0.005)
         started.set()
         await stop[0].wait()
-        server.stop()
-        await server.close_all_connections()
+        for server in servers:
+            server.stop()
+            await server.close_all_connections()
         await service.model().links.close()
         await asyncio.to_thread(worker.finish)
         service.decoders.close()

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from runtime.decoding.continuation import Continuation
-from runtime.planning.config import EngineConfig
 from runtime.request import (
     FinishReason,
     GenerationRequest,
@@ -17,9 +16,7 @@ from runtime.scheduler import Scheduler
 from server.fairness.errors import QueueFull
 from server.service.admission import Admission, State
 from tests.fakes import fake_engine, gated
-from tests.live import as_json, b64, png, serve, until
-
-JSON = {"Content_Type": "application/json"}
+from tests.live import JSON, as_json, b64, fetch, png, serve, until
 
 
 def waiting(scheduler: Scheduler, name: str, **scheduling):
@@ -183,6 +180,8 @@ def test_health_and_metrics_can_have_a_port_of_their_own():
         assert live.caption(png()).status == 200
         for path in ("/metrics", "/health/ready", "/health/live"):
             assert live.request("GET", path).status == 404
+            assert fetch(live.ops_port, "GET", path).status == 200
+        assert fetch(live.ops_port, "POST", "/caption", png()).status == 404
 
 
 def test_a_variable_that_is_no_setting_is_told():
@@ -201,7 +200,6 @@ def test_settings_share_the_cores_among_workers_on_a_processor():
     assert Settings(_env_file=None).engine_config.threads == 0
     assert Settings(_env_file=None, workers=2).engine_config.threads >= 1
     assert Settings(_env_file=None, workers=2, provider="cuda").engine_config.threads == 0
-    assert EngineConfig().slots is None
 
 
 def test_what_never_reaches_the_engine_says_nothing_of_its_pace():

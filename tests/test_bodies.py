@@ -8,9 +8,7 @@ import pytest
 from runtime.errors import InvalidRequest
 from server.bodies import Parts, json_parts, media_type, read_form
 from tests.fakes import fake_engine
-from tests.live import as_json, b64, png, serve, until
-
-JSON = {"Content_Type": "application/json"}
+from tests.live import JSON, as_json, b64, png, serve, until
 
 
 @pytest.mark.parametrize(

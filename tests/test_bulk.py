@@ -361,12 +361,3 @@ def test_a_caller_that_has_enough_is_let_go(tmp_path):
     next(outcomes)
     outcomes.close()
     assert len(taken) < 300
-
-
-def test_a_list_is_not_its_own_output(tmp_path, capfd):
-    given = tmp_path / "list.jsonl"
-    given.write_text(json.dumps({"id": "a.png", "image": str(SAMPLES / "owl.png")}) + "\n")
-    kept = given.read_text()
-    assert run(given, "--id-column", "id", "--output", given) == 1
-    assert f"{given} is read as input ({given}): name another output" in capfd.readouterr().err
-    assert given.read_text() == kept

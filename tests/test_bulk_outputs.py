@@ -13,7 +13,6 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from runtime.errors import VignetteError
 from server.bulk.output import OutputConflict
 from tests.bulk_job import check, members, rows_of, run, said_of
 
@@ -199,8 +198,3 @@ def test_a_run_that_is_killed_goes_on_with_no_row_lost_or_doubled(output, photos
     assert done.stdout == f"{KILLS} killed\n"
     run(output, str(photos))
     check(output, photos)
-
-
-def test_an_output_that_means_nothing_is_refused(photos, tmp_path):
-    with pytest.raises(VignetteError, match=r"name an output that ends in \.jsonl"):
-        run(f"{tmp_path}/rows.xlsx", str(photos))

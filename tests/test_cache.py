@@ -9,8 +9,6 @@ from server.service.cache import Key, OutputCache
 from tests.fakes import fake_engine
 from tests.live import png, serve
 
-JSON = {"Content_Type": "application/json"}
-
 
 def output(*tokens: int) -> RequestOutput:
     return RequestOutput(
@@ -126,26 +124,3 @@ def test_what_is_drawn_is_not_kept():
         said = {live.caption(png(), "?temperature=5").json["caption"] for _ in range(8)}
         assert len(said) > 1
         assert live.metric("vignette_cache_hits_total") == 0
-
-
-def test_who_waits_too_long_for_anothers_flight_starts_one(monkeypatch):
-    monkeypatch.setattr("server.service.cache._PATIENCE_SECONDS", 0.05)
-
-    async def run():
-        cache, stuck = OutputCache(10_000), asyncio.Event()
-
-        async def never():
-            await stuck.wait()
-            return output(1)
-
-        async def soon():
-            return output(2)
-
-        first = asyncio.create_task(cache.get(key("a"), never))
-        await asyncio.sleep(0)
-        found = await cache.get(key("a"), soon)
-        stuck.set()
-        await first
-        return found.token_ids
-
-    assert asyncio.run(run()) == (2,)

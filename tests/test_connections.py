@@ -17,8 +17,6 @@ from server.service.service import Service
 from tests.fakes import fake_engine
 from tests.live import fetch, png, serve, until
 
-JSON = {"Content_Type": "application/json"}
-
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):

@@ -15,8 +15,6 @@ from server.images import heads
 from server.images.cost import estimate
 from tests.conftest import SAMPLES
 
-JSON = {"Content_Type": "application/json"}
-
 
 def _saved(kind: str, **options) -> bytes:
     buffer = io.BytesIO()

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 
-import pytest
 import yaml
 
 from server import probe
@@ -90,11 +89,6 @@ def test_the_probe_asks_where_health_is_served(monkeypatch, capsys):
     monkeypatch.setenv("VIGNETTE_HOST", "::1")
     assert probe.main() == 1
     assert "http://[::1]:2/health/live" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("target", ["cpu", "gpu", "export"])
-def test_every_target_that_is_promised_is_there(target):
-    assert re.search(rf"^FROM \S+ AS {target}$", DOCKERFILE, re.MULTILINE)
 
 
 def test_the_check_explains_itself_before_it_builds_anything():

@@ -136,26 +136,6 @@ def test_numbers_that_break_down_end_their_own_request_and_no_other(exported, mo
     assert engine.generate(images, max_new_tokens=6)[1].token_ids == expected[1]
 
 
-def test_a_later_token_never_changes_an_earlier_position(exported):
-    """PyTorch's own causality, which the cache relies on."""
-    checkpoint, _ = exported
-    sizes = checkpoint.sizes
-    frames = () if sizes.frames is None else (sizes.frames,)
-    torch.manual_seed(0)
-    pixels = torch.randn(1, *frames, 3, sizes.image, sizes.image)
-    ids = torch.randint(0, sizes.vocabulary, (1, 9))
-    changed = ids.clone()
-    changed[0, 5:] = (changed[0, 5:] + 7) % sizes.vocabulary
-    with torch.inference_mode():
-        logits, after = (
-            checkpoint.model(input_ids=i, pixel_values=pixels, use_cache=False).logits[0]
-            for i in (ids, changed)
-        )
-    same = sizes.prefix + 5
-    assert torch.allclose(logits[:same], after[:same], atol=1e-5)
-    assert not torch.allclose(logits[same:], after[same:], atol=1e-3)
-
-
 def test_a_mismatch_fails_the_export_and_keeps_the_old_engine(tmp_path, monkeypatch):
     output = tmp_path / "engine"
     good = from_config("good", SHAPES["base"])

@@ -25,9 +25,8 @@ from server.images.fetch import Fetcher, ForbiddenUrl, is_public
 from server.service.admission import Admission, State
 from server.service.cache import OutputCache
 from tests.fakes import fake_engine, gated
-from tests.live import as_json, b64, png, serve, until
+from tests.live import JSON, as_json, b64, png, serve, until
 
-JSON = {"Content_Type": "application/json"}
 INFER = "/v2/models/fake/infer"
 
 

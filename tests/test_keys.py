@@ -14,8 +14,6 @@ from tests.conftest import ROOT
 from tests.fakes import fake_engine
 from tests.live import png, serve, until
 
-JSON = {"Content_Type": "application/json"}
-
 
 def keys_file(tmp_path, *lines: str):
     path = tmp_path / "keys"

@@ -11,8 +11,6 @@ from server.settings import Settings
 from tests.fakes import fake_engine
 from tests.live import png, serve
 
-JSON = {"Content_Type": "application/json"}
-
 
 @pytest.fixture
 def root_logging():

@@ -6,14 +6,18 @@ from functools import partial
 import pytest
 
 from tests.fakes import MANIFEST, fake_engine, video_engine
-from tests.live import as_json, b64, fetch, multipart, png, serve
-
-JSON = {"Content_Type": "application/json"}
+from tests.live import JSON, as_json, b64, fetch, multipart, png, serve
 
 
 @pytest.fixture(scope="module")
 def live():
     with serve(fake_engine, slots=3) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def strict():
+    with serve(fake_engine, max_pixels=500_000) as server:
         yield server
 
 
@@ -119,13 +123,14 @@ def test_a_video_request_carries_its_frames():
         (png(size=(900, 900)), "", {}, 422, "too_many_pixels", "0.5 million"),
     ],
 )  # fmt: skip
-def test_bad_input_is_named(body, query, headers, status, code, message):
-    with serve(fake_engine, max_pixels=500_000) as live:
-        reply = live.caption(body, query, **headers)
-        assert (reply.status, reply.error) == (status, code)
-        assert message in reply.json["error"]["message"]
-        assert live.metric(f'vignette_requests_total{{outcome="{code}"}}') == 1
-        assert live.caption(png()).status == 200
+def test_bad_input_is_named(strict, body, query, headers, status, code, message):
+    counter = f'vignette_requests_total{{outcome="{code}"}}'
+    before = strict.metric(counter)
+    reply = strict.caption(body, query, **headers)
+    assert (reply.status, reply.error) == (status, code)
+    assert message in reply.json["error"]["message"]
+    assert strict.metric(counter) == before + 1
+    assert strict.caption(png()).status == 200
 
 
 def test_forms_that_miss_the_image(live):

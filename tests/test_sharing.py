@@ -13,8 +13,6 @@ from server.service.admission import Admission, State
 from tests.fakes import fake_engine
 from tests.live import png, serve
 
-JSON = {"Content_Type": "application/json"}
-
 
 def test_who_spends_more_than_it_has_waits_for_it_and_nobody_else():
     now = [0.0]

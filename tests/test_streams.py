@@ -13,10 +13,9 @@ from runtime.model.images import pixels_of
 from runtime.planning.config import EngineConfig
 from server.http.answers import CaptionAnswer
 from tests.fakes import MANIFEST, FakeRunner, Gate, fake_engine, gated
-from tests.live import abort, as_json, b64, multipart, png, serve, until
+from tests.live import JSON, abort, as_json, b64, multipart, png, serve, until
 
 EVENTS = "text/event-stream"
-JSON = {"Content_Type": "application/json"}
 
 
 def events(body: bytes) -> list[tuple[str, dict]]:

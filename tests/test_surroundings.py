@@ -9,8 +9,6 @@ from server.metrics import Metrics, count_as, forget_gauges, make_files
 from server.processes.ports import CannotListen, Ports
 from server.settings import Settings
 
-JSON = {"Content_Type": "application/json"}
-
 
 def test_a_port_is_taken_from_the_first_moment(tmp_path):
     first = Ports(Settings(_env_file=None, port=0))

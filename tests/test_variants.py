@@ -53,6 +53,8 @@ def test_the_demo_engine_has_every_combination_proven_on_its_scenes():
 @pytest.mark.parametrize("combination", [c.name for c in manifests.load(DEMO).combinations])
 def test_every_combination_captions_the_samples(combination):
     engine = Engine.open(DEMO, EngineConfig(provider="cpu", precision=combination, slots=5))
+    assert engine.self_test == "passed" and "self-test passed" in engine.runs_on
+    assert engine.seconds > 0
     said = json.loads((SAMPLES / "captions.json").read_text())
     paths = sorted(SAMPLES.glob("*.png"))
     captions = engine.generate([path.read_bytes() for path in paths])
