@@ -270,7 +270,8 @@ def verdicts(found: dict[str, Any]) -> list[Line]:
     times = decode["seconds"] / (decode["bytes"] / peaks_["bandwidth"])
     offline_ = found["offline"]
     rate, one, uneven = (offline_[k] for k in ("per_second", "one", "uneven_per_second"))
-    half = min(found["torch"]["fp16"].values()) if "fp16" in found["torch"] else None
+    forms = [batches for form, batches in found["torch"].items() if form.startswith("fp16")]
+    half = min((ms for batches in forms for ms in batches.values()), default=None)
     ratio = rate * half if half else None
     memory, said = found["memory"], found["samples"]
     mib, taken_in = memory["grown"] / 2**20, found["front_ends"]

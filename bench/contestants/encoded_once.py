@@ -23,7 +23,8 @@ class EncodedOnce:
         checkpoint = random_weights(SHAPE)
         how, dtype = checkpoint.normalisation, DTYPES[precision]
         self._bos, self._sizes = checkpoint.tokens.bos, checkpoint.sizes
-        encoder = ImagePrefix(checkpoint.model, how.rescale, how.mean, how.std).to(dtype)
+        normalised = checkpoint.model, how.rescale, how.mean, how.std
+        encoder = ImagePrefix(*normalised, fused=True).to(dtype)  # PyTorch's fused attention
         self._decoder = TextDecoder(checkpoint.model, checkpoint.sizes.prefix).to(dtype)
         inductor.freezing = compiled
         self._encode: Any = torch.compile(encoder) if compiled else encoder

@@ -41,7 +41,7 @@ def main() -> int:
             facts["commit"],
             f"{facts['machine']}; {verdict.engine.name}",
         )
-        failed |= not row.as_promised
+        failed |= row.as_promised is False
         print(f"{number:2} {name}: {row.figure} ({row.word})", flush=True)
         if not args.short:
             keep(args.output, [row])

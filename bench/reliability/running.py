@@ -28,12 +28,13 @@ _READY_SECONDS = 60
 class Verdict:
     """A scenario's result: a figure for people, and whether the promise holds.
 
-    in_time: whether the promised seconds and rates hold, which a busy machine can spoil; short
-    runs ignore it. engine: folder of the engine that was used.
+    passed: None if it could not be tried here. in_time: whether the promised seconds and rates
+    hold, which a busy machine can spoil; short runs ignore it. engine: folder of the engine that
+    was used.
     """
 
     figure: str
-    passed: bool
+    passed: bool | None
     in_time: bool = True
     engine: Path = DEMO
 
@@ -98,13 +99,20 @@ class Service:
 
 @contextlib.contextmanager
 def service(*flags: str, engine: Path = DEMO, program: str = "server") -> Iterator[Service]:
-    """A server that is ready, stopped on exit. program: the module to run."""
+    """A server that is ready, stopped on exit. program: the module to run.
+
+    Raises RuntimeError if it does not end with status 0.
+    """
     started = Service(*flags, engine=engine, program=program)
     try:
         started.wait_ready()
         yield started
-    finally:
+    except BaseException:
         started.close()
+        raise
+    log = started.log()
+    if (status := started.close()) != 0:
+        raise RuntimeError(f"the server ended with status {status}: {log[-2000:]}")
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, log: Callable[[], str] = str) -> Any:

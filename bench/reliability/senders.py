@@ -9,9 +9,11 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -31,9 +33,11 @@ _ELSEWHERE = "127.0.0.2", 0  # clients that leave have to wait, and all others o
 def post(port: int, head: bytes, body: bytes, read: bool = True, wait: float = 60) -> bytes:
     """Send one request by hand; the start of its answer, or nothing if it was cut off.
 
-    read: take the answer; if not, leave it unread for five seconds and close.
+    read: take the answer; if not, leave it unread for five seconds and close. Raises OSError if
+    there is no connection.
     """
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as client:
+    client = socket.create_connection(("127.0.0.1", port))
+    with contextlib.suppress(OSError), client:
         client.settimeout(wait)
         with contextlib.suppress(OSError):
             client.sendall(
@@ -193,9 +197,12 @@ def send(name: str, port: int) -> None:
         post(port, head, body(), read=name != "unread")
 
 
-def _assault(names: list[str], port: int, count: int, ready: Event, over: Event) -> None:
-    """The attackers' process: `count` senders, each taking the attacks in turn."""
+def _assault(
+    names: list[str], port: int, count: int, ready: Event, over: Event, sent: Synchronized
+) -> None:
+    """The attackers' process: `count` senders, each taking the attacks in turn. sent: counts."""
     os.nice(_NICENESS)
+    threading.excepthook = _end_with_a_failure
     for name in names:
         if name in _BODIES:
             _BODIES[name][1]()  # build each body once, before the attack begins
@@ -203,7 +210,10 @@ def _assault(names: list[str], port: int, count: int, ready: Event, over: Event)
     def attack(first: int) -> None:
         number = first
         while not over.is_set():
-            send(names[number % len(names)], port)
+            with contextlib.suppress(OSError):  # no connection
+                send(names[number % len(names)], port)
+                with sent.get_lock():
+                    sent.value += 1
             number += 1
 
     for first in range(count):
@@ -213,14 +223,23 @@ def _assault(names: list[str], port: int, count: int, ready: Event, over: Event)
     os._exit(0)  # drop what is still being sent
 
 
+def _end_with_a_failure(raised: threading.ExceptHookArgs) -> None:
+    traceback.print_exception(raised.exc_value)
+    os._exit(1)
+
+
 @contextmanager
 def assault(
     names: list[str], port: int, count: int
 ) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Run attackers in another process until the block ends; yields a context that pauses them."""
+    """Run attackers in another process until the block ends; yields a context that pauses them.
+
+    Raises RuntimeError if they failed, or no attack reached the server.
+    """
     context = multiprocessing.get_context("spawn")
-    ready, over = context.Event(), context.Event()
-    process = context.Process(target=_assault, args=(names, port, count, ready, over), daemon=True)
+    ready, over, sent = context.Event(), context.Event(), context.Value("q", 0)
+    arguments = names, port, count, ready, over, sent
+    process = context.Process(target=_assault, args=arguments, daemon=True)
     process.start()
     assert ready.wait(_READY_SECONDS), "the attackers did not start"
 
@@ -239,3 +258,5 @@ def assault(
         over.set()
         process.join(10)
         process.kill()
+    if process.exitcode or not sent.value:
+        raise RuntimeError(f"{sent.value} attacks were sent, exit status {process.exitcode}")

@@ -12,12 +12,15 @@ _JSON, _MARKDOWN = "reliability.json", "reliability.md"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Result of a scenario, with day, commit and machine of the run."""
+    """Result of a scenario, with day, commit and machine of the run.
+
+    as_promised: None if it could not be tried.
+    """
 
     number: int
     scenario: str
     figure: str
-    as_promised: bool
+    as_promised: bool | None
     day: str
     commit: str
     machine: str
@@ -25,7 +28,8 @@ class Row:
     @property
     def word(self) -> str:
         """The verdict, for people."""
-        return "as promised" if self.as_promised else "NOT as promised"
+        words = {True: "as promised", False: "NOT as promised", None: "not tried"}
+        return words[self.as_promised]
 
 
 def keep(folder: Path, rows: list[Row]) -> None:
@@ -46,7 +50,7 @@ def markdown(rows: list[Row]) -> str:
     lines = [
         "# What the service promises, tried",
         "",
-        "By `make chaos` and `make soak`, each row by its newest run.",
+        "By `make chaos`, `make soak` and `make siege`, each row by its newest run.",
         "",
         "| | scenario | came out | | run | machine |",
         "| --- | --- | --- | --- | --- | --- |",

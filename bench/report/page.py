@@ -129,14 +129,21 @@ def _rival(section: dict[str, Any]) -> str:
 def _beams(section: dict[str, Any]) -> str:
     ours = section["vignette"]
     rows: list[tuple[str, ...]] = [
-        (f"Hugging Face {precision}", "", _number(s * 1e3), f"{section['ratios'][precision]:.0f} x")
-        for precision, s in section["torch_s"].items()
+        (f"Hugging Face {precision}, {batch} at once", "", _number(s * 1e3))
+        for precision, batches in section["torch_s"].items()
+        for batch, s in batches
     ]
     for name, kind in (("many images", ""), ("one image alone", "one_")):
         ms = [_number(ours[f"{way}_{kind}s"] * 1e3) for way in ("greedy", "beams")]
-        rows.append((f"Vignette, {name}", *ms, ""))
-    head = ("", "greedy, ms an image", f"{section['beams']} beams", "Vignette against it")
+        rows.append((f"Vignette, {name}", *ms))
+    head = ("", "greedy, ms an image", f"{section['beams']} beams")
+    against = "; ".join(
+        f"{precision}: {section['ratios'][precision]:.0f} x, one image against one "
+        f"{section['ratios_of_one'][precision]:.0f} x"
+        for precision in section["torch_s"]
+    )
     return _table(head, rows) + (
+        f"<p>Many images against Hugging Face's faster batch, {against}.</p>"
         f"<p>{section['beams']} beams take {section['against_greedy']:.2f} times as long as greedy "
         f"here. {html.escape(ours['runs_on'])}.</p>"
     )

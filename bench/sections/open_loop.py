@@ -165,10 +165,8 @@ def measure(settings: Settings, known_rates: dict[str, float]) -> dict[str, Any]
                 with running(contestant, image) as url, tqdm(unit="rate") as progress:
                     search = _Search(contestant, url, image, settings, progress)
                     found["offline"].append(search.offline(start_rate))
-                    # At the baseline's low rates, every further try takes minutes.
-                    rates = settings.rates if contestant is ours else min(2, settings.rates)
                     found["server"] += [
-                        search.highest(bound, start_rate, rates) for bound in bounds
+                        search.highest(bound, start_rate, settings.rates) for bound in bounds
                     ]
             except (ServerFailed, Failed) as failure:
                 found["server"].append({"contestant": contestant.name, "failed": str(failure)})

@@ -9,7 +9,7 @@ from bench.common.timing import median_s, pictures, seconds
 from runtime.engine import Engine
 from runtime.planning.config import EngineConfig
 
-_BATCHES = (1, 4, 8)
+_BATCHES = (1, 4, 8, 16, 32)
 
 
 def measure(settings: Settings) -> dict[str, Any]:
