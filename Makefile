@@ -65,7 +65,7 @@ tune: .venv/ready  ## measure ENGINE on this machine's processors and write its 
 check_export: .venv-dev/ready  ## export git-base at full size with random weights and verify it
 	@$(DEV) -m vignette export --random-weights git-base --output engines/random-git-base $(ARGS)
 
-demo-model: .venv-dev/ready  ## train the demo model and export it (an hour or more; resumes)
+demo-model: .venv-dev/ready  ## train the demo model and export it (about three hours; resumes)
 	@$(DEV) -m demo train $(ARGS)
 	@$(MAKE) --no-print-directory demo-engine
 
@@ -96,8 +96,8 @@ gpu-check: .venv-gpu-dev/ready  ## on a GPU host: test and measure all of it (WH
 batch_performance: engines/random-git-base/manifest.json  ## time against batch size (QUICK=1)
 	@$(BENCH) --output bench/runs/batches --called '$(CALLED)' batches $(ARGS)
 
-engines/random-git-base/manifest.json: | .venv-dev/ready
-	@echo 'exporting git-base with random weights first, once'
+engines/random-git-base/manifest.json: $(wildcard export/*.py) | .venv-dev/ready
+	@echo 'exporting git-base with random weights first, once for each version of export/'
 	@$(DEV) -m vignette export --random-weights git-base --output $(@D) --verify-images 2
 
 build:  ## build the GPU image (TARGET=cpu or export for the others)

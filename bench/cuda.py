@@ -7,10 +7,8 @@ two of them refer to are measured first, with PyTorch's own products and copies.
 import argparse
 import json
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -23,7 +21,7 @@ from tqdm import tqdm
 
 from bench.common.machine import about
 from bench.common.settings import SHAPE, TOKENS, Settings
-from bench.common.timing import pictures, seconds
+from bench.common.timing import median_s, pictures, seconds
 from bench.load import arrivals
 from bench.load.apache import AB_MISSING
 from bench.sections import front_ends
@@ -162,7 +160,7 @@ def encoder(engine: Engine, extent: Extent) -> dict[str, Any]:
     rows = {}
     for count in (1, batch):
         run = partial(engine.runner.encode, images[:count], leading(count))
-        rows[count] = _median(run, 20 * extent.repeats) / count
+        rows[count] = median_s(run, 20 * extent.repeats) / count
     return {"seconds": rows, "ops": encoder_work()["encoder_flop"], "best": min(rows.values())}
 
 
@@ -181,7 +179,7 @@ def decoder(engine: Engine, extent: Extent) -> dict[str, Any]:
     weights = variant.weights - embedding
     cache = _ROWS * 2 * sizes.layers * (sizes.prefix + TOKENS // 2) * width * 2
     return {
-        "seconds": _median(run, 20 * extent.repeats) / runner.burst,
+        "seconds": median_s(run, 20 * extent.repeats) / runner.burst,
         "bytes": weights + cache,
     }
 
@@ -199,10 +197,10 @@ def offline(engine: Engine, extent: Extent) -> dict[str, Any]:
         for given in (images, images[:1])
     )
     return {
-        "per_second": len(images) / _median(all_, extent.repeats),
-        "uneven_per_second": len(uneven) / _median(run_uneven, extent.repeats),
-        "uneven_tokens": statistics.mean(tokens for _, tokens in uneven),
-        "one": _median(one, 20 * extent.repeats),
+        "per_second": len(images) / median_s(all_, extent.repeats),
+        "uneven_per_second": len(uneven) / median_s(run_uneven, extent.repeats),
+        "uneven_tokens": sum(tokens for _, tokens in uneven) / len(uneven),
+        "one": median_s(one, 20 * extent.repeats),
     }
 
 
@@ -246,21 +244,10 @@ def torch_side(extent: Extent) -> dict[str, dict[int, float]]:
         found[mode] = {}
         for batch in extent.torch_batches:
             run = partial(model.generate, images[:batch])
-            found[mode][batch] = _median(run, extent.repeats) / batch
+            found[mode][batch] = median_s(run, extent.repeats) / batch
         del model
         torch.cuda.empty_cache()
     return found
-
-
-def _median(action: Callable[[], object], repeats: int) -> float:
-    """Median seconds of an action after one untimed run."""
-    action()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def verdicts(found: dict[str, Any]) -> list[Line]:

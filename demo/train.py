@@ -29,6 +29,7 @@ from transformers import GitForCausalLM, GitProcessor
 from demo import grammar, model, sprites
 from demo.nouns import NOUNS
 from demo.render import Renderer
+from runtime.errors import InvalidRequest
 
 CHECKPOINT = sprites.CACHE / "checkpoint.pt"
 _GRID = model.IMAGE_SIZE // model.PATCH_SIZE
@@ -249,13 +250,13 @@ def _work(settings: Settings) -> str:
 def _resume(settings: Settings, *parts: nn.Module | torch.optim.Optimizer) -> int:
     """Load the last checkpoint into `parts`; returns its step, 0 without one.
 
-    Raises ValueError if it is of a training with other settings.
+    Raises InvalidRequest if it is of a training with other settings.
     """
     if not CHECKPOINT.exists():
         return 0
     state = torch.load(CHECKPOINT, weights_only=True)
     if state["settings"] != _work(settings):
-        raise ValueError(
+        raise InvalidRequest(
             f"{CHECKPOINT} is of a training with other settings, {state['settings']}: go on with "
             "those, or delete it to begin anew"
         )

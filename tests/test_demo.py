@@ -156,7 +156,7 @@ def test_training_resumes_its_own_work_only(tmp_path, monkeypatch):
     assert train._resume(settings, part) == 0
     train._save(7, settings, part)
     assert train._resume(settings, torch.nn.Linear(2, 2)) == 7
-    with pytest.raises(ValueError, match=r"other settings.*delete it"):
+    with pytest.raises(InvalidRequest, match=r"other settings.*delete it"):
         train._resume(train.Settings(scenes=settings.scenes + 1), part)
 
 

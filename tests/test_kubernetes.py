@@ -124,8 +124,9 @@ def test_the_ray_job_is_a_command_that_there_is():
 
     [job] = documents(FOLDER / "ray" / "job.yaml")
     assert (job["kind"], job["apiVersion"]) == ("RayJob", CUSTOM["RayJob"])
-    command, name, *arguments = job["spec"]["entrypoint"].split()
-    assert (command, name) == ("vignette", "caption")
+    *command, name = job["spec"]["entrypoint"].split()[:4]
+    arguments = job["spec"]["entrypoint"].split()[4:]
+    assert (command, name) == (["python", "-m", "vignette"], "caption")
     assert command_line("").parse_args(arguments).ray == "auto"
     for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, **group["template"]}
