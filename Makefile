@@ -100,7 +100,7 @@ engines/random-git-base/manifest.json: $(wildcard export/*.py) | .venv-dev/ready
 	@echo 'exporting git-base with random weights first, once for each version of export/'
 	@$(DEV) -m vignette export --random-weights git-base --output $(@D) --verify-images 2
 
-build:  ## build the GPU image (TARGET=cpu or export for the others)
+build:  ## build the GPU image (TARGET=cpu, export or ray for the others)
 	docker build --file docker/Dockerfile --target $(TARGET) --tag vignette:$(TARGET) .
 
 run_docker:  ## run it on all GPUs (PORT, ENGINE, ARGS; TARGET=cpu without a GPU)
