@@ -31,6 +31,20 @@ def _cancel(tasks: "Iterable[asyncio.Task[Any]]") -> None:
         task.cancel()
 
 
+def bare(error: BaseException) -> BaseException:
+    """The error without its traceback, cause and context, whose frames hold what it was about."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
+
+
+def bare_error(future: "asyncio.Future[Any]") -> None:
+    """Strip the error of a finished future that its frames refer to: the cycle would hold them
+    until a full garbage collection.
+    """
+    if not future.cancelled() and (error := future.exception()) is not None:
+        bare(error)
+
+
 def note_error(task: "asyncio.Future[Any]") -> None:
     """Retrieve the exception of a finished task, or asyncio logs that it was never retrieved."""
     if not task.cancelled():

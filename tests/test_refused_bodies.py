@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import socket
+import time
 import types
 from contextlib import contextmanager
 
@@ -12,7 +14,7 @@ from bench.contestants.servers import free_port
 from server.grpc.listening import start
 from server.grpc.stubs import grpc_service_pb2 as pb
 from tests.fakes import fake_engine
-from tests.live import as_json, b64, multipart, serve
+from tests.live import as_json, b64, multipart, png, serve, until
 
 BAD = b"\0" * 50_000
 LARGE = 10_000  # bytes of a request's content
@@ -72,6 +74,52 @@ def test_a_refused_body_is_let_go_of(live, path, body, kind):
         for _ in range(3):
             reply = live.request("POST", path, body, Content_Type=kind)
             assert reply.status == 400 or all("error" in each for each in reply.json["results"])
+
+
+HEAD = (
+    b"POST /caption%s HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+)
+CHUNKED = b"POST /caption HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "connections", "after"),
+    [
+        (b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n" * 2, 5, 0.2),
+        (b"GET /nope HTTP/1.1\r\nHost: x\r\n\r\n", 150, 0.2),  # some are refused late
+        (HEAD % (b"", len(png())) + png(), 5, 0.0),
+        (HEAD % (b"?stream=true", len(png())) + png(), 5, 0.01),
+        (HEAD % (b"", 1000) + b"a", 5, 0.1),
+        (HEAD % (b"", 10**9), 150, 0.2),
+        (CHUNKED, 5, 0.1),
+    ],
+)
+def test_a_client_that_leaves_without_reading_leaves_nothing(live, sent, connections, after):
+    def leave() -> None:
+        clients = [socket.create_connection(("127.0.0.1", live.port)) for _ in range(connections)]
+        for client in clients:
+            client.sendall(sent)
+        time.sleep(after)
+        for client in clients:
+            client.close()  # answers lie unread: a reset
+
+    leave()
+    gc.collect()
+    gc.disable()
+    gc.freeze()
+    try:
+        leave()
+        until(lambda: not live.app.settings["late"] and live.service.inside == 0)
+        time.sleep(0.5)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left = {type(each).__name__ for each in gc.garbage}
+        assert not left & {"_Stream", "HTTPServerRequest", "CaptionHandler", "LiveHandler"}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.unfreeze()
+        gc.enable()
 
 
 @pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer", "ServerLive"])

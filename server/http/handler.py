@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,7 @@ from server.http.answers import ErrorAnswer, ErrorDetail
 from server.http.origins import PREFLIGHT, cors_headers
 from server.logs import request_id
 from server.service.service import Service
+from server.tasks import bare, bare_error
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +28,6 @@ _UNREAD_SECONDS = 2.0  # after which the connection of an unread answer may be c
 _ETAGS = 1000  # characters of If-None-Match
 _LATE = 256  # connections held back, as a client that is cut off reconnects at once
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
-
-
-def _bare(error: BaseException) -> BaseException:
-    """The error without its traceback, cause and context."""
-    error.__traceback__ = error.__cause__ = error.__context__ = None
-    return error
 
 
 def as_json(content: Any) -> str:
@@ -60,6 +55,7 @@ class Handler(tornado.web.RequestHandler):
         )
         self._refusing = False
         self._timer: asyncio.TimerHandle | None = None  # of a delayed refusal
+        self._answer_error: Callable[[], None] | None = None  # sends it
 
     def set_default_headers(self) -> None:
         """Forbid MIME sniffing and caching, and omit the Server header."""
@@ -165,7 +161,7 @@ class Handler(tornado.web.RequestHandler):
             return
         if error := kwargs.get("exc_info", (None, None, None))[1]:
             # The error's frames hold the body and the images, and it has been logged.
-            kwargs["exc_info"] = (type(error), _bare(error), None)
+            kwargs["exc_info"] = (type(error), bare(error), None)
         late[stream] = None
         self._answer_error = partial(super().send_error, status_code, **kwargs)
         self._timer = asyncio.get_running_loop().call_later(wait, self._refuse)
@@ -196,12 +192,16 @@ class Handler(tornado.web.RequestHandler):
         if self._timer is not None:
             self._timer.cancel()
             self.settings["late"].pop(self.request.connection.stream, None)  # type: ignore[union-attr]
-            if not self._finished:
-                self._answer_error()
+            answer = self._answer_error
+            self._timer = self._answer_error = None  # both refer to this handler
+            if answer is not None and not self._finished:
+                answer()
 
     def on_connection_close(self) -> None:
         """The client has gone: send a delayed refusal now, which frees its resources."""
         super().on_connection_close()
+        # After the tasks that wait for the rest of the body have been told that there is none.
+        self.request._body_future.add_done_callback(bare_error)
         self._refuse()
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:

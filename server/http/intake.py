@@ -25,6 +25,7 @@ EVENTS = "text/event-stream"
 _DRAINED = 20  # times the body limit: read and dropped of a refused body, at most
 _FREE = 256 * 1024  # bytes of each body without a rate limit: most images are no larger
 _STEP_SECONDS = 0.02  # shorter waits are left to later chunks
+_CLIENT_GONE = 499, "Client Closed Request"  # in the access log alone
 _WHOLE, _LENGTH = re.compile(r"[0-9]+"), re.compile(r"[0-9]{1,15}")  # of a Content-Length
 
 
@@ -156,6 +157,18 @@ class IntakeHandler(Handler):
 
     async def post(self) -> None:
         """Serve the request, or raise the error that was found in its head or body."""
+        try:
+            await self._post()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._gone or task is None:
+                raise
+            # Tornado's frames refer to a task that ends as cancelled, which refers to them.
+            task.uncancel()
+            self.code = "cancelled"
+            self.set_status(*_CLIENT_GONE)
+
+    async def _post(self) -> None:
         if self._finished:
             return
         if self._refused is not None:
@@ -233,6 +246,7 @@ class IntakeHandler(Handler):
         self._drop_body()
         if self._task is None or self._task.done():
             self._place.close()
+            self.ui = None  # type: ignore[assignment]  # it refers to this; `finish` isn't called
         else:
             self.outcome("cancelled")
             self.service.was_left(self.client)

@@ -28,6 +28,7 @@ from tornado.iostream import IOStream, StreamClosedError
 
 from server.addresses import group_of
 from server.logs import RateLimitedLog
+from server.tasks import bare, bare_error
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +192,17 @@ class _Stream(IOStream):
     _received = _chunks = 0
     _pieces: int | None = None  # read so far of the current head
     _searched = 0  # bytes of the head
+
+    def close(self, exc_info: Any = False) -> None:
+        """Close the connection, and strip the errors that its tasks get and it keeps: they would
+        hold it, and all buffers, until a full garbage collection.
+        """
+        reading = self._read_future
+        super().close(exc_info)
+        if self.error is not None:
+            bare(self.error)
+        if reading is not None:
+            reading.add_done_callback(bare_error)
 
     def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
         """Bytes read; None if there are none now, 0 at the end of the input."""
