@@ -17,16 +17,17 @@ class Tracer:
     def __init__(self, endpoint: str, exporter: Any = None) -> None:
         """endpoint: such as http://localhost:4318/v1/traces. Raises InvalidSettings."""
         try:
-            from opentelemetry import propagate
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import Resource
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
+            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ModuleNotFoundError as cause:
             raise InvalidSettings(
                 f"--traces needs {cause.name}: install the otel extra (pip install -e '.[otel]')"
             ) from cause
-        self._propagate = propagate
+        # Not the global one, which parses `baggage`, too, in time quadratic in its length.
+        self._propagator = TraceContextTextMapPropagator()
         self._provider = TracerProvider(resource=Resource.create({"service.name": "vignette"}))
         self._provider.add_span_processor(
             BatchSpanProcessor(exporter or OTLPSpanExporter(endpoint=endpoint))
@@ -47,7 +48,7 @@ class Tracer:
 
         end = time.time_ns()
         start = end - round(total * 1e9)
-        parent = self._propagate.extract({k.lower(): v for k, v in headers.items()})
+        parent = self._propagator.extract({k.lower(): v for k, v in headers.items()})
         span = self._tracer.start_span(
             name,
             context=parent,

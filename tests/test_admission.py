@@ -246,7 +246,7 @@ def test_a_rate_that_was_slow_can_be_seen_to_be_better():
             admission.check_in_time(30.0)
 
 
-def test_half_of_the_queue_is_one_clients_once_another_comes():
+def test_clients_have_shares_of_the_queue_and_so_has_the_next():
     admission, clock = admitting(queue=100)
 
     def fill(client: str, inside: ExitStack) -> int:
@@ -261,13 +261,18 @@ def test_half_of_the_queue_is_one_clients_once_another_comes():
         assert fill("greedy", inside) == 102, "alone it has all of it"
     with ExitStack() as inside:
         inside.enter_context(admission.enter("honest"))
-        assert fill("greedy", inside) == 51
-        assert fill("honest", inside) == 50
+        assert fill("greedy", inside) == 34
+        assert fill("honest", inside) == 33
+        assert fill("next", inside) == 25
+    with ExitStack() as inside:
+        for client in range(16):
+            fill(f"greedy {client}", inside)
+        assert fill("next", inside) >= 5
     clock.now += 100  # the other client has not come for a while
     with ExitStack() as inside:
         assert fill("greedy", inside) == 102
     with ExitStack() as inside:
         inside.enter_context(admission.enter("honest"))
-        for _ in range(60):  # requests that wait for the engine do not count towards the half
+        for _ in range(60):  # requests that wait for the engine do not count towards the share
             inside.enter_context(admission.enter("greedy"))
             inside.enter_context(admission.engine("greedy"))

@@ -124,12 +124,33 @@ def test_a_body_that_goes_on_coming_is_left_alone(piece, closed):
 
 def test_one_client_of_many_that_send_much_has_a_part_of_the_rate():
     now = [0.0]
-    credit = TokenBuckets(100.0, 100.0, lambda: now[0], together=True)
+    credit = TokenBuckets(100.0, 100.0, lambda: now[0], total=100.0)
     assert credit.spend("a", 100) == 0
     assert credit.spend("b", 50) == 0, "half as much"
     assert credit.spend("b", 50) == 1.0
     now[0] += 5
     assert credit.spend("a", 100) == 0, "who spent long ago does not count"
+
+
+def test_who_trickles_does_not_divide_the_rate_with_those_that_send_much():
+    now = [0.0]
+    credit = TokenBuckets(100.0, 100.0, lambda: now[0], total=100.0, least=10.0)
+    for number in range(32):
+        assert credit.spend(f"trickling {number}", 1) == 0
+    assert credit.spend("a", 100) == 0
+    for _ in range(9):
+        credit.spend("trickling 0", 1)
+    assert credit.spend("b", 50) == 0.5, "three divide it once one of them has spent enough"
+
+
+def test_all_together_have_no_more_than_a_total():
+    now = [0.0]
+    credit = TokenBuckets(10.0, 10.0, lambda: now[0], total=20.0)
+    assert credit.spend("a", 10) == 0
+    assert credit.spend("b", 10) == 0, "two have their own rates"
+    for client in "cd":
+        credit.spend(client, 1)
+    assert credit.spend("e", 10) == 1.5, "five have two fifths"
 
 
 def test_a_client_holds_at_most_half_of_the_bytes_that_others_leave():

@@ -6,6 +6,7 @@ which takes a front-end as long as a request that is served.
 
 from collections import OrderedDict
 from collections.abc import Callable
+from math import inf
 from time import monotonic
 
 _LONGEST_SECONDS = 5.0  # most that a client has to wait
@@ -22,31 +23,38 @@ class TokenBuckets:
         burst: float,
         clock: Callable[[], float] = monotonic,
         longest: float = _LONGEST_SECONDS,
-        together: bool = False,
+        total: float = inf,
+        least: float = 0.0,
     ) -> None:
         """rate: tokens that a client gains a second, up to `burst`, with which it begins. longest:
-        most seconds in which a client's debt is repaid. together: clients that spend within the
-        same second divide rate and burst among them.
+        most seconds in which a client's debt is repaid. total: rate of all clients, divided among
+        those that spent `least` tokens within the last second: each token costs them more.
         """
         self._rate, self._burst, self._clock, self._longest = rate, burst, clock, longest
-        self._together = together
-        self._spent: OrderedDict[str, float] = OrderedDict()  # time of each client's last use
+        self._total, self._least = total, least
+        self._spent: OrderedDict[str, float] = OrderedDict()  # when each client spent `least`
+        self._little: OrderedDict[str, float] = OrderedDict()  # tokens spent since then
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, and as of when
 
     def spend(self, client: str, amount: float) -> float:
         """Take tokens; return the seconds that the client has to wait for them."""
-        if self._together:
-            amount *= self._spending(client)
-        return min(self._longest, max(0.0, -self._change(client, -amount) / self._rate))
+        cost = amount * max(1.0, self._spending(client, amount) * self._rate / self._total)
+        return min(self._longest, max(0.0, -self._change(client, -cost) / self._rate))
 
-    def _spending(self, client: str) -> int:
-        """Number of clients that spent some within the last second, including this one."""
+    def _spending(self, client: str, amount: float) -> int:
+        """Number of clients that divide the total, at least 1."""
         now = self._clock()
-        self._spent[client] = now
-        self._spent.move_to_end(client)
-        while next(iter(self._spent.values())) < now - _TOGETHER_SECONDS:
+        spent = self._little.pop(client, 0.0) + amount
+        if spent >= self._least:
+            self._spent[client] = now
+            self._spent.move_to_end(client)
+        else:
+            self._little[client] = spent
+            if len(self._little) > _CLIENTS:
+                self._little.popitem(last=False)
+        while self._spent and next(iter(self._spent.values())) < now - _TOGETHER_SECONDS:
             self._spent.popitem(last=False)
-        return len(self._spent)
+        return max(1, len(self._spent))
 
     def owed(self, client: str) -> float:
         """Seconds until the client's debt is repaid; 0 without one."""

@@ -1,6 +1,7 @@
 """Base of all handlers: access to the service, errors in one JSON shape, rate limits."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.2
 _UNREAD_SECONDS = 2.0  # after which the connection of an unread answer may be closed for a new one
+_QUERY_COST = 2048  # characters of a query, which was parsed, charged as one refusal
 _ETAGS = 1000  # characters of If-None-Match
 _LATE = 256  # connections held back, as a client that is cut off reconnects at once
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -54,8 +56,7 @@ class Handler(tornado.web.RequestHandler):
             networks(service.settings.trusted_proxies),
         )
         self._refusing = False
-        self._timer: asyncio.TimerHandle | None = None  # of a delayed refusal
-        self._answer_error: Callable[[], None] | None = None  # sends it
+        self._refusal: asyncio.Task[None] | None = None  # a delayed one
 
     def set_default_headers(self) -> None:
         """Forbid MIME sniffing and caching, and omit the Server header."""
@@ -151,20 +152,17 @@ class Handler(tornado.web.RequestHandler):
             self.on_finish()  # Tornado calls it only for finished answers
             return
         self._refusing = True
-        stream, late = self.request.connection.stream, self.settings["late"]  # type: ignore[union-attr]
-        wait = 0.0 if stream.closed() else self.service.refusals.spend(self.client, 1)
-        if wait and len(late) >= _LATE:
-            stream.close()  # no room to hold back another refusal
-            wait = 0.0
+        cost = 1 + len(self.request.query) / _QUERY_COST
+        gone = self.request.connection.stream.closed()  # type: ignore[union-attr]
+        wait = 0.0 if gone else self.service.refusals.spend(self.client, cost)
         if not wait:
             super().send_error(status_code, **kwargs)
             return
         if error := kwargs.get("exc_info", (None, None, None))[1]:
             # The error's frames hold the body and the images, and it has been logged.
             kwargs["exc_info"] = (type(error), bare(error), None)
-        late[stream] = None
-        self._answer_error = partial(super().send_error, status_code, **kwargs)
-        self._timer = asyncio.get_running_loop().call_later(wait, self._refuse)
+        answer = partial(super().send_error, status_code, **kwargs)
+        self._refusal = asyncio.create_task(self._refuse_after(wait, answer))
 
     async def paced(self, visits: float = 1) -> None:
         """Apply the client's rate limit for non-caption requests. visits: cost of this one."""
@@ -182,27 +180,25 @@ class Handler(tornado.web.RequestHandler):
         late[stream] = None  # may be closed for a new connection
         try:
             await asyncio.sleep(wait)
-            async with self.service.waking:  # one a turn of the loop: hundreds may be due at once
-                await asyncio.sleep(0)
+            await self.service.turn()
         finally:
             late.pop(stream, None)
 
-    def _refuse(self) -> None:
-        """Send a delayed refusal; also if the client has gone, so that everything is released."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self.settings["late"].pop(self.request.connection.stream, None)  # type: ignore[union-attr]
-            answer = self._answer_error
-            self._timer = self._answer_error = None  # both refer to this handler
-            if answer is not None and not self._finished:
-                answer()
+    async def _refuse_after(self, wait: float, answer: Callable[[], None]) -> None:
+        """Refuse after a delay; at once if the client has gone, so that everything is released."""
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.held_back(wait)
+        self._refusal = None
+        if not self._finished:
+            answer()
 
     def on_connection_close(self) -> None:
-        """The client has gone: send a delayed refusal now, which frees its resources."""
+        """The client has gone: end a delayed refusal now, which frees its resources."""
         super().on_connection_close()
         # After the tasks that wait for the rest of the body have been told that there is none.
         self.request._body_future.add_done_callback(bare_error)
-        self._refuse()
+        if self._refusal is not None:
+            self._refusal.cancel()
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Answer any error, ours or Tornado's, by the table in `server.errors`."""

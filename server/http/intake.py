@@ -178,6 +178,8 @@ class IntakeHandler(Handler):
         self._task = asyncio.current_task()
         await self.held_back(self.service.owed(self.client))
         self.service.check_room(self.client)
+        if len(self._body) > PIECE:  # several large ones may be complete at once, and are copied
+            await self.service.turn()
         body = bytes(self._body)
         self._body = bytearray()
         await self.serve(body)

@@ -36,10 +36,11 @@ _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # Limits on a request's head, as parsing it takes time: lines, and bytes without the query; then
 # bytes of the request line before the query and of Host, which slower regular expressions parse.
 _HEADERS, _HEAD, _LINE, _HOST = 200, 16 * 1024, 1024, 300
-_FIELDS = 100  # in a query
+_FIELDS, _QUERY = 100, 1024  # in a query; bytes of one, but those of captions
 _REASON = (
     f"the head is larger than is read here: send at most {_HEADERS} lines of {_HEAD // 1024} KiB "
-    f"together, a path of {_LINE} bytes, a Host of {_HOST}, and {_FIELDS} fields in the query"
+    f"together, a path of {_LINE} bytes, a Host of {_HOST}, {_FIELDS} fields in the query, and but "
+    f"for POST /caption {_QUERY} bytes of it"
 )
 _TOO_LARGE = (
     "HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: application/json\r\n"
@@ -266,6 +267,7 @@ def _takes_long(head: bytes) -> bool:
     return (
         head.count(b"\n") > _HEADERS
         or query.count(b"&") > _FIELDS
+        or (len(query) > _QUERY and not before.startswith(b"POST /caption"))
         or len(before) > _LINE
         or len(head) - len(query) > _HEAD
         or sum(len(host) for host in _HOSTS.findall(head)) > _HOST

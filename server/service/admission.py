@@ -16,7 +16,7 @@ from server.service.drain_rate import DrainRate
 _OLD_SECONDS = 60.0  # after which a client no longer counts as recent
 _IN_TIME = 0.9  # of the deadline: the last request in the queue must meet it, too
 _LONGEST_WAIT = 60  # seconds, the longest Retry-After
-ASIDE = 32  # requests that may wait for something other than the engine, half of them one client's
+ASIDE = 32  # requests that may wait for something other than the engine, in shares as above
 
 
 class State(StrEnum):
@@ -71,8 +71,8 @@ class Admission:
     def check(self, client: str = "") -> None:
         """Raise NotServing or QueueFull if there is no place for a request of this client.
 
-        At most half of the queue before the engine is one client's, unless no other client came
-        within the last minute.
+        Unless no other client came within the last minute, a client has a share of the queue
+        before the engine: equal ones, and one that is left to the next client.
         """
         if self.state is not State.READY:
             raise NotServing(f"the server is {self.state}: try again soon, or another instance")
@@ -80,11 +80,16 @@ class Admission:
         alone = self._recent.within(_OLD_SECONDS) == {client}
         if self.inside >= self._most:
             raise QueueFull("the queue is full: try again later", self._seconds_to_drain())
-        if not alone and self._preparing[client] >= max(self.slots, self._most // 2):
+        if not alone and self._preparing[client] >= self._share(client):
             raise QueueFull(
-                "half of the queue is yours, and others wait, too: try again later",
+                "your share of the queue is full, and others wait, too: try again later",
                 self._seconds_to_drain(),
             )
+
+    def _share(self, client: str) -> int:
+        waiting = {other for other, count in self._preparing.items() if count > 0} | {client}
+        room = self._most - (self.inside - self._preparing.total())
+        return max(1, room // (len(waiting) + 1))
 
     @contextmanager
     def engine(self, client: str = "", rows: int = 1) -> Iterator[None]:
@@ -113,9 +118,9 @@ class Admission:
         entered several times at once for one request: for each frame of a clip.
         """
         first = request not in self._aside
-        of_client = sum(other.client == request.client for other in self._aside)
-        left = ASIDE - (len(self._aside) - of_client)  # by others; one client may have half
-        if first and (len(self._aside) >= ASIDE or of_client >= -(-left // 2)):
+        clients = Counter(other.client for other in self._aside)
+        share = max(1, ASIDE // (len(clients.keys() | {request.client}) + 1))
+        if first and (len(self._aside) >= ASIDE or clients[request.client] >= share):
             raise QueueFull(
                 "too many images that take long to decode are waiting: send smaller ones, or try "
                 "again later",

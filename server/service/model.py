@@ -65,6 +65,8 @@ class Model:
     def update(self, workers: Sequence[WorkerState], front_ends: int) -> None:
         """Apply the supervisor's report on the workers, which all front-ends share."""
         ready = [w for w in workers if w.state == "ready" and w.facts is not None]
+        here = all(w.pid is not None for w in workers)
+        self.device = " ".join(sorted({w.device for w in workers})) if here else self.name
         ends = {w.index: w.last_end for w in workers}
         self.links.update({(w.index, w.epoch) for w in ready}, ends)
         if not ready:
@@ -74,8 +76,6 @@ class Model:
         self.limits.slots = min(w.facts.slots for w in workers if w.facts is not None)
         slots, engines = sum(f.slots * f.engines for f in facts), sum(f.engines for f in facts)
         self.admission.slots = -(-slots // front_ends)
-        here = all(w.pid is not None for w in ready)
-        self.device = " ".join(sorted({w.device for w in workers})) if here else self.name
         if known := [f.seconds for f in facts if f.seconds]:
             self.admission.expect(front_ends * min(known) / engines)
         if self.admission.state is State.STARTING:

@@ -36,12 +36,13 @@ log = logging.getLogger(__name__)
 
 _LARGE = 256 * 1024  # bytes above which images are hashed on a thread: a third of a millisecond
 _BYTES = 100e6, 32e6  # bytes of all large bodies, a second and at once: half of a slow core
-_REFUSALS = 50.0, 100.0
+_MUCH = 64 * 1024  # bytes within a second, by which a client counts as one that sends large bodies
+_REFUSALS, _ALL_REFUSALS = (50.0, 100.0), 200.0  # a second and at once; a second of all clients
 # A restarted proxy abandons all its requests in flight: the burst is above that number.
 _LEFT, _LEFT_SECONDS = (10.0, 200.0), 2.0
 _SERVED = 0.2  # of an abandoned request's cost, which a served request earns back
 _PAGES_SECONDS = 4.0  # of debt for them, above which large pages are refused
-_VISITS = 200.0, 400.0  # of non-caption requests, a second and at once
+_VISITS, _ALL_VISITS = (200.0, 400.0), 500.0  # of non-caption requests, likewise
 Images = list[bytes] | str  # encoded, one or one per frame; or the URL of one
 
 
@@ -66,11 +67,15 @@ class Service:
     index: int
     keys_read: int = field(default=0, init=False)  # how often the file was read again
     keys_reader: asyncio.Task[None] | None = field(default=None, init=False)
-    intake: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_BYTES, together=True))
-    refusals: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_REFUSALS))
+    intake: TokenBuckets = field(
+        default_factory=lambda: TokenBuckets(*_BYTES, total=_BYTES[0], least=_MUCH)
+    )
+    refusals: TokenBuckets = field(
+        default_factory=lambda: TokenBuckets(*_REFUSALS, total=_ALL_REFUSALS)
+    )
     left: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_LEFT, longest=_LEFT_SECONDS))
-    visits: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_VISITS))
-    waking: asyncio.Lock = field(default_factory=asyncio.Lock)  # of requests that were held back
+    visits: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_VISITS, total=_ALL_VISITS))
+    _turns: asyncio.Lock = field(default_factory=asyncio.Lock)
     workers: tuple[WorkerState, ...] = ()
     shares: dict[str, SlotShares] = field(default_factory=dict)  # by device
     present: np.ndarray | None = None  # clients of all front-ends, by model (`PresentClients`)
@@ -171,6 +176,11 @@ class Service:
         if (wait := self.visits.owed(client)) >= _PAGES_SECONDS:
             raise TooFast("too many pages are asked for: ask for fewer", math.ceil(wait))
         self.budget.check_unread()
+
+    async def turn(self) -> None:
+        """Wait for a turn of the event loop that no other caller has."""
+        async with self._turns:
+            await asyncio.sleep(0)
 
     def owed(self, client: str) -> float:
         """Seconds that a client has to wait for its earlier refused or abandoned requests."""
