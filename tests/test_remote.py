@@ -1,5 +1,6 @@
 """Captions of files by a service elsewhere: all of them, through refusals and restarts."""
 
+import contextlib
 import json
 import sys
 import threading
@@ -16,6 +17,7 @@ from server.bulk.index import Kept
 from server.bulk.inputs import items, parts
 from server.bulk.lists import Columns
 from server.bulk.remote import RemoteCaptioner
+from server.http import client
 from server.http.client import RemoteService, ServiceFailed
 from server.service import keys
 from tests.fakes import fake_engine, gated
@@ -32,12 +34,11 @@ def said(files, prompt=None) -> dict:
 
 def outcomes_of(service, files, prompt=None, **sampling) -> dict:
     """By file: its caption, or why there is none."""
-    captioner = RemoteCaptioner(service, sampling)
-    found = Captioning(captioner, CaptioningOptions(prompt, 10**8), Kept()).run(
-        items(parts(map(str, files), Columns(), 10**8))
-    )
-    outcomes = {each.item.id: each.error or each.captions[0].caption for each in found}
-    captioner.close()
+    with contextlib.closing(RemoteCaptioner(service, sampling)) as captioner:
+        found = Captioning(captioner, CaptioningOptions(prompt, 10**8), Kept()).run(
+            items(parts(map(str, files), Columns(), 10**8))
+        )
+        outcomes = {each.item.id: each.error or each.captions[0].caption for each in found}
     return {file: outcomes[str(file)] for file in files}
 
 
@@ -141,6 +142,39 @@ def test_an_image_that_is_put_off_for_good_fails_alone(tmp_path, monkeypatch):
         server.shutdown()
     assert "gave no caption for too long: busy" in outcomes.pop(files[0])
     assert set(outcomes.values()) == {"a dog"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        ("Content-Length: 1000000000000", b" " * 2**20),
+        ("Retry-After: -1e9", b"[" * 100_000),
+        ("Retry-After: nan", json.dumps(SAID | {"caption": None}).encode()),
+        ("Retry-After: 0", b'{"caption": "\\ud800", "finish_reason": "stop"}'),
+        ("Retry-After: 0", b"[5]"),
+    ],
+)
+def test_a_service_that_answers_nonsense_ends_the_run(headers, body, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_PATIENCE", 0.3)
+    monkeypatch.setattr(client, "_MOST_BYTES", 2**21)
+
+    class Service(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.wfile.write(f"HTTP/1.1 200 OK\r\n{headers}\r\n\r\n".encode())
+            with contextlib.suppress(OSError):  # who has read enough hangs up
+                for _ in range(1 if len(body) < 2**20 else 8):
+                    self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(RunFailed, match="gave no caption for too long"):
+            outcomes_of(RemoteService(url, None, {"model": "fake"}, 2), small_images(tmp_path, 3))
+        server.shutdown()
 
 
 def test_the_command_line_takes_a_service_and_its_key(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,8 @@ import time
 from typing import Any
 from urllib.parse import urlencode
 
+from msgspec import Struct, convert
+
 from server.bulk.captioning import RunFailed
 from server.bulk.items import ScoredCaption, UnfitItem, rounded
 from server.http.client import Connection, RemoteService
@@ -80,8 +82,21 @@ class RemoteCaptioner:
         return self._mine.connection
 
 
+class _Completion(Struct):
+    caption: str
+    finish_reason: str
+    score: float | None = None
+
+
+class _Answer(_Completion):
+    captions: list[_Completion] = []
+
+
 def _said(answer: dict[str, Any]) -> tuple[ScoredCaption, ...]:
+    """All captions of an answer. Raises ValueError."""
+    found = convert(answer, _Answer)
+    for each in (completions := (found, *found.captions[1:])):
+        each.caption.encode()
     return tuple(
-        ScoredCaption(each["caption"], each["finish_reason"], rounded(each["score"]))
-        for each in (answer, *answer.get("captions", [])[1:])
+        ScoredCaption(each.caption, each.finish_reason, rounded(each.score)) for each in completions
     )

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import time
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,7 +13,9 @@ from runtime.errors import VignetteError
 from server.http.answers import ModelsAnswer
 
 _MOST_CONNECTIONS = 256
-_SECONDS = 120.0  # timeout of each socket operation
+_SECONDS = 120.0  # timeout of each socket operation, and of reading an answer
+_MOST_BYTES, _PIECE = 16 * 2**20, 64 * 2**10  # of an answer
+_RETRY_SECONDS = 0.05, 60.0  # shortest and longest wait before a retry
 
 
 class ServiceFailed(VignetteError):
@@ -83,11 +86,25 @@ class Connection:
     def ask(
         self, method: str, path: str, body: bytes | None = None
     ) -> tuple[int, float, dict[str, Any]]:
-        """Send a request; returns status, seconds to wait before a retry, and the JSON answer."""
+        """Send a request; returns status, seconds to wait before a retry, and the JSON answer.
+
+        Raises OSError, HTTPException and ValueError, also for an answer without end.
+        """
         self._http.request(method, self._base + path, body, self._headers)
         response = self._http.getresponse()
-        content = response.read()
-        return response.status, float(response.headers.get("Retry-After", 1)), json.loads(content)
+        content, end = bytearray(), time.monotonic() + _SECONDS
+        while piece := response.read1(_PIECE):
+            content += piece
+            if len(content) > _MOST_BYTES or time.monotonic() > end:
+                raise http.client.HTTPException("the answer does not end")
+        response.close()  # else the connection waits for more of it
+        try:
+            answer = json.loads(content)
+        except RecursionError as cause:
+            raise ValueError("the answer is nested too deeply") from cause
+        shortest, longest = _RETRY_SECONDS
+        wait = float(response.headers.get("Retry-After", 1))
+        return response.status, min(longest, max(shortest, wait)), answer
 
     def close(self) -> None:
         """Close the connection; the next request opens a new one."""
