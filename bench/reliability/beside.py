@@ -98,7 +98,7 @@ def _short(names: list[str], long: bool) -> Verdict:
 def content_types(long: bool) -> Verdict:
     """17: heads, boundaries and forms that are slow to parse, and pages by the dozen."""
     names = ["boundary", "parameters", "form", "tiny chunks", "accept", "slow heads", "pages"]
-    return _short(names, long)
+    return _short([*names, "queries", "trickled"], long)
 
 
 def large_json(long: bool) -> Verdict:
@@ -107,8 +107,10 @@ def large_json(long: bool) -> Verdict:
 
 
 def unread_answers(long: bool) -> Verdict:
-    """19: a field name of ten megabytes; answers that clients don't read, or leave before."""
-    return _short(["unread", "left"], long)
+    """19: a field name of ten megabytes; answers that clients don't read, or leave before; more
+    captions than the queue takes.
+    """
+    return _short(["unread", "left", "resets", "crowd"], long)
 
 
 def dear_images(long: bool) -> Verdict:

@@ -101,6 +101,51 @@ def _left(port: int) -> None:
         time.sleep(_LEFT_SECONDS)
 
 
+def _resets(port: int) -> None:
+    """Leave with answers unread, which resets the connections."""
+    with contextlib.ExitStack() as clients:
+        for _ in range(40):
+            client = socket.create_connection(("127.0.0.1", port), source_address=_ELSEWHERE)
+            clients.enter_context(client).sendall(
+                b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\nGET /nope HTTP/1.1\r\nHost: x\r\n\r\n"
+            )
+        time.sleep(_LEFT_SECONDS)
+
+
+def _crowd(port: int) -> None:
+    """Ask for many captions at once, from two addresses."""
+    image = (_SAMPLES / "owl.png").read_bytes()
+    head = b"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(image)
+    with contextlib.ExitStack() as clients:
+        asking = []
+        for number in range(40):
+            source = f"127.0.1.{1 + number % 2}", 0
+            client = socket.create_connection(("127.0.0.1", port), source_address=source)
+            asking.append(clients.enter_context(client))
+            client.settimeout(60)
+            client.sendall(head + image)
+        for client in asking:
+            client.recv(2**16)
+
+
+def _trickled(port: int) -> None:
+    """Send much of a body, then a few bytes a second."""
+    with socket.create_connection(("127.0.0.1", port), source_address=_ELSEWHERE) as client:
+        client.sendall(b"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: 400000\r\n\r\n")
+        client.sendall(bytes(262_200))
+        for _ in range(10):
+            time.sleep(0.3)
+            client.sendall(b"x")
+
+
+def _queries(port: int) -> None:
+    """Pages that there are not, with long queries."""
+    with socket.create_connection(("127.0.0.1", port), source_address=_ELSEWHERE) as client:
+        client.settimeout(60)
+        client.sendall(b"GET /nope?a=" + b"%41" * 17_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+        client.recv(2**16)
+
+
 def _pages(port: int) -> None:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as client:
         client.settimeout(60)
@@ -184,6 +229,10 @@ _BY_HAND: dict[str, Callable[[int], object]] = {
     "slow heads": _slow_heads,
     "left": _left,
     "pages": _pages,
+    "resets": _resets,
+    "crowd": _crowd,
+    "trickled": _trickled,
+    "queries": _queries,
 }
 ATTACKS = (*_BY_HAND, *_BODIES)
 
