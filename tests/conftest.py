@@ -1,12 +1,14 @@
 """Engines that several test files share."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 
 from export.build import Proof, build
 from export.checkpoint import Checkpoint
