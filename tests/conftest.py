@@ -8,7 +8,6 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 
 from export.build import Proof, build
 from export.checkpoint import Checkpoint
@@ -17,6 +16,7 @@ from runtime.engine import Engine
 from runtime.planning.config import EngineConfig
 from tests.checkpoints import SHAPES
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "engines" / "demo"
 SAMPLES = ROOT / "demo" / "samples"

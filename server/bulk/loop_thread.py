@@ -27,6 +27,7 @@ class LoopThread:
 
     def close(self) -> None:
         """End the thread."""
+        self.run(asyncio.sleep(0))  # so that cancelled tasks end
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -64,8 +64,10 @@ class SupervisedEngine:
         self._running = asyncio.create_task(self._supervisor.run(asyncio.Event()))
         self._running.add_done_callback(lambda _: self.lost.set())
         starting = asyncio.create_task(ready.wait())
-        await asyncio.wait({self._running, starting}, return_when=asyncio.FIRST_COMPLETED)
-        starting.cancel()
+        try:
+            await asyncio.wait({self._running, starting}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            starting.cancel()
         if self._running.done():
             self._running.result()
             raise CannotStart("the engine's worker ended as it started: see the log")
