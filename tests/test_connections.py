@@ -186,6 +186,7 @@ def test_a_client_without_credit_that_leaves_gets_its_place_back(tmp_path):
         (b"", b"a:\r\n" * 3000),
         (b"?" + b"a&" * 3000, b""),
         (b"?" + b"%41" * 400, b""),
+        (b"/caption?" + b"%41" * 400, b""),
         (b"/" + b"%C3%A9" * 300, b""),
         (b"", b"a: " + b"x" * 20_000 + b"\r\n"),
         (b"", b"hOST :" + b":" * 400 + b"\r\n"),

@@ -148,6 +148,8 @@ def test_all_together_have_no_more_than_a_total():
     credit = TokenBuckets(10.0, 10.0, lambda: now[0], total=20.0)
     assert credit.spend("a", 10) == 0
     assert credit.spend("b", 10) == 0, "two have their own rates"
+    for client in "xyz":
+        assert credit.spend(client, 0) == 0, "who spends nothing does not count"
     for client in "cd":
         credit.spend(client, 1)
     assert credit.spend("e", 10) == 1.5, "five have two fifths"

@@ -24,7 +24,7 @@ class TokenBuckets:
         clock: Callable[[], float] = monotonic,
         longest: float = _LONGEST_SECONDS,
         total: float = inf,
-        least: float = 0.0,
+        least: float = 1.0,
     ) -> None:
         """rate: tokens that a client gains a second, up to `burst`, with which it begins. longest:
         most seconds in which a client's debt is repaid. total: rate of all clients, divided among

@@ -267,7 +267,7 @@ def _takes_long(head: bytes) -> bool:
     return (
         head.count(b"\n") > _HEADERS
         or query.count(b"&") > _FIELDS
-        or (len(query) > _QUERY and not before.startswith(b"POST /caption"))
+        or (len(query) > _QUERY and before != b"POST /caption")
         or len(before) > _LINE
         or len(head) - len(query) > _HEAD
         or sum(len(host) for host in _HOSTS.findall(head)) > _HOST

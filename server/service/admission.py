@@ -16,7 +16,7 @@ from server.service.drain_rate import DrainRate
 _OLD_SECONDS = 60.0  # after which a client no longer counts as recent
 _IN_TIME = 0.9  # of the deadline: the last request in the queue must meet it, too
 _LONGEST_WAIT = 60  # seconds, the longest Retry-After
-ASIDE = 32  # requests that may wait for something other than the engine, in shares as above
+ASIDE = 32  # requests that may wait for something other than the engine; clients share them
 
 
 class State(StrEnum):
