@@ -5,6 +5,7 @@ from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 _Result = TypeVar("_Result")
+_Error = TypeVar("_Error", bound=BaseException)
 
 
 async def gather_or_cancel(parts: Iterable[Coroutine[Any, Any, _Result]]) -> list[_Result]:
@@ -31,7 +32,7 @@ def _cancel(tasks: "Iterable[asyncio.Task[Any]]") -> None:
         task.cancel()
 
 
-def bare(error: BaseException) -> BaseException:
+def bare(error: _Error) -> _Error:
     """The error without its traceback, cause and context, whose frames hold what it was about."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error

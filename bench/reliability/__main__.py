@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ def main() -> int:
     for name, (number, scenario) in SCENARIOS.items():
         if number in args.without or (args.numbers and number not in args.numbers):
             continue
+        started = time.perf_counter()
         try:
             siege = {"minutes": args.minutes} if scenario is beside.siege else {}
             verdict = scenario(not args.short, **siege)
@@ -42,7 +44,8 @@ def main() -> int:
             f"{facts['machine']}; {verdict.engine.name}",
         )
         failed |= row.as_promised is False
-        print(f"{number:2} {name}: {row.figure} ({row.word})", flush=True)
+        took = time.perf_counter() - started
+        print(f"{number:2} {name}: {row.figure} ({row.word}; {took:.0f} s)", flush=True)
         if not args.short:
             keep(args.output, [row])
     return int(failed)

@@ -19,6 +19,7 @@ from server.ipc.dispatcher import Expired
 from server.logs import plain
 from server.service.keys import sent
 from server.service.service import Service
+from server.tasks import bare
 
 _PATH = 200  # characters traced
 EVENTS = "text/event-stream"
@@ -45,7 +46,7 @@ class IntakeHandler(Handler):
         self._gone = False
         self._payer = self.client  # the client charged for the body's bytes
         self._incoming: Incoming | None = None
-        self._refused: VignetteError | None = None
+        self._refused: VignetteError | None = None  # without its frames, which refer to this
         self._place = ExitStack()  # among the requests of the API key
 
     def check_head(self) -> None:
@@ -87,7 +88,7 @@ class IntakeHandler(Handler):
             if waits or length > most:
                 self._refuse_now(error)
             else:
-                self._refused = error
+                self._refused = bare(error)
 
     def take_place(self) -> None:
         """Count a caption against its API key, if there are keys, until the answer is over.
@@ -114,7 +115,7 @@ class IntakeHandler(Handler):
                     self._incoming = self.service.budget.begin(self._payer, self._make_room)
                 self.hold(len(chunk))
             except VignetteError as error:
-                self._refused = error
+                self._refused = bare(error)
                 self._drop_body()
             else:
                 self._body += chunk
@@ -148,7 +149,7 @@ class IntakeHandler(Handler):
 
     def _refuse_now(self, error: VignetteError) -> None:
         """Answer and close while the body is still arriving."""
-        self._refused = error  # in case the body ends before the delayed answer
+        self._refused = bare(error)  # in case the body ends before the delayed answer
         self._drop_body()
         self.send_error(exc_info=(type(error), error, None))
 
