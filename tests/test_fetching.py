@@ -1,6 +1,7 @@
 """image_url leads to public addresses of allowed domains, or nowhere."""
 
 import asyncio
+import contextlib
 import shutil
 import socket
 import ssl
@@ -13,6 +14,7 @@ import tornado.netutil
 import tornado.web
 from tornado.netutil import Resolver
 
+from server.fairness.errors import QueueFull
 from server.images import fetch
 from server.images.fetch import Fetcher, FetchFailed, ForbiddenUrl, PublicResolver, is_public
 
@@ -82,7 +84,7 @@ def test_an_allowed_name_that_leads_to_a_private_address_is_refused():
 
 
 class Site(tornado.web.RequestHandler):
-    def get(self, what):
+    async def get(self, what):
         if what == "image":
             self.write(b"the image")
         elif what == "large":
@@ -91,6 +93,8 @@ class Site(tornado.web.RequestHandler):
             self.redirect("https://evil.example/x")
         elif what == "on":
             self.redirect("/image")
+        elif what == "slow":
+            await self.settings["over"].wait()
         elif what == "around":
             self.redirect("/around")
         elif what == "inward":
@@ -111,8 +115,10 @@ class Local(PublicResolver):
         return [(socket.AF_INET, ("127.0.0.1", self._port))]
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
-def test_a_real_server_is_asked_and_each_hop_checked(tmp_path):
+@pytest.fixture
+def context(tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj",
          "/CN=ok.example", "-keyout", tmp_path / "key", "-out", tmp_path / "certificate"],
@@ -120,33 +126,79 @@ def test_a_real_server_is_asked_and_each_hop_checked(tmp_path):
     )  # fmt: skip
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    return context
+
+
+@contextlib.contextmanager
+def site(context):
+    """Port of a server of `Site`, and the event after which its slow answers come."""
+    over = asyncio.Event()
+    app = tornado.web.Application([(r"/(\w+)", Site)], over=over)
+    server = tornado.httpserver.HTTPServer(app, ssl_options=context)
+    sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
+    server.add_sockets(sockets)
+    yield sockets[0].getsockname()[1], over
+    server.stop()
+
+
+def fetcher_of(port, *answers, limit=1000):
+    names = Names(answers=answers or ["93.184.216.34"])
+    return Fetcher(("ok.example",), limit, Local(names, port), validate_cert=False)
+
+
+def test_a_real_server_is_asked_and_each_hop_checked(context):
+    async def run():
+        with site(context) as (port, _):
+
+            def fetch(path, *answers):
+                fetcher = fetcher_of(port, *answers)
+                return fetcher.fetch(f"https://ok.example/{path}", 5, "somebody")
+
+            assert await fetch("image") == b"the image"
+            assert await fetch("on") == b"the image"
+            for path, error, message in (
+                ("large", FetchFailed, "can't be fetched"),
+                ("missing", FetchFailed, "answered 404"),
+                ("around", FetchFailed, "too often"),
+                ("away", ForbiddenUrl, "evil.example' is not among"),
+                ("inward", ForbiddenUrl, r"127\.0\.0\.1' is not among"),
+            ):
+                with pytest.raises(error, match=message):
+                    await fetch(path)
+            with pytest.raises(ForbiddenUrl, match="not a public address"):
+                await fetch(
+                    "on", "93.184.216.34", "10.0.0.1"
+                )  # the second query gets another answer
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("clients", [2, 9], ids=lambda clients: f"of-{clients}-clients")
+def test_slow_fetches_give_way_to_a_client_that_has_fewer(context, monkeypatch, clients):
+    """Also those that are not slow yet when it comes."""
+    monkeypatch.setattr(fetch, "_FETCHES", 8)
+    monkeypatch.setattr(fetch, "_SLOW_SECONDS", 0.3)
 
     async def run():
-        app = tornado.web.Application([(r"/(\w+)", Site)])
-        server = tornado.httpserver.HTTPServer(app, ssl_options=context)
-        sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
-        server.add_sockets(sockets)
-        port = sockets[0].getsockname()[1]
+        with site(context) as (port, over):
+            fetcher = fetcher_of(port)
 
-        def fetch(path, *answers, limit=1000):
-            names = Names(answers=answers or ["93.184.216.34"])
-            fetcher = Fetcher(("ok.example",), limit, Local(names, port), validate_cert=False)
-            return fetcher.fetch(f"https://ok.example/{path}", 5, "somebody")
+            def ask(what, client):
+                return asyncio.ensure_future(
+                    fetcher.fetch(f"https://ok.example/{what}", 15, str(client))
+                )
 
-        assert await fetch("image") == b"the image"
-        assert await fetch("on") == b"the image"
-        for path, error, message in (
-            ("large", FetchFailed, "can't be fetched"),
-            ("missing", FetchFailed, "answered 404"),
-            ("around", FetchFailed, "too often"),
-            ("away", ForbiddenUrl, "evil.example' is not among"),
-            ("inward", ForbiddenUrl, r"127\.0\.0\.1' is not among"),
-        ):
-            with pytest.raises(error, match=message):
-                await fetch(path)
-        with pytest.raises(ForbiddenUrl, match="not a public address"):
-            await fetch("on", "93.184.216.34", "10.0.0.1")  # the second query gets another answer
-        server.stop()
+            slow = [ask("slow", n % clients) for n in range(36)]
+            await asyncio.sleep(0.1)
+            for _ in range(2):
+                assert await asyncio.wait_for(ask("image", "honest"), 5) == b"the image"
+                await asyncio.sleep(0.4)
+            ended = [each for each in slow if each.done()]
+            assert ended or clients == 2, "two clients leave some free"
+            for each in ended:
+                assert isinstance(each.exception(), QueueFull)
+            over.set()
+            await asyncio.wait(slow)
 
     asyncio.run(run())
 

@@ -118,28 +118,26 @@ def test_who_is_new_all_the_time_does_not_go_before_those_who_were_there():
     assert asyncio.run(run()) >= 5
 
 
-def test_one_client_has_half_of_the_places_at_most_where_that_is_wished():
+def test_one_share_of_the_places_is_left_to_the_next_client_where_that_is_wished():
     async def run() -> list[str]:
-        turns, taken = FairQueue(4, each=2), []
+        turns, taken = FairQueue(8, spare=True), []
 
         async def take(client: str) -> None:
             await turns.take(client)
             taken.append(client)
 
-        greedy = [asyncio.create_task(take("greedy")) for _ in range(6)]
+        tasks = [asyncio.create_task(take(client)) for client in "aaaaaa" + "bbbb" + "c"]
         await asyncio.sleep(0)
-        await take("honest")
-        await take("honest")
-        other = asyncio.create_task(take("other"))
+        assert not turns.would_give_way("a", "d"), "one place is free"
+        tasks.append(asyncio.create_task(take("d")))
         await asyncio.sleep(0)
-        turns.give("honest")
+        assert turns.would_give_way("a", "e") and turns.would_give_way("d", "e")
+        assert not turns.would_give_way("a"), "who waits has its share"
+        for client in "ab":
+            turns.give(client)
         await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        turns.give("greedy")
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        for task in (*greedy, other):
+        for task in tasks:
             task.cancel()
         return taken
 
-    assert asyncio.run(run()) == ["greedy", "greedy", "honest", "honest", "other", "greedy"]
+    assert asyncio.run(run()) == list("aaaabbcd")

@@ -19,13 +19,15 @@ class FairQueue:
     def __init__(
         self,
         places: int,
-        each: int | None = None,
         beside: int | None = None,
+        spare: bool = False,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        """each: most places of one client at a time. beside: the same while others are present."""
-        self._free, self._each = places, each or places
-        self._beside = beside or self._each
+        """beside: most places of one client while others are present. spare: clients have equal
+        shares of the places, and one share is left to the next client.
+        """
+        self._places = self._free = places
+        self._beside, self._spare = beside or places, spare
         self._held: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
         self._clocks = ClientClocks()
@@ -67,8 +69,18 @@ class FairQueue:
 
     def _may(self, client: str) -> bool:
         """Whether a client may have one more place."""
+        if self._spare:
+            clients = {client, *self._held, *self._waiting}
+            return self._held[client] < max(1, self._places // (len(clients) + 1))
         alone = self._recent.within(_PRESENT_SECONDS) <= {client}
-        return self._held[client] < (self._each if alone else self._beside)
+        return self._held[client] < (self._places if alone else self._beside)
+
+    def would_give_way(self, client: str, other: str | None = None) -> bool:
+        """Whether no place is free, and one of this client is due to `other` (if None: to any that
+        waits), which has fewer and may have one more.
+        """
+        held, others = self._held, self._waiting if other is None else [other]
+        return not self._free and any(held[o] < held[client] and self._may(o) for o in others)
 
     def _next(self) -> str | None:
         """The waiting client that is next, or None."""

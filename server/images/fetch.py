@@ -6,27 +6,33 @@ rebinding has no effect. Every redirect is checked like the first URL.
 
 import asyncio
 import ipaddress
+import math
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
-from tornado.iostream import UnsatisfiableReadError
+from tornado.iostream import IOStream, UnsatisfiableReadError
 from tornado.netutil import Resolver
 from tornado.simple_httpclient import HTTPTimeoutError, SimpleAsyncHTTPClient
+from tornado.tcpclient import TCPClient
 
 from runtime.errors import InvalidRequest, VignetteError
 from server.bodies import shown
+from server.fairness.errors import QueueFull
 from server.fairness.fair_queue import FairQueue
 from server.tasks import note_error
 
 _REDIRECTS = 3
 _LOOKUPS, _FETCHES = 8, 32  # at a time
 _CONNECT_SECONDS, _LONGEST_SECONDS = 5.0, 15.0
+_SLOW_SECONDS = 2.0  # after which a fetch gives way to a client that has fewer
+_GAVE_WAY = "image_url answers slowly, and others wait, too: try again later"
 # Fraction of the connection's seconds: Tornado logs errors that come after its own time-out.
 _LOOKING_UP = 0.9
 _HEAD_BYTES = 16 * 1024
@@ -41,10 +47,25 @@ _NOT_PUBLIC = tuple(
 )  # fmt: skip
 _HOST, _LABEL = 253, 63  # characters (RFC 1035, 2.3.4); Python is slow to look up longer names
 _MOVED = (301, 302, 303, 307, 308)
-# The client whose URL a task fetches, and the seconds left to look up the host.
-_looking_up: ContextVar[tuple[str, float]] = ContextVar(
-    "looking up", default=("", _CONNECT_SECONDS)
-)
+
+
+@dataclass(eq=False, slots=True)
+class _Fetch:
+    """A fetch under way. seconds: left to look up the host. stream: the connection, once open."""
+
+    client: str
+    seconds: float = _CONNECT_SECONDS
+    stream: IOStream | None = None
+    gave_way: bool = False
+
+    def give_way(self) -> None:
+        """Close the connection, now or once it is open."""
+        self.gave_way = True
+        if self.stream is not None:
+            self.stream.close()
+
+
+_current: ContextVar[_Fetch] = ContextVar("the fetch of this task")
 
 
 class ForbiddenUrl(InvalidRequest):
@@ -56,28 +77,28 @@ class FetchFailed(VignetteError):
 
 
 class Lookups(Resolver):
-    """Looks names up on its own threads, so that a hanging name server delays only look-ups. One
-    client has half of the threads at most.
+    """Looks names up on its own threads, so that a hanging name server delays only look-ups.
+    Clients have equal shares of the threads.
     """
 
     def initialize(self) -> None:
         """Create the thread pool; threads start when needed."""
         self._threads = ThreadPoolExecutor(_LOOKUPS, "lookup")
-        self._turns = FairQueue(_LOOKUPS, _LOOKUPS // 2)
+        self._turns = FairQueue(_LOOKUPS, spare=True)
 
     async def resolve(
         self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[tuple[int, Any]]:
         """Addresses of `host`. Raises OSError, also on time-out."""
-        client, seconds = _looking_up.get()
+        fetch = _current.get()
         try:
-            async with asyncio.timeout(seconds):
-                await self._turns.take(client)
+            async with asyncio.timeout(fetch.seconds):
+                await self._turns.take(fetch.client)
                 looking = asyncio.get_running_loop().run_in_executor(
                     self._threads,
                     partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM),
                 )
-                looking.add_done_callback(partial(self._ended, client))
+                looking.add_done_callback(partial(self._ended, fetch.client))
                 found = await asyncio.shield(looking)  # a thread can't be stopped
         except TimeoutError:
             raise OSError("its name was not looked up in time") from None
@@ -120,23 +141,42 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
+class _Connections(TCPClient):
+    """Opens connections, and lets the fetch of each know it."""
+
+    async def connect(self, *args: Any, **options: Any) -> IOStream:
+        """The connection; closed already if its fetch was to give way meanwhile."""
+        fetch = _current.get()
+        fetch.stream = await super().connect(*args, **options)
+        if fetch.gave_way:
+            fetch.stream.close()
+        return fetch.stream
+
+
 class Fetcher:
-    """Fetches images from allowed domains."""
+    """Fetches images from allowed domains.
+
+    Clients have equal shares of the places, and a fetch that is slow gives way to a client that
+    has fewer.
+    """
 
     def __init__(
         self, domains: tuple[str, ...], limit: int, resolver: Resolver | None = None, **client: Any
     ) -> None:
         """domains: `name`, or `.name` to include subdomains. limit: most bytes of an image."""
         self._domains, self._limit = tuple(d.lower() for d in domains), limit
+        resolver = resolver or PublicResolver()
         self._http = SimpleAsyncHTTPClient(
             force_instance=True,
-            resolver=resolver or PublicResolver(),
+            resolver=resolver,
             max_body_size=limit,
             max_header_size=_HEAD_BYTES,
             max_buffer_size=limit + 64 * 1024,
             max_clients=_FETCHES,
         )
-        self._turns = FairQueue(_FETCHES, _FETCHES // 2)
+        self._http.tcp_client = _Connections(resolver)
+        self._turns = FairQueue(_FETCHES, spare=True)
+        self._slow: dict[_Fetch, None] = {}  # the oldest first
         self._client = client
 
     def check(self, url: str) -> None:
@@ -162,26 +202,54 @@ class Fetcher:
             raise ForbiddenUrl(f"image_url: {shown(host)} is not among the allowed domains")
 
     async def fetch(self, url: str, seconds: float, client: str) -> bytes:
-        """Fetch the image at `url` within `seconds`. Raises ForbiddenUrl or FetchFailed.
+        """Fetch the image at `url` within `seconds`. Raises ForbiddenUrl, FetchFailed or QueueFull.
 
         client: fetches take turns by client.
         """
         self.check(url)
+        for slow in self._slow:
+            if self._turns.would_give_way(slow.client, client):
+                self._give_way(slow)
+                break
         await self._turns.take(client)
-        end = time.monotonic() + min(seconds, _LONGEST_SECONDS)
-        fetching = asyncio.create_task(self._follow(url, end, client))
-        fetching.add_done_callback(partial(self._ended, client))
+        fetch, end = _Fetch(client), time.monotonic() + min(seconds, _LONGEST_SECONDS)
+        fetching = asyncio.create_task(self._follow(url, end, fetch))
+        late = asyncio.get_running_loop().call_later(_SLOW_SECONDS, self._is_slow, fetch)
+        fetching.add_done_callback(partial(self._ended, fetch, time.monotonic(), late))
         # If cancelled, Tornado would log the outcome all the same; a fetch ends by its deadline.
         return await asyncio.shield(fetching)
 
-    def _ended(self, client: str, fetching: "asyncio.Task[bytes]") -> None:
-        self._turns.give(client)
+    def _is_slow(self, fetch: _Fetch) -> None:
+        self._slow[fetch] = None
+        if self._turns.would_give_way(fetch.client):
+            self._give_way(fetch)
+
+    def _give_way(self, fetch: _Fetch) -> None:
+        del self._slow[fetch]
+        fetch.give_way()
+
+    def _ended(
+        self,
+        fetch: _Fetch,
+        began: float,
+        late: asyncio.TimerHandle,
+        fetching: "asyncio.Task[bytes]",
+    ) -> None:
+        late.cancel()
+        self._slow.pop(fetch, None)
+        self._turns.give(fetch.client, time.monotonic() - began)
         note_error(fetching)
 
-    async def _follow(self, url: str, end: float, client: str) -> bytes:
+    async def _follow(self, url: str, end: float, fetch: _Fetch) -> bytes:
+        _current.set(fetch)
         for _ in range(_REDIRECTS + 1):
             self.check(url)
-            answer = await self._ask(url, end - time.monotonic(), client)
+            try:
+                answer = await self._ask(url, end - time.monotonic(), fetch)
+            except FetchFailed as cause:
+                if fetch.gave_way:
+                    raise QueueFull(_GAVE_WAY, math.ceil(_SLOW_SECONDS)) from cause
+                raise
             if answer.code not in _MOVED:
                 return answer.body
             try:
@@ -190,9 +258,9 @@ class Fetcher:
                 raise FetchFailed("image_url leads on to what is no URL") from cause
         raise FetchFailed("image_url leads on too often")
 
-    async def _ask(self, url: str, seconds: float, client: str) -> HTTPResponse:
+    async def _ask(self, url: str, seconds: float, fetch: _Fetch) -> HTTPResponse:
         connect = min(_CONNECT_SECONDS, seconds)
-        _looking_up.set((client, connect * _LOOKING_UP))
+        fetch.seconds, fetch.stream = connect * _LOOKING_UP, None
         options = {k: v for k, v in self._client.items() if k != "port"}
         request = HTTPRequest(
             url, follow_redirects=False, connect_timeout=connect,
