@@ -9,6 +9,7 @@ import ipaddress
 import math
 import socket
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -201,10 +202,13 @@ class Fetcher:
         if not allowed:
             raise ForbiddenUrl(f"image_url: {shown(host)} is not among the allowed domains")
 
-    async def fetch(self, url: str, seconds: float, client: str) -> bytes:
+    async def fetch(
+        self, url: str, seconds: float, client: str, begin: Callable[[], object] = lambda: None
+    ) -> bytes:
         """Fetch the image at `url` within `seconds`. Raises ForbiddenUrl, FetchFailed or QueueFull.
 
-        client: fetches take turns by client.
+        client: fetches take turns by client. begin: called when the turn has come; what it raises
+        is raised.
         """
         self.check(url)
         for slow in self._slow:
@@ -212,6 +216,11 @@ class Fetcher:
                 self._give_way(slow)
                 break
         await self._turns.take(client)
+        try:
+            begin()
+        except BaseException:
+            self._turns.give(client, 0)
+            raise
         fetch, end = _Fetch(client), time.monotonic() + min(seconds, _LONGEST_SECONDS)
         fetching = asyncio.create_task(self._follow(url, end, fetch))
         late = asyncio.get_running_loop().call_later(_SLOW_SECONDS, self._is_slow, fetch)

@@ -282,12 +282,17 @@ class Service:
             return
         if self.fetcher is None:
             raise InvalidRequest("image_url is switched off here: send the image itself")
-        held = self.settings.max_body_bytes  # the image may be as large
-        self.budget.hold(held, client)
+        held, most = 0, self.settings.max_body_bytes  # the image may be as large
+
+        def begin() -> None:
+            nonlocal held
+            self.budget.hold(most, client)
+            held = most
+
         try:
             async with until(deadline):
                 left = deadline - time.perf_counter()
-                image = await self.fetcher.fetch(images, left, client)
+                image = await self.fetcher.fetch(images, left, client, begin)
             self.budget.release(held - len(image), client)
             held = len(image)
             yield [image]
