@@ -27,14 +27,16 @@ class Scene:
         self.ends: dict[str, asyncio.Event] = {}
         self.tasks: dict[str, asyncio.Task] = {}
 
-    async def come(self, name: str, client: str, rows: int, batch: bool = False) -> None:
+    async def come(
+        self, name: str, client: str, rows: int, batch: bool = False, model: str = "a"
+    ) -> None:
         self.ends[name] = asyncio.Event()
-        self.tasks[name] = asyncio.create_task(self._hold(name, client, rows, batch))
+        self.tasks[name] = asyncio.create_task(self._hold(name, client, rows, batch, model))
         await self.settle()
 
-    async def _hold(self, name: str, client: str, rows: int, batch: bool) -> None:
+    async def _hold(self, name: str, client: str, rows: int, batch: bool, model: str) -> None:
         priority = Priority.BATCH if batch else Priority.INTERACTIVE
-        async with self.shares.take(client, rows, priority):
+        async with self.shares.take(client, rows, priority, model):
             self.inside.append(name)
             try:
                 await self.ends[name].wait()
@@ -191,7 +193,9 @@ def test_everybody_comes_in_at_last(asked, random):
 @pytest.mark.parametrize("threads", [0, 1])
 def test_models_of_one_device_share_its_slots_unless_each_has_cores_of_its_own(threads):
     models = {
-        name: SimpleNamespace(name=name, device=device, admission=SimpleNamespace(slots=slots))
+        name: SimpleNamespace(
+            name=name, device=device, serves=True, admission=SimpleNamespace(slots=slots)
+        )
         for name, device, slots in [("a", "cpu", 16), ("b", "cpu", 8), ("c", "gpu 0", 64)]
     }
     service = SimpleNamespace(
@@ -203,6 +207,31 @@ def test_models_of_one_device_share_its_slots_unless_each_has_cores_of_its_own(t
     assert (a is b) == (not threads)
     assert (a.slots, a.models) == ((16, 1) if threads else (16, 2))
     assert (c.slots, c.models) == (64, 1)
+
+
+@scenario
+async def test_a_model_without_a_worker_keeps_no_slots_from_another(scene):
+    """Neither with requests that its worker had when it died, nor with those that come then."""
+    scene.shares.models = 2
+    for n in range(SLOTS):
+        await scene.come(f"b{n}", "attacker", 1, model="b")
+    scene.shares.serve("b", False)
+    for n in range(SLOTS, 2 * SLOTS):
+        await scene.come(f"b{n}", "attacker", 1, model="b")
+    for n in range(2 * SLOTS):
+        await scene.come(f"a{n}", "honest", 1)
+    came = [name for name in scene.inside if name[0] == "a"]
+    assert len(came) == SLOTS + 4, "as if alone: who waits for the dead model is not present"
+    scene.tasks["b0"].cancel()
+    await scene.settle()
+    scene.shares.serve("b", True)
+    for n in range(2 * SLOTS):
+        await scene.end(f"a{n}")
+    assert [name for name in scene.inside if name[0] == "b"][SLOTS:], "some more came in"
+    for n in range(1, 2 * SLOTS):
+        await scene.end(f"b{n}")
+    assert all(task.done() for task in scene.tasks.values())
+    assert not scene.shares._taken and not scene.shares._holding and not scene.shares._waiting
 
 
 @pytest.mark.parametrize("others", [0, 1, 3])

@@ -5,6 +5,7 @@ a few clients would keep all others waiting.
 """
 
 import asyncio
+import itertools
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -21,13 +22,21 @@ _LEARNING = 0.1  # weight of a new value in the usual cost of a request
 
 
 @dataclass(slots=True, eq=False)
-class _Waiting:
-    """A request that waits for its turn."""
+class _Claim:
+    """A request that waits for its slots, or has them.
+
+    number: order of arrival. began: since when it has them, if its model serves. took: slots times
+    seconds that it had them before.
+    """
 
     client: str
     rows: int
     batch: bool
+    model: str
+    number: int
     turn: asyncio.Event = field(default_factory=asyncio.Event)
+    began: float = 0.0
+    took: float = 0.0
 
 
 class SlotShares:
@@ -38,6 +47,8 @@ class SlotShares:
     it does not take all slots between two of their requests; one request may be larger. Half as
     many requests as slots wait in the engine, so that it encodes several together; but requests of
     several slots wait here, because the engine keeps its order: all others would wait with them.
+
+    While a model has no worker (`serve`), its requests hold no slots, and have no turn.
     """
 
     def __init__(
@@ -53,37 +64,43 @@ class SlotShares:
         self._clocks = ClientClocks()
         self._taken: Counter[str] = Counter()
         self._batch: Counter[str] = Counter()  # of those, by batch requests
-        # By client and whether of batch priority, each in the order of arrival.
-        self._waiting: dict[tuple[str, bool], deque[_Waiting]] = {}
+        # By client, whether of batch priority, and model, each in the order of arrival.
+        self._waiting: dict[tuple[str, bool, str], deque[_Claim]] = {}
+        self._holding: dict[_Claim, None] = {}
+        self._down: set[str] = set()  # models without a worker
+        self._numbers = itertools.count()
         self._looking = False
         self._usual = 0.0  # slots times seconds of a request
 
     @asynccontextmanager
-    async def take(self, client: str, rows: int, priority: Priority) -> AsyncIterator[None]:
+    async def take(
+        self, client: str, rows: int, priority: Priority, model: str = ""
+    ) -> AsyncIterator[None]:
         """Hold `rows` slots, once it is the request's turn.
 
         A cancelled request is charged the usual cost at least: the engine has encoded its image all
         the same, and ends its step with it.
         """
-        me = _Waiting(client, rows, priority is Priority.BATCH)
-        self._waiting.setdefault((client, me.batch), deque()).append(me)
-        self._clients.came(client)
-        began, whole = 0.0, False
+        me = _Claim(client, rows, priority is Priority.BATCH, model, next(self._numbers))
+        self._waiting.setdefault((client, me.batch, model), deque()).append(me)
+        if model not in self._down:
+            self._clients.came(client)
+        began = whole = False
         try:
             self._admit()
             self._look_again()
             await me.turn.wait()
-            began = self._clock()
+            began = True
             yield
             whole = True
         finally:
             if me.turn.is_set():
-                self._take(me, -rows)
-                took = rows * (self._clock() - began) if began else 0.0
+                if model not in self._down:
+                    self._release(me)
+                del self._holding[me]
                 if whole:
-                    self._usual += _LEARNING * (took - self._usual)
-                else:
-                    took = max(took, self._usual)
+                    self._usual += _LEARNING * (me.took - self._usual)
+                took = me.took if whole else max(me.took if began else 0.0, self._usual)
                 self._clocks.charge(client, took, len(self._present | {client}))
             else:
                 self._forget(me)
@@ -92,23 +109,59 @@ class SlotShares:
             self._look_again()
             self._admit()
 
-    def _take(self, each: _Waiting, rows: int) -> None:
+    def serve(self, model: str, serves: bool) -> None:
+        """Set whether a model has a worker (at first, each has)."""
+        if serves != (model in self._down):
+            return
+        affected = [each for each in self._holding if each.model == model]
+        if serves:
+            self._down.remove(model)
+            for each in affected:
+                self._hold(each)
+        else:
+            for each in affected:
+                self._release(each)
+            self._down.add(model)
+        waiting = (client for client, _, name in self._waiting if name == model)
+        for client in {*waiting, *(each.client for each in affected)}:
+            if client in self._present:
+                self._clients.came(client)
+            else:
+                self._clients.left(client)
+        self._admit()
+
+    def _hold(self, each: _Claim) -> None:
+        self._take(each, each.rows)
+        each.began = self._clock()
+
+    def _release(self, each: _Claim) -> None:
+        self._take(each, -each.rows)
+        each.took += each.rows * (self._clock() - each.began)
+
+    def _take(self, each: _Claim, rows: int) -> None:
         for taken in (self._taken, self._batch) if each.batch else (self._taken,):
             taken[each.client] += rows
             if not taken[each.client]:
                 del taken[each.client]
         self._clients.has(each.client, self._taken[each.client])
 
-    def _forget(self, each: _Waiting) -> None:
-        line = self._waiting[each.client, each.batch]
+    def _forget(self, each: _Claim) -> None:
+        line = self._waiting[each.client, each.batch, each.model]
         line.remove(each)
         if not line:
-            del self._waiting[each.client, each.batch]
+            del self._waiting[each.client, each.batch, each.model]
 
     @property
     def _present(self) -> set[str]:
         """Clients that hold or wait for slots."""
-        return {*self._taken, *(client for client, _ in self._waiting)}
+        return {*self._taken, *(client for client, _, _ in self._wanted)}
+
+    @property
+    def _wanted(self) -> dict[tuple[str, bool, str], deque[_Claim]]:
+        """The lines of models that serve."""
+        if not self._down:
+            return self._waiting
+        return {key: line for key, line in self._waiting.items() if key[2] not in self._down}
 
     def _look_again(self) -> None:
         """Admit again after `linger` seconds, when a waiting client may be alone."""
@@ -122,14 +175,14 @@ class SlotShares:
 
     def _admit(self) -> None:
         """Admit requests whose turn it is; those of one client and priority keep their order."""
-        if not self._waiting:
+        if not self._wanted:
             return
         clients, elsewhere = self._clients.count(), self._clients.elsewhere()
         ahead = max(_AHEAD, self.slots // 2)
         slots, all_ = (self._clients.front_ends * n for n in (self.slots, self.slots + ahead))
         share = (all_ if self.models == 1 else slots) // clients
         most = all_ if clients == 1 else max(1, min(slots // 2, share))
-        if not self._looking and any(client in elsewhere for client, _ in self._waiting):
+        if not self._looking and any(client in elsewhere for client, _, _ in self._wanted):
             self._looking = True
             asyncio.get_running_loop().call_later(_ELSEWHERE_SECONDS, self._look_elsewhere)
         while (next_ := self._next(most, elsewhere)) is not None:
@@ -139,21 +192,24 @@ class SlotShares:
             if taken and taken + next_.rows > room:
                 return
             self._forget(next_)
-            self._take(next_, next_.rows)
+            self._holding[next_] = None
+            self._hold(next_)
             self._clocks.begin(next_.client)
             next_.turn.set()
 
-    def _next(self, most: int, elsewhere: Counter[str]) -> _Waiting | None:
+    def _next(self, most: int, elsewhere: Counter[str]) -> _Claim | None:
         """The next request among those that fit their clients' shares, or None."""
+        wanted = self._wanted
+        asking = {client for client, batch, _ in wanted if not batch}
         first = (
             line[0]
-            for (client, batch), line in self._waiting.items()
-            if not (batch and (client, False) in self._waiting)
+            for (client, batch, _), line in wanted.items()
+            if not (batch and client in asking)
         )
         fits = (each for each in first if self._fits(each, most - elsewhere[each.client], most))
         return min(fits, key=self._turn, default=None)
 
-    def _fits(self, each: _Waiting, left: int, most: int) -> bool:
+    def _fits(self, each: _Claim, left: int, most: int) -> bool:
         """left: of the client's share, slots that it holds in no other front-end.
 
         Whatever it holds there, it has one slot here: those who wait here would starve.
@@ -161,7 +217,7 @@ class SlotShares:
         mine = self._taken[each.client] - (0 if each.batch else self._batch[each.client])
         return mine + each.rows <= left or (not mine and (left == most or each.rows == 1))
 
-    def _turn(self, each: _Waiting) -> tuple[bool, float]:
+    def _turn(self, each: _Claim) -> tuple[bool, float, int]:
         """Order: interactive first, then by clock plus the usual cost of slots held now."""
         running = self._taken[each.client] * self._usual
-        return each.batch, self._clocks.of(each.client) + running
+        return each.batch, self._clocks.of(each.client) + running, each.number

@@ -128,7 +128,8 @@ class Model:
             ready = replace(request, pixels=slot, scheduling=scheduling)
             async with AsyncExitStack() as held:
                 rows = request.sampling.rows
-                share = self.shares.take(origin.client, rows, scheduling.priority)
+                priority = scheduling.priority
+                share = self.shares.take(origin.client, rows, priority, self.name)
                 async with until(origin.deadline):
                     await held.enter_async_context(share)
                 held.enter_context(self.admission.engine(origin.client, rows))

@@ -98,7 +98,7 @@ class Service:
 
     def share_devices(self) -> None:
         """Let models on one device share clients' slot shares, as their engines use the same
-        cores; unless each model has cores of its own.
+        cores; unless each model has cores of its own. A model without a worker uses none.
         """
         slots, models = Counter[str](), Counter[str]()
         for model in self.models.values():
@@ -113,6 +113,9 @@ class Service:
             models[device] += 1
         for device, most in slots.items():  # no wake-up: others' ends admit waiting requests
             self.shares[device].slots, self.shares[device].models = most, models[device]
+        for shares in self.shares.values():
+            for model in self.models.values():
+                shares.serve(model.name, model.serves)
 
     def drain(self) -> None:
         """Stop admitting requests."""
