@@ -4,6 +4,8 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 
+import pytest
+
 from runtime.decoding.continuation import Continuation
 from runtime.request import (
     FinishReason,
@@ -217,6 +219,25 @@ def test_what_never_reaches_the_engine_says_nothing_of_its_pace():
         for _ in range(40):
             inside.enter_context(admission.enter("honest"))
             admission.check_in_time(30.0)
+
+
+def test_others_queue_makes_no_request_late_that_comes_before_them():
+    admission, clock = admitting(queue=100)  # two slots
+    saturated(admission, clock, 64, each=1.0)
+    with ExitStack() as inside:
+        inside.enter_context(admission.enter("honest"))
+        for n in range(10):
+            client = f"greedy {n % 2}"
+            inside.enter_context(admission.enter(client))
+            if n < 4:
+                inside.enter_context(admission.engine(client))
+        inside.enter_context(admission.enter("new"))
+        admission.check_in_time(8.0, "new")  # four in the engine, and one of each other client
+        with pytest.raises(QueueFull, match="about 7 s") as full:
+            admission.check_in_time(6.0, "new")
+        assert full.value.retry_after == 7
+        with pytest.raises(QueueFull, match="about 11 s"):
+            admission.check_in_time(8.0, "greedy 0")
 
 
 def test_requests_wait_for_slots_that_fewer_of_more_rows_have():

@@ -155,16 +155,29 @@ class Admission:
         """Set how long a request takes while others wait, until enough are measured."""
         self._rate.expected = seconds
 
-    def check_in_time(self, seconds: float) -> None:
-        """Raise QueueFull if the requests ahead of a new one take longer than it has."""
-        each, ahead = self._rate.seconds, self.inside - 1
+    def check_in_time(self, seconds: float, client: str = "") -> None:
+        """Raise QueueFull if a new request of this client, which has entered, would have to wait
+        for longer than it has: for those in the engine, the client's own, and as many of each other
+        client, as slots are handed out in turns.
+        """
+        each, ahead = self._rate.seconds, self._ahead(client)
         if each and ahead >= 2 * self.slots and each * ahead > seconds:
             raise QueueFull(
                 f"the requests before this one take about {each * ahead:.0f} s, longer than its "
                 "deadline: try again later, or give it more (timeout_ms)",
-                self._seconds_to_drain(),
+                _retry_after(each * ahead),
             )
+
+    def _ahead(self, client: str) -> int:
+        waiting = self._preparing - Counter(other.client for other in self._aside)
+        own = waiting.pop(client, 1)
+        in_engine = self.accepted - self._preparing.total()
+        return in_engine + own - 1 + sum(min(own, count) for count in waiting.values())
 
     def _seconds_to_drain(self) -> int:
         """Seconds that the requests inside will take, from 1 to 60."""
-        return min(_LONGEST_WAIT, max(1, math.ceil(self.inside * (self._rate.seconds or 0))))
+        return _retry_after(self.inside * (self._rate.seconds or 0))
+
+
+def _retry_after(seconds: float) -> int:
+    return min(_LONGEST_WAIT, max(1, math.ceil(seconds)))

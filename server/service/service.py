@@ -219,7 +219,7 @@ class Service:
         deadline = request.scheduling.deadline or math.inf
         inside = self.metrics.inside.labels(model.name)
         with model.admission.enter(client), inside.track_inprogress():
-            model.admission.check_in_time(deadline - started)
+            model.admission.check_in_time(deadline - started, client)
             async with self._outputs(model, request, images, client) as outputs:
                 async for output in outputs:
                     if output.timing is not None:
