@@ -1,6 +1,7 @@
 """`vignette COMMAND`: one entry point for all commands, each with its own --help."""
 
 import importlib
+import os
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -42,6 +43,7 @@ COMMANDS = {
 
 def main() -> int:
     """Run a command; returns its exit status."""
+    _open_what_is_closed()
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(_usage())
@@ -67,6 +69,19 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _open_what_is_closed() -> None:
+    """Open closed standard streams to nowhere: files that are opened later would take their places,
+    and messages end up in them. `sys.stdin` and `sys.stdout` stay None.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def _usage() -> str:

@@ -1,6 +1,7 @@
 """One row of a list, whatever is wrong with it, and no more: the others are read."""
 
 import csv
+import io
 import json
 import os
 from threading import Event
@@ -49,6 +50,15 @@ def test_a_csv_field_that_is_too_long_fails_alone(tmp_path):
     assert "field larger than field limit" in found[1].wrong
 
 
+def test_a_csv_row_of_too_many_lines_fails_alone_and_is_not_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "_LONGEST_LINE", 100)
+    fields = 'x","\n' * 40  # at each line's end one is open
+    (tmp_path / "list.csv").write_text(f'image\na.png\n"{fields}"\nb.png\n')
+    found = read(tmp_path / "list.csv")
+    assert names(found)[0] == "a" and names(found)[-1] == "b"
+    assert "this row has over" in found[1].wrong
+
+
 def test_a_url_or_path_that_is_none_fails_alone(tmp_path):
     path = tmp_path / "list.txt"
     path.write_text(f"a.png\nhttp://[::1\n{'x' * 70_000}\n..\nb.png\n")
@@ -77,6 +87,33 @@ def test_large_parquet_rows_come_one_at_a_time(tmp_path, monkeypatch):
     assert len(found) == 12
     offsets = {row.columns[0].buffers()[1].size for row in found}
     assert max(offsets) < 8 * 4  # of one row, not of eight
+
+
+def test_a_parquet_row_group_is_not_read_whole(tmp_path):
+    table = pa.table({"image": [os.urandom(100_000) for _ in range(300)]})
+    path, read = tmp_path / "list.parquet", []
+    pa.parquet.write_table(
+        table, path, compression="none", use_dictionary=False, write_batch_size=10
+    )
+
+    class Counted(io.FileIO):
+        def read(self, size=-1):
+            read.append(size)
+            return super().read(size)
+
+    with Counted(path) as stream:
+        found = rows.parquet_rows(stream, list, ["image"])
+        for _ in range(10):
+            next(found)
+        assert sum(read) < 2**23
+        found.close()
+
+
+def test_a_parquet_time_that_python_does_not_have_fails_alone(tmp_path):
+    path = tmp_path / "list.parquet"
+    days = pa.array([0, 10**7, 1], pa.int32()).cast(pa.date32())
+    pa.parquet.write_table(pa.table({"image": ["a.png", "x.png", "b.png"], "day": days}), path)
+    assert names(read(path, "day")) == ["a", None, "b"]
 
 
 def test_an_id_may_be_nought(tmp_path):

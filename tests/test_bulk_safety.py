@@ -16,6 +16,7 @@ from server.bulk.run import CaptionSettings
 from server.bulk.tar import Tar
 from tests import bulk_job
 from tests.bulk_job import check, members, rows_of, run
+from tests.live import png
 from tests.test_bulk import small_images
 
 ROW = {"caption": "an owl", "model": "words", "settings": {"engine": "none"}}
@@ -120,6 +121,15 @@ def test_what_is_no_regular_file_is_left_alone(photos, tmp_path):
         os.mkfifo(tmp_path / name)
         with pytest.raises(OutputConflict, match=f"{name} is no regular file"):
             run(f"{tmp_path}/{name}", str(photos))
+
+
+def test_what_is_called_like_a_file_of_ours_fails_alone(tmp_path):
+    archive(tmp_path / "a.tar", {
+        ".vignette.partial/x.png": png(), ".vignette.jsonl/x.png": png(), "y.png": png(),
+    })  # fmt: skip
+    job = run(f"{tmp_path}/texts/", f"{tmp_path}/a.tar")
+    assert (job.counts.captioned, job.counts.failed) == (1, 2)
+    assert (tmp_path / "texts/y.txt").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,11 @@
 """Archives that are damaged, or made to take memory: told, and never taken for shorter ones."""
 
+import bz2
+import gzip
 import io
+import lzma
 import tarfile
+import tracemalloc
 
 import pytest
 
@@ -62,12 +66,62 @@ def test_members_with_holes_are_refused(attributes, tmp_path):
     assert "a member is sparse: make the archive anew without --sparse" in bad.wrong
 
 
+@pytest.mark.parametrize("pack", [bz2.compress, lzma.compress])
+def test_what_unpacks_without_bound_is_refused(pack, tmp_path):
+    path = tmp_path / "shard.tar"
+    path.write_bytes(pack(archived(path, SIX)))
+    [bad] = read(path)
+    assert "use gzip, or none" in bad.wrong
+
+
+def test_gzip_is_unpacked_in_pieces_whatever_the_name(tmp_path):
+    path = tmp_path / "shard.tar"
+    path.write_bytes(gzip.compress(archived(path, SIX, size=2**28), 1))
+    tracemalloc.start()
+    found = read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [item.key for item in found] == [str(n) for n in range(6)]
+    assert peak < 2**24
+    path.write_bytes(path.read_bytes()[:-100_000])
+    assert "no whole tar archive" in read(path)[-1].wrong
+
+
+def test_a_link_is_an_image_that_is_not_there(tmp_path):
+    path = tmp_path / "shard.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, kind in (("0.png", tarfile.REGTYPE), ("1.png", tarfile.LNKTYPE),
+                           ("2.png", tarfile.SYMTYPE)):  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "" if kind == tarfile.REGTYPE else "0.png"
+            archive.addfile(member)
+    image, *links = read(path)
+    assert image.wrong is None
+    assert [(item.key, item.wrong[:12]) for item in links] == [
+        ("1", "it is a link"), ("2", "it is a link"),
+    ]  # fmt: skip
+
+
+def test_of_a_name_that_comes_twice_the_first_is_meant(tmp_path):
+    path = tmp_path / "shard.tar"
+    with tarfile.open(path, "w") as archive:
+        for content in (b"first", b"second"):
+            member = tarfile.TarInfo("0.png")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    assert [(item.key, item.image) for item in read(path)] == [("0", b"first"), ("0", b"second")]
+
+
 def test_what_is_read_whole_is_bounded(tmp_path):
     path = tmp_path / "shard.tar"
     archived(path, SIX, attributes={"comment": "x" * 2**21})
     assert "a name, or attributes, have 2097169 bytes" in read(path)[-1].wrong
     archived(path, [f"0.{n}" for n in range(1001)], size=0)
     assert "0 has over 1000 members" in read(path)[-1].wrong
+    archived(path, ["0." + "x" * 1100])
+    assert "a name has 1102 characters" in read(path)[-1].wrong
+    archived(path, [f"0.{n}{'x' * 1000}" for n in range(999)], size=0)
+    assert len(read(path)[-1].wrong) < 300
 
 
 def test_a_sample_is_bounded_as_a_whole(tmp_path):

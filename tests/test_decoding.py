@@ -263,17 +263,14 @@ def test_images_are_decoded_in_their_order(store):
     decoders.close()
 
 
-def test_a_decoder_that_hangs_is_replaced_in_time(store):
+def test_a_decoder_that_is_stopped_is_replaced_and_its_image_decoded(store):
     decoders = pool(store)
     decode(decoders, png())
-    decoders._wall = 0.5
-    os.kill(decoders.pids[0], signal.SIGSTOP)
-    start = time.perf_counter()
-    with pytest.raises(TooHard, match="took too long"):
-        decode(decoders, png())
-    assert time.perf_counter() - start < 5
-    decoders._wall = 20.0
-    decode(decoders, png((4, 5, 6)))
+    decoders._wall = 1.0
+    [stopped] = decoders.pids
+    os.kill(stopped, signal.SIGSTOP)
+    decode(decoders, png())
+    assert stopped not in decoders.pids
     decoders.close()
 
 

@@ -6,6 +6,7 @@ Once `append` has returned, a row survives a kill of the process, and a repeated
 import fcntl
 import os
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -55,7 +56,12 @@ class Output(ABC):
 
 
 class Printed(Output):
-    """Lines of JSON on standard output."""
+    """Lines of JSON, in UTF-8, on standard output."""
+
+    def __init__(self) -> None:
+        """Raises OutputConflict if standard output is closed."""
+        if sys.stdout is None:
+            raise OutputConflict("standard output is closed: name an --output")
 
     @override
     def rows(self) -> Iterator[ResultRow]:
@@ -63,7 +69,8 @@ class Printed(Output):
 
     @override
     def append(self, row: ResultRow, outcome: Outcome) -> None:
-        print(msgspec.json.encode(row).decode(), flush=True)
+        sys.stdout.buffer.write(msgspec.json.encode(row) + b"\n")
+        sys.stdout.flush()
 
     @override
     def finish(self, index: Index) -> None:

@@ -13,6 +13,7 @@ from server.bulk.fetching import NoWay
 IMAGE = "image"  # the column of a list without column names
 
 _LONGEST_LINE = 64 * 2**20  # a data URI of an image fits
+_PIECE = 2**20  # bytes of a Parquet column read at a time
 _ROWS = 8  # of a Parquet file, held at a time: they may be large images
 _LARGE = 64 * 2**20  # bytes of a row group, above which rows are read singly: any may be as large
 csv.field_size_limit(_LONGEST_LINE)
@@ -47,12 +48,24 @@ def json_rows(stream: Any) -> Rows:
 
 def csv_rows(stream: Any, check: Check) -> Rows:
     """Rows of CSV. Raises csv.Error and BrokenRow for an unreadable header."""
+    read = 0  # characters since the last row: a row may have many lines
+
+    def line(numbered: tuple[int, str | BrokenRow]) -> str:
+        nonlocal read
+        _, line = numbered
+        if isinstance(line, BrokenRow):
+            raise line
+        read += len(line)
+        if read > _LONGEST_LINE:
+            raise BrokenRow(f"this row has over {_LONGEST_LINE // 2**20} MiB")
+        return line
+
     with io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as text:
-        reader = csv.DictReader(map(_whole, _bounded(text)))
+        reader = csv.DictReader(map(line, _bounded(text)))
         check(reader.fieldnames or ())
         number, ended = 0, False
         while not ended:
-            number += 1
+            number, read = number + 1, 0
             try:
                 yield number, next(reader)
             except StopIteration:
@@ -65,7 +78,8 @@ def parquet_rows(
     stream: Any, check: Check, columns: Sequence[str], part: int | None = None
 ) -> Rows:
     """Rows of Parquet. part: the only row group to read."""
-    file = parquet().ParquetFile(stream)
+    # By default a row group's columns are read whole, and it may be the whole file.
+    file = parquet().ParquetFile(stream, pre_buffer=False, buffer_size=_PIECE)
     check(file.schema_arrow.names)
     groups = range(file.num_row_groups) if part is None else [part]
     number = sum(file.metadata.row_group(g).num_rows for g in range(part or 0))
@@ -97,7 +111,7 @@ def _object(line: bytes) -> Mapping[str, Any] | BrokenRow:
 def _cells(row: Any) -> Mapping[str, Any] | BrokenRow:
     try:
         return row.to_pylist()[0]
-    except ValueError as error:  # text that is no UTF-8, times that Python can't represent
+    except (ValueError, ArithmeticError) as error:  # no UTF-8, or times that Python does not have
         return BrokenRow(f"this row can't be read: {error}")
 
 
@@ -111,10 +125,3 @@ def _bounded(stream: Any) -> Iterator[tuple[int, Any]]:
             short = BrokenRow(f"this line has over {_LONGEST_LINE // 2**20} MiB")
             piece = stream.readline(_LONGEST_LINE)
         yield number, short
-
-
-def _whole(numbered: tuple[int, str | BrokenRow]) -> str:
-    _, line = numbered
-    if isinstance(line, BrokenRow):
-        raise line
-    return line

@@ -1,11 +1,14 @@
 """WebDataset shards: tar archives whose adjacent members of one stem are a sample."""
 
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from gzip import BadGzipFile, GzipFile
 from pathlib import PurePosixPath
+from textwrap import shorten
 from threading import Event
-from typing import NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 from typing_extensions import override
 
@@ -17,10 +20,14 @@ from server.bulk.items import Item
 from server.bulk.lists import Columns
 
 _Info = TypeVar("_Info", bound=tarfile.TarInfo)
-Members = dict[str, bytes | None]  # None for a member too large to hold
+Members = dict[str, bytes | str]  # text: why a member's content is not there
 
 _TOGETHER = 4  # times the bytes that a member may have: the limit of a sample
-_MEMBERS = 1000  # of a sample
+_MEMBERS, _NAME = 1000, 1024  # of a sample, and characters of each name
+_LISTED = 200  # characters of names in a message
+_GZIP, _HEAD = b"\x1f\x8b", 6
+_NOT_TAKEN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "Zstandard"}
+_LINK = "it is a link: make the archive anew with --dereference --hard-dereference"
 _PLAIN = {*tarfile.SUPPORTED_TYPES} - {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 _OTHER = _PIECE = 2**20  # bytes of a special member: long names, attributes, unknown types
 
@@ -63,6 +70,32 @@ def _checked(member: _Info) -> _Info:
     return member
 
 
+class _Stream:
+    """A stream whose first bytes were read before."""
+
+    def __init__(self, first: bytes, rest: Any) -> None:
+        self._first, self._rest = first, rest
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end."""
+        if not self._first:
+            return self._rest.read(size)
+        piece, self._first = self._first[:size], self._first[size:]
+        return piece
+
+
+def _unpacked(stream: Any) -> Any:
+    """The stream, unpacked in bounded pieces if it is gzip's. Raises ReadError for other formats:
+    tarfile unpacks those whole, and bzip2 makes gigabytes of a kilobyte.
+    """
+    first = stream.read(_HEAD)
+    for begins, name in _NOT_TAKEN.items():
+        if first.startswith(begins):
+            raise tarfile.ReadError(f"it is compressed with {name}: use gzip, or none")
+    whole: Any = _Stream(first, stream)
+    return GzipFile(fileobj=whole, mode="rb") if first.startswith(_GZIP) else whole
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """An archive. columns: extensions of a sample's image (by default its first) and prompt."""
@@ -77,12 +110,12 @@ class Shard:
             with (
                 opened(self.path) as stream,
                 tarfile.open(
-                    fileobj=stream, mode="r|*", encoding="utf-8", tarinfo=_Member
+                    fileobj=_unpacked(stream), mode="r|", encoding="utf-8", tarinfo=_Member
                 ) as archive,
             ):
                 for key, members in self._samples(archive):
                     yield self._item(key, members)
-        except (tarfile.TarError, EOFError) as cause:
+        except (tarfile.TarError, EOFError, BadGzipFile, zlib.error) as cause:
             raise DamagedShard(f"{self.path} is no whole tar archive: {cause}") from cause
 
     def count(self, over: Event) -> int | None:
@@ -94,14 +127,17 @@ class Shard:
         last, members = None, Members()
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # else it keeps every member
-            if not _checked(member).isfile():
+            link = member.issym() or member.islnk()
+            if not (_checked(member).isfile() or link):
                 continue
+            if len(member.name) > _NAME:
+                raise tarfile.ReadError(f"a name has {len(member.name)} characters")
             key, extension = split(member.name)
-            if key != last and members:
+            if (key != last or extension in members) and members:
                 yield str(last), members
                 members = {}
             last = key
-            members[extension] = self._content(archive, member, members)
+            members[extension] = _LINK if link else self._content(archive, member, members)
             if len(members) > _MEMBERS:
                 raise tarfile.ReadError(f"{key} has over {_MEMBERS} members")
         if members:
@@ -109,33 +145,33 @@ class Shard:
 
     def _content(
         self, archive: tarfile.TarFile, member: tarfile.TarInfo, others: Members
-    ) -> bytes | None:
+    ) -> bytes | str:
         stream = archive.extractfile(member)
         assert stream is not None
-        held = sum(len(other or b"") for other in others.values())
+        held = sum(map(len, others.values()))
         if member.size <= self.limit and held + member.size <= _TOGETHER * self.limit:
             return stream.read()
         while stream.read(_PIECE):  # else tarfile seeks the member's end past the archive's
             pass
-        return None
+        return (
+            f"it has more than {self.limit / 1e6:g} MB (--max-image-mb), or with the other members "
+            f"of its sample {_TOGETHER} times as much"
+        )
 
     def _item(self, key: str, members: Members) -> Item:
         where, name = f"{self.path}/{key}", f"{named(self.path)}/{key}"
         extension = self.columns.image or next((e for e in members if f".{e}" in SUFFIXES), "")
-        image = members.get(extension)
+        kept = {e: content for e, content in members.items() if isinstance(content, bytes)}
         wrong = None
         if extension not in members:
-            wrong = f"there is no {self.columns.image or 'image'} among {', '.join(members)}"
-        elif image is None:
-            wrong = (
-                f"it has more than {self.limit / 1e6:g} MB (--max-image-mb), or with the other "
-                f"members of its sample {_TOGETHER} times as much"
-            )
-        prompt = (members.get(self.columns.prompt or "") or b"").decode(errors="replace").strip()
+            names = shorten(", ".join(members), _LISTED, placeholder=" ...")
+            wrong = f"there is no {self.columns.image or 'image'} among {names}"
+        elif isinstance(why := members[extension], str):
+            wrong = why
+        prompt = kept.get(self.columns.prompt or "", b"").decode(errors="replace").strip()
         if self.columns.prompt and not prompt and wrong is None:
             wrong = f"there is no text in {self.columns.prompt}"
-        kept = {e: content for e, content in members.items() if content is not None}
-        return Item(where, image or b"", name, prompt or None, key, kept, wrong)
+        return Item(where, kept.get(extension, b""), name, prompt or None, key, kept, wrong)
 
 
 def split(name: str) -> tuple[str, str]:

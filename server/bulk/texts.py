@@ -13,6 +13,7 @@ from server.bulk.output import Lines, NotWritten, Output, OutputConflict, remove
 
 HIDDEN_ROWS = ".vignette.jsonl"
 _PARTIAL = ".vignette.partial"
+_OURS = (HIDDEN_ROWS, _PARTIAL)
 
 
 class Texts(Output):
@@ -80,6 +81,8 @@ class Texts(Output):
         """Raise NotWritten if an item's file can't, or must not, be written."""
         target = self._folder / text
         try:
+            if PurePosixPath(text).parts[0] in _OURS:
+                raise NotWritten(f"{text} has the name of a file of ours")
             if below(text) != text or not target.resolve().is_relative_to(self._folder):
                 raise NotWritten(f"{text} lies outside of the output")
             if target.exists() and not target.is_file():

@@ -97,7 +97,7 @@ class Lane:
             found = await self._attempt(task) or await self._attempt(task)
         finally:
             self._turns.give(client, time.perf_counter() - began)
-        if found is None:  # killed twice, most likely for lack of memory
+        if found is None:  # twice, most likely for lack of memory
             raise TooHard(UNFIT)
         kind, answer = found
         if kind == FAILED:
@@ -113,7 +113,7 @@ class Lane:
         return found
 
     async def _attempt(self, task: DecodeTask) -> tuple[bytes, bytes] | None:
-        """Run a task once; None if the process was killed from outside meanwhile."""
+        """Run a task once; None if the process was killed or stopped from outside meanwhile."""
         decoder = self._idle.popleft() if self._idle else self._new()
         try:
             if not decoder.process.is_alive():  # it died before this task
@@ -124,7 +124,9 @@ class Lane:
                 return await decoder.ask(task.what, task.data, task.place, task.seconds, task.most)
         except TimeoutError as cause:
             decoder = self._replaced(decoder)
-            raise TooHard(UNFIT) from cause
+            if time.perf_counter() >= task.until:
+                raise TooHard(UNFIT) from cause
+            return None  # it was stopped, or starved: a decoder that works ends by its core seconds
         except (OSError, EOFError) as cause:
             code = await decoder.death()
             decoder = self._replaced(decoder)
