@@ -1,5 +1,6 @@
 """The engine of a bulk run: a process of its own, which may end."""
 
+import asyncio
 import multiprocessing
 import os
 import signal
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from server.bulk import local
 from server.bulk.captioning import RunFailed
 from server.bulk.engine import BulkEngine, EngineSetup
 from server.bulk.local import LocalCaptioner
+from server.bulk.loop_thread import LoopThread
 from server.processes.supervisor import CannotStart
 from tests.conftest import ROOT
 from tests.fakes import MANIFEST, FakeRunner, fake_engine, fake_folder, fake_worker
@@ -84,6 +86,16 @@ def test_an_interrupt_while_decoders_start_ends_the_engine(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         LocalCaptioner(setup(folder, fake_engine), None, {}, 10**6)
     assert set(multiprocessing.active_children()) <= before
+
+
+def test_who_waits_for_a_loop_that_is_closed_is_told():
+    loop = LoopThread("test")
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(loop.run, asyncio.sleep(100)) for _ in range(4)]
+        until(lambda: sum(each.running() for each in asked) == 4)
+        loop.close()
+        for each in asked:
+            assert isinstance(each.exception(5), (CancelledError, RuntimeError))
 
 
 def test_a_program_that_does_not_close_it_ends_all_the_same(folder):

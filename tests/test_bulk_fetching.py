@@ -6,6 +6,7 @@ import itertools
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -39,6 +40,9 @@ def slow():
         def continues(self):
             self.answer(b"100 Continue\r\n\r\n", itertools.repeat(b"HTTP/1.1 100 Continue\r\n\r\n"))
 
+        def broken(self):
+            self.answer(b"503 Later\r\nContent-Length: 0\r\n\r\n")
+
         def redirected(self):
             self.answer(b"302 Found\r\nLocation: owl\r\nContent-Length: 10000000000\r\n\r\n",
                         itertools.repeat(bytes(2**20)), 0)  # fmt: skip
@@ -71,6 +75,15 @@ def test_a_server_that_drips_has_so_long_and_no_longer(what, slow, monkeypatch):
     monkeypatch.setattr(fetching, "_SECONDS", 0.2)
     with pytest.raises(UnfitItem, match=r"not there after 0\.2 seconds"):
         fetching.fetch(f"{slow}/{what}", 10**6)
+
+
+@pytest.mark.parametrize("what", ["body", "head", "broken"])
+def test_what_is_not_wanted_any_more_is_not_waited_for(what, slow):
+    over = threading.Event()
+    threading.Timer(0.2, over.set).start()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(fetching.fetch, f"{slow}/{what}", 10**6, over)
+        assert isinstance(asked.exception(5), UnfitItem)
 
 
 def test_a_redirect_is_followed_without_its_body(slow):

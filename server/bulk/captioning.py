@@ -56,7 +56,7 @@ class Captioning:
         self._captioner, self._options, self._kept = captioner, options, kept
         self._asking = threading.Semaphore(captioner.at_once)
         self._same: dict[str, Future[tuple[ScoredCaption, ...]]] = {}
-        self._lock = threading.Lock()
+        self._lock, self._over = threading.Lock(), threading.Event()
 
     def run(self, items: Iterable[Item]) -> Generator[Outcome, None, None]:
         """Yield outcomes; closing drops items not begun. Raises the error that ended the run."""
@@ -78,6 +78,7 @@ class Captioning:
                     return
                 yield from self._ended(running)
         finally:
+            self._over.set()
             self._captioner.stop()
             pool.shutdown(cancel_futures=True)
 
@@ -95,7 +96,7 @@ class Captioning:
     def _outcome(self, item: Item) -> Outcome:
         image = digest = None
         try:
-            image = image_of(item, self._options.limit)
+            image = image_of(item, self._options.limit, self._over)
             digest = sha256(image).hexdigest() if self._options.once else None
             prompt = item.prompt or self._options.prompt
             if digest is None:
@@ -147,8 +148,11 @@ def same(digest: str, prompt: str | None) -> str:
     return f"{digest} {prompt or ''}"
 
 
-def image_of(item: Item, limit: int) -> bytes:
-    """The bytes of an item's image, `limit` at most. Raises VignetteError and OSError."""
+def image_of(item: Item, limit: int, over: threading.Event | None = None) -> bytes:
+    """The bytes of an item's image, `limit` at most. Raises VignetteError and OSError.
+
+    over: once it is set, the image is not wanted any more.
+    """
     if item.wrong is not None:
         raise UnfitItem(item.wrong)
     if isinstance(item.image, bytes):
@@ -156,7 +160,7 @@ def image_of(item: Item, limit: int) -> bytes:
             raise UnfitItem(f"it has more than {limit / 1e6:g} MB (--max-image-mb)")
         return item.image
     try:
-        return fetch(item.image, limit)
+        return fetch(item.image, limit, over)
     except (VignetteError, OSError):
         raise
     except ValueError as error:  # not a valid file name

@@ -38,9 +38,11 @@ class BulkDecoders:
 
     def close(self) -> None:
         """End the processes."""
-        self._loop.run(self._end())
-        self._loop.close()
-        self._folder.remove()
+        try:
+            self._loop.run(self._end())
+        finally:
+            self._loop.close()
+            self._folder.remove()
 
     async def _start(self, setup: Setup, count: int) -> Lane:
         """Runs on the loop's thread: processes die with the thread that started them."""

@@ -121,8 +121,10 @@ class BulkEngine:
     def close(self) -> None:
         """End the engine's process, also when this process exits without it."""
         atexit.unregister(self.close)
-        self._loop.run(self._engine.close())
-        self._loop.close()
+        try:
+            self._loop.run(self._engine.close())
+        finally:
+            self._loop.close()
 
     async def _output(self, request: GenerationRequest, pixels: np.ndarray) -> RequestOutput:
         digest = hashlib.sha256(pixels.data).hexdigest()

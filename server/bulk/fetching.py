@@ -22,7 +22,7 @@ _CONNECT_SECONDS, _READ_SECONDS, _SECONDS = 10, 30, 120  # of one attempt
 _CONNECTIONS, _REDIRECTS = 64, 5
 _PIECE = 2**20
 _LATER = (408, 425, 429)  # statuses below 500 that are retried
-_attempt = threading.local()  # of this thread: `end`, a time of `time.monotonic`
+_attempt = threading.local()  # of this thread: `end`, a time of `time.monotonic`, and `over`
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
@@ -62,26 +62,37 @@ def file_system(url: str) -> tuple[Any, str]:
         raise NoWay(f"{url} can't be opened: {cause}") from cause
 
 
-def fetch(location: str, limit: int) -> bytes:
+def fetch(location: str, limit: int, over: threading.Event | None = None) -> bytes:
     """An image's bytes. Temporary failures over HTTP are retried; file systems of fsspec retry
     by themselves.
+
+    over: once it is set, the image is not wanted any more.
 
     Raises UnfitItem, also above `limit` bytes, and what `opened` raises.
     """
     if location.startswith(("http://", "https://")):
-        return _fetched(location, limit)
+        return _fetched(location, limit, over or threading.Event())
     if not is_url(location) and not stat.S_ISREG(Path(location).stat().st_mode):
         raise UnfitItem(f"{location} is no regular file")  # opening a pipe would wait for a writer
     with opened(location) as stream:
         return _bounded(stream, limit)
 
 
-def _fetched(url: str, limit: int) -> bytes:
-    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
+def _fetched(url: str, limit: int, over: threading.Event) -> bytes:
+    from tenacity import (
+        Retrying,
+        retry_if_exception_type,
+        sleep_using_event,
+        stop_after_attempt,
+        stop_when_event_set,
+    )
     from tenacity import wait_random_exponential as growing
 
+    _attempt.over = over
+
     attempts = Retrying(
-        stop=stop_after_attempt(_ATTEMPTS),
+        stop=stop_after_attempt(_ATTEMPTS) | stop_when_event_set(over),
+        sleep=sleep_using_event(over),
         wait=growing(max=_LONGEST_WAIT),
         retry=retry_if_exception_type(_Later),
         reraise=True,
@@ -122,7 +133,9 @@ def _content(answer: Any, limit: int) -> bytes:
 
 
 class _Timed(io.RawIOBase):
-    """Reads a connection until the end of its thread's attempt, however slow the server."""
+    """Reads a connection until the end of its thread's attempt, however slow the server, or until
+    the image is not wanted any more.
+    """
 
     def __init__(self, raw: io.RawIOBase, connection: socket.socket) -> None:
         self._raw, self._connection = raw, connection
@@ -134,7 +147,7 @@ class _Timed(io.RawIOBase):
     @override
     def readinto(self, buffer: "WriteableBuffer") -> int | None:
         left = _attempt.end - time.monotonic()
-        if left <= 0:
+        if left <= 0 or _attempt.over.is_set():
             raise TimeoutError
         self._connection.settimeout(min(left, _READ_SECONDS))
         return self._raw.readinto(buffer)

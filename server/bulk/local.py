@@ -35,5 +35,7 @@ class LocalCaptioner:
 
     def close(self) -> None:
         """End all processes."""
-        self._decoding.close()
-        self._engine.close()
+        try:
+            self._decoding.close()
+        finally:
+            self._engine.close()
