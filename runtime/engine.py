@@ -14,6 +14,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from runtime.decoding.beams import Beams
 from runtime.decoding.candidates import Move, RowCandidates
 from runtime.decoding.continuation import Continuation
@@ -155,16 +157,28 @@ class Engine:
         return GenerationRequest(pixels, prompt_ids, params, stream=stream)
 
     def submit(self, request: GenerationRequest) -> None:
-        """Queue a request. Raises InvalidRequest if it needs more slots than the engine has, and
+        """Queue a request. Raises InvalidRequest if it can't be served, whatever made it, and
         WrongThread while another thread uses the engine.
         """
-        rows = request.sampling.rows
-        if rows > self.slots:
-            raise InvalidRequest(f"it takes {rows} slots, and there are {self.slots}")
+        self._check(request)
         kind = Beams if request.sampling.num_beams > 1 else Continuation
         decoding = kind(request.prompt_ids, request.sampling, self.manifest.tokens.eos)
         self._claim()
         self._sequences[request.id] = self.scheduler.add(request, decoding)
+
+    def _check(self, request: GenerationRequest) -> None:
+        sizes, prompt, sampling = self.manifest.sizes, request.prompt_ids, request.sampling
+        room = self.limits.text_tokens - len(prompt) + 1
+        if sampling.rows > self.slots:
+            raise InvalidRequest(f"it takes {sampling.rows} slots, and there are {self.slots}")
+        if not prompt or not 0 <= min(prompt) <= max(prompt) < sizes.vocabulary:
+            raise InvalidRequest("prompt_ids must be ids of tokens, at least one")
+        if not 1 <= sampling.max_new_tokens <= room:
+            raise InvalidRequest(f"max_new_tokens must be 1 to {room} with this prompt")
+        if request.pixels.shape != sizes.pixels or request.pixels.dtype != np.uint8:
+            raise InvalidRequest(f"pixels must be uint8 of shape {list(sizes.pixels)}")
+        if request.id in self._sequences:
+            raise InvalidRequest("this very request runs already: build another one")
 
     def cancel(self, request_id: int) -> bool:
         """Cancel a request and free its slots at once; False if it has already ended."""

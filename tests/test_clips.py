@@ -16,6 +16,7 @@ from PIL import Image
 from runtime.errors import InvalidImage, TooManyPixels
 from server.images import clips
 from server.images.clips import Clip, NoVideo, frames_of, places
+from tests.conftest import SAMPLES
 from tests.fakes import fake_engine, video_engine
 from tests.live import serve
 
@@ -51,6 +52,20 @@ def test_frames_are_spread_over_the_whole_clip():
     assert places(3, FRAMES) == [0, 0, 1, 1, 2, 2]
     assert places(1, FRAMES) == [0] * FRAMES
     assert places(LENGTH, 1) == [0]
+
+
+@pytest.mark.parametrize("content", [
+    "ffconcat version 1.0\nfile {path}\n", "ffconcat version 1.0\nfile owl.png\n",
+    "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+    "m=video 50004 RTP/AVP 26\n",
+    "#EXTM3U\n#EXTINF:1,\n{path}\n", "{path}", "xxxxftyp",
+])  # fmt: skip
+def test_what_names_files_or_addresses_is_no_clip(content, monkeypatch):
+    """FFmpeg has formats that lead it to other files of this machine, or make it listen."""
+    monkeypatch.chdir(SAMPLES)
+    data = content.format(path=SAMPLES / "owl.png").encode()
+    with pytest.raises(InvalidImage, match="send mp4, webm, mov"):
+        list(frames_of(data, 1, 10**6))
 
 
 @pytest.mark.parametrize("kind", KINDS)

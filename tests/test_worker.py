@@ -200,7 +200,7 @@ def test_a_request_that_can_not_be_begun_fails_alone_and_is_not_tried_again(monk
 
 def test_who_waits_behind_a_request_that_is_taken_back_goes_on():
     def asked(made):
-        made.socket.ask(b"a", 1, most=400)
+        made.socket.ask(b"a", 1, most=30)
         made.socket.ask(b"b", 2, alone=True)
         made.socket.ask(b"a", 3, most=1)
         made.socket.say(b"b", Cancel(2))

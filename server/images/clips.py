@@ -16,6 +16,10 @@ from runtime.errors import InvalidImage, TooManyPixels, VignetteError
 from runtime.model.preprocess import opened, to_rgb
 
 _ANIMATIONS = (b"GIF8", b"RIFF", b"\x89PNG")  # GIF, WebP, PNG
+# Containers that hold their frames, by how they begin. FFmpeg's other formats are not tried: some
+# name files, or addresses to listen at.
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # at 4; the last: old QuickTime
+_MATROSKA = b"\x1aE\xdf\xa3"
 _NO_CLIP = "not a clip that can be decoded: send mp4, webm, mov, GIF, or animated WebP or PNG"
 _QUARTERS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180,
              270: Image.Transpose.ROTATE_270}  # fmt: skip
@@ -68,11 +72,11 @@ def _video(data: bytes, count: int, max_pixels: int) -> Iterator[Image.Image]:
     import av
 
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with _container(data) as container:
             stream = _stream(container, max_pixels)
             length = sum(packet.size > 0 for packet in container.demux(stream))
         wanted, frame = deque(places(length, count)), None
-        with av.open(io.BytesIO(data)) as container:
+        with _container(data) as container:
             for place, frame in enumerate(container.decode(_stream(container, max_pixels))):
                 while wanted and wanted[0] == place:
                     wanted.popleft()
@@ -87,9 +91,27 @@ def _video(data: bytes, count: int, max_pixels: int) -> Iterator[Image.Image]:
         yield _upright(frame)
 
 
+def _container(data: bytes) -> Any:
+    import av
+
+    if data.startswith(_MATROSKA):
+        name = "matroska"
+    elif data[4:8] in _MP4_BOXES:
+        name = "mov"
+    else:
+        raise InvalidImage(_NO_CLIP)
+    return av.open(io.BytesIO(data), format=name, io_open=_nothing_else)
+
+
+def _nothing_else(*_: object) -> None:
+    raise ValueError("a clip names another file")
+
+
 def _stream(container: Any, max_pixels: int) -> Any:
     """The first video stream, on one thread."""
     stream = container.streams.video[0]
+    if stream.codec_context is None:  # of an unknown codec
+        raise InvalidImage(_NO_CLIP)
     stream.codec_context.thread_count = 1
     if stream.codec_context.width * stream.codec_context.height > max_pixels:
         raise TooManyPixels(f"the clip has more than {max_pixels / 1e6:g} megapixels a frame")
