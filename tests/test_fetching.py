@@ -56,6 +56,7 @@ class Names(Resolver):
         "https://evil.example/x", "https://ok.example@evil.example/x",
         "https://evil.example\\@ok.example/x", "https://user:pw@ok.example/x",
         "https://ok.example.evil.example/x", "https://ok.example:8443/x", "https://ok.example:x/",
+        "https://ok.example:/x",
         "https://[::1]/x", "https://notok.example/x",
     ],
 )  # fmt: skip
@@ -93,6 +94,10 @@ class Site(tornado.web.RequestHandler):
             self.redirect("https://evil.example/x")
         elif what == "on":
             self.redirect("/image")
+        elif what == "bytes":
+            for _ in range(600):
+                self.write(b"x")
+                await self.flush()
         elif what == "slow":
             await self.settings["over"].wait()
         elif what == "around":
@@ -137,8 +142,11 @@ def site(context):
     server = tornado.httpserver.HTTPServer(app, ssl_options=context)
     sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
     server.add_sockets(sockets)
-    yield sockets[0].getsockname()[1], over
-    server.stop()
+    try:
+        yield sockets[0].getsockname()[1], over
+    finally:
+        over.set()
+        server.stop()
 
 
 def fetcher_of(port, *answers, limit=1000):
@@ -159,6 +167,7 @@ def test_a_real_server_is_asked_and_each_hop_checked(context):
             for path, error, message in (
                 ("large", FetchFailed, "can't be fetched"),
                 ("missing", FetchFailed, "answered 404"),
+                ("bytes", FetchFailed, "single bytes"),
                 ("around", FetchFailed, "too often"),
                 ("away", ForbiddenUrl, "evil.example' is not among"),
                 ("inward", ForbiddenUrl, r"127\.0\.0\.1' is not among"),
@@ -198,7 +207,7 @@ def test_slow_fetches_give_way_to_a_client_that_has_fewer(context, monkeypatch, 
             for each in ended:
                 assert isinstance(each.exception(), QueueFull)
             over.set()
-            await asyncio.wait(slow)
+            await asyncio.wait(slow, timeout=20)
 
     asyncio.run(run())
 
@@ -213,7 +222,7 @@ def test_slow_look_ups_of_one_client_hold_up_nobody_else(monkeypatch, caplog):
         raise socket.gaierror(f"no {host}")
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(fetch, "_CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(fetch, "_CONNECT_SECONDS", 1.5)
 
     async def run():
         fetcher = Fetcher((".ok.example",), 1000)

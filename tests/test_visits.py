@@ -3,10 +3,14 @@
 import contextlib
 import socket
 import time
+from unittest.mock import Mock
+
+import pytest
+from tornado.httputil import HTTPHeaders
 
 from server.service import service as services
 from tests.fakes import fake_engine
-from tests.live import png, serve
+from tests.live import fetch, png, serve, until
 
 
 def test_who_asks_for_pages_all_the_time_has_to_wait():
@@ -16,6 +20,43 @@ def test_who_asks_for_pages_all_the_time_has_to_wait():
         assert live.request("GET", "/health/live").status == 200
         assert time.perf_counter() - start > 0.3
         assert live.caption(png()).status == 200, "captions are not counted among them"
+
+
+@pytest.mark.parametrize("asked", [
+    b"GET /v1/models HTTP/1.1\r\nHost: x\r\n" + b"X-Y: z\r\n" * 190,
+    b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n",
+    b"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n",
+])  # fmt: skip
+def test_who_asks_and_leaves_is_charged(asked, monkeypatch):
+    """Parsing a head takes as long as a page."""
+    with serve(fake_engine) as live:
+        live.service.visits.spend = Mock(wraps=live.service.visits.spend)
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", live.port)) as client:
+                client.sendall(asked + b"\r\n")
+        cost = 1 + asked.count(b"\n") / 20
+        charged = live.service.visits.spend.call_args_list
+        until(lambda: sum(call.args[1] for call in charged) >= 5 * cost)
+
+
+def test_connections_of_who_owes_are_not_read_before(monkeypatch):
+    parsed = Mock(wraps=HTTPHeaders.parse)
+    monkeypatch.setattr(HTTPHeaders, "parse", parsed)
+    with serve(fake_engine) as live:
+        live.service.visits.spend("127.0.0.1", 400 + 200)
+        for _ in range(100):
+            with socket.create_connection(("127.0.0.1", live.port)) as client:
+                client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert live.caption(png()).status == 200, "the client that stays is served in the end"
+        assert parsed.call_count < 20
+
+
+def test_another_port_for_operators_has_visits_of_its_own():
+    with serve(fake_engine) as live:
+        live.service.visits.spend("127.0.0.1", 400 + 2000)
+        start = time.perf_counter()
+        assert fetch(live.ops_port, "GET", "/health/live").status == 200
+        assert time.perf_counter() - start < 3
 
 
 def test_large_pages_are_refused_to_who_asks_for_too_many_of_them(monkeypatch):

@@ -73,11 +73,7 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def prepared(image: Image.Image, how: Preprocessing, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Opened image -> pixels as in `preprocess`. Raises InvalidImage or TooManyPixels."""
-    image = _upright(image, _SPARE * how.shortest_edge)
-    width, height = resized(image.size, how)
-    if width * height > max_pixels:  # resizing a line of pixels enlarges it a thousandfold
-        raise TooManyPixels("the image is far longer than wide: crop it to what is to be captioned")
-    return to_pixels(image, how)
+    return to_pixels(_upright(image, _SPARE * how.shortest_edge), how, max_pixels)
 
 
 def _upright(image: Image.Image, least_edge: int | None) -> Image.Image:
@@ -138,9 +134,16 @@ def resized(size: tuple[int, int], how: Preprocessing) -> tuple[int, int]:
     return (how.shortest_edge, long) if width <= height else (long, how.shortest_edge)
 
 
-def to_pixels(image: Image.Image, how: Preprocessing) -> np.ndarray:
-    """RGB image -> uint8 `[3, crop, crop]`: resize the shortest edge, crop the centre."""
+def to_pixels(image: Image.Image, how: Preprocessing, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """RGB image -> uint8 `[3, crop, crop]`: resize the shortest edge, crop the centre.
+
+    Raises InvalidImage for an empty image, TooManyPixels if it has more once it is resized.
+    """
+    if not all(image.size):
+        raise InvalidImage("the image is empty")
     size = resized(image.size, how)
+    if size[0] * size[1] > max_pixels:  # resizing a line of pixels enlarges it a thousandfold
+        raise TooManyPixels("the image is far longer than wide: crop it to what is to be captioned")
     if size != image.size:
         image = image.resize(size, Image.Resampling(how.resample))
     left, top = (size[0] - how.crop) // 2, (size[1] - how.crop) // 2

@@ -6,10 +6,11 @@ from typing import cast
 import tornado.web
 
 from server.addresses import networks
+from server.fairness.token_buckets import TokenBuckets
 from server.http import caption, health, hub, kserve, metrics, openai, pages
 from server.http.handler import Handler
 from server.logs import plain
-from server.service.service import Service
+from server.service.service import VISITS, Service
 
 _MODEL = "(.+?)(?:/versions/1)?"  # names may contain slashes
 _PATH, _METHOD = 200, 20  # characters logged
@@ -39,15 +40,20 @@ def make_app(service: Service) -> tornado.web.Application:
         (r"/v1/models", openai.ModelsHandler),
         (r"/v1/chat/completions", openai.ChatHandler),
     ]
-    return _app(service, routes if service.settings.ops_port is not None else routes + _OPS)
+    routes += [] if service.settings.ops_port is not None else _OPS
+    return _app(service, routes, service.visits)
 
 
 def make_ops_app(service: Service) -> tornado.web.Application:
-    """The application of a separate ops port: health and metrics only."""
-    return _app(service, _OPS)
+    """The application of a separate ops port: health and metrics only. What comes to the public
+    port does not count there.
+    """
+    return _app(service, _OPS, TokenBuckets(*VISITS))
 
 
-def _app(service: Service, routes: list[tuple[str, type[Handler]]]) -> tornado.web.Application:
+def _app(
+    service: Service, routes: list[tuple[str, type[Handler]]], visits: TokenBuckets
+) -> tornado.web.Application:
     networks(service.settings.trusted_proxies)  # fail on an invalid network before serving
     parts = {"service": service}
     return tornado.web.Application(
@@ -55,6 +61,7 @@ def _app(service: Service, routes: list[tuple[str, type[Handler]]]) -> tornado.w
         default_handler_class=pages.NotFoundHandler,
         default_handler_args=parts,
         late={},  # connections held back by a rate limit
+        visits=visits,
         unread={},  # connections whose client is not reading the answer
         log_function=_log if service.settings.access_log else lambda handler: None,
     )

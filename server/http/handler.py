@@ -152,6 +152,7 @@ class Handler(tornado.web.RequestHandler):
             self.on_finish()  # Tornado calls it only for finished answers
             return
         self._refusing = True
+        self._spend(group_of(self.address))
         cost = 1 + len(self.request.query) / _QUERY_COST
         gone = self.request.connection.stream.closed()  # type: ignore[union-attr]
         wait = 0.0 if gone else self.service.refusals.spend(self.client, cost)
@@ -166,7 +167,12 @@ class Handler(tornado.web.RequestHandler):
 
     async def paced(self, visits: float = 1) -> None:
         """Apply the client's rate limit for non-caption requests. visits: cost of this one."""
-        await self.held_back(self.service.visits.spend(self.client, visits))
+        await self.held_back(self._spend(self.client, visits))
+
+    def _spend(self, client: str, visits: float = 1) -> float:
+        """Charge visits, and the parsing of the head; returns the seconds that the client owes."""
+        stream = self.request.connection.stream  # type: ignore[union-attr]
+        return self.settings["visits"].spend(client, visits + stream.head)
 
     async def held_back(self, wait: float) -> None:
         """Wait so many seconds; close the connection if too many are held back already."""
@@ -195,6 +201,7 @@ class Handler(tornado.web.RequestHandler):
     def on_connection_close(self) -> None:
         """The client has gone: end a delayed refusal now, which frees its resources."""
         super().on_connection_close()
+        self._spend(group_of(self.address))  # its next connection waits for what this one has cost
         # After the tasks that wait for the rest of the body have been told that there is none.
         self.request._body_future.add_done_callback(bare_error)
         if self._refusal is not None:

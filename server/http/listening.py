@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import re
+import select
 import socket
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
@@ -27,6 +28,7 @@ from tornado.httputil import (
 from tornado.iostream import IOStream, StreamClosedError
 
 from server.addresses import group_of
+from server.fairness.token_buckets import TokenBuckets
 from server.logs import RateLimitedLog
 from server.tasks import bare, bare_error
 
@@ -52,6 +54,9 @@ _CHUNKS, _CHUNK = 256, 512  # chunks allowed per connection, and one more per so
 _PIECES, _PIECE = 64, 512  # pieces allowed per head, and one more per so many bytes
 _END = 4  # bytes of the longest end of a head
 _HANG_UP_SECONDS = 2.0
+_AT_THE_DOOR = 256  # connections of clients in debt that are not read yet
+_LINES = 20.0  # of a head, whose parsing costs as much as a visit
+_GONE = getattr(select, "POLLRDHUP", 0)  # 0: can't be told here
 _PAUSE_SECONDS = 0.5  # pause in accepting when the system has no room for another connection
 
 
@@ -64,13 +69,16 @@ class Server(HTTPServer):
         most: int,
         late: dict[IOStream, None],
         unread: dict[IOStream, None],
+        visits: TokenBuckets,
         **options: Any,
     ) -> None:
         """most: open connections allowed. late: connections held back by a rate limit; unread:
-        those whose client is not reading the answer; both are closed first to make room. options:
-        of Tornado's server.
+        those whose client is not reading the answer; both are closed first to make room. visits:
+        whose debtors' new connections are not read until they have paid. options: of Tornado's
+        server.
         """
-        self._late, self._unread = late, unread
+        self._late, self._unread, self._visits = late, unread, visits
+        self._held: set[socket.socket] = set()
         super().initialize(app, **options)
         self._most = most
         self._open: set[object] = set()
@@ -88,6 +96,12 @@ class Server(HTTPServer):
             self._handlers[sock.fileno()] = partial(self._stop_accepting, sock)
             loop.add_reader(sock, self._accept, sock)
 
+    def stop(self) -> None:
+        """Stop accepting, and close the connections that are held."""
+        super().stop()
+        while self._held:
+            self._held.pop().close()
+
     def _stop_accepting(self, sock: socket.socket) -> None:
         asyncio.get_running_loop().remove_reader(sock)
 
@@ -104,6 +118,28 @@ class Server(HTTPServer):
             self._stop_accepting(sock)
             asyncio.get_running_loop().call_later(_PAUSE_SECONDS, self._resume, sock)
             return
+        if wait := self._visits.owed(group_of(str(address[0]))):
+            if len(self._held) >= _AT_THE_DOOR:
+                connection.close()
+                return
+            self._held.add(connection)
+            asyncio.get_running_loop().call_later(wait, self._let_in, connection, address)
+            return
+        self._begin(connection, address)
+
+    def _let_in(self, connection: socket.socket, address: Any) -> None:
+        """Begin with a connection that was held, unless its client has gone."""
+        if connection not in self._held:
+            return  # the server has stopped
+        self._held.remove(connection)
+        poll = select.poll()
+        poll.register(connection, _GONE)
+        if poll.poll(0):
+            connection.close()
+        else:
+            self._begin(connection, address)
+
+    def _begin(self, connection: socket.socket, address: Any) -> None:
         if len(self._open) >= self._most and not self._make_room():
             connection.close()
             return
@@ -160,6 +196,10 @@ class Server(HTTPServer):
         super().on_close(server_conn)
         assert isinstance(server_conn, HTTP1ServerConnection)
         self._forget(server_conn)
+        stream = server_conn.stream
+        assert isinstance(stream, _Stream)
+        if stream.refused:
+            self._visits.spend(_address(server_conn), 1 + stream.head)
 
     def _busy(self, connection: HTTP1ServerConnection) -> None:
         """The connection has sent its request and waits for the answer: it is not idle."""
@@ -185,10 +225,12 @@ class _Stream(IOStream):
     them takes as long to handle as a large one.
 
     last: the client has announced its last request (Connection: close), and that is complete. The
-    end of the input is expected then; otherwise it means that the client has gone.
+    end of the input is expected then; otherwise it means that the client has gone. head: cost in
+    visits of parsing the last request's. refused: the last head is no request's.
     """
 
-    last = False
+    last = refused = False
+    head = 0.0
     _ended = False
     _received = _chunks = 0
     _pieces: int | None = None  # read so far of the current head
@@ -229,6 +271,7 @@ class _Stream(IOStream):
             head = await super().read_until_regex(regex, max_bytes)
         finally:
             self._pieces = None
+        self.head, self.refused = head.count(b"\n") / _LINES, True
         if _takes_long(head):
             await self._hang_up(_TOO_LARGE)
         return head
@@ -286,6 +329,7 @@ class _Watched(HTTPMessageDelegate):
     def headers_received(
         self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
     ) -> Any:
+        self._stream.refused = False
         self._last = headers.get("Connection", "").lower() == "close"
         return self._delegate.headers_received(start_line, headers)
 

@@ -217,7 +217,7 @@ def _frames(
     how, slot = setup.targets[place.model].how, stores[place.model][place.slot]
     rows = slot if slot.ndim == _CLIP_AXES else slot[None]
     for row, frame in zip(rows, frames_of(data, len(rows), setup.max_pixels), strict=True):
-        row[...] = to_pixels(frame, how)
+        row[...] = to_pixels(frame, how, setup.max_pixels)
     return DONE, json.dumps(0.0).encode()
 
 

@@ -9,16 +9,16 @@ import ipaddress
 import math
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
-from tornado.iostream import IOStream, UnsatisfiableReadError
+from tornado.iostream import IOStream, StreamClosedError, UnsatisfiableReadError
 from tornado.netutil import Resolver
 from tornado.simple_httpclient import HTTPTimeoutError, SimpleAsyncHTTPClient
 from tornado.tcpclient import TCPClient
@@ -37,6 +37,7 @@ _GAVE_WAY = "image_url answers slowly, and others wait, too: try again later"
 # Fraction of the connection's seconds: Tornado logs errors that come after its own time-out.
 _LOOKING_UP = 0.9
 _HEAD_BYTES = 16 * 1024
+_PIECES, _PIECE = 256, 512  # pieces allowed per body, and one more per so many bytes
 # Missing from Python's own list, or until lately: local NAT64, deprecated site-local addresses,
 # IPv4-compatible IPv6, IPv4 translated to IPv6 (RFC 2765).
 _NOT_PUBLIC = tuple(
@@ -52,12 +53,42 @@ _MOVED = (301, 302, 303, 307, 308)
 
 @dataclass(eq=False, slots=True)
 class _Fetch:
-    """A fetch under way. seconds: left to look up the host. stream: the connection, once open."""
+    """A fetch under way. seconds: left to look up the host. stream: the connection, once open.
+    body: received of the present answer, in so many pieces.
+    """
 
     client: str
     seconds: float = _CONNECT_SECONDS
     stream: IOStream | None = None
     gave_way: bool = False
+    body: bytearray = field(default_factory=bytearray)
+    pieces: int = 0
+
+    def opened(self, stream: IOStream) -> None:
+        """Take the connection, and count the chunks of the body that it reads."""
+        self.stream, read_until = stream, stream.read_until
+
+        def next_chunk(*args: Any, **options: Any) -> Awaitable[bytes]:
+            self.take(b"")
+            if self.drips:
+                raise StreamClosedError
+            return read_until(*args, **options)
+
+        stream.read_until = next_chunk  # type: ignore[method-assign]
+        if self.gave_way:
+            stream.close()
+
+    def take(self, piece: bytes) -> None:
+        """Add to the body; hang up on a server that sends single bytes, as each takes as long."""
+        self.body += piece
+        self.pieces += 1
+        if self.drips and self.stream is not None:
+            self.stream.close()
+
+    @property
+    def drips(self) -> bool:
+        """Whether the body comes in too many pieces."""
+        return self.pieces > _PIECES + len(self.body) / _PIECE
 
     def give_way(self) -> None:
         """Close the connection, now or once it is open."""
@@ -147,11 +178,9 @@ class _Connections(TCPClient):
 
     async def connect(self, *args: Any, **options: Any) -> IOStream:
         """The connection; closed already if its fetch was to give way meanwhile."""
-        fetch = _current.get()
-        fetch.stream = await super().connect(*args, **options)
-        if fetch.gave_way:
-            fetch.stream.close()
-        return fetch.stream
+        stream = await super().connect(*args, **options)
+        _current.get().opened(stream)
+        return stream
 
 
 class Fetcher:
@@ -194,7 +223,7 @@ class Fetcher:
         labels = host.split(".")
         if not host.isascii() or len(host) > _HOST or max(map(len, labels)) > _LABEL:
             raise ForbiddenUrl("image_url must name its host in ASCII (xn--...), and not at length")
-        if port not in (None, 443) and "port" not in self._client:
+        if parts.netloc.endswith(":") or (port not in (None, 443) and "port" not in self._client):
             raise ForbiddenUrl("image_url must use the usual port")
         allowed = any(
             host == d.lstrip(".") or (d.startswith(".") and host.endswith(d)) for d in self._domains
@@ -258,9 +287,11 @@ class Fetcher:
             except FetchFailed as cause:
                 if fetch.gave_way:
                     raise QueueFull(_GAVE_WAY, math.ceil(_SLOW_SECONDS)) from cause
+                if fetch.drips:
+                    raise FetchFailed("image_url comes in single bytes") from cause
                 raise
             if answer.code not in _MOVED:
-                return answer.body
+                return bytes(fetch.body)
             try:
                 url = urljoin(url, answer.headers.get("Location", ""))
             except ValueError as cause:
@@ -270,10 +301,12 @@ class Fetcher:
     async def _ask(self, url: str, seconds: float, fetch: _Fetch) -> HTTPResponse:
         connect = min(_CONNECT_SECONDS, seconds)
         fetch.seconds, fetch.stream = connect * _LOOKING_UP, None
+        fetch.body, fetch.pieces = bytearray(), 0
         options = {k: v for k, v in self._client.items() if k != "port"}
         request = HTTPRequest(
             url, follow_redirects=False, connect_timeout=connect,
-            request_timeout=max(0.1, seconds), decompress_response=False, **options,
+            request_timeout=max(0.1, seconds), decompress_response=False,
+            streaming_callback=fetch.take, **options,
         )  # fmt: skip
         try:
             answer = await self._http.fetch(request, raise_error=False)

@@ -141,6 +141,7 @@ def listen(service: Service, app: tornado.web.Application, sockets: list[socket.
         app,
         late=app.settings["late"],
         unread=app.settings["unread"],
+        visits=app.settings["visits"],
         most=max(1, min(service.settings.max_connections, files - _OTHER_FILES)),
         idle_connection_timeout=service.settings.header_seconds,
         body_timeout=service.settings.body_seconds,
