@@ -98,7 +98,7 @@ def _short(names: list[str], long: bool) -> Verdict:
 def content_types(long: bool) -> Verdict:
     """17: heads, boundaries and forms that are slow to parse, and pages by the dozen."""
     names = ["boundary", "parameters", "form", "tiny chunks", "accept", "slow heads", "pages"]
-    return _short([*names, "queries", "trickled"], long)
+    return _short([*names, "queries", "trickled", "heads"], long)
 
 
 def large_json(long: bool) -> Verdict:
@@ -115,7 +115,7 @@ def unread_answers(long: bool) -> Verdict:
 
 def dear_images(long: bool) -> Verdict:
     """20: images of a few bytes that take seconds and a gigabyte to decode."""
-    return _short(["700 scans", "90 scans", "unpacking", "tags"], long)
+    return _short(["700 scans", "90 scans", "unpacking", "tags", "clips"], long)
 
 
 def siege(long: bool, minutes: float = 120) -> Verdict:

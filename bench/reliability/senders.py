@@ -146,6 +146,24 @@ def _queries(port: int) -> None:
         client.recv(2**16)
 
 
+def _heads(port: int) -> None:
+    """Ask for pages, with many lines, and leave at once."""
+    head = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n" + b"X-Y: z\r\n" * 190 + b"\r\n"
+    for _ in range(50):
+        with socket.create_connection(("127.0.0.1", port), source_address=_ELSEWHERE) as client:
+            client.sendall(head)
+
+
+def _clips(port: int) -> None:
+    """A clip that is a list of addresses to listen at."""
+    listen = b"v=0\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\nm=video 50004 RTP/AVP 26\r\n"
+    head = b"POST /caption?first_frame=true HTTP/1.1\r\nHost: x\r\nContent-Type: video/mp4\r\n"
+    with socket.create_connection(("127.0.0.1", port), source_address=_ELSEWHERE) as client:
+        client.settimeout(60)
+        client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(listen) + listen)
+        client.recv(2**16)
+
+
 def _pages(port: int) -> None:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as client:
         client.settimeout(60)
@@ -228,6 +246,8 @@ _BY_HAND: dict[str, Callable[[int], object]] = {
     "accept": _accept,
     "slow heads": _slow_heads,
     "left": _left,
+    "heads": _heads,
+    "clips": _clips,
     "pages": _pages,
     "resets": _resets,
     "crowd": _crowd,
