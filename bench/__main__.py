@@ -35,6 +35,7 @@ from bench.sections import (
     scores,
     service,
 )
+from runtime.errors import VignetteError
 from runtime.model import manifest as manifests
 
 WITH_AB = {"http", "service", "front_ends"}
@@ -78,7 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     args = _parser().parse_args(given)
     settings = dataclasses.replace(QUICK if args.quick else Settings(), engine=args.engine)
-    if manifests.load(settings.engine).model != f"random/{SHAPE}":
+    try:
+        model = manifests.load(settings.engine).model
+    except VignetteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if model != f"random/{SHAPE}":
         print(f"error: both sides run {SHAPE} with random weights: leave --engine", file=sys.stderr)
         return 2
     if WITH_AB & set(args.sections) and shutil.which("ab") is None:

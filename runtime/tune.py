@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         best = tune(args.engine, args.slots)
-    except VignetteError as error:
+    except (VignetteError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
             asyncio.run(_supervise(settings))
         else:
             _serve_on_ray(settings)
-    except VignetteError as error:
+    except (VignetteError, OSError) as error:  # of the system: no inodes, no files
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

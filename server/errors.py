@@ -15,6 +15,7 @@ from server.fairness.errors import QueueFull
 from server.images.clips import NoVideo
 from server.images.cost import TooHard
 from server.images.fetch import FetchFailed, ForbiddenUrl
+from server.images.lane import NoDecoder
 from server.ipc.dispatcher import EngineFailed, EnginesFull, Expired
 from server.service.admission import NotServing
 from server.service.keys import TooFast, Unauthorised
@@ -55,6 +56,7 @@ ERRORS: dict[type[Exception], ErrorStatus] = {
     QueueFull: ErrorStatus(429, "queue_full"),
     EnginesFull: ErrorStatus(429, "queue_full"),
     NotServing: ErrorStatus(503, "not_serving"),
+    NoDecoder: ErrorStatus(503, "not_serving"),
     ComputationFailed: ErrorStatus(500, "engine_failed"),
     EngineFailed: ErrorStatus(500, "engine_failed"),
     Expired: ErrorStatus(504, "deadline_exceeded"),

@@ -23,7 +23,7 @@ from server.fairness.errors import QueueFull
 from server.fairness.token_buckets import TokenBuckets
 from server.images.cost import TooHard, estimate
 from server.images.decoder import Place, Setup, Target
-from server.images.lane import GaveWay, OutOfTime
+from server.images.lane import GaveWay, NoDecoder, OutOfTime
 from server.images.pool import ImageDecoders, ImageJob, Origin
 from server.ipc.shared import NoSharedMemory, PixelStore
 from tests.live import png, until
@@ -92,6 +92,19 @@ def kill_in_its_work(decoders, number, after=0.3):
         os.kill(pid, signal.SIGCONT)
 
     threading.Timer(after, end).start()
+
+
+def test_a_decoder_that_does_not_start_is_no_image_s_fault(store, tmp_path):
+    decoders = pool(store)
+    store.path.rename(tmp_path / "elsewhere")
+    for _ in range(2):
+        with pytest.raises(NoDecoder, match="no process that decodes images starts here"):
+            decode(decoders, png())
+    (tmp_path / "elsewhere").rename(store.path)
+    with pytest.raises(NoDecoder):  # by the process that was started before
+        decode(decoders, png())
+    decode(decoders, png())
+    decoders.close()
 
 
 def test_an_image_that_crashes_its_decoder_is_refused_from_then_on(store):

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from runtime.engine import Engine, Observer
 from runtime.errors import InvalidImage, InvalidRequest
 from runtime.planning.config import EngineConfig
-from runtime.request import FinishReason, GenerationRequest
+from runtime.request import FinishReason, GenerationRequest, SamplingParams
 from tests.fakes import EOS, FakeRunner, drained, fake_engine, image
 
 REQUESTS = st.lists(
@@ -173,6 +173,31 @@ def test_what_never_fits_is_refused_with_the_limit(pixels, words, most, message)
     with pytest.raises((InvalidRequest, InvalidImage), match=message):
         engine.request(pixels, words, max_new_tokens=most)
     assert engine.scheduler.idle
+
+
+@pytest.mark.parametrize("wrong", [
+    {"prompt_ids": ()}, {"prompt_ids": (101, 10**6)}, {"prompt_ids": (-1,)},
+    {"pixels": np.zeros((3, 5, 5), np.uint8)}, {"pixels": np.zeros((3, 4, 4), np.float32)},
+    {"sampling": SamplingParams(0)}, {"sampling": SamplingParams(100)},
+])  # fmt: skip
+def test_a_request_made_by_hand_is_checked_and_disturbs_no_other(wrong):
+    engine = fake_engine()
+    other = engine.request(image(1))
+    engine.submit(other)
+    with pytest.raises(InvalidRequest):
+        engine.submit(replace(engine.request(image(0)), **wrong))
+    assert drained(engine)[other.id] == alone(1, [], 20)
+
+
+def test_a_request_runs_once_at_a_time():
+    engine = fake_engine()
+    request = engine.request(image(1))
+    engine.submit(request)
+    with pytest.raises(InvalidRequest, match="runs already"):
+        engine.submit(request)
+    first = drained(engine)[request.id]
+    engine.submit(request)
+    assert drained(engine)[request.id] == first.token_ids
 
 
 def test_the_longest_prompt_and_the_longest_caption_fit():

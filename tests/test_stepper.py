@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from PIL import Image
 
 from runtime.async_engine import AsyncEngine
-from runtime.errors import InvalidImage, InvalidRequest, WrongThread
+from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels, WrongThread
 from runtime.planning.config import EngineConfig
 from tests.conftest import SAMPLES
 from tests.fakes import drained, fake_engine, gated, image
@@ -205,8 +205,17 @@ def test_images_may_be_paths_arrays_and_pictures(demo):
 
 
 @pytest.mark.parametrize(
+    "line", [Image.new("RGB", (1, 60_000)), np.zeros((200_000, 1, 3), np.uint8)]
+)
+def test_a_line_of_pixels_is_not_blown_up(demo, line):
+    with pytest.raises(TooManyPixels, match="far longer than wide"):
+        demo.request(line)
+
+
+@pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        (Image.new("RGB", (0, 3)), "image 2: the image is empty"),
         (b"hello", "image 2: not an image"),
         ("no/such.png", r"image 2 \(no/such.png\)"),
         (np.zeros((4, 4, 3)), "image 2: an array of float64"),

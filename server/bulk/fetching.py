@@ -72,6 +72,7 @@ def fetch(location: str, limit: int, over: threading.Event | None = None) -> byt
     """
     if location.startswith(("http://", "https://")):
         return _fetched(location, limit, over or threading.Event())
+    location = location.removeprefix("file://")  # fsspec would wait for a pipe's writer
     if not is_url(location) and not stat.S_ISREG(Path(location).stat().st_mode):
         raise UnfitItem(f"{location} is no regular file")  # opening a pipe would wait for a writer
     with opened(location) as stream:

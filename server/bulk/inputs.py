@@ -15,7 +15,10 @@ from server.bulk.shards import Shard
 
 Part = Files | ListFile | Shard
 _SHARDS = (".tar", ".tar.gz", ".tgz")
-_BROKEN = (VignetteError, OSError, ValueError, ArithmeticError, csv.Error, RecursionError)
+_BROKEN = (
+    VignetteError, OSError, ValueError, ArithmeticError, csv.Error, RecursionError,
+    NotImplementedError,
+)  # fmt: skip
 _LISTS = (*ListFile.suffixes, *_SHARDS)  # files with several images
 
 

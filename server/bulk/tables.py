@@ -78,7 +78,9 @@ class TableOutput(Output):
             return
         try:
             yield from (msgspec.convert(each, ResultRow) for each in self.read())
-        except (ValueError, csv.Error, msgspec.MsgspecError) as cause:
+        except (
+            ValueError, TypeError, NotImplementedError, csv.Error, msgspec.MsgspecError,
+        ) as cause:  # fmt: skip
             raise OutputConflict(
                 f"{self.path} is no table of ours ({cause}): name another output"
             ) from cause

@@ -98,17 +98,17 @@ class Decoder:
     def __init__(self, setup: Setup) -> None:
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
-        self._started = False
+        self.ready = False
         with theirs:
             self.process = _CONTEXT.Process(target=_serve, args=(theirs, setup), daemon=True)
             with environment(_ENVIRONMENT):
                 self.process.start()
 
-    async def started(self) -> None:
-        """Wait until the process is ready, so that loading libraries does not count as decoding."""
-        if not self._started:
+    async def wait_until_ready(self) -> None:
+        """Wait until the process has started: loading libraries does not count as decoding."""
+        if not self.ready:
             await self._read(len(_READY))
-            self._started = True
+            self.ready = True
 
     async def ask(
         self, what: bytes, data: bytes, place: Place, seconds: float, most: float

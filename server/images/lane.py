@@ -24,10 +24,15 @@ UNFIT = (
     "decoding this image crashed, or took too long: save it again with another program, or make it "
     "smaller"
 )
+_NO_DECODER = "no process that decodes images starts here: see the log, and the limits on memory"
 
 
 class Unfit(VignetteError):
     """An image crashed its decoder process."""
+
+
+class NoDecoder(VignetteError):
+    """A decoder process ended as it started."""
 
 
 class GaveWay(Exception):
@@ -119,7 +124,7 @@ class Lane:
             if not decoder.process.is_alive():  # it died before this task
                 decoder = self._replaced(decoder)
             async with asyncio.timeout(_START_SECONDS):
-                await decoder.started()
+                await decoder.wait_until_ready()
             async with asyncio.timeout(min(task.wall, task.until - time.perf_counter())):
                 return await decoder.ask(task.what, task.data, task.place, task.seconds, task.most)
         except TimeoutError as cause:
@@ -128,10 +133,12 @@ class Lane:
                 raise TooHard(UNFIT) from cause
             return None  # it was stopped, or starved: a decoder that works ends by its core seconds
         except (OSError, EOFError) as cause:
-            code = await decoder.death()
+            code, ready = await decoder.death(), decoder.ready
             decoder = self._replaced(decoder)
             if code in KILLED_FROM_OUTSIDE:
                 return None
+            if not ready:
+                raise NoDecoder(_NO_DECODER) from cause
             raise (OutOfTime if code == -signal.SIGPROF else Unfit)(UNFIT) from cause
         finally:
             self._idle.append(decoder)

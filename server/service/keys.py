@@ -19,6 +19,7 @@ from pathlib import Path
 from runtime.errors import VignetteError
 from server.service.usage import KeyUsage
 
+_COMMENT, _SLOWEST = "#", 1e-6  # of a line; requests a second of a key
 _BURST_SECONDS = 2  # seconds' worth of its rate that a key may send at once
 
 
@@ -129,7 +130,7 @@ def read(path: Path) -> list[Client]:
         raise InvalidKeys(f"{path} can't be read: {cause}") from cause
     clients = []
     for number, line in enumerate(lines, 1):
-        if not line.strip() or line.startswith("#"):
+        if not line.strip() or line.startswith(_COMMENT):
             continue
         try:
             clients.append(_client(line))
@@ -148,8 +149,11 @@ def _client(line: str) -> Client:
     name, digest, rate, at_once = line.split()
     client = Client(name, bytes.fromhex(digest), float(rate), int(at_once))
     whole = len(client.digest) == hashlib.sha256().digest_size
-    if not whole or not 0 <= client.rate < math.inf or client.at_once < 0:
-        raise ValueError("not a SHA-256, or a limit below 0")
+    slowest = client.rate and client.rate < _SLOWEST
+    if not whole or slowest or not 0 <= client.rate < math.inf or client.at_once < 0:
+        raise ValueError("not a SHA-256, or a limit out of range")
+    if name.startswith(_COMMENT):
+        raise ValueError("a comment")
     return client
 
 
@@ -166,7 +170,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _client(line)
     except ValueError:
-        print("NAME is one word, RATE and AT_ONCE are numbers, 0 for no limit", file=sys.stderr)
+        print(
+            f"NAME is one word and begins with no {_COMMENT}; RATE and AT_ONCE are numbers, 0 for "
+            f"no limit, and RATE not below {_SLOWEST:g}",
+            file=sys.stderr,
+        )
         return 2
     print(f"key, for {name} alone: {key}", file=sys.stderr)
     print(line)
