@@ -157,8 +157,8 @@ class Engine:
         return GenerationRequest(pixels, prompt_ids, params, stream=stream)
 
     def submit(self, request: GenerationRequest) -> None:
-        """Queue a request. Raises InvalidRequest if it can't be served, whatever made it, and
-        WrongThread while another thread uses the engine.
+        """Queue a request, which `request` has made or who knows its limits. Raises InvalidRequest
+        if it would disturb others, and WrongThread while another thread uses the engine.
         """
         self._check(request)
         kind = Beams if request.sampling.num_beams > 1 else Continuation
@@ -175,7 +175,9 @@ class Engine:
             raise InvalidRequest("prompt_ids must be ids of tokens, at least one")
         if not 1 <= sampling.max_new_tokens <= room:
             raise InvalidRequest(f"max_new_tokens must be 1 to {room} with this prompt")
-        if request.pixels.shape != sizes.pixels or request.pixels.dtype != np.uint8:
+        pixels = request.pixels
+        whole = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8
+        if not whole or pixels.shape != sizes.pixels:
             raise InvalidRequest(f"pixels must be uint8 of shape {list(sizes.pixels)}")
         if request.id in self._sequences:
             raise InvalidRequest("this very request runs already: build another one")

@@ -14,7 +14,8 @@ from runtime.errors import (
 from server.fairness.errors import QueueFull
 from server.images.clips import NoVideo
 from server.images.cost import TooHard
-from server.images.fetch import FetchFailed, ForbiddenUrl
+from server.images.fetch import FetchFailed
+from server.images.hosts import ForbiddenUrl
 from server.images.lane import NoDecoder
 from server.ipc.dispatcher import EngineFailed, EnginesFull, Expired
 from server.service.admission import NotServing

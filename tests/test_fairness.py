@@ -21,7 +21,8 @@ from server.fairness.byte_budget import ByteBudget
 from server.fairness.errors import QueueFull
 from server.http.handler import Handler
 from server.images import heads
-from server.images.fetch import Fetcher, ForbiddenUrl, is_public
+from server.images.fetch import Fetcher
+from server.images.hosts import ForbiddenUrl, is_public
 from server.service.admission import Admission, State
 from server.service.cache import OutputCache
 from tests.fakes import fake_engine, gated

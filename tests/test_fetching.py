@@ -16,7 +16,8 @@ from tornado.netutil import Resolver
 
 from server.fairness.errors import QueueFull
 from server.images import fetch
-from server.images.fetch import Fetcher, FetchFailed, ForbiddenUrl, PublicResolver, is_public
+from server.images.fetch import Fetcher, FetchFailed
+from server.images.hosts import ForbiddenUrl, PublicResolver, is_public
 
 
 @pytest.mark.parametrize(

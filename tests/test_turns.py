@@ -128,13 +128,13 @@ def test_one_share_of_the_places_is_left_to_the_next_client_where_that_is_wished
 
         tasks = [asyncio.create_task(take(client)) for client in "aaaaaa" + "bbbb" + "c"]
         await asyncio.sleep(0)
-        assert not turns.would_give_way("a", "d"), "one place is free"
+        assert not turns.call_back("a", "d"), "one place is free"
         tasks.append(asyncio.create_task(take("d")))
         await asyncio.sleep(0)
-        assert turns.would_give_way("a", "e") and turns.would_give_way("d", "e")
-        assert not turns.would_give_way("a"), "who waits has its share"
-        for client in "ab":
-            turns.give(client)
+        assert not turns.call_back("a"), "who waits has its share"
+        assert [turns.call_back("a", "e") for _ in range(3)] == [True, False, False], "one waits"
+        turns.give("a", called=True)
+        turns.give("b")
         await asyncio.sleep(0)
         for task in tasks:
             task.cancel()

@@ -5,9 +5,10 @@ import asyncio
 import numpy as np
 
 from runtime.model.manifest import Manifest
+from server.bulk.captioning import RunFailed
 from server.bulk.loop_thread import LoopThread
 from server.images.decoder import PIXELS, Place, Setup, Target
-from server.images.lane import DecodeTask, Lane
+from server.images.lane import DecodeTask, Lane, NoDecoder
 from server.ipc.shared import PixelStore, RunFolder
 from server.settings import Settings
 
@@ -33,8 +34,13 @@ class BulkDecoders:
         self._lane = self._loop.run(self._start(setup, processes))
 
     def pixels(self, image: bytes) -> np.ndarray:
-        """An image's pixels for the encoder. Raises InvalidImage, TooManyPixels or TooHard."""
-        return self._loop.run(self._decode(image))
+        """An image's pixels for the encoder. Raises InvalidImage, TooManyPixels, TooHard, and
+        RunFailed if no process starts.
+        """
+        try:
+            return self._loop.run(self._decode(image))
+        except NoDecoder as error:
+            raise RunFailed(str(error)) from error
 
     def close(self) -> None:
         """End the processes."""

@@ -105,6 +105,8 @@ def _asked(url: str, limit: int) -> bytes:
     from urllib3.exceptions import HTTPError, LocationValueError
 
     _attempt.end = time.monotonic() + _SECONDS
+    if _attempt.over.is_set():
+        raise UnfitItem("it is not wanted any more")
     try:
         for _ in range(1 + _REDIRECTS):
             with closing(

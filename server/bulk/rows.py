@@ -50,18 +50,18 @@ def csv_rows(stream: Any, check: Check) -> Rows:
     """Rows of CSV. Raises csv.Error and BrokenRow for an unreadable header."""
     read = 0  # characters since the last row: a row may have many lines
 
-    def line(numbered: tuple[int, str | BrokenRow]) -> str:
+    def counted(numbered: tuple[int, str | BrokenRow]) -> str:
         nonlocal read
-        _, line = numbered
-        if isinstance(line, BrokenRow):
-            raise line
-        read += len(line)
+        _, text = numbered
+        if isinstance(text, BrokenRow):
+            raise text
+        read += len(text)
         if read > _LONGEST_LINE:
             raise BrokenRow(f"this row has over {_LONGEST_LINE // 2**20} MiB")
-        return line
+        return text
 
     with io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as text:
-        reader = csv.DictReader(map(line, _bounded(text)))
+        reader = csv.DictReader(map(counted, _bounded(text)))
         check(reader.fieldnames or ())
         number, ended = 0, False
         while not ended:

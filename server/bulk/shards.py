@@ -1,5 +1,6 @@
 """WebDataset shards: tar archives whose adjacent members of one stem are a sample."""
 
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -25,8 +26,12 @@ Members = dict[str, bytes | str]  # text: why a member's content is not there
 _TOGETHER = 4  # times the bytes that a member may have: the limit of a sample
 _MEMBERS, _NAME = 1000, 1024  # of a sample, and characters of each name
 _LISTED = 200  # characters of names in a message
-_GZIP, _HEAD = b"\x1f\x8b", 6
-_NOT_TAKEN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "Zstandard"}
+_GZIP, _HEAD = b"\x1f\x8b", 10
+_NOT_TAKEN = {
+    "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+    "xz": re.compile(rb"\xfd7zXZ"),
+    "Zstandard": re.compile(rb"\x28\xb5\x2f\xfd"),
+}
 _LINK = "it is a link: make the archive anew with --dereference --hard-dereference"
 _PLAIN = {*tarfile.SUPPORTED_TYPES} - {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 _OTHER = _PIECE = 2**20  # bytes of a special member: long names, attributes, unknown types
@@ -89,8 +94,8 @@ def _unpacked(stream: Any) -> Any:
     tarfile unpacks those whole, and bzip2 makes gigabytes of a kilobyte.
     """
     first = stream.read(_HEAD)
-    for begins, name in _NOT_TAKEN.items():
-        if first.startswith(begins):
+    for name, begins in _NOT_TAKEN.items():
+        if begins.match(first):
             raise tarfile.ReadError(f"it is compressed with {name}: use gzip, or none")
     whole: Any = _Stream(first, stream)
     return GzipFile(fileobj=whole, mode="rb") if first.startswith(_GZIP) else whole
@@ -170,7 +175,8 @@ class Shard:
             wrong = why
         prompt = kept.get(self.columns.prompt or "", b"").decode(errors="replace").strip()
         if self.columns.prompt and not prompt and wrong is None:
-            wrong = f"there is no text in {self.columns.prompt}"
+            text = members.get(self.columns.prompt)
+            wrong = text if isinstance(text, str) else f"there is no text in {self.columns.prompt}"
         return Item(where, kept.get(extension, b""), name, prompt or None, key, kept, wrong)
 
 

@@ -29,6 +29,7 @@ class FairQueue:
         self._places = self._free = places
         self._beside, self._spare = beside or places, spare
         self._held: Counter[str] = Counter()
+        self._called: Counter[str] = Counter()  # of those, called back
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
         self._clocks = ClientClocks()
         self._recent = RecentClients(clock)
@@ -36,7 +37,7 @@ class FairQueue:
     async def take(self, client: str) -> None:
         """Wait for a place."""
         self._recent.note(client)
-        if self._free and self._may(client):
+        if self._free and self._room(client):
             self._begin(client)
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -46,10 +47,17 @@ class FairQueue:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self.give(client, 0)  # the place was granted at the same moment
+            elif (turns := self._waiting.get(client)) and turn in turns:
+                turns.remove(turn)
+                if not turns:
+                    del self._waiting[client]
             raise
 
-    def give(self, client: str, took: float = 1.0) -> None:
-        """Release a client's place, for the client that is next. took: service, in any one unit."""
+    def give(self, client: str, took: float = 1.0, called: bool = False) -> None:
+        """Release a client's place, for the client that is next. took: service, in any one unit.
+        called: the place was called back.
+        """
+        self._called[client] -= called
         self._held[client] -= 1
         if not self._held[client]:
             del self._held[client]
@@ -67,20 +75,34 @@ class FairQueue:
         self._held[client] += 1
         self._clocks.begin(client)
 
-    def _may(self, client: str) -> bool:
-        """Whether a client may have one more place."""
+    def _room(self, client: str) -> int:
+        """How many more places a client may have."""
+        most = self._places
         if self._spare:
             clients = {client, *self._held, *self._waiting}
-            return self._held[client] < max(1, self._places // (len(clients) + 1))
-        alone = self._recent.within(_PRESENT_SECONDS) <= {client}
-        return self._held[client] < (self._places if alone else self._beside)
+            most = max(1, self._places // (len(clients) + 1))
+        elif not self._recent.within(_PRESENT_SECONDS) <= {client}:
+            most = self._beside
+        return max(0, most - self._held[client])
 
-    def would_give_way(self, client: str, other: str | None = None) -> bool:
-        """Whether no place is free, and one of this client is due to `other` (if None: to any that
-        waits), which has fewer and may have one more.
+    def call_back(self, client: str, newcomer: str | None = None) -> bool:
+        """Whether no place is free, and one of this client is due to others that wait, which have
+        fewer and may have more. If so, it counts as called back until it is given.
+
+        newcomer: client of a request that is about to wait, too.
         """
-        held, others = self._held, self._waiting if other is None else [other]
-        return not self._free and any(held[o] < held[client] and self._may(o) for o in others)
+        waiting = Counter({other: len(turns) for other, turns in self._waiting.items()})
+        waiting.update(() if newcomer is None else (newcomer,))
+        left = self._held[client] - self._called[client]
+        due = sum(
+            min(count, self._room(other))
+            for other, count in waiting.items()
+            if self._held[other] < left
+        )
+        if self._free or due <= self._called.total():
+            return False
+        self._called[client] += 1
+        return True
 
     def _next(self) -> str | None:
         """The waiting client that is next, or None."""
@@ -89,5 +111,5 @@ class FairQueue:
                 turns.popleft()  # cancelled
             if not turns:
                 del self._waiting[client]
-        could = (client for client in self._waiting if self._may(client))
+        could = (client for client in self._waiting if self._room(client))
         return min(could, key=self._clocks.of, default=None)

@@ -104,7 +104,7 @@ class SlotShares:
                 self._clocks.charge(client, took, len(self._present | {client}))
             else:
                 self._forget(me)
-            if client not in self._present:
+            if model not in self._down and client not in self._present:
                 self._clients.left(client)
             self._look_again()
             self._admit()
@@ -199,14 +199,14 @@ class SlotShares:
 
     def _next(self, most: int, elsewhere: Counter[str]) -> _Claim | None:
         """The next request among those that fit their clients' shares, or None."""
-        wanted = self._wanted
-        asking = {client for client, batch, _ in wanted if not batch}
-        first = (
-            line[0]
-            for (client, batch, _), line in wanted.items()
-            if not (batch and client in asking)
+        first: dict[str, _Claim] = {}  # of each client
+        for line in self._wanted.values():
+            other = first.get(line[0].client)
+            if other is None or (line[0].batch, line[0].number) < (other.batch, other.number):
+                first[line[0].client] = line[0]
+        fits = (
+            each for each in first.values() if self._fits(each, most - elsewhere[each.client], most)
         )
-        fits = (each for each in first if self._fits(each, most - elsewhere[each.client], most))
         return min(fits, key=self._turn, default=None)
 
     def _fits(self, each: _Claim, left: int, most: int) -> bool:

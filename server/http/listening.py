@@ -12,6 +12,7 @@ import logging
 import re
 import select
 import socket
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any
@@ -54,7 +55,8 @@ _CHUNKS, _CHUNK = 256, 512  # chunks allowed per connection, and one more per so
 _PIECES, _PIECE = 64, 512  # pieces allowed per head, and one more per so many bytes
 _END = 4  # bytes of the longest end of a head
 _HANG_UP_SECONDS = 2.0
-_AT_THE_DOOR = 256  # connections of clients in debt that are not read yet
+_HELD, _HELD_OF_EACH = 64, 16  # connections of clients in debt, not read yet
+_TURN_SECONDS = 0.005  # between two of them
 _LINES = 20.0  # of a head, whose parsing costs as much as a visit
 _GONE = getattr(select, "POLLRDHUP", 0)  # 0: can't be told here
 _PAUSE_SECONDS = 0.5  # pause in accepting when the system has no room for another connection
@@ -74,11 +76,11 @@ class Server(HTTPServer):
     ) -> None:
         """most: open connections allowed. late: connections held back by a rate limit; unread:
         those whose client is not reading the answer; both are closed first to make room. visits:
-        whose debtors' new connections are not read until they have paid. options: of Tornado's
+        whose debtors' new connections are not read until the debt is repaid. options: of Tornado's
         server.
         """
         self._late, self._unread, self._visits = late, unread, visits
-        self._held: set[socket.socket] = set()
+        self._held: dict[str, deque[tuple[socket.socket, Any]]] = {}  # by client, oldest first
         super().initialize(app, **options)
         self._most = most
         self._open: set[object] = set()
@@ -100,7 +102,8 @@ class Server(HTTPServer):
         """Stop accepting, and close the connections that are held."""
         super().stop()
         while self._held:
-            self._held.pop().close()
+            for connection, _ in self._held.popitem()[1]:
+                connection.close()
 
     def _stop_accepting(self, sock: socket.socket) -> None:
         asyncio.get_running_loop().remove_reader(sock)
@@ -118,26 +121,46 @@ class Server(HTTPServer):
             self._stop_accepting(sock)
             asyncio.get_running_loop().call_later(_PAUSE_SECONDS, self._resume, sock)
             return
-        if wait := self._visits.owed(group_of(str(address[0]))):
-            if len(self._held) >= _AT_THE_DOOR:
-                connection.close()
-                return
-            self._held.add(connection)
-            asyncio.get_running_loop().call_later(wait, self._let_in, connection, address)
-            return
-        self._begin(connection, address)
-
-    def _let_in(self, connection: socket.socket, address: Any) -> None:
-        """Begin with a connection that was held, unless its client has gone."""
-        if connection not in self._held:
-            return  # the server has stopped
-        self._held.remove(connection)
-        poll = select.poll()
-        poll.register(connection, _GONE)
-        if poll.poll(0):
-            connection.close()
+        group = group_of(str(address[0]))
+        if group in self._held or self._visits.owed(group):
+            self._hold(group, connection, address)
         else:
             self._begin(connection, address)
+
+    def _hold(self, group: str, connection: socket.socket, address: Any) -> None:
+        """Let a connection wait until its client owes nothing; those of a client come in turns."""
+        if group not in self._held:
+            self._held[group] = deque()
+            self._let_in_later(group)
+        self._held[group].append((connection, address))
+        if len(self._held[group]) > _HELD_OF_EACH:
+            self._close_one(self._held[group])
+        elif sum(map(len, self._held.values())) > _HELD:
+            self._close_one(max(self._held.values(), key=len))
+
+    def _close_one(self, held: deque[tuple[socket.socket, Any]]) -> None:
+        """Close a client's oldest connection if it has left that, else its newest."""
+        closed = held.popleft() if _has_gone(held[0][0]) else held.pop()
+        closed[0].close()
+
+    def _let_in_later(self, group: str) -> None:
+        wait = max(_TURN_SECONDS, self._visits.owed(group))
+        asyncio.get_running_loop().call_later(wait, self._let_in, group)
+
+    def _let_in(self, group: str) -> None:
+        """Begin with a client's oldest connection that is held, unless it owes again."""
+        waiting = self._held.get(group)
+        while waiting and not self._visits.owed(group):
+            connection, address = waiting.popleft()
+            if _has_gone(connection):
+                connection.close()
+            else:
+                self._begin(connection, address)
+                break
+        if waiting:
+            self._let_in_later(group)
+        else:
+            self._held.pop(group, None)
 
     def _begin(self, connection: socket.socket, address: Any) -> None:
         if len(self._open) >= self._most and not self._make_room():
@@ -212,6 +235,13 @@ class Server(HTTPServer):
     def _forget(self, connection: HTTP1ServerConnection) -> None:
         self._busy(connection)
         self._open.discard(connection)
+
+
+def _has_gone(connection: socket.socket) -> bool:
+    """Whether the client has left, or ended its side of the connection, which is rare."""
+    poll = select.poll()
+    poll.register(connection, _GONE)
+    return bool(poll.poll(0))
 
 
 def _address(connection: HTTP1ServerConnection) -> str:

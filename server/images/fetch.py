@@ -5,12 +5,9 @@ rebinding has no effect. Every redirect is checked like the first URL.
 """
 
 import asyncio
-import ipaddress
 import math
-import socket
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,14 +20,15 @@ from tornado.netutil import Resolver
 from tornado.simple_httpclient import HTTPTimeoutError, SimpleAsyncHTTPClient
 from tornado.tcpclient import TCPClient
 
-from runtime.errors import InvalidRequest, VignetteError
+from runtime.errors import VignetteError
 from server.bodies import shown
 from server.fairness.errors import QueueFull
 from server.fairness.fair_queue import FairQueue
+from server.images.hosts import ForbiddenUrl, PublicResolver, looking_up
 from server.tasks import note_error
 
 _REDIRECTS = 3
-_LOOKUPS, _FETCHES = 8, 32  # at a time
+_FETCHES = 32  # at a time
 _CONNECT_SECONDS, _LONGEST_SECONDS = 5.0, 15.0
 _SLOW_SECONDS = 2.0  # after which a fetch gives way to a client that has fewer
 _GAVE_WAY = "image_url answers slowly, and others wait, too: try again later"
@@ -38,38 +36,30 @@ _GAVE_WAY = "image_url answers slowly, and others wait, too: try again later"
 _LOOKING_UP = 0.9
 _HEAD_BYTES = 16 * 1024
 _PIECES, _PIECE = 256, 512  # pieces allowed per body, and one more per so many bytes
-# Missing from Python's own list, or until lately: local NAT64, deprecated site-local addresses,
-# IPv4-compatible IPv6, IPv4 translated to IPv6 (RFC 2765).
-_NOT_PUBLIC = tuple(
-    map(
-        ipaddress.ip_network,
-        ("64:ff9b:1::/48", "fec0::/10", "::/96", "::ffff:0:0:0/96", "3fff::/20", "5f00::/16",
-         "192.0.0.0/24", "168.63.129.16/32"),  # the last two: used inside clouds
-    )
-)  # fmt: skip
 _HOST, _LABEL = 253, 63  # characters (RFC 1035, 2.3.4); Python is slow to look up longer names
 _MOVED = (301, 302, 303, 307, 308)
 
 
 @dataclass(eq=False, slots=True)
 class _Fetch:
-    """A fetch under way. seconds: left to look up the host. stream: the connection, once open.
-    body: received of the present answer, in so many pieces.
+    """A fetch under way. stream: the connection, once open. body: received of the present answer,
+    in so many pieces.
     """
 
     client: str
-    seconds: float = _CONNECT_SECONDS
     stream: IOStream | None = None
     gave_way: bool = False
     body: bytearray = field(default_factory=bytearray)
     pieces: int = 0
+    chunked: bool = False
 
     def opened(self, stream: IOStream) -> None:
         """Take the connection, and count the chunks of the body that it reads."""
         self.stream, read_until = stream, stream.read_until
 
         def next_chunk(*args: Any, **options: Any) -> Awaitable[bytes]:
-            self.take(b"")
+            self.chunked = True
+            self.pieces += 1
             if self.drips:
                 raise StreamClosedError
             return read_until(*args, **options)
@@ -78,10 +68,16 @@ class _Fetch:
         if self.gave_way:
             stream.close()
 
+    def closed(self) -> None:
+        """Let go of the connection, which refers to this."""
+        if self.stream is not None:
+            del self.stream.read_until
+        self.stream = None
+
     def take(self, piece: bytes) -> None:
         """Add to the body; hang up on a server that sends single bytes, as each takes as long."""
         self.body += piece
-        self.pieces += 1
+        self.pieces += not self.chunked
         if self.drips and self.stream is not None:
             self.stream.close()
 
@@ -100,77 +96,8 @@ class _Fetch:
 _current: ContextVar[_Fetch] = ContextVar("the fetch of this task")
 
 
-class ForbiddenUrl(InvalidRequest):
-    """A URL that must not be fetched."""
-
-
 class FetchFailed(VignetteError):
     """The other server did not return the image."""
-
-
-class Lookups(Resolver):
-    """Looks names up on its own threads, so that a hanging name server delays only look-ups.
-    Clients have equal shares of the threads.
-    """
-
-    def initialize(self) -> None:
-        """Create the thread pool; threads start when needed."""
-        self._threads = ThreadPoolExecutor(_LOOKUPS, "lookup")
-        self._turns = FairQueue(_LOOKUPS, spare=True)
-
-    async def resolve(
-        self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[tuple[int, Any]]:
-        """Addresses of `host`. Raises OSError, also on time-out."""
-        fetch = _current.get()
-        try:
-            async with asyncio.timeout(fetch.seconds):
-                await self._turns.take(fetch.client)
-                looking = asyncio.get_running_loop().run_in_executor(
-                    self._threads,
-                    partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM),
-                )
-                looking.add_done_callback(partial(self._ended, fetch.client))
-                found = await asyncio.shield(looking)  # a thread can't be stopped
-        except TimeoutError:
-            raise OSError("its name was not looked up in time") from None
-        return [(kind, address) for kind, _, _, _, address in found]
-
-    def _ended(self, client: str, looking: "asyncio.Future[Any]") -> None:
-        self._turns.give(client)
-        note_error(looking)
-
-
-class PublicResolver(Resolver):
-    """Looks names up, and refuses those with addresses that are not public."""
-
-    def initialize(self, inner: Resolver | None = None) -> None:
-        """inner: the resolver that asks the name server; tests replace it."""
-        self._inner = inner or Lookups()
-
-    async def resolve(
-        self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[tuple[int, Any]]:
-        """Addresses of `host`. Raises ForbiddenUrl if any of them is not public."""
-        found = await self._inner.resolve(host, port, family)
-        for _, address in found:
-            if not is_public(address[0]):
-                raise ForbiddenUrl(f"{host} is not a public address: image_url may not lead there")
-        return found
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address is public; IPv6 that embeds IPv4 is judged by the IPv4 address."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if any(ip in network for network in _NOT_PUBLIC):
-        return False
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inner is not None:
-            return inner.is_global
-        if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
-            return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF).is_global
-    return ip.is_global and not ip.is_multicast
 
 
 class _Connections(TCPClient):
@@ -241,7 +168,7 @@ class Fetcher:
         """
         self.check(url)
         for slow in self._slow:
-            if self._turns.would_give_way(slow.client, client):
+            if self._turns.call_back(slow.client, client):
                 self._give_way(slow)
                 break
         await self._turns.take(client)
@@ -259,7 +186,7 @@ class Fetcher:
 
     def _is_slow(self, fetch: _Fetch) -> None:
         self._slow[fetch] = None
-        if self._turns.would_give_way(fetch.client):
+        if self._turns.call_back(fetch.client):
             self._give_way(fetch)
 
     def _give_way(self, fetch: _Fetch) -> None:
@@ -275,7 +202,7 @@ class Fetcher:
     ) -> None:
         late.cancel()
         self._slow.pop(fetch, None)
-        self._turns.give(fetch.client, time.monotonic() - began)
+        self._turns.give(fetch.client, time.monotonic() - began, fetch.gave_way)
         note_error(fetching)
 
     async def _follow(self, url: str, end: float, fetch: _Fetch) -> bytes:
@@ -300,8 +227,8 @@ class Fetcher:
 
     async def _ask(self, url: str, seconds: float, fetch: _Fetch) -> HTTPResponse:
         connect = min(_CONNECT_SECONDS, seconds)
-        fetch.seconds, fetch.stream = connect * _LOOKING_UP, None
-        fetch.body, fetch.pieces = bytearray(), 0
+        looking_up.set((fetch.client, connect * _LOOKING_UP))
+        fetch.body, fetch.pieces, fetch.chunked = bytearray(), 0, False
         options = {k: v for k, v in self._client.items() if k != "port"}
         request = HTTPRequest(
             url, follow_redirects=False, connect_timeout=connect,
@@ -316,6 +243,8 @@ class Fetcher:
             raise FetchFailed("image_url did not answer in time") from cause
         except (OSError, HTTPClientError, UnsatisfiableReadError, ValueError) as cause:
             raise FetchFailed(f"image_url can't be fetched: {shown(cause)}") from cause
+        finally:
+            fetch.closed()
         if answer.code == 599 or isinstance(answer.error, HTTPTimeoutError):
             if isinstance(answer.error, ForbiddenUrl):
                 raise answer.error

@@ -84,9 +84,9 @@ class Lane:
     async def ask(self, client: str, task: DecodeTask) -> tuple[bytes, bytes]:
         """Run a task; return kind and content of the reply.
 
-        Raises the error in the data, Unfit, TooHard or GaveWay, and TimeoutError if the task's turn
-        did not come in time. If cancelled, ends when nothing writes to the slot any more: at once
-        if the task's turn had not come.
+        Raises the error in the data, Unfit, TooHard, NoDecoder or GaveWay, and TimeoutError if the
+        task's turn did not come in time. If cancelled, ends when nothing writes to the slot any
+        more: at once if the task's turn had not come.
         """
         left = None if task.until == math.inf else task.until - time.perf_counter()
         async with asyncio.timeout(left):
@@ -128,7 +128,9 @@ class Lane:
             async with asyncio.timeout(min(task.wall, task.until - time.perf_counter())):
                 return await decoder.ask(task.what, task.data, task.place, task.seconds, task.most)
         except TimeoutError as cause:
-            decoder = self._replaced(decoder)
+            ready, decoder = decoder.ready, self._replaced(decoder)
+            if not ready:
+                raise NoDecoder(_NO_DECODER) from cause
             if time.perf_counter() >= task.until:
                 raise TooHard(UNFIT) from cause
             return None  # it was stopped, or starved: a decoder that works ends by its core seconds

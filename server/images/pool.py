@@ -74,7 +74,7 @@ class ImageDecoders:
         """
         self._longest_wait = longest_wait
         self._seconds = seconds
-        self._wall = 2 * seconds + 1  # elapsed: past this, a lack of cores is not the reason
+        self._wall = 2 * seconds + 1  # elapsed, after which an image is tried once more
         quick = replace(setup, memory=min(setup.memory, _QUICK_MEMORY))
         self._quick = Lane(quick, count).start(count)
         self._slow = Lane(replace(setup, niceness=setup.niceness + _LOWER), 1)
@@ -86,9 +86,9 @@ class ImageDecoders:
     async def decode(self, job: ImageJob) -> None:
         """Decode an image into its slot.
 
-        Raises InvalidImage, TooManyPixels or TooHard, and QueueFull if the slow lane is too full to
-        decode it by the job's deadline. If cancelled, ends when nothing writes to the slot any
-        more: at once if the decoding had not begun.
+        Raises InvalidImage, TooManyPixels, TooHard or NoDecoder, and QueueFull if the slow lane is
+        too full to decode it by the job's deadline. If cancelled, ends when nothing writes to the
+        slot any more: at once if the decoding had not begun.
         """
         if job.origin.digest in self._too_hard:
             raise TooHard(UNFIT)
@@ -102,7 +102,7 @@ class ImageDecoders:
             raise TooHard(UNFIT) from cause
 
     async def parts(self, body: bytes, client: str) -> Parts:
-        """Parse a JSON body. Raises InvalidRequest; TooHard if that takes too long."""
+        """Parse a JSON body. Raises InvalidRequest, NoDecoder; TooHard if that takes too long."""
         try:
             task = DecodeTask(PARTS, body, self._seconds, self._wall)
             _, answer = await self._quick.ask(client, task)
