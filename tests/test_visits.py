@@ -67,6 +67,9 @@ def test_large_pages_are_refused_to_who_asks_for_too_many_of_them(monkeypatch):
             held.enter_context(socket.create_connection(("127.0.0.1", live.port)))
             for _ in range(30)
         ]
+        for client in clients:  # connections of who owes would not be read
+            client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            client.recv(1000)
         for client in clients:
             client.sendall(asked)
         assert live.caption(png()).status == 200

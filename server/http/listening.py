@@ -55,7 +55,7 @@ _CHUNKS, _CHUNK = 256, 512  # chunks allowed per connection, and one more per so
 _PIECES, _PIECE = 64, 512  # pieces allowed per head, and one more per so many bytes
 _END = 4  # bytes of the longest end of a head
 _HANG_UP_SECONDS = 2.0
-_HELD, _HELD_OF_EACH = 64, 16  # connections of clients in debt, not read yet
+_HELD, _HELD_OF_EACH = 256, 64  # connections of clients in debt, not read yet
 _TURN_SECONDS = 0.005  # between two of them
 _LINES = 20.0  # of a head, whose parsing costs as much as a visit
 _GONE = getattr(select, "POLLRDHUP", 0)  # 0: can't be told here
@@ -135,7 +135,7 @@ class Server(HTTPServer):
         self._held[group].append((connection, address))
         if len(self._held[group]) > _HELD_OF_EACH:
             self._close_one(self._held[group])
-        elif sum(map(len, self._held.values())) > _HELD:
+        elif self._waiting > min(_HELD, self._most - len(self._open)):
             self._close_one(max(self._held.values(), key=len))
 
     def _close_one(self, held: deque[tuple[socket.socket, Any]]) -> None:
@@ -162,8 +162,13 @@ class Server(HTTPServer):
         else:
             self._held.pop(group, None)
 
+    @property
+    def _waiting(self) -> int:
+        """Number of connections that are held."""
+        return sum(map(len, self._held.values()))
+
     def _begin(self, connection: socket.socket, address: Any) -> None:
-        if len(self._open) >= self._most and not self._make_room():
+        if len(self._open) + self._waiting >= self._most and not self._make_room():
             connection.close()
             return
         self.handle_stream(

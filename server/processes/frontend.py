@@ -53,7 +53,7 @@ _READ_BYTES = 64 * 1024  # of a body at a time
 _OTHER_BODY_BYTES = 64 * 1024  # of requests that are not for /caption, which sets its own limit
 _COLLECTIONS = 5_000, 20, 50  # gc: objects per young one, young per middle, middle per full
 _GRPC_MEMORY = 4 * 2**30  # bytes of address space: incoming messages are not counted
-_OTHER_FILES = 384  # besides connections: those that are held, other processes, libraries
+_OTHER_FILES = 256  # files besides connections: sockets to other processes, libraries
 
 
 def main(
