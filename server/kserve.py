@@ -5,6 +5,7 @@ https://github.com/kserve/open-inference-protocol
 """
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +99,12 @@ def _text(prompt: object) -> str:
         return prompt.decode() if isinstance(prompt, bytes) else prompt
     except UnicodeDecodeError as cause:
         raise InvalidRequest("PROMPT is not UTF-8") from cause
+
+
+def check_shape(name: str, shape: Sequence[int], values: list[Any]) -> None:
+    """Raise InvalidRequest for a shape of another number of values."""
+    if len(values) <= MOST_IMAGES and math.prod(shape) != len(values):  # more are refused later
+        raise InvalidRequest(f"{shown(name)} has {len(values)} values, unlike its shape tells")
 
 
 def unpacked(name: str, datatype: str, data: bytes) -> list[Any]:

@@ -126,7 +126,8 @@ def test_each_image_counts_for_the_limits_of_its_key(tmp_path, capsys):
 
 
 def image(**changes) -> dict:
-    return {"name": "IMAGE", "shape": [1], "datatype": "BYTES", "data": [b64(IMAGES[0])]} | changes
+    made = {"name": "IMAGE", "datatype": "BYTES", "data": [b64(IMAGES[0])]} | changes
+    return {"shape": [1 if made["data"] is None else len(made["data"])]} | made
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,7 @@ def image(**changes) -> dict:
         ({"inputs": [image(data=[b64(IMAGES[0]), 7])]}, "send it as base64"),
         ({"inputs": [image(data=["\0" + "0"])]}, "zero character"),
         ({"inputs": [image()], "outputs": [{"name": "CAPTION"}] * 2}, "asked for twice"),
+        ({"inputs": [image(shape=[2, 3])]}, "IMAGE' has 1 values, unlike its shape"),
         ({"inputs": [image(datatype="FP32")]}, "IMAGE must be BYTES"),
         ({"inputs": [image(), image(name="COLOUR", data=[])]}, "unknown input 'COLOUR'"),
         ({"inputs": [image()], "outputs": [{"name": "X"}]}, "unknown output 'X'"),

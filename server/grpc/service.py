@@ -209,6 +209,7 @@ def _inputs(request: Any) -> Inputs:
             contents = tensor.contents
             texts, numbers = contents.bytes_contents, contents.int_contents
             values[tensor.name] = list(texts if tensor.datatype == "BYTES" else numbers)
+        kserve.check_shape(tensor.name, tensor.shape, values[tensor.name])
     return Inputs.of(values)
 
 

@@ -26,6 +26,7 @@ from server.kserve import (
     captioned_so_far,
     check_datatype,
     check_outputs,
+    check_shape,
     config,
     index_entry,
     metadata,
@@ -214,6 +215,7 @@ def _values(asked: InferRequest, parts: Parts, binary: bytes) -> dict[str, list[
             at += size
         else:
             raise InvalidRequest(f"the data of {shown(tensor.name)} is not all there")
+        check_shape(tensor.name, tensor.shape, values[tensor.name])
     if at < len(binary):
         raise InvalidRequest(f"there are {len(binary) - at} bytes that no input holds")
     return values
