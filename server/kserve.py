@@ -28,6 +28,7 @@ PLATFORM = "onnxruntime_git"
 INPUTS = {"IMAGE": "BYTES", "PROMPT": "BYTES", "MAX_NEW_TOKENS": "INT32", "NUM_BEAMS": "INT32"}
 OUTPUTS = {"CAPTION": "BYTES", "SCORE": "FP32"}
 NUMBERS = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
+MOST_AXES = 8  # of a tensor: multiplying more of them takes long
 SIZE = 4  # bytes of the length before each element of a BYTES tensor
 CONFIG_TYPES = {"BYTES": "TYPE_STRING", "INT32": "TYPE_INT32", "FP32": "TYPE_FP32"}
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
@@ -102,7 +103,9 @@ def _text(prompt: object) -> str:
 
 
 def check_shape(name: str, shape: Sequence[int], values: list[Any]) -> None:
-    """Raise InvalidRequest for a shape of another number of values."""
+    """Raise InvalidRequest for a shape of too many axes, or of another number of values."""
+    if len(shape) > MOST_AXES:
+        raise InvalidRequest(f"{shown(name)} has {len(shape)} axes: use one")
     if len(values) <= MOST_IMAGES and math.prod(shape) != len(values):  # more are refused later
         raise InvalidRequest(f"{shown(name)} has {len(values)} values, unlike its shape tells")
 

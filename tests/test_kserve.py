@@ -7,7 +7,9 @@ import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
+from runtime.errors import InvalidRequest
 from runtime.planning.config import EngineConfig
+from server.kserve import check_shape
 from server.service.keys import main as make_key
 from tests.fakes import fake_engine
 from tests.live import JSON, as_json, b64, png, serve
@@ -162,6 +164,11 @@ def test_what_is_wrong_with_a_call_is_named(live, content, complaint):
     reply = live.request("POST", INFER, as_json(**content), **JSON)
     assert (reply.status, reply.json["code"]) == (400, "invalid_request")
     assert complaint in reply.json["error"]
+
+
+def test_a_shape_of_thousands_of_axes_is_not_multiplied():
+    with pytest.raises(InvalidRequest, match="has 65000 axes"):
+        check_shape("IMAGE", [127] * 65_000, [b""])
 
 
 @pytest.mark.parametrize("tail", [b"\xff\xff\xff\xff", b"\x09\0\0\0short", b"\x01\0"])

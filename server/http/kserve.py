@@ -19,6 +19,7 @@ from server.http.handler import Handler
 from server.http.intake import IntakeHandler
 from server.kserve import (
     EXTENSIONS,
+    MOST_AXES,
     OUTPUTS,
     SERVER,
     VERSION,
@@ -43,7 +44,7 @@ class Tensor(BaseModel):
     """An input tensor. data: its values, or null if they follow the JSON (`binary_data_size`)."""
 
     name: str
-    shape: Annotated[list[int], Field(max_length=8, fail_fast=True)]
+    shape: Annotated[list[int], Field(max_length=MOST_AXES, fail_fast=True)]
     datatype: str
     data: list[Any] | None = None
     parameters: dict[str, Any] = {}
