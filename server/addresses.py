@@ -25,7 +25,7 @@ def address_of(peer: str, forwarded: str, proxies: list[Network]) -> str:
     """
     peer = _plain(peer)
     said = forwarded[-_FORWARDED:].split(",")
-    while proxies and said and _within(peer, proxies):
+    while proxies and said and within(peer, proxies):
         before = _plain(said.pop().strip())
         if not _is_address(before):
             break
@@ -60,7 +60,8 @@ def _is_address(text: str) -> bool:
     return "%" not in text  # a zone id may hold any text
 
 
-def _within(address: str, proxies: list[Network]) -> bool:
+def within(address: str, proxies: list[Network]) -> bool:
+    """Whether an address is one of these proxies'."""
     if not _is_address(address):
         return False
     ip = ipaddress.ip_address(address)

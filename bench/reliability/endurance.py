@@ -22,7 +22,9 @@ def fuzzing(long: bool) -> Verdict:
     with service() as it:
         asyncio.run(one_caption(it))
         before, files = it.resident(), open_files(it.process.pid)
-        tool = [str(Path(sys.executable).with_name("schemathesis")), "run",
+        settings = str(Path(__file__).with_name("schemathesis.toml"))
+        tool = [str(Path(sys.executable).with_name("schemathesis")),
+                "--config-file", settings, "run",
                 f"{it.url}/openapi.json", "--max-examples", examples, "--seed", "1",
                 "--checks", "not_a_server_error", "--no-color"]  # fmt: skip
         done = subprocess.run(tool, capture_output=True, text=True, check=False)
@@ -32,10 +34,16 @@ def fuzzing(long: bool) -> Verdict:
         more = open_files(it.process.pid) - files
         return Verdict(
             f"{match.group(1) if match else 'no'} requests, "
-            + ("no 5xx" if done.returncode == 0 else f"failures: {done.stdout[-600:]}")
+            + ("no 5xx" if done.returncode == 0 else f"failures: {_first(done.stdout)}")
             + f"; memory {grown:+.0f} MiB, file handles {more:+}",
             done.returncode == 0 and match is not None and good and grown < 32 and more <= 8,
         )
+
+
+def _first(report: str) -> str:
+    """The first failure that schemathesis reports; the end of its report if it names none."""
+    _, named, failures = report.partition("FAILURES")
+    return failures[:1500] if named else report[-600:]
 
 
 def soak(long: bool) -> Verdict:

@@ -28,7 +28,7 @@ from tornado.httputil import (
 )
 from tornado.iostream import IOStream, StreamClosedError
 
-from server.addresses import group_of
+from server.addresses import Network, group_of, within
 from server.fairness.token_buckets import TokenBuckets
 from server.logs import RateLimitedLog
 from server.tasks import bare, bare_error
@@ -56,7 +56,7 @@ _PIECES, _PIECE = 64, 512  # pieces allowed per head, and one more per so many b
 _END = 4  # bytes of the longest end of a head
 _HANG_UP_SECONDS = 2.0
 _HELD, _HELD_OF_EACH = 256, 64  # connections of clients in debt, not read yet
-_TURN_SECONDS = 0.005  # between two of them
+_TURN_SECONDS = 0.01  # between two of one client
 _LINES = 20.0  # of a head, whose parsing costs as much as a visit
 _GONE = getattr(select, "POLLRDHUP", 0)  # 0: can't be told here
 _PAUSE_SECONDS = 0.5  # pause in accepting when the system has no room for another connection
@@ -72,14 +72,16 @@ class Server(HTTPServer):
         late: dict[IOStream, None],
         unread: dict[IOStream, None],
         visits: TokenBuckets,
+        proxies: list[Network],
         **options: Any,
     ) -> None:
         """most: open connections allowed. late: connections held back by a rate limit; unread:
         those whose client is not reading the answer; both are closed first to make room. visits:
-        whose debtors' new connections are not read until the debt is repaid. options: of Tornado's
-        server.
+        of whose debtors new connections are read one after the other, and not if they were left
+        meanwhile, unless they are `proxies`. options: of Tornado's server.
         """
-        self._late, self._unread, self._visits = late, unread, visits
+        self._late, self._unread = late, unread
+        self._visits, self._proxies = visits, proxies
         self._held: dict[str, deque[tuple[socket.socket, Any]]] = {}  # by client, oldest first
         super().initialize(app, **options)
         self._most = most
@@ -122,16 +124,17 @@ class Server(HTTPServer):
             asyncio.get_running_loop().call_later(_PAUSE_SECONDS, self._resume, sock)
             return
         group = group_of(str(address[0]))
-        if group in self._held or self._visits.owed(group):
+        proxied = within(str(address[0]), self._proxies)
+        if not proxied and (group in self._held or self._visits.owed(group)):
             self._hold(group, connection, address)
         else:
             self._begin(connection, address)
 
     def _hold(self, group: str, connection: socket.socket, address: Any) -> None:
-        """Let a connection wait until its client owes nothing; those of a client come in turns."""
+        """Let a connection of a client in debt wait for its turn."""
         if group not in self._held:
             self._held[group] = deque()
-            self._let_in_later(group)
+            asyncio.get_running_loop().call_later(_TURN_SECONDS, self._let_in, group)
         self._held[group].append((connection, address))
         if len(self._held[group]) > _HELD_OF_EACH:
             self._close_one(self._held[group])
@@ -143,22 +146,17 @@ class Server(HTTPServer):
         closed = held.popleft() if _has_gone(held[0][0]) else held.pop()
         closed[0].close()
 
-    def _let_in_later(self, group: str) -> None:
-        wait = max(_TURN_SECONDS, self._visits.owed(group))
-        asyncio.get_running_loop().call_later(wait, self._let_in, group)
-
     def _let_in(self, group: str) -> None:
-        """Begin with a client's oldest connection that is held, unless it owes again."""
-        waiting = self._held.get(group)
-        while waiting and not self._visits.owed(group):
+        """Begin with a client's oldest connection that it has not left."""
+        waiting = self._held.get(group, deque())
+        while waiting:
             connection, address = waiting.popleft()
-            if _has_gone(connection):
-                connection.close()
-            else:
+            if not _has_gone(connection):
                 self._begin(connection, address)
                 break
+            connection.close()
         if waiting:
-            self._let_in_later(group)
+            asyncio.get_running_loop().call_later(_TURN_SECONDS, self._let_in, group)
         else:
             self._held.pop(group, None)
 
@@ -226,7 +224,7 @@ class Server(HTTPServer):
         self._forget(server_conn)
         stream = server_conn.stream
         assert isinstance(stream, _Stream)
-        if stream.refused:
+        if stream.refused and not within(_peer(server_conn), self._proxies):
             self._visits.spend(_address(server_conn), 1 + stream.head)
 
     def _busy(self, connection: HTTP1ServerConnection) -> None:
@@ -250,7 +248,11 @@ def _has_gone(connection: socket.socket) -> bool:
 
 
 def _address(connection: HTTP1ServerConnection) -> str:
-    return group_of(str(getattr(connection.context, "remote_ip", "")))
+    return group_of(_peer(connection))
+
+
+def _peer(connection: HTTP1ServerConnection) -> str:
+    return str(getattr(connection.context, "remote_ip", ""))
 
 
 class _Stream(IOStream):

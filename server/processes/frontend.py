@@ -17,6 +17,7 @@ import zmq.asyncio
 from runtime.errors import VignetteError
 from runtime.model import manifest as manifests
 from runtime.model.tokenizer import CaptionTokenizer
+from server.addresses import networks
 from server.grpc.listening import GrpcServer
 from server.grpc.listening import start as start_grpc
 from server.http.app import make_app, make_ops_app
@@ -142,6 +143,7 @@ def listen(service: Service, app: tornado.web.Application, sockets: list[socket.
         late=app.settings["late"],
         unread=app.settings["unread"],
         visits=app.settings["visits"],
+        proxies=networks(service.settings.trusted_proxies),
         most=max(1, min(service.settings.max_connections, files - _OTHER_FILES)),
         idle_connection_timeout=service.settings.header_seconds,
         body_timeout=service.settings.body_seconds,
