@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench.reliability.senders import scans
 from runtime.errors import InvalidImage, TooManyPixels
 from server.images import clips
 from server.images.clips import Clip, NoVideo, frames_of, places
@@ -66,6 +67,20 @@ def test_what_names_files_or_addresses_is_no_clip(content, monkeypatch):
     data = content.format(path=SAMPLES / "owl.png").encode()
     with pytest.raises(InvalidImage, match="send mp4, webm, mov"):
         list(frames_of(data, 1, 10**6))
+
+
+def test_a_clip_of_jpegs_of_hundreds_of_scans_is_refused():
+    content = io.BytesIO()
+    with av.open(content, "w", format="mov") as container:
+        stream = container.add_stream("mjpeg", rate=Fraction(25))
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p"
+        for count in (90, 101):
+            packet = av.Packet(scans(count, 64))
+            packet.stream, packet.pts, packet.dts = stream, count, count
+            packet.time_base = Fraction(1, 25)
+            container.mux(packet)
+    with pytest.raises(InvalidImage, match="101 scans"):
+        list(frames_of(content.getvalue(), 1, 10**6))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -57,7 +57,9 @@ class FairQueue:
         """Release a client's place, for the client that is next. took: service, in any one unit.
         called: the place was called back.
         """
-        self._called[client] -= called
+        if called:
+            self._called[client] -= 1
+            self._called += Counter()  # drops zero counts
         self._held[client] -= 1
         if not self._held[client]:
             del self._held[client]

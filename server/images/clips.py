@@ -14,6 +14,7 @@ from PIL import Image
 
 from runtime.errors import InvalidImage, TooManyPixels, VignetteError
 from runtime.model.preprocess import opened, to_rgb
+from server.images.cost import scans_of
 
 _ANIMATIONS = (b"GIF8", b"RIFF", b"\x89PNG")  # GIF, WebP, PNG
 # Containers that hold their frames, by how they begin. FFmpeg's other formats are not tried: some
@@ -74,7 +75,7 @@ def _video(data: bytes, count: int, max_pixels: int) -> Iterator[Image.Image]:
     try:
         with _container(data) as container:
             stream = _stream(container, max_pixels)
-            length = sum(packet.size > 0 for packet in container.demux(stream))
+            length = sum(_counts(packet, stream) for packet in container.demux(stream))
         wanted, frame = deque(places(length, count)), None
         with _container(data) as container:
             for place, frame in enumerate(container.decode(_stream(container, max_pixels))):
@@ -89,6 +90,13 @@ def _video(data: bytes, count: int, max_pixels: int) -> Iterator[Image.Image]:
         raise InvalidImage(_NO_CLIP)
     for _ in wanted:  # a container may have more packets than frames
         yield _upright(frame)
+
+
+def _counts(packet: Any, stream: Any) -> bool:
+    """Whether a packet holds a frame. Raises InvalidImage for a JPEG of too many scans."""
+    if packet.size and stream.codec_context.name == "mjpeg":
+        scans_of(bytes(packet))
+    return packet.size > 0
 
 
 def _container(data: bytes) -> Any:

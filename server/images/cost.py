@@ -58,6 +58,18 @@ class Cost:
     memory: int
 
 
+def scans_of(data: bytes) -> int:
+    """Number of scans of a JPEG, its thumbnail's included. Raises InvalidImage if there are more
+    than any program writes.
+    """
+    scans = data.count(_START_OF_SCAN)
+    if scans > _SCANS:
+        raise InvalidImage(
+            f"this JPEG has {scans} scans, and at most {_SCANS} are decoded: save it again"
+        )
+    return scans
+
+
 def estimate(image: Image.Image, data: bytes, how: Preprocessing) -> Cost:
     """The cost of an image that was opened but not decoded; `data` is its file.
 
@@ -72,11 +84,7 @@ def estimate(image: Image.Image, data: bytes, how: Preprocessing) -> Cost:
     if any(tile[0] == _SLOW_DECODER for tile in getattr(image, "tile", ())):
         spent += len(data) * _SLOW_BYTE
     if image.format in _JPEG:
-        scans = data.count(_START_OF_SCAN)  # including those of a thumbnail
-        if scans > _SCANS:
-            raise InvalidImage(
-                f"this JPEG has {scans} scans, and at most {_SCANS} are decoded: save it again"
-            )
+        scans = scans_of(data)
         if "progressive" in image.info or scans > _PLAIN_SCANS:
             spent += pixels * scans * _SCAN
     return Cost(spent / 1e9, pixels * _BYTES + width * height * _RESIZED_BYTES)
