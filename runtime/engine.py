@@ -157,8 +157,8 @@ class Engine:
         return GenerationRequest(pixels, prompt_ids, params, stream=stream)
 
     def submit(self, request: GenerationRequest) -> None:
-        """Queue a request, which `request` has made or who knows its limits. Raises InvalidRequest
-        if it would disturb others, and WrongThread while another thread uses the engine.
+        """Queue a request, made by `request` or by hand. Raises InvalidRequest if it would disturb
+        others, and WrongThread while another thread uses the engine.
         """
         self._check(request)
         kind = Beams if request.sampling.num_beams > 1 else Continuation

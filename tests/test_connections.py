@@ -267,7 +267,7 @@ def test_connections_that_leave_their_answers_unread_make_room():
 
 def test_answers_without_a_body_that_are_not_read_are_noticed_too():
     with serve(fake_engine, cors_origins=("*",)) as live, socket.socket() as client:
-        live.service.visits = TokenBuckets(1e9, 1e9)
+        live.app.settings["visits"] = TokenBuckets(1e9, 1e9)
         name = b"X-Request-Id: " + b"x" * 128 + b"\r\n"
         asked = b"OPTIONS /caption HTTP/1.1\r\nHost: x\r\nOrigin: a\r\n" + name + b"\r\n"
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -33,6 +33,13 @@ def test_who_spends_more_than_it_has_waits_for_it_and_nobody_else():
     assert len(credit._left) == 1024
 
 
+def test_who_owes_is_not_forgotten_for_those_that_are_only_asked_about():
+    buckets = TokenBuckets(1.0, 1.0, lambda: 0.0)
+    buckets.spend("debtor", 3)
+    assert not any(buckets.owed(str(n)) for n in range(5000))
+    assert buckets.owed("debtor") == 2
+
+
 def test_a_large_body_comes_in_no_faster_than_its_client_may_send():
     with serve(fake_engine) as live:
         spent = []

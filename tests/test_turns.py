@@ -1,6 +1,7 @@
 """Places that clients take in turns: of equal time, whoever comes and however often."""
 
 import asyncio
+from unittest.mock import Mock
 
 import pytest
 
@@ -141,3 +142,20 @@ def test_one_share_of_the_places_is_left_to_the_next_client_where_that_is_wished
         return taken
 
     assert asyncio.run(run()) == list("aaaabbcd")
+
+
+def test_hundreds_of_clients_that_wait_are_looked_through_once():
+    """Not once for each of them, on the event loop."""
+
+    async def run() -> int:
+        turns = FairQueue(32, spare=True)
+        tasks = [asyncio.create_task(turns.take(str(n))) for n in range(300)]
+        await asyncio.sleep(0)
+        turns._share = counted = Mock(wraps=turns._share)
+        assert turns.call_back("0", "newcomer")
+        turns.give("0", called=True)
+        for task in tasks:
+            task.cancel()
+        return counted.call_count
+
+    assert asyncio.run(run()) <= 4

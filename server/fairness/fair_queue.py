@@ -37,7 +37,7 @@ class FairQueue:
     async def take(self, client: str) -> None:
         """Wait for a place."""
         self._recent.note(client)
-        if self._free and self._room(client):
+        if self._free and self._room(client, self._share(client)):
             self._begin(client)
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -77,12 +77,15 @@ class FairQueue:
         self._held[client] += 1
         self._clocks.begin(client)
 
-    def _room(self, client: str) -> int:
+    def _share(self, *more: str) -> int:
+        """Equal share of the clients present, and of `more`, with one left over."""
+        return max(1, self._places // (len({*more, *self._held, *self._waiting}) + 1))
+
+    def _room(self, client: str, share: int) -> int:
         """How many more places a client may have."""
         most = self._places
         if self._spare:
-            clients = {client, *self._held, *self._waiting}
-            most = max(1, self._places // (len(clients) + 1))
+            most = share
         elif not self._recent.within(_PRESENT_SECONDS) <= {client}:
             most = self._beside
         return max(0, most - self._held[client])
@@ -93,15 +96,18 @@ class FairQueue:
 
         newcomer: client of a request that is about to wait, too.
         """
+        if self._free:
+            return False
+        more = () if newcomer is None else (newcomer,)
         waiting = Counter({other: len(turns) for other, turns in self._waiting.items()})
-        waiting.update(() if newcomer is None else (newcomer,))
-        left = self._held[client] - self._called[client]
+        waiting.update(more)
+        left, share = self._held[client] - self._called[client], self._share(*more)
         due = sum(
-            min(count, self._room(other))
+            min(count, self._room(other, share))
             for other, count in waiting.items()
             if self._held[other] < left
         )
-        if self._free or due <= self._called.total():
+        if due <= self._called.total():
             return False
         self._called[client] += 1
         return True
@@ -113,5 +119,6 @@ class FairQueue:
                 turns.popleft()  # cancelled
             if not turns:
                 del self._waiting[client]
-        could = (client for client in self._waiting if self._room(client))
+        share = self._share()
+        could = (client for client in self._waiting if self._room(client, share))
         return min(could, key=self._clocks.of, default=None)

@@ -58,6 +58,8 @@ class TokenBuckets:
 
     def owed(self, client: str) -> float:
         """Seconds until the client's debt is repaid; 0 without one."""
+        if client not in self._left:  # asking must not push others out of memory
+            return 0.0
         return max(0.0, -self._change(client, 0) / self._rate)
 
     def earn(self, client: str, amount: float) -> None:

@@ -201,7 +201,7 @@ class Handler(tornado.web.RequestHandler):
     def on_connection_close(self) -> None:
         """The client has gone: end a delayed refusal now, which frees its resources."""
         super().on_connection_close()
-        self._spend(group_of(self.address))  # its next connection waits for what this one has cost
+        self._spend(group_of(self.address))  # its next connections come in one by one, if it owes
         # After the tasks that wait for the rest of the body have been told that there is none.
         self.request._body_future.add_done_callback(bare_error)
         if self._refusal is not None:
