@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 from tornado.httputil import HTTPHeaders
 
-from server.http import listening
+from server.http import debtors
 from server.service import service as services
 from tests.fakes import fake_engine
 from tests.live import fetch, png, serve, until
@@ -55,7 +55,7 @@ def test_connections_that_who_owes_has_left_are_not_read(monkeypatch):
 
 
 def test_a_trusted_proxy_s_connections_are_read_whoever_owes(monkeypatch):
-    monkeypatch.setattr(listening, "_TURN_SECONDS", 100)
+    monkeypatch.setattr(debtors, "_TURN_SECONDS", 100)
     with serve(fake_engine, trusted_proxies=("127.0.0.1",)) as live:
         live.service.visits.spend("127.0.0.1", 400 + 200)
         assert live.caption(png(), X_Forwarded_For="1.2.3.4").status == 200

@@ -10,9 +10,7 @@ import errno
 import json
 import logging
 import re
-import select
 import socket
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any
@@ -28,8 +26,9 @@ from tornado.httputil import (
 )
 from tornado.iostream import IOStream, StreamClosedError
 
-from server.addresses import Network, group_of, within
+from server.addresses import Network, group_of
 from server.fairness.token_buckets import TokenBuckets
+from server.http.debtors import Debtors
 from server.logs import RateLimitedLog
 from server.tasks import bare, bare_error
 
@@ -55,10 +54,7 @@ _CHUNKS, _CHUNK = 256, 512  # chunks allowed per connection, and one more per so
 _PIECES, _PIECE = 64, 512  # pieces allowed per head, and one more per so many bytes
 _END = 4  # bytes of the longest end of a head
 _HANG_UP_SECONDS = 2.0
-_HELD, _HELD_OF_EACH = 256, 64  # connections of clients in debt, not read yet
-_TURN_SECONDS = 0.01  # between two of one client
 _LINES = 20.0  # of a head, whose parsing costs as much as a visit
-_GONE = getattr(select, "POLLRDHUP", 0)  # 0: can't be told here
 _PAUSE_SECONDS = 0.5  # pause in accepting when the system has no room for another connection
 
 
@@ -76,13 +72,11 @@ class Server(HTTPServer):
         **options: Any,
     ) -> None:
         """most: open connections allowed. late: connections held back by a rate limit; unread:
-        those whose client is not reading the answer; both are closed first to make room. visits:
-        of whose debtors new connections are read one after the other, and not if they were left
-        meanwhile, unless they are `proxies`. options: of Tornado's server.
+        those whose client is not reading the answer; both are closed first to make room. visits,
+        proxies: see `Debtors`. options: of Tornado's server.
         """
         self._late, self._unread = late, unread
-        self._visits, self._proxies = visits, proxies
-        self._held: dict[str, deque[tuple[socket.socket, Any]]] = {}  # by client, oldest first
+        self._debtors = Debtors(visits, proxies, self._begin)
         super().initialize(app, **options)
         self._most = most
         self._open: set[object] = set()
@@ -101,11 +95,9 @@ class Server(HTTPServer):
             loop.add_reader(sock, self._accept, sock)
 
     def stop(self) -> None:
-        """Stop accepting, and close the connections that are held."""
+        """Stop accepting, and close the connections that wait to be read."""
         super().stop()
-        while self._held:
-            for connection, _ in self._held.popitem()[1]:
-                connection.close()
+        self._debtors.close()
 
     def _stop_accepting(self, sock: socket.socket) -> None:
         asyncio.get_running_loop().remove_reader(sock)
@@ -123,50 +115,11 @@ class Server(HTTPServer):
             self._stop_accepting(sock)
             asyncio.get_running_loop().call_later(_PAUSE_SECONDS, self._resume, sock)
             return
-        group = group_of(str(address[0]))
-        proxied = within(str(address[0]), self._proxies)
-        if not proxied and (group in self._held or self._visits.owed(group)):
-            self._hold(group, connection, address)
-        else:
+        if not self._debtors.hold(connection, address, self._most - len(self._open)):
             self._begin(connection, address)
 
-    def _hold(self, group: str, connection: socket.socket, address: Any) -> None:
-        """Let a connection of a client in debt wait for its turn."""
-        if group not in self._held:
-            self._held[group] = deque()
-            asyncio.get_running_loop().call_later(_TURN_SECONDS, self._let_in, group)
-        self._held[group].append((connection, address))
-        if len(self._held[group]) > _HELD_OF_EACH:
-            self._close_one(self._held[group])
-        elif self._waiting > min(_HELD, self._most - len(self._open)):
-            self._close_one(max(self._held.values(), key=len))
-
-    def _close_one(self, held: deque[tuple[socket.socket, Any]]) -> None:
-        """Close a client's oldest connection if it has left that, else its newest."""
-        closed = held.popleft() if _has_gone(held[0][0]) else held.pop()
-        closed[0].close()
-
-    def _let_in(self, group: str) -> None:
-        """Begin with a client's oldest connection that it has not left."""
-        waiting = self._held.get(group, deque())
-        while waiting:
-            connection, address = waiting.popleft()
-            if not _has_gone(connection):
-                self._begin(connection, address)
-                break
-            connection.close()
-        if waiting:
-            asyncio.get_running_loop().call_later(_TURN_SECONDS, self._let_in, group)
-        else:
-            self._held.pop(group, None)
-
-    @property
-    def _waiting(self) -> int:
-        """Number of connections that are held."""
-        return sum(map(len, self._held.values()))
-
     def _begin(self, connection: socket.socket, address: Any) -> None:
-        if len(self._open) + self._waiting >= self._most and not self._make_room():
+        if len(self._open) + len(self._debtors) >= self._most and not self._make_room():
             connection.close()
             return
         self.handle_stream(
@@ -224,8 +177,8 @@ class Server(HTTPServer):
         self._forget(server_conn)
         stream = server_conn.stream
         assert isinstance(stream, _Stream)
-        if stream.refused and not within(_peer(server_conn), self._proxies):
-            self._visits.spend(_address(server_conn), 1 + stream.head)
+        if stream.refused:
+            self._debtors.charge(_peer(server_conn), 1 + stream.head)
 
     def _busy(self, connection: HTTP1ServerConnection) -> None:
         """The connection has sent its request and waits for the answer: it is not idle."""
@@ -238,13 +191,6 @@ class Server(HTTPServer):
     def _forget(self, connection: HTTP1ServerConnection) -> None:
         self._busy(connection)
         self._open.discard(connection)
-
-
-def _has_gone(connection: socket.socket) -> bool:
-    """Whether the client has left, or ended its side of the connection, which is rare."""
-    poll = select.poll()
-    poll.register(connection, _GONE)
-    return bool(poll.poll(0))
 
 
 def _address(connection: HTTP1ServerConnection) -> str:

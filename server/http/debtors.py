@@ -1,0 +1,94 @@
+"""New connections of clients that owe for pages, errors or leaving: they are read one by one."""
+
+import asyncio
+import select
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from server.addresses import Network, group_of, within
+from server.fairness.token_buckets import TokenBuckets
+
+_MOST, _MOST_OF_EACH = 256, 64  # connections that wait
+_TURN_SECONDS = 0.01  # between two of one client
+_GONE = getattr(select, "POLLRDHUP", 0)  # 0: can't be told here
+_Waiting = deque[tuple[socket.socket, Any]]  # oldest first
+
+
+class Debtors:
+    """Connections that wait for their turns. Parsing a request takes as long as a page, so one that
+    its client has left meanwhile is not read. Used on the event loop's thread only.
+    """
+
+    def __init__(
+        self,
+        visits: TokenBuckets,
+        proxies: list[Network],
+        begin: Callable[[socket.socket, Any], object],
+    ) -> None:
+        """visits: what clients owe. proxies: whose connections are of many clients, and never wait.
+        begin: called with a connection and its address when its turn has come.
+        """
+        self._visits, self._proxies, self._begin = visits, proxies, begin
+        self._held: dict[str, _Waiting] = {}  # by client
+
+    def hold(self, connection: socket.socket, address: Any, room: int) -> bool:
+        """Let a connection wait if its client owes; false if it does not. room: for connections
+        that wait, at most.
+        """
+        peer = str(address[0])
+        group = group_of(peer)
+        if within(peer, self._proxies) or not (group in self._held or self._visits.owed(group)):
+            return False
+        if group not in self._held:
+            self._held[group] = deque()
+            asyncio.get_running_loop().call_later(_TURN_SECONDS, self._let_in, group)
+        self._held[group].append((connection, address))
+        if len(self._held[group]) > _MOST_OF_EACH:
+            _close_one(self._held[group])
+        elif len(self) > min(_MOST, room):
+            _close_one(max(self._held.values(), key=len))
+        return True
+
+    def charge(self, peer: str, cost: float) -> None:
+        """Charge a client, unless it is a proxy."""
+        if not within(peer, self._proxies):
+            self._visits.spend(group_of(peer), cost)
+
+    def _let_in(self, group: str) -> None:
+        """Begin with a client's oldest connection that it has not left."""
+        waiting = self._held.get(group, deque())
+        while waiting:
+            connection, address = waiting.popleft()
+            if not _has_gone(connection):
+                self._begin(connection, address)
+                break
+            connection.close()
+        if waiting:
+            asyncio.get_running_loop().call_later(_TURN_SECONDS, self._let_in, group)
+        else:
+            self._held.pop(group, None)
+
+    def __len__(self) -> int:
+        """Number of connections that wait."""
+        return sum(map(len, self._held.values()))
+
+    def close(self) -> None:
+        """Close all connections that wait."""
+        while self._held:
+            for connection, _ in self._held.popitem()[1]:
+                connection.close()
+
+
+def _close_one(waiting: _Waiting) -> None:
+    """Close a client's oldest connection if it has left that, else its newest."""
+    closed = waiting.popleft() if _has_gone(waiting[0][0]) else waiting.pop()
+    closed[0].close()
+
+
+def _has_gone(connection: socket.socket) -> bool:
+    """Whether the client has left, or ended its side of the connection, which is rare."""
+    poll = select.poll()
+    poll.register(connection, _GONE)
+    return bool(poll.poll(0))
