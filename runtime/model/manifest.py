@@ -1,7 +1,6 @@
 """The contract between export/ and runtime/: everything the runtime knows about a model.
 
-`manifest.json` lies beside the graphs. This module imports only the standard library, so that
-export/ can use it without further dependencies.
+`manifest.json` lies beside the graphs.
 """
 
 import hashlib
@@ -9,7 +8,9 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta, MsgspecError, convert
 
 from runtime.errors import EngineFolderError
 
@@ -21,6 +22,9 @@ UNFORCED = -1  # stands for the likeliest token of the step before
 PIECE = 2  # int64 values that the insertion graph copies at once
 
 
+Count = Annotated[int, Meta(gt=0)]
+
+
 def kv_names(layers: int) -> list[str]:
     """Names of a graph's K/V tensors, without the prefix: 0.key, 0.value, 1.key, ..."""
     return [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
@@ -30,14 +34,14 @@ def kv_names(layers: int) -> list[str]:
 class Sizes:
     """Shapes of both graphs. `prefix` and `text` are counts of positions, `image` is in pixels."""
 
-    image: int
-    frames: int | None  # images per request of a video checkpoint, else None
-    prefix: int  # P: K/V cache positions of one request's image
-    layers: int
-    heads: int
-    head: int  # D: head size
-    vocabulary: int
-    text: int  # most text tokens per sequence, including the prompt (number of position embeddings)
+    image: Count
+    frames: Count | None  # images per request of a video checkpoint, else None
+    prefix: Count  # P: K/V cache positions of one request's image
+    layers: Count
+    heads: Count
+    head: Count  # D: head size
+    vocabulary: Count
+    text: Count  # most text tokens per sequence, prompt included (number of position embeddings)
 
     @property
     def pixels(self) -> tuple[int, ...]:
@@ -59,8 +63,8 @@ class SpecialTokens:
 class Preprocessing:
     """Image preprocessing ahead of the encoder graph; sizes in pixels."""
 
-    shortest_edge: int
-    crop: int
+    shortest_edge: Count
+    crop: Count
     resample: int  # PIL.Image.Resampling
 
 
@@ -177,9 +181,9 @@ def read(folder: Path) -> Manifest:
                 f"{path} was written by another version: export it again, with "
                 f"`make export MODEL={content.get('model', '...')} NAME={folder.name}`"
             )
-        manifest = _parsed(content)
+        manifest = convert(content, Manifest)
         _check_named(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError) as cause:
+    except (ValueError, KeyError, TypeError, AttributeError, MsgspecError) as cause:
         raise EngineFolderError(f"{path} can't be read: export it again ({cause!r})") from cause
     return manifest
 
@@ -202,19 +206,6 @@ def sha256(path: Path) -> str:
     """Hex digest of a file, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _parsed(content: dict[str, Any]) -> Manifest:
-    test = content.pop("self_test", None)
-    return Manifest(
-        sizes=Sizes(**content.pop("sizes")),
-        tokens=SpecialTokens(**content.pop("tokens")),
-        preprocessing=Preprocessing(**content.pop("preprocessing")),
-        variants=tuple(Variant(**variant) for variant in content.pop("variants")),
-        combinations=tuple(Combination(**c) for c in content.pop("combinations")),
-        self_test=test and SelfTest(tuple(test["seeds"]), tuple(map(tuple, test["tokens"]))),
-        **content,
-    )
 
 
 def _check_named(manifest: Manifest) -> None:

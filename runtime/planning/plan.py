@@ -9,6 +9,8 @@ import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from msgspec import MsgspecError, convert
+
 from runtime.errors import EngineFolderError
 from runtime.model import manifest as manifests
 from runtime.model.manifest import EXACT, Manifest
@@ -171,10 +173,9 @@ def load(folder: Path, manifest: Manifest, machine: Machine, available: tuple[st
         content = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise EngineFolderError(f"{path} was written by another version: {again}")
-        stated = content["machine"] | {"instructions": tuple(content["machine"]["instructions"])}
-        made_on, engine = Machine(**stated), content["engine"]
-        plan = Plan(**content["plan"])
-    except (ValueError, KeyError, TypeError, AttributeError) as cause:
+        made_on, engine = convert(content["machine"], Machine), content["engine"]
+        plan = convert(content["plan"], Plan)
+    except (ValueError, KeyError, TypeError, MsgspecError) as cause:
         raise EngineFolderError(f"{path} can't be read ({cause!r}): {again}") from cause
     if made_on != machine:
         raise EngineFolderError(f"{path} was made on {made_on}, this is {machine}: {again}")
