@@ -43,6 +43,29 @@ def test_a_name_leads_nowhere_else(here, monkeypatch):
     assert [item.name for item in read("../a.png", "..")] == ["a", "a", "sub/b"]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("**/*.png", ["a.png", "sub/b.png", "sub/deep/c.png"]),
+        ("**", ["a.png", "sub/b.png", "sub/deep/c.png"]),
+        ("s?b/**", ["sub/b.png", "sub/deep/c.png"]),
+        ("sub/**/*.png", ["sub/b.png", "sub/deep/c.png"]),
+        ("**/deep/*", ["sub/deep/c.png"]),
+        ("**/s[u]b/**/[b-c].png", ["sub/b.png", "sub/deep/c.png"]),
+        ("*/*.png", ["back/a.png", "self/a.png", "sub/b.png"]),
+        ("**/*.PNG", []),
+    ],
+)
+def test_a_pattern_for_any_depth_does_not_go_in_circles(pattern, found, here):
+    for name in ("sub/deep/c.png", "sub/.hidden/d.png"):
+        (here / name).parent.mkdir()
+        (here / name).touch()
+    (here / "self").symlink_to(".")
+    (here / "back").symlink_to(here)
+    assert [item.id for item in read(pattern)] == found
+    assert Files(str(here / pattern)).count(Event()) == len(found)
+
+
 def test_a_folder_that_can_not_be_read_fails_alone(here, monkeypatch):
     listed = Path.iterdir
 
@@ -67,7 +90,7 @@ def test_a_folder_may_be_as_deep_as_the_system_lets_it(here):
         os.chdir("d")
     Path("deep.png").touch()
     os.chdir(here)
-    [deep] = [item for item in read(".") if item.name.endswith("deep")]
+    [deep] = [item for item in read("**/*/*") if item.name.endswith("deep")]
     subprocess.run(["rm", "-r", "d"], check=True)  # pytest could not
     assert deep.id.count("/") == depth
 

@@ -1,9 +1,11 @@
 """Image files: single ones, those in folders, those that match a pattern."""
 
+import glob
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from threading import Event
 from urllib.parse import urlsplit
@@ -102,7 +104,11 @@ def _stem(name: str) -> str:
 
 def is_pattern(path: str) -> bool:
     """Whether a path is a shell pattern, unless a file of that very name exists."""
-    return any(c in path for c in "*?[") and (is_url(path) or not os.path.lexists(path))
+    return _has_wildcards(path) and (is_url(path) or not os.path.lexists(path))
+
+
+def _has_wildcards(text: str) -> bool:
+    return any(c in text for c in "*?[")
 
 
 def matches(path: str) -> Iterator[Found]:
@@ -112,15 +118,46 @@ def matches(path: str) -> Iterator[Found]:
 
 def _local(path: str) -> Iterator[Found]:
     if is_pattern(path):
-        import glob
-
-        for found in map(Path, sorted(glob.iglob(path, recursive=True))):  # noqa: PTH207 - any root
-            if not found.is_dir():
-                yield Found(str(found), found.name if found.is_absolute() else str(found))
+        for found in _matching(path):
+            file = Path(found.location)
+            yield replace(found, name=file.name if file.is_absolute() else str(file))
     elif Path(path).is_dir():
         yield from _walk(Path(path))
     else:
         yield Found(path, path, itself=True)
+
+
+def _matching(pattern: str) -> Iterator[Found]:
+    """Files that match a pattern. As in folders, `**` does not follow links to folders: they may
+    lead in circles.
+    """
+    parts = Path(pattern).parts
+    fixed = next(place for place, part in enumerate(parts) if _has_wildcards(part))
+    if "**" in parts:
+        for found in _walk(Path(*parts[:fixed])):
+            if found.wrong is not None or _fits(Path(found.name).parts, parts[fixed:]):
+                yield found
+    else:
+        for file in sorted(glob.iglob(pattern)):  # noqa: PTH207 - any root
+            if not Path(file).is_dir():
+                yield Found(file, file)
+
+
+def _fits(names: tuple[str, ...], parts: tuple[str, ...]) -> bool:
+    """Whether a path's names match a pattern's parts."""
+    places = _next({0}, parts)
+    for name in names:
+        fit = {p for p in places if p < len(parts) and fnmatchcase(name, parts[p])}
+        places = _next({place if parts[place] == "**" else place + 1 for place in fit}, parts)
+    return len(parts) in places
+
+
+def _next(places: set[int], parts: tuple[str, ...]) -> set[int]:
+    """Places of the parts that the next name may match: `**` may stand for no name at all."""
+    for place, part in enumerate(parts):
+        if place in places and part == "**":
+            places.add(place + 1)
+    return places
 
 
 def _walk(top: Path) -> Iterator[Found]:
