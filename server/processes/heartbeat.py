@@ -3,10 +3,10 @@
 import asyncio
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import zmq
 
+from runtime.stepper import Stepper
 from server.ipc.messages import (
     BEAT_SECONDS,
     FROM_SUPERVISOR,
@@ -19,9 +19,7 @@ from server.ipc.messages import (
     packed,
     process_name,
 )
-
-if TYPE_CHECKING:
-    from server.processes.worker import Worker
+from server.ipc.receiver import Receiver
 
 
 class Heartbeat(threading.Thread):
@@ -33,11 +31,11 @@ class Heartbeat(threading.Thread):
         self._socket.identity = process_name("worker", index, epoch).encode()
         self._socket.linger = 1000
         self._address = control_address(folder)
-        self._ready: tuple[Worker, WorkerFacts, asyncio.AbstractEventLoop] | None = None
+        self._ready: tuple[WorkerReady, Receiver, Stepper, asyncio.AbstractEventLoop] | None = None
 
-    def serving(self, worker: "Worker", facts: WorkerFacts) -> None:
+    def serving(self, worker: Receiver, stepper: Stepper, facts: WorkerFacts) -> None:
         """Report the worker as ready. Called on its event loop, which gets the messages for it."""
-        self._ready = worker, facts, asyncio.get_running_loop()
+        self._ready = WorkerReady(facts), worker, stepper, asyncio.get_running_loop()
 
     def run(self) -> None:
         """Send heartbeats until the process ends."""
@@ -46,14 +44,14 @@ class Heartbeat(threading.Thread):
         while True:
             ready = self._ready
             if ready is not None and not told:
-                self._socket.send(packed(WorkerReady(ready[1])))
+                self._socket.send(packed(ready[0]))
                 told = True
-            self._socket.send(packed(Beat(ready[0].step_since if ready else None)))
+            self._socket.send(packed(Beat(ready[2].step_since if ready else None)))
             if self._socket.poll(BEAT_SECONDS * 1000):
                 message = FROM_SUPERVISOR.decode(self._socket.recv())
                 if ready is None:
                     continue
-                worker, _, loop = ready
+                _, worker, _, loop = ready
                 match message:
                     case Stop():
                         loop.call_soon_threadsafe(worker.stop)

@@ -79,11 +79,6 @@ class Worker(Receiver, Observer):
             if job.owner == owner:
                 self.cancel(job.message.request.id)
 
-    @property
-    def step_since(self) -> float | None:
-        """Start of the engine's current step (`time.monotonic`), None between steps."""
-        return self._engine.engine.stepper.step_since
-
     def received(self, job: RequestTask) -> None:
         """Start a request when its turn has come."""
         self._held.append(job)
@@ -209,7 +204,7 @@ async def _serve(engine: Engine, metrics: WorkerMetrics, heartbeat: Heartbeat, a
         seconds=engine.seconds,
         slots=engine.slots,
     )
-    heartbeat.serving(worker, facts)
+    heartbeat.serving(worker, engine.stepper, facts)
     await worker.run()
     socket.close(linger=2000)
     return int(worker.broken)
