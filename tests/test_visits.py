@@ -27,6 +27,9 @@ def test_who_asks_for_pages_all_the_time_has_to_wait():
     b"GET /v1/models HTTP/1.1\r\nHost: x\r\n" + b"X-Y: z\r\n" * 190,
     b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n",
     b"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n",
+    b"GET / HTTP/1.1\r\n" + b"X-Y: z\r\n" * 50,
+    b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n",
+    b"GET /\r\nHost: x\r\n",
 ])  # fmt: skip
 def test_who_asks_and_leaves_is_charged(asked, monkeypatch):
     """Parsing a head takes as long as a page."""

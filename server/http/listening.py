@@ -312,9 +312,10 @@ class _Watched(HTTPMessageDelegate):
     def headers_received(
         self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
     ) -> Any:
+        taken = self._delegate.headers_received(start_line, headers)  # raises for a wrong Host
         self._stream.refused = False
         self._last = headers.get("Connection", "").lower() == "close"
-        return self._delegate.headers_received(start_line, headers)
+        return taken
 
     def data_received(self, chunk: bytes) -> Any:
         return self._delegate.data_received(chunk)
