@@ -57,6 +57,27 @@ def test_connections_that_who_owes_has_left_are_not_read(monkeypatch):
         assert parsed.call_count < 50
 
 
+@pytest.mark.parametrize(("clients", "each"), [(1, 0.01), (30, 0.1)])
+def test_all_who_owe_together_are_read_as_slowly_as_a_few(clients, each, monkeypatch):
+    loop = Mock()
+    monkeypatch.setattr(debtors.asyncio, "get_running_loop", lambda: loop)
+    begin = Mock(side_effect=lambda connection, _: connection.close())
+    held = debtors.Debtors(Mock(owed=lambda _: 1), [], begin)
+    with contextlib.ExitStack() as opened:
+        for turn in range(2):
+            for number in range(clients):
+                ours, theirs = socket.socketpair()
+                opened.enter_context(theirs)
+                assert held.hold(ours, (f"1.2.3.{number}", turn), 1000)
+        for wait, let_in, group in [call.args for call in loop.call_later.call_args_list]:
+            assert wait <= each
+            let_in(group)
+        waits = [call.args[0] for call in loop.call_later.call_args_list]
+        assert waits[-clients:] == pytest.approx([each] * clients)
+        assert begin.call_count == clients, "one of each"
+        held.close()
+
+
 def test_a_trusted_proxy_s_connections_are_read_whoever_owes(monkeypatch):
     monkeypatch.setattr(debtors, "_TURN_SECONDS", 100)
     with serve(fake_engine, trusted_proxies=("127.0.0.1",)) as live:

@@ -12,6 +12,7 @@ from server.fairness.token_buckets import TokenBuckets
 
 _MOST, _MOST_OF_EACH = 256, 64  # connections that wait
 _TURN_SECONDS = 0.01  # between two of one client
+_ALL_TURNS_SECONDS = 1 / 300  # between two of any clients
 _GONE = getattr(select, "POLLRDHUP", 0)  # 0: can't be told here
 _Waiting = deque[tuple[socket.socket, Any]]  # oldest first
 
@@ -43,7 +44,7 @@ class Debtors:
             return False
         if group not in self._held:
             self._held[group] = deque()
-            asyncio.get_running_loop().call_later(_TURN_SECONDS, self._let_in, group)
+            self._let_in_later(group)
         self._held[group].append((connection, address))
         if len(self._held[group]) > _MOST_OF_EACH:
             _close_one(self._held[group])
@@ -56,6 +57,10 @@ class Debtors:
         if not within(peer, self._proxies):
             self._visits.spend(group_of(peer), cost)
 
+    def _let_in_later(self, group: str) -> None:
+        wait = max(_TURN_SECONDS, len(self._held) * _ALL_TURNS_SECONDS)
+        asyncio.get_running_loop().call_later(wait, self._let_in, group)
+
     def _let_in(self, group: str) -> None:
         """Begin with a client's oldest connection that it has not left."""
         waiting = self._held.get(group, deque())
@@ -66,7 +71,7 @@ class Debtors:
                 break
             connection.close()
         if waiting:
-            asyncio.get_running_loop().call_later(_TURN_SECONDS, self._let_in, group)
+            self._let_in_later(group)
         else:
             self._held.pop(group, None)
 
