@@ -14,6 +14,7 @@ from runtime.model.preprocess import FORMATS
 from server.images import heads
 from server.images.cost import estimate
 from tests.conftest import SAMPLES
+from tests.decoders import HOW, dear
 
 
 def _saved(kind: str, **options) -> bytes:
@@ -95,3 +96,15 @@ def test_what_takes_longer_than_usual_in_its_format_is_estimated_so(kind, mode, 
         return estimate(image, buffer.getvalue(), how).seconds
 
     assert estimated(mode, **options) > 1.5 * estimated("RGB")
+
+
+def test_what_an_image_costs_is_seen_in_its_head():
+    def seconds(image):
+        return estimate(Image.open(io.BytesIO(image)), image, HOW).seconds
+
+    photo = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    Image.fromarray(noise).resize((4000, 3000)).save(photo, "JPEG")
+    assert seconds(photo.getvalue()) < 0.15, "a camera's picture is a usual one"
+    assert seconds(dear(4000)) > 0.15
+    assert len(dear(4000)) < 100

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import hashlib
 import io
 import os
 import signal
@@ -11,46 +10,22 @@ import threading
 import time
 from contextlib import suppress
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from bench.common.processes import pss
 from bench.reliability.senders import unpacking
 from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels
-from runtime.model.manifest import Preprocessing
 from runtime.model.preprocess import preprocess
-from server.fairness.errors import QueueFull
-from server.fairness.token_buckets import TokenBuckets
-from server.images.cost import TooHard, estimate
-from server.images.decoder import Place, Setup, Target
-from server.images.lane import GaveWay, NoDecoder, OutOfTime
-from server.images.pool import ImageDecoders, ImageJob, Origin
-from server.ipc.shared import NoSharedMemory, PixelStore
+from server.images.cost import TooHard
+from server.images.lane import NoDecoder
+from tests.decoders import HOW, decode, job, new_store, pool
 from tests.live import png, until
-
-HOW = Preprocessing(32, 32, 3)
 
 
 @pytest.fixture
 def store(tmp_path):
-    return PixelStore(tmp_path / "pixels", 4, (3, 32, 32), create=True)
-
-
-def pool(store, seconds=20.0, memory=2048, count=1, pixels=1_000_000):
-    setup = Setup((Target((store.path, store.slots, store.shape), HOW),), pixels, memory * 2**20, 0)
-    return ImageDecoders(count, setup, seconds)
-
-
-def job(image, slot=0, client="somebody", seconds=30.0, digest=""):
-    origin = Origin(
-        client, digest or hashlib.sha256(image).hexdigest(), time.perf_counter() + seconds
-    )
-    return ImageJob(image, Place(0, slot, -1), origin)
-
-
-def decode(decoders, image, slot=0, **options):
-    asyncio.run(decoders.decode(job(image, slot, **options)))
+    return new_store(tmp_path)
 
 
 def test_pixels_land_in_the_slot_as_preprocess_makes_them(store):
@@ -130,72 +105,6 @@ def test_a_decoder_that_somebody_kills_costs_nobody_anything(store):
     decoders.close()
 
 
-def dear(side=1500):
-    """A WebP of a few bytes that is expensive to decode."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (side, side)).save(buffer, "WEBP", lossless=True, method=0)
-    return buffer.getvalue()
-
-
-def test_dear_images_wait_for_one_another_and_nobody_for_them(store):
-    decoders = pool(store, pixels=20_000_000)
-    decode(decoders, png())
-    order = []
-
-    async def one(image, slot, name, client="somebody"):
-        await decoders.decode(job(image, slot, client))
-        order.append(name)
-
-    async def run():
-        slow = [asyncio.create_task(one(dear(3500 + n), 0, "dear")) for n in range(3)]
-        await asyncio.sleep(0.2)
-        await asyncio.gather(*(one(png((n, n, n)), 1, "usual") for n in range(5)))
-        await asyncio.gather(*slow)
-
-    asyncio.run(run())
-    assert order == ["usual"] * 5 + ["dear"] * 3
-    decoders.close()
-
-
-def test_clients_take_turns(store):
-    decoders = pool(store)
-    decode(decoders, png())
-    order = []
-
-    async def one(client, number):
-        await decoders.decode(job(png((number, 1, 1)), 0, client))
-        order.append(client)
-
-    async def run():
-        many = [asyncio.create_task(one("many", n)) for n in range(6)]
-        await asyncio.sleep(0)
-        await one("few", 100)
-        await asyncio.gather(*many)
-
-    asyncio.run(run())
-    assert order.index("few") <= 2
-    decoders.close()
-
-
-def test_dear_images_that_can_not_be_decoded_in_time_are_refused_at_once(store):
-    decoders = pool(store, pixels=20_000_000)
-    with pytest.raises(QueueFull) as full:
-        decode(decoders, dear(4000), seconds=0.25)
-    assert full.value.retry_after >= 1
-    decoders.close()
-
-
-def test_an_image_that_takes_too_long_is_remembered(store):
-    decoders = pool(store, seconds=0.05, pixels=20_000_000)
-    with pytest.raises(TooHard, match="took too long"):
-        decode(decoders, dear(4000))
-    before = decoders.pids
-    with pytest.raises(TooHard, match="took too long"):
-        decode(decoders, dear(4000))
-    assert decoders.pids == before, "it was not tried again"
-    decoders.close()
-
-
 def test_a_jpeg_with_hundreds_of_scans_is_refused_by_its_head(store):
     decoders = pool(store)
     with pytest.raises(InvalidImage, match="120 scans"):
@@ -222,18 +131,6 @@ def test_a_telephones_picture_with_another_in_it_is_a_usual_one(store):
     decode(decoders, buffer.getvalue(), 1)
     assert store[1][0, 0, 0] == 9
     decoders.close()
-
-
-def test_what_an_image_costs_is_seen_in_its_head():
-    def seconds(image):
-        return estimate(Image.open(io.BytesIO(image)), image, HOW).seconds
-
-    photo = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
-    Image.fromarray(noise).resize((4000, 3000)).save(photo, "JPEG")
-    assert seconds(photo.getvalue()) < 0.15, "a camera's picture is a usual one"
-    assert seconds(dear(4000)) > 0.15
-    assert len(dear(4000)) < 100
 
 
 def test_what_a_library_says_of_an_image_reaches_no_log(store, capfd):
@@ -323,73 +220,3 @@ def test_a_large_image_leaves_no_memory_behind(store):
     decode(decoders, unpacking(7_000))
     until(lambda: max(map(pss, decoders.pids)) < 100 * 2**20)
     decoders.close()
-
-
-def test_a_store_that_does_not_fit_says_what_to_do(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(NoSharedMemory, match="--shm-size"):
-        PixelStore(tmp_path / "x", 4, (3, 8, 8), create=True)
-
-
-def test_both_ends_of_a_store_see_the_same_bytes(tmp_path):
-    mine = PixelStore(tmp_path / "x", 2, (3, 8, 8), create=True)
-    theirs = PixelStore(tmp_path / "x", 2, (3, 8, 8))
-    slot = mine.take()
-    mine[slot][:] = 7
-    assert (theirs[slot] == 7).all()
-    mine.give_back(slot)
-    assert sorted([mine.take(), mine.take()]) == [0, 1]
-    assert np.asarray(theirs[1]).dtype == np.uint8
-
-
-def test_a_client_whose_images_take_longer_than_they_look_waits_with_the_dear_ones(store):
-    decoders, asked = pool(store), []
-
-    async def out_of_time(client, task):
-        if task.gives_way():
-            raise GaveWay
-        asked.append(client)
-        raise OutOfTime
-
-    decoders._quick.ask = out_of_time
-    for n in range(5):
-        decode(decoders, png((n, 2, 3)), client="deceiver")
-    assert asked == ["deceiver"] * 3
-    decode(decoders, png((9, 9, 9)), client="another")
-    assert asked[3:] == ["another"]
-    decoders.close()
-
-
-def test_images_that_wait_already_when_a_client_is_found_out_wait_with_the_dear_ones(store):
-    """A whole burst that was let in is not decoded before anybody looks."""
-    decoders, asked = pool(store), []
-    real = decoders._quick._ask
-
-    async def expensive(client, task):
-        asked.append(client)
-        kind, _ = await real(client, task)
-        return kind, b"0.6"  # seconds more than estimated
-
-    decoders._quick._ask = expensive
-
-    async def burst():
-        jobs = [job(png((n, 2, 3)), n % 4, client="deceiver") for n in range(12)]
-        await asyncio.gather(*(decoders.decode(each) for each in jobs))
-
-    asyncio.run(burst())
-    assert len(asked) <= 4
-    decoders.close()
-
-
-def test_what_a_client_owes_for_images_that_deceived_is_not_forgotten_at_once():
-    now = [0.0]
-    credit = TokenBuckets(1 / 60, 2.0, lambda: now[0], longest=600.0)
-    for _ in range(60):
-        credit.spend("deceiver", 1)
-    now[0] = 300.0
-    assert credit.owed("deceiver")
-    now[0] = 700.0
-    assert not credit.owed("deceiver")

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 
 from server.ipc.shared import NoSharedMemory, PixelStore, RunFolder
@@ -73,3 +74,14 @@ def test_full_shared_memory_is_a_message(tmp_path, monkeypatch):
         make_files(tmp_path, ["front-0"])
     with pytest.raises(NoSharedMemory, match="--shm-size"):
         PixelStore(tmp_path / "p", 4, (3, 8, 8), create=True)
+
+
+def test_both_ends_of_a_store_see_the_same_bytes(tmp_path):
+    mine = PixelStore(tmp_path / "x", 2, (3, 8, 8), create=True)
+    theirs = PixelStore(tmp_path / "x", 2, (3, 8, 8))
+    slot = mine.take()
+    mine[slot][:] = 7
+    assert (theirs[slot] == 7).all()
+    mine.give_back(slot)
+    assert sorted([mine.take(), mine.take()]) == [0, 1]
+    assert np.asarray(theirs[1]).dtype == np.uint8
