@@ -155,7 +155,8 @@ def _batch(
     chosen_from: list[list[tuple[np.ndarray, np.float32]]] = [[] for _ in batch]
     for step in range(steps):
         # A row that has not started is fed its first token repeatedly, at the same position.
-        ages = np.maximum(step - starts, 0)
+        # One that has ended stays at the last position there is.
+        ages = np.clip(step - starts, 0, sizes.text - 1)
         lengths = (sizes.prefix + ages).astype(np.int32)
         fed = [[text[age]] for text, age in zip(texts, ages, strict=True)]
         outputs = graphs.decode(

@@ -67,13 +67,13 @@ class Stepper:
 
     def _run(self) -> None:
         while self._take():
-            if not self._engine.idle:
+            if self._sinks:  # else the engine may run another thread's requests
                 self._step()
 
     def _take(self) -> bool:
-        """Run pending commands; if the engine is idle, wait for some. False on a timeout."""
+        """Run pending commands; if nothing runs, wait for some. False on a timeout."""
         with self._changed:
-            if self._engine.idle:
+            if not self._sinks:
                 self._changed.wait_for(lambda: self._commands, _LINGER_SECONDS)
                 if not self._commands:
                     self._thread = None

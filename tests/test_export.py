@@ -17,6 +17,7 @@ from export.build import Proof, build
 from export.checkpoint import load
 from export.errors import ExportError, Mismatch
 from export.random_weights import from_config, random_weights
+from export.verify import verify
 from runtime.engine import Engine
 from runtime.errors import ComputationFailed
 from runtime.model import manifest as manifests
@@ -187,6 +188,11 @@ def test_impossible_comparisons_are_refused(tmp_path):
     for images, tokens in ((0, 5), (2, 0), (2, 99)):
         with pytest.raises(ExportError, match="at least 1 image, and 1 to 35 tokens"):
             build(from_config("x", SHAPES["base"]), tmp_path / "engine", Proof(images, tokens))
+
+
+def test_captions_may_be_compared_up_to_the_last_position(small):
+    checkpoint, folder = small
+    assert verify(checkpoint, folder, images=6, new_tokens=35).images == 6
 
 
 @pytest.mark.parametrize(

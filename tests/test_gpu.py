@@ -246,7 +246,7 @@ def test_what_tensorrt_compiled_is_kept_apart_by_gpu_version_and_graph():
 
 
 def test_tensorrt_gets_a_profile_and_both_caches(tmp_path):
-    options = tensorrt.options(tmp_path, (3, 224, 224), 16)
+    options = tensorrt.options(tmp_path, (3, 224, 224), 16, half=True)
     assert options["trt_profile_min_shapes"] == "pixels:1x3x224x224"
     assert options["trt_profile_max_shapes"] == "pixels:16x3x224x224"
     switches = {
@@ -255,6 +255,8 @@ def test_tensorrt_gets_a_profile_and_both_caches(tmp_path):
     assert len(switches) == 4
     assert set(switches.values()) == {"True"}  # ONNX Runtime refuses 1 here
     assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(tmp_path)
+    unproven = tensorrt.options(tmp_path, (3, 224, 224), 16, half=False)
+    assert unproven["trt_fp16_enable"] == "False"
 
 
 def test_a_cache_that_tensorrt_cannot_read_is_made_again(tmp_path, caplog):

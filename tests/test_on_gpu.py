@@ -13,13 +13,12 @@ from export.random_weights import from_config
 from runtime.engine import Engine
 from runtime.errors import ProviderError
 from runtime.execution.device import DeviceRunner
-from runtime.execution.host import HostRunner
 from runtime.planning.config import EngineConfig
 from runtime.providers import cuda, registry
 from runtime.providers.gpu import require_gpu
 from tests.checkpoints import SHAPES
 from tests.conftest import DEMO, ROOT, SAMPLES
-from tests.test_device import FUSED, captions, engine
+from tests.test_device import FUSED, OnHost, captions, engine
 
 
 def obstacle(name: str) -> str | None:
@@ -80,8 +79,8 @@ def heads(tmp_path_factory):
 def test_heads_of_64_say_the_same_as_on_the_processor(heads, graphs):
     """Unequal ages, forced prompts, slots that are used again; random weights sway easily."""
     settings = {"slots": 6, "encode_batch": 4, "patience": 0}
-    on_gpu = Engine.open(heads, EngineConfig("cuda", cuda_graphs=graphs, **settings))
-    expected, _ = captions(engine(heads, HostRunner, FUSED), heads)
+    on_gpu = Engine.open(heads, EngineConfig(provider="cuda", cuda_graphs=graphs, **settings))
+    expected, _ = captions(engine(heads, OnHost, FUSED), heads)
     said, bursts = captions(on_gpu, heads)
     assert max(bursts) > 1
     assert sum(a == b for a, b in zip(said, expected, strict=True)) >= 18

@@ -54,6 +54,24 @@ def test_a_provider_that_computes_something_else_is_refused_when_it_is_named(mon
         Engine.open(DEMO, CPU)
 
 
+def test_a_slot_with_less_room_than_the_captions_is_tested_as_far_as_it_goes():
+    assert Engine.open(DEMO, replace(CPU, text_tokens=4)).runner.text_tokens == 4
+
+
+def test_a_provider_that_can_not_run_the_graphs_is_refused_when_it_is_named(monkeypatch):
+    def full(self):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(HostRunner, "warm_up", full)
+    with pytest.raises(ProviderError, match="cpu can't run this: out of memory"):
+        Engine.open(DEMO, CPU)
+
+
+def test_a_provider_that_is_named_is_the_only_one_that_is_tried(monkeypatch):
+    monkeypatch.setattr(loader.registry, "available", lambda: pytest.fail("it tries others"))
+    assert [plan.encoder_provider for plan in prepare(DEMO, CPU).plans] == ["cpu"]
+
+
 def test_auto_leaves_out_a_provider_that_computes_something_else(monkeypatch, caplog):
     real, tried = self_test.check, []
 

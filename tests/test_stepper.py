@@ -112,13 +112,14 @@ def test_an_interrupted_thread_takes_its_request_back_and_leaves_the_others_thei
 
 def test_submit_and_step_are_for_one_thread():
     engine = fake_engine()
-    engine.submit(engine.request(image(1)))
+    mine = engine.request(image(1))
+    engine.submit(mine)
     with ThreadPoolExecutor(1) as pool:
         other = engine.request(image(2))
         for call in (lambda: engine.submit(other), engine.step,
                      lambda: engine.generate([image(2)])):  # fmt: skip
             assert isinstance(pool.submit(call).exception(), WrongThread)
-        drained(engine)
+        assert drained(engine).keys() == {mine.id}, "others' attempts have not disturbed it"
         assert pool.submit(engine.generate, [image(2)]).result()
 
 

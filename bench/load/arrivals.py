@@ -52,6 +52,7 @@ def closed_loop(engine: Engine, work: list[Job], clients: int) -> list[float]:
             assert output.timing is not None
             waits.append(output.timing.total_s)
             submit(1)
+    assert len(waits) == len(work)
     return waits
 
 

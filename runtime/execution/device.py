@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from runtime.errors import GraphsFailed, ProviderError
+from runtime.errors import GraphsFailed
 from runtime.execution.base import Candidates, leading
 from runtime.execution.device_buffer import DeviceBuffer, View
 from runtime.model.manifest import PIECE, UNFORCED, Manifest, kv_names
@@ -116,16 +116,15 @@ class DeviceRunner:
         self._staging = np.zeros((self._batch, *self.sizes.pixels), np.uint8)
         if device == "cuda":
             pin(self._staging)
-        half = None if plan.memory_limit is None else plan.memory_limit // 2
-        captured, not_captured = CudaOptions(half, plan.cuda_graphs), CudaOptions(half, False)
+        captured = CudaOptions(plan.memory_limit, plan.cuda_graphs)
         encode_on = Placement(
-            plan.encoder_provider, plan.encoder_threads, folder, cuda=captured, batch=self._batch,
-            row=self.sizes.pixels,
+            plan.encoder_provider, plan.encoder_threads, folder, half=True, cuda=captured,
+            batch=self._batch, row=self.sizes.pixels,
         )  # fmt: skip
         decode_on = Placement(plan.decoder_provider, plan.decoder_threads, cuda=captured)
         self._encoder = open_session(folder / graphs["encoder"].file, encode_on)
         self._decoder = open_session(folder / graphs["decoder"].file, decode_on)
-        beside = replace(decode_on, cuda=not_captured)
+        beside = replace(decode_on, cuda=replace(captured, graphs=False))
         self._insert, self._reorder, self._candidates = (
             open_session(folder / graphs[name].file, beside)
             for name in ("insert", "reorder", "candidates")
@@ -240,15 +239,11 @@ class DeviceRunner:
     def warm_up(self) -> None:
         """Run all graphs, encoder and decoder in all sizes; capture these if CUDA graphs are on.
 
-        Raises ProviderError if the device can't run them, GraphsFailed if they run but can't be
-        captured.
+        Raises GraphsFailed if they run but can't be captured.
         """
-        try:
-            # Allocation and algorithm selection happen in these runs, never during capture.
-            for _ in range(_RUNS_BEFORE_CAPTURE):
-                self._run_all()
-        except Exception as cause:  # ONNX Runtime has one exception class per status code
-            raise ProviderError(f"{self.plan.encoder_provider} can't run this: {cause}") from cause
+        # Allocation and algorithm selection happen in these runs, never during capture.
+        for _ in range(_RUNS_BEFORE_CAPTURE):
+            self._run_all()
         if not self.plan.cuda_graphs:
             return
         self.graphs = True

@@ -44,10 +44,13 @@ def prepare(folder: Path, config: EngineConfig) -> Prepared:
     Raises EngineFolderError for a missing, damaged or foreign folder or plan, ProviderError for a
     missing provider or slots that don't fit memory.
     """
-    if config.provider != AUTO:
+    if config.provider == AUTO:
+        providers = registry.available()
+    else:
         registry.require(config.provider)
+        providers = (config.provider,)
     manifest = manifests.load(folder)
-    plans = resolve(folder, manifest, config, registry.available())
+    plans = resolve(folder, manifest, config, providers)
     fitting: list[Plan] = []
     for plan in plans:
         try:
@@ -127,7 +130,10 @@ def _opened(engine: Prepared, plan: Plan) -> tuple[AnyRunner, float]:
 
 
 def _warm_runner(engine: Prepared, plan: Plan) -> AnyRunner | None:
-    """Open and warm up a runner; None, with its memory freed, if CUDA graphs can't be captured."""
+    """Open and warm up a runner; None, with its memory freed, if CUDA graphs can't be captured.
+
+    Raises ProviderError if the providers can't run the graphs.
+    """
     cache = engine.manifest.combination(plan.combination).cache
     kind = DeviceRunner if cache == _ON_DEVICE else HostRunner
     runner: AnyRunner = kind(engine.folder, engine.manifest, plan)
@@ -136,4 +142,6 @@ def _warm_runner(engine: Prepared, plan: Plan) -> AnyRunner | None:
     except GraphsFailed as cause:
         log.warning("%s: it goes on without CUDA graphs, and slower", cause)
         return None
+    except Exception as cause:  # ONNX Runtime has one exception class per status code
+        raise ProviderError(f"{plan.encoder_provider} can't run this: {cause}") from cause
     return runner

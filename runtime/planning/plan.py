@@ -71,8 +71,8 @@ def resolve(
 ) -> list[Plan]:
     """Plans to try, in order; more than one only if the provider is `auto`.
 
-    available: this machine's providers, fastest first. Raises EngineFolderError for a plan.json
-    that belongs to another machine or engine, or can't be read.
+    available: the provider asked for, or this machine's, fastest first. Raises EngineFolderError
+    for a plan.json that belongs to another machine or engine, or can't be read.
     """
     if (folder / FILE).is_file():
         chosen = config.provider != AUTO or config.precision != AUTO or config.threads
@@ -83,8 +83,7 @@ def resolve(
             return [replace(plan, encode_batch=batch, encoder_streams=streams)]
         reason = "provider, precision or threads were given" if chosen else "there is a GPU"
         log.info("%s, which is of processors, is set aside: %s", folder / FILE, reason)
-    names = available if config.provider == AUTO else (config.provider,)
-    return [default(manifest, config, name, this_machine()) for name in names]
+    return [default(manifest, config, name, this_machine()) for name in available]
 
 
 def default(manifest: Manifest, config: EngineConfig, provider: str, machine: Machine) -> Plan:

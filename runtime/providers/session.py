@@ -23,6 +23,7 @@ class Placement:
     threads: threads per operator on a CPU; 0 takes all cores.
     folder: engine folder, where a provider may cache compiled graphs for the next start.
     exact: compute in fp32 even where the provider defaults to less.
+    half: let TensorRT compute in fp16, as the graph was proven so.
     batch, row: most rows of an encoder and the shape of each, for which TensorRT compiles.
     """
 
@@ -30,6 +31,7 @@ class Placement:
     threads: int = 0
     folder: Path | None = None
     exact: bool = False
+    half: bool = False
     cuda: CudaOptions = CudaOptions()  # noqa: RUF009 - it is frozen
     batch: int = 1
     row: tuple[int, ...] = ()
@@ -102,7 +104,7 @@ def _open_tensorrt(path: Path, options: ort.SessionOptions, how: Placement) -> o
     name = tensorrt.key(gpu, tensorrt.version(), sha256(path))
     folder = tensorrt.cache_folder(how.folder, name)
     chain = [
-        (tensorrt.EP, tensorrt.options(folder, how.row, how.batch)),
+        (tensorrt.EP, tensorrt.options(folder, how.row, how.batch, how.half)),
         # For nodes that TensorRT leaves over, such as a cast of the pixels.
         (cuda.EP, cuda.settings(how.cuda, how.exact) | {"enable_cuda_graph": "0"}),
     ]

@@ -82,14 +82,15 @@ def cache_folder(engine: Path, name: str) -> Path:
     return temporary
 
 
-def options(folder: Path, row: tuple[int, ...], batch: int) -> dict[str, str]:
-    """The provider's options: fp16, engine and timing cache, and the profile of `pixels`.
+def options(folder: Path, row: tuple[int, ...], batch: int, half: bool) -> dict[str, str]:
+    """The provider's options: engine and timing cache, and the profile of `pixels`.
 
-    row: shape of one row of `pixels`. batch: most rows. Switches are True, not 1 as for CUDA.
+    row: shape of one row of `pixels`. batch: most rows. half: allow fp16. Switches are True, not 1
+    as for CUDA.
     """
     shape = "x".join(map(str, row))
     return {
-        "trt_fp16_enable": "True",
+        "trt_fp16_enable": str(half),
         "trt_engine_cache_enable": "True",
         "trt_engine_cache_path": str(folder),
         "trt_timing_cache_enable": "True",
