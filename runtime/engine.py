@@ -64,7 +64,7 @@ class Observer:
         """`requests` are about to be encoded."""
 
     def stepped(self, report: StepReport) -> None:
-        """A step has ended."""
+        """A step has ended, or a request was cancelled."""
 
 
 class Engine:
@@ -188,6 +188,7 @@ class Engine:
         sequence = self._sequences.pop(request_id, None)
         found = sequence is not None and self.scheduler.cancel(sequence)
         self._let_go()
+        self._report()  # a step may not follow
         return found
 
     def abandon(self) -> None:
@@ -240,10 +241,13 @@ class Engine:
         for sequence in ended:
             del self._sequences[sequence.request.id]
         self._let_go()
-        left, waiting = self.scheduler.running, self.scheduler.waiting
-        self.observer.stepped(StepReport(len(admitted), rows, len(left), waiting))
-        news = (sequence.output() for sequence in (*ended, *left))
+        self._report(len(admitted), rows)
+        news = (sequence.output() for sequence in (*ended, *self.scheduler.running))
         return [output for output in news if output is not None]
+
+    def _report(self, encoded: int = 0, rows: int = 0) -> None:
+        running, waiting = len(self.scheduler.running), self.scheduler.waiting
+        self.observer.stepped(StepReport(encoded, rows, running, waiting))
 
     def _decode(self, running: list[Sequence]) -> None:
         """Feed every running row; results of rows without a sequence are ignored."""

@@ -28,7 +28,7 @@ class BodyTooLarge(VignetteError):
 
 
 class UnsupportedMediaType(VignetteError):
-    """/caption does not accept the request's Content-Type."""
+    """A Content-Type or Content-Encoding that is not taken there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,7 @@ HTTP_ERRORS: dict[int, ErrorStatus] = {
     ),
     404: ErrorStatus(404, "not_found", "no such page: POST an image to /caption, or see /"),
     405: ErrorStatus(405, "method_not_allowed", "this method is not served here: see /"),
+    431: ErrorStatus(431, "head_too_large"),
 }
 INTERNAL = ErrorStatus(500, "internal", "an error of ours; it was logged")
 

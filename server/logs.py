@@ -113,10 +113,16 @@ class RateLimitedLog:
 
     def warning(self, message: str, *values: object) -> None:
         """Log a warning, unless the same message was logged within the last minute."""
-        now = self._clock()
-        if now - self._said.get(message, -_SELDOM_SECONDS) >= _SELDOM_SECONDS:
-            self._said[message] = now
+        if self.due(message):
             self._log.warning(message, *values)
+
+    def due(self, message: str) -> bool:
+        """Whether a message was not due within the last minute."""
+        now = self._clock()
+        if now - self._said.get(message, -_SELDOM_SECONDS) < _SELDOM_SECONDS:
+            return False
+        self._said[message] = now
+        return True
 
 
 def flush() -> None:

@@ -104,8 +104,8 @@ class Settings(BaseSettings):
     decode_memory_mb: Annotated[
         int,
         Field(ge=512, le=2**20, description="MiB that a decoder process may take; an image that is "
-              "estimated to need more is refused. Usual images take 150 at most, and of those that "
-              "take more each front-end decodes one at a time"),
+              "estimated to need more is refused; of those that are estimated to need more than "
+              "256 each front-end decodes one at a time"),
     ] = 2048  # fmt: skip
     max_queue: Annotated[
         int,

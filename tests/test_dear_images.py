@@ -65,6 +65,16 @@ def test_dear_images_that_can_not_be_decoded_in_time_are_refused_at_once(store):
     decoders.close()
 
 
+def test_a_dear_image_whose_time_is_over_before_it_is_decoded_is_no_bad_one(store):
+    decoders = pool(store, pixels=20_000_000)
+    decode(decoders, png())
+    decoders._pace = 0.01  # it seems to be in time
+    with pytest.raises(QueueFull):
+        decode(decoders, dear(4000), seconds=0.1)
+    decode(decoders, dear(4000))
+    decoders.close()
+
+
 def test_an_image_that_takes_too_long_is_remembered(store):
     decoders = pool(store, seconds=0.05, pixels=20_000_000)
     with pytest.raises(TooHard, match="took too long"):

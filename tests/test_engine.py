@@ -86,6 +86,16 @@ def test_holes_change_nothing_and_are_closed_only_for_a_smaller_bucket(requests,
     assert all(runner.bucket(fed) == runner.bucket(run) for run, fed in rows if run)
 
 
+def test_a_request_that_is_cancelled_last_is_reported_gone():
+    engine, seen = fake_engine(), []
+    engine.observer.stepped = seen.append
+    engine.submit(request := engine.request(image(1), ignore_eos=True))
+    engine.step()
+    assert seen[-1].running == 1
+    engine.cancel(request.id)
+    assert (seen[-1].running, seen[-1].rows) == (0, 0)
+
+
 def test_all_rows_of_a_request_are_reported():
     engine, rows = fake_engine(EngineConfig(slots=8)), []
     engine.observer.stepped = lambda report: rows.append(report.rows)

@@ -160,6 +160,14 @@ def test_many_errors_in_one_answer_are_refusals_that_are_waited_for(monkeypatch)
     assert waits[-1] > 1
 
 
+def test_a_list_of_errors_is_no_caption_that_makes_up_for_them():
+    with serve(fake_engine) as live:
+        for _ in range(5):
+            assert live.caption(as_json(images=[b64(b"x")]), **JSON).status == 200
+        assert live.service.refusals._left["127.0.0.1"][0] < 96, "of 100"
+        assert live.metric('vignette_requests_total{outcome="invalid_image"}') == 5
+
+
 @pytest.mark.parametrize(("pieces", "answered"), [(20, True), (400, False)])
 def test_a_head_that_comes_in_bytes_is_hung_up_on(pieces, answered):
     with serve(fake_engine) as live, socket.create_connection(("127.0.0.1", live.port)) as client:

@@ -144,6 +144,24 @@ def test_an_image_that_is_put_off_for_good_fails_alone(tmp_path, monkeypatch):
     assert set(outcomes.values()) == {"a dog"}
 
 
+def test_what_a_proxy_refuses_fails_alone_and_at_once(tmp_path):
+    class Proxy(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_error(413)  # in HTML
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        files = small_images(tmp_path, 2)
+        outcomes = outcomes_of(RemoteService(url, None, {"model": "fake"}, 2), files)
+        server.shutdown()
+    assert all("413 Request Entity Too Large" in outcome for outcome in outcomes.values())
+
+
 @pytest.mark.parametrize(
     ("headers", "body"),
     [

@@ -1,6 +1,8 @@
 """A service from start to end over a runner without graphs: readiness, queue, clients, failures."""
 
 import asyncio
+import base64
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +11,7 @@ import pytest
 
 from runtime.planning.config import EngineConfig
 from server.service.admission import State
+from server.service.service import Service
 from tests.fakes import FakeRunner, Gate, fake_engine, gated
 from tests.live import abort, png, serve, until
 
@@ -74,6 +77,22 @@ def test_requests_that_arrive_together_are_decoded_together():
         engine.runner.open.set()
         assert {f.result().status for f in (first, *rest)} == {200}
         assert max(engine.runner.steps) == 8
+
+
+def test_who_leaves_several_images_is_charged_for_each(monkeypatch):
+    left = []
+    monkeypatch.setattr(Service, "was_left", lambda _, client, images: left.append(images))
+    engine = gated(slots=8)
+    body = json.dumps({"images": [base64.b64encode(png()).decode()] * 5}).encode()
+    head = f" HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with serve(lambda: engine, slots=8) as live:
+        engine.runner.open.clear()
+        client = abort(live.port, head, body)
+        until(lambda: live.model.admission.inside == 5)
+        client.close()
+        until(lambda: left)
+        engine.runner.open.set()
+    assert left == [5]
 
 
 def test_a_client_that_leaves_is_dropped_from_the_batch_at_once():

@@ -290,6 +290,22 @@ def test_a_client_has_its_share_in_all_front_ends_together(tmp_path):
     asyncio.run(run())
 
 
+def test_clients_that_are_not_told_of_get_their_turns_when_the_others_have_left():
+    async def run() -> None:
+        scene = Scene(linger=1.0)
+        for n in range(100):
+            await scene.come(f"r{n}", f"c{n}", 1)
+        for n in range(64):
+            await scene.end(f"r{n}")
+        scene.now += 10.0
+        for n in range(64, 100):
+            assert f"r{n}" in scene.inside
+            await scene.end(f"r{n}")
+        await asyncio.gather(*scene.tasks.values())
+
+    asyncio.run(run())
+
+
 def test_more_clients_than_are_told_of_are_counted_as_those():
     now = 0.0
     clients = PresentClients(1.0, lambda: now)

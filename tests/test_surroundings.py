@@ -1,6 +1,7 @@
 """Ports, folders and shared memory that others use, too."""
 
 import os
+import socket
 
 import numpy as np
 import pytest
@@ -26,6 +27,17 @@ def test_a_host_that_is_none_is_named():
     for host in ("no.such.host.invalid", "192.0.2.1"):
         with pytest.raises(CannotListen, match="--host"):
             Ports(Settings(_env_file=None, port=0, host=host))
+
+
+def test_an_address_that_is_switched_off_is_left_out(monkeypatch):
+    there = [
+        (family, socket.SOCK_STREAM, 6, "", (address, 0))
+        for family, address in ((socket.AF_INET6, "2001:db8::1"), (socket.AF_INET, "127.0.0.1"))
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: there)
+    ports = Ports(Settings(_env_file=None, port=0, host="localhost"))
+    assert [sock.getsockname()[0] for sock in ports.public] == ["127.0.0.1"]
+    ports.close()
 
 
 def test_a_run_keeps_its_folder_whoever_starts(monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from msgspec import Meta, MsgspecError, convert
+from msgspec import Meta, convert
 
 from runtime.errors import EngineFolderError
 
@@ -183,7 +183,7 @@ def read(folder: Path) -> Manifest:
             )
         manifest = convert(content, Manifest)
         _check_named(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError, MsgspecError) as cause:
+    except (ValueError, KeyError, TypeError, AttributeError) as cause:
         raise EngineFolderError(f"{path} can't be read: export it again ({cause!r})") from cause
     return manifest
 

@@ -9,7 +9,7 @@ import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from msgspec import MsgspecError, convert
+from msgspec import convert
 
 from runtime.errors import EngineFolderError
 from runtime.model import manifest as manifests
@@ -174,7 +174,7 @@ def load(folder: Path, manifest: Manifest, machine: Machine, available: tuple[st
             raise EngineFolderError(f"{path} was written by another version: {again}")
         made_on, engine = convert(content["machine"], Machine), content["engine"]
         plan = convert(content["plan"], Plan)
-    except (ValueError, KeyError, TypeError, MsgspecError) as cause:
+    except (ValueError, KeyError, TypeError) as cause:
         raise EngineFolderError(f"{path} can't be read ({cause!r}): {again}") from cause
     if made_on != machine:
         raise EngineFolderError(f"{path} was made on {made_on}, this is {machine}: {again}")

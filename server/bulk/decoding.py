@@ -21,12 +21,19 @@ class BulkDecoders:
     """Decoder processes for any number of threads."""
 
     def __init__(self, manifest: Manifest, processes: int, max_pixels: int) -> None:
-        """max_pixels: the most that an image may have before it is resized."""
+        """max_pixels: the most that an image may have before it is resized.
+
+        Raises NoSharedMemory.
+        """
         limits, shape = Settings.model_fields, manifest.sizes.pixels
         self._seconds: float = limits["decode_seconds"].default
         memory = limits["decode_memory_mb"].default * 2**20
         self._folder = RunFolder()
-        self._store = PixelStore(self._folder.path / "pixels", processes, shape, create=True)
+        try:
+            self._store = PixelStore(self._folder.path / "pixels", processes, shape, create=True)
+        except BaseException:
+            self._folder.remove()
+            raise
         self._free = asyncio.Semaphore(processes)
         target = Target((self._store.path, processes, shape), manifest.preprocessing)
         setup = Setup((target,), max_pixels, memory, _NICENESS)

@@ -71,7 +71,7 @@ class FinishedItems:
     def __contains__(self, item_id: str) -> bool:
         key = np.bytes_(_key(item_id))
         place = int(np.searchsorted(self.sorted, key))
-        return place < len(self.sorted) and self.sorted[place] == key
+        return key in self.sorted[place : place + 1]  # as arrays: both drop zero bytes at the end
 
 
 class Kept:

@@ -10,10 +10,9 @@ from msgspec import Struct, convert
 
 from server.bulk.captioning import RunFailed
 from server.bulk.items import ScoredCaption, UnfitItem, rounded
-from server.http.client import Connection, RemoteService
+from server.http.client import LATER, Connection, RemoteService
 
 _PATIENCE = 300.0  # seconds without a useful answer, before the run fails
-_LATER = (429, 503, 504)
 _WRONG_SERVICE = (401, 404, 405)  # answers that every request would get
 
 
@@ -48,17 +47,17 @@ class RemoteCaptioner:
         while True:
             try:
                 status, retry_after, answer = connection.ask("POST", path, image)
-                if status not in _LATER:
+                if status not in LATER:
                     self._answered = time.monotonic()
                 if status == 200:
                     return _said(answer)
                 reason = answer["error"]["message"]
             except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
                 connection.close()
-                status, retry_after, reason = _LATER[0], 1.0, repr(error)
+                status, retry_after, reason = LATER[0], 1.0, repr(error)
             if status in _WRONG_SERVICE:
                 raise RunFailed(f"{connection.url}: {reason}")
-            if status not in _LATER:
+            if status not in LATER:
                 raise UnfitItem(reason)
             if time.monotonic() + retry_after > give_up or self._over.wait(retry_after):
                 silent = time.monotonic() - self._answered > _PATIENCE - retry_after

@@ -177,7 +177,9 @@ class SlotShares:
         """Admit requests whose turn it is; those of one client and priority keep their order."""
         if not self._wanted:
             return
-        clients, elsewhere = self._clients.count(), self._clients.elsewhere()
+        # Not all clients are published, if there are many.
+        clients = max(self._clients.count(), len(self._present))
+        elsewhere = self._clients.elsewhere()
         ahead = max(_AHEAD, self.slots // 2)
         slots, all_ = (self._clients.front_ends * n for n in (self.slots, self.slots + ahead))
         share = (all_ if self.models == 1 else slots) // clients

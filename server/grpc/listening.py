@@ -4,8 +4,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from server.logs import RateLimitedLog
 from server.service.service import Service
 from server.settings import InvalidSettings, Settings
+
+log = logging.getLogger(__name__)
 
 _SERVICE = "inference.GRPCInferenceService"
 _BESIDE = 64 * 1024  # bytes of a message besides its image
@@ -13,7 +16,6 @@ _CALLS = 4096  # at once, far above the limits of `Bounds`: grpc refuses all fur
 _STREAMS = 128  # calls at once on one connection
 _IDLE_MS, _AGE_MS = 120_000, 3_600_000  # of a connection, after which its client opens another
 _IDENTITY = 1  # no compression: received messages are as large as they are counted
-_SELDOM_SECONDS = 60.0
 
 
 class GrpcServer:
@@ -25,7 +27,6 @@ class GrpcServer:
 
     async def stop(self) -> None:
         """Refuse new calls, and abort those in progress."""
-        self.tell(False)
         await self._server.stop(0)
 
 
@@ -59,8 +60,9 @@ async def start(service: Service) -> GrpcServer:
     server.add_generic_rpc_handlers(
         [grpc.method_handlers_generic_handler(_SERVICE, handlers(service))]
     )
+    seldom = RateLimitedLog(log)  # clients can cause any number of grpc's messages
     for handler in logging.getLogger().handlers:
-        handler.addFilter(_once_a_minute())
+        handler.addFilter(lambda r: not r.name.startswith("grpc") or seldom.due(str(r.msg)))
     alive = health.Health([_SERVICE], settings.body_seconds)
     health_pb2_grpc.add_HealthServicer_to_server(alive, server)
     names = (_SERVICE, health.SERVICE, reflection.SERVICE_NAME)
@@ -74,22 +76,6 @@ async def start(service: Service) -> GrpcServer:
         raise InvalidSettings(f"--grpc-port: can't listen on {address}: {cause}") from cause
     await server.start()
     return GrpcServer(server, alive.tell)
-
-
-def _once_a_minute() -> Callable[[logging.LogRecord], bool]:
-    """A filter that passes each grpc message once a minute: clients can cause any number."""
-    said: dict[str, float] = {}
-
-    def passes(record: logging.LogRecord) -> bool:
-        if not record.name.startswith("grpc"):
-            return True
-        last = said.get(record.msg, -_SELDOM_SECONDS)
-        if record.created - last < _SELDOM_SECONDS:
-            return False
-        said[record.msg] = record.created
-        return True
-
-    return passes
 
 
 def _open(server: Any, address: str, settings: Settings) -> None:

@@ -91,8 +91,10 @@ class CaptionHandler(IntakeHandler):
             self._one(model, wanted.fields, image, prompt, started)
             for image, prompt in zip(wanted.images, prompts, strict=True)
         )
-        errors = sum(isinstance(result, ErrorAnswer) for result in results)
-        await self.held_back(self.service.refusals.spend(self.client, errors))
+        errors = [result.error.code for result in results if isinstance(result, ErrorAnswer)]
+        if len(errors) == len(results):
+            self.code = errors[0]
+        await self.held_back(self.service.refusals.spend(self.client, len(errors)))
         texts = []
         for result in results:
             texts.append(as_json(result))

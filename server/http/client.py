@@ -16,6 +16,8 @@ _MOST_CONNECTIONS = 256
 _SECONDS = 120.0  # timeout of each socket operation, and of reading an answer
 _MOST_BYTES, _PIECE = 16 * 2**20, 64 * 2**10  # of an answer
 _RETRY_SECONDS = 0.05, 60.0  # shortest and longest wait before a retry
+_REFUSED, _FAILED = 400, 500  # statuses: a refusal is below the second
+LATER = (408, 425, 429, 502, 503, 504)  # statuses of what may be asked for again
 
 
 class ServiceFailed(VignetteError):
@@ -88,7 +90,8 @@ class Connection:
     ) -> tuple[int, float, dict[str, Any]]:
         """Send a request; returns status, seconds to wait before a retry, and the JSON answer.
 
-        Raises OSError, HTTPException and ValueError, also for an answer without end.
+        A refusal of a proxy, which is no JSON, becomes an error as a service answers them. Raises
+        OSError, HTTPException and ValueError, also for an answer without end.
         """
         self._http.request(method, self._base + path, body, self._headers)
         response = self._http.getresponse()
@@ -102,6 +105,10 @@ class Connection:
             answer = json.loads(content)
         except RecursionError as cause:
             raise ValueError("the answer is nested too deeply") from cause
+        except ValueError:
+            if not _REFUSED <= response.status < _FAILED or response.status in LATER:
+                raise
+            answer = {"error": {"message": f"{response.status} {response.reason}"}}
         shortest, longest = _RETRY_SECONDS
         wait = float(response.headers.get("Retry-After", 1))
         return response.status, min(longest, max(shortest, wait)), answer

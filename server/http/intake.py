@@ -40,7 +40,7 @@ class IntakeHandler(Handler):
         self.streams = False  # whether a stream of events has begun
         self.timing: Timing | None = None  # of the caption, once there is one
         self._body = bytearray()
-        self._received = self._held = 0
+        self._images = self._received = self._held = 0
         self._limit = service.settings.max_body_bytes
         self._task: asyncio.Task | None = None
         self._gone = False
@@ -91,10 +91,11 @@ class IntakeHandler(Handler):
                 self._refused = bare(error)
 
     def take_place(self) -> None:
-        """Count a caption against its API key, if there are keys, until the answer is over.
+        """Count a caption, against its API key if there are keys, until the answer is over.
 
         Raises Unauthorised or TooFast.
         """
+        self._images += 1
         if self.service.keys is not None:
             key = sent(self.request.headers)  # header names match in any case
             self.key = self._place.enter_context(self.service.keys.enter(key))
@@ -185,7 +186,8 @@ class IntakeHandler(Handler):
         body = bytes(self._body)
         self._body = bytearray()
         await self.serve(body)
-        self.service.was_served(self.client)
+        if self.code == "ok":
+            self.service.was_served(self.client)
         self.outcome(self.code)
 
     def send(self, content: Any, kind: str | None = None) -> None:
@@ -253,7 +255,7 @@ class IntakeHandler(Handler):
             self.ui = None  # type: ignore[assignment]  # it refers to this; `finish` isn't called
         else:
             self.outcome("cancelled")
-            self.service.was_left(self.client)
+            self.service.was_left(self.client, self._images)
             self._gone = True
             self._task.add_done_callback(lambda _: self._place.close())
             self._task.cancel()

@@ -27,6 +27,7 @@ from tornado.httputil import (
 from tornado.iostream import IOStream, StreamClosedError
 
 from server.addresses import Network, group_of
+from server.errors import HTTP_ERRORS
 from server.fairness.token_buckets import TokenBuckets
 from server.http.debtors import Debtors
 from server.logs import RateLimitedLog
@@ -47,7 +48,7 @@ _REASON = (
 _TOO_LARGE = (
     "HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: application/json\r\n"
     "Connection: close\r\n\r\n"
-    + json.dumps({"error": {"code": "head_too_large", "message": _REASON}}) + "\n"
+    + json.dumps({"error": {"code": HTTP_ERRORS[431].code, "message": _REASON}}) + "\n"
 ).encode()  # fmt: skip
 _HOSTS = re.compile(rb"\nhost[ \t]*:((?:[^\n]|\n[ \t])*)", re.IGNORECASE)
 _CHUNKS, _CHUNK = 256, 512  # chunks allowed per connection, and one more per so many bytes

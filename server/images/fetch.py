@@ -237,18 +237,12 @@ class Fetcher:
         )  # fmt: skip
         try:
             answer = await self._http.fetch(request, raise_error=False)
-        except ForbiddenUrl:
-            raise
         except HTTPTimeoutError as cause:
             raise FetchFailed("image_url did not answer in time") from cause
         except (OSError, HTTPClientError, UnsatisfiableReadError, ValueError) as cause:
             raise FetchFailed(f"image_url can't be fetched: {shown(cause)}") from cause
         finally:
             fetch.closed()
-        if answer.code == 599 or isinstance(answer.error, HTTPTimeoutError):
-            if isinstance(answer.error, ForbiddenUrl):
-                raise answer.error
-            raise FetchFailed(f"image_url can't be fetched: {shown(answer.error)}")
         if answer.code != 200 and answer.code not in _MOVED:
             raise FetchFailed(f"image_url answered {answer.code}")
         return answer

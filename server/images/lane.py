@@ -84,8 +84,8 @@ class Lane:
     async def ask(self, client: str, task: DecodeTask) -> tuple[bytes, bytes]:
         """Run a task; return kind and content of the reply.
 
-        Raises the error in the data, Unfit, TooHard, NoDecoder or GaveWay, and TimeoutError if the
-        task's turn did not come in time. If cancelled, ends when nothing writes to the slot any
+        Raises the error in the data, Unfit, TooHard, NoDecoder or GaveWay, and TimeoutError if it
+        did not end in time. If cancelled, ends when nothing writes to the slot any
         more: at once if the task's turn had not come.
         """
         left = None if task.until == math.inf else task.until - time.perf_counter()
@@ -132,7 +132,7 @@ class Lane:
             if not ready:
                 raise NoDecoder(_NO_DECODER) from cause
             if time.perf_counter() >= task.until:
-                raise TooHard(UNFIT) from cause
+                raise
             return None  # it was stopped, or starved: a decoder that works ends by its core seconds
         except (OSError, EOFError) as cause:
             code, ready = await decoder.death(), decoder.ready

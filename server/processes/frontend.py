@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 _HEADER_BYTES = 56 * 1024  # a prompt of 4,096 characters takes 48 KiB in a query
 _READ_BYTES = 64 * 1024  # of a body at a time
-_OTHER_BODY_BYTES = 64 * 1024  # of requests that are not for /caption, which sets its own limit
+_OTHER_BODY_BYTES = 64 * 1024  # of requests that do not caption
 _COLLECTIONS = 5_000, 20, 50  # gc: objects per young one, young per middle, middle per full
 _GRPC_MEMORY = 4 * 2**30  # bytes of address space: incoming messages are not counted
 _OTHER_FILES = 256  # files besides connections: sockets to other processes, libraries

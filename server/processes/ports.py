@@ -12,6 +12,7 @@ from runtime.errors import VignetteError
 from server.settings import Settings
 
 _BACKLOG = 1024
+_ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 class CannotListen(VignetteError):
@@ -44,18 +45,26 @@ class Ports:
 def _listen(host: str, port: int, setting: str) -> list[socket.socket]:
     """Sockets that listen on a port, one for each address of the host. Raises CannotListen."""
     found: list[socket.socket] = []
+    absent: OSError | None = None
     try:
         kinds = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, *_, address in dict.fromkeys(kinds):
             chosen = found[0].getsockname()[1] if found else port
-            found.append(
-                socket.create_server((address[0], chosen), family=family, backlog=_BACKLOG)
-            )
+            try:
+                found.append(
+                    socket.create_server((address[0], chosen), family=family, backlog=_BACKLOG)
+                )
+            except OSError as cause:  # a name may have an IPv6 address where that is switched off
+                if cause.errno not in _ABSENT:
+                    raise
+                absent = cause
+        if absent is not None and not found:
+            raise absent
     except OSError as cause:
         for sock in found:
             sock.close()
         reason = os.strerror(cause.errno or 0)
-        if isinstance(cause, socket.gaierror) or cause.errno == errno.EADDRNOTAVAIL:
+        if isinstance(cause, socket.gaierror) or cause.errno in _ABSENT:
             problem = f"--host {host} is no address of this machine"
         else:
             problem = (
