@@ -77,7 +77,10 @@ BASELINE: Section = lambda settings, _: apache.measure(settings, only_baselines=
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; status 1 if a section failed or tokens differ, 2 if it can't start."""
     given = sys.argv[1:] if arguments is None else arguments
-    args = _parser().parse_args(given)
+    parser = _parser()
+    args = parser.parse_args(given)
+    if unknown := [name for name in args.sections if name not in SECTIONS]:
+        parser.error(f"there is no section {unknown[0]}: name some of {', '.join(SECTIONS)}")
     settings = dataclasses.replace(QUICK if args.quick else Settings(), engine=args.engine)
     try:
         model = manifests.load(settings.engine).model

@@ -82,14 +82,17 @@ def test_ratios_are_to_the_best_batch_and_to_one_image():
                           {"batch": 4, "ms_per_image": 5000.0}]}  # fmt: skip
     ours = {"name": "x", "combination": "fp32/fp32/float32", "ms_per_image": 50.0, "one_ms": 80.0,
             "tokens": [[1, 2]]}  # fmt: skip
-    found = offline._compared({"torch": [theirs], "vignette": [ours]})
+    found = offline._compared({"torch": [theirs], "vignette": [ours]}, {})
     assert found["ratios"] == [
         {"vignette": "x", "torch": "fp32", "throughput": 100.0, "latency": 75.0}
     ]
+    curves = {"series": {"PyTorch fp32": {"points": [[2, 4000.0], [8, 7000.0]]}}}
+    [best] = offline._compared({"torch": [theirs], "vignette": [ours]}, curves)["ratios"]
+    assert (best["throughput"], best["latency"]) == (80.0, 75.0)
     assert found["tokens_equal"] is True
     other = ours | {"tokens": [[1, 3]]}
-    assert offline._compared({"torch": [theirs], "vignette": [other]})["tokens_equal"] is False
-    assert offline._compared({"torch": [theirs], "vignette": []})["tokens_equal"] is None
+    assert offline._compared({"torch": [theirs], "vignette": [other]}, {})["tokens_equal"] is False
+    assert offline._compared({"torch": [theirs], "vignette": []}, {})["tokens_equal"] is None
 
 
 def test_scores_are_judged_by_how_well_they_tell_right_from_wrong():

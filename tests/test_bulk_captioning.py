@@ -4,8 +4,8 @@ import pytest
 
 from server.bulk import captioning
 from server.bulk.captioning import Captioning, CaptioningOptions
-from server.bulk.index import Kept
-from server.bulk.items import Item, ScoredCaption
+from server.bulk.index import Index, Kept
+from server.bulk.items import Item, ResultRow, ScoredCaption
 
 
 class Silent:
@@ -30,3 +30,15 @@ def test_large_items_are_held_a_few_at_a_time(ordered, monkeypatch):
     for ended, _ in enumerate(Captioning(Silent(), options, Kept()).run(given), 1):
         assert len(taken) - ended <= 3  # the last of them is the first above the bound
     assert len(taken) == 50
+
+
+def test_what_is_done_is_known_to_other_processes_whatever_its_digest():
+    index, names = (
+        Index(),
+        [f"{n}.png" for n in range(1000)],
+    )  # some digests end in 0
+    for name in names:
+        index.add(ResultRow(name, caption=""), done=True)
+    done = index.keys()
+    assert all(name in done for name in names)
+    assert "another.png" not in done

@@ -1,7 +1,9 @@
 """The benchmark's own arithmetic, in one place so that it can be tested."""
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -14,6 +16,15 @@ def percentile(values: Sequence[float], share: float) -> float:
 def rate(done: int, seconds: float) -> float:
     """Throughput per second; 0 if nothing was done."""
     return done / seconds if done else 0.0
+
+
+def against(rates: Mapping[str, Sequence[float]], own: str) -> dict[str, Any]:
+    """Median of each one's rates, and of their shares of `own`'s in the same turn."""
+    shares = {
+        name: statistics.median(r / ours for r, ours in zip(found, rates[own], strict=True))
+        for name, found in rates.items()
+    }
+    return {"rates": {n: statistics.median(found) for n, found in rates.items()}, "shares": shares}
 
 
 def affordable(requests: int, clients: int, solo: float, budget: float) -> int:

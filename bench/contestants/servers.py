@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bench.common.settings import TOKENS, Settings
 
+PICTURE = "picture.jpg"  # which `picture` writes
 _START_SECONDS = 180
 _STOP_SECONDS = 20
 
@@ -151,5 +152,5 @@ def picture(folder: Path) -> bytes:
     Image.fromarray(blocks).resize((640, 480), Image.Resampling.BICUBIC).save(
         buffer, "JPEG", quality=90
     )
-    (folder / "picture.jpg").write_bytes(buffer.getvalue())
+    (folder / PICTURE).write_bytes(buffer.getvalue())
     return buffer.getvalue()

@@ -107,8 +107,13 @@ def _ab(
     return summary(done.stdout, times) | {"times_ms": times}
 
 
-def all_answered(command: list[str]) -> float:
-    """Throughput of a run of ab in captions per second. Raises ServerFailed if a request failed."""
+def all_answered(url: str, image: Path, requests: int, clients: int) -> float:
+    """Throughput of a run of ab in captions per second. Raises ServerFailed if a request failed.
+
+    image: a JPEG.
+    """
+    command = ["ab", "-q", "-l", "-n", str(requests), "-c", str(clients), "-p", str(image),
+               "-T", "image/jpeg", url]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ServerFailed(f"ab failed: {done.stderr.strip()[-300:]}")

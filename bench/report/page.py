@@ -78,6 +78,10 @@ def _offline(section: dict[str, Any]) -> str:
         for b in t["batches"]
     ]
     rows += [
+        (f"Hugging Face {precision}, best of all batches measured", _number(best), "", "", "")
+        for precision, best in section["best_ms"].items()
+    ]
+    rows += [
         (f"Vignette {v['name']}", _number(v["ms_per_image"], 1), _number(v["one_ms"], 1),
          _number(v["resident_mib"]), _number(v["ready_s"], 1))
         for v in section["vignette"]

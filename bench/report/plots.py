@@ -76,10 +76,7 @@ def _shared_clients(runs: list[dict[str, Any]]) -> int:
 
 
 def _offline(axes: Axes, section: dict[str, Any]) -> None:
-    bars = [
-        (f"Hugging Face {t['precision']}", min(b["ms_per_image"] for b in t["batches"]))
-        for t in section["torch"]
-    ]
+    bars = [(f"Hugging Face {precision}", best) for precision, best in section["best_ms"].items()]
     bars += [(f"Vignette {v['name']}", v["ms_per_image"]) for v in section["vignette"]]
     _bars(axes, bars, "milliseconds an image")
 

@@ -1,7 +1,6 @@
 """The cost of Ray: the service on this machine, and as one replica on a single-node cluster."""
 
 import asyncio
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
+from bench.common.arithmetic import against
 from bench.common.settings import Settings
 from bench.contestants.servers import picture, running, vignette
 from bench.load.closed_loop import caption, rate
@@ -31,13 +31,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             for name, flags in _KINDS.items():
                 with running(vignette(settings, *flags), image) as url:
                     rates[name].append(asyncio.run(_rate(url, image, settings.images)))
-    own = rates["vignette serve"]
-    shares = {
-        name: statistics.median(r / ours for r, ours in zip(found, own, strict=True))
-        for name, found in rates.items()
-    }
-    medians = {name: statistics.median(found) for name, found in rates.items()}
-    return {"clients": _CLIENTS, "rates": medians, "shares": shares}
+    return {"clients": _CLIENTS} | against(rates, "vignette serve")
 
 
 async def _rate(url: str, image: bytes, count: int) -> float:

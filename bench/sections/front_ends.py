@@ -11,10 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 from bench.common.settings import Settings
-from bench.contestants.servers import Contestant, picture, running
+from bench.contestants.servers import PICTURE, Contestant, picture, running
 from bench.load.apache import all_answered
 from runtime.planning.machine import this_machine
 
+_CLIENTS = 64
 _COUNTS = (1, 2, 4, 8, 12)
 _DEMO = Path("engines/demo")
 
@@ -33,12 +34,6 @@ def measure(settings: Settings, provider: str = "auto") -> dict[str, Any]:
                 tokens=None,
             )  # fmt: skip
             with running(contestant, image) as url:
-                rows.append({"front_ends": count, "per_second": _rate(url, Path(name), settings)})
+                rate = all_answered(url, Path(name, PICTURE), 32 * settings.images, _CLIENTS)
+                rows.append({"front_ends": count, "per_second": rate})
     return {"cores": this_machine().cores, "rows": rows}
-
-
-def _rate(url: str, folder: Path, settings: Settings) -> float:
-    """Throughput of 64 clients in requests per second."""
-    command = ["ab", "-q", "-l", "-n", str(32 * settings.images), "-c", "64", "-p",
-               str(folder / "picture.jpg"), "-T", "image/jpeg", url]  # fmt: skip
-    return all_answered(command)

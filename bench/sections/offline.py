@@ -46,11 +46,16 @@ def measure(settings: Settings, curves: dict[str, Any]) -> dict[str, Any]:
                 except Failed as failure:
                     found["failed"].append(f"{side} {job[0]}: {failure}")
                 progress.update()
-    return found | _compared(found)
+    return found | _compared(found, curves)
+
+
+def _points(precision: str, curves: dict[str, Any]) -> list[tuple[int, float]]:
+    """PyTorch's milliseconds an image by batch size; empty if they were not measured."""
+    return curves.get("series", {}).get(f"PyTorch {precision}", {}).get("points", [])
 
 
 def _best_batch(precision: str, settings: Settings, curves: dict[str, Any]) -> int:
-    points = curves.get("series", {}).get(f"PyTorch {precision}", {}).get("points")
+    points = _points(precision, curves)
     return min(points, key=lambda p: p[1])[0] if points else max(settings.torch_batches)
 
 
@@ -61,17 +66,25 @@ def _on_openvino(combinations: list[str], settings: Settings) -> list[tuple[str,
     return [(c, "openvino", settings) for c in wanted if c in combinations]
 
 
-def _compared(found: dict[str, Any]) -> dict[str, Any]:
-    """Throughput against PyTorch's best batch, latency against its single image; token equality."""
+def _compared(found: dict[str, Any], curves: dict[str, Any]) -> dict[str, Any]:
+    """Throughput against PyTorch's best, here or in `curves`, latency against its single image;
+    token equality.
+    """
+    best = {
+        theirs["precision"]: min(
+            *(row["ms_per_image"] for row in theirs["batches"]),
+            *(ms for _, ms in _points(theirs["precision"], curves)),
+        )
+        for theirs in found["torch"]
+    }
     ratios: list[dict[str, Any]] = []
     for ours in found["vignette"]:
         for theirs in found["torch"]:
-            best = min(row["ms_per_image"] for row in theirs["batches"])
             ratios.append(
                 {
                     "vignette": ours["name"],
                     "torch": theirs["precision"],
-                    "throughput": best / ours["ms_per_image"],
+                    "throughput": best[theirs["precision"]] / ours["ms_per_image"],
                     "latency": theirs["batches"][0]["ms_per_image"] / ours["one_ms"],
                 }
             )
@@ -80,7 +93,7 @@ def _compared(found: dict[str, Any]) -> dict[str, Any]:
         (r["tokens"] for r in found["vignette"] if r["combination"].startswith("fp32/fp32")), None
     )
     unknown = exact is None or ours is None
-    return {"ratios": ratios, "tokens_equal": None if unknown else exact == ours}
+    return {"best_ms": best, "ratios": ratios, "tokens_equal": None if unknown else exact == ours}
 
 
 def _torch(precision: str, best_batch: int, settings: Settings) -> dict[str, Any]:

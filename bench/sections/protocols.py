@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import tritonclient.grpc.aio as triton
 from tqdm import tqdm
 
+from bench.common.arithmetic import against
 from bench.common.settings import TOKENS, Settings
 from bench.contestants.servers import free_port, picture, running, vignette
 from bench.load.closed_loop import Ask, caption, rate
@@ -31,13 +31,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         contestant = vignette(settings, "--grpc-port", str(port))
         with running(contestant, image) as url:
             rates = asyncio.run(_measure(url, port, image, settings))
-    own = rates["/caption"]
-    shares = {
-        name: statistics.median(r / ours for r, ours in zip(found, own, strict=True))
-        for name, found in rates.items()
-    }
-    medians = {name: statistics.median(found) for name, found in rates.items()}
-    return {"clients": _CLIENTS, "rates": medians, "shares": shares}
+    return {"clients": _CLIENTS} | against(rates, "/caption")
 
 
 async def _measure(

@@ -86,7 +86,7 @@ def _rows(settings: Settings, costs: Costs) -> list[dict[str, Any]]:
 
 
 def _jobs(settings: Settings, count: int) -> list[arrivals.Job]:
-    shape = manifests.load(settings.engine).sizes.pixels
+    shape = manifests.read(settings.engine).sizes.pixels
     return arrivals.jobs([np.zeros(shape, np.uint8)], count, *_LENGTHS)
 
 
@@ -100,7 +100,7 @@ def _open(engine: Engine, clock: Clock, work: list[arrivals.Job], rate: float) -
 
 def _replayed(settings: Settings, costs: Costs, policy: Policy, load: Load) -> dict[str, float]:
     config = EngineConfig(slots=len(costs.decode_s), encode_batch=policy[0], patience=policy[1])
-    manifest = manifests.load(settings.engine)
+    manifest = manifests.read(settings.engine)
     engine, clock = replayed(settings.engine, manifest, costs, config)
     waits = load(engine, clock)
     return {

@@ -17,11 +17,20 @@ from bench.common.isolated import isolated
 from bench.common.processes import family, pss, server_on
 from bench.common.settings import TOKENS, Settings
 from bench.common.timing import pictures, seconds
-from bench.contestants.servers import ask, free_port, in_process, picture, running, vignette
+from bench.contestants.servers import (
+    PICTURE,
+    ask,
+    free_port,
+    in_process,
+    picture,
+    running,
+    vignette,
+)
 from bench.load.apache import all_answered
 from runtime.engine import Engine
 
 _REQUESTS = 20
+_CLIENTS = 16  # of ab: all slots in use
 
 
 def measure(settings: Settings) -> dict[str, Any]:
@@ -76,15 +85,8 @@ def _cost_of_http(settings: Settings) -> dict[str, Any]:
                 timing = ask(ours, url, image)["timing_ms"]
                 whole = (time.perf_counter() - start) * 1e3
                 costs.append(whole - timing["encode"] - timing["decode"])
-            _ab(url, Path(name))
+            all_answered(url, Path(name, PICTURE), 64, _CLIENTS)
             return {"http_cost_ms": statistics.median(costs), "resident_mib": _resident_mib(url)}
-
-
-def _ab(url: str, folder: Path, requests: int = 64) -> float:
-    """Throughput of 16 clients in requests per second, all slots in use."""
-    command = ["ab", "-q", "-l", "-n", str(requests), "-c", "16", "-p", str(folder / "picture.jpg"),
-               "-T", "image/jpeg", url]  # fmt: skip
-    return all_answered(command)
 
 
 def _shares(settings: Settings) -> dict[str, float]:
@@ -105,7 +107,9 @@ def _shares(settings: Settings) -> dict[str, float]:
             for _ in range(settings.repeats + 2):
                 rates["engine"].append(len(images) / seconds(alone))
                 for which, url in (("service", ours), ("process", one)):
-                    rates[which].append(_ab(url, Path(name), 2 * settings.images))
+                    rates[which].append(
+                        all_answered(url, Path(name, PICTURE), 2 * settings.images, _CLIENTS)
+                    )
     medians = {which: statistics.median(some) for which, some in rates.items()}
     return {
         "share_of_engine": medians["service"] / medians["engine"],
