@@ -50,7 +50,9 @@ test_server:  ## post a sample to a running server (PORT, IMAGE)
 	@curl --fail-with-body --silent --show-error --write-out 'total request time=%{time_total}s\n' \
 	  --data-binary "@$$IMAGE" "http://localhost:$$PORT/caption"
 
-EXPORT = $(if $(filter tensorrt,$(TARGET)),.venv-gpu-dev,.venv-dev)
+# For CUDA on a host with a GPU, so that the gate judges fp16 there.
+WITH_GPU = $(filter tensorrt,$(TARGET))$(and $(filter cuda,$(TARGET)),$(wildcard /proc/driver/nvidia/version))
+EXPORT = $(if $(WITH_GPU),.venv-gpu-dev,.venv-dev)
 EXPORT_PYTHON = $(EXPORT)/bin/python
 export: $(EXPORT)/ready$(if $(filter tensorrt,$(TARGET)),-tensorrt)  ## MODEL=<hub id or folder> to engines/<name> (NAME, ARGS; TARGET=cuda, tensorrt)
 	@test '$(origin TARGET)' != 'command line' -o -n '$(filter cuda tensorrt,$(TARGET))' || \
@@ -60,7 +62,7 @@ export: $(EXPORT)/ready$(if $(filter tensorrt,$(TARGET)),-tensorrt)  ## MODEL=<h
 	  $(if $(filter cuda tensorrt,$(TARGET)),--target $(TARGET)) $(ARGS)
 
 tune: .venv/ready  ## measure ENGINE on this machine's processors and write its plan.json
-	@$(SERVE) -P -m vignette tune "$$ENGINE" $(ARGS)
+	@.venv/bin/python -P -m vignette tune "$$ENGINE" $(ARGS)
 
 check_export: .venv-dev/ready  ## export git-base at full size with random weights and verify it
 	@$(DEV) -m vignette export --random-weights git-base --output engines/random-git-base $(ARGS)

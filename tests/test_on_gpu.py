@@ -51,7 +51,7 @@ def test_cuda_captions_the_samples_word_for_word(samples, graphs):
 
 @pytest.mark.parametrize("kernel", ["0", "1"])
 def test_the_gate_holds_for_the_gpus_own_arithmetic(kernel):
-    """400 pictures, as at export; with and without the attention kernel for heads of 64.
+    """On 400 pictures; with and without the attention kernel for heads of 64.
 
     In a process of its own: ONNX Runtime reads the variable when it is loaded.
     """

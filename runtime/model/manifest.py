@@ -95,8 +95,9 @@ class Variant:
 class Combination:
     """An encoder and a decoder that were proven together.
 
-    agreement: share of `images` whose captions equal fp32 PyTorch's; None for random weights,
-        whose captions prove nothing. beams: the same with 4 beams, on fewer images.
+    images: captions that were compared; a trained model's pictures are captioned without a prompt
+        and with one. agreement: share of them that equal fp32 PyTorch's; None for random weights,
+        whose captions prove nothing. beams: the same with 4 beams, on fewer pictures.
     """
 
     encoder: str

@@ -181,7 +181,7 @@ class Handler(tornado.web.RequestHandler):
             return
         if len(late) >= _LATE:
             stream.close()
-            await asyncio.sleep(_LOOK_SECONDS)  # the request is cancelled meanwhile, not begun
+            await asyncio.sleep(_LOOK_SECONDS)  # a request for captions is cancelled meanwhile
             return
         late[stream] = None  # may be closed for a new connection
         try:
