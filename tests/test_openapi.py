@@ -50,7 +50,7 @@ def test_every_error_is_documented(document):
     detail = document["components"]["schemas"]["ErrorDetail"]
     assert set(detail["properties"]["code"]["enum"]) == known
     statuses = {str(a.status) for a in (*ERRORS.values(), INTERNAL)}
-    assert set(document["paths"]["/caption"]["post"]["responses"]) == {"200", *statuses}
+    assert set(document["paths"]["/caption"]["post"]["responses"]) == {"200", "431", *statuses}
 
 
 def test_every_field_is_documented(document):

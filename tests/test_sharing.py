@@ -92,6 +92,34 @@ def test_who_waits_for_a_decoder_keeps_nobody_from_the_engine():
     assert admission.inside == 0
 
 
+def test_who_waits_for_images_of_slow_sites_keeps_nobody_from_the_engine():
+    admission = Admission(16, 30.0)
+    admission.state, admission.slots = State.READY, 2
+    with contextlib.ExitStack() as held:
+        for number in range(256):
+            held.enter_context(admission.enter(f"slow{number}"))
+            held.enter_context(admission.fetching(f"slow{number}"))
+        with admission.enter("slow"), pytest.raises(QueueFull, match="being fetched"):
+            held.enter_context(admission.fetching("slow"))
+        for _ in range(8):
+            held.enter_context(admission.enter("honest"))
+        assert (admission.inside, admission.accepted) == (8, 264)
+        admission.state = State.DRAINING
+    assert admission.accepted == 0
+
+
+def test_what_was_fetched_needs_room_in_the_queue():
+    admission = Admission(1, 30.0)
+    admission.state, admission.slots = State.READY, 2
+    with contextlib.ExitStack() as held:
+        with admission.enter("a"), pytest.raises(QueueFull, match="the queue is full"):  # noqa: SIM117
+            with admission.fetching("a"):
+                for client in "bcd":
+                    held.enter_context(admission.enter(client))
+        assert admission.inside == 3
+    assert admission.accepted == 0
+
+
 def test_bodies_that_stop_in_the_middle_make_room_for_those_of_who_has_less():
     now, closed = [0.0], []
     budget = ByteBudget(1_000_000, lambda: now[0])

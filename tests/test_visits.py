@@ -30,6 +30,7 @@ def test_who_asks_for_pages_all_the_time_has_to_wait():
     b"GET / HTTP/1.1\r\n" + b"X-Y: z\r\n" * 50,
     b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n",
     b"GET /\r\nHost: x\r\n",
+    b"POST /caption?prompt=" + b"%41" * 5000 + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n",
 ])  # fmt: skip
 def test_who_asks_and_leaves_is_charged(asked, monkeypatch):
     """Parsing a head takes as long as a page."""
@@ -38,9 +39,26 @@ def test_who_asks_and_leaves_is_charged(asked, monkeypatch):
         for _ in range(5):
             with socket.create_connection(("127.0.0.1", live.port)) as client:
                 client.sendall(asked + b"\r\n")
-        cost = 1 + asked.count(b"\n") / 20
+        cost = 1 + asked.count(b"\n") / 20 + len(asked) / 2**14
         charged = live.service.visits.spend.call_args_list
         until(lambda: sum(call.args[1] for call in charged) >= 5 * cost)
+
+
+@pytest.mark.parametrize("asked", [b"GET / HTTP/1.1\r\nHost: x\r\n", b"a: " + b"x" * 70_000])
+def test_who_sends_a_part_of_a_head_or_too_much_of_one_is_charged(asked):
+    with serve(fake_engine) as live:
+        live.service.visits.spend = Mock(wraps=live.service.visits.spend)
+        with socket.create_connection(("127.0.0.1", live.port)) as client:
+            client.sendall(asked)
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_WR)
+                assert not client.recv(1)
+        until(lambda: live.service.visits.spend.called)
+        live.service.visits.spend.reset_mock()
+        with socket.create_connection(("127.0.0.1", live.port)):
+            pass  # as those do who ask whether the port is open
+        assert live.request("GET", "/health/live").status == 200
+        assert live.service.visits.spend.call_count == 1
 
 
 def test_connections_that_who_owes_has_left_are_not_read(monkeypatch):

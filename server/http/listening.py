@@ -40,10 +40,13 @@ _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # bytes of the request line before the query and of Host, which slower regular expressions parse.
 _HEADERS, _HEAD, _LINE, _HOST = 200, 16 * 1024, 1024, 300
 _FIELDS, _QUERY = 100, 1024  # in a query; bytes of one, but those of captions
+# Bytes of a caption's: a prompt of 1,024 characters takes 12 KiB, and most models take less.
+_CAPTION_QUERY = 16 * 1024
+HEAD_BYTES = _HEAD + _CAPTION_QUERY
 _REASON = (
     f"the head is larger than is read here: send at most {_HEADERS} lines of {_HEAD // 1024} KiB "
-    f"together, a path of {_LINE} bytes, a Host of {_HOST}, {_FIELDS} fields in the query, and but "
-    f"for POST /caption {_QUERY} bytes of it"
+    f"together, a path of {_LINE} bytes, a Host of {_HOST}, {_FIELDS} fields in the query, and "
+    f"{_QUERY} bytes of it, or for POST /caption {_CAPTION_QUERY // 1024} KiB"
 )
 _TOO_LARGE = (
     "HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: application/json\r\n"
@@ -55,7 +58,7 @@ _CHUNKS, _CHUNK = 256, 512  # chunks allowed per connection, and one more per so
 _PIECES, _PIECE = 64, 512  # pieces allowed per head, and one more per so many bytes
 _END = 4  # bytes of the longest end of a head
 _HANG_UP_SECONDS = 2.0
-_LINES = 20.0  # of a head, whose parsing costs as much as a visit
+_LINES, _BYTES = 20.0, 16384.0  # of a head, whose parsing costs as much as a visit
 _PAUSE_SECONDS = 0.5  # pause in accepting when the system has no room for another connection
 
 
@@ -253,9 +256,12 @@ class _Stream(IOStream):
         self._pieces = self._searched = 0
         try:
             head = await super().read_until_regex(regex, max_bytes)
+        except StreamClosedError:
+            self.refused = self._pieces > 0  # a part of a head came, or too much of one
+            raise
         finally:
             self._pieces = None
-        self.head, self.refused = head.count(b"\n") / _LINES, True
+        self.head, self.refused = head.count(b"\n") / _LINES + len(head) / _BYTES, True
         if _takes_long(head):
             await self._hang_up(_TOO_LARGE)
         return head
@@ -294,7 +300,7 @@ def _takes_long(head: bytes) -> bool:
     return (
         head.count(b"\n") > _HEADERS
         or query.count(b"&") > _FIELDS
-        or (len(query) > _QUERY and before != b"POST /caption")
+        or len(query) > (_CAPTION_QUERY if before == b"POST /caption" else _QUERY)
         or len(before) > _LINE
         or len(head) - len(query) > _HEAD
         or sum(len(host) for host in _HOSTS.findall(head)) > _HOST

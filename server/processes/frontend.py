@@ -21,7 +21,7 @@ from server.addresses import networks
 from server.grpc.listening import GrpcServer
 from server.grpc.listening import start as start_grpc
 from server.http.app import make_app, make_ops_app
-from server.http.listening import Server
+from server.http.listening import HEAD_BYTES, Server
 from server.http.loop import few_at_a_time
 from server.ipc.messages import (
     BEAT_SECONDS,
@@ -49,7 +49,6 @@ from server.system import follow_parent, give_way, limit_memory
 
 log = logging.getLogger(__name__)
 
-_HEADER_BYTES = 56 * 1024  # a prompt of 4,096 characters takes 48 KiB in a query
 _READ_BYTES = 64 * 1024  # of a body at a time
 _OTHER_BODY_BYTES = 64 * 1024  # of requests that do not caption
 _COLLECTIONS = 5_000, 20, 50  # gc: objects per young one, young per middle, middle per full
@@ -147,7 +146,7 @@ def listen(service: Service, app: tornado.web.Application, sockets: list[socket.
         most=max(1, min(service.settings.max_connections, files - _OTHER_FILES)),
         idle_connection_timeout=service.settings.header_seconds,
         body_timeout=service.settings.body_seconds,
-        max_header_size=_HEADER_BYTES,
+        max_header_size=HEAD_BYTES,
         max_body_size=_OTHER_BODY_BYTES,
         chunk_size=_READ_BYTES,
     )

@@ -3,8 +3,9 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from runtime.errors import VignetteError
@@ -16,7 +17,7 @@ from server.service.drain_rate import DrainRate
 _OLD_SECONDS = 60.0  # after which a client no longer counts as recent
 _IN_TIME = 0.9  # of the deadline: the last request in the queue must meet it, too
 _LONGEST_WAIT = 60  # seconds, the longest Retry-After
-ASIDE = 32  # requests that may wait for something other than the engine; clients share them
+ASIDE, _FETCHING = 32, 256  # requests that may wait for a slow decoder, and for their images
 
 
 class State(StrEnum):
@@ -29,6 +30,24 @@ class State(StrEnum):
 
 class NotServing(VignetteError):
     """The server or the model is starting or draining."""
+
+
+@dataclass(slots=True)
+class _Aside:
+    """Admitted requests that wait for something other than the engine; clients share the places.
+
+    requests: how often each stepped aside; clients: of how many requests.
+    """
+
+    most: int
+    refusal: str
+    requests: Counter[Hashable] = field(default_factory=Counter)
+    clients: Counter[str] = field(default_factory=Counter)
+
+    def has_room(self, client: str) -> bool:
+        """Whether another request of a client may step aside."""
+        share = max(1, self.most // (len(self.clients.keys() | {client}) + 1))
+        return len(self.requests) < self.most and self.clients[client] < share
 
 
 class Admission:
@@ -47,7 +66,8 @@ class Admission:
         self.state = State.STARTING
         self.inside = 0
         self.slots = 0
-        self._aside: Counter[Origin] = Counter()
+        self._decoding = _Aside(ASIDE, "too many images that take long to decode are waiting")
+        self._fetching = _Aside(_FETCHING, "too many images are being fetched")
         self._queue, self._deadline = queue, deadline
         self._clock, self._rate = clock, DrainRate(clock)
         self._recent = RecentClients(clock)
@@ -58,15 +78,17 @@ class Admission:
     def enter(self, client: str = "") -> Iterator[None]:
         """Hold a place while a request is served; raises what `check` raises."""
         self.check(client)
-        self.inside += 1
-        self._preparing[client] += 1
+        self._count(client, 1)
         try:
             yield
         finally:
-            self.inside -= 1
-            self._preparing[client] -= 1
-            if not self._preparing[client]:
-                del self._preparing[client]
+            self._count(client, -1)
+
+    def _count(self, client: str, requests: int) -> None:
+        self.inside += requests
+        self._preparing[client] += requests
+        if not self._preparing[client]:
+            del self._preparing[client]
 
     def check(self, client: str = "") -> None:
         """Raise NotServing or QueueFull if there is no place for a request of this client.
@@ -77,6 +99,9 @@ class Admission:
         if self.state is not State.READY:
             raise NotServing(f"the server is {self.state}: try again soon, or another instance")
         self._recent.note(client)
+        self._check_room(client)
+
+    def _check_room(self, client: str) -> None:
         alone = self._recent.within(_OLD_SECONDS) == {client}
         if self.inside >= self._most:
             raise QueueFull("the queue is full: try again later", self._seconds_to_drain())
@@ -110,36 +135,48 @@ class Admission:
             if self._in_engine <= self.slots:
                 self._rate.idle()
 
-    @contextmanager
-    def aside(self, request: Origin) -> Iterator[None]:
-        """Take an admitted request out of `inside` while it waits for something else.
+    def aside(self, request: Origin) -> AbstractContextManager[None]:
+        """Take an admitted request out of `inside` while it waits for a slow decoder.
 
-        Raises QueueFull if too many requests wait aside, of all clients or of its own. May be
-        entered several times at once for one request: for each frame of a clip.
+        Raises QueueFull if too many wait for that, of all clients or of its own. May be entered
+        several times at once for one request: for each frame of a clip.
         """
-        first = request not in self._aside
-        clients = Counter(other.client for other in self._aside)
-        share = max(1, ASIDE // (len(clients.keys() | {request.client}) + 1))
-        if first and (len(self._aside) >= ASIDE or clients[request.client] >= share):
-            raise QueueFull(
-                "too many images that take long to decode are waiting: send smaller ones, or try "
-                "again later",
-                self._seconds_to_drain(),
-            )
-        self._aside[request] += 1
-        self.inside -= first
+        return self._step_aside(self._decoding, request.client, request)
+
+    @contextmanager
+    def fetching(self, client: str = "") -> Iterator[None]:
+        """Take an admitted request out of `inside` while its image is fetched.
+
+        Raises QueueFull if too many are fetched, of all clients or of its own, or if there is no
+        room for it once that is done.
+        """
+        with self._step_aside(self._fetching, client, object()):
+            yield
+            self._check_room(client)
+
+    @contextmanager
+    def _step_aside(self, waiting: _Aside, client: str, request: Hashable) -> Iterator[None]:
+        if request not in waiting.requests:
+            if not waiting.has_room(client):
+                message = f"{waiting.refusal}: send smaller ones, or try again later"
+                raise QueueFull(message, self._seconds_to_drain())
+            waiting.clients[client] += 1
+            self._count(client, -1)
+        waiting.requests[request] += 1
         try:
             yield
         finally:
-            self._aside[request] -= 1
-            if not self._aside[request]:
-                del self._aside[request]
-                self.inside += 1
+            waiting.requests[request] -= 1
+            if not waiting.requests[request]:
+                del waiting.requests[request]
+                waiting.clients[client] -= 1
+                waiting.clients += Counter()  # drops zero counts
+                self._count(client, 1)
 
     @property
     def accepted(self) -> int:
         """Admitted requests that are not over, including those aside."""
-        return self.inside + len(self._aside)
+        return self.inside + len(self._decoding.requests) + len(self._fetching.requests)
 
     @property
     def _most(self) -> int:
@@ -169,9 +206,9 @@ class Admission:
             )
 
     def _ahead(self, client: str) -> int:
-        waiting = self._preparing - Counter(other.client for other in self._aside)
+        waiting = self._preparing.copy()
         own = waiting.pop(client, 1)
-        in_engine = self.accepted - self._preparing.total()
+        in_engine = self.inside - self._preparing.total()
         return in_engine + own - 1 + sum(min(own, count) for count in waiting.values())
 
     def _seconds_to_drain(self) -> int:

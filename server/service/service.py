@@ -25,7 +25,7 @@ from server.images.pool import ImageDecoders, Origin
 from server.ipc.dispatcher import until
 from server.ipc.messages import WorkerState
 from server.metrics import Metrics
-from server.service.admission import State
+from server.service.admission import Admission, State
 from server.service.cache import OutputCache
 from server.service.keys import Keys, TooFast
 from server.service.model import Model
@@ -239,7 +239,7 @@ class Service:
         engines, and run the request or find its caption in the cache.
         """
         deadline = request.scheduling.deadline or math.inf
-        async with self._fetched(images, deadline, client) as encoded:
+        async with self._fetched(model.admission, images, deadline, client) as encoded:
             async with until(deadline):
                 large = sum(map(len, encoded)) > _LARGE
                 digest = await asyncio.to_thread(_digest, encoded) if large else _digest(encoded)
@@ -277,7 +277,7 @@ class Service:
 
     @asynccontextmanager
     async def _fetched(
-        self, images: Images, deadline: float, client: str
+        self, admission: Admission, images: Images, deadline: float, client: str
     ) -> AsyncIterator[list[bytes]]:
         """The images, sent or fetched; fetched bytes count in the byte budget."""
         if not isinstance(images, str):
@@ -293,9 +293,10 @@ class Service:
             held = most
 
         try:
-            async with until(deadline):
-                left = deadline - time.perf_counter()
-                image = await self.fetcher.fetch(images, left, client, begin)
+            with admission.fetching(client):
+                async with until(deadline):
+                    left = deadline - time.perf_counter()
+                    image = await self.fetcher.fetch(images, left, client, begin)
             self.budget.release(held - len(image), client)
             held = len(image)
             yield [image]
