@@ -36,6 +36,15 @@ def test_of_a_folder_or_pattern_only_images_are_meant(given, here):
     assert [item.id for item in Files("README.md").items()] == ["README.md"]
 
 
+def test_a_name_that_looks_like_another_s_bytes_is_told_apart(here):
+    for name in (b"\xff.png", rb"\xff.png", rb"\\xff.png", rb"plain\back.png"):
+        Path(os.fsdecode(name)).touch()
+    ids = [item.id for item in read(".")]
+    assert len(set(ids)) == len(ids) == 6
+    restored = {bytes(i, "latin-1", "backslashreplace").decode("unicode_escape") for i in ids}
+    assert "plain\\back.png" in ids and "\xff.png" in restored and r"\xff.png" in restored
+
+
 def test_a_name_leads_nowhere_else(here, monkeypatch):
     monkeypatch.chdir(here / "sub")
     [item] = read("../*.png")

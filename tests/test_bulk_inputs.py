@@ -10,6 +10,8 @@ import sys
 import tarfile
 import threading
 from collections import Counter
+from pathlib import Path
+from threading import Event
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -18,7 +20,7 @@ import pytest
 from server.bulk import fetching
 from server.bulk.inputs import NoImages, items, parts
 from server.bulk.items import UnfitItem
-from server.bulk.lists import Columns, NoColumn
+from server.bulk.lists import Columns, ListFile, NoColumn
 from tests.conftest import SAMPLES
 
 OWL = (SAMPLES / "owl.png").read_bytes()
@@ -223,3 +225,22 @@ def test_a_list_streams(monkeypatch):
         monkeypatch.setattr(sys, "stdin", stdin)
         source.write(b"a.png\n" * 3)
         assert next(items(parts(["-"], Columns(), 10))).image == "a.png"  # the list has not ended
+
+
+def test_lists_in_several_folders_may_name_the_same_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/list.txt", "a/more.txt", "b/list.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("1.png\n/other/2.png\n")
+    found = read("a/list.txt", "a/more.txt", "b/list.txt")
+    assert [item.id for item in found[::2]] == ["1.png", "1.png", "b/1.png"]
+    assert [item.image for item in found[::2]] == ["a/1.png", "a/1.png", "b/1.png"]
+    assert {item.id for item in found[1::2]} == {"/other/2.png"}
+
+
+def test_a_file_called_as_standard_input_is_does_not_read_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("-").touch()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.png\n")))
+    assert ListFile("-", Columns()).count(Event()) is None
+    assert len(read("-")) == 1

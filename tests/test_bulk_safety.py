@@ -10,7 +10,9 @@ from unittest.mock import Mock
 import pytest
 from PIL import Image
 
+from server.bulk.fetching import fetch
 from server.bulk.inputs import NoImages
+from server.bulk.items import UnfitItem
 from server.bulk.output import OutputConflict
 from server.bulk.run import CaptionSettings
 from server.bulk.tar import Tar
@@ -223,3 +225,17 @@ def test_a_run_that_is_refused_leaves_nothing(name, photos, tmp_path):
         run(f"{tmp_path}/{name}", "nowhere")
     left = {path for path in tmp_path.rglob("*") if path.is_file()}
     assert left == set(photos.iterdir())
+
+
+@pytest.mark.parametrize("scheme", ["file", "local"])
+def test_what_is_read_by_url_is_not_written_to(scheme, tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(OutputConflict, match="is read as input"):
+        run(f"{tmp_path}/a.jsonl", f"{scheme}://{tmp_path}/a.jsonl")
+
+
+@pytest.mark.parametrize("url", ["simplecache::file:///dev/zero", "local://{}/pipe"])
+def test_what_would_not_end_is_not_fetched(url, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UnfitItem):
+        fetch(url.format(tmp_path), 10**6)

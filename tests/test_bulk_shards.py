@@ -131,3 +131,20 @@ def test_a_sample_is_bounded_as_a_whole(tmp_path):
     assert sum(map(len, first.members.values())) == 6 * 600
     assert "with the other members of its sample 4 times as much" in first.wrong
     assert second.wrong is None
+
+
+def test_samples_of_one_key_are_told_apart(tmp_path):
+    path = tmp_path / "shard.tar"
+    archived(path, ["a.png", "b.png", "a.png", "a#2.png", "a.png"])
+    found = read(path)
+    assert [item.id for item in found] == [
+        f"{path}/{called}" for called in ("a", "b", "a#2", "a#2#2", "a#3")
+    ]
+    assert [item.key for item in found] == ["a", "b", "a", "a#2", "a"]
+
+
+def test_a_name_that_an_archive_would_cut_off_is_refused(tmp_path):
+    path = tmp_path / "shard.tar"
+    archived(path, SIX, attributes={"path": "0\0x.png"})
+    [broken] = read(path)
+    assert "a name has a zero byte" in broken.wrong

@@ -35,6 +35,11 @@ class _Later(UnfitItem):
     """The server may deliver it later."""
 
 
+def as_path(location: str) -> str:
+    """The path in a URL of this machine's files; any other location as it is."""
+    return location.removeprefix("file://").removeprefix("local://")
+
+
 def is_url(location: str) -> bool:
     """Whether a location is a URL, not a path."""
     return "://" in location or location.startswith("data:")
@@ -72,7 +77,9 @@ def fetch(location: str, limit: int, over: threading.Event | None = None) -> byt
     """
     if location.startswith(("http://", "https://")):
         return _fetched(location, limit, over or threading.Event())
-    location = location.removeprefix("file://")  # fsspec would wait for a pipe's writer
+    if "::" in location.partition("://")[0]:  # copied to the temporary folder, however large
+        raise UnfitItem("a URL within another is not taken")
+    location = as_path(location)  # fsspec would wait for a pipe's writer
     if not is_url(location) and not stat.S_ISREG(Path(location).stat().st_mode):
         raise UnfitItem(f"{location} is no regular file")  # opening a pipe would wait for a writer
     with opened(location) as stream:

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,8 @@ from urllib.parse import urlsplit
 from runtime.model.preprocess import SUFFIXES
 from server.bulk.fetching import file_system, is_url
 from server.bulk.items import Item
+
+_ESCAPED = re.compile(r"\\[xu\\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,10 @@ class Files:
 
 def plain(name: str) -> str:
     """A file's name as UTF-8. A byte that is not UTF-8 becomes \\xNN, any other lone surrogate
-    \\uNNNN, and in such a name a backslash becomes \\\\, so that
+    \\uNNNN, and in such a name, or in one that looks like it, a backslash becomes \\\\, so that
     `bytes(name, "latin-1", "backslashreplace").decode("unicode_escape")` restores it.
     """
-    if not any("\ud800" <= c <= "\udfff" for c in name):
+    if not (any("\ud800" <= c <= "\udfff" for c in name) or _ESCAPED.search(name)):
         return name
     escaped = name.replace("\\", "\\\\")
     return "".join(

@@ -3,11 +3,12 @@
 import csv
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
-from msgspec.structs import replace
+from msgspec import structs
 
 from runtime.errors import VignetteError
-from server.bulk.fetching import NoWay, is_url
+from server.bulk.fetching import NoWay, as_path, is_url
 from server.bulk.folders import Files, is_pattern, matches, plain
 from server.bulk.items import Item
 from server.bulk.lists import Columns, ListFile, NoColumn
@@ -37,7 +38,9 @@ def parts(given: Iterable[str], columns: Columns, limit: int, output: str = "-")
         if not (path == "-" or is_url(path) or is_pattern(path) or os.path.lexists(path)):
             raise NoImages(f"{path} does not exist")
         if path == "-" or path.lower().endswith(ListFile.suffixes):
-            found.append(ListFile(path, columns))
+            listed = ListFile(path, columns)
+            first = next((part for part in found if isinstance(part, ListFile)), listed)
+            found.append(replace(listed, whole=listed.folder != first.folder))
         elif path.lower().endswith(_SHARDS):
             found.append(Shard(path, columns, limit))
         else:
@@ -62,7 +65,7 @@ def _expanded(path: str, output: str) -> list[str]:
 
 
 def _same(path: str, other: str) -> bool:
-    return os.path.realpath(path) == os.path.realpath(other)
+    return os.path.realpath(as_path(path)) == os.path.realpath(other)
 
 
 def split(parts: Iterable[Part]) -> list[Part]:
@@ -79,7 +82,7 @@ def _written(item: Item) -> Item:
         for text in texts.values():
             (text or "").encode()
     except UnicodeEncodeError:
-        return replace(item, **{name: text and plain(text) for name, text in texts.items()})
+        return structs.replace(item, **{name: t and plain(t) for name, t in texts.items()})
     return item
 
 

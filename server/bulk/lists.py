@@ -3,7 +3,7 @@
 import io
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any, ClassVar
@@ -44,11 +44,13 @@ class ListFile:
     """A list: .txt (a path or URL a line), .csv, .jsonl or .parquet; "-" is standard input as .txt.
 
     Paths are relative to the list's folder. part: the only row group to read of a Parquet file.
+    whole: paths are ids with that folder, as lists elsewhere name others of the same name.
     """
 
     path: str
     columns: Columns
     part: int | None = None
+    whole: bool = False
 
     suffixes: ClassVar = (".txt", ".csv", ".jsonl", ".parquet")
 
@@ -59,7 +61,7 @@ class ListFile:
 
     def count(self, over: Event) -> int | None:
         """The number of rows; None for a pipe or a URL, which are read only once."""
-        if is_url(self.path) or not Path(self.path).is_file():
+        if self.path == "-" or is_url(self.path) or not Path(self.path).is_file():
             return None
         if self._is(".parquet"):
             with opened(self.path) as stream:
@@ -72,7 +74,7 @@ class ListFile:
             return [self]
         with opened(self.path) as stream:
             count = parquet().ParquetFile(stream).num_row_groups
-        return [ListFile(self.path, self.columns, group) for group in range(count)]
+        return [replace(self, part=group) for group in range(count)]
 
     def _rows(self) -> Rows:
         """Numbered rows by column; a BrokenRow for one that can't be read."""
@@ -94,6 +96,11 @@ class ListFile:
 
     def _is(self, suffix: str) -> bool:
         return self.path.lower().endswith(suffix)
+
+    @property
+    def folder(self) -> str:
+        """What its paths are relative to."""
+        return self.path.rpartition("/")[0]
 
     @property
     def _image(self) -> str:
@@ -134,13 +141,14 @@ class ListFile:
         if self.columns.id and known in (None, ""):
             raise BrokenRow(f"there is nothing in {self.columns.id}")
         path = None if isinstance(image, bytes) or image.startswith("data:") else image
-        where = path or where
+        location = path and self._location(path)
+        where = (location if self.whole else path) or where
         for cell in (where, prompt or "", str(known)):
             if len(cell) > _LONGEST_CELL:
                 raise BrokenRow(f"a path, prompt or id has {len(cell)} characters: that is none")
         return Item(
             id=where if known is None else str(known),
-            image=self._location(path) if path else image,
+            image=location or image,
             name=named(path) if path else f"{named(self.path)}/{number}",
             prompt=prompt or None,
         )
@@ -150,5 +158,5 @@ class ListFile:
         if is_url(image) or self.path == "-" or Path(image).is_absolute():
             return image
         if is_url(self.path):
-            return self.path.rpartition("/")[0] + "/" + image
+            return f"{self.folder}/{image}"
         return str(Path(self.path).parent / image)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from server.bulk.fetching import is_url
+from server.bulk.fetching import as_path, is_url
 from server.bulk.output import Lines, Output, OutputConflict, Printed
 from server.bulk.tables import ROWS, Csv, Parquet
 from server.bulk.tar import PARTIAL, Tar
@@ -37,7 +37,8 @@ def open_output(name: str, overwrite: bool, inputs: Iterable[str] = ()) -> Outpu
 def _check_apart(inputs: Iterable[str], *written: Path) -> None:
     """Raise OutputConflict if a file that an output writes to is one of the inputs."""
     for given in inputs:
-        file = Path("/dev/stdin" if given == "-" else given)
+        path = as_path(given)
+        file = Path("/dev/stdin" if given == "-" else path)
         for ours in written:
-            if not is_url(given) and ours.is_file() and file.exists() and file.samefile(ours):
+            if not is_url(path) and ours.is_file() and file.exists() and file.samefile(ours):
                 raise OutputConflict(f"{ours} is read as input ({given}): name another output")

@@ -17,6 +17,7 @@ from runtime.errors import VignetteError
 from runtime.model.preprocess import SUFFIXES
 from server.bulk.fetching import opened
 from server.bulk.folders import named
+from server.bulk.index import Kept
 from server.bulk.items import Item
 from server.bulk.lists import Columns
 
@@ -118,8 +119,9 @@ class Shard:
                     fileobj=_unpacked(stream), mode="r|", encoding="utf-8", tarinfo=_Member
                 ) as archive,
             ):
+                known = Kept()  # keys
                 for key, members in self._samples(archive):
-                    yield self._item(key, members)
+                    yield self._item(key, _unique(key, known), members)
         except (tarfile.TarError, EOFError, BadGzipFile, zlib.error) as cause:
             raise DamagedShard(f"{self.path} is no whole tar archive: {cause}") from cause
 
@@ -137,6 +139,8 @@ class Shard:
                 continue
             if len(member.name) > _NAME:
                 raise tarfile.ReadError(f"a name has {len(member.name)} characters")
+            if "\0" in member.name:  # archives would end the name there
+                raise tarfile.ReadError("a name has a zero byte")
             key, extension = split(member.name)
             if (key != last or extension in members) and members:
                 yield str(last), members
@@ -163,8 +167,9 @@ class Shard:
             f"of its sample {_TOGETHER} times as much"
         )
 
-    def _item(self, key: str, members: Members) -> Item:
-        where, name = f"{self.path}/{key}", f"{named(self.path)}/{key}"
+    def _item(self, key: str, called: str, members: Members) -> Item:
+        """called: the key, or another if an earlier sample has it."""
+        where, name = f"{self.path}/{called}", f"{named(self.path)}/{called}"
         extension = self.columns.image or next((e for e in members if f".{e}" in SUFFIXES), "")
         kept = {e: content for e, content in members.items() if isinstance(content, bytes)}
         wrong = None
@@ -178,6 +183,15 @@ class Shard:
             text = members.get(self.columns.prompt)
             wrong = text if isinstance(text, str) else f"there is no text in {self.columns.prompt}"
         return Item(where, kept.get(extension, b""), name, prompt or None, key, kept, wrong)
+
+
+def _unique(key: str, known: Kept) -> str:
+    """A key that no earlier sample of the shard has: `key`, or with a number. It becomes known."""
+    called, number = key, 1
+    while known.get(called) is not None:
+        called, number = f"{key}#{number + 1}", number + 1
+    known.keep(called, b"")
+    return called
 
 
 def split(name: str) -> tuple[str, str]:
