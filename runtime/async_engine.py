@@ -29,7 +29,8 @@ class AsyncEngine:
         mailbox = self._mailboxes.setdefault(loop, _Mailbox(loop))
         news: asyncio.Queue[_News] = asyncio.Queue()
         stepper, ended = self.engine.stepper, False
-        stepper.submit(request, partial(mailbox.put, news))
+        sink = partial(mailbox.put, news)
+        stepper.submit(request, sink)
         try:
             while not ended:
                 output = await news.get()
@@ -39,7 +40,7 @@ class AsyncEngine:
                 yield output
         finally:
             if not ended:
-                stepper.cancel(request.id)
+                stepper.cancel(request.id, sink)
 
     async def caption(self, request: GenerationRequest) -> Caption:
         """Caption a request to its end. Raises ComputationFailed, and re-raises step errors."""

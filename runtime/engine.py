@@ -21,7 +21,7 @@ from runtime.decoding.candidates import Move, RowCandidates
 from runtime.decoding.continuation import Continuation
 from runtime.errors import InvalidRequest, WrongThread
 from runtime.execution.base import ModelRunner
-from runtime.limits import Limits
+from runtime.limits import Limits, check_types
 from runtime.model.images import AnyImage, pixels_of
 from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
@@ -169,6 +169,7 @@ class Engine:
     def _check(self, request: GenerationRequest) -> None:
         sizes, prompt, sampling = self.manifest.sizes, request.prompt_ids, request.sampling
         room = self.limits.text_tokens - len(prompt) + 1
+        check_types(sampling)
         if sampling.rows > self.slots:
             raise InvalidRequest(f"it takes {sampling.rows} slots, and there are {self.slots}")
         if not prompt or not 0 <= min(prompt) <= max(prompt) < sizes.vocabulary:
@@ -330,10 +331,11 @@ class Engine:
     def _run(self, requests: list[GenerationRequest]) -> dict[int, RequestOutput]:
         """Run requests to their end; returns their outputs by id. Re-raises step errors."""
         news: SimpleQueue[RequestOutput | Exception] = SimpleQueue()
+        put = news.put
         ended: dict[int, RequestOutput] = {}
         try:
             for request in requests:
-                self.stepper.submit(request, news.put)
+                self.stepper.submit(request, put)
             while len(ended) < len(requests):
                 output = news.get()
                 if isinstance(output, Exception):
@@ -342,7 +344,7 @@ class Engine:
         finally:
             for request in requests:
                 if request.id not in ended:
-                    self.stepper.cancel(request.id)
+                    self.stepper.cancel(request.id, put)
         return ended
 
     def caption(self, request: GenerationRequest, *outputs: RequestOutput) -> Caption:

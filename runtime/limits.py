@@ -2,7 +2,8 @@
 
 import secrets
 
-from msgspec.structs import replace
+import numpy as np
+from msgspec.structs import fields, replace
 
 from runtime.errors import InvalidRequest
 from runtime.model.tokenizer import CaptionTokenizer
@@ -12,6 +13,11 @@ DEFAULT_MAX_NEW_TOKENS = 20  # the default of `generate` for Hugging Face's GIT
 _MOST_LOGPROBS = 40  # per position, over all captions: sending them outweighs computing them
 _DRAWING = ("top_k", "top_p", "seed")  # of no effect without a temperature
 _RANKING = ("length_penalty", "early_stopping")  # of no effect without beams
+_KINDS = {"max_new_tokens": int} | {
+    each.name: type(each.default)
+    for each in fields(SamplingParams)
+    if each.name not in ("max_new_tokens", "early_stopping")  # it may be text
+}
 
 
 class Limits:
@@ -33,7 +39,11 @@ class Limits:
         A sampled request without a seed gets one here, so that a retry draws the same tokens.
         Raises InvalidRequest, naming the field that can't be served.
         """
-        asked = {name: value for name, value in asked.items() if value is not None}
+        asked = {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in asked.items()
+            if value is not None
+        }
         prompt_ids = self._tokenizer.prompt_ids(prompt)
         room = self.text_tokens - len(prompt_ids) + 1  # the last token is never fed
         if room < 1:
@@ -43,6 +53,7 @@ class Limits:
             )
         default = {"max_new_tokens": min(DEFAULT_MAX_NEW_TOKENS, room)}
         sampling = SamplingParams(**(default | asked))  # type: ignore[arg-type]
+        check_types(sampling)
         if not 1 <= sampling.max_new_tokens <= room:
             raise InvalidRequest(
                 f"max_new_tokens is {sampling.max_new_tokens}: with this prompt use 1 to {room}"
@@ -65,6 +76,14 @@ class Limits:
                 f"are {self.slots} slots: ask for fewer, or start with more (--slots)"
             )
         return prompt_ids, sampling
+
+
+def check_types(sampling: SamplingParams) -> None:
+    """Raise InvalidRequest, naming the field, for a value of another type."""
+    for name, kind in _KINDS.items():
+        value = getattr(sampling, name)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise InvalidRequest(f"{name} is {value!r}: it takes a value of type {kind.__name__}")
 
 
 def _check(sampling: SamplingParams, asked: dict[str, object]) -> None:

@@ -37,9 +37,9 @@ class Stepper:
         """
         self._ask(lambda: self._submit(request, sink))
 
-    def cancel(self, request_id: int) -> None:
-        """Cancel a request; its sink is not called again."""
-        self._ask(lambda: self._cancel(request_id))
+    def cancel(self, request_id: int, sink: Sink) -> None:
+        """Cancel a request if it was submitted with this sink, which is not called again."""
+        self._ask(lambda: self._cancel(request_id, sink))
 
     def _ask(self, command: Callable[[], object]) -> None:
         with self._changed:
@@ -61,8 +61,9 @@ class Stepper:
         else:
             self._sinks[request.id] = sink
 
-    def _cancel(self, request_id: int) -> None:
-        if self._sinks.pop(request_id, None) is not None:
+    def _cancel(self, request_id: int, sink: Sink) -> None:
+        if self._sinks.get(request_id) is sink:
+            del self._sinks[request_id]
             self._engine.cancel(request_id)
 
     def _run(self) -> None:

@@ -237,3 +237,33 @@ def test_a_request_may_be_of_a_file_and_stream(demo):
     outputs, request = asyncio.run(read())
     assert len(outputs) > 3
     assert demo.caption(request, *outputs).text == "an owl on a purple background"
+
+
+def test_a_request_given_twice_is_not_cancelled_by_who_was_refused():
+    engine = AsyncEngine(fake_engine())
+
+    async def run() -> int:
+        request = engine.engine.request(image(1), max_new_tokens=12, ignore_eos=True)
+        first = asyncio.create_task(engine.caption(request))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(engine.caption(request))
+        await asyncio.sleep(0)
+        second.cancel()
+        return len((await asyncio.wait_for(first, 20)).token_ids)
+
+    assert asyncio.run(run()) == 12
+
+
+@pytest.mark.parametrize("wrong", [
+    {"max_new_tokens": 3.5}, {"logprobs": 2.0}, {"n": "2"}, {"num_beams": True}, {"seed": 1.0},
+    {"ignore_eos": 1}, {"temperature": "0.5"},
+])  # fmt: skip
+def test_a_parameter_of_another_type_disturbs_nobody(wrong):
+    engine = fake_engine()
+    with pytest.raises(InvalidRequest, match=next(iter(wrong))):
+        engine.request(image(1), **wrong)
+    good = engine.request(image(1), max_new_tokens=3)
+    bad = replace(good, sampling=replace(good.sampling, **wrong), id=good.id + 1)
+    with pytest.raises(InvalidRequest, match=next(iter(wrong))):
+        engine.submit(bad)
+    assert engine.generate([image(2)], max_new_tokens=np.int64(4), length_penalty=None)

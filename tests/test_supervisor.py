@@ -4,6 +4,7 @@ import asyncio
 import os
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,7 @@ from runtime.engine import Engine
 from runtime.planning.plan import Plan
 from server.ipc.shared import RunFolder
 from server.models import ServedModel
+from server.processes.child import Child
 from server.processes.crew import workers
 from server.processes.supervisor import CannotStart, Supervisor
 from server.settings import Settings
@@ -46,3 +48,44 @@ def test_workers_of_a_model_must_give_the_same_captions(tmp_path):
         asyncio.run(asyncio.wait_for(serve(), 60))
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
     assert [child.worker_state().device for child in children] == ["0", "1"]
+
+
+def test_a_process_that_can_not_be_started_for_now_is_started_later(tmp_path, monkeypatch):
+    run, model = RunFolder(), ServedModel("m", tmp_path, 1.0)
+    settings = Settings.model_construct(log_level="ERROR", step_seconds=60.0, drain_seconds=1.0)
+    main = partial(fake_worker, fake_engine)
+    [child] = children = workers(settings, [model], run.path, main, [""])
+    start, refused = Child.start, [OSError(24, "Too many open files")] * 2
+
+    def scarce(each: Child) -> None:
+        if each.epoch and refused:
+            raise refused.pop()
+        start(each)
+
+    monkeypatch.setattr(Child, "start", scarce)
+
+    async def serve() -> None:
+        ready = asyncio.Event()
+        supervisor = Supervisor(settings, ["m"], run, children, [])
+        supervisor.on_ready = ready.set
+        stop = asyncio.Event()
+        running = asyncio.create_task(supervisor.run(stop))
+        await asyncio.wait_for(ready.wait(), 60)
+        child.kill()
+        while child.state != "ready" or child.epoch == 1:
+            assert not running.done()
+            await asyncio.sleep(0.01)
+        stop.set()
+        await running
+
+    asyncio.run(asyncio.wait_for(serve(), 60))
+    assert not refused
+
+
+def test_a_process_that_hangs_as_it_starts_is_replaced_in_the_end():
+    child = Child("worker", 0, print)
+    child.process = SimpleNamespace(is_alive=lambda: True)
+    assert child.health_problem(500.0, 60.0) is None
+    assert child.health_problem(700.0, 60.0) == "hung"
+    child.state = "ready"
+    assert child.health_problem(5.0, 60.0) == "hung"

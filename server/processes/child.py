@@ -10,6 +10,7 @@ from server.ipc.messages import WorkerFacts, WorkerState, process_name
 from server.system import KILLED_FROM_OUTSIDE, environment
 
 _SILENCE_SECONDS = 3.0  # without a heartbeat: the process is stopped, or starved
+_STARTING_SECONDS = 600.0  # likewise during start-up: loading a graph may hold the GIL for long
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -65,8 +66,8 @@ class Child:
         """Why the process must be replaced, or None. step_seconds: longest step."""
         if not self.alive:
             return "ended"
-        # Silence is normal during start-up: loading a graph may hold the GIL for long.
-        if self.state == "ready" and now - self.heard_at > _SILENCE_SECONDS:
+        silence = _STARTING_SECONDS if self.state == "starting" else _SILENCE_SECONDS
+        if now - self.heard_at > silence:
             return "hung"
         since = now if self.step_since is None else self.step_since
         return "stuck" if now - since > step_seconds else None

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any
 
 from server.ipc.shared import RunFolder
@@ -52,11 +53,12 @@ def announce(settings: Settings, ports: Ports) -> None:
         log.info("ready on http://%s:%d", shown, port)
         return
     flush()
-    print(
-        f"\nVignette is ready on http://{shown}:{port} - try:\n\n"
-        f"  curl --data-binary @demo/samples/owl.png http://{shown}:{port}/caption\n",
-        flush=True,
-    )
+    with suppress(OSError):  # nobody reads it, or the disk is full
+        print(
+            f"\nVignette is ready on http://{shown}:{port} - try:\n\n"
+            f"  curl --data-binary @demo/samples/owl.png http://{shown}:{port}/caption\n",
+            flush=True,
+        )
 
 
 def stop_event(on_hangup: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Event:

@@ -161,11 +161,19 @@ class Supervisor:
                         child.kill()  # nobody waits for it any more
                 elif child.state == "down":
                     if now >= child.start_at:
-                        child.start()
+                        self._start_again(child)
                 elif child.state != "over" and (
                     reason := child.health_problem(now, self._settings.step_seconds)
                 ):
                     await self._replace(child, reason)
+
+    def _start_again(self, child: Child) -> None:
+        try:
+            child.start()
+        except OSError as cause:  # too many files, processes or too little memory, for now
+            log.error("%s can't be started: %s", child.stable_name, cause)
+            child.failures += 1
+            _pause(child)
 
     async def _replace(self, child: Child, reason: str) -> None:
         assert child.process is not None
@@ -185,8 +193,7 @@ class Supervisor:
             return
         log.error("%s (pid %s, exit code %s) %s: it is replaced", child.name, pid, code, reason)
         child.failures = 0 if served else child.failures + 1
-        pause = _FIRST_PAUSE * 2 ** (child.failures - 1) if child.failures else 0.0
-        child.state, child.start_at = "down", time.monotonic() + min(_LONGEST_PAUSE, pause)
+        _pause(child)
         if child.kind == "worker":
             await self._tell_front_ends()
         if not self._announced and child.failures > 1:
@@ -329,3 +336,9 @@ class Supervisor:
             child.kill()
             if child.process is not None:
                 child.process.join(_STOP_SECONDS)
+
+
+def _pause(child: Child) -> None:
+    """Let a process start after a pause that doubles with each failure."""
+    pause = _FIRST_PAUSE * 2 ** (child.failures - 1) if child.failures else 0.0
+    child.state, child.start_at = "down", time.monotonic() + min(_LONGEST_PAUSE, pause)
