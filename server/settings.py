@@ -1,14 +1,15 @@
 """All settings of the server: flag, `VIGNETTE_*` variable, default and description of each."""
 
 import difflib
+import json
 import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from runtime.errors import VignetteError
 from runtime.model.preprocess import MAX_PIXELS
@@ -22,6 +23,18 @@ LOCAL = "local"  # makes Ray start a cluster here instead of joining one
 
 class InvalidSettings(VignetteError):
     """A flag or variable that can't be used."""
+
+
+def _listed(value: object) -> object:
+    """A list as variables give it: between commas, or as JSON."""
+    if not isinstance(value, str):
+        return value
+    if value.startswith("["):
+        return json.loads(value)
+    return [each.strip() for each in value.split(",") if each.strip()]
+
+
+_Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
 
 
 class Settings(BaseSettings):
@@ -158,17 +171,17 @@ class Settings(BaseSettings):
         Field(ge=0, description="MiB of captions to remember by the image's SHA-256; 0 keeps none"),
     ] = 0  # fmt: skip
     image_url_domains: Annotated[
-        tuple[str, ...],
+        _Texts,
         Field(description="domains that image_url may name, .example.org for those below it too; "
               "none switches image_url off"),
     ] = ()  # fmt: skip
     cors_origins: Annotated[
-        tuple[str, ...],
+        _Texts,
         Field(description="origins whose pages may use the service from a browser, such as "
               "https://example.org, or *; none keeps to its own page"),
     ] = ()  # fmt: skip
     trusted_proxies: Annotated[
-        tuple[str, ...],
+        _Texts,
         Field(description="addresses or networks of proxies whose X-Forwarded-For is believed, "
               "such as 10.0.0.0/8"),
     ] = ()  # fmt: skip

@@ -24,6 +24,9 @@ from server.bulk.progress import Progress
     (["--url", "http://127.0.0.1:99999"], "is no URL: Port out of range"),
     (["--url", "localhost:8000"], "looks like http://host:8000"),
     (["--model", "x"], "--model is of a service's: add its --url"),
+    (["--url", "http://a b/"], "looks like http://host:8000"),
+    (["--prompt", "\udcff"], "is not UTF-8"),
+    (["--slots", "9" * 20], "is too large"),
 ])  # fmt: skip
 def test_a_flag_that_can_not_be_meant_is_a_usage_error(flags, complaint, capfd):
     with pytest.raises(SystemExit) as ended:

@@ -54,6 +54,10 @@ def test_what_is_wrong_with_a_folder_is_named(folder, tmp_path):
     broken("can't be read", edit(sizes={}))
     broken(r"can't be read.*Expected `int`.*tokens\.bos", edit(tokens={"bos": "x"}))
     broken(r"can't be read.*Expected `array`.*variants", edit(variants=7))
+    broken(r"can't be read.*no graphs of fp32/fp32/float32", edit(variants=[]))
+    broken("has no combination fp32/fp32/float32", edit(combinations=[]))
+    test = {"seeds": [1], "tokens": [[5, 6], [7]]}
+    broken("can't be read.*not as many captions as pictures", edit(self_test=test))
     broken("can't be read", lambda copy: (copy / "manifest.json").write_text("[]"))
     broken("can't be read", lambda copy: (copy / "manifest.json").write_bytes(b"\xff"))
     broken("another version", edit(format=99))

@@ -109,6 +109,7 @@ def test_a_plan_for_something_else_is_refused_with_the_remedy(folder):
     refused("another version", format=99)
     refused("can't be read", plan={})
     refused("can't be read", machine=None)
+    refused("can't be read.*Expected `int` >= 1", plan=asdict(plan) | {"encode_batch": 0})
     refused("can't be read.*Expected `int`", plan=asdict(plan) | {"encoder_streams": "two"})
     refused(
         "wants tensorrt, which is gone", plan=asdict(replace(plan, encoder_provider="tensorrt"))

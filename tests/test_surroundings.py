@@ -24,7 +24,7 @@ def test_a_port_is_taken_from_the_first_moment(tmp_path):
 
 
 def test_a_host_that_is_none_is_named():
-    for host in ("no.such.host.invalid", "192.0.2.1"):
+    for host in ("no.such.host.invalid", "192.0.2.1", "a..b"):
         with pytest.raises(CannotListen, match="--host"):
             Ports(Settings(_env_file=None, port=0, host=host))
 

@@ -65,7 +65,7 @@ class Preprocessing:
 
     shortest_edge: Count
     crop: Count
-    resample: int  # PIL.Image.Resampling
+    resample: Annotated[int, Meta(ge=0, le=5)]  # PIL.Image.Resampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,12 +210,24 @@ def sha256(path: Path) -> str:
 
 
 def _check_named(manifest: Manifest) -> None:
-    """Raise ValueError unless each file used has a sha256 and lies directly in the folder."""
+    """Raise ValueError unless each file used has a sha256 and lies directly in the folder, and each
+    combination has its graphs.
+    """
     used = {TOKENIZER, WEIGHTS, *(v.file for v in manifest.variants)}
     if unproven := sorted(used - manifest.files.keys()):
         raise ValueError(f"it has no sha256 of {unproven[0]!r}")
     if outside := [name for name in manifest.files if Path(name).name != name]:
         raise ValueError(f"{outside[0]!r} is no file of the folder")
+    there = {(v.graph, v.precision, v.cache) for v in manifest.variants}
+    for each in manifest.combinations:
+        if (
+            not {("encoder", each.encoder, each.cache), ("decoder", each.decoder, each.cache)}
+            <= there
+        ):
+            raise ValueError(f"it has no graphs of {each.name}")
+    manifest.combination(EXACT)
+    if (test := manifest.self_test) and len(test.seeds) != len(test.tokens):
+        raise ValueError("its self-test has not as many captions as pictures")
 
 
 def _check_whole(path: Path, expected: str) -> None:

@@ -13,7 +13,7 @@ from msgspec import convert
 
 from runtime.errors import EngineFolderError
 from runtime.model import manifest as manifests
-from runtime.model.manifest import EXACT, Manifest
+from runtime.model.manifest import EXACT, Count, Manifest
 from runtime.planning.config import AUTO, NVIDIA, TEXT_TOKENS, EngineConfig
 from runtime.planning.machine import Machine, this_machine
 
@@ -47,8 +47,8 @@ class Plan:
     decoder_provider: str = "cpu"
     encoder_threads: int = 0
     decoder_threads: int = 0
-    encode_batch: int = 1
-    encoder_streams: int = 1
+    encode_batch: Count = 1
+    encoder_streams: Count = 1
     origin: str = "default"
     slots: int = 1
     text_tokens: int = TEXT_TOKENS

@@ -22,6 +22,7 @@ SAMPLING_FLAGS: dict[str, Any] = {  # flags that are sampling parameters, and th
     for field in fields(SamplingParams)
     if field.name in SAMPLING - {"logprobs"}  # rows have no logprobs
 } | {"seed": "any"}
+_MOST = 10**9  # of any number
 _Number = TypeVar("_Number", int, float)
 
 
@@ -93,7 +94,9 @@ def _add_captioning(group: argparse._ArgumentGroup) -> None:
         f"here; its key, if it wants one, is taken from ${KEY}",
     )
     group.add_argument("--model", help="of the service's, where it has several (its first)")
-    group.add_argument("--prompt", help="a question about each image, or how its caption begins")
+    group.add_argument(
+        "--prompt", type=_text, help="a question about each image, or how its caption begins"
+    )
     for name, usual in SAMPLING_FLAGS.items():
         about = f"{CaptionFields.model_fields[name].description} ({str(usual).lower()})"
         group.add_argument(f"--{name.replace('_', '-')}", metavar="N", dest=name, help=about)
@@ -125,7 +128,17 @@ def _megabytes(given: str) -> float:
 def _positive(given: str) -> int:
     if (number := _number(int, given)) < 1:
         raise argparse.ArgumentTypeError(f"{given} is too small: give 1 or more")
+    if number > _MOST:
+        raise argparse.ArgumentTypeError(f"{given} is too large: give {_MOST} or less")
     return number
+
+
+def _text(given: str) -> str:
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{given!a} is not UTF-8") from error
+    return given
 
 
 def _number(kind: Callable[[str], _Number], given: str) -> _Number:
@@ -139,6 +152,7 @@ def _service(given: str) -> str:
     try:
         parts = urlsplit(given)
         fit = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        fit = fit and given.isprintable() and " " not in given
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{given} is no URL: {error}") from error
     if not fit:

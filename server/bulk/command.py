@@ -147,7 +147,7 @@ def _setup(args: argparse.Namespace) -> EngineSetup:
 
 
 def _remote(args: argparse.Namespace) -> RemoteCaptioner:
-    service = RemoteService.at(args.url, os.environ.get(KEY), args.model)
+    service = RemoteService.at(args.url, os.environ.get(KEY, "").strip(), args.model)
     return RemoteCaptioner(service, args.sampling)
 
 

@@ -1,30 +1,24 @@
 """The bytes of an image, from a path or from any URL that fsspec knows."""
 
-import http.client
 import io
-import socket
 import stat
 import threading
 import time
 from contextlib import AbstractContextManager, closing
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import urljoin
-
-from typing_extensions import override
 
 from runtime.errors import VignetteError
 from server.bulk.items import UnfitItem
+from server.http.timed import Attempt, TimedResponse, current
 
 _ATTEMPTS, _LONGEST_WAIT = 4, 20  # per image over HTTP; seconds between attempts
 _CONNECT_SECONDS, _READ_SECONDS, _SECONDS = 10, 30, 120  # of one attempt
 _CONNECTIONS, _REDIRECTS = 64, 5
 _PIECE = 2**20
 _LATER = (408, 425, 429)  # statuses below 500 that are retried
-_attempt = threading.local()  # of this thread: `end`, a time of `time.monotonic`, and `over`
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 
 class NoWay(VignetteError):
@@ -96,8 +90,6 @@ def _fetched(url: str, limit: int, over: threading.Event) -> bytes:
     )
     from tenacity import wait_random_exponential as growing
 
-    _attempt.over = over
-
     attempts = Retrying(
         stop=stop_after_attempt(_ATTEMPTS) | stop_when_event_set(over),
         sleep=sleep_using_event(over),
@@ -105,14 +97,14 @@ def _fetched(url: str, limit: int, over: threading.Event) -> bytes:
         retry=retry_if_exception_type(_Later),
         reraise=True,
     )
-    return attempts(_asked, url, limit)
+    return attempts(_asked, url, limit, over)
 
 
-def _asked(url: str, limit: int) -> bytes:
+def _asked(url: str, limit: int, over: threading.Event) -> bytes:
     from urllib3.exceptions import HTTPError, LocationValueError
 
-    _attempt.end = time.monotonic() + _SECONDS
-    if _attempt.over.is_set():
+    current.attempt = attempt = Attempt(time.monotonic() + _SECONDS, _READ_SECONDS, over)
+    if over.is_set():
         raise UnfitItem("it is not wanted any more")
     try:
         for _ in range(1 + _REDIRECTS):
@@ -126,7 +118,7 @@ def _asked(url: str, limit: int) -> bytes:
     except LocationValueError as cause:
         raise UnfitItem(f"the server can't be asked: {cause}") from cause
     except HTTPError as cause:
-        if time.monotonic() >= _attempt.end:
+        if time.monotonic() >= attempt.end:
             raise UnfitItem(f"it was not there after {_SECONDS} seconds") from cause
         raise _Later(f"the server gave no whole answer: {cause}") from cause
     raise UnfitItem(f"the server led elsewhere more than {_REDIRECTS} times")
@@ -142,40 +134,6 @@ def _content(answer: Any, limit: int) -> bytes:
     return content
 
 
-class _Timed(io.RawIOBase):
-    """Reads a connection until the end of its thread's attempt, however slow the server, or until
-    the image is not wanted any more.
-    """
-
-    def __init__(self, raw: io.RawIOBase, connection: socket.socket) -> None:
-        self._raw, self._connection = raw, connection
-
-    @override
-    def readable(self) -> bool:
-        return True
-
-    @override
-    def readinto(self, buffer: "WriteableBuffer") -> int | None:
-        left = _attempt.end - time.monotonic()
-        if left <= 0 or _attempt.over.is_set():
-            raise TimeoutError
-        self._connection.settimeout(min(left, _READ_SECONDS))
-        return self._raw.readinto(buffer)
-
-    @override
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-class _Answer(http.client.HTTPResponse):
-    """A response that is read, headers included, through `_Timed`."""
-
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(_Timed(self.fp.detach(), sock))
-
-
 @cache
 def _pool() -> Any:
     """The connection pool of all threads."""
@@ -184,11 +142,11 @@ def _pool() -> Any:
 
     class Plain(HTTPConnectionPool):
         class ConnectionCls(HTTPConnection):
-            response_class = _Answer
+            response_class = TimedResponse
 
     class Secure(HTTPSConnectionPool):
         class ConnectionCls(HTTPSConnection):
-            response_class = _Answer
+            response_class = TimedResponse
 
     pool = PoolManager(
         maxsize=_CONNECTIONS,

@@ -19,6 +19,12 @@ def open_output(name: str, overwrite: bool, inputs: Iterable[str] = ()) -> Outpu
     if name == "-":
         return Printed()
     path = Path(name)
+    try:
+        path.resolve()
+    except (OSError, RuntimeError, ValueError) as cause:  # a link to itself, for one
+        raise OutputConflict(f"{name} can't be written to: {cause}") from cause
+    if not name:
+        raise OutputConflict("the output has no name")
     if name.endswith("/") or path.is_dir():
         _check_apart(inputs, path / HIDDEN_ROWS)
         return Texts(path, overwrite)

@@ -65,8 +65,10 @@ class RemoteCaptioner:
                 raise failure(f"{connection.url} gave no caption for too long: {reason}")
 
     def stop(self) -> None:
-        """Stop retrying."""
+        """Stop retrying, and waiting for answers."""
         self._over.set()
+        for connection in list(self._all):
+            connection.abort()
 
     def close(self) -> None:
         """Close all connections."""
@@ -76,7 +78,7 @@ class RemoteCaptioner:
     def _connection(self) -> Connection:
         """This thread's connection."""
         if not hasattr(self._mine, "connection"):
-            self._mine.connection = Connection(self._service.url, self._service.key)
+            self._mine.connection = Connection(self._service.url, self._service.key, self._over)
             self._all.append(self._mine.connection)
         return self._mine.connection
 
@@ -95,7 +97,7 @@ def _said(answer: dict[str, Any]) -> tuple[ScoredCaption, ...]:
     """All captions of an answer. Raises ValueError."""
     found = convert(answer, _Answer)
     for each in (completions := (found, *found.captions[1:])):
-        each.caption.encode()
+        f"{each.caption}{each.finish_reason}".encode()
     return tuple(
         ScoredCaption(each.caption, each.finish_reason, rounded(each.score)) for each in completions
     )

@@ -2,7 +2,10 @@
 
 import http.client
 import json
+import socket
+import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,9 +14,11 @@ from msgspec import convert
 
 from runtime.errors import VignetteError
 from server.http.answers import ModelsAnswer
+from server.http.timed import Attempt, TimedResponse, current
 
 _MOST_CONNECTIONS = 256
-_SECONDS = 120.0  # timeout of each socket operation, and of reading an answer
+_CONNECT_SECONDS = 10.0
+_SECONDS = 120.0  # of sending a request, and of its answer
 _MOST_BYTES, _PIECE = 16 * 2**20, 64 * 2**10  # of an answer
 _RETRY_SECONDS = 0.05, 60.0  # shortest and longest wait before a retry
 _REFUSED, _FAILED = 400, 500  # statuses: a refusal is below the second
@@ -47,15 +52,18 @@ class RemoteService:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ServiceFailed(f"{url} is no URL of a service: it looks like http://host:8000")
-        with Connection(url, key) as connection:
-            try:
+        if key and not (key.isascii() and key.isprintable()):
+            raise ServiceFailed("the API key has characters that no key has")
+        try:
+            with Connection(url, key) as connection:
                 _, _, answer = connection.ask("GET", "/v1/models")
-                models = {each.id: each for each in convert(answer, ModelsAnswer).data}
-                name = model or next(iter(models))
-            except (OSError, http.client.HTTPException, ValueError, StopIteration) as cause:
-                raise ServiceFailed(
-                    f"{url}/v1/models does not answer as a Vignette service does ({cause!r})"
-                ) from cause
+            models = {each.id: each for each in convert(answer, ModelsAnswer).data}
+            name = model or next(iter(models))
+            json.dumps(answer, ensure_ascii=False).encode()
+        except (OSError, http.client.HTTPException, ValueError, StopIteration) as cause:
+            raise ServiceFailed(
+                f"{url}/v1/models does not answer as a Vignette service does ({cause!r})"
+            ) from cause
         if (found := models.get(name)) is None:
             raise ServiceFailed(f"{url} has no model {name}: {', '.join(models)}")
         if found.engine is None or found.precision is None:
@@ -67,13 +75,16 @@ class RemoteService:
 class Connection:
     """A keep-alive connection to a service, for use by one thread."""
 
-    def __init__(self, url: str, key: str | None) -> None:
+    def __init__(self, url: str, key: str | None, over: threading.Event | None = None) -> None:
+        """over: set once no answer is wanted any more. Raises ValueError, HTTPException."""
         self.url = url.rstrip("/")
         parts = urlsplit(self.url)
         kind = (
             http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         )
-        self._http = kind(parts.hostname or "", parts.port, timeout=_SECONDS)
+        self._http = kind(parts.hostname or "", parts.port, timeout=_CONNECT_SECONDS)
+        self._http.response_class = TimedResponse
+        self._over = over or threading.Event()
         self._base = parts.path
         self._headers = {"Content-Type": "application/octet-stream"}
         if key:
@@ -93,12 +104,15 @@ class Connection:
         A refusal of a proxy, which is no JSON, becomes an error as a service answers them. Raises
         OSError, HTTPException and ValueError, also for an answer without end.
         """
+        if self._http.sock is None:
+            self._http.connect()
+        self._http.sock.settimeout(_SECONDS)
+        current.attempt = Attempt(time.monotonic() + _SECONDS, _SECONDS, self._over)
         self._http.request(method, self._base + path, body, self._headers)
-        response = self._http.getresponse()
-        content, end = bytearray(), time.monotonic() + _SECONDS
+        response, content = self._http.getresponse(), bytearray()
         while piece := response.read1(_PIECE):
             content += piece
-            if len(content) > _MOST_BYTES or time.monotonic() > end:
+            if len(content) > _MOST_BYTES:
                 raise http.client.HTTPException("the answer does not end")
         response.close()  # else the connection waits for more of it
         try:
@@ -112,6 +126,13 @@ class Connection:
         shortest, longest = _RETRY_SECONDS
         wait = float(response.headers.get("Retry-After", 1))
         return response.status, min(longest, max(shortest, wait)), answer
+
+    def abort(self) -> None:
+        """End what another thread waits for on this connection."""
+        sock = self._http.sock
+        if sock is not None:
+            with suppress(OSError):  # it is closed already
+                sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection; the next request opens a new one."""

@@ -60,11 +60,12 @@ def _listen(host: str, port: int, setting: str) -> list[socket.socket]:
                 absent = cause
         if absent is not None and not found:
             raise absent
-    except OSError as cause:
+    except (OSError, UnicodeError) as cause:  # the latter for a name that is none
         for sock in found:
             sock.close()
-        reason = os.strerror(cause.errno or 0)
-        if isinstance(cause, socket.gaierror) or cause.errno in _ABSENT:
+        number = cause.errno if isinstance(cause, OSError) else None
+        reason = os.strerror(number or 0)
+        if number is None or isinstance(cause, socket.gaierror) or number in _ABSENT:
             problem = f"--host {host} is no address of this machine"
         else:
             problem = (

@@ -1,0 +1,61 @@
+"""Answers that are read until a deadline, however slowly their server sends them."""
+
+import http.client
+import io
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+
+@dataclass(slots=True)
+class Attempt:
+    """An attempt to get an answer. end: when to give it up (`time.monotonic`). silence: most
+    seconds without a byte. over: set once the answer is not wanted any more.
+    """
+
+    end: float
+    silence: float
+    over: threading.Event = field(default_factory=threading.Event)
+
+
+current = threading.local()  # attempt: that of this thread
+
+
+class _Timed(io.RawIOBase):
+    """Reads a connection within the limits of its thread's attempt."""
+
+    def __init__(self, raw: io.RawIOBase, connection: socket.socket) -> None:
+        self._raw, self._connection = raw, connection
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def readinto(self, buffer: "WriteableBuffer") -> int | None:
+        attempt: Attempt = current.attempt
+        left = attempt.end - time.monotonic()
+        if left <= 0 or attempt.over.is_set():
+            raise TimeoutError("it took too long")
+        self._connection.settimeout(min(left, attempt.silence))
+        return self._raw.readinto(buffer)
+
+    @override
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class TimedResponse(http.client.HTTPResponse):
+    """A response that is read, headers included, within the limits of its thread's attempt."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp = io.BufferedReader(_Timed(self.fp.detach(), sock))
