@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from runtime.model.manifest import EXACT, read
 from runtime.model.preprocess import MAX_PIXELS
 from runtime.planning.config import EngineConfig
+from server.bulk import captioning
 from server.bulk.captioning import Captioning, CaptioningOptions
 from server.bulk.command import main
 from server.bulk.engine import EngineSetup
@@ -361,3 +363,24 @@ def test_a_caller_that_has_enough_is_let_go(tmp_path):
     next(outcomes)
     outcomes.close()
     assert len(taken) < 300
+
+
+def test_large_files_are_not_read_many_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(captioning, "_HELD", 10**6)
+    held, most = set(), []
+
+    class Holding(Counting):
+        def caption(self, image, prompt):
+            held.add(image[-3:])
+            most.append(len(held))
+            time.sleep(0.05)
+            held.discard(image[-3:])
+            return super().caption(image, prompt)
+
+    files = small_images(tmp_path, 12)
+    for number, file in enumerate(files):
+        file.write_bytes(file.read_bytes() + bytes(400_000) + b"%03d" % number)
+    found = items(parts(map(str, files), Columns(), 10**8))
+    outcomes = Captioning(Holding(), CaptioningOptions(None, 10**8), Kept()).run(found)
+    assert len(list(outcomes)) == 12
+    assert max(most) <= 3, "of 400 KB, for a megabyte"

@@ -220,12 +220,9 @@ def _check_named(manifest: Manifest) -> None:
         raise ValueError(f"{outside[0]!r} is no file of the folder")
     there = {(v.graph, v.precision, v.cache) for v in manifest.variants}
     for each in manifest.combinations:
-        if (
-            not {("encoder", each.encoder, each.cache), ("decoder", each.decoder, each.cache)}
-            <= there
-        ):
+        wanted = {(graph, getattr(each, graph), each.cache) for graph in ("encoder", "decoder")}
+        if not wanted <= there:
             raise ValueError(f"it has no graphs of {each.name}")
-    manifest.combination(EXACT)
     if (test := manifest.self_test) and len(test.seeds) != len(test.tokens):
         raise ValueError("its self-test has not as many captions as pictures")
 

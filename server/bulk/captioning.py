@@ -7,6 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -62,16 +63,17 @@ class Captioning:
         """Yield outcomes; closing drops items not begun. Raises the error that ended the run."""
         most = self._captioner.at_once + _FETCHES
         pool = ThreadPoolExecutor(most, "item")
-        remaining, running = iter(items), OrderedDict[Future[Outcome], Item]()
+        remaining, running = iter(items), OrderedDict[Future[Outcome], int]()  # and bytes
         held = most * _AHEAD if self._options.ordered else most
         try:
             while True:
                 unfinished = sum(not each.done() for each in running)
                 room = min(most - unfinished, held - len(running))
-                size = sum(_size(*each) for each in running.items())
+                size = sum(_held(*each) for each in running.items())
                 for item in islice(remaining, 0 if size > _HELD else max(0, room)):
-                    running[pool.submit(self._outcome, item)] = item
-                    size += _bytes(item)
+                    will_hold = _bytes(item, self._options.limit)
+                    running[pool.submit(self._outcome, item)] = will_hold
+                    size += will_hold
                     if size > _HELD:
                         break
                 if not running:
@@ -82,7 +84,7 @@ class Captioning:
             self._captioner.stop()
             pool.shutdown(cancel_futures=True)
 
-    def _ended(self, running: OrderedDict[Future[Outcome], Item]) -> Iterator[Outcome]:
+    def _ended(self, running: OrderedDict[Future[Outcome], int]) -> Iterator[Outcome]:
         """Outcomes of ended items, at least one; if ordered, up to one that has not ended."""
         first = [next(iter(running))] if self._options.ordered else running
         wait(first, return_when=FIRST_COMPLETED)
@@ -133,14 +135,20 @@ class Captioning:
                 del self._same[key]
 
 
-def _size(future: Future[Outcome], item: Item) -> int:
-    """Bytes held for an item; an image to fetch counts only once its item has ended."""
+def _held(future: Future[Outcome], expected: int) -> int:
+    """Bytes held for an item; an image at a URL counts only once its item has ended."""
     ended = future.done() and future.exception() is None
-    return _bytes(item, future.result().image if ended else None)
+    return max(expected, len(future.result().image or b"") if ended else 0)
 
 
-def _bytes(item: Item, image: bytes | None = None) -> int:
-    return sum(map(len, item.members.values())) or len(image or item.image)
+def _bytes(item: Item, limit: int) -> int:
+    """Bytes that an item holds, or will once its file is read; `limit` of that at most."""
+    if isinstance(item.image, bytes):
+        return max(len(item.image), sum(map(len, item.members.values())))
+    try:
+        return 0 if is_url(item.image) else min(limit, Path(item.image).stat().st_size)
+    except (OSError, ValueError):  # its row will say so
+        return 0
 
 
 def same(digest: str, prompt: str | None) -> str:
