@@ -73,10 +73,13 @@ def give_way(niceness: int = NICENESS) -> None:
     os.nice(niceness)
 
 
-def limit_memory(size: int) -> None:
-    """Limit the address space to `size` bytes, where the system can, and disable core dumps."""
+def limit_memory(size: int, children: int | None = None) -> None:
+    """Limit the address space to `size` bytes, where the system can, and disable core dumps.
+
+    children: the most that they may set for themselves.
+    """
     if hasattr(resource, "RLIMIT_AS"):
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        resource.setrlimit(resource.RLIMIT_AS, (size, max(size, children or 0)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

@@ -218,3 +218,9 @@ def until(condition, seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def requests_in(dispatcher) -> int:
+    """Number of requests that a dispatcher holds."""
+    inside = sum(len(link.inside) for link in dispatcher._links.values())
+    return inside + len(dispatcher._pending) + len(dispatcher._suspects)

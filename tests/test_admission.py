@@ -18,7 +18,7 @@ from runtime.scheduler import Scheduler
 from server.fairness.errors import QueueFull
 from server.service.admission import Admission, State
 from tests.fakes import fake_engine, gated
-from tests.live import JSON, as_json, b64, fetch, png, serve, until
+from tests.live import JSON, as_json, b64, fetch, png, requests_in, serve, until
 
 
 def waiting(scheduler: Scheduler, name: str, **scheduling):
@@ -68,9 +68,9 @@ def test_the_batch_class_waits_for_the_interactive_one():
         until(lambda: engine.scheduler.running)
         patient, urgent = png((1, 1, 1)), png((2, 2, 2))
         batch = [pool.submit(live.caption, patient, "?priority=batch") for _ in range(2)]
-        until(lambda: live.model.links.dispatcher.inside == 3)
+        until(lambda: requests_in(live.model.links.dispatcher) == 3)
         interactive = [pool.submit(live.caption, urgent) for _ in range(2)]
-        until(lambda: live.model.links.dispatcher.inside == 5)
+        until(lambda: requests_in(live.model.links.dispatcher) == 5)
         engine.runner.open.set()
         assert {f.result().status for f in (first, *batch, *interactive)} == {200}
         assert [total // 48 for total in engine.runner.seen[1:]] == [2, 2, 1, 1]

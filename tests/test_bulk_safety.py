@@ -239,3 +239,17 @@ def test_what_would_not_end_is_not_fetched(url, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UnfitItem):
         fetch(url.format(tmp_path), 10**6)
+
+
+def test_a_caption_that_was_not_written_over_the_old_one_is_written_later(tmp_path):
+    """The row is there, and the file is that of the row before: a full disk, or a kill."""
+    files = small_images(tmp_path, 1)
+    given = list(map(str, files))
+    run(f"{tmp_path}/texts/", *given)
+    [text] = (tmp_path / "texts").rglob("*.txt")
+    rows = tmp_path / "texts" / ".vignette.jsonl"
+    row = json.loads(rows.read_text())
+    with rows.open("a") as stream:
+        stream.write(json.dumps(row | {"caption": "another"}, separators=(",", ":")) + "\n")
+    run(f"{tmp_path}/texts/", *given)
+    assert text.read_text() == "another"

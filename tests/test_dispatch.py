@@ -18,6 +18,7 @@ from runtime.request import (
 )
 from server.ipc.dispatcher import Dispatcher, EngineFailed, Expired
 from server.ipc.messages import TO_WORKER, Cancel, Generate, Hello, Output, StepFailed
+from tests.live import requests_in
 
 HELLO = Hello("store", 100, (3, 4, 4))
 TOKENS = (3, 1)
@@ -300,6 +301,22 @@ async def test_order_is_kept_when_a_step_fails(world):
 
 
 @scenario
+async def test_suspects_get_a_worker_while_others_keep_all_of_them_busy(world):
+    key, pipe = world.worker()
+    await world.ask(1)
+    await world.start(key, pipe, 1)
+    healthy = [world.worker(1), world.worker(2)]
+    await world.ask(*range(10, 30))
+    await world.lose(key)
+    for slot in range(30, 98, 2):
+        for key, pipe in healthy:
+            if inside := [s for s in pipe.captions if not world.tasks[s].done()]:
+                await world.answer(key, pipe, inside[0])
+        await world.ask(slot, slot + 1)
+    assert world.tasks[1].done(), "it was tried alone, and answered"
+
+
+@scenario
 async def test_a_request_that_was_never_started_is_never_blamed(world):
     await world.ask(1)
     for _ in range(5):
@@ -334,7 +351,7 @@ async def test_a_caller_that_gives_up_is_taken_back_from_the_worker(world):
     world.tasks[1].cancel()
     await settle()
     assert pipe.sent[-1] == Cancel(pipe.ids(1)[0])
-    assert world.dispatcher.inside == 0
+    assert not requests_in(world.dispatcher)
     await world.answer(key, pipe, 1)  # too late, and harmless
 
 
@@ -350,7 +367,7 @@ async def test_a_deadline_ends_the_wait_wherever_the_request_stands(world):
     await world.ask(3)
     await world.answer(key, pipe, 3, (), FinishReason.EXPIRED)
     assert isinstance(world.tasks[3].exception(), Expired)
-    assert world.dispatcher.inside == 0
+    assert not requests_in(world.dispatcher)
 
 
 @scenario

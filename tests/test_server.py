@@ -13,7 +13,7 @@ from runtime.planning.config import EngineConfig
 from server.service.admission import State
 from server.service.service import Service
 from tests.fakes import FakeRunner, Gate, fake_engine, gated
-from tests.live import abort, png, serve, until
+from tests.live import abort, png, requests_in, serve, until
 
 
 def test_ready_only_once_warm():
@@ -73,7 +73,7 @@ def test_requests_that_arrive_together_are_decoded_together():
         first = pool.submit(live.caption, png())
         until(lambda: live.model.admission.inside)
         rest = [pool.submit(live.caption, png((i, i, i)), "?max_new_tokens=9") for i in range(8)]
-        until(lambda: live.model.links.dispatcher.inside == 9)
+        until(lambda: requests_in(live.model.links.dispatcher) == 9)
         engine.runner.open.set()
         assert {f.result().status for f in (first, *rest)} == {200}
         assert max(engine.runner.steps) == 8

@@ -242,3 +242,14 @@ def test_it_stops_once_what_was_begun_is_finished(alone):
         return made
 
     assert sorted(asyncio.run(run()).socket.answered) == [0, 1, 2, 3, 4]
+
+
+def test_a_front_end_that_replaces_another_frees_what_that_had():
+    async def run():
+        made = Scene()
+        for owner in (b"front-0-1", b"front-1-1"):
+            made.worker.stores[owner] = Store(1)
+        made.worker._open(b"front-0-2", Hello("nowhere", 1, (3, 4, 4)))
+        return set(made.worker.stores)
+
+    assert asyncio.run(run()) & {b"front-0-1", b"front-1-1"} == {b"front-1-1"}

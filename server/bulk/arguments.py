@@ -133,12 +133,12 @@ def _positive(given: str) -> int:
     return number
 
 
-def _text(given: str) -> str:
+def _text(given: str) -> str | None:
     try:
         given.encode()
     except UnicodeEncodeError as error:
         raise argparse.ArgumentTypeError(f"{given!a} is not UTF-8") from error
-    return given
+    return given or None
 
 
 def _number(kind: Callable[[str], _Number], given: str) -> _Number:

@@ -13,7 +13,7 @@ from server.bulk.items import ScoredCaption, UnfitItem, rounded
 from server.http.client import LATER, Connection, RemoteService
 
 _PATIENCE = 300.0  # seconds without a useful answer, before the run fails
-_WRONG_SERVICE = (401, 404, 405)  # answers that every request would get
+_WRONG_SERVICE = (401, 403, 404, 405, 407)  # answers that every request would get
 
 
 class RemoteCaptioner:

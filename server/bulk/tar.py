@@ -187,5 +187,7 @@ def _extension(outcome: Outcome) -> str:
 def _copied(source: BinaryIO, target: BinaryIO, size: int) -> None:
     while size:
         piece = source.read(min(size, 2**20))
+        if not piece:  # the padding of the last member was cut off
+            piece = bytes(size)
         target.write(piece)
         size -= len(piece)

@@ -25,17 +25,20 @@ class Texts(Output):
         self._folder, self._overwrite = folder.resolve(), overwrite
         self._lines = Lines(self._folder / HIDDEN_ROWS)
         self._written = Kept()  # item id and caption by a file's path
+        self._before = Kept()  # captions that were replaced, likewise
 
     @override
     def rows(self) -> Iterator[ResultRow]:
-        """All rows. Captions without a file, because the last run was killed, are written once all
-        rows have been read: a run that is refused writes none.
+        """All rows. Captions that are not in their files, because the last run was killed, are
+        written once all rows have been read: a run that is refused writes none.
         """
         missing = False
         for row in self._lines.rows():
             if row.text is not None:
+                if (before := self._written.get(row.text)) is not None:
+                    self._before.keep(row.text, before.partition(b"\0")[2])
                 self._written.keep(row.text, _mark(row))
-                missing |= not (self._folder / row.text).exists()
+                missing |= self._lacks(row.text)
             yield row
         if missing:
             self._restore()
@@ -65,7 +68,7 @@ class Texts(Output):
 
     def _restore(self) -> None:
         for row in self._lines.rows():
-            if row.text is None or row.caption is None or (self._folder / row.text).exists():
+            if row.text is None or row.caption is None or not self._lacks(row.text):
                 continue
             if self._written.get(row.text) == _mark(row):  # the last row of this file
                 try:
@@ -76,6 +79,14 @@ class Texts(Output):
                         "output"
                     ) from cause
                 self._write(row.text, row.caption)
+
+    def _lacks(self, text: str) -> bool:
+        """Whether the last caption of a file is not there: no file, or one with that before."""
+        target, before = self._folder / text, self._before.get(text)
+        if not target.exists():
+            return True
+        last = (self._written.get(text) or b"").partition(b"\0")[2]
+        return before not in (None, last) and target.is_file() and target.read_bytes() == before
 
     def _check(self, item_id: str, text: str) -> None:
         """Raise NotWritten if an item's file can't, or must not, be written."""
@@ -91,7 +102,8 @@ class Texts(Output):
             owner, _, written = (self._written.get(text) or b"").partition(b"\0")
             if owner and owner != item_id.encode():
                 raise NotWritten(f"{text} has the caption of {owner.decode()} already")
-            if not self._overwrite and target.exists() and target.read_bytes() != written:
+            ours = written, self._before.get(text)
+            if not self._overwrite and target.exists() and target.read_bytes() not in ours:
                 raise NotWritten(f"{text} is there, and not written by this (see --overwrite)")
         except (OSError, ValueError) as cause:
             raise NotWritten(f"{text} can't be a file here: {cause}") from cause

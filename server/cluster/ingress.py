@@ -142,7 +142,9 @@ class Ingress:
             ServedModel(name, each.write(run.path / "models" / str(index)), 1.0)
             for index, (name, each) in enumerate(files.items())
         ]
-        children = front_ends(settings, served, run.path, ports)
+        # Their stores have places for the requests of as many engines as there may be.
+        several = settings.model_copy(update={"workers": settings.replicas[1]})
+        children = front_ends(several, served, run.path, ports)
         self._supervisor = Supervisor(settings, list(models), run, [], children, ports)
         self._stale: str | None = None
         self._stop, ready = asyncio.Event(), asyncio.Event()

@@ -169,12 +169,6 @@ class Dispatcher:
         """Whether any worker can take requests now."""
         return bool(self._links)
 
-    @property
-    def inside(self) -> int:
-        """Number of requests not answered yet."""
-        held = sum(len(link.inside) for link in self._links.values())
-        return held + len(self._pending) + len(self._suspects)
-
     def check(self, digest: str) -> None:
         """Raise PoisonedImage for an image that crashed workers twice."""
         if digest in self._quarantine:
@@ -304,8 +298,10 @@ class Dispatcher:
                 self._send(self._suspects.popleft(), link)
             elif self._pending:
                 free = [link for link in self._links.values() if not link.holds_a_suspect]
-                if not free or (self._suspects and len(free) == 1):
-                    return  # the suspects come first: the last such worker drains for them
+                if self._suspects and free:  # they come first: one worker drains for them
+                    free.remove(min(free, key=lambda link: len(link.inside)))
+                if not free:
+                    return
                 self._send(self._pending.popleft(), min(free, key=lambda link: len(link.inside)))
             else:
                 return

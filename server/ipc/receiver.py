@@ -121,6 +121,10 @@ class Receiver:
                     self.cancel(message.id)
 
     def _open(self, owner: Owner, hello: Hello) -> None:
+        stable = owner.rpartition(b"-")[0]
+        for other in list(self.stores):
+            if stable and other.startswith(stable + b"-") and other != owner:
+                self.forget(other)  # it was replaced by this one
         try:
             self.stores[owner] = PixelStore(Path(hello.store), hello.slots, hello.shape)
         except (OSError, ValueError, NoSharedMemory) as cause:  # e.g. the front-end died

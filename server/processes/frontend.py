@@ -97,7 +97,8 @@ async def _serve(make: Callable[[], Service], folder: Path, ports: Ports, name: 
             servers.append(listen(service, make_ops_app(service), ports.ops))
     else:  # the last one: a flood of gRPC frames must not slow down HTTP
         give_way()
-        limit_memory(_GRPC_MEMORY + sum(model.store.size for model in service.models.values()))
+        stores = sum(model.store.size for model in service.models.values())
+        limit_memory(_GRPC_MEMORY + stores, service.settings.decode_memory_mb * 2**20 + stores)
         grpc = await start_grpc(service)
     control = zmq.asyncio.Context.instance().socket(zmq.DEALER)
     control.identity = name.encode()

@@ -90,7 +90,7 @@ class Supervisor:
         try:
             names = [child.stable_name for child in [*self._workers, *self._later]]
             path = self._settings.api_keys
-            known = len(keys.read(path)) if path else 0
+            known = len(keys.read(path)) if path and self._later else 0
             metrics.make_files(self._folder, names, known, len(self.refused))
             self._control.bind(control_address(self._folder))
             await self._serve(stop)

@@ -86,7 +86,7 @@ class Worker(Receiver, Observer):
 
     def _begin_held(self) -> None:
         """Pass requests to the engine in order; a suspect of any front-end runs alone."""
-        while self._held and self._alone is None:
+        while self._held and self._alone is None and not self.broken:
             job = self._held[0]
             if job.message.alone and self.jobs:
                 return

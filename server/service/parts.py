@@ -25,6 +25,7 @@ from server.settings import Settings
 from server.system import NICENESS
 from server.tracing import Tracer
 
+_BODIES = 5  # of the largest size, that fit each front-end
 Known = Mapping[str, tuple[Manifest, CaptionTokenizer]]  # by model name
 
 
@@ -69,7 +70,7 @@ def make_service(settings: Settings, known: Known, folder: Path, index: int, epo
     return Service(
         settings=settings,
         models=models,
-        budget=ByteBudget(settings.max_queue_bytes // settings.front_end_processes),
+        budget=ByteBudget(_bytes_each(settings)),
         metrics=Metrics(),
         decoders=decoders,
         keys=Keys.open(keys, folder, settings.front_end_processes, index) if keys else None,
@@ -80,3 +81,11 @@ def make_service(settings: Settings, known: Known, folder: Path, index: int, epo
         index=index,
         present=shared(folder / "clients", settings.front_end_processes, len(models)),
     )
+
+
+def _bytes_each(settings: Settings) -> int:
+    """A front-end's share of the bytes that may be inside. Each of many takes one body at least,
+    which counts twice while it is taken apart, by a client that may have half.
+    """
+    share = settings.max_queue_bytes // settings.front_end_processes
+    return max(share, min(settings.max_queue_bytes, _BODIES * settings.max_body_bytes))
