@@ -25,6 +25,7 @@ from runtime.limits import Limits, check_types
 from runtime.model.images import AnyImage, pixels_of
 from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
+from runtime.own_thread import OwnThread
 from runtime.pacing import Pacing
 from runtime.planning.config import SLOTS, EngineConfig
 from runtime.request import (
@@ -78,10 +79,12 @@ class Engine:
         config: EngineConfig,
         clock: Callable[[], float] = time.perf_counter,
         seconds: float | None = None,
+        thread: OwnThread | None = None,
     ) -> None:
         """clock: seconds, in the time base in which the runner's calls take time.
 
-        seconds: duration of one self-test caption; None if none was run.
+        seconds: duration of one self-test caption; None if none was run. thread: on which the
+        runner was opened, if that matters to it.
         """
         self._clock, self.seconds = clock, seconds
         self.manifest = manifest
@@ -94,7 +97,7 @@ class Engine:
         self._pacing = Pacing(config.patience)
         self.scheduler = self._new_scheduler()
         self.observer = Observer()
-        self.stepper = Stepper(self)
+        self.stepper = Stepper(self, thread or OwnThread("engine"))
         self._sequences: dict[int, Sequence] = {}  # by the ids of their requests
         self._owner: int | None = None  # the thread that steps
 
@@ -114,12 +117,13 @@ class Engine:
         """Load and warm up an engine that the loader's `prepare` returned; raises ProviderError."""
         from runtime.execution.loader import open_runner
 
-        runner, seconds = open_runner(prepared)
+        thread = OwnThread("engine")
+        runner, seconds = thread.call(lambda: open_runner(prepared))
         slots = runner.plan.slots
         batch = min(runner.plan.encode_batch, slots)
         config = replace(prepared.config, encode_batch=batch, slots=slots)
         tokenizer = CaptionTokenizer(prepared.folder, prepared.manifest)
-        return cls(prepared.manifest, tokenizer, runner, config, seconds=seconds)
+        return cls(prepared.manifest, tokenizer, runner, config, seconds=seconds, thread=thread)
 
     @property
     def runs_on(self) -> str:

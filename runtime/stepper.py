@@ -1,4 +1,4 @@
-"""The thread that steps an engine while there is work. Any thread may submit or cancel."""
+"""Steps an engine, on a thread of its own, while there is work. Any thread may submit or cancel."""
 
 import threading
 import time
@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from runtime.errors import ComputationFailed, VignetteError
+from runtime.own_thread import OwnThread
 from runtime.request import GenerationRequest, RequestOutput
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
 
 Sink = Callable[[RequestOutput | Exception], object]
-_LINGER_SECONDS = 1.0  # idle time before the thread ends and releases the engine
+_LINGER_SECONDS = 1.0  # idle time before the thread lets go of the engine
 
 
 class Stepper:
@@ -22,12 +23,13 @@ class Stepper:
     consecutive steps that raised.
     """
 
-    def __init__(self, engine: "Engine") -> None:
-        self._engine = engine
+    def __init__(self, engine: "Engine", thread: OwnThread) -> None:
+        """thread: on which the engine's runner was opened."""
+        self._engine, self.thread = engine, thread
         self._changed = threading.Condition()
         self._commands: list[Callable[[], object]] = []
         self._sinks: dict[int, Sink] = {}
-        self._thread: threading.Thread | None = None
+        self._running = False
         self.step_since: float | None = None
         self.failures = 0
 
@@ -45,9 +47,9 @@ class Stepper:
         with self._changed:
             self._commands.append(command)
             self._changed.notify()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-                self._thread.start()
+            if not self._running:
+                self._running = True
+                self.thread.start(self._run)
 
     def _submit(self, request: GenerationRequest, sink: Sink) -> None:
         try:
@@ -77,7 +79,7 @@ class Stepper:
             if not self._sinks:
                 self._changed.wait_for(lambda: self._commands, _LINGER_SECONDS)
                 if not self._commands:
-                    self._thread = None
+                    self._running = False
                     return False
             commands, self._commands = self._commands, []
         for command in commands:

@@ -14,9 +14,11 @@ from msgspec.structs import replace
 from PIL import Image
 
 from runtime.async_engine import AsyncEngine
+from runtime.engine import Engine
 from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels, WrongThread
+from runtime.execution.host import HostRunner
 from runtime.planning.config import EngineConfig
-from tests.conftest import SAMPLES
+from tests.conftest import DEMO, SAMPLES
 from tests.fakes import drained, fake_engine, gated, image
 from tests.live import until
 
@@ -130,7 +132,7 @@ def test_a_thread_that_steps_for_others_ends_when_nobody_asks(monkeypatch):
         assert engine.generate([image(1)])
         engine.submit(engine.request(image(2)))  # nobody waits for this request
         drained(engine)
-        until(lambda: engine.stepper._thread is None)
+        until(lambda: not engine.stepper._running)
 
 
 def test_tasks_iterate_over_what_is_generated_for_them():
@@ -267,3 +269,32 @@ def test_a_parameter_of_another_type_disturbs_nobody(wrong):
     with pytest.raises(InvalidRequest, match=next(iter(wrong))):
         engine.submit(bad)
     assert engine.generate([image(2)], max_new_tokens=np.int64(4), length_penalty=None)
+
+
+def test_an_engine_is_opened_and_stepped_on_one_thread_whatever_the_pauses(monkeypatch):
+    """On a GPU each thread would capture its graphs anew."""
+    monkeypatch.setattr("runtime.stepper._LINGER_SECONDS", 0.05)
+    threads = []
+    for name in ("warm_up", "encode", "decode"):
+        real = getattr(HostRunner, name)
+
+        def noted(self, *given, real=real, **named):
+            threads.append(threading.get_ident())
+            return real(self, *given, **named)
+
+        monkeypatch.setattr(HostRunner, name, noted)
+    engine = Engine.open(DEMO, EngineConfig(provider="cpu", slots=2))
+    for _ in range(2):
+        assert engine.generate([SAMPLES / "owl.png"])
+        until(lambda: not engine.stepper._running)
+    assert len(set(threads)) == 1
+    assert threads[0] != threading.get_ident()
+
+
+def test_an_engine_that_nobody_has_any_more_takes_its_thread_along():
+    engine = fake_engine()
+    assert engine.generate([image(1)])
+    thread = engine.stepper.thread.call(threading.current_thread)
+    del engine
+    gc.collect()
+    until(lambda: not thread.is_alive())

@@ -1,6 +1,7 @@
 """The machine: its description, its peak rates, and the share of them that the engine reaches."""
 
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable
 from functools import partial
@@ -48,6 +49,8 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str:
+    if shutil.which("git") is None:
+        return ""
     done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip()
 

@@ -260,7 +260,8 @@ class DeviceRunner:
             steps = min(self.burst, self.text_tokens)
             self.decode([0] * size, [0] * size, [[UNFORCED] * size] * (steps - 1))
         self.decode([0], [0], candidates=2)
-        self.reorder([(0, self._slots - 1)], 1)
+        everything = [(slot, slot) for slot in range(self._slots)]
+        self.reorder(everything, self.text_tokens)  # later ones take no more memory
         self.move(0, self._slots - 1)
 
     def _bind_encode(self, rows: int) -> _Launch:

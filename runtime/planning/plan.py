@@ -39,7 +39,7 @@ class Plan:
 
     threads: 0 takes all cores. encoder_streams: images encoded in parallel
     (`runtime.execution.encoder`). slots, text_tokens: slots of the K/V arena, and text positions
-    of each. memory_limit: bytes that both sessions together may take on a GPU.
+    of each. memory_limit: bytes that a session may take on a GPU.
     """
 
     combination: str

@@ -1,9 +1,13 @@
 """CUDA in ONNX Runtime: libraries, provider options, and pinned memory."""
 
 import ctypes
+import importlib.util
 import logging
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -34,16 +38,29 @@ def major() -> int | None:
 @cache
 def load() -> None:
     """Load CUDA's libraries from NVIDIA's wheels. Raises ProviderError naming a missing one."""
-    ort.preload_dlls()
+    with redirect_stdout(sys.stderr):  # it prints what it does not find
+        ort.preload_dlls()
     names = [f"{name}.so.{major()}" for name in ("libcublasLt", "libcublas", "libcudart")]
     for name in (*names, "libcurand.so.10", "libcudnn.so.9"):
         try:
-            ctypes.CDLL(name)
+            try:
+                ctypes.CDLL(name)
+            except OSError:
+                ctypes.CDLL(_in_wheels(name), ctypes.RTLD_GLOBAL)
         except OSError as cause:
             raise ProviderError(
                 f"CUDA's libraries can't be loaded ({cause}): install the gpu extra, which brings "
                 "them, or a CUDA toolkit of that version"
             ) from cause
+
+
+def _in_wheels(name: str) -> str:
+    """Path of a library in NVIDIA's wheels, wherever they lie; ONNX Runtime looks for them only
+    beside itself. The name as it is if there is none.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    folders = map(Path, (spec.submodule_search_locations or ()) if spec else ())
+    return str(next((path for folder in folders for path in folder.rglob(name)), name))
 
 
 def settings(how: CudaOptions, exact: bool) -> dict[str, str]:
