@@ -51,7 +51,8 @@ def run(output: str, *inputs: str, wrong=(), begun=lambda: None, **how) -> BulkR
         job.read()
         begun()
         captioning = Captioning(Words(), CaptioningOptions(None, 10**7, **how), job.kept)
-        given = chain(items(parts(inputs, Columns(), 10**7)), (Item(w, wrong=w) for w in wrong))
+        found = items(parts(inputs, Columns(), 10**7), job.index.drop_error)
+        given = chain(found, (Item(w, wrong=w) for w in wrong))
         job.write(captioning.run(job.left(given)), lambda told: None)
     finally:
         opened.close()

@@ -253,3 +253,18 @@ def test_a_caption_that_was_not_written_over_the_old_one_is_written_later(tmp_pa
         stream.write(json.dumps(row | {"caption": "another"}, separators=(",", ":")) + "\n")
     run(f"{tmp_path}/texts/", *given)
     assert text.read_text() == "another"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.tar", "texts/"])
+def test_a_shard_that_is_whole_now_leaves_no_error(name, tmp_path):
+    archive(tmp_path / "a.tar", {f"{n}.png": png((n, 0, 0)) for n in range(4)})
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:2500])
+    output, shard = f"{tmp_path}/{name}", f"{tmp_path}/a.tar"
+    broken = run(output, shard)
+    assert broken.counts.failed == 1
+    (tmp_path / "a.tar").write_bytes(whole)
+    mended = run(output, shard)
+    assert (mended.counts.failed, mended.counts.failed_before) == (0, 0)
+    assert len(rows_of(output)) == 4
+    assert all("error" not in row for row in rows_of(output))

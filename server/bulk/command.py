@@ -93,7 +93,8 @@ def _here(
     with closing(_remote(args) if args.url else _local(args)) as captioner:
         bulk_run = _bulk_run(args, output, captioner.identity)
         print(captioner.where, file=sys.stderr)
-        outcomes = Captioning(captioner, options, bulk_run.kept).run(bulk_run.left(items(given)))
+        left = bulk_run.left(items(given, bulk_run.index.drop_error))
+        outcomes = Captioning(captioner, options, bulk_run.kept).run(left)
         with closing(outcomes), Progress(given) as progress:
             return bulk_run.write(outcomes, progress.show)
 

@@ -45,6 +45,13 @@ class Index:
         )
         return found.rowcount > 0
 
+    def drop_error(self, item_id: str) -> None:
+        """Drop an item's row if that is an error: what was wrong is right now."""
+        found = self._table.execute(
+            "UPDATE t SET row = NULL, failed = 0 WHERE id = ? AND failed", (_key(item_id),)
+        )
+        self.replaced |= found.rowcount > 0
+
     @property
     def failed(self) -> int:
         """The number of items whose last row is an error."""

@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from msgspec import structs
@@ -86,14 +86,20 @@ def _written(item: Item) -> Item:
     return item
 
 
-def items(parts: Iterable[Part]) -> Iterator[Item]:
+def items(
+    parts: Iterable[Part], whole: Callable[[str], object] = lambda item_id: None
+) -> Iterator[Item]:
     """The items of all parts, in order. A part that breaks off yields an item with the error.
+
+    whole: called with that item's id once a list or shard was read to its end.
 
     Raises NoColumn and NoWay.
     """
     for part in parts:
         try:
             yield from map(_written, part.items())
+            if not isinstance(part, Files):
+                whole(plain(part.path))
         except (NoColumn, NoWay):
             raise
         except Exception as error:
