@@ -60,10 +60,10 @@ class World:
         self.read: dict[int, list[RequestOutput]] = {}
         self.epoch = 0
 
-    def worker(self, index: int = 0) -> tuple[tuple[int, int], Pipe]:
+    def worker(self, index: int = 0, runs: str = "") -> tuple[tuple[int, int], Pipe]:
         self.epoch += 1
         key, pipe = (index, self.epoch), Pipe()
-        self.dispatcher.connected(key, pipe)
+        self.dispatcher.connected(key, pipe, runs)
         return key, pipe
 
     async def ask(
@@ -397,3 +397,18 @@ async def test_a_stream_goes_on_when_its_worker_dies_without_a_gap_or_a_repeat(w
     await world.answer(key, pipe, 1, (1,), FinishReason.STOP)
     assert [output.token_ids for output in world.read[1]] == [(3,), (4, 5), (6,), (7,), (1,)]
     assert world.tasks[1].result() == (3, 4, 5, 6, 7, 1)
+
+
+@scenario
+async def test_a_stream_does_not_go_on_with_the_tokens_of_another_precision(world):
+    key, pipe = world.worker(runs="fp16")
+    await world.ask(1, stream=True)
+    await world.ask(2)
+    number = pipe.ids(1)[-1]
+    await world.say(key, Output(RequestOutput(number, Completion((11, 12)))))
+    await world.lose(key, blamed=False)
+    key, pipe = world.worker(runs="fp32")
+    await settle()
+    assert pipe.captions == [2], "of which nothing was told yet"
+    with pytest.raises(EngineFailed, match="replaced by another"):
+        world.tasks[1].result()

@@ -90,7 +90,8 @@ async def until(deadline: float | None) -> AsyncIterator[None]:
 class RequestInFlight:
     """A request on its way through a worker. Its pixels are in a slot of the front-end's store.
 
-    digest: of its images; identifies those that crash workers. turn: order of arrival.
+    digest: of its images; identifies those that crash workers. turn: order of arrival. runs: what
+    its last worker runs.
     """
 
     request: GenerationRequest
@@ -101,6 +102,7 @@ class RequestInFlight:
     losses: int = 0  # crashes, and workers killed from outside
     replayed: ReplayFilter = field(default_factory=ReplayFilter)
     link: "Link | None" = None
+    runs: str = ""
     news: "asyncio.Queue[RequestOutput | VignetteError]" = field(default_factory=asyncio.Queue)
     ended: bool = False
 
@@ -133,10 +135,14 @@ class Pipe(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Link:
-    """A worker in one epoch, and this front-end's requests in it."""
+    """A worker in one epoch, and this front-end's requests in it.
+
+    runs: its engine and precision. Workers that run the same give the same tokens.
+    """
 
     key: tuple[int, int]  # index, epoch
     pipe: Pipe
+    runs: str
     inside: dict[int, RequestInFlight] = field(default_factory=dict)
 
     @property
@@ -206,10 +212,10 @@ class Dispatcher:
         async with until(entry.request.scheduling.deadline):
             return await entry.news.get()
 
-    def connected(self, key: tuple[int, int], pipe: Pipe) -> None:
-        """Add a worker that serves from now on."""
+    def connected(self, key: tuple[int, int], pipe: Pipe, runs: str = "") -> None:
+        """Add a worker that serves from now on. runs: see `Link`."""
         pipe.send(packed(self._hello))
-        self._links[key] = Link(key, pipe)
+        self._links[key] = Link(key, pipe, runs)
         self._pump()
 
     def lost(self, key: tuple[int, int], blamed: bool) -> None:
@@ -307,7 +313,10 @@ class Dispatcher:
                 return
 
     def _send(self, entry: RequestInFlight, link: Link) -> None:
-        entry.link = link
+        if entry.replayed.tokens and entry.runs != link.runs:  # it would go on with other tokens
+            self._unserved(entry, FailureReason.REPLACED)
+            return
+        entry.link, entry.runs = link, link.runs
         entry.replayed.again()
         link.inside[entry.request.id] = entry
         self._started[entry.request.pixels] = 0

@@ -27,21 +27,22 @@ class WorkerLinks:
         )
         self._readers: dict[tuple[int, int], asyncio.Task[None]] = {}
 
-    def update(self, serving: set[tuple[int, int]], ends: Mapping[int, str | None]) -> None:
-        """Connect to new workers, and drop lost ones. serving: index and epoch of each that serves.
-
-        ends: how each worker last ended, by index.
+    def update(
+        self, serving: Mapping[tuple[int, int], str], ends: Mapping[int, str | None]
+    ) -> None:
+        """Connect to new workers, and drop lost ones. serving: what each that serves runs
+        (`WorkerFacts.identity`), by index and epoch. ends: how each last ended, by index.
         """
-        for key in self.dispatcher.keys - serving:
+        for key in self.dispatcher.keys - serving.keys():
             self.dispatcher.lost(key, blamed=ends.get(key[0]) in BLAMED)
             self._readers.pop(key).cancel()
-        for key in serving - self.dispatcher.keys:
+        for key in serving.keys() - self.dispatcher.keys:
             socket = self._context.socket(zmq.DEALER)
             socket.identity = self._identity
             socket.sndhwm = socket.rcvhwm = 0
             socket.connect(worker_address(self._folder, *key))
             self._readers[key] = asyncio.create_task(self._read(key, socket))
-            self.dispatcher.connected(key, socket)
+            self.dispatcher.connected(key, socket, serving[key])
 
     async def _read(self, key: tuple[int, int], socket: zmq.asyncio.Socket) -> None:
         while True:
@@ -53,5 +54,5 @@ class WorkerLinks:
 
     async def close(self) -> None:
         """Disconnect from all workers."""
-        self.update(set(), {})
+        self.update({}, {})
         await asyncio.sleep(0)

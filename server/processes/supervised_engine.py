@@ -117,7 +117,11 @@ class SupervisedEngine:
                 self._store.give_back(slot)
 
     def _changed(self, serving: Serving) -> None:
-        ready = {(w.index, w.epoch) for w in serving.workers if w.state == "ready"}
+        ready = {
+            (w.index, w.epoch): w.facts.identity
+            for w in serving.workers
+            if w.state == "ready" and w.facts is not None
+        }
         self._links.update(ready, {w.index: w.last_end for w in serving.workers})
         if self.failure is not None:
             self.lost.set()

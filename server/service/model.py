@@ -68,7 +68,8 @@ class Model:
         here = all(w.pid is not None for w in workers)
         self.device = " ".join(sorted({w.device for w in workers})) if here else self.name
         ends = {w.index: w.last_end for w in workers}
-        self.links.update({(w.index, w.epoch) for w in ready}, ends)
+        runs = {(w.index, w.epoch): w.facts.identity for w in ready if w.facts is not None}
+        self.links.update(runs, ends)
         if not ready:
             return
         self.facts = facts = tuple(w.facts for w in ready if w.facts is not None)
