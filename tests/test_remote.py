@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 import pytest
@@ -219,3 +220,49 @@ def test_the_command_line_takes_a_service_and_its_key(tmp_path, monkeypatch, cap
         line["id"]: line["caption"] for line in map(json.loads, output.read_text().splitlines())
     }
     assert found == {str(file): text for file, text in said(files).items()}
+
+
+class _Slow(BaseHTTPRequestHandler):
+    """Sends its head in single bytes, for ever; the head of a silent one, never."""
+
+    pause = 0.05
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        with contextlib.suppress(OSError):
+            while not self.server.over.wait(self.pause):
+                self.wfile.write(b"H")
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def slow(pause):
+    kind = type("Slow", (_Slow,), {"pause": pause})
+    with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        server.over = threading.Event()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        yield RemoteService(url, None, {"model": "fake"}, 2)
+        server.over.set()
+        server.shutdown()
+
+
+def test_an_answer_in_single_bytes_ends_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_PATIENCE", 0.5)
+    monkeypatch.setattr(client, "_SECONDS", 0.5)
+    with slow(0.05) as service, pytest.raises(RunFailed, match="for too long.*Timeout"):
+        outcomes_of(service, small_images(tmp_path, 2))
+
+
+def test_a_run_that_is_stopped_does_not_wait_for_a_silent_service(tmp_path):
+    [image] = small_images(tmp_path, 1)
+    with slow(600) as service, ThreadPoolExecutor(1) as pool:
+        captioner = RemoteCaptioner(service, {})
+        asked = pool.submit(captioner.caption, image.read_bytes(), None)
+        until(lambda: captioner._all and captioner._all[0]._http.sock is not None)
+        captioner.stop()
+        with pytest.raises(RunFailed):
+            asked.result(20)
+        captioner.close()
