@@ -1,5 +1,6 @@
 """Steps an engine, on a thread of its own, while there is work. Any thread may submit or cancel."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from runtime.request import GenerationRequest, RequestOutput
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
+
+log = logging.getLogger(__name__)
 
 Sink = Callable[[RequestOutput | Exception], object]
 _LINGER_SECONDS = 1.0  # idle time before the thread lets go of the engine
@@ -69,9 +72,16 @@ class Stepper:
             self._engine.cancel(request_id)
 
     def _run(self) -> None:
-        while self._take():
-            if self._sinks:  # else the engine may run another thread's requests
-                self._step()
+        try:
+            while self._take():
+                if self._sinks:  # else the engine may run another thread's requests
+                    self._step()
+        except BaseException as error:
+            log.exception("the engine's thread failed")
+            with self._changed:
+                self._running = False
+            self._fail(error if isinstance(error, Exception) else ComputationFailed(repr(error)))
+            raise
 
     def _take(self) -> bool:
         """Run pending commands; if nothing runs, wait for some. False on a timeout."""
@@ -86,16 +96,20 @@ class Stepper:
             command()
         return True
 
+    def _fail(self, error: Exception) -> None:
+        """End all requests with an error."""
+        self._engine.abandon()
+        sinks, self._sinks = self._sinks, {}
+        for sink in sinks.values():
+            sink(error)
+
     def _step(self) -> None:
         self.step_since = time.monotonic()
         try:
             outputs = self._engine.step()
         except Exception as error:
             self.failures += 1
-            self._engine.abandon()
-            sinks, self._sinks = self._sinks, {}
-            for sink in sinks.values():
-                sink(error)
+            self._fail(error)
             return
         finally:
             self.step_since = None

@@ -128,7 +128,8 @@ class Settings(BaseSettings):
     max_queue_bytes: Annotated[
         int,
         Field(ge=1024, description="bytes of all bodies that are inside or coming in; the next "
-              "one is answered 429"),
+              "one is answered 429; each of several front-ends takes at least five of the "
+              "largest bodies"),
     ] = 512_000_000  # fmt: skip
     max_connections: Annotated[
         int,

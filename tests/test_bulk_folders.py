@@ -63,6 +63,7 @@ def test_a_name_leads_nowhere_else(here, monkeypatch):
         ("**/s[u]b/**/[b-c].png", ["sub/b.png", "sub/deep/c.png"]),
         ("*/*.png", ["back/a.png", "self/a.png", "sub/b.png"]),
         ("**/*.PNG", []),
+        ("se*/sub/**/c.*", ["self/sub/deep/c.png"]),
     ],
 )
 def test_a_pattern_for_any_depth_does_not_go_in_circles(pattern, found, here):

@@ -252,7 +252,7 @@ def slow(pause):
 def test_an_answer_in_single_bytes_ends_in_time(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "_PATIENCE", 0.5)
     monkeypatch.setattr(client, "_SECONDS", 0.5)
-    with slow(0.05) as service, pytest.raises(RunFailed, match="for too long.*Timeout"):
+    with slow(0.05) as service, pytest.raises(RunFailed, match=r"for too long.*Timeout"):
         outcomes_of(service, small_images(tmp_path, 2))
 
 

@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from queue import SimpleQueue
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -298,3 +299,19 @@ def test_an_engine_that_nobody_has_any_more_takes_its_thread_along():
     del engine
     gc.collect()
     until(lambda: not thread.is_alive())
+
+
+def test_an_error_between_steps_is_told_and_the_thread_serves_on(caplog):
+    engine, news = gated(), SimpleQueue()
+    engine.runner.open.clear()
+    real, engine.cancel = engine.cancel, Mock(side_effect=RuntimeError("a reason"))
+    one, other = (engine.request(image(n), ignore_eos=True) for n in (1, 2))
+    engine.stepper.submit(one, put := news.put)
+    engine.stepper.submit(other, put)
+    engine.stepper.cancel(other.id, put)
+    engine.runner.open.set()
+    assert str(news.get(timeout=20)) == "a reason"
+    until(lambda: not engine.stepper._running)
+    assert "the engine's thread failed" in caplog.text
+    engine.cancel = real
+    assert engine.generate([image(3)])

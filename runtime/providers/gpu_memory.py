@@ -22,7 +22,7 @@ class Memory:
     fixed: int = 768 * _MIB  # CUDA's context, its libraries' workspaces and captured graphs
 
     def budget(self, gpu: Gpu, slots: int | None, most: int, batch: int) -> tuple[int, int]:
-        """Return the number of slots, and the bytes both sessions may take besides them.
+        """Return the number of slots, and the bytes that are left for sessions.
 
         slots: requested number; None takes as many as fit, at most `most`. batch: images per
         encoder call. Raises ProviderError, with the figures, if the requested slots, or a single

@@ -135,15 +135,15 @@ def _matching(pattern: str) -> Iterator[Found]:
     lead in circles.
     """
     parts = Path(pattern).parts
-    fixed = next(place for place, part in enumerate(parts) if _has_wildcards(part))
-    if "**" in parts:
-        for found in _walk(Path(*parts[:fixed])):
-            if found.wrong is not None or _fits(Path(found.name).parts, parts[fixed:]):
-                yield found
-    else:
-        for file in sorted(glob.iglob(pattern)):  # noqa: PTH207 - any root
-            if not Path(file).is_dir():
-                yield Found(file, file)
+    any_depth = parts.index("**") if "**" in parts else len(parts)
+    for path in map(Path, sorted(glob.iglob(str(Path(*parts[:any_depth]))))):  # noqa: PTH207
+        if any_depth == len(parts):
+            if not path.is_dir():
+                yield Found(str(path), str(path))
+        else:
+            for found in _walk(path):
+                if found.wrong is not None or _fits(Path(found.name).parts, parts[any_depth:]):
+                    yield found
 
 
 def _fits(names: tuple[str, ...], parts: tuple[str, ...]) -> bool:

@@ -187,10 +187,14 @@ class Shard:
 
 def _unique(key: str, known: Kept) -> str:
     """A key that no earlier sample of the shard has: `key`, or with a number. It becomes known."""
-    called, number = key, 1
+    called = key
+    number = int(known.get(key) or 0)  # the last that was given to this key
     while known.get(called) is not None:
-        called, number = f"{key}#{number + 1}", number + 1
-    known.keep(called, b"")
+        number += 1
+        called = f"{key}#{number + 1}"
+    known.keep(called, b"0")
+    if called != key:
+        known.keep(key, b"%d" % number)
     return called
 
 

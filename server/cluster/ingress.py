@@ -37,6 +37,7 @@ from server.settings import Settings
 log = logging.getLogger(__name__)
 
 _FILES = msgpack.Decoder(ModelFiles)
+_ENGINES = 8  # most for whose requests each front-end has room in shared memory
 _LOOK_SECONDS = 0.5  # between look-ups of a model that is not there yet
 
 
@@ -142,8 +143,9 @@ class Ingress:
             ServedModel(name, each.write(run.path / "models" / str(index)), 1.0)
             for index, (name, each) in enumerate(files.items())
         ]
-        # Their stores have places for the requests of as many engines as there may be.
-        several = settings.model_copy(update={"workers": settings.replicas[1]})
+        # Their stores have places for their part of what the engines take at once, within bounds.
+        each = -(-settings.replicas[1] // settings.front_end_processes)
+        several = settings.model_copy(update={"workers": min(_ENGINES, each)})
         children = front_ends(several, served, run.path, ports)
         self._supervisor = Supervisor(settings, list(models), run, [], children, ports)
         self._stale: str | None = None

@@ -132,7 +132,7 @@ class Connection:
         sock = self._http.sock
         if sock is not None:
             with suppress(OSError):  # it is closed already
-                sock.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # of TLS, the connection below it
 
     def close(self) -> None:
         """Close the connection; the next request opens a new one."""

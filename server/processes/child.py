@@ -10,7 +10,9 @@ from server.ipc.messages import WorkerFacts, WorkerState, process_name
 from server.system import KILLED_FROM_OUTSIDE, environment
 
 _SILENCE_SECONDS = 3.0  # without a heartbeat: the process is stopped, or starved
-_STARTING_SECONDS = 600.0  # likewise during start-up: loading a graph may hold the GIL for long
+# Likewise during start-up, on a processor and on a GPU: loading a graph, or compiling it, may hold
+# the GIL for long.
+_STARTING_SECONDS = 600.0, 7200.0
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -66,7 +68,8 @@ class Child:
         """Why the process must be replaced, or None. step_seconds: longest step."""
         if not self.alive:
             return "ended"
-        silence = _STARTING_SECONDS if self.state == "starting" else _SILENCE_SECONDS
+        on_gpu = "CUDA_VISIBLE_DEVICES" in self.environment
+        silence = _STARTING_SECONDS[on_gpu] if self.state == "starting" else _SILENCE_SECONDS
         if now - self.heard_at > silence:
             return "hung"
         since = now if self.step_since is None else self.step_since
