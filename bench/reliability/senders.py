@@ -147,11 +147,15 @@ def _queries(port: int) -> None:
 
 
 def _heads(port: int) -> None:
-    """Ask for pages, with many lines, and leave at once."""
-    head = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n" + b"X-Y: z\r\n" * 190 + b"\r\n"
-    for _ in range(50):
+    """Send heads of many lines, of no host, and with a long query, and leave at once."""
+    heads = (
+        b"GET /v1/models HTTP/1.1\r\nHost: x\r\n" + b"X-Y: z\r\n" * 190,
+        b"GET / HTTP/1.1\r\nX-Y: z\r\n",
+        b"POST /caption?prompt=" + b"%41" * 5000 + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n",
+    )
+    for head in heads * 16:
         with socket.create_connection(("127.0.0.1", port), source_address=_ELSEWHERE) as client:
-            client.sendall(head)
+            client.sendall(head + b"\r\n")
 
 
 def _clips(port: int) -> None:
