@@ -45,32 +45,25 @@ class Ports:
 def _listen(host: str, port: int, setting: str) -> list[socket.socket]:
     """Sockets that listen on a port, one for each address of the host. Raises CannotListen."""
     found: list[socket.socket] = []
-    absent: OSError | None = None
+    nowhere = CannotListen(f"--host {host} is no address of this machine")
     try:
         kinds = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, *_, address in dict.fromkeys(kinds):
-            chosen = found[0].getsockname()[1] if found else port
+            where = address[0], found[0].getsockname()[1] if found else port
             try:
-                found.append(
-                    socket.create_server((address[0], chosen), family=family, backlog=_BACKLOG)
-                )
+                found.append(socket.create_server(where, family=family, backlog=_BACKLOG))
             except OSError as cause:  # a name may have an IPv6 address where that is switched off
                 if cause.errno not in _ABSENT:
                     raise
-                absent = cause
-        if absent is not None and not found:
-            raise absent
-    except (OSError, UnicodeError) as cause:  # the latter for a name that is none
+    except (socket.gaierror, UnicodeError) as cause:  # the latter for a name that is none
+        raise nowhere from cause
+    except OSError as cause:
         for sock in found:
             sock.close()
-        number = cause.errno if isinstance(cause, OSError) else None
-        reason = os.strerror(number or 0)
-        if number is None or isinstance(cause, socket.gaierror) or number in _ABSENT:
-            problem = f"--host {host} is no address of this machine"
-        else:
-            problem = (
-                f"can't listen on {host}:{port} ({reason}): choose another with {setting}, "
-                "or stop what uses it"
-            )
-        raise CannotListen(problem) from cause
+        raise CannotListen(
+            f"can't listen on {host}:{port} ({os.strerror(cause.errno or 0)}): choose another with "
+            f"{setting}, or stop what uses it"
+        ) from cause
+    if not found:
+        raise nowhere
     return found

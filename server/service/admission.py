@@ -66,8 +66,12 @@ class Admission:
         self.state = State.STARTING
         self.inside = 0
         self.slots = 0
-        self._decoding = _Aside(ASIDE, "too many images that take long to decode are waiting")
-        self._fetching = _Aside(_FETCHING, "too many images are being fetched")
+        self._decoding = _Aside(
+            ASIDE, "too many images that take long to decode are waiting: send smaller ones"
+        )
+        self._fetching = _Aside(
+            _FETCHING, "too many images are being fetched: send the image itself"
+        )
         self._queue, self._deadline = queue, deadline
         self._clock, self._rate = clock, DrainRate(clock)
         self._recent = RecentClients(clock)
@@ -158,7 +162,7 @@ class Admission:
     def _step_aside(self, waiting: _Aside, client: str, request: Hashable) -> Iterator[None]:
         if request not in waiting.requests:
             if not waiting.has_room(client):
-                message = f"{waiting.refusal}: send smaller ones, or try again later"
+                message = f"{waiting.refusal}, or try again later"
                 raise QueueFull(message, self._seconds_to_drain())
             waiting.clients[client] += 1
             self._count(client, -1)
