@@ -72,16 +72,9 @@ class Stepper:
             self._engine.cancel(request_id)
 
     def _run(self) -> None:
-        try:
-            while self._take():
-                if self._sinks:  # else the engine may run another thread's requests
-                    self._step()
-        except BaseException as error:
-            log.exception("the engine's thread failed")
-            with self._changed:
-                self._running = False
-            self._fail(error if isinstance(error, Exception) else ComputationFailed(repr(error)))
-            raise
+        while self._take():
+            if self._sinks:  # else the engine may run another thread's requests
+                self._step()
 
     def _take(self) -> bool:
         """Run pending commands; if nothing runs, wait for some. False on a timeout."""
@@ -93,7 +86,11 @@ class Stepper:
                     return False
             commands, self._commands = self._commands, []
         for command in commands:
-            command()
+            try:
+                command()
+            except Exception as error:  # internal: who waits must not wait for ever
+                log.exception("an error between two steps")
+                self._fail(error)
         return True
 
     def _fail(self, error: Exception) -> None:

@@ -71,10 +71,8 @@ def fetch(location: str, limit: int, over: threading.Event | None = None) -> byt
     """
     if location.startswith(("http://", "https://")):
         return _fetched(location, limit, over or threading.Event())
-    if (
-        is_url(location) and "::" in location.partition("://")[0]
-    ):  # copied to the temporary folder, however large
-        raise UnfitItem("a URL within another is not taken")
+    if is_url(location) and "::" in location.partition("://")[0]:
+        raise UnfitItem("a URL within another is not taken")  # it may fill the temporary folder
     location = as_path(location)  # fsspec would wait for a pipe's writer
     if not is_url(location) and not stat.S_ISREG(Path(location).stat().st_mode):
         raise UnfitItem(f"{location} is no regular file")  # opening a pipe would wait for a writer

@@ -44,13 +44,13 @@ class ListFile:
     """A list: .txt (a path or URL a line), .csv, .jsonl or .parquet; "-" is standard input as .txt.
 
     Paths are relative to the list's folder. part: the only row group to read of a Parquet file.
-    whole: paths are ids with that folder, as lists elsewhere name others of the same name.
+    located: ids are paths with that folder, as lists elsewhere name others of the same name.
     """
 
     path: str
     columns: Columns
     part: int | None = None
-    whole: bool = False
+    located: bool = False
 
     suffixes: ClassVar = (".txt", ".csv", ".jsonl", ".parquet")
 
@@ -142,7 +142,7 @@ class ListFile:
             raise BrokenRow(f"there is nothing in {self.columns.id}")
         path = None if isinstance(image, bytes) or image.startswith("data:") else image
         location = path and self._location(path)
-        where = (location if self.whole else path) or where
+        where = (location if self.located else path) or where
         for cell in (where, prompt or "", str(known)):
             if len(cell) > _LONGEST_CELL:
                 raise BrokenRow(f"a path, prompt or id has {len(cell)} characters: that is none")

@@ -59,7 +59,7 @@ class RemoteService:
                 _, _, answer = connection.ask("GET", "/v1/models")
             models = {each.id: each for each in convert(answer, ModelsAnswer).data}
             name = model or next(iter(models))
-            json.dumps(answer, ensure_ascii=False).encode()
+            json.dumps(answer, ensure_ascii=False).encode()  # rows and messages are UTF-8
         except (OSError, http.client.HTTPException, ValueError, StopIteration) as cause:
             raise ServiceFailed(
                 f"{url}/v1/models does not answer as a Vignette service does ({cause!r})"
