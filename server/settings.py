@@ -13,7 +13,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from runtime.errors import VignetteError
 from runtime.model.preprocess import MAX_PIXELS
-from runtime.planning.config import NVIDIA, PROVIDERS, EngineConfig, demo_engine
+from runtime.planning.config import LARGEST, NVIDIA, PROVIDERS, EngineConfig, demo_engine
 from runtime.planning.machine import this_machine
 
 _CORES = this_machine().cores
@@ -75,14 +75,14 @@ class Settings(BaseSettings):
     ] = "auto"  # fmt: skip
     slots: Annotated[
         int | None,
-        Field(ge=1, le=4096, description="sequences that decode together: more raise throughput, "
-              "and each takes one piece of the K/V arena (the start-up line says how much); left "
-              "out, 16, or on a GPU what fits its memory, at most 64"),
+        Field(ge=1, le=LARGEST, description="sequences that decode together: more raise "
+              "throughput, and each takes one piece of the K/V arena (the start-up line says how "
+              "much); left out, 16, or on a GPU what fits its memory, at most 64"),
     ] = None  # fmt: skip
     encode_batch: Annotated[
         int | None,
-        Field(ge=1, le=4096, description="most images to encode between two decode steps: more may "
-              "be encoded faster together, but running captions wait; left out, the plan's"),
+        Field(ge=1, le=LARGEST, description="most images to encode between two decode steps: more "
+              "may be encoded faster together, but running captions wait; left out, the plan's"),
     ] = None  # fmt: skip
     cuda_graphs: Annotated[
         bool,

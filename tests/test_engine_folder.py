@@ -145,7 +145,7 @@ def test_slots_that_fit_no_provider_are_refused(monkeypatch):
 
 
 def test_impossible_settings_are_refused():
-    for wrong in ({"slots": 0}, {"encode_batch": 0}, {"threads": -1}, {"text_tokens": 1},
-                  {"patience": -1}):  # fmt: skip
+    for wrong in ({"slots": 0}, {"slots": 10**20}, {"encode_batch": 0}, {"threads": -1},
+                  {"text_tokens": 1}, {"patience": -1}):  # fmt: skip
         with pytest.raises(InvalidRequest):
             EngineConfig(**wrong)

@@ -309,8 +309,11 @@ def test_an_error_between_steps_is_told_and_the_thread_serves_on(caplog):
     engine.stepper.submit(one, put := news.put)
     engine.stepper.submit(other, put)
     engine.stepper.cancel(other.id, put)
+    behind: SimpleQueue = SimpleQueue()
+    engine.stepper.submit(engine.request(image(4)), behind.put)
     engine.runner.open.set()
     assert str(news.get(timeout=20)) == "a reason"
+    assert behind.get(timeout=20).finish_reason
     assert "an error between two steps" in caplog.text
     engine.cancel = real
     assert engine.generate([image(3)])

@@ -11,6 +11,7 @@ PROVIDERS = (AUTO, "tensorrt", "cuda", "openvino", "cpu")  # after auto: in the 
 NVIDIA = ("cuda", "tensorrt")  # of PROVIDERS
 SLOTS = 16  # default on a CPU: more rows make a step no cheaper per row
 MOST_SLOTS = 64  # default on a GPU if memory has room for more
+LARGEST = 4096  # of slots, and of images encoded together
 TEXT_TOKENS = 64  # default text positions per slot: captions are short
 
 
@@ -52,8 +53,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         batch = 1 if self.encode_batch is None else self.encode_batch
         slots = 1 if self.slots is None else self.slots
-        if slots < 1 or batch < 1 or self.threads < 0:
-            raise InvalidRequest("slots and encode_batch must be 1 or more, threads 0 or more")
+        if not (1 <= slots <= LARGEST and 1 <= batch <= LARGEST):
+            raise InvalidRequest(f"slots and encode_batch must be from 1 to {LARGEST}")
+        if self.threads < 0:
+            raise InvalidRequest("threads must be 0 or more")
         if not 0 < self.memory_share <= 1:
             raise InvalidRequest("memory_share must be above 0, and 1 at most")
         if self.patience < 0:
