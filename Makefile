@@ -54,10 +54,12 @@ test_server:  ## post a sample to a running server (PORT, IMAGE)
 WITH_GPU = $(filter tensorrt,$(TARGET))$(and $(filter cuda,$(TARGET)),$(wildcard /proc/driver/nvidia/version))
 EXPORT = $(if $(WITH_GPU),.venv-gpu-dev,.venv-dev)
 EXPORT_PYTHON = $(EXPORT)/bin/python
+ifneq ($(filter export,$(MAKECMDGOALS)),)  # told before anything is installed
+$(if $(MODEL),,$(error say which: make export MODEL=microsoft/git-base-textcaps))
+$(if $(and $(filter command line,$(origin TARGET)),$(filter-out cuda tensorrt,$(TARGET))),$(error \
+  TARGET is cuda or tensorrt; leave it out for processors))
+endif
 export: $(EXPORT)/ready$(if $(filter tensorrt,$(TARGET)),-tensorrt)  ## MODEL=<hub id or folder> to engines/<name> (NAME, ARGS; TARGET=cuda, tensorrt)
-	@test '$(origin TARGET)' != 'command line' -o -n '$(filter cuda tensorrt,$(TARGET))' || \
-	  { echo 'TARGET is cuda or tensorrt; leave it out for processors'; exit 2; }
-	@test -n "$$MODEL" || { echo 'say which: make export MODEL=microsoft/git-base-textcaps'; exit 2; }
 	@$(EXPORT_PYTHON) -P -m vignette export "$$MODEL" --output "engines/$${NAME:-$$(basename -- "$$MODEL")}" \
 	  $(if $(filter cuda tensorrt,$(TARGET)),--target $(TARGET)) $(ARGS)
 

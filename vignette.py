@@ -19,25 +19,26 @@ class Command:
     module: str
     needs: tuple[str, ...] = ("onnxruntime",)
     extras: str = "cpu"
+    target: str | None = None  # of the Makefile, where it has another name
 
 
 COMMANDS = {
-    "serve": Command("captions over HTTP", "server.__main__"),
-    "caption": Command("images in bulk, here or by a service elsewhere", "server.bulk.command"),
+    "serve": Command("serve captions over HTTP", "server.__main__"),
+    "caption": Command("caption images in bulk, here or by a service", "server.bulk.command"),
     "export": Command(
-        "a GIT checkpoint, to an engine folder", "export.__main__",
+        "export a GIT checkpoint to an engine folder", "export.__main__",
         ("onnxruntime", "torch", "optimum"), "export,cpu",
     ),
-    "tune": Command("an engine, to this machine", "runtime.tune"),
+    "tune": Command("find what is fastest for an engine on this machine", "runtime.tune"),
     "evaluate": Command(
-        "what settings do to captions, on pictures that people described", "bench.quality.command",
+        "score captions against those that people wrote", "bench.quality.command",
         ("onnxruntime", "pycocoevalcap", "nltk"), "quality,cpu",
     ),
     "bench": Command(
-        "Vignette against PyTorch, side by side", "bench.__main__",
-        ("onnxruntime", "torch", "matplotlib"), "bench,export,cpu",
+        "measure Vignette against PyTorch, side by side", "bench.__main__",
+        ("onnxruntime", "torch", "matplotlib"), "bench,export,cpu", "benchmark",
     ),
-    "keys": Command("for a service that is not for everybody", "server.service.keys", ()),
+    "keys": Command("make an API key", "server.service.keys", ()),
 }  # fmt: skip
 
 
@@ -59,7 +60,8 @@ def main() -> int:
     if missing:
         print(
             f"vignette {name} needs {', '.join(missing)}: install vignette with the extras "
-            f"[{command.extras}] (on a GPU gpu in place of cpu), or use `make {name}`",
+            f"[{command.extras}] (on a GPU gpu in place of cpu), or use `make "
+            f"{command.target or name}`",
             file=sys.stderr,
         )
         return _NOT_RUN

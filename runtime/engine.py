@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL.Image import Image
 
 from runtime.decoding.beams import Beams
 from runtime.decoding.candidates import Move, RowCandidates
@@ -172,7 +174,7 @@ class Engine:
 
     def _check(self, request: GenerationRequest) -> None:
         sizes, prompt, sampling = self.manifest.sizes, request.prompt_ids, request.sampling
-        room = self.limits.text_tokens - len(prompt) + 1
+        room = self.limits.most_new_tokens(prompt)
         check_types(sampling)
         if sampling.rows > self.slots:
             raise InvalidRequest(f"it takes {sampling.rows} slots, and there are {self.slots}")
@@ -321,9 +323,12 @@ class Engine:
 
         sampling: fields of SamplingParams, applied to all images.
 
-        Raises the error of `request`, `submit`, a step or `caption` for the first image that can't
-        be captioned, and returns no captions then.
+        Raises InvalidRequest for one image or prompt in place of a list, and the error of
+        `request`, `submit`, a step or `caption` for the first image that can't be captioned; it
+        returns no captions then.
         """
+        if isinstance(images, str | bytes | PathLike | Image) or isinstance(prompts, str):
+            raise InvalidRequest("images and prompts are lists: generate([image], [prompt])")
         prompts = prompts or [None] * len(images)
         requests = [
             self.request(image, prompt, stream=False, place=place, **sampling)

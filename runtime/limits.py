@@ -29,6 +29,10 @@ class Limits:
         """slots: None until the number is known; set it then."""
         self._tokenizer, self.text_tokens, self.slots = tokenizer, text_tokens, slots
 
+    def most_new_tokens(self, prompt_ids: tuple[int, ...]) -> int:
+        """Tokens that a slot has room for after the prompt; below 1 if that is too long."""
+        return self.text_tokens - len(prompt_ids) + 1  # the last token is never fed
+
     def check(
         self, prompt: str | None, asked: dict[str, object], stream: bool = False
     ) -> tuple[tuple[int, ...], SamplingParams]:
@@ -45,7 +49,7 @@ class Limits:
             if value is not None
         }
         prompt_ids = self._tokenizer.prompt_ids(prompt)
-        room = self.text_tokens - len(prompt_ids) + 1  # the last token is never fed
+        room = self.most_new_tokens(prompt_ids)
         if room < 1:
             raise InvalidRequest(
                 f"the prompt has {len(prompt_ids) - 1} tokens: shorten it to "

@@ -41,12 +41,14 @@ def _flag(value: Any) -> Any:
 
 def _ranged(name: str, description: str) -> Any:
     least, most = RANGES[name]
-    return Field(ge=least, le=most, allow_inf_nan=False, description=description)
+    whole = isinstance(_DEFAULTS[name], int)
+    return Field(ge=least, le=most, strict=whole, allow_inf_nan=False, description=description)
 
 
-SAMPLING = {field.name for field in fields(SamplingParams)} - {"ignore_eos"}
+_DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
+SAMPLING = _DEFAULTS.keys() - {"ignore_eos"}
 _Flag = Annotated[bool, Field(strict=True), BeforeValidator(_flag)]
-_Number = Annotated[int, Field(strict=True), BeforeValidator(_whole)]
+_DIGITS_READ = BeforeValidator(_whole)  # after a range: before it, the schema would lack the range
 
 
 Shape = TypeVar("Shape", bound=BaseModel)
@@ -88,17 +90,21 @@ class CaptionFields(BaseModel):
         Field(description="Text that the caption goes on from; for VQA checkpoints the question."),
     ] = None
     max_new_tokens: Annotated[
-        _Number | None,
-        Field(ge=1, lt=10**_DIGITS, description="Most tokens of the caption; prompt and caption "
-              "share the positions of a slot."),
+        int | None,
+        Field(ge=1, lt=10**_DIGITS, strict=True, description="Most tokens of the caption; prompt "
+              "and caption share the positions of a slot."),
+        _DIGITS_READ,
     ] = None  # fmt: skip
     min_new_tokens: Annotated[
-        _Number | None, _ranged("min_new_tokens", "Fewest tokens of the caption.")
+        int | None,
+        _ranged("min_new_tokens", "Fewest tokens of the caption."),
+        _DIGITS_READ,
     ] = None
     timeout_ms: Annotated[
-        _Number | None,
-        Field(ge=100, le=3_600_000, description="Deadline; past it the answer is 504, and a "
-              "request that still waits is not run."),
+        int | None,
+        Field(ge=100, le=3_600_000, strict=True, description="Deadline; past it the answer is 504, "
+              "and a request that still waits is not run."),
+        _DIGITS_READ,
     ] = None  # fmt: skip
     priority: Annotated[
         Priority, Field(description="batch waits while interactive requests wait.")
@@ -112,16 +118,20 @@ class CaptionFields(BaseModel):
               "text/event-stream does."),
     ] = False  # fmt: skip
     n: Annotated[
-        _Number | None,
+        int | None,
         _ranged("n", "Captions to return; several take num_beams, or a temperature."),
+        _DIGITS_READ,
         Field(validation_alias=AliasChoices("n", "num_return_sequences")),
     ] = None
     logprobs: Annotated[
-        _Number | None,
+        int | None,
         _ranged("logprobs", "Tell each token's log-probability, and so many of the likeliest."),
+        _DIGITS_READ,
     ] = None
     num_beams: Annotated[
-        _Number | None, _ranged("num_beams", "Texts to follow at once; the best is returned.")
+        int | None,
+        _ranged("num_beams", "Texts to follow at once; the best is returned."),
+        _DIGITS_READ,
     ] = None
     length_penalty: Annotated[
         float | None, _ranged("length_penalty", "Of beams: above 0 for long captions.")
@@ -132,8 +142,9 @@ class CaptionFields(BaseModel):
               "better ones to the last."),
     ] = None  # fmt: skip
     no_repeat_ngram_size: Annotated[
-        _Number | None,
+        int | None,
         _ranged("no_repeat_ngram_size", "So many tokens in a row are there only once."),
+        _DIGITS_READ,
     ] = None
     repetition_penalty: Annotated[
         float | None, _ranged("repetition_penalty", "Above 1 for fewer repetitions.")
@@ -142,12 +153,18 @@ class CaptionFields(BaseModel):
         float | None, _ranged("temperature", "0 takes the likeliest token, more draws one.")
     ] = None
     top_k: Annotated[
-        _Number | None, _ranged("top_k", "Draw from so many of the likeliest tokens.")
+        int | None,
+        _ranged("top_k", "Draw from so many of the likeliest tokens."),
+        _DIGITS_READ,
     ] = None
     top_p: Annotated[
         float | None, _ranged("top_p", "Draw from the fewest tokens that are together so likely.")
     ] = None
-    seed: Annotated[_Number | None, _ranged("seed", "The same one draws the same tokens.")] = None
+    seed: Annotated[
+        int | None,
+        _ranged("seed", "The same one draws the same tokens."),
+        _DIGITS_READ,
+    ] = None
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -1,15 +1,17 @@
 """Logging never blocks, and shows nothing of a client's that looks like a line of ours."""
 
+import contextlib
 import json
 import logging
 import os
+import threading
 
 import pytest
 
 from server.logs import RateLimitedLog, configure, plain
 from server.settings import Settings
 from tests.fakes import fake_engine
-from tests.live import png, serve
+from tests.live import png, serve, until
 
 
 @pytest.fixture
@@ -23,12 +25,25 @@ def test_logging_never_blocks(root_logging, monkeypatch):
     read, write = os.pipe()
     monkeypatch.setattr("server.logs._FILE", write)
     configure(Settings(_env_file=None))
-    for _ in range(5000):
-        logging.getLogger("server.x").warning("x" * 1000)
-    said = b""
-    while b"lines were dropped" not in said:
-        said += os.read(read, 65536)
+
+    def write_more_than_a_pipe_holds():
+        for _ in range(5000):
+            logging.getLogger("server.x").warning("x" * 1000)
+
+    writing = threading.Thread(target=write_more_than_a_pipe_holds, daemon=True)
+    writing.start()
+    writing.join(60)
+    assert not writing.is_alive(), "nobody reads the log, and its writer waits"
+    os.set_blocking(read, False)
+    said = bytearray()
+
+    def is_told() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            said.extend(os.read(read, 65536))
         logging.getLogger("server.x").warning("y")
+        return b"lines were dropped" in said
+
+    until(is_told)
 
 
 def test_a_wrong_log_call_fails_nobody_and_is_told(root_logging, monkeypatch):

@@ -11,7 +11,7 @@ import sys
 import msgspec
 import pytest
 
-from runtime.request import Priority
+from runtime.request import RANGES, Priority
 from server.errors import ERRORS, HTTP_ERRORS, INTERNAL
 from server.fields import CaptionFields
 from server.http.answers import CaptionAnswer, ModelsAnswer, ReadyAnswer
@@ -66,6 +66,9 @@ def test_every_field_is_documented(document):
     parameters = document["paths"]["/caption"]["post"]["parameters"]
     assert {p["name"] for p in parameters if p["in"] == "query"} == fields
     assert schemas["Priority"]["enum"] == list(Priority)
+    temperature, _ = schemas["CaptionRequest"]["properties"]["temperature"]["anyOf"]
+    assert (temperature["minimum"], temperature["maximum"]) == RANGES["temperature"]
+    assert not re.search('"(ge|gt|le|lt)":', json.dumps(document)), "no keywords of JSON Schema"
     assert "prompt" in fields and schemas["CaptionForm"]["properties"]["prompt"]["description"]
 
 

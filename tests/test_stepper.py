@@ -6,6 +6,7 @@ import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from pathlib import Path
 from queue import SimpleQueue
 from unittest.mock import Mock
 
@@ -230,6 +231,15 @@ def test_a_line_of_pixels_is_not_blown_up(demo, line):
 def test_an_error_names_the_image(wrong, message):
     with pytest.raises(InvalidImage, match=message):
         fake_engine().generate([image(1), wrong])
+
+
+@pytest.mark.parametrize("given", [
+    ["no/such.png"], [Path("no/such.png")], [b"?"], [Image.new("RGB", (3, 3))],
+    [[image(1)], "how many"],
+])  # fmt: skip
+def test_one_image_or_prompt_in_place_of_a_list_is_told(given):
+    with pytest.raises(InvalidRequest, match="lists"):
+        fake_engine().generate(*given)
 
 
 def test_a_request_may_be_of_a_file_and_stream(demo):

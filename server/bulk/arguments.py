@@ -99,7 +99,8 @@ def _add_captioning(group: argparse._ArgumentGroup) -> None:
     )
     for name, usual in SAMPLING_FLAGS.items():
         about = f"{CaptionFields.model_fields[name].description} ({str(usual).lower()})"
-        group.add_argument(f"--{name.replace('_', '-')}", metavar="N", dest=name, help=about)
+        takes = "true|false|never" if name == "early_stopping" else "N"
+        group.add_argument(f"--{name.replace('_', '-')}", metavar=takes, dest=name, help=about)
     group.add_argument("--provider", choices=PROVIDERS, default=AUTO, help="of the encoder (auto)")
     group.add_argument(
         "--precision", default=AUTO,

@@ -83,8 +83,13 @@ class ChatRequest(BaseModel):
 
     model: str | None = None
     messages: Annotated[list[ChatMessage], Field(max_length=64, fail_fast=True)]
-    max_tokens: Annotated[int | None, Field(ge=1, le=10**9)] = None
-    max_completion_tokens: Annotated[int | None, Field(ge=1, le=10**9)] = None
+    max_tokens: Annotated[
+        int | None, Field(ge=1, le=10**9, description="Deprecated: max_completion_tokens.")
+    ] = None
+    max_completion_tokens: Annotated[
+        int | None,
+        Field(ge=1, le=10**9, description="An upper bound, as is what the model has room for."),
+    ] = None
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = None
@@ -108,11 +113,14 @@ class ChatRequest(BaseModel):
             if value not in (None, [], {}) and value != neutral.get(name)
         }
 
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """Fields of SamplingParams; temperature, top_p and seed only when sampling."""
+    def sampling(self, most_new_tokens: int) -> dict[str, Any]:
+        """Fields of SamplingParams; temperature, top_p and seed only when sampling.
+
+        most_new_tokens: that there is room for. Clients of large models ask for hundreds.
+        """
+        most = self.max_completion_tokens or self.max_tokens
         asked: dict[str, Any] = {
-            "max_new_tokens": self.max_completion_tokens or self.max_tokens,
+            "max_new_tokens": most and max(1, min(most, most_new_tokens)),
             "n": self.n,
             "logprobs": max(1, self.top_logprobs or 0) if self.logprobs else None,
         }
@@ -173,7 +181,8 @@ class ChatHandler(IntakeHandler):
         prompt, images = asked.asked(parts.images)
         model = self.service.model(asked.model)
         self.model = model.name
-        request = model.request(prompt, asked.sampling, stream=asked.stream)
+        room = model.limits.most_new_tokens(model.tokenizer.prompt_ids(prompt))
+        request = model.request(prompt, asked.sampling(room), stream=asked.stream)
         completion = _Completion(self, asked, model, request)
         async with aclosing(self.service.generate(model, request, images, self.client)) as outputs:
             if asked.stream:
