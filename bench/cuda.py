@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bench.common.machine import about
+from bench.common.machine import about, step_bytes
 from bench.common.settings import SHAPE, TOKENS, Settings
 from bench.common.timing import median_s, pictures, seconds
 from bench.load import arrivals
@@ -187,16 +187,9 @@ def decoder(engine: Engine, extent: Extent) -> dict[str, Any]:
     fed = [TOKENS // 2] * _ROWS
     forced = [[UNFORCED] * _ROWS] * (runner.burst - 1)
     run = partial(runner.decode, [engine.manifest.tokens.bos] * _ROWS, fed, forced)
-    sizes = engine.manifest.sizes
-    width = sizes.heads * sizes.head
-    embedding = sizes.vocabulary * width * 2  # a step reads one row of it per sequence
-    manifest = engine.manifest
-    variant = manifest.variant("decoder", manifest.combination(runner.plan.combination))
-    weights = variant.weights - embedding
-    cache = _ROWS * 2 * sizes.layers * (sizes.prefix + TOKENS // 2) * width * 2
     return {
         "seconds": median_s(run, 20 * extent.repeats) / runner.burst,
-        "bytes": weights + cache,
+        "bytes": step_bytes(engine, _ROWS),
     }
 
 

@@ -159,23 +159,14 @@ def _batch(
         ages = np.clip(step - starts, 0, sizes.text - 1)
         lengths = (sizes.prefix + ages).astype(np.int32)
         fed = [[text[age]] for text, age in zip(texts, ages, strict=True)]
-        outputs = graphs.decode(
-            {
-                "token_ids": np.array(fed, np.int64),
-                "lengths": lengths,
-                "total_length": lengths.max(keepdims=True) + 1,
-                "candidates": np.ones(1, np.int64),
-                **caches,
-            }
-        )
-        caches = {name: outputs[name.replace("past_key_values", "present")] for name in caches}
+        outputs, caches = _step(graphs, fed, lengths, 1, caches)
         for row, text in enumerate(texts):
             if step >= starts[row] and ages[row] + 1 == len(text):
                 text.append(int(outputs["candidate_ids"][row, 0]))
                 logprob = outputs["candidate_logprobs"][row, 0]
                 chosen_from[row].append((outputs["logits"][row], logprob))
     answers = [
-        _cut(text[len(case.prompt) :], logits, eos, new_tokens)
+        _answer(text[len(case.prompt) :], logits, eos, new_tokens)
         for case, text, logits in zip(batch, texts, chosen_from, strict=True)
     ]
     return answers, caches
@@ -192,16 +183,9 @@ def best_of_beams(
     fed = 0
     while not decoding.over:
         forced = case.prompt[fed : fed + 1] * beams
-        outputs = graphs.decode(
-            {
-                "token_ids": np.array(forced or decoding.tokens, np.int64)[:, None],
-                "lengths": np.full(beams, sizes.prefix + fed, np.int32),
-                "total_length": np.array([sizes.prefix + fed + 1], np.int32),
-                "candidates": np.array([decoding.candidates], np.int64),
-                **caches,
-            }
-        )
-        caches = {name: outputs[name.replace("past_key_values", "present")] for name in caches}
+        tokens = [[token] for token in forced or decoding.tokens]
+        lengths = np.full(beams, sizes.prefix + fed, np.int32)
+        outputs, caches = _step(graphs, tokens, lengths, decoding.candidates, caches)
         fed += 1
         if fed < len(case.prompt):
             continue
@@ -212,6 +196,22 @@ def best_of_beams(
             parents[target] = source
         caches = {name: cache[parents] for name, cache in caches.items()}
     return list(decoding.completions()[0].token_ids)
+
+
+def _step(
+    graphs: Graphs, tokens: list[list[int]], lengths: np.ndarray, candidates: int, caches: Arrays
+) -> tuple[Arrays, Arrays]:
+    """The outputs of a decode step and the new caches. tokens: of shape (rows, 1)."""
+    outputs = graphs.decode(
+        {
+            "token_ids": np.array(tokens, np.int64),
+            "lengths": lengths,
+            "total_length": lengths.max(keepdims=True) + 1,
+            "candidates": np.array([candidates], np.int64),
+            **caches,
+        }
+    )
+    return outputs, {name: outputs[name.replace("past_key_values", "present")] for name in caches}
 
 
 def _caches(images: Arrays, capacity: int) -> Arrays:
@@ -226,11 +226,14 @@ def _caches(images: Arrays, capacity: int) -> Arrays:
     return caches
 
 
-def _cut(
+def up_to_end(tokens: list[int], eos: int) -> list[int]:
+    """Tokens up to the end token, without what follows it."""
+    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+
+
+def _answer(
     tokens: list[int], chosen_from: list[tuple[np.ndarray, np.float32]], eos: int, most: int
 ) -> Answer:
-    tokens = tokens[:most]
-    if eos in tokens:
-        tokens = tokens[: tokens.index(eos) + 1]
+    tokens = up_to_end(tokens[:most], eos)
     logits, logprobs = zip(*chosen_from[: len(tokens)], strict=True)
     return Answer(tokens, np.stack(logits), np.array(logprobs))

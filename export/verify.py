@@ -12,7 +12,7 @@ from tqdm import tqdm
 from export.checkpoint import Checkpoint
 from export.errors import ExportError, Mismatch
 from export.pictures import rows
-from export.reference import Answer, Case, OnnxGraphs, best_of_beams, caption
+from export.reference import Answer, Case, OnnxGraphs, best_of_beams, caption, up_to_end
 
 BEAMS = 4
 _SEARCHED = 8  # one image in 8: PyTorch encodes it again for each beam and token
@@ -68,7 +68,7 @@ def verify(
     for index, case in enumerate(tqdm(searched, desc="with beams", unit="image")):
         tokens_of = _torch_tokens(checkpoint, case, new_tokens, num_beams=BEAMS)
         found = best_of_beams(graphs, sizes, tokens.eos, case, new_tokens, BEAMS)
-        _compare_tokens(index, case, _cut(tokens_of, tokens.eos), found)
+        _compare_tokens(index, case, up_to_end(tokens_of, tokens.eos), found)
     if not np.isfinite(differences).all():
         raise Mismatch("the graphs' logits are not finite. The engine was not written.")
     return Verification(
@@ -126,11 +126,6 @@ def _normalised(checkpoint: Checkpoint, case: Case) -> torch.Tensor:
     pixels = torch.from_numpy(case.pixels)[None].float() * how.rescale
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (how.mean, how.std))
     return (pixels - mean) / std
-
-
-def _cut(tokens: list[int], eos: int) -> list[int]:
-    """Tokens up to the end token, without padding."""
-    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
 
 
 def _compare_tokens(index: int, case: Case, expected: list[int], found: list[int]) -> None:

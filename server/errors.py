@@ -11,15 +11,15 @@ from runtime.errors import (
     TooManyPixels,
     VignetteError,
 )
-from server.fairness.errors import QueueFull
 from server.images.clips import NoVideo
 from server.images.cost import TooHard
 from server.images.fetch import FetchFailed
 from server.images.hosts import ForbiddenUrl
 from server.images.lane import NoDecoder
-from server.ipc.dispatcher import EngineFailed, EnginesFull, Expired
+from server.ipc.dispatcher import EngineFailed, Expired
+from server.refusals import QueueFull, TooFast
 from server.service.admission import NotServing
-from server.service.keys import TooFast, Unauthorised
+from server.service.keys import Unauthorised
 from server.service.service import UnknownModel
 
 
@@ -55,7 +55,6 @@ ERRORS: dict[type[Exception], ErrorStatus] = {
     FetchFailed: ErrorStatus(422, "fetch_failed"),
     TooFast: ErrorStatus(429, "too_fast"),
     QueueFull: ErrorStatus(429, "queue_full"),
-    EnginesFull: ErrorStatus(429, "queue_full"),
     NotServing: ErrorStatus(503, "not_serving"),
     NoDecoder: ErrorStatus(503, "not_serving"),
     ComputationFailed: ErrorStatus(500, "engine_failed"),

@@ -15,7 +15,7 @@ from runtime.request import (
     SchedulingParams,
 )
 from runtime.scheduler import Scheduler
-from server.fairness.errors import QueueFull
+from server.refusals import QueueFull
 from server.service.admission import Admission, State
 from tests.fakes import fake_engine, gated
 from tests.live import JSON, as_json, b64, fetch, png, requests_in, serve, until

@@ -6,6 +6,7 @@ import torch
 
 from export.checkpoint import Checkpoint
 from export.pictures import generated
+from export.reference import up_to_end
 from runtime.engine import Engine
 from runtime.errors import InvalidRequest
 from runtime.planning.config import EngineConfig
@@ -38,11 +39,7 @@ def said_by_torch(
         input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=most,
         do_sample=False, pad_token_id=checkpoint.tokens.pad, **asked,
     )  # fmt: skip
-    return [cut(row[len(prompt) :], checkpoint.tokens.eos) for row in ids.tolist()]
-
-
-def cut(tokens: list[int], eos: int) -> list[int]:
-    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+    return [up_to_end(row[len(prompt) :], checkpoint.tokens.eos) for row in ids.tolist()]
 
 
 def tokens_of(caption: Caption) -> list[list[int]]:

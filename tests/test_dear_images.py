@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
-from server.fairness.errors import QueueFull
 from server.fairness.token_buckets import TokenBuckets
 from server.images.cost import TooHard
 from server.images.lane import GaveWay, OutOfTime
+from server.refusals import QueueFull
 from tests.decoders import dear, decode, job, new_store, pool
 from tests.live import png
 

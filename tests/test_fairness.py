@@ -18,11 +18,11 @@ from runtime.errors import InvalidImage, InvalidRequest
 from runtime.request import Completion, FinishReason, RequestOutput, SamplingParams, Timing
 from server.bodies import json_parts
 from server.fairness.byte_budget import ByteBudget
-from server.fairness.errors import QueueFull
 from server.http.handler import Handler
 from server.images import heads
 from server.images.fetch import Fetcher
 from server.images.hosts import ForbiddenUrl, is_public
+from server.refusals import QueueFull
 from server.service.admission import Admission, State
 from server.service.cache import OutputCache
 from tests.fakes import fake_engine, gated

@@ -14,10 +14,10 @@ import tornado.netutil
 import tornado.web
 from tornado.netutil import Resolver
 
-from server.fairness.errors import QueueFull
 from server.images import fetch
 from server.images.fetch import Fetcher, FetchFailed
 from server.images.hosts import ForbiddenUrl, PublicResolver, is_public
+from server.refusals import QueueFull
 
 
 @pytest.mark.parametrize(

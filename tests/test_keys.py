@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from server.service.keys import InvalidKeys, Keys, TooFast, Unauthorised, main, read
+from server.refusals import TooFast
+from server.service.keys import InvalidKeys, Keys, Unauthorised, main, read
 from tests.conftest import ROOT
 from tests.fakes import fake_engine
 from tests.live import png, serve, until

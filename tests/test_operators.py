@@ -18,8 +18,8 @@ from bench.contestants.servers import free_port
 from bench.reliability.load import Clients, after
 from bench.reliability.running import said, sample, service, wait_for
 from server.addresses import address_of, networks
-from server.fairness.errors import QueueFull
 from server.logs import _Json
+from server.refusals import QueueFull
 from server.service.admission import Admission, State
 from server.service.keys import Keys
 from server.settings import InvalidSettings, from_command_line

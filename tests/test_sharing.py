@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import pytest
 
 from server.fairness.byte_budget import ByteBudget, Incoming
-from server.fairness.errors import QueueFull
 from server.fairness.token_buckets import TokenBuckets
 from server.ipc.remembered import Remembered
+from server.refusals import QueueFull
 from server.service.admission import Admission, State
 from tests.fakes import fake_engine
 from tests.live import png, serve

@@ -172,11 +172,11 @@ def _reached(settings: Settings) -> dict[str, Any]:
         "rows": slots,
         "encode_s": encode / len(batch),
         "step_s": step,
-        "step_bytes": _step_bytes(engine, slots),
+        "step_bytes": step_bytes(engine, slots),
     }
 
 
-def _step_bytes(engine: Engine, rows: int) -> int:
+def step_bytes(engine: Engine, rows: int) -> int:
     """Bytes of weights (without the embedding table) and K/V cache that a decode step reads."""
     manifest, sizes = engine.manifest, engine.manifest.sizes
     plan = engine.runner.plan

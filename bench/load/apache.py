@@ -97,14 +97,20 @@ def _ab(
     (folder / "body").write_bytes(body)
     table = folder / "times.tsv"
     table.unlink(missing_ok=True)
+    said = _run(url, folder / "body", content_type, requests, clients, "-g", str(table))
+    times = _times(table)
+    return summary(said, times) | {"times_ms": times}
+
+
+def _run(url: str, body: Path, content_type: str, requests: int, clients: int, *more: str) -> str:
+    """Run ab; returns its output. Raises ServerFailed."""
     # -l: captions have different lengths. -s: seconds to wait for an answer.
     command = ["ab", "-q", "-l", "-s", "600", "-n", str(requests), "-c", str(clients),
-               "-p", str(folder / "body"), "-T", content_type, "-g", str(table), url]  # fmt: skip
+               "-p", str(body), "-T", content_type, *more, url]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise ServerFailed(f"ab failed on {contestant.name}: {done.stderr.strip()[-300:]}")
-    times = _times(table)
-    return summary(done.stdout, times) | {"times_ms": times}
+        raise ServerFailed(f"ab failed on {url}: {done.stderr.strip()[-300:]}")
+    return done.stdout
 
 
 def all_answered(url: str, image: Path, requests: int, clients: int) -> float:
@@ -112,12 +118,7 @@ def all_answered(url: str, image: Path, requests: int, clients: int) -> float:
 
     image: a JPEG.
     """
-    command = ["ab", "-q", "-l", "-n", str(requests), "-c", str(clients), "-p", str(image),
-               "-T", "image/jpeg", url]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise ServerFailed(f"ab failed: {done.stderr.strip()[-300:]}")
-    found = counts(done.stdout)
+    found = counts(_run(url, image, "image/jpeg", requests, clients))
     if found["errors"]:
         raise ServerFailed(f"{found['errors']} of {found['answered']} requests got no caption")
     return found["rate"]

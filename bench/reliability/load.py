@@ -5,6 +5,7 @@ import json
 import random
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,12 +82,9 @@ def after(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() > end
 
 
-def counts(answers: list[Answer]) -> dict[int, int]:
+def counts(answers: list[Answer]) -> Counter[int]:
     """Number of answers by status."""
-    found: dict[int, int] = {}
-    for answer in answers:
-        found[answer.status] = found.get(answer.status, 0) + 1
-    return found
+    return Counter(answer.status for answer in answers)
 
 
 def abandon(port: int, image: bytes, kind: str = "image/png") -> socket.socket:

@@ -16,7 +16,6 @@ from typing_extensions import override
 
 from server.bulk.index import Index
 from server.bulk.items import Outcome, ResultRow
-from server.bulk.lists import parquet
 from server.bulk.output import (
     Lines,
     Output,
@@ -26,6 +25,7 @@ from server.bulk.output import (
     remove_empty,
     replacing,
 )
+from server.bulk.rows import parquet
 
 ROWS = ".rows.jsonl"  # appended to the table's name
 _COLUMNS = ResultRow.__struct_fields__

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from time import monotonic
 
-from server.fairness.errors import QueueFull
+from server.refusals import QueueFull
 
 _RETRY_SECONDS = 1
 _UNREAD = 0.25  # of all bytes, above which no large page is added to unread responses

@@ -14,6 +14,7 @@ from runtime.errors import VignetteError
 from runtime.request import Timing
 from server.addresses import address_of, group_of, networks
 from server.errors import INTERNAL, ErrorStatus, answer_to
+from server.refusals import RetryLater
 from server.service.keys import sent
 from server.service.model import Model
 from server.service.service import Service
@@ -40,8 +41,9 @@ class Refusal:
 
     def __init__(self, error: VignetteError) -> None:
         answer: ErrorStatus = answer_to(error, 500)
-        retry_after = getattr(error, "retry_after", None)
-        self.trailing = (("retry-after", str(retry_after)),) if retry_after is not None else ()
+        self.trailing: tuple[tuple[str, str], ...] = ()
+        if isinstance(error, RetryLater):
+            self.trailing = (("retry-after", str(error.retry_after)),)
         self.message = f"{answer.code}: {answer.message or error}"
         self.status = _STATUS.get(answer.status, grpc.StatusCode.UNKNOWN)
 

@@ -19,6 +19,7 @@ from server.errors import INTERNAL, ErrorStatus, answer_to
 from server.http.answers import ErrorAnswer, ErrorDetail
 from server.http.origins import PREFLIGHT, cors_headers
 from server.logs import request_id
+from server.refusals import RetryLater
 from server.service.service import Service
 from server.tasks import bare, bare_error
 
@@ -213,9 +214,8 @@ class Handler(tornado.web.RequestHandler):
         answer = answer_to(error, status_code)
         self.set_status(answer.status)
         self._set_common_headers()
-        retry_after = getattr(error, "retry_after", None)
-        if retry_after is not None:
-            self.set_header("Retry-After", str(retry_after))
+        if isinstance(error, RetryLater):
+            self.set_header("Retry-After", str(error.retry_after))
         if answer.status == 413:
             self.set_header("Connection", "close")
         if answer.status == 401:

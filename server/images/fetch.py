@@ -22,9 +22,9 @@ from tornado.tcpclient import TCPClient
 
 from runtime.errors import VignetteError
 from server.bodies import shown
-from server.fairness.errors import QueueFull
 from server.fairness.fair_queue import FairQueue
 from server.images.hosts import ForbiddenUrl, PublicResolver, looking_up
+from server.refusals import QueueFull
 from server.tasks import note_error
 
 _REDIRECTS = 3

@@ -43,6 +43,7 @@ from server.ipc.messages import (
 )
 from server.ipc.remembered import Remembered
 from server.ipc.replay_filter import ReplayFilter
+from server.refusals import QueueFull
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ _CRASHES, _LOSSES = 2, 4  # of workers with a request inside, before the request
 _POISONED = "the engine failed on this image twice: it is not tried again for ten minutes"
 _LOST = "the engine was killed several times with this request: try again later"
 _FULL = "the queue of the cluster is full: try again later"
+_RETRY_SECONDS = 1
 _REPLACED = "the model was replaced by another meanwhile: try again"
 _LATE = "the deadline passed while it was queued"
 _NO_PIXELS = "the engine's process can't open the shared memory that images are in: see its log"
@@ -63,12 +65,6 @@ class EngineFailed(VignetteError):
 
 class PoisonedImage(EngineFailed):
     """The engine failed twice because of this request's image."""
-
-
-class EnginesFull(VignetteError):
-    """The engines of the cluster have no room; `retry_after` in seconds."""
-
-    retry_after = 1
 
 
 class Expired(VignetteError):
@@ -189,7 +185,7 @@ class Dispatcher:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield a request's outputs, the last with a finish reason; closing cancels the request.
 
-        Raises EngineFailed, EnginesFull, or Expired when its deadline passes first.
+        Raises EngineFailed, QueueFull, or Expired when its deadline passes first.
         """
         entry = RequestInFlight(request, digest, next(self._turns))
         if self._quarantine.expired(digest):
@@ -286,7 +282,7 @@ class Dispatcher:
                 FailureReason.POISONED: PoisonedImage(_POISONED),
                 FailureReason.LOST: EngineFailed(_LOST),
                 FailureReason.EXPIRED: Expired(_LATE),
-                FailureReason.FULL: EnginesFull(_FULL),
+                FailureReason.FULL: QueueFull(_FULL, _RETRY_SECONDS),
                 FailureReason.REPLACED: EngineFailed(_REPLACED),
                 FailureReason.NO_PIXELS: EngineFailed(_NO_PIXELS),
             }[reason]

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from runtime.errors import VignetteError
-from server.fairness.errors import QueueFull
 from server.fairness.recent_clients import RecentClients
 from server.images.pool import Origin
+from server.refusals import QueueFull
 from server.service.drain_rate import DrainRate
 
 _OLD_SECONDS = 60.0  # after which a client no longer counts as recent

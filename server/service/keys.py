@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import VignetteError
+from server.refusals import TooFast
 from server.service.usage import KeyUsage
 
 _COMMENT, _SLOWEST = "#", 1e-6  # of a line; requests a second of a key
@@ -29,14 +30,6 @@ class InvalidKeys(VignetteError):
 
 class Unauthorised(VignetteError):
     """No key, or one that is not in the file."""
-
-
-class TooFast(VignetteError):
-    """A client's rate or concurrency is used up; `retry_after` in seconds."""
-
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
 
 
 @dataclass(frozen=True, slots=True)

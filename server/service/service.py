@@ -25,9 +25,10 @@ from server.images.pool import ImageDecoders, Origin
 from server.ipc.dispatcher import until
 from server.ipc.messages import WorkerState
 from server.metrics import Metrics
+from server.refusals import TooFast
 from server.service.admission import Admission, State
 from server.service.cache import OutputCache
-from server.service.keys import Keys, TooFast
+from server.service.keys import Keys
 from server.service.model import Model
 from server.settings import Settings
 from server.tracing import Tracer
