@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, GitConfig, GitForCausalLM
+from transformers import AutoConfig, GitConfig, GitForCausalLM
 from transformers.image_processing_base import ImageProcessingMixin
 
-from export.errors import ExportError
+from export.errors import ExportError, first_line
+from export.tokenizer import tokenizer_json
 from runtime.model.manifest import Preprocessing, Sizes, SpecialTokens
 
 
@@ -88,7 +89,7 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
             ignore_mismatched_sizes=True,  # reported below, by name
         )
         _check_whole(model, weights, found)
-        tokenizer_json = _tokenizer(model, revision, config.vocab_size)
+        tokenizer = tokenizer_json(model, revision, config.vocab_size)
         processor, _ = ImageProcessingMixin.get_image_processor_dict(model, revision=revision)
     except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
         raise ExportError(_why_not(model, cause)) from cause
@@ -96,7 +97,7 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
         name=Path(model).resolve().name if Path(model).is_dir() else model,
         revision=getattr(config, "_commit_hash", None) or revision,
         model=weights.eval(),
-        tokenizer_json=tokenizer_json,
+        tokenizer_json=tokenizer,
         preprocessing=_preprocessing(model, processor, config.vision_config.image_size),
         normalisation=Normalisation(
             processor["rescale_factor"], processor["image_mean"], processor["image_std"]
@@ -126,30 +127,9 @@ def _check_whole(model: str, weights: GitForCausalLM, found: dict[str, Any]) -> 
             )
 
 
-def _tokenizer(model: str, revision: str | None, vocabulary: int) -> str:
-    """tokenizer.json of a checkpoint. Raises ExportError."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
-        written = tokenizer.backend_tokenizer.to_str()
-    # transformers raises exceptions of any type for missing or broken files
-    except Exception as cause:
-        if not Path(model).is_dir():
-            raise
-        raise ExportError(
-            f"{model} has no tokenizer that can be read: put tokenizer.json and "
-            f"tokenizer_config.json beside its weights ({_first_line(cause)})"
-        ) from cause
-    if len(tokenizer) > vocabulary:
-        raise ExportError(
-            f"{model}: its tokenizer knows {len(tokenizer)} tokens, and the model {vocabulary}: "
-            "take both from the same checkpoint"
-        )
-    return written
-
-
 def _why_not(model: str, cause: Exception) -> str:
     if Path(model).exists():
-        return f"{model} can't be loaded as a checkpoint: {_first_line(cause)}"
+        return f"{model} can't be loaded as a checkpoint: {first_line(cause)}"
     reasons = " ".join(type(e).__name__ + str(e) for e in _chain(cause))
     if any(sign in reasons for sign in ("ConnectionError", "LocalEntryNotFound", "couldn't connect",
                                         "Max retries", "ProxyError", "Timeout")):  # fmt: skip
@@ -160,10 +140,10 @@ def _why_not(model: str, cause: Exception) -> str:
     if any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for e in _chain(cause)):
         return f"the disk is full: {model} can't be downloaded. Free some space, or set HF_HOME"
     if "not a valid model identifier" not in reasons and "RepositoryNotFound" not in reasons:
-        return f"{model} can't be loaded from the hub: {_first_line(cause)}"
+        return f"{model} can't be loaded from the hub: {first_line(cause)}"
     return (
         f"{model} is neither a folder nor a model on the hub: check the spelling "
-        f"({_first_line(cause)})"
+        f"({first_line(cause)})"
     )
 
 
@@ -173,10 +153,6 @@ def _chain(error: BaseException | None) -> list[BaseException]:
         found.append(error)
         error = error.__cause__ or error.__context__
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _preprocessing(model: str, processor: dict, image_size: int) -> Preprocessing:

@@ -9,3 +9,8 @@ class ExportError(VignetteError):
 
 class Mismatch(ExportError):
     """The graphs' results differ from PyTorch's. No files are left behind."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's message."""
+    return str(error).strip().partition("\n")[0]

@@ -1,5 +1,6 @@
 """Text to token ids and back, by the engine's `tokenizer.json`."""
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from runtime.errors import EngineFolderError, InvalidRequest
 from runtime.model.manifest import TOKENIZER, Manifest
 
 _REMEMBERED = 256  # prompts
+_CONTRACTED = re.compile("( n)?( ')?$")  # "man ' s" may become "man's", "is n ' t" "isn't"
 _PROMPT_CHARACTERS = 1024  # far beyond any slot; longer prompts would only cost tokenizer time
 
 
@@ -64,9 +66,11 @@ class CaptionTokenizer:
         return text.removeprefix(self._mark)
 
     def whole_words(self, ids: Sequence[int]) -> str:
-        """Text as above without the last word, which the next token may continue."""
+        """Text as above without the last word, which the next token may continue, and without what
+        decoders contract with the word behind it. The text of more tokens begins with it.
+        """
         begins = (at for at in reversed(range(len(ids))) if not self._goes_on(ids[at]))
-        return self.text(ids[: next(begins, 0)] if self._mark else ids)
+        return _CONTRACTED.sub("", self.text(ids[: next(begins, 0)] if self._mark else ids))
 
     def _goes_on(self, token: int) -> bool:
         return self.token(token).startswith(self._mark)
