@@ -15,6 +15,7 @@ from runtime.planning.config import EngineConfig
 from runtime.planning.machine import Machine, quota, this_machine
 from runtime.planning.plan import default, resolve, suitable
 from runtime.providers import registry
+from runtime.providers.session import Placement, session_options
 from runtime.tune import main, tune
 
 AUTO = EngineConfig()
@@ -158,7 +159,20 @@ def test_a_containers_quota_limits_the_cores(tmp_path, monkeypatch, files, expec
         (tmp_path / name).write_text(content)
     assert quota(tmp_path) == expected
     monkeypatch.setattr("runtime.planning.machine.quota", lambda: expected)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
     this_machine.cache_clear()
     assert this_machine().cores == (expected or 64)
     this_machine.cache_clear()
+
+
+@pytest.mark.parametrize(("mask", "cores", "threads"), [({3}, 1, 1), (set(range(8)), 8, 0)])
+def test_sessions_have_no_more_threads_than_they_may_use(monkeypatch, mask, cores, threads):
+    """With 0 ONNX Runtime takes all physical cores, also those outside the affinity mask."""
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: mask, raising=False)
+    monkeypatch.setattr("runtime.planning.machine.quota", lambda: 0)
+    this_machine.cache_clear()
+    assert this_machine().cores == cores
+    this_machine.cache_clear()
+    assert session_options(Placement("cpu")).intra_op_num_threads == threads

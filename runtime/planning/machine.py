@@ -54,16 +54,25 @@ def this_machine() -> Machine:
         for line in _CPUINFO.read_text().partition("\n\n")[0].splitlines():
             name, _, value = line.partition(":")
             fields[name.strip()] = value.strip()
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     flags = set(f"{fields.get('flags', '')} {fields.get('Features', '')}".split())  # x86, ARM
     if (sys.platform, platform.machine()) == ("darwin", "arm64"):
         flags |= _APPLE
     return Machine(
         cpu=fields.get("model name") or platform.processor() or platform.machine(),
-        cores=min(cores, quota() or cores),
+        cores=limited_cores() or os.cpu_count() or 1,
         instructions=tuple(i for i in _INSTRUCTIONS if i in flags),
     )
+
+
+def limited_cores() -> int:
+    """Logical cores this process may use if they are fewer than the machine's, by a container's
+    quota or by its affinity (taskset, `docker run --cpuset-cpus`, Slurm); 0: all.
+    """
+    all_cores = os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else all_cores
+    cores = min(cores, quota() or cores)
+    return cores if cores < all_cores else 0
 
 
 def memory(cgroup: Path = _CGROUP) -> int:

@@ -9,7 +9,7 @@ import onnxruntime as ort
 
 from runtime.errors import EngineFolderError, ProviderError
 from runtime.model.manifest import sha256
-from runtime.planning.machine import quota, this_machine
+from runtime.planning.machine import limited_cores
 from runtime.providers import cuda, openvino, tensorrt
 from runtime.providers.cuda import CudaOptions
 from runtime.providers.gpu import require_gpu
@@ -79,7 +79,8 @@ def session_options(how: Placement) -> ort.SessionOptions:
     """ONNX Runtime's session options for any provider."""
     options = ort.SessionOptions()
     options.log_severity_level = 3  # omits warnings, such as of shape nodes left on the CPU
-    options.intra_op_num_threads = how.threads or (quota() and this_machine().cores)
+    # With 0, ONNX Runtime takes all physical cores of the host, whatever is this process's share.
+    options.intra_op_num_threads = how.threads or limited_cores()
     # Encoder and decoder threads take turns: those of the idle session must not spin.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if how.provider == "cpu":
