@@ -58,11 +58,11 @@ class Stepper:
         try:
             self._engine.submit(request)
         except VignetteError as error:
-            sink(error)
+            _tell(sink, error)
         except Exception as error:  # internal, and this request's only: no step has failed
             failed = ComputationFailed(f"the request could not be begun: {error!r}")
             failed.__cause__ = error
-            sink(failed)
+            _tell(sink, failed)
         else:
             self._sinks[request.id] = sink
 
@@ -98,7 +98,7 @@ class Stepper:
         self._engine.abandon()
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
-            sink(error)
+            _tell(sink, error)
 
     def _step(self) -> None:
         self.step_since = time.monotonic()
@@ -114,4 +114,12 @@ class Stepper:
         for output in outputs:
             ended = output.finish_reason is not None
             sink = self._sinks.pop(output.id) if ended else self._sinks[output.id]
-            sink(output)
+            _tell(sink, output)
+
+
+def _tell(sink: Sink, news: RequestOutput | Exception) -> None:
+    """Call a sink; its error is its own, and must not end the thread that serves the others."""
+    try:
+        sink(news)
+    except Exception:
+        log.exception("a request's output could not be handed on")

@@ -240,6 +240,22 @@ def test_others_queue_makes_no_request_late_that_comes_before_them():
             admission.check_in_time(8.0, "greedy 0")
 
 
+def test_a_time_without_workers_is_not_taken_for_the_engines_pace():
+    admission, clock = admitting(queue=100)  # two slots
+    saturated(admission, clock, 64, each=0.1)
+    before = refused_after(admission)
+    with ExitStack() as inside:
+        for _ in range(3):  # one waits for a slot
+            inside.enter_context(admission.enter())
+        with ExitStack() as engine:
+            for _ in range(3):
+                engine.enter_context(admission.engine())
+            clock.now += 20  # the worker is started again
+            admission.served_again()
+            clock.now += 0.1
+    assert refused_after(admission) == before
+
+
 def test_requests_wait_for_slots_that_fewer_of_more_rows_have():
     admission, clock = admitting(queue=100)  # two slots
     with ExitStack() as others:

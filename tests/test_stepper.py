@@ -311,6 +311,21 @@ def test_an_engine_that_nobody_has_any_more_takes_its_thread_along():
     until(lambda: not thread.is_alive())
 
 
+def test_a_sink_that_raises_is_logged_and_the_thread_serves_on(caplog):
+    engine = fake_engine()
+    told = threading.Event()
+
+    def sink(_):
+        told.set()
+        raise ZeroDivisionError
+
+    engine.stepper.submit(engine.request(image(1)), sink)
+    assert told.wait(20)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(engine.generate, [image(3)]).result(20)
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_an_error_between_steps_is_told_and_the_thread_serves_on(caplog):
     engine, news = gated(), SimpleQueue()
     engine.runner.open.clear()

@@ -196,6 +196,12 @@ class Admission:
         """Set how long a request takes while others wait, until enough are measured."""
         self._rate.expected = seconds
 
+    def served_again(self) -> None:
+        """Note that the engine has a worker again: the time without one was not its pace."""
+        self._rate.idle()
+        if self._in_engine > self.slots:
+            self._rate.waiting()
+
     def check_in_time(self, seconds: float, client: str = "") -> None:
         """Raise QueueFull if a new request of this client, which has entered, would have to wait
         for longer than it has: for those in the engine, the client's own, and as many of each other

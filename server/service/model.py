@@ -69,7 +69,10 @@ class Model:
         self.device = " ".join(sorted({w.device for w in workers})) if here else self.name
         ends = {w.index: w.last_end for w in workers}
         runs = {(w.index, w.epoch): w.facts.identity for w in ready if w.facts is not None}
+        before = self.links.dispatcher.keys
         self.links.update(runs, ends)
+        if self.serves and not before & runs.keys():
+            self.admission.served_again()
         if not ready:
             return
         self.facts = facts = tuple(w.facts for w in ready if w.facts is not None)
