@@ -80,15 +80,15 @@ class Engine:
         runner: ModelRunner,
         config: EngineConfig,
         clock: Callable[[], float] = time.perf_counter,
-        seconds: float | None = None,
+        self_test_seconds: float | None = None,
         thread: OwnThread | None = None,
     ) -> None:
         """clock: seconds, in the time base in which the runner's calls take time.
 
-        seconds: duration of one self-test caption; None if none was run. thread: on which the
+        self_test_seconds: for each caption; None if no self-test was run. thread: on which the
         runner was opened, if that matters to it.
         """
-        self._clock, self.seconds = clock, seconds
+        self._clock, self.self_test_seconds = clock, self_test_seconds
         self.manifest = manifest
         self.config = config
         self.tokenizer = tokenizer
@@ -125,7 +125,10 @@ class Engine:
         batch = min(runner.plan.encode_batch, slots)
         config = replace(prepared.config, encode_batch=batch, slots=slots)
         tokenizer = CaptionTokenizer(prepared.folder, prepared.manifest)
-        return cls(prepared.manifest, tokenizer, runner, config, seconds=seconds, thread=thread)
+        return cls(
+            prepared.manifest, tokenizer, runner, config,
+            self_test_seconds=seconds, thread=thread,
+        )  # fmt: skip
 
     @property
     def runs_on(self) -> str:

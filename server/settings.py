@@ -151,8 +151,9 @@ class Settings(BaseSettings):
     ] = 30.0
     step_seconds: Annotated[
         float,
-        Field(gt=0, description="an engine worker that is in one step for longer is replaced; best "
-              "less than timeout_seconds, so that it is known which image was to blame"),
+        Field(gt=0, description="an engine worker that is in one step for longer is replaced, "
+              "unless its self-test says that large steps take as long; best less than "
+              "timeout_seconds, so that it is known which image was to blame"),
     ] = 25.0  # fmt: skip
     max_body_bytes: Annotated[
         int, Field(ge=1024, description="largest request body; a larger one is answered 413")

@@ -167,7 +167,7 @@ class _WorkerThread(threading.Thread):
         self._loop, self._worker = asyncio.get_running_loop(), worker
         facts = WorkerFacts(
             engine="fake", precision="fake", runs_on="fake", provider="fake", self_test="passed",
-            seconds=None, slots=engine.slots,
+            self_test_seconds=None, slots=engine.slots,
         )  # fmt: skip
         serving = Serving((WorkerState(model, "cpu", 0, 1, "ready", 1, 0, None, facts),), {}, 0)
         self._live.loop.call_soon_threadsafe(update, service, serving)

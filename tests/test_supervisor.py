@@ -7,9 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from msgspec.structs import replace
 
 from runtime.engine import Engine
 from runtime.planning.plan import Plan
+from server.ipc.messages import WorkerFacts
 from server.ipc.shared import RunFolder
 from server.models import ServedModel
 from server.processes.child import Child
@@ -89,3 +91,16 @@ def test_a_process_that_hangs_as_it_starts_is_replaced_in_the_end():
     assert child.health_problem(700.0, 60.0) == "hung"
     child.state = "ready"
     assert child.health_problem(5.0, 60.0) == "hung"
+
+
+def test_a_step_is_as_long_as_the_engine_was_measured_to_take():
+    """A large model's step of several images is no hang."""
+    child = Child("worker", 0, print, state="ready", step_since=0.0)
+    child.process = SimpleNamespace(is_alive=lambda: True)
+    child.facts = WorkerFacts("e", "fp32", "cpu", "cpu", "passed", 6.0, 16, encode_batch=4)
+    for now, problem in ((90.0, None), (100.0, "stuck")):
+        child.heard_at = now
+        assert child.health_problem(now, step_seconds=25.0) == problem
+    child.facts = replace(child.facts, self_test_seconds=0.1)
+    assert child.health_problem(100.0, step_seconds=99.0) == "stuck"
+    assert child.health_problem(100.0, step_seconds=101.0) is None

@@ -54,7 +54,7 @@ def test_the_demo_engine_has_every_combination_proven_on_its_scenes():
 def test_every_combination_captions_the_samples(combination):
     engine = Engine.open(DEMO, EngineConfig(provider="cpu", precision=combination, slots=5))
     assert engine.self_test == "passed" and "self-test passed" in engine.runs_on
-    assert engine.seconds > 0
+    assert engine.self_test_seconds > 0
     said = json.loads((SAMPLES / "captions.json").read_text())
     paths = sorted(SAMPLES.glob("*.png"))
     captions = engine.generate([path.read_bytes() for path in paths])

@@ -104,9 +104,11 @@ class FailedToStart(Message, frozen=True):
 
 
 class WorkerFacts(Struct, frozen=True):
-    """What a worker runs. seconds: time of one caption in the self-test.
+    """What a worker runs.
 
-    slots: per engine. engines: number of engines that the worker stands for.
+    self_test_seconds: for each caption of the self-test; None if there is none. slots,
+    encode_batch: of each engine; images that a step encodes at most. engines: number of engines
+    that the worker stands for.
     """
 
     engine: str
@@ -114,8 +116,9 @@ class WorkerFacts(Struct, frozen=True):
     runs_on: str
     provider: str
     self_test: str
-    seconds: float | None
+    self_test_seconds: float | None
     slots: int
+    encode_batch: int = 1
     engines: int = 1
 
     @property

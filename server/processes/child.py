@@ -13,6 +13,7 @@ _SILENCE_SECONDS = 3.0  # without a heartbeat: the process is stopped, or starve
 # Likewise during start-up, on a processor and on a GPU: loading a graph, or compiling it, may hold
 # the GIL for long.
 _STARTING_SECONDS = 600.0, 7200.0
+_SLOWER = 4  # times that a step may be slower than the self-test, which had the cores to itself
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -65,7 +66,9 @@ class Child:
         return self.process is not None and self.process.is_alive()
 
     def health_problem(self, now: float, step_seconds: float) -> str | None:
-        """Why the process must be replaced, or None. step_seconds: longest step."""
+        """Why the process must be replaced, or None. step_seconds: longest step, unless the engine
+        was measured to take longer for as many images as a step encodes.
+        """
         if not self.alive:
             return "ended"
         on_gpu = "CUDA_VISIBLE_DEVICES" in self.environment
@@ -73,6 +76,9 @@ class Child:
         if now - self.heard_at > silence:
             return "hung"
         since = now if self.step_since is None else self.step_since
+        if self.facts is not None and self.facts.self_test_seconds is not None:
+            expected = self.facts.self_test_seconds * self.facts.encode_batch
+            step_seconds = max(step_seconds, _SLOWER * expected)
         return "stuck" if now - since > step_seconds else None
 
     @property

@@ -201,8 +201,9 @@ async def _serve(engine: Engine, metrics: WorkerMetrics, heartbeat: Heartbeat, a
         runs_on=engine.runs_on,
         provider=engine.runner.plan.encoder_provider,
         self_test=engine.self_test,
-        seconds=engine.seconds,
+        self_test_seconds=engine.self_test_seconds,
         slots=engine.slots,
+        encode_batch=engine.encode_batch,
     )
     heartbeat.serving(worker, engine.stepper, facts)
     await worker.run()

@@ -80,7 +80,7 @@ class Model:
         self.limits.slots = min(w.facts.slots for w in workers if w.facts is not None)
         slots, engines = sum(f.slots * f.engines for f in facts), sum(f.engines for f in facts)
         self.admission.slots = -(-slots // front_ends)
-        if known := [f.seconds for f in facts if f.seconds]:
+        if known := [f.self_test_seconds for f in facts if f.self_test_seconds]:
             self.admission.expect(front_ends * min(known) / engines)
         if self.admission.state is State.STARTING:
             self.admission.state = State.READY
