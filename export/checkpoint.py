@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, GitConfig, GitForCausalLM
+from transformers import AutoConfig, GenerationConfig, GitConfig, GitForCausalLM
 from transformers.image_processing_base import ImageProcessingMixin
 
 from export.errors import ExportError, first_line
@@ -89,6 +89,7 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
             ignore_mismatched_sizes=True,  # reported below, by name
         )
         _check_whole(model, weights, found)
+        weights.generation_config = _only_tokens(weights.generation_config)
         tokenizer = tokenizer_json(model, revision, config.vocab_size)
         processor, _ = ImageProcessingMixin.get_image_processor_dict(model, revision=revision)
     except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
@@ -103,6 +104,20 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
             processor["rescale_factor"], processor["image_mean"], processor["image_std"]
         ),
     )
+
+
+def _only_tokens(config: GenerationConfig | None) -> GenerationConfig:
+    """The special tokens of a generation_config.json. Its parameters, which `generate` would take
+    for its own defaults, are printed: here each request brings its own.
+    """
+    asked = {} if config is None else config.to_diff_dict()
+    tokens = {name: value for name, value in asked.items() if name.endswith("_token_id")}
+    others = asked.keys() - tokens.keys() - {"transformers_version", "_from_model_config"}
+    for name in sorted(others):
+        print(
+            f"left out: {name} of {asked[name]} in generation_config.json: requests say such things"
+        )
+    return GenerationConfig(**tokens)
 
 
 def _check_whole(model: str, weights: GitForCausalLM, found: dict[str, Any]) -> None:

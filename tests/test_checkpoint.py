@@ -63,6 +63,17 @@ def test_what_is_wrong_with_a_checkpoint_is_named(change, message, tmp_path):
         load(str(saved))
 
 
+def test_generation_parameters_of_a_checkpoint_are_told_and_left_to_requests(tmp_path, capsys):
+    saved = tmp_path / "saved"
+    shutil.copytree(ROOT / "demo" / "model", saved)
+    path = saved / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.2}))
+    checkpoint = load(str(saved))
+    assert "left out: repetition_penalty of 1.2" in capsys.readouterr().out
+    assert checkpoint.model.generation_config.repetition_penalty in (None, 1.0)
+    assert checkpoint.model.generation_config.eos_token_id == checkpoint.tokens.eos
+
+
 def test_a_folder_that_is_not_there_is_no_name_on_the_hub():
     with pytest.raises(ExportError, match=r"/no/such/folder does not exist"):
         load("/no/such/folder")
