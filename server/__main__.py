@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 async def _supervise(settings: Settings) -> None:
     if settings.api_keys:
-        keys.read(settings.api_keys)  # front-ends read them again; fail early here
+        keys.read(settings.api_keys)  # the supervisor reads them again; fail early here
     models, devices = served(settings.engine), _devices(settings)
     settings = settings.model_copy(update={"workers": len(devices)})  # sizes the pixel stores
     await local.run(settings, models, worker.main, devices)

@@ -9,11 +9,16 @@ from server.settings import InvalidSettings
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model under the name that requests use. memory_share: fraction of its device's memory."""
+    """A model under the name that requests use.
+
+    engine: a folder, for front-ends with `ModelFiles` only. memory_share: fraction of its device's
+    memory. fingerprint: of the engine that workers must find in the folder; None: any.
+    """
 
     name: str
     engine: Path
     memory_share: float
+    fingerprint: str | None = None
 
 
 def served(engine: str) -> tuple[ServedModel, ...]:
@@ -25,20 +30,23 @@ def served(engine: str) -> tuple[ServedModel, ...]:
     Raises EngineFolderError for a folder without an engine, and InvalidSettings if two have
     the same name.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, tuple[Path, str]] = {}
     for part in [engine] if Path(engine).is_dir() else engine.split() or [engine]:
         given, named, folder = part.rpartition("=")
         if Path(part).is_dir():
             given, named, folder = "", "", part
         for each in [Path(folder)] if named else _engines(Path(folder)):
-            name = given if named else manifests.read(each).model
+            manifest = manifests.read(each)
+            name = given if named else manifest.model
             if name in found:
+                other, _ = found[name]
                 raise InvalidSettings(
-                    f"{found[name]} and {each} are both called {name}: give one another name, "
-                    f"such as --engine '{found[name]} other={each}'"
+                    f"{other} and {each} are both called {name}: give one another name, "
+                    f"such as --engine '{other} other={each}'"
                 )
-            found[name] = each
-    return tuple(ServedModel(name, each, 1 / len(found)) for name, each in found.items())
+            found[name] = each, manifest.fingerprint
+    share = 1 / len(found)
+    return tuple(ServedModel(name, each, share, made) for name, (each, made) in found.items())
 
 
 def _engines(folder: Path) -> list[Path]:

@@ -25,7 +25,6 @@ from runtime.request import (
 )
 from server.cluster.application import one_for_each_node
 from server.cluster.ingress import ModelRelay
-from server.cluster.model_files import ModelFiles, kind_digest
 from server.cluster.registry import CLUSTER_STATE, IngressReport, Registry, ReplicaReport
 from server.cluster.relay import Relay
 from server.cluster.replica import REQUEST_DECODER, ReplicaOutput
@@ -39,6 +38,7 @@ from server.ipc.messages import (
     WorkerState,
     packed,
 )
+from server.model_files import ModelFiles, kind_digest
 from server.settings import LOCAL, InvalidSettings, from_command_line
 from tests.fakes import image
 

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,7 +12,9 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
 
 import pytest
 
@@ -165,6 +168,59 @@ def test_two_models_are_served_side_by_side_with_one_killed(small):
         assert {w["model"]: w["restarts"] for w in after} == {MODEL: 0, "other": 1}
         lines = fetch(port, "GET", "/metrics").body.decode().splitlines()
         assert 'vignette_requests_total{model="other",outcome="ok"} 2.0' in lines
+
+
+def _front_end(server: int, worker: int) -> int:
+    """Process id of the only front-end: the server's other child beside the worker."""
+    children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+    [found] = [
+        int(pid) for pid in children
+        if int(pid) != worker and b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]  # fmt: skip
+    return found
+
+
+def test_processes_that_start_again_serve_what_the_service_started_with(tmp_path):
+    """Not what an export, or a broken file of keys, has put in its place meanwhile."""
+    image, folder, keys = (SAMPLES / "owl.png").read_bytes(), tmp_path / "engine", tmp_path / "keys"
+    shutil.copytree(DEMO, folder)
+    keys.write_text(f"me {sha256(b'mine').hexdigest()} 0 0\n")
+
+    def ask() -> Reply:
+        return fetch(port, "POST", "/caption", image, X_API_Key="mine")
+
+    def ask_until_it_answers() -> Reply:
+        end = time.monotonic() + 60
+        while True:
+            with suppress(OSError):
+                return ask()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+    flags = ("--engine", str(folder), "--api-keys", str(keys), "--timeout-seconds", "4")
+    with running(*ON_CPU, *flags) as (process, port, _):
+        expected = SAID["owl.png"]["caption"]
+        assert ask().json["caption"] == expected
+        manifest = folder / "manifest.json"
+        first = manifest.read_text()
+        other = json.loads(first)
+        other["files"]["tokenizer.json.new"] = sha256(b"").hexdigest()
+        (folder / "tokenizer.json.new").touch()
+        manifest.write_text(json.dumps(other))
+        keys.write_text("no keys at all\n")
+        [worker] = fetch(port, "GET", "/health/ready").json["workers"]
+        os.kill(_front_end(process.pid, worker["pid"]), signal.SIGKILL)
+        assert ask_until_it_answers().json["caption"] == expected
+        os.kill(worker["pid"], signal.SIGKILL)
+        assert ask().status == 504, "no worker takes the other engine"
+        manifest.write_text(first)
+        end = time.monotonic() + 60
+        while (found := ask()).status != 200:
+            assert time.monotonic() < end
+        assert found.json["caption"] == expected
+        process.terminate()
+        said, _ = process.communicate(timeout=60)
+    assert "another engine than when the service started" in said
 
 
 def test_a_worker_that_dies_while_the_server_drains_is_replaced():

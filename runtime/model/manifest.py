@@ -197,7 +197,7 @@ def load(folder: Path) -> Manifest:
     manifest = read(folder)
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         for _ in pool.map(
-            _check_whole, map(folder.joinpath, manifest.files), manifest.files.values()
+            check_whole, map(folder.joinpath, manifest.files), manifest.files.values()
         ):
             pass
     return manifest
@@ -227,7 +227,8 @@ def _check_named(manifest: Manifest) -> None:
         raise ValueError("its self-test has not as many captions as pictures")
 
 
-def _check_whole(path: Path, expected: str) -> None:
+def check_whole(path: Path, expected: str) -> None:
+    """Raise EngineFolderError unless a file has the expected sha256."""
     if not path.is_file():
         raise EngineFolderError(f"{path} is missing: export the engine again")
     if sha256(path) != expected:

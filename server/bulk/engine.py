@@ -80,7 +80,7 @@ class BulkEngine:
         room = settings.engine_config.text_positions(self.manifest.sizes.text)
         self._limits = Limits(self._tokenizer, room)
         self._limits.check(prompt, sampling)
-        model = ServedModel(self.manifest.model, setup.folder, memory_share=1.0)
+        model = ServedModel(self.manifest.model, setup.folder, 1.0, self.manifest.fingerprint)
         places = 2 * (setup.slots or MOST_SLOTS)
         self._engine = SupervisedEngine(settings, model, setup.main, places)
         self._loop = LoopThread("engine")

@@ -15,7 +15,6 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from server.cluster.model_files import ModelFiles
 from server.cluster.registry import (
     CLUSTER_STATE,
     REPORT_SECONDS,
@@ -28,6 +27,7 @@ from server.cluster.relay import Relay
 from server.ipc.messages import WorkerFacts, WorkerState, worker_address
 from server.ipc.shared import RunFolder
 from server.logs import configure
+from server.model_files import ModelFiles
 from server.models import ServedModel
 from server.processes.crew import front_ends
 from server.processes.ports import Ports

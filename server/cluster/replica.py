@@ -18,11 +18,11 @@ from msgspec.structs import replace
 from ray.exceptions import RayError
 
 from runtime.request import GenerationRequest, RequestOutput
-from server.cluster.model_files import ModelFiles
 from server.cluster.registry import REPORT_SECONDS, ReplicaReport, registry
 from server.ipc.dispatcher import EngineFailed, Expired, PoisonedImage
 from server.ipc.messages import FailureReason
 from server.logs import configure
+from server.model_files import ModelFiles
 from server.models import ServedModel
 from server.processes.supervised_engine import SupervisedEngine
 from server.processes.supervisor import CannotStart

@@ -9,6 +9,7 @@ from server.models import ServedModel
 from server.processes import frontend
 from server.processes.child import Child
 from server.processes.ports import Ports
+from server.service import keys
 from server.settings import Settings
 
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # returns the memory of large bodies at once
@@ -38,7 +39,11 @@ def workers(
 def front_ends(
     settings: Settings, models: Sequence[ServedModel], folder: Path, ports: Ports
 ) -> list[Child]:
-    """All front-ends, including the one for gRPC. They read the models' engine folders."""
+    """All front-ends, including the one for gRPC. They read the models' folders, and of the API
+    keys the copy that the supervisor checked: one that starts later must know what the others do.
+    """
+    if settings.api_keys is not None:
+        settings = settings.model_copy(update={"api_keys": folder / keys.CHECKED})
     main = partial(frontend.main, settings, tuple(models), folder, ports)
     return [
         Child("front", index, main, environment=_MEMORY)

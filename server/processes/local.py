@@ -5,10 +5,12 @@ import logging
 import signal
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from server.ipc.shared import RunFolder
 from server.logs import flush
+from server.model_files import ModelFiles
 from server.models import ServedModel
 from server.processes.crew import front_ends, workers
 from server.processes.ports import Ports
@@ -29,15 +31,20 @@ async def run(
 ) -> None:
     """Serve until a signal asks to end. devices: see `crew.workers`.
 
-    Raises CannotListen, NoSharedMemory or CannotStart.
+    Raises CannotListen, EngineFolderError, NoSharedMemory or CannotStart.
     """
+    files = [ModelFiles.of(model.engine) for model in models]
     ports, folder = Ports(settings), RunFolder()
+    kept = [
+        replace(model, engine=each.write(folder.path / "models" / str(number)))
+        for number, (model, each) in enumerate(zip(models, files, strict=True))
+    ]
     supervisor = Supervisor(
         settings,
         [model.name for model in models],
         folder,
         workers(settings, models, folder.path, worker_main, devices),
-        front_ends(settings, models, folder.path, ports),
+        front_ends(settings, kept, folder.path, ports),
         ports,
     )
     supervisor.on_ready = lambda: announce(settings, ports)

@@ -90,7 +90,7 @@ class Supervisor:
         try:
             names = [child.stable_name for child in [*self._workers, *self._later]]
             path = self._settings.api_keys
-            known = len(keys.read(path)) if path and self._later else 0
+            known = keys.copy(path, self._folder) if path and self._later else 0
             metrics.make_files(self._folder, names, known, len(self.refused))
             self._control.bind(control_address(self._folder))
             await self._serve(stop)
@@ -207,12 +207,13 @@ class Supervisor:
             log.warning("SIGHUP reads the API keys again, and there are none (--api-keys)")
             return
         try:
-            clients = await asyncio.to_thread(keys.read, path)  # it may be on a disk that hangs
-        except VignetteError as error:
+            # On a thread: it may be on a disk that hangs.
+            known = await asyncio.to_thread(keys.copy, path, self._folder)
+        except (VignetteError, OSError) as error:
             log.error("the API keys stay as they were: %s", error)
             return
         self._reading += 1
-        log.info("%s was read again: %d API keys", path, len(clients))
+        log.info("%s was read again: %d API keys", path, known)
         await self._tell_front_ends()
 
     # --- Messages ---------------------------------------------------------------------------------

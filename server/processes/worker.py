@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from runtime.async_engine import AsyncEngine
 from runtime.engine import Engine, Observer, StepReport
-from runtime.errors import VignetteError
+from runtime.errors import EngineFolderError, VignetteError
 from runtime.request import (
     Completion,
     FinishReason,
@@ -167,6 +167,11 @@ def main(settings: Settings, model: ServedModel, folder: Path, index: int, epoch
 
     def open_engine() -> Engine:
         prepared = prepare(model.engine, config)
+        if model.fingerprint not in (None, prepared.manifest.fingerprint):
+            raise EngineFolderError(
+                f"{model.engine} has another engine than when the service started: put the first "
+                "one back, or restart the service"
+            )
         notify_supervisor(folder, process_name("worker", index, epoch), EngineVerified(model.name))
         return Engine.start(prepared)
 

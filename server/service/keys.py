@@ -20,6 +20,7 @@ from runtime.errors import VignetteError
 from server.refusals import TooFast
 from server.service.usage import KeyUsage
 
+CHECKED = "keys"  # in the run's folder: the last valid content of the key file
 _COMMENT, _SLOWEST = "#", 1e-6  # of a line; requests a second of a key
 _BURST_SECONDS = 2  # seconds' worth of its rate that a key may send at once
 
@@ -113,16 +114,37 @@ def sent(headers: Mapping[str, str]) -> str | None:
     return bearer or headers.get("x-api-key")
 
 
+def copy(path: Path, folder: Path) -> int:
+    """Copy a key file that is valid to CHECKED in the run's folder; returns the number of keys.
+
+    Raises InvalidKeys, and OSError if there is no room for the copy.
+    """
+    text = _text(path)
+    clients = _parsed(path, text)
+    new = folder / f"{CHECKED}.new"
+    new.touch(0o600)
+    new.write_text(text)
+    new.replace(folder / CHECKED)
+    return len(clients)
+
+
 def read(path: Path) -> list[Client]:
     """Parse a key file; raises InvalidKeys naming the line that is wrong."""
+    return _parsed(path, _text(path))
+
+
+def _text(path: Path) -> str:
     try:
         if path.exists() and not path.is_file():  # reading a pipe would block
-            raise InvalidKeys(f"{path} is no file: every front-end reads it")
-        lines = path.read_text().splitlines()
+            raise InvalidKeys(f"{path} is no file")
+        return path.read_text()
     except (OSError, UnicodeDecodeError) as cause:
         raise InvalidKeys(f"{path} can't be read: {cause}") from cause
+
+
+def _parsed(path: Path, text: str) -> list[Client]:
     clients = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith(_COMMENT):
             continue
         try:

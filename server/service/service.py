@@ -131,7 +131,9 @@ class Service:
                 self.keys_reader = asyncio.create_task(self._read_keys(self.keys))
 
     async def _read_keys(self, keys: Keys) -> None:
-        """Reload on a thread, as many keys take long; once more if asked to meanwhile."""
+        """Reload the checked copy on a thread, as many keys take long; once more if asked to
+        meanwhile.
+        """
         path, reading = self.settings.api_keys, -1
         assert path is not None
         while reading != self.keys_read:

@@ -1,4 +1,6 @@
-"""What an ingress needs to know of a model, sent by a replica: ingresses need no engine folder."""
+"""What front-ends need to know of a model: read once, so that all of a run know the same, and sent
+by a replica to ingresses, which need no engine folder.
+"""
 
 import hashlib
 import json
@@ -20,8 +22,9 @@ class ModelFiles(Struct, frozen=True):
 
     @classmethod
     def of(cls, folder: Path) -> "ModelFiles":
-        """The files of an engine folder. Raises EngineFolderError."""
+        """The files of an engine folder, checked. Raises EngineFolderError."""
         manifest = manifests.read(folder)
+        manifests.check_whole(folder / manifests.TOKENIZER, manifest.files[manifests.TOKENIZER])
         CaptionTokenizer(folder, manifest)  # raises if it can't be read
         tokenizer = (folder / manifests.TOKENIZER).read_bytes()
         return cls((folder / manifests.FILE).read_bytes(), tokenizer, kind_digest(manifest))
