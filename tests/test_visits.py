@@ -9,6 +9,7 @@ import pytest
 from tornado.httputil import HTTPHeaders
 
 from server.http import debtors
+from server.http.app import make_ops_app
 from server.service import service as services
 from tests.fakes import fake_engine
 from tests.live import fetch, png, serve, until
@@ -21,6 +22,31 @@ def test_who_asks_for_pages_all_the_time_has_to_wait():
         assert live.request("GET", "/health/live").status == 200
         assert time.perf_counter() - start > 0.3
         assert live.caption(png()).status == 200, "captions are not counted among them"
+
+
+def test_captions_that_are_known_cost_as_much_as_pages_while_others_are_here():
+    """Answering takes a front-end as long, and they take no slot of the engine."""
+    with serve(fake_engine, cache_mb=1, trusted_proxies=["127.0.0.1"]) as live:
+
+        def seconds(client: str) -> float:
+            start = time.perf_counter()
+            assert live.caption(png(), X_Forwarded_For=client).status == 200
+            return time.perf_counter() - start
+
+        seconds("1.2.3.4")
+        live.service.visits.spend("1.2.3.4", 400 + 200)
+        assert seconds("1.2.3.4") < 0.3, "nobody else is here"
+        assert live.caption(png((3, 3, 3)), X_Forwarded_For="5.6.7.8").status == 200
+        live.service.visits.spend("1.2.3.4", 200)
+        assert seconds("1.2.3.4") > 0.5
+        assert live.metric("vignette_cache_hits_total") == 2
+
+
+def test_the_ops_port_has_a_rate_for_all_clients_together():
+    with serve(fake_engine) as live:
+        buckets = make_ops_app(live.service).settings["visits"]
+        waits = [buckets.spend(f"1.2.3.{n % 8}", 1) for n in range(8 * 200)]
+    assert max(waits) > 1, "eight clients would have 200 a second each"
 
 
 @pytest.mark.parametrize("asked", [

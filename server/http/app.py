@@ -10,7 +10,7 @@ from server.fairness.token_buckets import TokenBuckets
 from server.http import caption, health, hub, kserve, metrics, openai, pages
 from server.http.handler import Handler
 from server.logs import plain
-from server.service.service import VISITS, Service
+from server.service.service import ALL_VISITS, VISITS, Service
 
 _MODEL = "(.+?)(?:/versions/1)?"  # names may contain slashes
 _PATH, _METHOD = 200, 20  # characters logged
@@ -48,7 +48,7 @@ def make_ops_app(service: Service) -> tornado.web.Application:
     """The application of a separate ops port: health and metrics only. What comes to the public
     port does not count there.
     """
-    return _app(service, _OPS, TokenBuckets(*VISITS))
+    return _app(service, _OPS, TokenBuckets(*VISITS, total=ALL_VISITS))
 
 
 def _app(

@@ -105,11 +105,14 @@ class Admission:
         self._recent.note(client)
         self._check_room(client)
 
+    def alone(self, client: str) -> bool:
+        """Whether no other client came within the last minute."""
+        return self._recent.within(_OLD_SECONDS) == {client}
+
     def _check_room(self, client: str) -> None:
-        alone = self._recent.within(_OLD_SECONDS) == {client}
         if self.inside >= self._most:
             raise QueueFull("the queue is full: try again later", self._seconds_to_drain())
-        if not alone and self._preparing[client] >= self._share(client):
+        if not self.alone(client) and self._preparing[client] >= self._share(client):
             raise QueueFull(
                 "your share of the queue is full, and others wait, too: try again later",
                 self._seconds_to_drain(),

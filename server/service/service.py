@@ -43,7 +43,7 @@ _REFUSALS, _ALL_REFUSALS = (50.0, 100.0), 200.0  # a second and at once; a secon
 _LEFT, _LEFT_SECONDS = (10.0, 200.0), 2.0
 _SERVED = 0.2  # of an abandoned request's cost, which a served request earns back
 _PAGES_SECONDS = 4.0  # of debt for them, above which large pages are refused
-VISITS, _ALL_VISITS = (200.0, 400.0), 500.0  # of requests that are no captions, likewise
+VISITS, ALL_VISITS = (200.0, 400.0), 500.0  # of requests that are no captions, likewise
 Images = list[bytes] | str  # encoded, one or one per frame; or the URL of one
 
 
@@ -75,7 +75,7 @@ class Service:
         default_factory=lambda: TokenBuckets(*_REFUSALS, total=_ALL_REFUSALS)
     )
     left: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_LEFT, longest=_LEFT_SECONDS))
-    visits: TokenBuckets = field(default_factory=lambda: TokenBuckets(*VISITS, total=_ALL_VISITS))
+    visits: TokenBuckets = field(default_factory=lambda: TokenBuckets(*VISITS, total=ALL_VISITS))
     _turns: asyncio.Lock = field(default_factory=asyncio.Lock)
     workers: tuple[WorkerState, ...] = ()
     shares: dict[str, SlotShares] = field(default_factory=dict)  # by device
@@ -274,8 +274,11 @@ class Service:
         key = model.name, model.identity, origin.digest, request.prompt_ids, request.sampling
         async with until(origin.deadline):
             found = await cache.get(key, make)
-        if not made:
-            self.metrics.cache_hits.labels(model.name).inc()
+            if not made:
+                self.metrics.cache_hits.labels(model.name).inc()
+                wait = self.visits.spend(origin.client, 1)
+                if not model.admission.alone(origin.client):  # else it delays nobody's captions
+                    await asyncio.sleep(wait)
         yield found
 
     @asynccontextmanager
