@@ -21,7 +21,7 @@ from server.bulk import local
 from server.bulk.captioning import RunFailed
 from server.bulk.engine import BulkEngine, EngineSetup
 from server.bulk.local import LocalCaptioner
-from server.bulk.loop_thread import LoopThread
+from server.loop_thread import LoopThread
 from server.processes.supervisor import CannotStart
 from tests.conftest import ROOT
 from tests.fakes import MANIFEST, FakeRunner, fake_engine, fake_folder, fake_worker

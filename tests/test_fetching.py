@@ -7,6 +7,7 @@ import socket
 import ssl
 import subprocess
 import threading
+from types import SimpleNamespace
 
 import pytest
 import tornado.httpserver
@@ -81,6 +82,7 @@ def test_an_allowed_name_that_leads_to_a_private_address_is_refused():
         fetcher = Fetcher(("ok.example",), 1000, PublicResolver(inner=Names(answers=["10.0.0.1"])))
         with pytest.raises(ForbiddenUrl, match="not a public address"):
             await fetcher.fetch("https://ok.example/x.png", 5, "somebody")
+        fetcher.close()
 
     asyncio.run(run())
 
@@ -150,18 +152,23 @@ def site(context):
         server.stop()
 
 
+@contextlib.contextmanager
 def fetcher_of(port, *answers, limit=1000):
     names = Names(answers=answers or ["93.184.216.34"])
-    return Fetcher(("ok.example",), limit, Local(names, port), validate_cert=False)
+    fetcher = Fetcher(("ok.example",), limit, Local(names, port))
+    tls = fetcher._client["ssl_options"]  # the site's certificate is its own
+    tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    with contextlib.closing(fetcher):
+        yield fetcher
 
 
 def test_a_real_server_is_asked_and_each_hop_checked(context):
     async def run():
         with site(context) as (port, _):
 
-            def fetch(path, *answers):
-                fetcher = fetcher_of(port, *answers)
-                return fetcher.fetch(f"https://ok.example/{path}", 5, "somebody")
+            async def fetch(path, *answers):
+                with fetcher_of(port, *answers) as fetcher:
+                    return await fetcher.fetch(f"https://ok.example/{path}", 5, "somebody")
 
             assert await fetch("image") == b"the image"
             assert await fetch("on") == b"the image"
@@ -183,6 +190,57 @@ def test_a_real_server_is_asked_and_each_hop_checked(context):
     asyncio.run(run())
 
 
+def test_connections_have_a_thread_of_their_own(context, monkeypatch):
+    """A site decides how long a call of TLS takes: requests must not wait for it."""
+    threads = set()
+
+    async def resolve(self, host, port, family=0):
+        threads.add(threading.get_ident())
+        return [(socket.AF_INET, ("127.0.0.1", self._port))]
+
+    monkeypatch.setattr(Local, "resolve", resolve)
+
+    async def run():
+        with site(context) as (port, _), fetcher_of(port) as fetcher:
+            await fetcher.fetch("https://ok.example/image", 5, "somebody")
+
+    asyncio.run(run())
+    assert threads and threading.get_ident() not in threads
+
+
+def test_a_fetch_is_ended_from_outside_whatever_its_thread_does():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        under_way = fetch._Fetch("somebody", stream=SimpleNamespace(socket=ours))
+        under_way.expire()
+        assert theirs.recv(1) == b""
+        under_way.give_way()  # it has ended already
+
+
+def test_numbers_of_the_sites_own_length_are_not_computed_with(context, tmp_path):
+    """A Diffie-Hellman key of 9,999 bits takes most of a second."""
+    parameters = tmp_path / "dh.pem"
+    subprocess.run(
+        ["openssl", "genpkey", "-genparam", "-algorithm", "DH", "-pkeyopt", "group:ffdhe2048",
+         "-out", parameters], check=True, capture_output=True,
+    )  # fmt: skip
+    context.load_dh_params(parameters)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    plain = ssl.create_default_context()
+    plain.check_hostname, plain.verify_mode = False, ssl.CERT_NONE
+
+    async def run():
+        with site(context) as (port, _), fetcher_of(port) as fetcher:
+            _, talk = await asyncio.open_connection("127.0.0.1", port, ssl=plain)
+            assert talk.get_extra_info("cipher")[0].startswith("DHE"), "others take it"
+            talk.close()
+            with pytest.raises(FetchFailed, match="can't be fetched"):
+                await fetcher.fetch("https://ok.example/image", 5, "somebody")
+
+    context.set_ciphers("DHE+AESGCM")
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("clients", [2, 9], ids=lambda clients: f"of-{clients}-clients")
 def test_slow_fetches_give_way_to_a_client_that_has_fewer(context, monkeypatch, clients):
     """Also those that are not slow yet when it comes."""
@@ -190,8 +248,7 @@ def test_slow_fetches_give_way_to_a_client_that_has_fewer(context, monkeypatch, 
     monkeypatch.setattr(fetch, "_SLOW_SECONDS", 1.0)
 
     async def run():
-        with site(context) as (port, over):
-            fetcher = fetcher_of(port)
+        with site(context) as (port, over), fetcher_of(port) as fetcher:
 
             def ask(what, client):
                 return asyncio.ensure_future(
@@ -237,6 +294,7 @@ def test_slow_look_ups_of_one_client_hold_up_nobody_else(monkeypatch, caplog):
         fast = await failed("b", "fast")
         over.set()
         await asyncio.sleep(0.1)  # the look-ups' threads end, and nobody waits for them
+        fetcher.close()
         return slow, fast
 
     slow, fast = asyncio.run(run())

@@ -6,10 +6,10 @@ import numpy as np
 
 from runtime.model.manifest import Manifest
 from server.bulk.captioning import RunFailed
-from server.bulk.loop_thread import LoopThread
 from server.images.decoder import PIXELS, Place, Setup, Target
 from server.images.lane import DecodeTask, Lane, NoDecoder
 from server.ipc.shared import PixelStore, RunFolder
+from server.loop_thread import LoopThread
 from server.settings import Settings
 
 # An engine's threads wait for each other, so it loses twice the time that decoders take from one.

@@ -21,8 +21,8 @@ from runtime.planning.config import MOST_SLOTS
 from runtime.request import GenerationRequest, RequestOutput, captioned
 from server.bulk.captioning import RunFailed
 from server.bulk.items import ScoredCaption, UnfitItem, scored
-from server.bulk.loop_thread import LoopThread
 from server.ipc.dispatcher import EngineFailed, PoisonedImage
+from server.loop_thread import LoopThread
 from server.models import ServedModel
 from server.processes import worker
 from server.processes.supervised_engine import SupervisedEngine

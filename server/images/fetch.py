@@ -2,12 +2,18 @@
 
 Each name is looked up once and the connection goes to the very address that was checked, so DNS
 rebinding has no effect. Every redirect is checked like the first URL.
+
+Connections have an event loop on a thread of its own: a site decides how long a single call of TLS
+takes, by large numbers in its handshake or by many session tickets.
 """
 
 import asyncio
 import math
+import socket
+import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,12 +30,15 @@ from runtime.errors import VignetteError
 from server.bodies import shown
 from server.fairness.fair_queue import FairQueue
 from server.images.hosts import ForbiddenUrl, PublicResolver, looking_up
+from server.loop_thread import LoopThread
 from server.refusals import QueueFull
 from server.tasks import note_error
 
 _REDIRECTS = 3
 _FETCHES = 32  # at a time
 _CONNECT_SECONDS, _LONGEST_SECONDS = 5.0, 15.0
+_LATE_SECONDS = 1.0  # after its end, when a fetch is ended from outside
+_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"  # of TLS 1.2: without numbers of the site's own length
 _SLOW_SECONDS = 2.0  # after which a fetch gives way to a client that has fewer
 _GAVE_WAY = "image_url answers slowly, and others wait, too: try again later"
 # Fraction of the connection's seconds: Tornado logs errors that come after its own time-out.
@@ -42,13 +51,14 @@ _MOVED = (301, 302, 303, 307, 308)
 
 @dataclass(eq=False, slots=True)
 class _Fetch:
-    """A fetch under way. stream: the connection, once open. body: received of the present answer,
-    in so many pieces.
+    """A fetch under way, on the connections' thread. stream: the connection, once open. body:
+    received of the present answer, in so many pieces.
     """
 
     client: str
     stream: IOStream | None = None
     gave_way: bool = False
+    late: bool = False
     body: bytearray = field(default_factory=bytearray)
     pieces: int = 0
     chunked: bool = False
@@ -65,7 +75,7 @@ class _Fetch:
             return read_until(*args, **options)
 
         stream.read_until = next_chunk  # type: ignore[method-assign]
-        if self.gave_way:
+        if self.gave_way or self.late:
             stream.close()
 
     def closed(self) -> None:
@@ -87,10 +97,20 @@ class _Fetch:
         return self.pieces > _PIECES + len(self.body) / _PIECE
 
     def give_way(self) -> None:
-        """Close the connection, now or once it is open."""
+        """End the fetch for another client's, on any thread."""
         self.gave_way = True
-        if self.stream is not None:
-            self.stream.close()
+        self._end()
+
+    def expire(self) -> None:
+        """End the fetch as its time is over, on any thread."""
+        self.late = True
+        self._end()
+
+    def _end(self) -> None:
+        """End the connection, now or once it is open, even if the thread is busy with it."""
+        if (stream := self.stream) is not None:
+            with suppress(OSError):  # it has ended
+                socket.socket.shutdown(stream.socket, socket.SHUT_RDWR)
 
 
 _current: ContextVar[_Fetch] = ContextVar("the fetch of this task")
@@ -122,19 +142,12 @@ class Fetcher:
     ) -> None:
         """domains: `name`, or `.name` to include subdomains. limit: most bytes of an image."""
         self._domains, self._limit = tuple(d.lower() for d in domains), limit
-        resolver = resolver or PublicResolver()
-        self._http = SimpleAsyncHTTPClient(
-            force_instance=True,
-            resolver=resolver,
-            max_body_size=limit,
-            max_header_size=_HEAD_BYTES,
-            max_buffer_size=limit + 64 * 1024,
-            max_clients=_FETCHES,
-        )
-        self._http.tcp_client = _Connections(resolver)
+        self._resolver = resolver or PublicResolver()
         self._turns = FairQueue(_FETCHES, spare=True)
         self._slow: dict[_Fetch, None] = {}  # the oldest first
-        self._client = client
+        self._client = {"ssl_options": _tls(), **client}
+        self._thread: LoopThread | None = None  # started by the first fetch
+        self._http: SimpleAsyncHTTPClient | None = None
 
     def check(self, url: str) -> None:
         """Raise ForbiddenUrl for a URL not by https, not on an allowed domain, or obfuscated."""
@@ -177,10 +190,16 @@ class Fetcher:
         except BaseException:
             self._turns.give(client, 0)
             raise
-        fetch, end = _Fetch(client), time.monotonic() + min(seconds, _LONGEST_SECONDS)
-        fetching = asyncio.create_task(self._follow(url, end, fetch))
-        late = asyncio.get_running_loop().call_later(_SLOW_SECONDS, self._is_slow, fetch)
-        fetching.add_done_callback(partial(self._ended, fetch, time.monotonic(), late))
+        fetch, seconds = _Fetch(client), min(seconds, _LONGEST_SECONDS)
+        began, loop = time.monotonic(), asyncio.get_running_loop()
+        self._thread = self._thread or LoopThread("fetch")
+        work = self._thread.start(self._follow(url, began + seconds, fetch))
+        fetching = asyncio.wrap_future(work)
+        timers = (
+            loop.call_later(_SLOW_SECONDS, self._is_slow, fetch),
+            loop.call_later(seconds + _LATE_SECONDS, fetch.expire),
+        )
+        fetching.add_done_callback(partial(self._ended, fetch, began, timers))
         # If cancelled, Tornado would log the outcome all the same; a fetch ends by its deadline.
         return await asyncio.shield(fetching)
 
@@ -197,16 +216,37 @@ class Fetcher:
         self,
         fetch: _Fetch,
         began: float,
-        late: asyncio.TimerHandle,
-        fetching: "asyncio.Task[bytes]",
+        timers: Iterable[asyncio.TimerHandle],
+        fetching: "asyncio.Future[bytes]",
     ) -> None:
-        late.cancel()
+        for timer in timers:
+            timer.cancel()
         self._slow.pop(fetch, None)
         self._turns.give(fetch.client, time.monotonic() - began, fetch.gave_way)
         note_error(fetching)
 
+    def close(self) -> None:
+        """End the connections' thread; no fetch may be under way."""
+        if self._thread is not None:
+            self._thread.close()
+
+    def _new_client(self) -> SimpleAsyncHTTPClient:
+        """A client for the event loop that runs."""
+        made = SimpleAsyncHTTPClient(
+            force_instance=True,
+            resolver=self._resolver,
+            max_body_size=self._limit,
+            max_header_size=_HEAD_BYTES,
+            max_buffer_size=self._limit + 64 * 1024,
+            max_clients=_FETCHES,
+        )
+        made.tcp_client = _Connections(self._resolver)
+        return made
+
     async def _follow(self, url: str, end: float, fetch: _Fetch) -> bytes:
+        """Fetch, on the connections' thread."""
         _current.set(fetch)
+        self._http = self._http or self._new_client()
         for _ in range(_REDIRECTS + 1):
             self.check(url)
             try:
@@ -226,6 +266,7 @@ class Fetcher:
         raise FetchFailed("image_url leads on too often")
 
     async def _ask(self, url: str, seconds: float, fetch: _Fetch) -> HTTPResponse:
+        assert self._http is not None
         connect = min(_CONNECT_SECONDS, seconds)
         looking_up.set((fetch.client, connect * _LOOKING_UP))
         fetch.body, fetch.pieces, fetch.chunked = bytearray(), 0, False
@@ -246,3 +287,10 @@ class Fetcher:
         if answer.code != 200 and answer.code not in _MOVED:
             raise FetchFailed(f"image_url answered {answer.code}")
         return answer
+
+
+def _tls() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_ciphers(_CIPHERS)
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    return context

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 _Result = TypeVar("_Result")
@@ -21,16 +22,20 @@ class LoopThread:
 
         Raises CancelledError if the loop is closed meanwhile, RuntimeError if it was before.
         """
-        with self._lock:
-            if self._closed:
-                work.close()
-                raise RuntimeError("the loop is closed")
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self.start(work)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
+
+    def start(self, work: Coroutine[Any, Any, _Result]) -> "Future[_Result]":
+        """Begin a coroutine. Raises RuntimeError if the loop is closed."""
+        with self._lock:
+            if self._closed:
+                work.close()
+                raise RuntimeError("the loop is closed")
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def close(self) -> None:
         """End the thread, and whatever runs there."""
