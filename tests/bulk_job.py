@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -25,6 +26,7 @@ from server.bulk.outputs import open_output
 from server.bulk.run import BulkRun, CaptionSettings
 
 ABOUT = CaptionSettings("words", {"engine": "none"})
+NO_COLUMNS = Columns()
 
 
 class Words:
@@ -44,14 +46,21 @@ def said_of(image: bytes) -> str:
     return f'"{hashlib.sha256(image).hexdigest()[:8]}",\nof {len(image)} bytes'
 
 
-def run(output: str, *inputs: str, wrong=(), begun=lambda: None, **how) -> BulkRun:
+def run(
+    output: str, *inputs: str, wrong=(), begun=lambda: None, columns=NO_COLUMNS, **how
+) -> BulkRun:
     opened = open_output(output, how.pop("overwrite", False), inputs)
-    job = BulkRun(opened, ABOUT, how.pop("again", False), how.pop("retry", False))
+    job = BulkRun(
+        opened,
+        replace(ABOUT, varied=columns.prompt is not None),
+        how.pop("again", False),
+        how.pop("retry", False),
+    )
     try:
         job.read()
         begun()
         captioning = Captioning(Words(), CaptioningOptions(None, 10**7, **how), job.kept)
-        found = items(parts(inputs, Columns(), 10**7), job.index.drop_error)
+        found = items(parts(inputs, columns, 10**7), job.index.drop_error)
         given = chain(found, (Item(w, wrong=w) for w in wrong))
         job.write(captioning.run(job.left(given)), lambda told: None)
     finally:

@@ -39,6 +39,8 @@ def test_what_is_done_is_known_to_other_processes_whatever_its_digest():
     )  # some digests end in 0
     for name in names:
         index.add(ResultRow(name, caption=""), done=True)
-    done = index.keys()
-    assert all(name in done for name in names)
-    assert "another.png" not in done
+    done = index.keys(None)
+    assert all(Item(name, name) in done for name in names)
+    assert Item("another.png", "another.png") not in done
+    assert Item("1.png", "elsewhere/1.png") not in done, "another image of the name"
+    assert Item("1.png", "1.png", prompt="how many") not in done

@@ -25,7 +25,8 @@ from tests.fakes import fake_engine, gated
 from tests.live import serve, until
 from tests.test_bulk import small_images
 
-SAID = {"caption": "a dog", "finish_reason": "stop", "score": -1.0}
+FAKE = {"model": "fake", "engine": "fake", "precision": "fake"}
+SAID = {"caption": "a dog", "finish_reason": "stop", "score": -1.0, "engine": "fake fake"}
 
 
 def said(files, prompt=None) -> dict:
@@ -60,7 +61,16 @@ def test_a_service_with_its_health_on_another_port_is_known_all_the_same():
     with serve(fake_engine, ops_port=0) as live:
         assert live.request("GET", "/health/ready").status == 404
         service = RemoteService.at(f"http://127.0.0.1:{live.port}")
-        assert service.identity == {"model": "fake", "engine": "fake", "precision": "fake"}
+        assert service.identity == FAKE
+
+
+def test_a_service_that_captions_with_another_engine_ends_the_run(tmp_path):
+    """As when it was started anew: captions of two engines must not be mixed."""
+    with serve(fake_engine) as live:
+        service = RemoteService.at(f"http://127.0.0.1:{live.port}")
+        live.model.identity = "another int8"
+        with pytest.raises(RunFailed, match=r"another engine now \(another int8, before fake fake"):
+            outcomes_of(service, small_images(tmp_path, 3))
 
 
 def test_what_is_refused_for_now_is_sent_again(tmp_path):
@@ -68,7 +78,7 @@ def test_what_is_refused_for_now_is_sent_again(tmp_path):
     outcomes = {}
     with serve(lambda: engine, slots=1, max_queue=1) as live:
         engine.runner.open.clear()
-        service = RemoteService(f"http://127.0.0.1:{live.port}", None, {"model": "fake"}, 6)
+        service = RemoteService(f"http://127.0.0.1:{live.port}", None, FAKE, 6)
         asking = threading.Thread(target=lambda: outcomes.update(outcomes_of(service, files)))
         asking.start()
         refused = 'vignette_requests_total{outcome="queue_full"}'
@@ -108,7 +118,7 @@ def test_a_service_of_another_kind_is_told(answer):
 
 def test_a_service_that_went_away_is_told_and_not_waited_for_for_good(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "_PATIENCE", 0.5)
-    service = RemoteService("http://127.0.0.1:1", None, {"model": "fake"}, 2)
+    service = RemoteService("http://127.0.0.1:1", None, FAKE, 2)
     with pytest.raises(RunFailed, match=r"for too long.*refused"):
         outcomes_of(service, small_images(tmp_path, 5))
 
@@ -139,7 +149,7 @@ def test_an_image_that_is_put_off_for_good_fails_alone(tmp_path, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        outcomes = outcomes_of(RemoteService(url, None, {"model": "fake"}, 2), files)
+        outcomes = outcomes_of(RemoteService(url, None, FAKE, 2), files)
         server.shutdown()
     assert "gave no caption for too long: busy" in outcomes.pop(files[0])
     assert set(outcomes.values()) == {"a dog"}
@@ -158,7 +168,7 @@ def test_what_a_proxy_refuses_fails_alone_and_at_once(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         files = small_images(tmp_path, 2)
-        outcomes = outcomes_of(RemoteService(url, None, {"model": "fake"}, 2), files)
+        outcomes = outcomes_of(RemoteService(url, None, FAKE, 2), files)
         server.shutdown()
     assert all("413 Request Entity Too Large" in outcome for outcome in outcomes.values())
 
@@ -169,7 +179,10 @@ def test_what_a_proxy_refuses_fails_alone_and_at_once(tmp_path):
         ("Content-Length: 1000000000000", b" " * 2**20),
         ("Retry-After: -1e9", b"[" * 100_000),
         ("Retry-After: nan", json.dumps(SAID | {"caption": None}).encode()),
-        ("Retry-After: 0", b'{"caption": "\\ud800", "finish_reason": "stop"}'),
+        (
+            "Retry-After: 0",
+            json.dumps(SAID | {"caption": "\ud800"}).encode(),
+        ),
         ("Retry-After: 0", b"[5]"),
     ],
 )
@@ -192,7 +205,7 @@ def test_a_service_that_answers_nonsense_ends_the_run(headers, body, tmp_path, m
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         with pytest.raises(RunFailed, match="gave no caption for too long"):
-            outcomes_of(RemoteService(url, None, {"model": "fake"}, 2), small_images(tmp_path, 3))
+            outcomes_of(RemoteService(url, None, FAKE, 2), small_images(tmp_path, 3))
         server.shutdown()
 
 
@@ -244,7 +257,7 @@ def slow(pause):
         server.over = threading.Event()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        yield RemoteService(url, None, {"model": "fake"}, 2)
+        yield RemoteService(url, None, FAKE, 2)
         server.over.set()
         server.shutdown()
 

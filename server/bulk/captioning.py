@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 from runtime.errors import VignetteError
+from server.bulk.asked import state
 from server.bulk.fetching import fetch, is_url
 from server.bulk.index import Kept
 from server.bulk.items import Item, Outcome, ScoredCaption, UnfitItem
@@ -96,18 +98,19 @@ class Captioning:
                 return
 
     def _outcome(self, item: Item) -> Outcome:
-        image = digest = None
+        outcome = begun(item)
         try:
             image = image_of(item, self._options.limit, self._over)
-            digest = sha256(image).hexdigest() if self._options.once else None
+            outcome = replace(outcome, image=image)
             prompt = item.prompt or self._options.prompt
-            if digest is None:
-                captions = self._ask(image, prompt)
-            else:
-                captions = self._once(same(digest, prompt), image, prompt)
-            return Outcome(item, captions, image=image, sha256=digest)
+            if not self._options.once:
+                return replace(outcome, captions=self._ask(image, prompt))
+            digest = outcome.sha256 or sha256(image).hexdigest()
+            outcome = replace(outcome, sha256=digest)
+            captions = self._once(same(digest, prompt), image, prompt)
+            return replace(outcome, captions=captions)
         except (VignetteError, OSError) as error:
-            return Outcome(item, error=message_of(error), image=image, sha256=digest)
+            return replace(outcome, error=message_of(error))
 
     def _ask(self, image: bytes, prompt: str | None) -> tuple[ScoredCaption, ...]:
         with self._asking:
@@ -133,6 +136,14 @@ class Captioning:
         finally:
             with self._lock:
                 del self._same[key]
+
+
+def begun(item: Item) -> Outcome:
+    """An item's outcome before its image is read."""
+    size, modified = state(item.image)
+    held = isinstance(item.image, bytes) and item.wrong is None
+    digest = sha256(item.image).hexdigest() if held else None  # type: ignore[arg-type]
+    return Outcome(item, sha256=digest, size=size, modified=modified)
 
 
 def _held(future: Future[Outcome], expected: int) -> int:

@@ -108,7 +108,7 @@ def _on_ray(
     setup = TaskSetup(_setup(args), args.sampling, options, args.max_pixels, whole)
     with closing(RayCaptioning(ClusterOptions(args.ray, args.ray_cores), setup)) as captioning:
         bulk_run = _bulk_run(args, output, captioning.identity)
-        bulk_run.counts.before = len(bulk_run.index.keys().sorted)
+        bulk_run.counts.before = bulk_run.index.done
         print(captioning.where, file=sys.stderr)
         with Progress(given) as progress:
             return bulk_run.write(

@@ -1,16 +1,20 @@
 """Index of the items that have a row: on disk beyond some megabytes, for any number of items."""
 
-import hashlib
 import sqlite3
 import threading
 from dataclasses import dataclass
 
 import numpy as np
 
-from server.bulk.items import ResultRow
+from runtime.errors import VignetteError
+from server.bulk.asked import KEY_BYTES, key, of_item, of_row
+from server.bulk.items import Item, ResultRow
 
-_KEY_BYTES = 16
 _CACHE_KIB = 64 * 1024  # of memory
+
+
+class SameId(VignetteError):
+    """Two inputs have one id, or an earlier run had another input of this id."""
 
 
 class Index:
@@ -22,33 +26,62 @@ class Index:
     def __init__(self) -> None:
         """Start empty: the index is rebuilt from the rows at every start."""
         self._table = _table(
-            "(id BLOB PRIMARY KEY, row INTEGER, done INTEGER, failed INTEGER) WITHOUT ROWID"
+            "(id BLOB PRIMARY KEY, row INTEGER, done INTEGER, failed INTEGER, asked BLOB, "
+            "claimed INTEGER) WITHOUT ROWID"
         )
         self._next = 0
         self.replaced = False
 
     def add(self, row: ResultRow, done: bool) -> None:
         """Add the output's next row. done: its item is not to be captioned again."""
-        key = _key(row.id)
-        known = self._table.execute("SELECT row FROM t WHERE id = ?", (key,)).fetchone()
-        self.replaced |= known is not None and known[0] is not None
-        values = key, self._next, done, row.error is not None
-        self._table.execute("INSERT OR REPLACE INTO t VALUES (?, ?, ?, ?)", values)
+        found = self._table.execute("SELECT row, claimed FROM t WHERE id = ?", (key(row.id),))
+        before, claimed = found.fetchone() or (None, 0)
+        self.replaced |= before is not None
+        values = (
+            key(row.id),
+            self._next,
+            done,
+            row.error is not None,
+            b"".join(of_row(row)),
+            claimed,
+        )
+        self._table.execute("INSERT OR REPLACE INTO t VALUES (?, ?, ?, ?, ?, ?)", values)
         self._next += 1
 
-    def claim(self, item_id: str) -> bool:
-        """Whether an item is still to be captioned; marks it as done."""
+    def claim(self, item_id: str, asked: bytes, again: bool = False) -> bool:
+        """Whether an item is still to be captioned; marks it as done.
+
+        asked: see `of_item`. again: also if another image or prompt had its id in an earlier run.
+        Raises SameId if that is not wished, or if one of this run has it.
+        """
         found = self._table.execute(
-            "INSERT INTO t VALUES (?, NULL, 1, 0) ON CONFLICT(id) DO UPDATE SET done = 1 "
-            "WHERE done = 0",
-            (_key(item_id),),
-        )
-        return found.rowcount > 0
+            "SELECT done, asked, claimed FROM t WHERE id = ?", (key(item_id),)
+        ).fetchone()
+        if found is None:
+            values = key(item_id), None, 1, 0, asked, 1
+            self._table.execute("INSERT INTO t VALUES (?, ?, ?, ?, ?, ?)", values)
+            return True
+        done, known, claimed = found
+        if done and (not asked or not known or asked in _split(known)):
+            return False
+        if done and claimed:
+            raise SameId(
+                f"two inputs are called {item_id}, with other images or prompts: give each an id "
+                "(--id-column), or caption them into two outputs"
+            )
+        if done and not again:
+            raise SameId(
+                f"{item_id} has a row of another image or prompt: name another output, give ids "
+                "(--id-column), or caption such images anew with --again"
+            )
+        changed = "UPDATE t SET done = 1, asked = ?, claimed = 1 WHERE id = ?"
+        self._table.execute(changed, (asked, key(item_id)))
+        return True
 
     def drop_error(self, item_id: str) -> None:
         """Drop an item's row if that is an error: what was wrong is right now."""
         found = self._table.execute(
-            "UPDATE t SET row = NULL, failed = 0 WHERE id = ? AND failed", (_key(item_id),)
+            "UPDATE t SET row = NULL, failed = 0 WHERE id = ? AND failed", (key(item_id),)
         )
         self.replaced |= found.rowcount > 0
 
@@ -58,27 +91,35 @@ class Index:
         [[count]] = self._table.execute("SELECT count(*) FROM t WHERE failed")
         return int(count)
 
-    def keys(self) -> "FinishedItems":
-        """The items that are not to be captioned again, for other processes."""
-        found = self._table.execute("SELECT id FROM t WHERE done ORDER BY id")
-        return FinishedItems(np.array([key for [key] in found], f"S{_KEY_BYTES}"))
+    @property
+    def done(self) -> int:
+        """The number of items that are not to be captioned again."""
+        [[count]] = self._table.execute("SELECT count(*) FROM t WHERE done")
+        return int(count)
+
+    def keys(self, prompt: str | None) -> "FinishedItems":
+        """The items that are not to be captioned again, for other processes. prompt: the run's."""
+        found = self._table.execute("SELECT id, asked FROM t WHERE done")
+        keys = {each for item, asked in found for each in (item, *_split(asked))}
+        return FinishedItems(np.array(sorted(keys), f"S{KEY_BYTES}"), prompt)
 
     def latest(self, row: ResultRow, number: int) -> bool:
         """Whether the output's row with this number is its item's last."""
-        [[last]] = self._table.execute("SELECT row FROM t WHERE id = ?", (_key(row.id),))
+        [[last]] = self._table.execute("SELECT row FROM t WHERE id = ?", (key(row.id),))
         return last == number
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedItems:
-    """Items that are done, 16 bytes each. sorted: S16 [items]."""
+    """Items that are done, by their keys. sorted: S16 [keys]."""
 
     sorted: np.ndarray
+    prompt: str | None
 
-    def __contains__(self, item_id: str) -> bool:
-        key = np.bytes_(_key(item_id))
-        place = int(np.searchsorted(self.sorted, key))
-        return key in self.sorted[place : place + 1]  # as arrays: both drop zero bytes at the end
+    def __contains__(self, item: Item) -> bool:
+        asked = np.bytes_(of_item(item, self.prompt) or key(item.id))
+        place = int(np.searchsorted(self.sorted, asked))
+        return asked in self.sorted[place : place + 1]  # as arrays: both drop zero bytes at the end
 
 
 class Kept:
@@ -88,17 +129,17 @@ class Kept:
         self._table = _table("(key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
         self._lock = threading.Lock()
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, name: str) -> bytes | None:
         """The bytes kept for a key, or None."""
         with self._lock:
-            found = self._table.execute("SELECT value FROM t WHERE key = ?", (_key(key),))
+            found = self._table.execute("SELECT value FROM t WHERE key = ?", (key(name),))
             row = found.fetchone()
         return row and row[0]
 
-    def keep(self, key: str, value: bytes) -> None:
+    def keep(self, name: str, value: bytes) -> None:
         """Keep bytes for a key, in place of earlier ones."""
         with self._lock:
-            self._table.execute("INSERT OR REPLACE INTO t VALUES (?, ?)", (_key(key), value))
+            self._table.execute("INSERT OR REPLACE INTO t VALUES (?, ?)", (key(name), value))
 
 
 def _table(columns: str) -> sqlite3.Connection:
@@ -113,5 +154,5 @@ def _table(columns: str) -> sqlite3.Connection:
     return made
 
 
-def _key(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=_KEY_BYTES).digest()
+def _split(keys: bytes) -> list[bytes]:
+    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]

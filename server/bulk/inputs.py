@@ -86,6 +86,11 @@ def _written(item: Item) -> Item:
     return item
 
 
+def _end(part: Part) -> str:
+    """The id under which a part that breaks off has an error: no image is called so."""
+    return plain(part.path) if isinstance(part, Files) else f"{plain(part.path)}#end"
+
+
 def items(
     parts: Iterable[Part], whole: Callable[[str], object] = lambda item_id: None
 ) -> Iterator[Item]:
@@ -99,10 +104,10 @@ def items(
         try:
             yield from map(_written, part.items())
             if not isinstance(part, Files):
-                whole(plain(part.path))
+                whole(_end(part))
         except (NoColumn, NoWay):
             raise
         except Exception as error:
             if not (isinstance(error, _BROKEN) or is_url(part.path)):
                 raise  # local files raise only these; each fsspec file system has its own
-            yield Item(plain(part.path), wrong=f"it can't be read to its end: {error}")
+            yield Item(_end(part), wrong=f"it can't be read to its end: {error}")

@@ -43,8 +43,9 @@ class ResultRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=T
 
     captions: all requested captions, if more than one. settings: what else decides a caption:
     engine, precision, sampling parameters. size, modified: of a local file, in bytes and ns, to
-    detect changes; path: of that file, unless it is the id. sha256: of the image, if equal images
-    are captioned once. text: path of the caption's own file, if each caption has one.
+    detect changes. path: path or URL of the image, unless it is the id. sha256: of an image that
+    the input holds itself, or if equal images are captioned once. text: path of the caption's own
+    file, if each caption has one; of an error: of the file that an earlier caption had.
     """
 
     id: str
@@ -77,7 +78,7 @@ class ResultRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=T
 class Outcome(Struct, frozen=True):
     """The outcome of captioning an item: captions, the best first, or an error.
 
-    image: its bytes, if they could be read.
+    image: its bytes, if they could be read. size, modified: of a local file, before it was read.
     """
 
     item: Item
@@ -85,6 +86,8 @@ class Outcome(Struct, frozen=True):
     error: str | None = None
     image: bytes | None = None
     sha256: str | None = None
+    size: int | None = None
+    modified: int | None = None
 
 
 def scored(caption: Caption) -> tuple[ScoredCaption, ...]:

@@ -149,7 +149,7 @@ class ListFile:
         return Item(
             id=where if known is None else str(known),
             image=location or image,
-            name=named(path) if path else f"{named(self.path)}/{number}",
+            name=named(where) if path else f"{named(self.path)}/{number}",
             prompt=prompt or None,
         )
 

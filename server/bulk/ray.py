@@ -19,7 +19,7 @@ from msgspec import structs
 
 from runtime.errors import VignetteError
 from runtime.model import manifest as manifests
-from server.bulk.captioning import CaptioningOptions, RunFailed, image_of, message_of
+from server.bulk.captioning import CaptioningOptions, RunFailed, begun, image_of, message_of
 from server.bulk.decoding import BulkDecoders
 from server.bulk.engine import BulkEngine, EngineSetup
 from server.bulk.index import FinishedItems, Index
@@ -98,7 +98,10 @@ class RayCaptioning:
                 [{"part": pickle.dumps(part)} for part in apart], override_num_blocks=len(apart)
             )
             .map_batches(
-                _read, batch_size=1, num_cpus=_READING, fn_kwargs={"known": ray.put(index.keys())}
+                _read,
+                batch_size=1,
+                num_cpus=_READING,
+                fn_kwargs={"known": ray.put(index.keys(self._setup.options.prompt))},
             )
             .repartition(target_num_rows_per_block=_ROWS)
             .map_batches(
@@ -141,7 +144,7 @@ def _tried(setup: TaskSetup) -> tuple[dict[str, str], str]:
 def _read(batch: Batch, known: "ray.ObjectRef[FinishedItems]") -> Iterator[Batch]:
     """The items of a part that are still to be captioned."""
     done = ray.get(known)
-    left = (item for item in items(map(pickle.loads, batch["part"])) if item.id not in done)
+    left = (item for item in items(map(pickle.loads, batch["part"])) if item not in done)
     while some := list(islice(left, _ROWS)):
         yield {"item": _packed(some)}
 
@@ -175,17 +178,19 @@ class _Decoder:
         self._decoding.close()
 
     def _decoded(self, packed: bytes) -> tuple[Outcome, bytes]:
-        item, image = pickle.loads(packed), None
-        pixels, error = b"", None
+        item, pixels = pickle.loads(packed), b""
+        outcome = begun(item)
         try:
             image = image_of(item, self._setup.options.limit)
+            outcome = structs.replace(outcome, image=image)
             pixels = self._decoding.pixels(image).tobytes()
         except (VignetteError, OSError) as cause:
-            error = message_of(cause)
+            outcome = structs.replace(outcome, error=message_of(cause))
         if not self._setup.whole:
             there = item.image if isinstance(item.image, str) else b""
-            item, image = structs.replace(item, image=there, members={}), None
-        return Outcome(item, error=error, image=image), pixels
+            item = structs.replace(item, image=there, members={})
+            outcome = structs.replace(outcome, item=item, image=None)
+        return outcome, pixels
 
 
 class _Engine:

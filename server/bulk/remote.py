@@ -50,7 +50,7 @@ class RemoteCaptioner:
                 if status not in LATER:
                     self._answered = time.monotonic()
                 if status == 200:
-                    return _said(answer)
+                    return self._said(answer)
                 reason = answer["error"]["message"]
             except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
                 connection.close()
@@ -82,6 +82,21 @@ class RemoteCaptioner:
             self._all.append(self._mine.connection)
         return self._mine.connection
 
+    def _said(self, answer: dict[str, Any]) -> tuple[ScoredCaption, ...]:
+        """All captions of an answer. Raises ValueError, and RunFailed if another engine made it."""
+        found = convert(answer, _Answer)
+        if found.engine != self._service.engine:
+            raise RunFailed(
+                f"{self._service.url} captions with another engine now ({found.engine}, before "
+                f"{self._service.engine}): name another output, or caption anew with --again"
+            )
+        for each in (completions := (found, *found.captions[1:])):
+            f"{each.caption}{each.finish_reason}".encode()
+        return tuple(
+            ScoredCaption(each.caption, each.finish_reason, rounded(each.score))
+            for each in completions
+        )
+
 
 class _Completion(Struct):
     caption: str
@@ -89,15 +104,6 @@ class _Completion(Struct):
     score: float | None = None
 
 
-class _Answer(_Completion):
+class _Answer(_Completion, kw_only=True):
+    engine: str
     captions: list[_Completion] = []
-
-
-def _said(answer: dict[str, Any]) -> tuple[ScoredCaption, ...]:
-    """All captions of an answer. Raises ValueError."""
-    found = convert(answer, _Answer)
-    for each in (completions := (found, *found.captions[1:])):
-        f"{each.caption}{each.finish_reason}".encode()
-    return tuple(
-        ScoredCaption(each.caption, each.finish_reason, rounded(each.score)) for each in completions
-    )

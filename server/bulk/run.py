@@ -2,15 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from runtime.request import FinishReason
+from server.bulk.asked import location, of_item, state
 from server.bulk.captioning import same
-from server.bulk.fetching import is_url
-from server.bulk.folders import plain
 from server.bulk.index import Index, Kept
 from server.bulk.items import Item, Outcome, ResultRow
 from server.bulk.output import NotWritten, Output, OutputConflict
@@ -52,7 +51,8 @@ class Counts:
 class BulkRun:
     """Writes a row for each item that has none yet.
 
-    again: caption anew what has captions of other settings, or of a file that has changed since.
+    again: caption anew what has captions of other settings, of a file that has changed since, or
+    of another image or prompt.
     retry: caption failed items anew. kept: captions for equal images that may come again.
     """
 
@@ -80,9 +80,9 @@ class BulkRun:
                 )
 
     def left(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Items that have no row yet; each is marked as done when it is taken."""
+        """Items that have no row yet; each is marked as done when it is taken. Raises SameId."""
         for item in items:
-            if self.index.claim(item.id):
+            if self.index.claim(item.id, of_item(item, self.made_with.prompt), self.again):
                 yield item
             else:
                 self.counts.before += 1
@@ -103,23 +103,28 @@ class BulkRun:
         return self.counts
 
     def once(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
-        """Outcomes without repeats: a cluster may send an item's outcome twice."""
-        return (outcome for outcome in outcomes if self.index.claim(outcome.item.id))
+        """Outcomes without repeats: a cluster may send an item's outcome twice. Raises SameId."""
+        for outcome in outcomes:
+            item = outcome.item
+            asked = of_item(item, self.made_with.prompt, outcome.sha256)
+            if self.index.claim(item.id, asked, self.again):
+                yield outcome
 
     def _write(self, outcome: Outcome) -> ResultRow:
         row = self._row(outcome)
         try:
             self.output.append(row, outcome)
         except NotWritten as error:
-            row = ResultRow(row.id, error=str(error), model=row.model, settings=row.settings)
+            row = structs.replace(
+                row, error=str(error), caption=None, score=None, captions=(), finish_reason=None
+            )
             self.output.append(row, outcome)
         self.index.add(row, True)
         return row
 
     def _row(self, outcome: Outcome) -> ResultRow:
         item, made_with = outcome.item, self.made_with
-        size, modified = _state(item.image)
-        path = None if size is None or item.image == item.id else plain(str(item.image))
+        path = location(item) if isinstance(item.image, str) else None
         best = outcome.captions[0] if outcome.captions else None
         return ResultRow(
             item.id,
@@ -131,9 +136,9 @@ class BulkRun:
             model=made_with.model,
             prompt=item.prompt or made_with.prompt,
             settings=made_with.settings,
-            size=size,
-            modified=modified,
-            path=path,
+            size=outcome.size,
+            modified=outcome.modified,
+            path=None if path == item.id else path,
             sha256=outcome.sha256,
         )
 
@@ -148,21 +153,7 @@ class BulkRun:
         for name in sorted(row.settings.keys() | self.made_with.settings.keys()):
             if row.settings.get(name) != self.made_with.settings.get(name):
                 return name
-        known = (row.size, row.modified), _GONE
-        if row.size is not None and _state(row.path or row.id) not in known:
+        there = state(row.path or row.id)
+        if row.size is not None and there not in ((row.size, row.modified), (None, None)):
             return "content"
         return None
-
-
-_GONE = None, None
-
-
-def _state(image: bytes | str) -> tuple[int | None, int | None]:
-    """Size (bytes) and modification time (ns) of a local file, to detect changes."""
-    if isinstance(image, bytes) or is_url(image):
-        return _GONE
-    try:
-        found = Path(image).stat()
-    except (OSError, ValueError):  # ValueError: not a valid file name
-        return _GONE
-    return found.st_size, found.st_mtime_ns

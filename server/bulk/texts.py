@@ -29,28 +29,41 @@ class Texts(Output):
 
     @override
     def rows(self) -> Iterator[ResultRow]:
-        """All rows. Captions that are not in their files, because the last run was killed, are
-        written once all rows have been read: a run that is refused writes none.
+        """All rows. Captions that are not in their files, or are but have been replaced by errors,
+        because the last run was killed, are written and removed once all rows have been read: a run
+        that is refused changes nothing.
         """
-        missing = False
+        missing, stale = False, set[str]()
         for row in self._lines.rows():
-            if row.text is not None:
+            if row.text is not None and row.error is not None:
+                self._forget(row.text)
+                stale.add(row.text)
+            elif row.text is not None:
                 if (before := self._written.get(row.text)) is not None:
                     self._before.keep(row.text, before.partition(b"\0")[2])
                 self._written.keep(row.text, _mark(row))
                 missing |= self._lacks(row.text)
             yield row
+        for text in stale:
+            if not self._owner(text):
+                self._remove(text)
         if missing:
             self._restore()
 
     @override
     def append(self, row: ResultRow, outcome: Outcome) -> None:
-        """Raises NotWritten if the caption's file can't, or must not, be written."""
+        """Raises NotWritten if the caption's file can't, or must not, be written. An error takes
+        the place of an earlier caption, whose file is removed: the image is another now.
+        """
+        text = f"{PurePosixPath(outcome.item.key or outcome.item.name)}.txt"
         if row.caption is None:
-            self._lines.append(row, outcome)
+            ours = self._owner(text) == row.id
+            self._lines.append(replace(row, text=text) if ours else row, outcome)
+            if ours:
+                self._forget(text)
+                self._remove(text)
             return
-        name = outcome.item.key or outcome.item.name
-        row = replace(row, text=f"{PurePosixPath(name)}.txt")
+        row = replace(row, text=text)
         assert row.text is not None and row.caption is not None
         self._check(row.id, row.text)
         self._lines.append(row, outcome)
@@ -65,6 +78,22 @@ class Texts(Output):
     def close(self) -> None:
         remove_empty(self._lines.path)
         self._lines.close()
+
+    def _owner(self, text: str) -> str:
+        """Id of the item whose caption is in a file; empty if there is none."""
+        return (self._written.get(text) or b"").partition(b"\0")[0].decode()
+
+    def _forget(self, text: str) -> None:
+        """Note that an error has replaced the caption in a file."""
+        if written := self._written.get(text):
+            self._before.keep(text, written.partition(b"\0")[2])
+        self._written.keep(text, b"")
+
+    def _remove(self, text: str) -> None:
+        """Remove a forgotten caption's file, unless somebody changed it."""
+        target = self._folder / text
+        if target.is_file() and target.read_bytes() == self._before.get(text):
+            target.unlink()
 
     def _restore(self) -> None:
         for row in self._lines.rows():
@@ -99,9 +128,9 @@ class Texts(Output):
             if target.exists() and not target.is_file():
                 raise NotWritten(f"{text} is no regular file")
             target.parent.mkdir(parents=True, exist_ok=True)
-            owner, _, written = (self._written.get(text) or b"").partition(b"\0")
-            if owner and owner != item_id.encode():
-                raise NotWritten(f"{text} has the caption of {owner.decode()} already")
+            if (owner := self._owner(text)) not in ("", item_id):
+                raise NotWritten(f"{text} has the caption of {owner} already")
+            written = (self._written.get(text) or b"").partition(b"\0")[2]
             ours = written, self._before.get(text)
             if not self._overwrite and target.exists() and target.read_bytes() not in ours:
                 raise NotWritten(f"{text} is there, and not written by this (see --overwrite)")

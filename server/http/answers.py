@@ -67,25 +67,29 @@ class Milliseconds(Struct):
 
 
 class CaptionAnswer(AnotherCaption, kw_only=True):
-    """A caption; if there are several, the best or first, with all of them in `captions`."""
+    """A caption; if there are several, the best or first, with all of them in `captions`.
+
+    engine: the engine and its precision, which decide captions.
+    """
 
     model: str
+    engine: str
     usage: Usage
     timing_ms: Milliseconds
     captions: list[AnotherCaption] | UnsetType = UNSET
 
     @classmethod
-    def of(
-        cls, caption: Caption, model: str, tokenizer: CaptionTokenizer, total_s: float
-    ) -> "CaptionAnswer":
+    def of(cls, caption: Caption, model: Model, total_s: float) -> "CaptionAnswer":
         """total_s: seconds since the end of the request's body."""
+        tokenizer = model.tokenizer
         captions = caption, *caption.others
         return cls(
             **_told(caption, tokenizer),
             captions=[AnotherCaption(**_told(each, tokenizer)) for each in captions]
             if caption.others
             else UNSET,
-            model=model,
+            model=model.name,
+            engine=model.identity,
             usage=Usage.of(caption.prompt_tokens, sum(c.completion_tokens for c in captions)),
             timing_ms=Milliseconds.of(caption.timing, total_s),
         )

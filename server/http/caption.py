@@ -150,7 +150,7 @@ class CaptionHandler(IntakeHandler):
 
     def _answer(self, model: Model, caption: Caption, started: float) -> CaptionAnswer:
         seconds = time.perf_counter() - started
-        answer = CaptionAnswer.of(caption, model.name, model.tokenizer, seconds)
+        answer = CaptionAnswer.of(caption, model, seconds)
         self.timing = caption.timing
         return answer
 

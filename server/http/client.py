@@ -43,6 +43,11 @@ class RemoteService:
         """Name of the model that captions there."""
         return self.identity["model"]
 
+    @property
+    def engine(self) -> str:
+        """Engine and precision, as its answers name them."""
+        return f"{self.identity['engine']} {self.identity['precision']}"
+
     @classmethod
     def at(cls, url: str, key: str | None = None, model: str | None = None) -> "RemoteService":
         """Look up a model of the service. model: its name, or None for the service's first.

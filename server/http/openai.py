@@ -202,6 +202,7 @@ class _Completion:
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model.name,
+            "system_fingerprint": model.identity,
         }
 
     def whole(self, output: RequestOutput) -> dict[str, Any]:
