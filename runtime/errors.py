@@ -25,7 +25,7 @@ class InvalidRequest(VignetteError):
 
 
 class WrongThread(VignetteError):
-    """The calling thread may not use the engine: another thread does."""
+    """The calling thread, or process, may not use the engine: another does."""
 
 
 class ComputationFailed(VignetteError):

@@ -3,6 +3,8 @@
 ONNX Runtime's CUDA provider has a context for each thread, with the CUDA graphs that it captured.
 """
 
+import atexit
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -10,16 +12,34 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from runtime.errors import WrongThread
+
 _Result = TypeVar("_Result")
+_EXIT_SECONDS = 30.0  # most that a program's end waits for a step
 _Calls = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
 class OwnThread:
-    """Runs functions one after the other on a daemon thread, until this object is collected."""
+    """Runs functions one after the other on a daemon thread, until this object is collected.
+
+    inside: held by calls of libraries, which abort a process that ends meanwhile.
+    """
 
     def __init__(self, name: str) -> None:
         self._name, self._calls = name, _Calls()
-        self._started = False
+        self._started, self._process = False, os.getpid()
+        self.inside = threading.Lock()
+        _threads.add(self)
+
+    def check_process(self) -> None:
+        """Raise WrongThread in a fork of the process that this was made in: it has no threads."""
+        if os.getpid() != self._process:
+            raise WrongThread("this engine was opened before a fork: open one after it")
+
+    def keep_out(self) -> None:
+        """Let the thread call no library any more, once a present call has ended."""
+        if os.getpid() == self._process:
+            self.inside.acquire(timeout=_EXIT_SECONDS)
 
     def start(self, function: Callable[[], _Result]) -> "Future[_Result]":
         """Call a function there, after those before it."""
@@ -34,7 +54,13 @@ class OwnThread:
 
     def call(self, function: Callable[[], _Result]) -> _Result:
         """The function's result, or its error. Must not be called on that very thread."""
-        return self.start(function).result()
+        inside = self.inside
+
+        def call() -> _Result:
+            with inside:
+                return function()
+
+        return self.start(call).result()
 
 
 def _serve(calls: _Calls) -> None:
@@ -45,3 +71,13 @@ def _serve(calls: _Calls) -> None:
         except BaseException as error:
             future.set_exception(error)
         del call, future, function  # else the owner would not be collected while nothing is to do
+
+
+_threads: "weakref.WeakSet[OwnThread]" = weakref.WeakSet()
+
+
+@atexit.register
+def _keep_out() -> None:
+    """Let no thread be inside a library as the program ends."""
+    for thread in list(_threads):
+        thread.keep_out()

@@ -38,7 +38,8 @@ class Stepper:
 
     def submit(self, request: GenerationRequest, sink: Sink) -> None:
         """Run a request. sink: called on the stepping thread with each output (the last has a
-        finish reason), or with the exception that a step or the engine raised.
+        finish reason), or with the exception that a step or the engine raised. Raises WrongThread
+        in a fork of the process.
         """
         self._ask(lambda: self._submit(request, sink))
 
@@ -47,6 +48,7 @@ class Stepper:
         self._ask(lambda: self._cancel(request_id, sink))
 
     def _ask(self, command: Callable[[], object]) -> None:
+        self.thread.check_process()
         with self._changed:
             self._commands.append(command)
             self._changed.notify()
@@ -103,7 +105,8 @@ class Stepper:
     def _step(self) -> None:
         self.step_since = time.monotonic()
         try:
-            outputs = self._engine.step()
+            with self.thread.inside:
+                outputs = self._engine.step()
         except Exception as error:
             self.failures += 1
             self._fail(error)

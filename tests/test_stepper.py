@@ -3,6 +3,9 @@
 import asyncio
 import gc
 import io
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -20,7 +23,7 @@ from runtime.engine import Engine
 from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels, WrongThread
 from runtime.execution.host import HostRunner
 from runtime.planning.config import EngineConfig
-from tests.conftest import DEMO, SAMPLES
+from tests.conftest import DEMO, ROOT, SAMPLES
 from tests.fakes import drained, fake_engine, gated, image
 from tests.live import until
 
@@ -324,6 +327,46 @@ def test_a_sink_that_raises_is_logged_and_the_thread_serves_on(caplog):
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(engine.generate, [image(3)]).result(20)
     assert "ZeroDivisionError" in caplog.text
+
+
+_ENDS = """
+import sys, threading, time
+from runtime.engine import Engine
+
+def ask():
+    while True:
+        engine.generate([image] * 8)
+
+engine, image = Engine.open(sys.argv[1]), sys.argv[2]
+for _ in range(3):
+    threading.Thread(target=ask, daemon=True).start()
+time.sleep(0.5)
+sys.exit(3)
+"""
+
+
+def test_a_program_may_end_while_its_engine_steps():
+    """ONNX Runtime aborts a process whose interpreter goes away below one of its calls."""
+    program = [sys.executable, "-c", _ENDS, str(DEMO), str(SAMPLES / "owl.png")]
+    for _ in range(3):
+        done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 3, done.stderr
+
+
+def test_an_engine_is_not_for_a_fork_of_the_process(demo):
+    demo.generate([SAMPLES / "owl.png"])
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            demo.generate([SAMPLES / "owl.png"])
+        except WrongThread as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read) as stream:  # noqa: PTH123
+        assert "opened before a fork" in stream.read()
+    os.waitpid(child, 0)
 
 
 def test_an_error_between_steps_is_told_and_the_thread_serves_on(caplog):
