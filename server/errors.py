@@ -16,7 +16,7 @@ from server.images.cost import TooHard
 from server.images.fetch import FetchFailed
 from server.images.hosts import ForbiddenUrl
 from server.images.lane import NoDecoder
-from server.ipc.dispatcher import EngineFailed, Expired
+from server.ipc.dispatcher import EngineFailed, EngineLost, Expired
 from server.refusals import QueueFull, TooFast
 from server.service.admission import NotServing
 from server.service.keys import Unauthorised
@@ -58,6 +58,7 @@ ERRORS: dict[type[Exception], ErrorStatus] = {
     NotServing: ErrorStatus(503, "not_serving"),
     NoDecoder: ErrorStatus(503, "not_serving"),
     ComputationFailed: ErrorStatus(500, "engine_failed"),
+    EngineLost: ErrorStatus(503, "not_serving"),
     EngineFailed: ErrorStatus(500, "engine_failed"),
     Expired: ErrorStatus(504, "deadline_exceeded"),
 }

@@ -65,6 +65,14 @@ def test_dear_images_that_can_not_be_decoded_in_time_are_refused_at_once(store):
     decoders.close()
 
 
+def test_a_pace_that_was_slow_once_does_not_refuse_what_finds_nobody_waiting(store):
+    decoders = pool(store, pixels=20_000_000)
+    decoders._pace = 1000.0
+    decode(decoders, dear(4000), seconds=20)
+    assert decoders._pace < 1000
+    decoders.close()
+
+
 def test_a_dear_image_whose_time_is_over_before_it_is_decoded_is_no_bad_one(store):
     decoders = pool(store, pixels=20_000_000)
     decode(decoders, png())

@@ -16,7 +16,7 @@ from runtime.request import (
     SchedulingParams,
     joined,
 )
-from server.ipc.dispatcher import Dispatcher, EngineFailed, Expired
+from server.ipc.dispatcher import Dispatcher, EngineFailed, EngineLost, Expired
 from server.ipc.messages import TO_WORKER, Cancel, Generate, Hello, Output, StepFailed
 from tests.live import requests_in
 
@@ -224,7 +224,7 @@ async def test_a_worker_that_somebody_kills_proves_nothing(world):
 async def test_a_request_is_given_up_and_not_refused_when_its_worker_is_killed_too_often(world):
     await world.ask(1)
     await world.kill(1, times=4)
-    with pytest.raises(EngineFailed, match="try again later"):
+    with pytest.raises(EngineLost, match="try again later"):
         world.tasks[1].result()
     world.dispatcher.check("image 1")
 
@@ -410,5 +410,5 @@ async def test_a_stream_does_not_go_on_with_the_tokens_of_another_precision(worl
     key, pipe = world.worker(runs="fp32")
     await settle()
     assert pipe.captions == [2], "of which nothing was told yet"
-    with pytest.raises(EngineFailed, match="replaced by another"):
+    with pytest.raises(EngineLost, match="replaced by another"):
         world.tasks[1].result()

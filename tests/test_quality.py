@@ -127,6 +127,17 @@ def test_references_of_a_wrong_type_are_an_error_that_says_where(tmp_path, name,
     assert wrong in str(error.value)
 
 
+def test_references_without_words_and_two_images_of_one_id_are_refused(tmp_path):
+    (tmp_path / "cats.png").touch()
+    path = _written(tmp_path / "a.json", [{"image": "cats.png", "captions": ["cats", " . "]}])
+    with pytest.raises(NoData, match=r"a reference of cats.png has no words"):
+        data.read(path, tmp_path)
+    images = [{"id": 1, "file_name": name} for name in ("cats.png", "dogs.png")]
+    coco = {"images": images, "annotations": [{"image_id": 1, "caption": "cats"}]}
+    with pytest.raises(NoData, match="two images have one id"):
+        data.read(_written(tmp_path / "b.json", coco), tmp_path)
+
+
 def test_pictures_outside_of_their_folder_are_refused(tmp_path):
     photos = tmp_path / "photos"
     (photos / "below").mkdir(parents=True)
@@ -152,6 +163,8 @@ def test_pictures_outside_of_their_folder_are_refused(tmp_path):
         (["--output", "{}/a.json/page.html"], "'{}/a.json'"),
         (["--json", "{}"], "Is a directory: '{}'"),
         (["--json", "{}/none/x.json"], "No such file or directory: '{}/none/x.json'"),
+        (["--json", "{}/a.json"], "{}/a.json is read, and would be overwritten"),
+        (["--output", "{}/x.html", "--json", "{}/x.html"], "are both {}/x.html: give two files"),
     ],
 )
 def test_flags_that_cannot_be_followed_end_it_before_a_picture_is_captioned(

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,6 +83,20 @@ def test_a_process_that_can_not_be_started_for_now_is_started_later(tmp_path, mo
 
     asyncio.run(asyncio.wait_for(serve(), 60))
     assert not refused
+
+
+def test_a_run_whose_folder_is_deleted_ends_and_says_why(tmp_path):
+    run, model = RunFolder(), ServedModel("m", tmp_path, 1.0)
+    settings = Settings.model_construct(log_level="ERROR", step_seconds=60.0, drain_seconds=1.0)
+    children = workers(settings, [model], run.path, partial(fake_worker, fake_engine), [""])
+
+    async def serve() -> None:
+        supervisor = Supervisor(settings, ["m"], run, children, [])
+        supervisor.on_ready = lambda: shutil.rmtree(run.path)
+        await supervisor.run(asyncio.Event())
+
+    with pytest.raises(CannotStart, match=r"was deleted while it was in use.*RemoveIPC"):
+        asyncio.run(asyncio.wait_for(serve(), 60))
 
 
 def test_a_process_that_hangs_as_it_starts_is_replaced_in_the_end():

@@ -58,9 +58,16 @@ def _check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 def _check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Open each output, so that a wrong one fails before captioning. Existing content stays."""
+    outputs = [path for path in (args.output, args.json) if path is not None]
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        parser.error(f"--output and --json are both {args.json}: give two files")
+    for path in outputs:
+        read = path.resolve() == args.data.resolve()
+        if read or (path.is_file() and path.resolve().is_relative_to(args.images.resolve())):
+            parser.error(f"{path} is read, and would be overwritten: give another output")
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        for path in filter(None, (args.output, args.json)):
+        for path in outputs:
             path.open("a").close()
     except OSError as error:
         parser.error(f"an output can't be written ({error}): give another --output or --json")

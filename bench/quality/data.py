@@ -40,6 +40,8 @@ def read(data: Path, images: Path, limit: int | None = None) -> list[Picture]:
         below = file.is_relative_to(images) and ".." not in Path(name).parts
         if not (below and file.is_file()):
             raise NoData(f"{data} names {name}, which is not in {images}: give paths below that")
+        if not all(any(c.isalnum() for c in text) for text in references):
+            raise NoData(f"{data}: a reference of {name} has no words: leave it out")
         pictures.append(Picture(file, tuple(references), prompt))
     if not pictures:
         raise NoData(f"{data} has no references")
@@ -117,6 +119,8 @@ def _by_picture(content: _Coco | list[_Row]) -> _Found:
             found[row.name, row.prompt or None] += row.said
         return found
     names = {image.id: image.file_name for image in content.images}
+    if len(names) < len(content.images):
+        raise ValueError("two images have one id")
     for place, annotation in enumerate(content.annotations):
         if annotation.image_id not in names:
             raise ValueError(f"no image has its image_id - at `$.annotations[{place}]`")

@@ -88,6 +88,12 @@ class PresentClients:
         """Number of front-ends that share the file."""
         return len(self._records)
 
+    @property
+    def active(self) -> int:
+        """Number of front-ends that have clients, this one counted in any case."""
+        until: np.ndarray = self._records["until"][self._others]
+        return 1 + int(np.any(until > self._clock(), axis=1).sum())
+
     def count(self) -> int:
         """Number of clients, in all front-ends."""
         counted = self._records["client"][self._records["until"] > self._clock()]

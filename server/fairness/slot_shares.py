@@ -180,8 +180,11 @@ class SlotShares:
         # Not all clients are published, if there are many.
         clients = max(self._clients.count(), len(self._present))
         elsewhere = self._clients.elsewhere()
-        ahead = max(_AHEAD, self.slots // 2)
-        slots, all_ = (self._clients.front_ends * n for n in (self.slots, self.slots + ahead))
+        front_ends = self._clients.front_ends
+        slots = front_ends * self.slots
+        all_ = slots + front_ends * max(_AHEAD, self.slots // 2)
+        mine = slots // self._clients.active  # those of front-ends without clients are lent
+        ahead = max(_AHEAD, mine // 2)
         share = (all_ if self.models == 1 else slots) // clients
         most = all_ if clients == 1 else max(1, min(slots // 2, share))
         if not self._looking and any(client in elsewhere for client, _, _ in self._wanted):
@@ -190,7 +193,7 @@ class SlotShares:
         while (next_ := self._next(most, elsewhere)) is not None:
             # The engine lets interactive requests pass: for them, batch requests don't count.
             taken = self._taken.total() - (0 if next_.batch else self._batch.total())
-            room = self.slots + (ahead if next_.rows == 1 or clients == 1 else 0)
+            room = mine + (ahead if next_.rows == 1 or clients == 1 else 0)
             if taken and taken + next_.rows > room:
                 return
             self._forget(next_)

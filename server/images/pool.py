@@ -139,14 +139,16 @@ class ImageDecoders:
             self._misjudged.spend(client, beyond / _QUICK_LIMIT)
 
     async def _decode_slowly(self, job: ImageJob, seconds: float) -> None:
-        """Decode in the slow lane. Raises QueueFull, at once if the deadline can't be met."""
+        """Decode in the slow lane. Raises QueueFull, at once if the deadline can't be met. An image
+        that finds the lane empty is tried: else a pace that was slow once would stay so.
+        """
         cost = math.ceil(seconds * 1e3)
         mine = self._queued[job.origin.client] + cost
         others = sum(
             min(q, mine) for client, q in self._queued.items() if client != job.origin.client
         )
         started, usual = time.perf_counter(), (mine + others) / 1e3
-        wait = usual * self._pace
+        wait = usual * (self._pace if self._queued else min(1.0, self._pace))
         left = min(job.origin.deadline - started, self._longest_wait)
         if wait > left:
             raise QueueFull(_WAITING, min(_LONGEST_WAIT, math.ceil(wait)))

@@ -63,6 +63,10 @@ class EngineFailed(VignetteError):
     """The engine failed on this request several times; other requests go on."""
 
 
+class EngineLost(EngineFailed):
+    """The engine went away several times, for reasons outside: the request may be sent again."""
+
+
 class PoisonedImage(EngineFailed):
     """The engine failed twice because of this request's image."""
 
@@ -280,10 +284,10 @@ class Dispatcher:
         entry.end(
             {
                 FailureReason.POISONED: PoisonedImage(_POISONED),
-                FailureReason.LOST: EngineFailed(_LOST),
+                FailureReason.LOST: EngineLost(_LOST),
                 FailureReason.EXPIRED: Expired(_LATE),
                 FailureReason.FULL: QueueFull(_FULL, _RETRY_SECONDS),
-                FailureReason.REPLACED: EngineFailed(_REPLACED),
+                FailureReason.REPLACED: EngineLost(_REPLACED),
                 FailureReason.NO_PIXELS: EngineFailed(_NO_PIXELS),
             }[reason]
         )

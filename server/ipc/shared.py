@@ -103,6 +103,11 @@ class RunFolder:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         unlocked.rename(self.path / _LOCK)
 
+    @property
+    def present(self) -> bool:
+        """Whether the folder is still there."""
+        return (self.path / _LOCK).exists()
+
     def remove(self) -> None:
         """Delete the folder, and release its lock."""
         shutil.rmtree(self.path, ignore_errors=True)

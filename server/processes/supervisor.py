@@ -48,6 +48,10 @@ _WATCH_SECONDS = 0.1
 _FROZEN_SECONDS = 1.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _STOP_SECONDS = 5.0
+_DELETED = (
+    "was deleted while it was in use: start the service again (systemd's RemoveIPC= deletes what a "
+    "user has in /dev/shm when the last session ends: run the service as a system user)"
+)
 
 
 class CannotStart(VignetteError):
@@ -155,6 +159,10 @@ class Supervisor:
                     child.heard_at = now
                     child.step_since = None
             last = now
+            if not self._run.present:
+                self._failure = f"{self._folder} {_DELETED}"
+                self._over.set()
+                return
             for child in [*self._workers, *self._front_ends]:
                 if self._stopping and child.kind == "worker":
                     if child.health_problem(now, self._settings.step_seconds):
