@@ -223,6 +223,32 @@ def test_processes_that_start_again_serve_what_the_service_started_with(tmp_path
     assert "another engine than when the service started" in said
 
 
+def test_an_engine_whose_files_are_written_to_serves_no_more_until_they_are_whole(tmp_path):
+    """They are mapped: what it says would change."""
+    image, folder = (SAMPLES / "owl.png").read_bytes(), tmp_path / "engine"
+    shutil.copytree(DEMO, folder)
+    flags = ("--engine", str(folder), "--timeout-seconds", "3")
+    with running(*ON_CPU, *flags) as (process, port, _):
+        expected = fetch(port, "POST", "/caption", image).json["caption"]
+        weights = folder / "weights.data"
+        whole = weights.read_bytes()
+        with weights.open("r+b") as stream:
+            stream.write(bytes(4096))
+        end = time.monotonic() + 60
+        while fetch(port, "GET", "/health/ready").status == 200:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert fetch(port, "POST", "/caption", image).status == 504
+        weights.write_bytes(whole)
+        while (found := fetch(port, "POST", "/caption", image)).status != 200:
+            assert time.monotonic() < end
+        assert found.json["caption"] == expected
+        process.terminate()
+        said, _ = process.communicate(timeout=60)
+    assert "weights.data was written to while it was in use" in said
+    assert "weights.data is damaged" in said
+
+
 def test_a_worker_that_dies_while_the_server_drains_is_replaced():
     image = (SAMPLES / "owl.png").read_bytes()
     with running(*ON_CPU, "--slots", "1") as (process, port, _), ThreadPoolExecutor(20) as pool:

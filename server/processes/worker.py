@@ -41,6 +41,7 @@ from server.ipc.receiver import Owner, Receiver, RequestTask
 from server.logs import configure
 from server.metrics import WorkerMetrics, count_as
 from server.models import ServedModel
+from server.processes.engine_files import watch
 from server.processes.heartbeat import Heartbeat
 from server.settings import Settings
 from server.system import follow_parent, give_way
@@ -172,6 +173,7 @@ def main(settings: Settings, model: ServedModel, folder: Path, index: int, epoch
                 f"{model.engine} has another engine than when the service started: put the first "
                 "one back, or restart the service"
             )
+        watch(model.engine, prepared.manifest.files)
         notify_supervisor(folder, process_name("worker", index, epoch), EngineVerified(model.name))
         return Engine.start(prepared)
 
