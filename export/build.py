@@ -81,7 +81,7 @@ def build(checkpoint: Checkpoint, output: Path, proof: Proof | None = None) -> M
         (folder / TOKENIZER).write_text(checkpoint.tokenizer_json)
         print("running ONNX, then PyTorch on the same images", flush=True)
         found = verify(checkpoint, folder, proof.images, proof.new_tokens, list(proof.pixels))
-        fast, fp32_nodes = _fast_ones(checkpoint, folder, proof)
+        fast, fp32_nodes = _faster_variants(checkpoint, folder, proof)
         kept = [exact(found.images), *fast]
         manifest = replace(
             _describe(checkpoint, folder, kept),
@@ -92,7 +92,7 @@ def build(checkpoint: Checkpoint, output: Path, proof: Proof | None = None) -> M
     return manifest
 
 
-def _fast_ones(
+def _faster_variants(
     checkpoint: Checkpoint, folder: Path, proof: Proof
 ) -> tuple[list[Combination], dict[str, list[str]]]:
     """Build the faster variants and judge them, if there are pictures or random weights.

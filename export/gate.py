@@ -43,12 +43,12 @@ def judge(
     """
     cases = cases if checkpoint.trained else cases[:_TRIED]
     sizes, special = checkpoint.sizes, checkpoint.tokens
-    expected = _said_by_torch(checkpoint, cases, tokens)
+    expected = _torch_captions(checkpoint, cases, tokens)
     prompted = [
         Case(case.pixels, [*case.prompt, *beginning[:_PROMPT]])
         for case, beginning in zip(cases, [*expected[1:], *expected[:1]], strict=True)
     ]
-    expected += _said_by_torch(checkpoint, prompted, tokens)
+    expected += _torch_captions(checkpoint, prompted, tokens)
     cases = [*cases, *prompted]
     by_torch = TorchGraphs(checkpoint)
     with_beams = [
@@ -72,13 +72,13 @@ def judge(
             flush=True,
         )
         if kept:
-            searched = _searched(checkpoint, graphs, cases, tokens, with_beams)
+            searched = _beam_agreement(checkpoint, graphs, cases, tokens, with_beams)
             proven = agreement if checkpoint.trained else None
             passed.append(replace(candidate, images=len(cases), agreement=proven, beams=searched))
     return passed
 
 
-def _searched(
+def _beam_agreement(
     checkpoint: Checkpoint,
     graphs: OnnxGraphs,
     cases: list[Case],
@@ -100,7 +100,7 @@ def _searched(
     return share
 
 
-def _said_by_torch(checkpoint: Checkpoint, cases: list[Case], tokens: int) -> list[list[int]]:
+def _torch_captions(checkpoint: Checkpoint, cases: list[Case], tokens: int) -> list[list[int]]:
     graphs = TorchGraphs(checkpoint)
     answers = caption(graphs, checkpoint.sizes, checkpoint.tokens, cases, tokens)
     progress = tqdm(answers, desc="PyTorch", total=len(cases), unit="image")

@@ -7,8 +7,8 @@ them for `generate` and for `runtime.async_engine`.
 import logging
 import threading
 import time
+from collections import abc
 from collections.abc import Callable
-from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -296,7 +296,7 @@ class Engine:
 
     def _burst(self, running: list[Sequence]) -> int:
         """Decode steps without host input: at most to the nearest certain end of a sequence."""
-        return min(self.runner.burst, *(s.most_left for s in running))
+        return min(self.runner.burst, *(s.max_burst for s in running))
 
     def _admit(self) -> list[Sequence]:
         """Sequences to encode now: none while running sequences still have their turn."""
@@ -318,8 +318,8 @@ class Engine:
 
     def generate(
         self,
-        images: ListLike[AnyImage],
-        prompts: ListLike[str | None] | None = None,
+        images: abc.Sequence[AnyImage],
+        prompts: abc.Sequence[str | None] | None = None,
         **sampling: Any,
     ) -> list[Caption]:
         """Caption images (see `runtime.model.images.pixels_of`), in order; callable on any thread.

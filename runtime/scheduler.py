@@ -17,7 +17,7 @@ from runtime.sequence import Sequence
 if TYPE_CHECKING:  # imports NumPy
     from runtime.decoding.base import Decoding
 
-_REFILLED = 4  # admission waits for at most a quarter of the slots to be free
+_REFILL_DIVISOR = 4  # admission waits for at most a quarter of the slots to be free
 
 
 class Scheduler:
@@ -33,7 +33,7 @@ class Scheduler:
         self._clock = clock
         self._encode_batch = encode_batch
         self._refill = refill
-        self._refilled = max(1, slots // _REFILLED)
+        self._slots_worth_refilling = max(1, slots // _REFILL_DIVISOR)
         self._interactive: deque[Sequence] = deque()
         self._batch: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
@@ -91,7 +91,7 @@ class Scheduler:
         one has ended. A sequence that needs several slots gets all of them at once, and holds back
         the sequences behind it until then.
         """
-        room = min(self.waiting, self._encode_batch, self._refilled)
+        room = min(self.waiting, self._encode_batch, self._slots_worth_refilling)
         if self._running and (not self._refill or len(self._free) < room):
             return []
         most = self._encode_batch if self._refill else len(self._free)

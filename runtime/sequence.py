@@ -1,7 +1,7 @@
 """A request and its state inside the engine."""
 
 import math
-from collections.abc import Sequence as ListLike
+from collections import abc
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # imports NumPy
 class Sequence:
     """A request: waiting (no slots), running (one slot per row), or finished (has a reason).
 
-    `fed` counts the text tokens in each row's K/V cache, `told` the generated tokens already
+    `fed` counts the text tokens in each row's K/V cache, `reported` the generated tokens already
     reported in outputs. Times are `time.perf_counter()` seconds.
     """
 
@@ -26,7 +26,7 @@ class Sequence:
     arrived: float
     slots: list[int] = field(default_factory=list)
     fed: int = 0
-    told: int = 0
+    reported: int = 0
     finish_reason: FinishReason | None = None
     admitted: float | None = None
     encoded: float | None = None
@@ -48,14 +48,14 @@ class Sequence:
         return self.decoding.candidates if generates else 1
 
     @property
-    def most_left(self) -> int:
+    def max_burst(self) -> int:
         """Decode steps that need no host input, up to the latest possible end of the sequence."""
-        if not self.decoding.plain:
+        if not self.decoding.can_burst:
             return 1
         forced = max(0, len(self.request.prompt_ids) - self.fed - 1)  # after the next token
         return forced + self.decoding.steps_left
 
-    def advance(self, rows: ListLike[RowCandidates]) -> list[Move]:
+    def advance(self, rows: abc.Sequence[RowCandidates]) -> list[Move]:
         """Consume a step's candidates; returns (source, target) slots of text K/V to copy."""
         self.fed += 1
         if any(math.isnan(row.logprobs[0]) for row in rows):
@@ -64,7 +64,7 @@ class Sequence:
         if self.fed < len(self.request.prompt_ids):
             return []  # the next token comes from the prompt
         moves = self.decoding.advance(rows)
-        if self.decoding.over:
+        if self.decoding.finished:
             self.finish_reason = self.decoding.completions()[0].finish_reason
             return []
         return [(self.slots[source], self.slots[target]) for source, target in moves]
@@ -72,14 +72,16 @@ class Sequence:
     def output(self) -> RequestOutput | None:
         """Output since the last call: new tokens if streaming, everything at the end; else None."""
         if self.finish_reason is None:
-            news = self.decoding.news(self.told) if self.request.stream else Completion(())
-            self.told += len(news.token_ids)
-            return RequestOutput(self.request.id, news) if news.token_ids else None
-        if not self.decoding.over:  # cancelled, expired or failed
+            if not self.request.stream:
+                return None
+            new = self.decoding.new_tokens(self.reported)
+            self.reported += len(new.token_ids)
+            return RequestOutput(self.request.id, new) if new.token_ids else None
+        if not self.decoding.finished:  # cancelled, expired or failed
             failed = Completion((), finish_reason=self.finish_reason)
             return RequestOutput(self.request.id, failed, self._timing())
-        news, others = self.decoding.news(self.told), tuple(self.decoding.completions()[1:])
-        return RequestOutput(self.request.id, news, self._timing(), others)
+        new, others = self.decoding.new_tokens(self.reported), self.decoding.completions()[1:]
+        return RequestOutput(self.request.id, new, self._timing(), tuple(others))
 
     def _timing(self) -> Timing | None:
         if self.finished is None:

@@ -24,7 +24,7 @@ async def gather_or_cancel(parts: Iterable[Coroutine[Any, Any, _Result]]) -> lis
         if tasks:
             await asyncio.wait(tasks)
         while tasks:  # unnamed: a task holds its error, which holds this frame and an image
-            note_error(tasks.pop())
+            retrieve_error(tasks.pop())
 
 
 def _cancel(tasks: "Iterable[asyncio.Task[Any]]") -> None:
@@ -32,21 +32,21 @@ def _cancel(tasks: "Iterable[asyncio.Task[Any]]") -> None:
         task.cancel()
 
 
-def bare(error: _Error) -> _Error:
+def strip_error(error: _Error) -> _Error:
     """The error without its traceback, cause and context, whose frames hold what it was about."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error
 
 
-def bare_error(future: "asyncio.Future[Any]") -> None:
+def strip_future_error(future: "asyncio.Future[Any]") -> None:
     """Strip the error of a finished future that its frames refer to: the cycle would hold them
     until a full garbage collection.
     """
     if not future.cancelled() and (error := future.exception()) is not None:
-        bare(error)
+        strip_error(error)
 
 
-def note_error(task: "asyncio.Future[Any]") -> None:
+def retrieve_error(task: "asyncio.Future[Any]") -> None:
     """Retrieve the exception of a finished task, or asyncio logs that it was never retrieved."""
     if not task.cancelled():
         task.exception()

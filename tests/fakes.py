@@ -5,8 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as ListLike
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -52,10 +51,10 @@ class FakeTokenizer:
     def token(self, token: int) -> str:
         return str(token)
 
-    def whole_words(self, ids: ListLike[int]) -> str:
+    def whole_words(self, ids: Sequence[int]) -> str:
         return self.text(ids)
 
-    def text(self, ids: ListLike[int]) -> str:
+    def text(self, ids: Sequence[int]) -> str:
         return " ".join(str(i) for i in ids if i != EOS)
 
 
@@ -76,7 +75,7 @@ class FakeRunner:
         self.moves = 0
         self.fail_next: Exception | None = None
 
-    def encode(self, pixels: ListLike[np.ndarray], slots: ListLike[ListLike[int]]) -> None:
+    def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:
         self.encoded.append(len(pixels))
         for image, targets in zip(pixels, slots, strict=True):
             for slot in targets:
@@ -85,9 +84,9 @@ class FakeRunner:
 
     def decode(
         self,
-        tokens: ListLike[int],
-        fed: ListLike[int],
-        forced: ListLike[ListLike[int]] = (),
+        tokens: Sequence[int],
+        fed: Sequence[int],
+        forced: Sequence[Sequence[int]] = (),
         candidates: int = 1,
     ) -> Candidates:
         if self.fail_next is not None:
@@ -104,7 +103,7 @@ class FakeRunner:
         logprobs = np.broadcast_to(-0.5 - np.arange(candidates, dtype=np.float32), found.shape)
         return Candidates(found, logprobs.copy(), np.ones(found.shape[:2], np.float32))
 
-    def reorder(self, moves: ListLike[tuple[int, int]], fed: int) -> None:
+    def reorder(self, moves: Sequence[tuple[int, int]], fed: int) -> None:
         texts = {target: list(self.cache[source][1][:fed]) for source, target in moves}
         for target, text in texts.items():
             self.cache[target] = (self.cache[target][0], text)

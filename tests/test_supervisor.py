@@ -16,7 +16,7 @@ from server.ipc.messages import WorkerFacts
 from server.ipc.shared import RunFolder
 from server.models import ServedModel
 from server.processes.child import Child
-from server.processes.crew import workers
+from server.processes.children import workers
 from server.processes.supervisor import CannotStart, Supervisor
 from server.settings import Settings
 from tests.fakes import FakeRunner, fake_engine, fake_worker

@@ -12,10 +12,10 @@ from runtime.request import Completion, SamplingParams
 class Decoding(ABC):
     """Consumes the candidates of each step and provides the token to feed each row next.
 
-    plain: greedy on a single row, independent of earlier tokens, so steps can run in bursts.
+    can_burst: greedy on a single row, independent of earlier tokens, so steps can run in bursts.
     """
 
-    plain = False
+    can_burst = False
 
     def __init__(self, prompt: Sequence[int], sampling: SamplingParams, eos: int) -> None:
         """prompt: token ids. eos: id of the model's end token."""
@@ -54,7 +54,7 @@ class Decoding(ABC):
 
     @property
     @abstractmethod
-    def over(self) -> bool:
+    def finished(self) -> bool:
         """Whether all texts are complete."""
 
     @abstractmethod
@@ -62,9 +62,9 @@ class Decoding(ABC):
         """Choose each row's next token from its candidates; returns the text K/V moves of rows."""
 
     @abstractmethod
-    def news(self, told: int) -> Completion:
-        """Generated tokens of the first completion, after the first `told`."""
+    def new_tokens(self, reported: int) -> Completion:
+        """Generated tokens of the first completion, after the first `reported`."""
 
     @abstractmethod
     def completions(self) -> list[Completion]:
-        """All completions, best first; valid once `over`."""
+        """All completions, best first; valid once `finished`."""

@@ -46,7 +46,7 @@ class Beams(Decoding):
         self._scores = np.full(sampling.num_beams, _NEVER, np.float32)
         self._scores[0] = 0
         self._finished = [_Finished()] * sampling.num_beams
-        self._hopeful = True  # a text better than the finished ones is still possible
+        self._can_improve = True  # a text better than the finished ones is still possible
         self._ended = False
 
     @property
@@ -54,7 +54,7 @@ class Beams(Decoding):
         return 2 * self._sampling.num_beams  # up to `num_beams` of them may end
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         """See Decoding."""
         return self._ended
 
@@ -67,10 +67,10 @@ class Beams(Decoding):
         kept = np.argsort(-scores, kind="stable")[: self._sampling.num_beams]
         self._texts = [self._grown(best[at], rows) for at in kept]
         self._scores = scores[kept].astype(np.float32)
-        self._hopeful = self._hopeful and self._may_improve()
+        self._can_improve = self._can_improve and self._may_improve()
         full = all(each.text is not None for each in self._finished)
         early = self._sampling.early_stopping is True and full
-        self._ended = not self._hopeful or early or bool(ending.all())
+        self._ended = not self._can_improve or early or bool(ending.all())
         parents = [best[at].parent for at in kept]
         return [(parent, row) for row, parent in enumerate(parents) if parent != row]
 
@@ -98,7 +98,7 @@ class Beams(Decoding):
     def _finish(self, best: list[_Continued], rows: Sequence[RowCandidates]) -> None:
         """Keep the best finished texts; of `best`, only the first `num_beams` may join them."""
         full = all(each.text is not None for each in self._finished)
-        if (self._sampling.early_stopping is True and full) or not self._hopeful:
+        if (self._sampling.early_stopping is True and full) or not self._can_improve:
             return
         length = np.float32((len(self._texts[0].token_ids) + 1) ** self._sampling.length_penalty)
         for continued in best[: self._sampling.num_beams]:
@@ -118,9 +118,9 @@ class Beams(Decoding):
         possible = self._scores[0] / np.float32(length**sampling.length_penalty)
         return bool(possible > min(each.score for each in self._finished))
 
-    def news(self, told: int) -> Completion:
+    def new_tokens(self, reported: int) -> Completion:
         """See Decoding; empty until the end, when the best text is known."""
-        return self.completions()[0] if self.over else Completion(())
+        return self.completions()[0] if self.finished else Completion(())
 
     def completions(self) -> list[Completion]:
         """See Decoding."""

@@ -9,7 +9,7 @@ from runtime.decoding.candidates import Move, RowCandidates
 from runtime.decoding.penalties import penalised
 from runtime.request import Completion, FinishReason, SamplingParams
 
-_COLDEST = 1e-3  # lowest temperature: below it, the likeliest token is drawn anyway
+_MIN_TEMPERATURE = 1e-3  # lowest temperature: below it, the likeliest token is drawn anyway
 
 
 class Continuation(Decoding):
@@ -18,7 +18,7 @@ class Continuation(Decoding):
     def __init__(self, prompt: Sequence[int], sampling: SamplingParams, eos: int) -> None:
         """See Decoding."""
         super().__init__(prompt, sampling, eos)
-        self.plain = sampling.n == 1 and not (
+        self.can_burst = sampling.n == 1 and not (
             self._penalises or sampling.temperature or sampling.logprobs
         )
 
@@ -27,7 +27,7 @@ class Continuation(Decoding):
         return self._sampling.top_k if self._sampling.temperature else 1
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         """See Decoding."""
         return all(text.finish_reason for text in self._texts)
 
@@ -36,7 +36,8 @@ class Continuation(Decoding):
         for index, (text, row) in enumerate(zip(self._texts, rows, strict=True)):
             if text.finish_reason is not None:
                 continue
-            text.add(row, 0 if self.plain else self._chosen(index, row), self._sampling.logprobs)
+            chosen = 0 if self.can_burst else self._chosen(index, row)
+            text.add(row, chosen, self._sampling.logprobs)
             if text.token_ids[-1] == self._eos and not self._sampling.ignore_eos:
                 text.finish_reason = FinishReason.STOP
             elif len(text.token_ids) >= self._sampling.max_new_tokens:
@@ -58,9 +59,9 @@ class Continuation(Decoding):
         draw = np.random.Generator(np.random.Philox(key=key, counter=len(before))).random()
         return drawn(logits, sampling, draw)
 
-    def news(self, told: int) -> Completion:
+    def new_tokens(self, reported: int) -> Completion:
         """See Decoding."""
-        return self._texts[0].completion().after(told)
+        return self._texts[0].completion().after(reported)
 
     def completions(self) -> list[Completion]:
         """See Decoding."""
@@ -73,7 +74,7 @@ def drawn(logits: np.ndarray, sampling: SamplingParams, draw: float) -> int:
     logits: float `[K]` of the likeliest tokens. draw: uniform in [0, 1).
     """
     order = np.argsort(-logits, kind="stable")[: sampling.top_k]
-    scaled = np.asarray(logits, np.float64)[order] / max(sampling.temperature, _COLDEST)
+    scaled = np.asarray(logits, np.float64)[order] / max(sampling.temperature, _MIN_TEMPERATURE)
     weights = np.exp(scaled - scaled[0])
     share = weights.cumsum() / weights.sum()
     # Keep the fewest tokens that together reach top_p: those preceded by a smaller share.

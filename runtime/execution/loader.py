@@ -21,11 +21,11 @@ from runtime.providers.gpu_memory import Memory
 
 log = logging.getLogger(__name__)
 
-_ON_DEVICE = "float16"  # cache dtype of the DeviceRunner, on the CPU provider too
-_SHARE = 0.8  # share of a machine's memory that the slots may take
-_HALF = 2  # bytes
-_ARENA = 2  # ONNX Runtime's allocator for tensors outside a session takes up to twice their size
-_ACTIVATIONS = 24  # per image in the encoder: live tensors of positions x width
+_DEVICE_CACHE = "float16"  # cache dtype of the DeviceRunner, on the CPU provider too
+_MAX_MEMORY_SHARE = 0.8  # share of a machine's memory that the slots may take
+_FP16_BYTES = 2
+_ALLOCATOR_OVERHEAD = 2  # times that ONNX Runtime takes for tensors outside a session, at most
+_ACTIVATION_TENSORS = 24  # per image in the encoder: live tensors of positions x width
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def _fitted(manifest: Manifest, config: EngineConfig, plan: Plan) -> Plan:
     plan = replace(plan, text_tokens=text, cuda_graphs=config.cuda_graphs)
     if plan.decoder_provider != "cuda":
         slots = config.slots or SLOTS
-        most = int(_SHARE * config.memory_share * memory() / _slot_bytes(manifest, plan))
+        most = int(_MAX_MEMORY_SHARE * config.memory_share * memory() / _slot_bytes(manifest, plan))
         if slots > most:
             raise ProviderError(
                 f"{slots} slots do not fit the memory of {memory() / 2**30:.1f} GiB here: use "
@@ -93,12 +93,12 @@ def gpu_memory(manifest: Manifest, plan: Plan) -> Memory:
     """GPU memory of an engine: its weights, and the rest estimated from its shapes."""
     sizes, combination = manifest.sizes, manifest.combination(plan.combination)
     width = sizes.heads * sizes.head
-    kv = 2 * sizes.layers * width * _HALF  # per position
+    kv = 2 * sizes.layers * width * _FP16_BYTES  # per position
     graphs = (manifest.variant(graph, combination) for graph in ("encoder", "decoder"))
     return Memory(
         weights=sum(graph.weights for graph in graphs),
-        slot=(sizes.prefix + plan.text_tokens) * kv * _ARENA,
-        image=sizes.prefix * (kv * _ARENA + _ACTIVATIONS * width * _HALF),
+        slot=(sizes.prefix + plan.text_tokens) * kv * _ALLOCATOR_OVERHEAD,
+        image=sizes.prefix * (kv * _ALLOCATOR_OVERHEAD + _ACTIVATION_TENSORS * width * _FP16_BYTES),
     )
 
 
@@ -135,7 +135,7 @@ def _warm_runner(engine: Prepared, plan: Plan) -> AnyRunner | None:
     Raises ProviderError if the providers can't run the graphs.
     """
     cache = engine.manifest.combination(plan.combination).cache
-    kind = DeviceRunner if cache == _ON_DEVICE else HostRunner
+    kind = DeviceRunner if cache == _DEVICE_CACHE else HostRunner
     runner: AnyRunner = kind(engine.folder, engine.manifest, plan)
     try:
         runner.warm_up()

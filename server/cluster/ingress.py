@@ -29,7 +29,7 @@ from server.ipc.shared import RunFolder
 from server.logs import configure
 from server.model_files import ModelFiles
 from server.models import ServedModel
-from server.processes.crew import front_ends
+from server.processes.children import front_ends
 from server.processes.ports import Ports
 from server.processes.supervisor import CannotStart, Supervisor
 from server.settings import Settings

@@ -78,8 +78,8 @@ def _log(handler: tornado.web.RequestHandler) -> None:
         "client": ours.address,
         "key": ours.key,
         "code": ours.code,
-        "model": ours.model or None,
-        "request_id": ours.name,
+        "model": ours.model_name or None,
+        "request_id": ours.request_id,
     }
     log.info(
         "%(method)s %(path)s %(status)d %(duration_ms).1f ms, %(code)s, from %(client)s, key "

@@ -51,7 +51,7 @@ class CaptionHandler(IntakeHandler):
         del body
         fields = wanted.fields
         model = self.service.model(fields.model)
-        self.model = model.name
+        self.model_name = model.name
         accept = self.request.headers.get("Accept", "")[:_ACCEPT]
         streams = fields.stream or EVENTS in accept
         _check_clip(model, wanted)

@@ -21,7 +21,7 @@ from server.http.origins import PREFLIGHT, cors_headers
 from server.logs import request_id
 from server.refusals import RetryLater
 from server.service.service import Service
-from server.tasks import bare, bare_error
+from server.tasks import strip_error, strip_future_error
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +45,9 @@ class Handler(tornado.web.RequestHandler):
     def initialize(self, service: Service) -> None:
         """Called by Tornado with the application's service."""
         self.service = service
-        self.name = ""
+        self.request_id = ""
         self.streamed = 0  # bytes written before finish()
-        self.model = ""  # the name of the requested model
+        self.model_name = ""  # of the requested model
         self.code = "ok"  # or the code of the error answered
         self.key: str | None = None  # the name of the client's API key
         peer = self.request.remote_ip or ""
@@ -68,8 +68,8 @@ class Handler(tornado.web.RequestHandler):
     def prepare(self) -> None:
         """Set the request id, the client's or a new one, which is returned and logged."""
         given = self.request.headers.get("X-Request-Id", "")
-        self.name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        request_id.set(self.name)
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id.set(self.request_id)
         self._set_common_headers()
 
     @property
@@ -79,8 +79,8 @@ class Handler(tornado.web.RequestHandler):
 
     def _set_common_headers(self) -> None:
         """Set headers of every answer; again for errors, as Tornado clears all headers then."""
-        if self.name:
-            self.set_header("X-Request-Id", self.name)
+        if self.request_id:
+            self.set_header("X-Request-Id", self.request_id)
         allowed = self.service.settings.cors_origins
         for name, value in cors_headers(self.request.headers.get("Origin"), allowed).items():
             self.set_header(name, value)
@@ -162,7 +162,7 @@ class Handler(tornado.web.RequestHandler):
             return
         if error := kwargs.get("exc_info", (None, None, None))[1]:
             # The error's frames hold the body and the images, and it has been logged.
-            kwargs["exc_info"] = (type(error), bare(error), None)
+            kwargs["exc_info"] = (type(error), strip_error(error), None)
         answer = partial(super().send_error, status_code, **kwargs)
         self._refusal = asyncio.create_task(self._refuse_after(wait, answer))
 
@@ -204,7 +204,7 @@ class Handler(tornado.web.RequestHandler):
         super().on_connection_close()
         self._spend(group_of(self.address))  # its next connections come in one by one, if it owes
         # After the tasks that wait for the rest of the body have been told that there is none.
-        self.request._body_future.add_done_callback(bare_error)
+        self.request._body_future.add_done_callback(strip_future_error)
         if self._refusal is not None:
             self._refusal.cancel()
 
@@ -251,4 +251,4 @@ class Handler(tornado.web.RequestHandler):
         if answer is INTERNAL:
             log.error("error in %s", self.request.path, exc_info=(typ, value, tb))  # type: ignore[arg-type]
         elif answer.status == 500:
-            log.error("request %s: %s: %s", self.name, answer.code, value)
+            log.error("request %s: %s: %s", self.request_id, answer.code, value)

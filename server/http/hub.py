@@ -95,7 +95,7 @@ class HubHandler(Page, IntakeHandler):
         if len(images) != 1:
             raise InvalidRequest(f"the body has {len(images)} images: send one, in inputs")
         model = self.service.model()
-        self.model = model.name
+        self.model_name = model.name
         request = model.request(asked.asks, asked.sampling)
         caption = await self.service.caption(model, request, images, self.client)
         self.timing = caption.timing

@@ -19,7 +19,7 @@ from server.ipc.dispatcher import Expired
 from server.logs import plain
 from server.service.keys import sent
 from server.service.service import Service
-from server.tasks import bare
+from server.tasks import strip_error
 
 _PATH = 200  # characters traced
 EVENTS = "text/event-stream"
@@ -88,7 +88,7 @@ class IntakeHandler(Handler):
             if waits or length > most:
                 self._refuse_now(error)
             else:
-                self._refused = bare(error)
+                self._refused = strip_error(error)
 
     def take_place(self) -> None:
         """Count a caption, against its API key if there are keys, until the answer is over.
@@ -116,7 +116,7 @@ class IntakeHandler(Handler):
                     self._incoming = self.service.budget.begin(self._payer, self._make_room)
                 self.hold(len(chunk))
             except VignetteError as error:
-                self._refused = bare(error)
+                self._refused = strip_error(error)
                 self._drop_body()
             else:
                 self._body += chunk
@@ -150,7 +150,7 @@ class IntakeHandler(Handler):
 
     def _refuse_now(self, error: VignetteError) -> None:
         """Answer and close while the body is still arriving."""
-        self._refused = bare(error)  # in case the body ends before the delayed answer
+        self._refused = strip_error(error)  # in case the body ends before the delayed answer
         self._drop_body()
         self.send_error(exc_info=(type(error), error, None))
 
@@ -229,13 +229,13 @@ class IntakeHandler(Handler):
     def outcome(self, code: str) -> None:
         """Count and trace how the request ended, unless the client had gone before."""
         if not self._gone:
-            self.service.count(self.model, self.key, code)
+            self.service.count(self.model_name, self.key, code)
             if self.service.tracer is not None:
                 stages = {} if self.timing is None else self.timing.stages
                 span = f"POST {plain(self.request.path or '', _PATH)}"
                 headers = self.request.headers
                 self.service.tracer.record(
-                    span, headers, code, stages, self.request.request_time(), self.name
+                    span, headers, code, stages, self.request.request_time(), self.request_id
                 )
 
     def on_finish(self) -> None:

@@ -138,7 +138,7 @@ class InferHandler(_Shape, IntakeHandler):
     def check_head(self) -> None:
         """Raises UnknownModel or InvalidRequest."""
         self.asked_model = self.service.model(self.path_args[0])
-        self.model = self.asked_model.name
+        self.model_name = self.asked_model.name
         length = self.request.headers.get(_LENGTH)
         if length is not None and not _WHOLE.fullmatch(length):
             raise InvalidRequest(f"{_LENGTH} {shown(length)} is no number")
@@ -188,7 +188,7 @@ class InferHandler(_Shape, IntakeHandler):
             else:
                 output["data"] = found
             outputs.append(output)
-        answer: dict[str, Any] = {"model_name": self.model, "model_version": VERSION}
+        answer: dict[str, Any] = {"model_name": self.model_name, "model_version": VERSION}
         if asked.id:
             answer["id"] = asked.id
         head = json.dumps(answer | {"outputs": outputs}).encode()

@@ -31,7 +31,7 @@ from server.errors import HTTP_ERRORS
 from server.fairness.token_buckets import TokenBuckets
 from server.http.debtors import Debtors
 from server.logs import RateLimitedLog
-from server.tasks import bare, bare_error
+from server.tasks import strip_error, strip_future_error
 
 log = logging.getLogger(__name__)
 
@@ -230,9 +230,9 @@ class _Stream(IOStream):
         reading = self._read_future
         super().close(exc_info)
         if self.error is not None:
-            bare(self.error)
+            strip_error(self.error)
         if reading is not None:
-            reading.add_done_callback(bare_error)
+            reading.add_done_callback(strip_future_error)
 
     def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
         """Bytes read; None if there are none now, 0 at the end of the input."""

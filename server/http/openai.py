@@ -180,7 +180,7 @@ class ChatHandler(IntakeHandler):
         asked = checked(ChatRequest, parts.fields)
         prompt, images = asked.asked(parts.images)
         model = self.service.model(asked.model)
-        self.model = model.name
+        self.model_name = model.name
         room = model.limits.most_new_tokens(model.tokenizer.prompt_ids(prompt))
         request = model.request(prompt, asked.sampling(room), stream=asked.stream)
         completion = _Completion(self, asked, model, request)

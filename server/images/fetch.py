@@ -32,7 +32,7 @@ from server.fairness.fair_queue import FairQueue
 from server.images.hosts import ForbiddenUrl, PublicResolver, looking_up
 from server.loop_thread import LoopThread
 from server.refusals import QueueFull
-from server.tasks import note_error
+from server.tasks import retrieve_error
 
 _REDIRECTS = 3
 _FETCHES = 32  # at a time
@@ -223,7 +223,7 @@ class Fetcher:
             timer.cancel()
         self._slow.pop(fetch, None)
         self._turns.give(fetch.client, time.monotonic() - began, fetch.gave_way)
-        note_error(fetching)
+        retrieve_error(fetching)
 
     def close(self) -> None:
         """End the connections' thread; no fetch may be under way."""

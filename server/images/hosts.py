@@ -12,7 +12,7 @@ from tornado.netutil import Resolver
 
 from runtime.errors import InvalidRequest
 from server.fairness.fair_queue import FairQueue
-from server.tasks import note_error
+from server.tasks import retrieve_error
 
 _LOOKUPS = 8  # at a time
 # Missing from Python's own list, or until lately: local NAT64, deprecated site-local addresses,
@@ -62,7 +62,7 @@ class Lookups(Resolver):
 
     def _ended(self, client: str, looking: "asyncio.Future[Any]") -> None:
         self._turns.give(client)
-        note_error(looking)
+        retrieve_error(looking)
 
 
 class PublicResolver(Resolver):

@@ -15,7 +15,7 @@ from server.images.cost import TooHard
 from server.images.decoder import BUG, FAILED, Decoder, Place, Setup, raised
 from server.logs import RateLimitedLog
 from server.system import KILLED_FROM_OUTSIDE
-from server.tasks import note_error
+from server.tasks import retrieve_error
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ async def _to_the_end(task: "asyncio.Task[tuple[bytes, bytes]]") -> tuple[bytes,
         except asyncio.CancelledError:
             cancelled = True
     if cancelled:
-        note_error(task)
+        retrieve_error(task)
         raise asyncio.CancelledError
     try:
         return task.result()

@@ -12,7 +12,7 @@ from server.ipc.shared import RunFolder
 from server.logs import flush
 from server.model_files import ModelFiles
 from server.models import ServedModel
-from server.processes.crew import front_ends, workers
+from server.processes.children import front_ends, workers
 from server.processes.ports import Ports
 from server.processes.supervisor import Supervisor
 from server.settings import Settings
@@ -29,7 +29,7 @@ async def run(
     worker_main: Callable[..., Any],
     devices: Sequence[str],
 ) -> None:
-    """Serve until a signal asks to end. devices: see `crew.workers`.
+    """Serve until a signal asks to end. devices: see `children.workers`.
 
     Raises CannotListen, EngineFolderError, NoSharedMemory or CannotStart.
     """

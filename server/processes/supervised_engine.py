@@ -21,7 +21,7 @@ from server.ipc.messages import Serving, WorkerState, process_name
 from server.ipc.shared import PixelStore, RunFolder
 from server.ipc.transport import WorkerLinks
 from server.models import ServedModel
-from server.processes.crew import workers
+from server.processes.children import workers
 from server.processes.supervisor import CannotStart, Supervisor
 from server.settings import Settings
 

@@ -80,9 +80,9 @@ class Supervisor:
         self._reading = 0  # number of API key reloads
         self._announced = self._stopping = False
         self._run, self._folder, self._ports = run, run.path, ports
-        self._workers, self._later = workers, front_ends
+        self._workers, self._all_front_ends = workers, front_ends
         self._front_ends: list[Child] = []  # started once all engines are complete
-        self._whole: set[str] = set()  # models whose engine was found complete
+        self._verified_models: set[str] = set()  # models whose engine was found complete
         self.refused = {model: Remembered(QUARANTINE_SECONDS) for model in models}
         self.elsewhere: tuple[WorkerState, ...] = ()
         self.on_ready: Callable[[], object] = lambda: None
@@ -92,9 +92,9 @@ class Supervisor:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until told to stop. Raises NoSharedMemory or CannotStart."""
         try:
-            names = [child.stable_name for child in [*self._workers, *self._later]]
+            names = [child.stable_name for child in [*self._workers, *self._all_front_ends]]
             path = self._settings.api_keys
-            known = keys.copy(path, self._folder) if path and self._later else 0
+            known = keys.copy(path, self._folder) if path and self._all_front_ends else 0
             metrics.make_files(self._folder, names, known, len(self.refused))
             self._control.bind(control_address(self._folder))
             await self._serve(stop)
@@ -145,7 +145,7 @@ class Supervisor:
     # --- Processes --------------------------------------------------------------------------------
 
     def _open_front_ends(self) -> None:
-        self._front_ends = self._later
+        self._front_ends = self._all_front_ends
         for child in self._front_ends:
             child.start()
 
@@ -237,8 +237,8 @@ class Supervisor:
                 case FailedToStart(reason):
                     log.error("%s: %s", sender.decode(), reason)
                 case EngineVerified(model):
-                    self._whole.add(model)
-                    if self._whole == set(self.refused) and not self._front_ends:
+                    self._verified_models.add(model)
+                    if self._verified_models == set(self.refused) and not self._front_ends:
                         self._open_front_ends()  # all engines are complete
                 case FrontEndReady() if child is not None and self._draining:
                     child.kill()  # it would take requests that nobody drains
@@ -304,7 +304,7 @@ class Supervisor:
     def _announce(self) -> None:
         children = [child.worker_state() for child in self._workers]
         ready = [state for state in (*children, *self.elsewhere) if state.state == "ready"]
-        up = all(child.state == "ready" for child in self._later)
+        up = all(child.state == "ready" for child in self._all_front_ends)
         if self._announced or {state.model for state in ready} != set(self.refused) or not up:
             return
         self._announced = True

@@ -28,7 +28,7 @@ from server.ipc.messages import WorkerFacts, WorkerState
 from server.ipc.shared import PixelStore
 from server.ipc.transport import WorkerLinks
 from server.service.admission import Admission, State
-from server.tasks import note_error
+from server.tasks import retrieve_error
 
 
 @dataclass(slots=True, eq=False)
@@ -166,7 +166,7 @@ class Model:
         running = [job for job in jobs if not job.done()]
         for job in jobs:
             if job.done():
-                note_error(job)
+                retrieve_error(job)
         if not running:
             self._free(slot)
             return
@@ -175,7 +175,7 @@ class Model:
         def ended(job: "asyncio.Task[None]") -> None:
             nonlocal left
             left -= 1
-            note_error(job)
+            retrieve_error(job)
             if not left:
                 self._free(slot)
 
@@ -193,7 +193,7 @@ def _timed(output: RequestOutput, preprocess_s: float) -> RequestOutput:
 def _raise_first(jobs: "list[asyncio.Task[None]]") -> None:
     """Raise the error of the first task that failed. All tasks must have ended."""
     for job in jobs:
-        note_error(job)
+        retrieve_error(job)
     try:
         for job in jobs:
             job.result()
