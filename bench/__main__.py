@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +52,32 @@ def _known_rates(sections: dict[str, Any]) -> dict[str, float]:
     return {name: rate for name, rate in best.items() if rate}
 
 
+def _alone(measure: Callable[[Settings], dict[str, Any]]) -> Section:
+    """A section that needs no other's results."""
+    return lambda settings, _: measure(settings)
+
+
 SECTIONS: dict[str, Section] = {
-    "images": lambda settings, _: images.measure(settings),
-    "roofline": lambda settings, _: machine.measure(settings),
-    "profile": lambda settings, _: profile.measure(settings),
-    "batches": lambda settings, _: batches.measure(settings),
+    "images": _alone(images.measure),
+    "roofline": _alone(machine.measure),
+    "profile": _alone(profile.measure),
+    "batches": _alone(batches.measure),
     "offline": lambda settings, done: offline.measure(settings, done.get("batches", {})),
-    "bulk": lambda settings, _: bulk.measure(settings),
-    "rival": lambda settings, _: rival.measure(settings),
-    "beams": lambda settings, _: beams.measure(settings),
-    "scores": lambda settings, _: scores.measure(settings),
-    "ablation": lambda settings, _: ablation.measure(settings),
-    "scheduling": lambda settings, _: scheduling.measure(settings),
-    "http": lambda settings, _: apache.measure(settings),
-    "service": lambda settings, _: service.measure(settings),
-    "protocols": lambda settings, _: protocols.measure(settings),
-    "cluster": lambda settings, _: cluster.measure(settings),
-    "scaling": lambda settings, _: scaling.measure(settings),
-    "front_ends": lambda settings, _: front_ends.measure(settings),
+    "bulk": _alone(bulk.measure),
+    "rival": _alone(rival.measure),
+    "beams": _alone(beams.measure),
+    "scores": _alone(scores.measure),
+    "ablation": _alone(ablation.measure),
+    "scheduling": _alone(scheduling.measure),
+    "http": _alone(apache.measure),
+    "service": _alone(service.measure),
+    "protocols": _alone(protocols.measure),
+    "cluster": _alone(cluster.measure),
+    "scaling": _alone(scaling.measure),
+    "front_ends": _alone(front_ends.measure),
     "open_loop": lambda settings, done: open_loop.measure(settings, _known_rates(done)),
 }
-BASELINE: Section = lambda settings, _: apache.measure(settings, only_baselines=True)  # noqa: E731
+BASELINE = _alone(partial(apache.measure, only_baselines=True))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -35,9 +35,8 @@ from runtime.request import (
     FinishReason,
     GenerationRequest,
     RequestOutput,
-    captioned,
-    joined,
 )
+from runtime.results import join_outputs, make_caption
 from runtime.scheduler import Scheduler
 from runtime.sequence import Sequence
 from runtime.stepper import Stepper
@@ -361,4 +360,4 @@ class Engine:
 
     def caption(self, request: GenerationRequest, *outputs: RequestOutput) -> Caption:
         """The caption of an ended request. Raises ComputationFailed if the request failed."""
-        return captioned(request, joined(outputs), self.tokenizer)
+        return make_caption(request, join_outputs(outputs), self.tokenizer)

@@ -4,7 +4,11 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
 from runtime.model.tokenizer import CaptionTokenizer
-from runtime.request import Completion, RequestOutput, joined
+from runtime.request import (
+    Completion,
+    RequestOutput,
+)
+from runtime.results import join_outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,5 +35,5 @@ async def text_deltas(
         if output.finish_reason is None:
             yield TextDelta(output.completion, tokenizer.whole_words(tokens), len(tokens))
         else:
-            whole = joined(told)
+            whole = join_outputs(told)
             yield TextDelta(output.completion, tokenizer.text(tokens), len(tokens), whole)

@@ -14,8 +14,8 @@ from runtime.request import (
     RequestOutput,
     SamplingParams,
     SchedulingParams,
-    joined,
 )
+from runtime.results import join_outputs
 from server.ipc.dispatcher import Dispatcher, EngineFailed, EngineLost, Expired
 from server.ipc.messages import TO_WORKER, Cancel, Generate, Hello, Output, StepFailed
 from tests.live import requests_in
@@ -82,7 +82,7 @@ class World:
     async def _read(self, request: GenerationRequest, digest: str) -> tuple[int, ...]:
         async for output in self.dispatcher.generate(request, digest):
             self.read[request.pixels].append(output)
-        return joined(self.read[request.pixels]).token_ids
+        return join_outputs(self.read[request.pixels]).token_ids
 
     async def say(self, key, message) -> None:
         self.dispatcher.received(key, message)

@@ -18,7 +18,11 @@ from runtime.limits import Limits
 from runtime.model import manifest as manifests
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.planning.config import MOST_SLOTS
-from runtime.request import GenerationRequest, RequestOutput, captioned
+from runtime.request import (
+    GenerationRequest,
+    RequestOutput,
+)
+from runtime.results import make_caption
 from server.bulk.captioning import RunFailed
 from server.bulk.items import ScoredCaption, UnfitItem, scored
 from server.ipc.dispatcher import EngineFailed, PoisonedImage
@@ -116,7 +120,7 @@ class BulkEngine:
             raise UnfitItem("the engine failed on it twice, the second time alone") from error
         except EngineFailed as error:
             raise UnfitItem(str(error)) from error
-        return scored(captioned(request, output, self._tokenizer))
+        return scored(make_caption(request, output, self._tokenizer))
 
     def close(self) -> None:
         """End the engine's process, also when this process exits without it."""

@@ -6,7 +6,11 @@ import time
 from contextlib import aclosing
 
 from runtime.errors import InvalidRequest, VignetteError
-from runtime.request import Caption, GenerationRequest, captioned
+from runtime.request import (
+    Caption,
+    GenerationRequest,
+)
+from runtime.results import make_caption
 from server.bodies import Parts, media_type, read_form
 from server.errors import answer_to
 from server.fields import CaptionFields
@@ -140,7 +144,7 @@ class CaptionHandler(IntakeHandler):
                     if news.completion.token_ids:
                         self.send({"text": news.text, "tokens": news.tokens}, "token")
             assert news.whole is not None
-            caption = captioned(request, news.whole, model.tokenizer)
+            caption = make_caption(request, news.whole, model.tokenizer)
             self.send(self._answer(model, caption, started), "caption")
         except VignetteError as error:
             if not self.streams:

@@ -17,9 +17,8 @@ from runtime.request import (
     FinishReason,
     GenerationRequest,
     RequestOutput,
-    captioned,
-    joined,
 )
+from runtime.results import join_outputs, make_caption
 from server.bodies import media_type, shown
 from server.errors import ErrorStatus, UnsupportedMediaType
 from server.fields import checked
@@ -188,7 +187,7 @@ class ChatHandler(IntakeHandler):
             if asked.stream:
                 await completion.stream(outputs)
             else:
-                self.write_json(completion.whole(joined([each async for each in outputs])))
+                self.write_json(completion.whole(join_outputs([each async for each in outputs])))
 
 
 class _Completion:
@@ -207,7 +206,7 @@ class _Completion:
 
     def whole(self, output: RequestOutput) -> dict[str, Any]:
         """The whole completion, not streamed."""
-        caption = captioned(self._request, output, self._model.tokenizer)
+        caption = make_caption(self._request, output, self._model.tokenizer)
         self._handler.timing = caption.timing
         captions = (caption, *caption.others)
         return {

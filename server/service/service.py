@@ -14,7 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from runtime.errors import InvalidRequest, VignetteError
-from runtime.request import Caption, GenerationRequest, RequestOutput, Timing, captioned, joined
+from runtime.request import (
+    Caption,
+    GenerationRequest,
+    RequestOutput,
+    Timing,
+)
+from runtime.results import join_outputs, make_caption
 from server.fairness.byte_budget import ByteBudget
 from server.fairness.present_clients import PresentClients
 from server.fairness.slot_shares import SlotShares
@@ -174,8 +180,8 @@ class Service:
     ) -> Caption:
         """The whole caption. Raises what `generate` raises, and ComputationFailed."""
         async with aclosing(self.generate(model, request, images, client)) as outputs:
-            output = joined([each async for each in outputs])
-        return captioned(request, output, model.tokenizer)
+            output = join_outputs([each async for each in outputs])
+        return make_caption(request, output, model.tokenizer)
 
     def check_page(self, client: str) -> None:
         """Raise TooFast or QueueFull if a client, or all together, have too many large pages."""
@@ -269,7 +275,7 @@ class Service:
             made.append(True)
             model.links.dispatcher.check(origin.digest)  # it may have crashed another flight
             async with aclosing(model.run(request, images, origin)) as outputs:
-                return joined([output async for output in outputs])
+                return join_outputs([output async for output in outputs])
 
         key = model.name, model.identity, origin.digest, request.prompt_ids, request.sampling
         async with until(origin.deadline):
