@@ -42,7 +42,7 @@ def test_a_body_of_single_bytes_is_hung_up_on(path):
 def test_a_stranger_is_refused_before_the_body_is_kept_however_often(tmp_path, head):
     (tmp_path / "keys").write_text(f"one {hashlib.sha256(b'secret').hexdigest()} 0 0\n")
     with serve(fake_engine, api_keys=tmp_path / "keys") as live:
-        live.service.refusals.spend("127.0.0.1", 120)  # no refusals left: it has to wait
+        live.service.rates.refusals.spend("127.0.0.1", 120)  # no refusals left: it has to wait
         reply = live.caption(png(), **head)
         assert (reply.status, reply.error) == (401, "unauthorised")
         assert live.metric('vignette_requests_total{outcome="ok"}') == 0
@@ -147,8 +147,8 @@ def test_a_client_that_says_no_more_still_gets_its_answer():
 
 def test_connections_that_wait_for_a_refusal_make_room():
     with serve(fake_engine, max_connections=16) as live:
-        live.service.refusals = TokenBuckets(50.0, 100.0, longest=1.0)
-        live.service.refusals.spend("127.0.0.1", 300)
+        live.service.rates.refusals = TokenBuckets(50.0, 100.0, longest=1.0)
+        live.service.rates.refusals.spend("127.0.0.1", 300)
         waiting = []
         for _ in range(16):
             client = socket.create_connection(("127.0.0.1", live.port))
@@ -169,7 +169,7 @@ def test_a_client_without_credit_that_leaves_gets_its_place_back(tmp_path):
     engine = gated()
     with serve(lambda: engine, api_keys=tmp_path / "keys") as live:
         engine.runner.open.clear()
-        live.service.refusals.spend("one", 150)
+        live.service.rates.refusals.spend("one", 150)
         head = f"Host: x\r\nX-API-Key: secret\r\nContent-Length: {len(png())}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", live.port)) as client:
             client.sendall(b"POST /caption HTTP/1.1\r\n" + head.encode() + png())
@@ -207,7 +207,7 @@ def test_who_asks_and_leaves_all_the_time_has_to_wait():
 
     engine = gated()
     with serve(lambda: engine) as live:
-        live.service.left = TokenBuckets(0.01, 3)
+        live.service.rates.abandoned = TokenBuckets(0.01, 3)
         engine.runner.open.clear()
         head = b"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(png())
         for _ in range(4):
@@ -227,11 +227,11 @@ def test_nothing_is_begun_for_who_is_hung_up_on(monkeypatch):
     monkeypatch.setattr(handler, "_LATE", 0)
     monkeypatch.setattr(Service, "check_room", lambda service, client: begun.append(client))
     with serve(fake_engine) as live:
-        live.service.left = TokenBuckets(0.01, 1)
-        live.service.left.spend("127.0.0.1", 2)
+        live.service.rates.abandoned = TokenBuckets(0.01, 1)
+        live.service.rates.abandoned.spend("127.0.0.1", 2)
         with pytest.raises(ConnectionError):
             live.caption(png())
-        live.service.left = TokenBuckets(1, 1)
+        live.service.rates.abandoned = TokenBuckets(1, 1)
         assert live.caption(png()).status == 200
     assert len(begun) == 1
 

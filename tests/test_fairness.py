@@ -164,7 +164,7 @@ def test_a_list_of_errors_is_no_caption_that_makes_up_for_them():
     with serve(fake_engine) as live:
         for _ in range(5):
             assert live.caption(as_json(images=[b64(b"x")]), **JSON).status == 200
-        assert live.service.refusals._left["127.0.0.1"][0] < 96, "of 100"
+        assert live.service.rates.refusals._left["127.0.0.1"][0] < 96, "of 100"
         assert live.metric('vignette_requests_total{outcome="invalid_image"}') == 5
 
 

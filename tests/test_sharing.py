@@ -43,7 +43,7 @@ def test_who_owes_is_not_forgotten_for_those_that_are_only_asked_about():
 def test_a_large_body_comes_in_no_faster_than_its_client_may_send():
     with serve(fake_engine) as live:
         spent = []
-        live.service.intake.spend = lambda client, size: spent.append((client, size)) or 0.03
+        live.service.rates.uploads.spend = lambda client, size: spent.append((client, size)) or 0.03
         assert live.caption(png() + bytes(100_000)).status == 200
         assert not spent, "most images are no larger"
         assert live.caption(png() + bytes(2_000_000)).status == 200

@@ -17,7 +17,7 @@ from tests.live import fetch, png, serve, until
 
 def test_who_asks_for_pages_all_the_time_has_to_wait():
     with serve(fake_engine) as live:
-        live.service.visits.spend("127.0.0.1", 400 + 100)
+        live.service.rates.pages.spend("127.0.0.1", 400 + 100)
         start = time.perf_counter()
         assert live.request("GET", "/health/live").status == 200
         assert time.perf_counter() - start > 0.3
@@ -34,10 +34,10 @@ def test_captions_that_are_known_cost_as_much_as_pages_while_others_are_here():
             return time.perf_counter() - start
 
         seconds("1.2.3.4")
-        live.service.visits.spend("1.2.3.4", 400 + 200)
+        live.service.rates.pages.spend("1.2.3.4", 400 + 200)
         assert seconds("1.2.3.4") < 0.3, "nobody else is here"
         assert live.caption(png((3, 3, 3)), X_Forwarded_For="5.6.7.8").status == 200
-        live.service.visits.spend("1.2.3.4", 200)
+        live.service.rates.pages.spend("1.2.3.4", 200)
         assert seconds("1.2.3.4") > 0.5
         assert live.metric("vignette_cache_hits_total") == 2
 
@@ -61,37 +61,37 @@ def test_the_ops_port_has_a_rate_for_all_clients_together():
 def test_who_asks_and_leaves_is_charged(asked, monkeypatch):
     """Parsing a head takes as long as a page."""
     with serve(fake_engine) as live:
-        live.service.visits.spend = Mock(wraps=live.service.visits.spend)
+        live.service.rates.pages.spend = Mock(wraps=live.service.rates.pages.spend)
         for _ in range(5):
             with socket.create_connection(("127.0.0.1", live.port)) as client:
                 client.sendall(asked + b"\r\n")
         cost = 1 + asked.count(b"\n") / 20 + len(asked) / 2**14
-        charged = live.service.visits.spend.call_args_list
+        charged = live.service.rates.pages.spend.call_args_list
         until(lambda: sum(call.args[1] for call in charged) >= 5 * cost)
 
 
 @pytest.mark.parametrize("asked", [b"GET / HTTP/1.1\r\nHost: x\r\n", b"a: " + b"x" * 70_000])
 def test_who_sends_a_part_of_a_head_or_too_much_of_one_is_charged(asked):
     with serve(fake_engine) as live:
-        live.service.visits.spend = Mock(wraps=live.service.visits.spend)
+        live.service.rates.pages.spend = Mock(wraps=live.service.rates.pages.spend)
         with socket.create_connection(("127.0.0.1", live.port)) as client:
             client.sendall(asked)
             with contextlib.suppress(OSError):
                 client.shutdown(socket.SHUT_WR)
                 assert not client.recv(1)
-        until(lambda: live.service.visits.spend.called)
-        live.service.visits.spend.reset_mock()
+        until(lambda: live.service.rates.pages.spend.called)
+        live.service.rates.pages.spend.reset_mock()
         with socket.create_connection(("127.0.0.1", live.port)):
             pass  # as those do who ask whether the port is open
         assert live.request("GET", "/health/live").status == 200
-        assert live.service.visits.spend.call_count == 1
+        assert live.service.rates.pages.spend.call_count == 1
 
 
 def test_connections_that_who_owes_has_left_are_not_read(monkeypatch):
     parsed = Mock(wraps=HTTPHeaders.parse)
     monkeypatch.setattr(HTTPHeaders, "parse", parsed)
     with serve(fake_engine) as live:
-        live.service.visits.spend("127.0.0.1", 400 + 200)
+        live.service.rates.pages.spend("127.0.0.1", 400 + 200)
         for _ in range(100):
             with socket.create_connection(("127.0.0.1", live.port)) as client:
                 client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -125,13 +125,13 @@ def test_all_who_owe_together_are_read_as_slowly_as_a_few(clients, each, monkeyp
 def test_a_trusted_proxy_s_connections_are_read_whoever_owes(monkeypatch):
     monkeypatch.setattr(debtors, "_TURN_SECONDS", 100)
     with serve(fake_engine, trusted_proxies=("127.0.0.1",)) as live:
-        live.service.visits.spend("127.0.0.1", 400 + 200)
+        live.service.rates.pages.spend("127.0.0.1", 400 + 200)
         assert live.caption(png(), X_Forwarded_For="1.2.3.4").status == 200
 
 
 def test_another_port_for_operators_has_visits_of_its_own():
     with serve(fake_engine) as live:
-        live.service.visits.spend("127.0.0.1", 400 + 2000)
+        live.service.rates.pages.spend("127.0.0.1", 400 + 2000)
         start = time.perf_counter()
         assert fetch(live.ops_port, "GET", "/health/live").status == 200
         assert time.perf_counter() - start < 3
@@ -167,7 +167,7 @@ def test_large_pages_are_refused_while_many_lie_unread():
 
 def test_preflights_are_paced_as_pages_are():
     with serve(fake_engine, cors_origins=("*",)) as live:
-        live.service.visits.spend("127.0.0.1", 400 + 100)
+        live.service.rates.pages.spend("127.0.0.1", 400 + 100)
         start = time.perf_counter()
         assert live.request("OPTIONS", "/caption", Origin="https://a.example").status == 204
         assert time.perf_counter() - start > 0.3

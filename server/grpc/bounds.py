@@ -53,7 +53,7 @@ class Bounds(grpc.aio.ServerInterceptor):
             call = _BoundedCall(self, self._service, handler, context, captions)
             with self._place(call.address) as place:
                 asks = not (captions or handler.request_streaming)
-                if not place or (asks and self._service.visits.spend(call.address, 1)):
+                if not place or (asks and self._service.rates.pages.spend(call.address, 1)):
                     await call.end(grpc.StatusCode.RESOURCE_EXHAUSTED, _TOO_MANY)
                 try:
                     await call.answer(function)
@@ -169,7 +169,7 @@ class _BoundedCall:
     async def pace(self) -> None:
         """Wait for the address's next turn to ask."""
         if not self.captions:
-            await asyncio.sleep(self._service.visits.spend(self.address, 1))
+            await asyncio.sleep(self._service.rates.pages.spend(self.address, 1))
 
     async def end(self, status: grpc.StatusCode, reason: str) -> None:
         """End the call with a status, whether or not its client takes that."""

@@ -116,13 +116,13 @@ class Call:
                 self._outcome(answer_to(error, 500).code)
                 raise
             except (asyncio.CancelledError, GeneratorExit):
-                self.service.was_left(self.client, self.images)
+                self.service.rates.was_abandoned(self.client, self.images)
                 self._outcome("cancelled")
                 raise
             except Exception:
                 self._outcome(INTERNAL.code)
                 raise
-            self.service.was_served(self.client)
+            self.service.rates.was_served(self.client)
             self._outcome("ok")
 
     def _outcome(self, code: str) -> None:
@@ -136,12 +136,12 @@ class Call:
         """Apply the client's limit on bytes a second, which exempts small messages, and the delay
         for its abandoned and refused requests. size: bytes.
         """
-        wait = self.service.intake.spend(self.client, size) if size > _SMALL else 0.0
-        await asyncio.sleep(max(wait, self.service.owed(self.client)))
+        wait = self.service.rates.uploads.spend(self.client, size) if size > _SMALL else 0.0
+        await asyncio.sleep(max(wait, self.service.rates.owed(self.client)))
 
     async def wait_turn(self, images: int = 1) -> None:
         """Apply the client's rate limit for refusals. images: how many are refused."""
-        await asyncio.sleep(self.service.refusals.spend(self.client, images))
+        await asyncio.sleep(self.service.rates.refusals.spend(self.client, images))
 
     async def refuse(self, refusal: Refusal, images: int = 1) -> None:
         """End the call with an error, after the client's rate limit for refusals."""

@@ -10,7 +10,8 @@ from server.fairness.token_buckets import TokenBuckets
 from server.http import caption, health, hub, kserve, metrics, openai, pages
 from server.http.handler import Handler
 from server.logs import plain
-from server.service.service import ALL_VISITS, VISITS, Service
+from server.service.client_rates import pages as page_rates
+from server.service.service import Service
 
 _MODEL = "(.+?)(?:/versions/1)?"  # names may contain slashes
 _PATH, _METHOD = 200, 20  # characters logged
@@ -41,14 +42,14 @@ def make_app(service: Service) -> tornado.web.Application:
         (r"/v1/chat/completions", openai.ChatHandler),
     ]
     routes += [] if service.settings.ops_port is not None else _OPS
-    return _app(service, routes, service.visits)
+    return _app(service, routes, service.rates.pages)
 
 
 def make_ops_app(service: Service) -> tornado.web.Application:
     """The application of a separate ops port: health and metrics only. What comes to the public
     port does not count there.
     """
-    return _app(service, _OPS, TokenBuckets(*VISITS, total=ALL_VISITS))
+    return _app(service, _OPS, page_rates())
 
 
 def _app(

@@ -98,7 +98,7 @@ class CaptionHandler(IntakeHandler):
         errors = [result.error.code for result in results if isinstance(result, ErrorAnswer)]
         if len(errors) == len(results):
             self.code = errors[0]
-        await self.held_back(self.service.refusals.spend(self.client, len(errors)))
+        await self.held_back(self.service.rates.refusals.spend(self.client, len(errors)))
         texts = []
         for result in results:
             texts.append(as_json(result))

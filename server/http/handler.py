@@ -156,7 +156,7 @@ class Handler(tornado.web.RequestHandler):
         self._spend(group_of(self.address))
         cost = 1 + len(self.request.query) / _QUERY_COST
         gone = self.request.connection.stream.closed()  # type: ignore[union-attr]
-        wait = 0.0 if gone else self.service.refusals.spend(self.client, cost)
+        wait = 0.0 if gone else self.service.rates.refusals.spend(self.client, cost)
         if not wait:
             super().send_error(status_code, **kwargs)
             return

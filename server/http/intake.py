@@ -122,7 +122,7 @@ class IntakeHandler(Handler):
                 self._body += chunk
         if self._received <= _FREE:
             return None
-        wait = self.service.intake.spend(self.client, len(chunk))
+        wait = self.service.rates.uploads.spend(self.client, len(chunk))
         return asyncio.sleep(wait) if wait > _STEP_SECONDS else None
 
     def hold(self, size: int) -> None:
@@ -179,7 +179,7 @@ class IntakeHandler(Handler):
             raise refused
         self._came()
         self._task = asyncio.current_task()
-        await self.held_back(self.service.owed(self.client))
+        await self.held_back(self.service.rates.owed(self.client))
         self.service.check_room(self.client)
         if len(self._body) > _LARGE:  # several may be complete at once, and are copied
             await self.service.turn()
@@ -187,7 +187,7 @@ class IntakeHandler(Handler):
         self._body = bytearray()
         await self.serve(body)
         if self.code == "ok":
-            self.service.was_served(self.client)
+            self.service.rates.was_served(self.client)
         self.outcome(self.code)
 
     def send(self, content: Any, kind: str | None = None) -> None:
@@ -255,7 +255,7 @@ class IntakeHandler(Handler):
             self.ui = None  # type: ignore[assignment]  # it refers to this; `finish` isn't called
         else:
             self.outcome("cancelled")
-            self.service.was_left(self.client, self._images)
+            self.service.rates.was_abandoned(self.client, self._images)
             self._gone = True
             self._task.add_done_callback(lambda _: self._place.close())
             self._task.cancel()

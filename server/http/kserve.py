@@ -162,7 +162,7 @@ class InferHandler(_Shape, IntakeHandler):
         try:
             captions = await inputs.captions(self.service, self.asked_model, self.client)
         except VignetteError:
-            self.service.refusals.spend(self.client, len(inputs.images) - 1)
+            self.service.rates.refusals.spend(self.client, len(inputs.images) - 1)
             raise
         self.timing = captions[0].timing
         values: dict[str, list[Any]] = {

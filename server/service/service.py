@@ -24,7 +24,6 @@ from runtime.results import join_outputs, make_caption
 from server.fairness.byte_budget import ByteBudget
 from server.fairness.present_clients import PresentClients
 from server.fairness.slot_shares import SlotShares
-from server.fairness.token_buckets import TokenBuckets
 from server.images.clips import Clip
 from server.images.fetch import Fetcher
 from server.images.pool import ImageDecoders, Origin
@@ -34,6 +33,7 @@ from server.metrics import Metrics
 from server.refusals import TooFast
 from server.service.admission import Admission, State
 from server.service.cache import OutputCache
+from server.service.client_rates import ClientRates
 from server.service.keys import Keys
 from server.service.model import Model
 from server.settings import Settings
@@ -42,14 +42,7 @@ from server.tracing import Tracer
 log = logging.getLogger(__name__)
 
 _LARGE = 256 * 1024  # bytes above which images are hashed on a thread: a third of a millisecond
-_BYTES = 100e6, 32e6  # bytes of all large bodies, a second and at once: half of a slow core
-_MUCH = 64 * 1024  # bytes within a second, by which a client counts as one that sends large bodies
-_REFUSALS, _ALL_REFUSALS = (50.0, 100.0), 200.0  # a second and at once; a second of all clients
-# A restarted proxy abandons all its requests in flight: the burst is above that number.
-_LEFT, _LEFT_SECONDS = (10.0, 200.0), 2.0
-_SERVED = 0.2  # of an abandoned request's cost, which a served request earns back
-_PAGES_SECONDS = 4.0  # of debt for them, above which large pages are refused
-VISITS, ALL_VISITS = (200.0, 400.0), 500.0  # of requests that are no captions, likewise
+_PAGES_SECONDS = 4.0  # of debt for pages, above which large ones are refused
 Images = list[bytes] | str  # encoded, one or one per frame; or the URL of one
 
 
@@ -74,14 +67,7 @@ class Service:
     index: int
     keys_read: int = field(default=0, init=False)  # how often the file was read again
     keys_reader: asyncio.Task[None] | None = field(default=None, init=False)
-    intake: TokenBuckets = field(
-        default_factory=lambda: TokenBuckets(*_BYTES, total=_BYTES[0], least=_MUCH)
-    )
-    refusals: TokenBuckets = field(
-        default_factory=lambda: TokenBuckets(*_REFUSALS, total=_ALL_REFUSALS)
-    )
-    left: TokenBuckets = field(default_factory=lambda: TokenBuckets(*_LEFT, longest=_LEFT_SECONDS))
-    visits: TokenBuckets = field(default_factory=lambda: TokenBuckets(*VISITS, total=ALL_VISITS))
+    rates: ClientRates = field(default_factory=ClientRates)
     _turns: asyncio.Lock = field(default_factory=asyncio.Lock)
     workers: tuple[WorkerState, ...] = ()
     shares: dict[str, SlotShares] = field(default_factory=dict)  # by device
@@ -185,7 +171,7 @@ class Service:
 
     def check_page(self, client: str) -> None:
         """Raise TooFast or QueueFull if a client, or all together, have too many large pages."""
-        if (wait := self.visits.owed(client)) >= _PAGES_SECONDS:
+        if (wait := self.rates.pages.owed(client)) >= _PAGES_SECONDS:
             raise TooFast("too many pages are asked for: ask for fewer", math.ceil(wait))
         self.budget.check_unread()
 
@@ -193,19 +179,6 @@ class Service:
         """Wait for a turn of the event loop that no other caller has."""
         async with self._turns:
             await asyncio.sleep(0)
-
-    def owed(self, client: str) -> float:
-        """Seconds that a client has to wait for its earlier refused or abandoned requests."""
-        return max(self.refusals.owed(client), self.left.owed(client))
-
-    def was_served(self, client: str) -> None:
-        """Credit a client for a request that was answered with a caption."""
-        self.refusals.earn(client, 1)
-        self.left.earn(client, _SERVED)
-
-    def was_left(self, client: str, requests: int = 1) -> None:
-        """Charge a client for abandoned requests: decoders and engine worked for nothing."""
-        self.left.spend(client, requests)
 
     def count(self, model: str, key: str | None, code: str) -> None:
         """Count how a request ended. model: "" if it was refused before the model was known. code:
@@ -282,7 +255,7 @@ class Service:
             found = await cache.get(key, make)
             if not made:
                 self.metrics.cache_hits.labels(model.name).inc()
-                wait = self.visits.spend(origin.client, 1)
+                wait = self.rates.pages.spend(origin.client, 1)
                 if not model.admission.alone(origin.client):  # else it delays nobody's captions
                     await asyncio.sleep(wait)
         yield found
