@@ -79,6 +79,11 @@ class Settings(BaseSettings):
               "throughput, and each takes one piece of the K/V arena (the start-up line says how "
               "much); left out, 16, or on a GPU what fits its memory, at most 64"),
     ] = None  # fmt: skip
+    text_tokens: Annotated[
+        int | None,
+        Field(ge=2, le=4096, description="positions of a slot for prompt and caption together; "
+              "more make the K/V arena larger; left out, the model's own number, at most 64"),
+    ] = None  # fmt: skip
     encode_batch: Annotated[
         int | None,
         Field(ge=1, le=LARGEST, description="most images to encode between two decode steps: more "
@@ -271,6 +276,7 @@ class Settings(BaseSettings):
         """The settings that the engine reads."""
         return EngineConfig(
             slots=self.slots,
+            text_tokens=self.text_tokens,
             encode_batch=self.encode_batch,
             provider=self.provider,
             precision=self.precision,

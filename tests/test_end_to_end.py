@@ -274,9 +274,18 @@ def test_a_server_that_is_told_to_stop_while_it_starts_stops():
 
 def test_settings_come_from_flags_and_variables():
     image = (SAMPLES / "owl.png").read_bytes()
-    with running(VIGNETTE_PROVIDER="cpu", VIGNETTE_MAX_BODY_BYTES="2000") as (_, port, said):
+    variables = {"VIGNETTE_PROVIDER": "cpu", "VIGNETTE_MAX_BODY_BYTES": str(len(image))}
+    with running("--text-tokens", "8", **variables) as (_, port, said):
         assert re.search(r"encoder \S+ on cpu", said)
-        assert fetch(port, "POST", "/caption", image).status == 413
+        assert fetch(port, "POST", "/caption", image + b"x").status == 413
+        assert (
+            "use 1 to 8"
+            in fetch(port, "POST", "/caption?max_new_tokens=9", image).json["error"]["message"]
+        )
+        assert (
+            fetch(port, "POST", "/caption?max_new_tokens=8", image).json["caption"]
+            == SAID["owl.png"]["caption"]
+        )
     help_command = [sys.executable, "-m", "server", "--help"]
     shown = subprocess.run(help_command, cwd=ROOT, capture_output=True, text=True, check=True)
     for flag in ("--engine", "--port", "--provider", "--slots", "--max-queue", "--max-pixels"):
