@@ -7,8 +7,9 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -20,26 +21,39 @@ _Calls = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
 class OwnThread:
-    """Runs functions one after the other on a daemon thread, until this object is collected.
-
-    inside: held by calls of libraries, which abort a process that ends meanwhile.
-    """
+    """Runs functions one after the other on a daemon thread, until this object is collected."""
 
     def __init__(self, name: str) -> None:
         self._name, self._calls = name, _Calls()
         self._started, self._process = False, os.getpid()
-        self.inside = threading.Lock()
+        self._inside, self._ended = threading.Lock(), False
         _threads.add(self)
 
-    def check_process(self) -> None:
-        """Raise WrongThread in a fork of the process that this was made in: it has no threads."""
+    def check(self) -> None:
+        """Raise WrongThread at the program's end, and in a fork of the process that this was made
+        in: it has no threads.
+        """
         if os.getpid() != self._process:
             raise WrongThread("this engine was opened before a fork: open one after it")
+        if self._ended:
+            raise WrongThread("the program ends")
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Call a library that would abort the process if that ended meanwhile. Raises WrongThread
+        at the program's end.
+        """
+        with self._inside:
+            self.check()
+            yield
 
     def keep_out(self) -> None:
-        """Let the thread call no library any more, once a present call has ended."""
+        """Let nobody be inside any more; waits for a present call."""
         if os.getpid() == self._process:
-            self.inside.acquire(timeout=_EXIT_SECONDS)
+            waited = self._inside.acquire(timeout=_EXIT_SECONDS)
+            self._ended = True
+            if waited:
+                self._inside.release()
 
     def start(self, function: Callable[[], _Result]) -> "Future[_Result]":
         """Call a function there, after those before it."""
@@ -54,7 +68,7 @@ class OwnThread:
 
     def call(self, function: Callable[[], _Result]) -> _Result:
         """The function's result, or its error. Must not be called on that very thread."""
-        inside = self.inside
+        inside = self.inside()  # refers to this, until it is called
 
         def call() -> _Result:
             with inside:

@@ -48,7 +48,7 @@ class Stepper:
         self._ask(lambda: self._cancel(request_id, sink))
 
     def _ask(self, command: Callable[[], object]) -> None:
-        self.thread.check_process()
+        self.thread.check()
         with self._changed:
             self._commands.append(command)
             self._changed.notify()
@@ -105,7 +105,7 @@ class Stepper:
     def _step(self) -> None:
         self.step_since = time.monotonic()
         try:
-            with self.thread.inside:
+            with self.thread.inside():
                 outputs = self._engine.step()
         except Exception as error:
             self.failures += 1

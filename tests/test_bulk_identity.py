@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from server.bulk.asked import of_item
 from server.bulk.index import SameId
+from server.bulk.items import Item
 from server.bulk.lists import Columns
 from tests.bulk_job import Words, rows_of, run, said_of
 from tests.live import png
@@ -75,6 +77,54 @@ def test_two_questions_of_one_image_need_ids(tmp_path):
         run(output, given, columns=columns)
     with pytest.raises(SameId, match="two inputs"):
         run(f"{tmp_path}/others.jsonl", given, columns=columns, again=True)
+
+
+def test_a_list_is_known_again_from_another_folder_and_through_a_link(tmp_path, monkeypatch):
+    listed(tmp_path / "data", b"x", sku="1")
+    (tmp_path / "link").symlink_to("data")
+    output, columns = f"{tmp_path}/rows.jsonl", Columns(id="sku")
+    monkeypatch.chdir(tmp_path / "data")
+    run(output, "list.jsonl", columns=columns)
+    monkeypatch.chdir(tmp_path)
+    for given in ("data/list.jsonl", "./data/list.jsonl", "link/list.jsonl"):
+        assert run(output, given, columns=columns).counts.before == 1
+    assert rows_of(output)[0]["path"] == f"{tmp_path}/data/1.png"
+
+
+def test_a_signature_of_a_url_is_not_what_it_names():
+    url = "https://host/{}.png?a=1&X-Amz-Signature={}&X-Amz-Date=7#x"
+    first, again, other = (
+        of_item(Item("sku", url.format(*parts)), None) for parts in ("a1", "a2", "b1")
+    )
+    assert first == again != other
+
+
+def test_an_error_row_is_left_until_it_is_retried(tmp_path):
+    shard, output = tmp_path / "a.tar", f"{tmp_path}/rows.jsonl"
+    archive(shard, {"a.png": png((1, 0, 0))})
+    assert run(output, str(shard), columns=Columns(image="jpg")).counts.failed == 1
+    left = run(output, str(shard), again=True).counts
+    assert (left.before, left.ended) == (1, 0)
+    assert run(output, str(shard), retry=True).counts.captioned == 1
+
+
+def test_ids_that_change_places_lose_nothing_for_good(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(name.encode())
+    given, texts, columns = tmp_path / "list.jsonl", tmp_path / "texts", Columns(id="id")
+
+    def pairs(*images: str) -> str:
+        rows = ({"id": str(n), "image": f"{name}.png"} for n, name in enumerate(images))
+        given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(given)
+
+    run(f"{texts}/", pairs("a", "b"), columns=columns)
+    run(f"{texts}/", pairs("b", "a"), columns=columns, again=True)
+    run(f"{texts}/", pairs("b", "a"), columns=columns, again=True, retry=True)
+    assert {row["id"]: row["text"] for row in rows_of(f"{texts}/")} == {"0": "b.txt", "1": "a.txt"}
+    assert [(texts / f"{name}.txt").read_text() for name in "ab"] == [said_of(b"a"), said_of(b"b")]
+    run(f"{texts}/", pairs("b", "b"), columns=columns, again=True)
+    assert not (texts / "a.txt").exists(), "no row has it any more"
 
 
 def test_an_image_that_failed_leaves_no_text_of_the_one_before(tmp_path):

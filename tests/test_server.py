@@ -11,7 +11,7 @@ import pytest
 
 from runtime.planning.config import EngineConfig
 from server.service.admission import State
-from server.service.service import Service
+from server.service.client_rates import ClientRates
 from tests.fakes import FakeRunner, Gate, fake_engine, gated
 from tests.live import abort, png, requests_in, serve, until
 
@@ -81,7 +81,7 @@ def test_requests_that_arrive_together_are_decoded_together():
 
 def test_who_leaves_several_images_is_charged_for_each(monkeypatch):
     left = []
-    monkeypatch.setattr(Service, "was_left", lambda _, client, images: left.append(images))
+    monkeypatch.setattr(ClientRates, "was_abandoned", lambda _, client, images: left.append(images))
     engine = gated(slots=8)
     body = json.dumps({"images": [base64.b64encode(png()).decode()] * 5}).encode()
     head = f" HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"

@@ -353,6 +353,27 @@ def test_a_program_may_end_while_its_engine_steps():
         assert done.returncode == 3, done.stderr
 
 
+_LATE = """
+import atexit, sys
+
+@atexit.register
+def late():
+    try:
+        engine.generate([sys.argv[2]])
+    except Exception as error:
+        print(error)
+
+from runtime.engine import Engine
+engine = Engine.open(sys.argv[1])
+"""
+
+
+def test_who_asks_as_the_program_ends_is_told():
+    program = [sys.executable, "-c", _LATE, str(DEMO), str(SAMPLES / "owl.png")]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "the program ends\n"
+
+
 def test_an_engine_is_not_for_a_fork_of_the_process(demo):
     demo.generate([SAMPLES / "owl.png"])
     read, write = os.pipe()

@@ -1,8 +1,11 @@
 """What was asked for under an id: the image and the question, to tell it from another."""
 
 import os
+import re
+from functools import lru_cache
 from hashlib import blake2b, sha256
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from server.bulk.fetching import as_path, is_url
 from server.bulk.folders import plain
@@ -10,6 +13,12 @@ from server.bulk.items import Item, ResultRow
 
 KEY_BYTES = 16
 _UNKNOWN = None, None
+# Parameters of URLs that storage services sign, which are others each time.
+_SIGNED = re.compile(
+    "(x-amz-|x-goog-|(signature|expires|awsaccesskeyid|googleaccessid|key-pair-id|policy|"
+    "sig|se|sp|sr|st|sv|spr)=)",
+    re.IGNORECASE,
+)
 
 
 def key(*texts: str) -> bytes:
@@ -30,22 +39,25 @@ def of_item(item: Item, prompt: str | None, digest: str | None = None) -> bytes:
         return b""
     if isinstance(item.image, bytes):
         return key(item.id, "content", digest or sha256(item.image).hexdigest(), said)
-    return key(item.id, "location", _absolute(location(item)), said)
+    return key(item.id, "location", _canonical(location(item)), said)
 
 
-def of_row(row: ResultRow) -> tuple[bytes, bytes]:
-    """Keys of the items whose row this is: one names the image, or holds it."""
+def of_row(row: ResultRow) -> bytes:
+    """Keys, joined, of the items whose row this is: one names the image, or holds it."""
     said = row.prompt or ""
-    located = key(row.id, "location", _absolute(row.path or row.id), said)
-    return located, key(row.id, "content", row.sha256 or "", said)
+    keys = key(row.id, "location", _canonical(row.path or row.id), said)
+    return keys if row.sha256 is None else keys + key(row.id, "content", row.sha256, said)
 
 
 def location(item: Item) -> str:
-    """Path or URL of an item's image, as rows have it: of a data URI only a digest."""
+    """Path or URL of an item's image, as rows have it: absolute where the id is another, as a later
+    run may have another working directory; of a data URI only a digest.
+    """
     assert isinstance(item.image, str)
     if item.image.startswith("data:"):
         return f"data:sha256,{sha256(item.image.encode('utf-8', 'surrogatepass')).hexdigest()}"
-    return plain(item.image)
+    named = plain(item.image)
+    return named if named == item.id or is_url(item.image) else plain(_real(item.image))
 
 
 def state(image: bytes | str) -> tuple[int | None, int | None]:
@@ -59,6 +71,19 @@ def state(image: bytes | str) -> tuple[int | None, int | None]:
     return found.st_size, found.st_mtime_ns
 
 
-def _absolute(where: str) -> str:
+def _canonical(where: str) -> str:
+    """A location however it is spelled: by links, from another folder, with another signature."""
     where = as_path(where)
-    return where if is_url(where) else os.path.abspath(where)  # noqa: PTH100
+    if not is_url(where):
+        return _real(where)
+    parts = urlsplit(where)
+    asked = [part for part in parts.query.split("&") if not _SIGNED.match(part)]
+    return parts._replace(query="&".join(asked), fragment="").geturl()
+
+
+def _real(path: str) -> str:
+    folder, name = os.path.split(path)
+    return os.path.join(_real_folder(os.path.abspath(folder)), name)  # noqa: PTH100, PTH118
+
+
+_real_folder = lru_cache(4096)(os.path.realpath)

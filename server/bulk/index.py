@@ -42,7 +42,7 @@ class Index:
             self._next,
             done,
             row.error is not None,
-            b"".join(of_row(row)),
+            of_row(row),
             claimed,
         )
         self._table.execute("INSERT OR REPLACE INTO t VALUES (?, ?, ?, ?, ?, ?)", values)
@@ -55,25 +55,28 @@ class Index:
         Raises SameId if that is not wished, or if one of this run has it.
         """
         found = self._table.execute(
-            "SELECT done, asked, claimed FROM t WHERE id = ?", (key(item_id),)
+            "SELECT done, failed, asked, claimed FROM t WHERE id = ?", (key(item_id),)
         ).fetchone()
         if found is None:
             values = key(item_id), None, 1, 0, asked, 1
             self._table.execute("INSERT INTO t VALUES (?, ?, ?, ?, ?, ?)", values)
             return True
-        done, known, claimed = found
-        if done and (not asked or not known or asked in _split(known)):
-            return False
-        if done and claimed:
-            raise SameId(
-                f"two inputs are called {item_id}, with other images or prompts: give each an id "
-                "(--id-column), or caption them into two outputs"
-            )
-        if done and not again:
-            raise SameId(
-                f"{item_id} has a row of another image or prompt: name another output, give ids "
-                "(--id-column), or caption such images anew with --again"
-            )
+        done, failed, known, claimed = found
+        if done:
+            if not asked or asked in _split(known):
+                return False
+            if claimed:
+                raise SameId(
+                    f"two inputs are called {item_id}, with other images or prompts: give each an "
+                    "id (--id-column), or caption them into two outputs"
+                )
+            if failed:  # an error is no caption of another image
+                return False
+            if not again:
+                raise SameId(
+                    f"{item_id} has a row of another image or prompt: name another output, give "
+                    "ids (--id-column), or caption such images anew with --again"
+                )
         changed = "UPDATE t SET done = 1, asked = ?, claimed = 1 WHERE id = ?"
         self._table.execute(changed, (asked, key(item_id)))
         return True
@@ -99,9 +102,9 @@ class Index:
 
     def keys(self, prompt: str | None) -> "FinishedItems":
         """The items that are not to be captioned again, for other processes. prompt: the run's."""
-        found = self._table.execute("SELECT id, asked FROM t WHERE done")
-        keys = {each for item, asked in found for each in (item, *_split(asked))}
-        return FinishedItems(np.array(sorted(keys), f"S{KEY_BYTES}"), prompt)
+        rows = self._table.execute("SELECT id, failed, asked FROM t WHERE done")
+        keys = (key for item, *about in rows for key in _finished(item, *about))
+        return FinishedItems(np.unique(np.fromiter(keys, f"S{KEY_BYTES}")), prompt)
 
     def latest(self, row: ResultRow, number: int) -> bool:
         """Whether the output's row with this number is its item's last."""
@@ -111,15 +114,18 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class FinishedItems:
-    """Items that are done, by their keys. sorted: S16 [keys]."""
+    """Items that are done, by their keys; those that failed by their ids. sorted: S16 [keys]."""
 
     sorted: np.ndarray
     prompt: str | None
 
     def __contains__(self, item: Item) -> bool:
-        asked = np.bytes_(of_item(item, self.prompt) or key(item.id))
-        place = int(np.searchsorted(self.sorted, asked))
-        return asked in self.sorted[place : place + 1]  # as arrays: both drop zero bytes at the end
+        return self._has(of_item(item, self.prompt)) or self._has(key(item.id))
+
+    def _has(self, key: bytes) -> bool:
+        found = np.bytes_(key)
+        place = int(np.searchsorted(self.sorted, found))
+        return found in self.sorted[place : place + 1]  # as arrays: both drop zero bytes at the end
 
 
 class Kept:
@@ -156,3 +162,8 @@ def _table(columns: str) -> sqlite3.Connection:
 
 def _split(keys: bytes) -> list[bytes]:
     return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
+
+
+def _finished(item: bytes, failed: bool, asked: bytes) -> list[bytes]:
+    """Keys of a row for other processes: an error is of whatever has its id."""
+    return [item] if failed else _split(asked)

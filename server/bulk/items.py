@@ -45,7 +45,7 @@ class ResultRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=T
     engine, precision, sampling parameters. size, modified: of a local file, in bytes and ns, to
     detect changes. path: path or URL of the image, unless it is the id. sha256: of an image that
     the input holds itself, or if equal images are captioned once. text: path of the caption's own
-    file, if each caption has one; of an error: of the file that an earlier caption had.
+    file, if each caption has one.
     """
 
     id: str

@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -62,6 +62,7 @@ class TaskSetup:
     options: CaptioningOptions
     max_pixels: int
     whole: bool
+    identity: dict[str, str] = field(default_factory=dict)  # of the engine that was tried first
 
 
 class RayCaptioning:
@@ -86,6 +87,7 @@ class RayCaptioning:
         self._setup = replace(setup, engine=replace(setup.engine, threads=threads))
         tried = ray.remote(**self._each)(_tried).remote(self._setup)
         self.identity, runs_on = ray.get(tried)
+        self._setup = replace(self._setup, identity=self.identity)
         self.where = f"up to {self._most} engines on Ray, {runs_on}"
 
     def run(self, parts: list[Part], index: Index) -> Iterator[Outcome]:
@@ -157,6 +159,7 @@ class _Decoder:
     def __init__(self, setup: TaskSetup) -> None:
         self._setup = setup
         manifest = manifests.read(setup.engine.folder)
+        _check_same(manifest.fingerprint, setup.identity.get("engine", manifest.fingerprint))
         self._decoding = BulkDecoders(manifest, 1, setup.max_pixels)
         self._threads = ThreadPoolExecutor(_ROWS, "fetch")
 
@@ -199,6 +202,7 @@ class _Engine:
     def __init__(self, setup: TaskSetup) -> None:
         self._setup = setup
         self._engine = BulkEngine(setup.engine, setup.options.prompt, setup.sampling)
+        _check_same(self._engine.identity, setup.identity)
         self._threads = ThreadPoolExecutor(_AT_ONCE * _ROWS, "caption")
 
     def __call__(self, batch: Batch) -> Batch:
@@ -217,6 +221,12 @@ class _Engine:
             return structs.replace(outcome, captions=self._engine.caption(image, prompt))
         except VignetteError as cause:
             return structs.replace(outcome, error=message_of(cause))
+
+
+def _check_same(found: object, expected: object) -> None:
+    """Raise CannotStart for another engine than that whose name the rows have."""
+    if found != expected:
+        raise CannotStart(f"this node's engine is {found}, and that of the run {expected}")
 
 
 def _packed(values: Iterable[Item | Outcome]) -> np.ndarray:

@@ -87,8 +87,9 @@ class RemoteCaptioner:
         found = convert(answer, _Answer)
         if found.engine != self._service.engine:
             raise RunFailed(
-                f"{self._service.url} captions with another engine now ({found.engine}, before "
-                f"{self._service.engine}): name another output, or caption anew with --again"
+                f"{self._service.url} captions with another engine now "
+                f"({found.engine or 'unknown'}, before {self._service.engine}): name another "
+                "output, or caption anew with --again"
             )
         for each in (completions := (found, *found.captions[1:])):
             f"{each.caption}{each.finish_reason}".encode()
@@ -105,5 +106,5 @@ class _Completion(Struct):
 
 
 class _Answer(_Completion, kw_only=True):
-    engine: str
+    engine: str = ""
     captions: list[_Completion] = []

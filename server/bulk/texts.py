@@ -26,6 +26,7 @@ class Texts(Output):
         self._lines = Lines(self._folder / HIDDEN_ROWS)
         self._written = Kept()  # item id and caption by a file's path
         self._before = Kept()  # captions that were replaced, likewise
+        self._texts = Kept()  # a file's path by item id
 
     @override
     def rows(self) -> Iterator[ResultRow]:
@@ -35,10 +36,12 @@ class Texts(Output):
         """
         missing, stale = False, set[str]()
         for row in self._lines.rows():
-            if row.text is not None and row.error is not None:
-                self._forget(row.text)
-                stale.add(row.text)
-            elif row.text is not None:
+            earlier = self._text_of(row.id)
+            if earlier is not None and (row.error is not None or earlier != row.text):
+                self._forget(earlier)
+                stale.add(earlier)
+            if row.text is not None and row.error is None:
+                self._texts.keep(row.id, row.text.encode())
                 if (before := self._written.get(row.text)) is not None:
                     self._before.keep(row.text, before.partition(b"\0")[2])
                 self._written.keep(row.text, _mark(row))
@@ -56,19 +59,18 @@ class Texts(Output):
         the place of an earlier caption, whose file is removed: the image is another now.
         """
         text = f"{PurePosixPath(outcome.item.key or outcome.item.name)}.txt"
-        if row.caption is None:
-            ours = self._owner(text) == row.id
-            self._lines.append(replace(row, text=text) if ours else row, outcome)
-            if ours:
-                self._forget(text)
-                self._remove(text)
-            return
-        row = replace(row, text=text)
-        assert row.text is not None and row.caption is not None
-        self._check(row.id, row.text)
+        if row.caption is not None:
+            self._check(row.id, text)
+            row = replace(row, text=text)
         self._lines.append(row, outcome)
-        self._written.keep(row.text, _mark(row))
-        self._write(row.text, row.caption)
+        earlier = self._text_of(row.id)
+        if earlier is not None and earlier != row.text:
+            self._forget(earlier)
+            self._remove(earlier)
+        if row.caption is not None:
+            self._texts.keep(row.id, text.encode())
+            self._written.keep(text, _mark(row))
+            self._write(text, row.caption)
 
     @override
     def finish(self, index: Index) -> None:
@@ -82,6 +84,11 @@ class Texts(Output):
     def _owner(self, text: str) -> str:
         """Id of the item whose caption is in a file; empty if there is none."""
         return (self._written.get(text) or b"").partition(b"\0")[0].decode()
+
+    def _text_of(self, item_id: str) -> str | None:
+        """The file of an item's last caption, if that is still its."""
+        text = (self._texts.get(item_id) or b"").decode()
+        return text if text and self._owner(text) == item_id else None
 
     def _forget(self, text: str) -> None:
         """Note that an error has replaced the caption in a file."""

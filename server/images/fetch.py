@@ -108,9 +108,10 @@ class _Fetch:
 
     def _end(self) -> None:
         """End the connection, now or once it is open, even if the thread is busy with it."""
-        if (stream := self.stream) is not None:
+        opened = None if self.stream is None else self.stream.socket  # None once it is closed
+        if opened is not None:
             with suppress(OSError):  # it has ended
-                socket.socket.shutdown(stream.socket, socket.SHUT_RDWR)
+                socket.socket.shutdown(opened, socket.SHUT_RDWR)
 
 
 _current: ContextVar[_Fetch] = ContextVar("the fetch of this task")

@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
+from runtime.model.manifest import sha256
 from server.logs import flush
 
 log = logging.getLogger(__name__)
@@ -17,28 +18,40 @@ log = logging.getLogger(__name__)
 _SECONDS = 1.0
 
 
-def watch(folder: Path, names: Iterable[str]) -> None:
-    """Kill this process once one of the files is written to. One that is replaced, as exports do,
-    stays as it was for who has it open.
+def states(folder: Path) -> dict[str, os.stat_result]:
+    """The states of a folder's files, to be taken before they are checked."""
+    return {path.name: path.stat() for path in folder.iterdir() if path.is_file()}
+
+
+def watch(folder: Path, files: Mapping[str, str], before: Mapping[str, os.stat_result]) -> None:
+    """Kill this process once one of the files is written to, unless it stays what it was. One that
+    is replaced, as exports do, stays as it was for who has it open.
+
+    files: SHA-256 by name. before: see `states`.
     """
-    before = {path: path.stat() for path in map(folder.joinpath, names)}
-    threading.Thread(target=_watch, args=(before,), name="files", daemon=True).start()
+    arguments = folder, files, dict(before)
+    threading.Thread(target=_watch, args=arguments, name="files", daemon=True).start()
 
 
-def _watch(before: dict[Path, os.stat_result]) -> None:
+def _watch(folder: Path, files: Mapping[str, str], seen: dict[str, os.stat_result]) -> None:
     while True:
-        time.sleep(_SECONDS)
-        for path, old in before.items():
-            if _written(path, old):
+        for name in files.keys() & seen.keys():
+            path = folder / name
+            try:
+                new = path.stat()
+                if not _written(new, seen[name]):
+                    continue
+                seen[name] = new
+                same = sha256(path) == files[name]
+            except OSError:
+                continue  # it is away, and stays what it was for us
+            if not same:
                 log.error("%s was written to while it was in use: this worker ends", path)
                 flush()
                 os.kill(os.getpid(), signal.SIGKILL)  # no request is to blame
+        time.sleep(_SECONDS)
 
 
-def _written(path: Path, old: os.stat_result) -> bool:
-    try:
-        new = path.stat()
-    except OSError:
-        return False  # it is away, and stays what it was for us
+def _written(new: os.stat_result, old: os.stat_result) -> bool:
     same = (new.st_dev, new.st_ino) == (old.st_dev, old.st_ino)
     return same and (new.st_size, new.st_mtime_ns) != (old.st_size, old.st_mtime_ns)

@@ -78,6 +78,7 @@ class Supervisor:
         self._settings, self._draining, self._over = settings, False, asyncio.Event()
         self._failure: str | None = None
         self._reading = 0  # number of API key reloads
+        self._reading_keys = asyncio.Lock()
         self._announced = self._stopping = False
         self._run, self._folder, self._ports = run, run.path, ports
         self._workers, self._all_front_ends = workers, front_ends
@@ -209,7 +210,13 @@ class Supervisor:
             self._over.set()
 
     async def read_keys(self) -> None:
-        """Have all front-ends reload the file of API keys, if it is valid."""
+        """Have all front-ends reload the file of API keys, if it is valid; the newest content comes
+        last, however many ask at once.
+        """
+        async with self._reading_keys:
+            await self._read_keys()
+
+    async def _read_keys(self) -> None:
         path = self._settings.api_keys
         if path is None:
             log.warning("SIGHUP reads the API keys again, and there are none (--api-keys)")

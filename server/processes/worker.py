@@ -41,7 +41,7 @@ from server.ipc.receiver import Owner, Receiver, RequestTask
 from server.logs import configure
 from server.metrics import WorkerMetrics, count_as
 from server.models import ServedModel
-from server.processes.engine_files import watch
+from server.processes.engine_files import states, watch
 from server.processes.heartbeat import Heartbeat
 from server.settings import Settings
 from server.system import follow_parent, give_way
@@ -167,13 +167,14 @@ def main(settings: Settings, model: ServedModel, folder: Path, index: int, epoch
     config = dataclasses.replace(settings.engine_config, memory_share=model.memory_share)
 
     def open_engine() -> Engine:
+        before = states(model.engine) if model.engine.is_dir() else {}
         prepared = prepare(model.engine, config)
         if model.fingerprint not in (None, prepared.manifest.fingerprint):
             raise EngineFolderError(
                 f"{model.engine} has another engine than when the service started: put the first "
                 "one back, or restart the service"
             )
-        watch(model.engine, prepared.manifest.files)
+        watch(model.engine, prepared.manifest.files, before)
         notify_supervisor(folder, process_name("worker", index, epoch), EngineVerified(model.name))
         return Engine.start(prepared)
 
