@@ -159,7 +159,6 @@ class _Decoder:
     def __init__(self, setup: TaskSetup) -> None:
         self._setup = setup
         manifest = manifests.read(setup.engine.folder)
-        _check_same(manifest.fingerprint, setup.identity.get("engine", manifest.fingerprint))
         self._decoding = BulkDecoders(manifest, 1, setup.max_pixels)
         self._threads = ThreadPoolExecutor(_ROWS, "fetch")
 
