@@ -21,9 +21,12 @@ class ModelFiles(Struct, frozen=True):
     kind: str
 
     @classmethod
-    def of(cls, folder: Path) -> "ModelFiles":
-        """The files of an engine folder, checked. Raises EngineFolderError."""
+    def of(cls, folder: Path, fingerprint: str | None = None) -> "ModelFiles":
+        """The files of an engine folder, checked. Raises EngineFolderError, also for another engine
+        than that with the fingerprint.
+        """
         manifest = manifests.read(folder)
+        manifest.check_fingerprint(folder, fingerprint)
         manifests.check_whole(folder / manifests.TOKENIZER, manifest.files[manifests.TOKENIZER])
         CaptionTokenizer(folder, manifest)  # raises if it can't be read
         tokenizer = (folder / manifests.TOKENIZER).read_bytes()

@@ -193,7 +193,8 @@ def test_processes_that_start_again_serve_what_the_service_started_with(tmp_path
         end = time.monotonic() + 60
         while True:
             with suppress(OSError):
-                return ask()
+                if (reply := ask()).status == 200:
+                    return reply
             assert time.monotonic() < end
             time.sleep(0.1)
 
@@ -212,7 +213,7 @@ def test_processes_that_start_again_serve_what_the_service_started_with(tmp_path
         os.kill(_front_end(process.pid, worker["pid"]), signal.SIGKILL)
         assert ask_until_it_answers().json["caption"] == expected
         os.kill(worker["pid"], signal.SIGKILL)
-        assert ask().status == 504, "no worker takes the other engine"
+        assert ask().status in (503, 504), "no worker takes the other engine"
         manifest.write_text(first)
         end = time.monotonic() + 60
         while (found := ask()).status != 200:
@@ -238,7 +239,7 @@ def test_an_engine_whose_files_are_written_to_serves_no_more_until_they_are_whol
         while fetch(port, "GET", "/health/ready").status == 200:
             assert time.monotonic() < end
             time.sleep(0.1)
-        assert fetch(port, "POST", "/caption", image).status == 504
+        assert fetch(port, "POST", "/caption", image).status in (503, 504)
         weights.write_bytes(whole)
         while (found := fetch(port, "POST", "/caption", image)).status != 200:
             assert time.monotonic() < end

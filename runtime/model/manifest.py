@@ -146,6 +146,14 @@ class Manifest:
         """Twelve hex digits that identify this export, derived from its files' sha256."""
         return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()[:12]
 
+    def check_fingerprint(self, folder: Path, expected: str | None) -> None:
+        """Raise EngineFolderError unless the engine is the expected one; None: any is."""
+        if expected not in (None, self.fingerprint):
+            raise EngineFolderError(
+                f"{folder} has another engine than when the service started: put the first one "
+                "back, or restart the service"
+            )
+
     def combination(self, name: str) -> Combination:
         """The combination `name`. Raises EngineFolderError, listing the available ones."""
         for candidate in self.combinations:

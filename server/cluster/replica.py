@@ -68,13 +68,15 @@ class Replica:
         Raises EngineFolderError, NoSharedMemory and CannotStart.
         """
         configure(settings)
-        self._files = ModelFiles.of(model.engine)
+        self._files = ModelFiles.of(model.engine, model.fingerprint)
         self._engine = SupervisedEngine(settings, model, worker_main, places)
         await self._engine.start()
         self._reporting = asyncio.create_task(self._report())
 
     async def __del__(self) -> None:
         """End the worker, when Serve ends this replica; all requests have been answered."""
+        if not hasattr(self, "_reporting"):
+            return  # it could not start
         self._reporting.cancel()
         await self._engine.close()
 

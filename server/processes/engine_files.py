@@ -18,40 +18,48 @@ log = logging.getLogger(__name__)
 _SECONDS = 1.0
 
 
-def states(folder: Path) -> dict[str, os.stat_result]:
-    """The states of a folder's files, to be taken before they are checked."""
-    return {path.name: path.stat() for path in folder.iterdir() if path.is_file()}
+class EngineFiles:
+    """The files of an engine folder, as they were before they were checked."""
 
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._lock = folder, threading.Lock()
+        entries = folder.iterdir() if folder.is_dir() else ()
+        self._seen = {path.name: path.stat() for path in entries if path.is_file()}
+        self._digests: Mapping[str, str] = {}
 
-def watch(folder: Path, files: Mapping[str, str], before: Mapping[str, os.stat_result]) -> None:
-    """Kill this process once one of the files is written to, unless it stays what it was. One that
-    is replaced, as exports do, stays as it was for who has it open.
+    def watch(self, digests: Mapping[str, str]) -> None:
+        """Check now and then from now on. digests: SHA-256 by file."""
+        self._digests = {name: digests[name] for name in digests.keys() & self._seen.keys()}
+        threading.Thread(target=self._watch, name="files", daemon=True).start()
 
-    files: SHA-256 by name. before: see `states`.
-    """
-    arguments = folder, files, dict(before)
-    threading.Thread(target=_watch, args=arguments, name="files", daemon=True).start()
+    def _watch(self) -> None:
+        while True:
+            self.check()
+            time.sleep(_SECONDS)
 
-
-def _watch(folder: Path, files: Mapping[str, str], seen: dict[str, os.stat_result]) -> None:
-    while True:
-        for name in files.keys() & seen.keys():
-            path = folder / name
-            try:
-                new = path.stat()
-                if not _written(new, seen[name]):
-                    continue
-                seen[name] = new
-                same = sha256(path) == files[name]
-            except OSError:
-                continue  # it is away, and stays what it was for us
-            if not same:
-                log.error("%s was written to while it was in use: this worker ends", path)
-                flush()
-                os.kill(os.getpid(), signal.SIGKILL)  # no request is to blame
-        time.sleep(_SECONDS)
+    def check(self) -> None:
+        """Kill this process if a file was written to, unless it is what it was. One that is
+        replaced, as exports do, stays as it was for who has it open.
+        """
+        with self._lock:
+            for name, digest in self._digests.items():
+                path = self._folder / name
+                try:
+                    new = path.stat()
+                    if not _written(new, self._seen[name]):
+                        continue
+                    self._seen[name] = new
+                    same = sha256(path) == digest
+                except OSError:
+                    continue  # it is away
+                if not same:
+                    log.error("%s was written to while it was in use: this worker ends", path)
+                    flush()
+                    os.kill(os.getpid(), signal.SIGKILL)  # no request is to blame
 
 
 def _written(new: os.stat_result, old: os.stat_result) -> bool:
-    same = (new.st_dev, new.st_ino) == (old.st_dev, old.st_ino)
-    return same and (new.st_size, new.st_mtime_ns) != (old.st_size, old.st_mtime_ns)
+    def state(of: os.stat_result) -> tuple[int, int, int]:
+        return of.st_size, of.st_mtime_ns, of.st_ctime_ns
+
+    return (new.st_dev, new.st_ino) == (old.st_dev, old.st_ino) and state(new) != state(old)

@@ -33,7 +33,7 @@ async def run(
 
     Raises CannotListen, EngineFolderError, NoSharedMemory or CannotStart.
     """
-    files = [ModelFiles.of(model.engine) for model in models]
+    files = [ModelFiles.of(model.engine, model.fingerprint) for model in models]
     ports, folder = Ports(settings), RunFolder()
     kept = [
         replace(model, engine=each.write(folder.path / "models" / str(number)))

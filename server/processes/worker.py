@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from runtime.async_engine import AsyncEngine
 from runtime.engine import Engine, Observer, StepReport
-from runtime.errors import EngineFolderError, VignetteError
+from runtime.errors import VignetteError
 from runtime.request import (
     Completion,
     FinishReason,
@@ -41,7 +41,7 @@ from server.ipc.receiver import Owner, Receiver, RequestTask
 from server.logs import configure
 from server.metrics import WorkerMetrics, count_as
 from server.models import ServedModel
-from server.processes.engine_files import states, watch
+from server.processes.engine_files import EngineFiles
 from server.processes.heartbeat import Heartbeat
 from server.settings import Settings
 from server.system import follow_parent, give_way
@@ -58,8 +58,16 @@ class Worker(Receiver, Observer):
     and repeated failures may be due to the process, not the images.
     """
 
-    def __init__(self, engine: Engine, socket: zmq.asyncio.Socket, metrics: WorkerMetrics) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        socket: zmq.asyncio.Socket,
+        metrics: WorkerMetrics,
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
+        """check: see `serve`."""
         super().__init__(socket)
+        self._check = check
         self._engine, self._metrics = AsyncEngine(engine), metrics
         self._held: deque[RequestTask] = deque()  # waiting for or behind one that runs alone
         self._alone: int | None = None
@@ -154,6 +162,7 @@ class Worker(Receiver, Observer):
             self._metrics.decode_rows.observe(report.rows)
         self._metrics.running.set(report.running)
         self._metrics.waiting.set(report.waiting)
+        self._check()
 
 
 def main(settings: Settings, model: ServedModel, folder: Path, index: int, epoch: int) -> None:
@@ -166,25 +175,30 @@ def main(settings: Settings, model: ServedModel, folder: Path, index: int, epoch
 
     config = dataclasses.replace(settings.engine_config, memory_share=model.memory_share)
 
+    files = EngineFiles(model.engine)
+
     def open_engine() -> Engine:
-        before = states(model.engine) if model.engine.is_dir() else {}
         prepared = prepare(model.engine, config)
-        if model.fingerprint not in (None, prepared.manifest.fingerprint):
-            raise EngineFolderError(
-                f"{model.engine} has another engine than when the service started: put the first "
-                "one back, or restart the service"
-            )
-        watch(model.engine, prepared.manifest.files, before)
+        prepared.manifest.check_fingerprint(model.engine, model.fingerprint)
+        files.watch(prepared.manifest.files)
         notify_supervisor(folder, process_name("worker", index, epoch), EngineVerified(model.name))
         return Engine.start(prepared)
 
-    sys.exit(serve(open_engine, model.name, folder, index, epoch))
+    sys.exit(serve(open_engine, model.name, folder, index, epoch, files.check))
 
 
 def serve(
-    open_engine: Callable[[], Engine], model: str, folder: Path, index: int, epoch: int
+    open_engine: Callable[[], Engine],
+    model: str,
+    folder: Path,
+    index: int,
+    epoch: int,
+    check: Callable[[], object] = lambda: None,
 ) -> int:
-    """Open the engine, report it as ready, serve until stopped; return the exit status."""
+    """Open the engine, report it as ready, serve until stopped; return the exit status.
+
+    check: called after each step, before its outputs are handed on.
+    """
     heartbeat = Heartbeat(zmq.Context(), folder, index, epoch)
     heartbeat.start()
     try:
@@ -194,15 +208,22 @@ def serve(
         notify_supervisor(folder, process_name("worker", index, epoch), FailedToStart(str(error)))
         return 1
     metrics = WorkerMetrics(model)
-    return asyncio.run(_serve(engine, metrics, heartbeat, worker_address(folder, index, epoch)))
+    address = worker_address(folder, index, epoch)
+    return asyncio.run(_serve(engine, metrics, heartbeat, address, check))
 
 
-async def _serve(engine: Engine, metrics: WorkerMetrics, heartbeat: Heartbeat, address: str) -> int:
+async def _serve(
+    engine: Engine,
+    metrics: WorkerMetrics,
+    heartbeat: Heartbeat,
+    address: str,
+    check: Callable[[], object],
+) -> int:
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.ROUTER)
     socket.sndhwm = socket.rcvhwm = 0  # unlimited: a full queue would drop outputs silently
     socket.bind(address)
-    worker = Worker(engine, socket, metrics)
+    worker = Worker(engine, socket, metrics, check)
     facts = WorkerFacts(
         engine=engine.manifest.fingerprint,
         precision=engine.runner.plan.combination,
