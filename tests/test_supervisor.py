@@ -3,7 +3,10 @@
 import asyncio
 import os
 import shutil
+import threading
+import time
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +21,7 @@ from server.models import ServedModel
 from server.processes.child import Child
 from server.processes.children import workers
 from server.processes.supervisor import CannotStart, Supervisor
+from server.service import keys
 from server.settings import Settings
 from tests.fakes import FakeRunner, fake_engine, fake_worker
 
@@ -83,6 +87,35 @@ def test_a_process_that_can_not_be_started_for_now_is_started_later(tmp_path, mo
 
     asyncio.run(asyncio.wait_for(serve(), 60))
     assert not refused
+
+
+def test_key_files_are_read_one_after_the_other_and_the_newest_counts(tmp_path, monkeypatch):
+    """Two SIGHUPs at once: what was read first, and slowly, must not come last."""
+    path, run, begun = tmp_path / "keys", RunFolder(), threading.Event()
+    old, new = (f"{name} {sha256(name.encode()).hexdigest()} 0 0\n" for name in ("eve", "adam"))
+    path.write_text(old)
+    real, delays = keys.copy, [0.5, 0.0]
+
+    def copy(*given):
+        text = path.read_text()
+        begun.set()
+        time.sleep(delays.pop(0))
+        (tmp_path / "as it was").write_text(text)
+        return real(tmp_path / "as it was", given[1])
+
+    monkeypatch.setattr(keys, "copy", copy)
+    settings = Settings.model_construct(log_level="ERROR", api_keys=path)
+
+    async def hang_up_twice() -> None:
+        supervisor = Supervisor(settings, ["m"], run, [], [])
+        first = asyncio.create_task(supervisor.read_keys())
+        await asyncio.to_thread(begun.wait, 20)
+        path.write_text(new)
+        await asyncio.gather(first, supervisor.read_keys())
+
+    asyncio.run(hang_up_twice())
+    assert (run.path / keys.CHECKED).read_text() == new
+    run.remove()
 
 
 def test_a_run_whose_folder_is_deleted_ends_and_says_why(tmp_path):

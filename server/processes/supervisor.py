@@ -214,7 +214,8 @@ class Supervisor:
         last, however many ask at once.
         """
         async with self._reading_keys:
-            await self._read_keys()
+            if not self._draining:
+                await self._read_keys()
 
     async def _read_keys(self) -> None:
         path = self._settings.api_keys
