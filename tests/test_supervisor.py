@@ -112,6 +112,7 @@ def test_key_files_are_read_one_after_the_other_and_the_newest_counts(tmp_path, 
         await asyncio.to_thread(begun.wait, 20)
         path.write_text(new)
         await asyncio.gather(first, supervisor.read_keys())
+        supervisor._control.close(linger=0)
 
     asyncio.run(hang_up_twice())
     assert (run.path / keys.CHECKED).read_text() == new
