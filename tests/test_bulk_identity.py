@@ -99,6 +99,16 @@ def test_a_signature_of_a_url_is_not_what_it_names():
     assert first == again != other
 
 
+@pytest.mark.parametrize("sku", ["https://[", "a\0/b.png"])
+def test_an_id_may_look_like_a_location_that_is_none(sku, tmp_path):
+    given = listed(tmp_path / "a", b"x", sku=sku)
+    output, columns = f"{tmp_path}/rows.jsonl", Columns(id="sku")
+    run(output, given, columns=columns)
+    assert run(output, given, columns=columns).counts.before == 1
+    bare = [Item(sku, sku), Item(sku, b"x")]
+    assert len({of_item(each, None) for each in bare}) == 2
+
+
 def test_an_error_row_is_left_until_it_is_retried(tmp_path):
     shard, output = tmp_path / "a.tar", f"{tmp_path}/rows.jsonl"
     archive(shard, {"a.png": png((1, 0, 0))})

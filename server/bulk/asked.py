@@ -76,13 +76,18 @@ def _canonical(where: str) -> str:
     where = as_path(where)
     if not is_url(where):
         return _real(where)
-    parts = urlsplit(where)
+    try:
+        parts = urlsplit(where)
+    except ValueError:  # an id may look like a URL
+        return where
     asked = [part for part in parts.query.split("&") if not _SIGNED.match(part)]
     return parts._replace(query="&".join(asked), fragment="").geturl()
 
 
 def _real(path: str) -> str:
     folder, name = os.path.split(path)
+    if "\0" in folder:  # no path: its row will say so
+        return path
     return os.path.join(_real_folder(os.path.abspath(folder)), name)  # noqa: PTH100, PTH118
 
 
