@@ -30,12 +30,7 @@ from runtime.model.tokenizer import CaptionTokenizer
 from runtime.own_thread import OwnThread
 from runtime.pacing import Pacing
 from runtime.planning.config import SLOTS, EngineConfig
-from runtime.request import (
-    Caption,
-    FinishReason,
-    GenerationRequest,
-    RequestOutput,
-)
+from runtime.request import Caption, FinishReason, GenerationRequest, RequestOutput
 from runtime.results import join_outputs, make_caption
 from runtime.scheduler import Scheduler
 from runtime.sequence import Sequence

@@ -4,10 +4,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
 from runtime.model.tokenizer import CaptionTokenizer
-from runtime.request import (
-    Completion,
-    RequestOutput,
-)
+from runtime.request import Completion, RequestOutput
 from runtime.results import join_outputs
 
 

@@ -18,10 +18,7 @@ from runtime.limits import Limits
 from runtime.model import manifest as manifests
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.planning.config import MOST_SLOTS
-from runtime.request import (
-    GenerationRequest,
-    RequestOutput,
-)
+from runtime.request import GenerationRequest, RequestOutput
 from runtime.results import make_caption
 from server.bulk.captioning import RunFailed
 from server.bulk.items import ScoredCaption, UnfitItem, scored

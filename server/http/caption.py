@@ -6,10 +6,7 @@ import time
 from contextlib import aclosing
 
 from runtime.errors import InvalidRequest, VignetteError
-from runtime.request import (
-    Caption,
-    GenerationRequest,
-)
+from runtime.request import Caption, GenerationRequest
 from runtime.results import make_caption
 from server.bodies import Parts, media_type, read_form
 from server.errors import answer_to

@@ -12,12 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from runtime.errors import InvalidRequest, VignetteError
-from runtime.request import (
-    Caption,
-    FinishReason,
-    GenerationRequest,
-    RequestOutput,
-)
+from runtime.request import Caption, FinishReason, GenerationRequest, RequestOutput
 from runtime.results import join_outputs, make_caption
 from server.bodies import media_type, shown
 from server.errors import ErrorStatus, UnsupportedMediaType

@@ -20,13 +20,7 @@ from msgspec.structs import replace
 from runtime.async_engine import AsyncEngine
 from runtime.engine import Engine, Observer, StepReport
 from runtime.errors import VignetteError
-from runtime.request import (
-    Completion,
-    FinishReason,
-    GenerationRequest,
-    RequestOutput,
-    Timing,
-)
+from runtime.request import Completion, FinishReason, GenerationRequest, RequestOutput, Timing
 from server.ipc.messages import (
     EngineVerified,
     FailedToStart,

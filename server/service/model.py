@@ -13,12 +13,7 @@ from runtime.errors import InvalidRequest
 from runtime.limits import Limits
 from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
-from runtime.request import (
-    GenerationRequest,
-    Priority,
-    RequestOutput,
-    SchedulingParams,
-)
+from runtime.request import GenerationRequest, Priority, RequestOutput, SchedulingParams
 from server.fairness.slot_shares import SlotShares
 from server.images.clips import Clip
 from server.images.decoder import Place

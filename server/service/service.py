@@ -14,12 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.errors import InvalidRequest, VignetteError
-from runtime.request import (
-    Caption,
-    GenerationRequest,
-    RequestOutput,
-    Timing,
-)
+from runtime.request import Caption, GenerationRequest, RequestOutput, Timing
 from runtime.results import join_outputs, make_caption
 from server.fairness.byte_budget import ByteBudget
 from server.fairness.present_clients import PresentClients
