@@ -11,12 +11,12 @@ from importlib.util import find_spec
 from runtime.errors import ProviderError, VignetteError
 from runtime.planning.config import AUTO, NVIDIA
 from runtime.providers.gpu import Gpu, visible_gpus
-from server.logs import configure
 from server.models import served
 from server.processes import local, worker
 from server.service import keys
 from server.settings import InvalidSettings, Settings, from_command_line, unknown_variables
 from server.system import raise_file_limit
+from server.telemetry.logs import configure
 
 log = logging.getLogger(__name__)
 

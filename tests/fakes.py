@@ -28,12 +28,12 @@ from runtime.model.manifest import (
 )
 from runtime.planning.config import EngineConfig
 from runtime.planning.plan import Plan
-from server.logs import configure
-from server.metrics import count_as
 from server.models import ServedModel
 from server.processes.worker import serve
 from server.settings import Settings
 from server.system import follow_parent
+from server.telemetry.logs import configure
+from server.telemetry.metrics import count_as
 
 EOS, VOCABULARY = 1, 50
 SIZES = Sizes(4, frames=None, prefix=5, layers=1, heads=1, head=1, vocabulary=VOCABULARY, text=32)

@@ -25,13 +25,13 @@ from PIL import Image
 from runtime.engine import Engine
 from server.http.app import make_app, make_ops_app
 from server.ipc.messages import Serving, WorkerFacts, WorkerState, worker_address
-from server.metrics import WorkerMetrics
 from server.processes.frontend import listen, update
 from server.processes.worker import Worker
 from server.service.model import Model
 from server.service.parts import make_service
 from server.service.service import Service
 from server.settings import Settings
+from server.telemetry.metrics import WorkerMetrics
 from tests.fakes import MANIFEST, FakeTokenizer
 
 JSON = {"Content_Type": "application/json"}

@@ -6,7 +6,9 @@ import socket
 import pytest
 
 from runtime.errors import InvalidRequest
-from server.bodies import Parts, json_parts, media_type, read_form
+from server.requests.json_body import json_parts
+from server.requests.multipart_body import media_type, read_form
+from server.requests.parts import Parts
 from tests.fakes import fake_engine
 from tests.live import JSON, as_json, b64, png, serve, until
 

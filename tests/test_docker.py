@@ -8,7 +8,7 @@ import sys
 import yaml
 
 from server import probe
-from server.metrics import Metrics, WorkerMetrics
+from server.telemetry.metrics import Metrics, WorkerMetrics
 from tests.conftest import DEMO, ROOT
 from tests.test_end_to_end import ON_CPU, running
 

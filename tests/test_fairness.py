@@ -16,7 +16,6 @@ from PIL import Image
 
 from runtime.errors import InvalidImage, InvalidRequest
 from runtime.request import Completion, FinishReason, RequestOutput, SamplingParams, Timing
-from server.bodies import json_parts
 from server.fairness.byte_budget import ByteBudget
 from server.fairness.token_buckets import TokenBuckets
 from server.http.handler import Handler
@@ -24,6 +23,7 @@ from server.images import heads
 from server.images.fetch import Fetcher
 from server.images.hosts import ForbiddenUrl, is_public
 from server.refusals import QueueFull
+from server.requests.json_body import json_parts
 from server.service.admission import Admission, State
 from server.service.cache import OutputCache
 from tests.fakes import fake_engine, gated

@@ -9,7 +9,7 @@ from tritonclient.utils import InferenceServerException
 
 from runtime.errors import InvalidRequest
 from runtime.planning.config import EngineConfig
-from server.kserve import check_shape
+from server.protocols.kserve import check_shape
 from server.service.keys import main as make_key
 from tests.fakes import fake_engine
 from tests.live import JSON, as_json, b64, png, serve

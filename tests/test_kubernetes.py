@@ -12,9 +12,9 @@ import promql_parser
 import pytest
 import yaml
 
-from server.errors import ERRORS, INTERNAL
-from server.metrics import Metrics, WorkerMetrics
+from server.protocols.errors import ERRORS, INTERNAL
 from server.settings import Settings
+from server.telemetry.metrics import Metrics, WorkerMetrics
 from tests.conftest import ROOT
 
 DOCKER = ROOT / "docker"

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from server.logs import RateLimitedLog, configure, plain
 from server.settings import Settings
+from server.telemetry.logs import RateLimitedLog, configure, plain
 from tests.fakes import fake_engine
 from tests.live import png, serve, until
 
@@ -23,7 +23,7 @@ def root_logging():
 
 def test_logging_never_blocks(root_logging, monkeypatch):
     read, write = os.pipe()
-    monkeypatch.setattr("server.logs._FILE", write)
+    monkeypatch.setattr("server.telemetry.logs._FILE", write)
     configure(Settings(_env_file=None))
 
     def write_more_than_a_pipe_holds():
@@ -48,7 +48,7 @@ def test_logging_never_blocks(root_logging, monkeypatch):
 
 def test_a_wrong_log_call_fails_nobody_and_is_told(root_logging, monkeypatch):
     read, write = os.pipe()
-    monkeypatch.setattr("server.logs._FILE", write)
+    monkeypatch.setattr("server.telemetry.logs._FILE", write)
     configure(Settings(_env_file=None))
     logging.getLogger("server.x").warning("%d", "no number")
     assert b"test_logs.py:" in os.read(read, 65536)
@@ -70,8 +70,8 @@ def test_a_message_is_said_once_a_minute(caplog):
 def test_the_log_can_be_one_json_object_a_line(capfd):
     import logging
 
-    from server.logs import configure, flush, request_id
     from server.settings import Settings
+    from server.telemetry.logs import configure, flush, request_id
 
     before = logging.getLogger().handlers[:]
     try:

@@ -12,10 +12,10 @@ import msgspec
 import pytest
 
 from runtime.request import RANGES, Priority
-from server.errors import ERRORS, HTTP_ERRORS, INTERNAL
-from server.fields import CaptionFields
 from server.http.answers import CaptionAnswer, ModelsAnswer, ReadyAnswer
 from server.http.app import make_app
+from server.protocols.errors import ERRORS, HTTP_ERRORS, INTERNAL
+from server.requests.fields import CaptionFields
 from tests.fakes import fake_engine
 from tests.live import png, serve
 

@@ -18,11 +18,11 @@ from bench.contestants.servers import free_port
 from bench.reliability.load import Clients, after
 from bench.reliability.running import said, sample, service, wait_for
 from server.addresses import address_of, networks
-from server.logs import _Json
 from server.refusals import QueueFull
 from server.service.admission import Admission, State
 from server.service.keys import Keys
 from server.settings import InvalidSettings, from_command_line
+from server.telemetry.logs import _Json
 from tests.fakes import fake_engine, gated
 from tests.live import JSON, as_json, b64, fetch, png, serve
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from server.ipc.shared import NoSharedMemory, PixelStore, RunFolder
-from server.metrics import Metrics, count_as, forget_gauges, make_files
 from server.processes.ports import CannotListen, Ports
 from server.settings import Settings
+from server.telemetry.metrics import Metrics, count_as, forget_gauges, make_files
 
 
 def test_a_port_is_taken_from_the_first_moment(tmp_path):

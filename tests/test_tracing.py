@@ -8,7 +8,7 @@ import pytest
 from server.grpc.service import InferenceService
 from server.grpc.stubs import grpc_service_pb2 as pb
 from server.settings import InvalidSettings
-from server.tracing import Tracer
+from server.telemetry.tracing import Tracer
 from tests.fakes import fake_engine
 from tests.live import png, serve
 

@@ -21,8 +21,8 @@ from server.ipc.messages import (
     Unserved,
     packed,
 )
-from server.metrics import WorkerMetrics
 from server.processes.worker import Worker
+from server.telemetry.metrics import WorkerMetrics
 from tests.fakes import FakeRunner, fake_engine, image
 
 

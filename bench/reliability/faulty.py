@@ -14,10 +14,10 @@ import numpy as np
 
 from runtime.engine import Engine
 from runtime.execution.host import HostRunner
-from server.logs import configure
 from server.models import ServedModel, served
 from server.processes import local, worker
 from server.settings import Settings, from_command_line
+from server.telemetry.logs import configure
 
 RED, GREEN = 255, 0  # the blue value selects the fault (`FAULTS`)
 

@@ -13,7 +13,7 @@ from runtime.limits import DEFAULT_MAX_NEW_TOKENS
 from runtime.model.preprocess import MAX_PIXELS
 from runtime.planning.config import AUTO, PROVIDERS, demo_engine
 from runtime.request import SamplingParams
-from server.fields import SAMPLING, CaptionFields
+from server.requests.fields import SAMPLING, CaptionFields
 from server.settings import LOCAL
 
 KEY = "VIGNETTE_API_KEY"

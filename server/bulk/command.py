@@ -30,8 +30,8 @@ from server.bulk.progress import Progress
 from server.bulk.remote import RemoteCaptioner
 from server.bulk.run import BulkRun, CaptionSettings, Counts
 from server.bulk.tar import Tar
-from server.fields import CaptionFields, checked
 from server.http.client import RemoteService
+from server.requests.fields import CaptionFields, checked
 
 _SKIPPED = 5  # kinds of skipped files that are listed
 

@@ -20,13 +20,13 @@ from ray.serve.schema import ApplicationStatus
 from server.cluster.application import QUIET, config_digest, opened, replicas
 from server.cluster.ingress import application_of
 from server.cluster.registry import CLUSTER_STATE, ClusterState, registry
-from server.logs import flush
 from server.models import ServedModel, served
 from server.processes import worker
 from server.processes.local import stop_event
 from server.processes.supervisor import CannotStart
 from server.service import keys
 from server.settings import LOCAL, Settings
+from server.telemetry.logs import flush
 
 log = logging.getLogger(__name__)
 

@@ -26,13 +26,13 @@ from server.cluster.registry import (
 from server.cluster.relay import Relay
 from server.ipc.messages import WorkerFacts, WorkerState, worker_address
 from server.ipc.shared import RunFolder
-from server.logs import configure
 from server.model_files import ModelFiles
 from server.models import ServedModel
 from server.processes.children import front_ends
 from server.processes.ports import Ports
 from server.processes.supervisor import CannotStart, Supervisor
 from server.settings import Settings
+from server.telemetry.logs import configure
 
 log = logging.getLogger(__name__)
 

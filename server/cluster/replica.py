@@ -21,12 +21,12 @@ from runtime.request import GenerationRequest, RequestOutput
 from server.cluster.registry import REPORT_SECONDS, ReplicaReport, registry
 from server.ipc.dispatcher import EngineFailed, Expired, PoisonedImage
 from server.ipc.messages import FailureReason
-from server.logs import configure
 from server.model_files import ModelFiles
 from server.models import ServedModel
 from server.processes.supervised_engine import SupervisedEngine
 from server.processes.supervisor import CannotStart
 from server.settings import Settings
+from server.telemetry.logs import configure
 
 log = logging.getLogger(__name__)
 

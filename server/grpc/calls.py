@@ -13,7 +13,7 @@ import grpc
 from runtime.errors import VignetteError
 from runtime.request import Timing
 from server.addresses import address_of, group_of, networks
-from server.errors import INTERNAL, ErrorStatus, answer_to
+from server.protocols.errors import INTERNAL, ErrorStatus, answer_to
 from server.refusals import RetryLater
 from server.service.keys import sent
 from server.service.model import Model

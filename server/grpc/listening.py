@@ -4,9 +4,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from server.logs import RateLimitedLog
 from server.service.service import Service
 from server.settings import InvalidSettings, Settings
+from server.telemetry.logs import RateLimitedLog
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""GRPCInferenceService: `server.kserve` in protobuf.
+"""GRPCInferenceService: `server.protocols.kserve` in protobuf.
 
 The stubs document its methods and messages.
 """
@@ -11,15 +11,15 @@ from typing import Any
 import grpc
 
 from runtime.errors import InvalidRequest, VignetteError
-from server import kserve
 from server.grpc.calls import Call, Context, Refusal
 from server.grpc.stubs import grpc_service_pb2 as pb
 from server.grpc.stubs import model_config_pb2
 from server.grpc.wire import call_in
-from server.kserve import Inputs
+from server.protocols import kserve
+from server.protocols.kserve import Inputs
+from server.protocols.streams import text_deltas
 from server.service.model import Model
 from server.service.service import Service
-from server.streams import text_deltas
 
 _IDLE_SECONDS = 300.0  # that a stream stays open without a request
 _METHODS = {  # methods that do not caption, and their requests

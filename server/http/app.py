@@ -9,9 +9,9 @@ from server.addresses import networks
 from server.fairness.token_buckets import TokenBuckets
 from server.http import caption, health, hub, kserve, metrics, openai, pages
 from server.http.handler import Handler
-from server.logs import plain
 from server.service.client_rates import pages as page_rates
 from server.service.service import Service
+from server.telemetry.logs import plain
 
 _MODEL = "(.+?)(?:/versions/1)?"  # names may contain slashes
 _PATH, _METHOD = 200, 20  # characters logged

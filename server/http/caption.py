@@ -8,9 +8,6 @@ from contextlib import aclosing
 from runtime.errors import InvalidRequest, VignetteError
 from runtime.request import Caption, GenerationRequest
 from runtime.results import make_caption
-from server.bodies import Parts, media_type, read_form
-from server.errors import answer_to
-from server.fields import CaptionFields
 from server.http.answers import CaptionAnswer, ErrorAnswer, ErrorDetail
 from server.http.forms import (
     FORM,
@@ -26,9 +23,13 @@ from server.http.handler import as_json
 from server.http.intake import EVENTS, IntakeHandler
 from server.images import clips
 from server.images.clips import Clip
+from server.protocols.errors import answer_to
+from server.protocols.streams import text_deltas
+from server.requests.fields import CaptionFields
+from server.requests.multipart_body import media_type, read_form
+from server.requests.parts import Parts
 from server.service.model import Model
 from server.service.service import Images
-from server.streams import text_deltas
 from server.tasks import gather_or_cancel
 
 _MOST_LOGPROBS = 160  # images times n times logprobs of a request with several images

@@ -6,10 +6,10 @@ from typing import Any
 from tornado import httputil
 
 from runtime.errors import InvalidRequest
-from server.bodies import MOST_IMAGES, Parts, shown, text
-from server.errors import UnsupportedMediaType
-from server.fields import CaptionFields, checked
 from server.images.clips import Clip
+from server.protocols.errors import UnsupportedMediaType
+from server.requests.fields import CaptionFields, checked
+from server.requests.parts import MOST_IMAGES, Parts, shown, text
 from server.service.service import Images
 
 JSON, FORM, VIDEO = "application/json", "multipart/form-data", "video/"

@@ -15,13 +15,13 @@ import tornado.web
 from msgspec import to_builtins
 
 from server.addresses import address_of, group_of, networks
-from server.errors import INTERNAL, ErrorStatus, answer_to
 from server.http.answers import ErrorAnswer, ErrorDetail
 from server.http.origins import PREFLIGHT, cors_headers
-from server.logs import request_id
+from server.protocols.errors import INTERNAL, ErrorStatus, answer_to
 from server.refusals import RetryLater
 from server.service.service import Service
 from server.tasks import strip_error, strip_future_error
+from server.telemetry.logs import request_id
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ class Handler(tornado.web.RequestHandler):
             self._refusal.cancel()
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """Answer any error, ours or Tornado's, by the table in `server.errors`."""
+        """Answer any error, ours or Tornado's, by the table in `server.protocols.errors`."""
         error = kwargs.get("exc_info", (None, None, None))[1]
         answer = answer_to(error, status_code)
         self.set_status(answer.status)

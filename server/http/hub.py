@@ -8,12 +8,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from runtime.errors import InvalidRequest
-from server.bodies import media_type, shown
-from server.errors import ErrorStatus
-from server.fields import SAMPLING, CaptionFields, checked
 from server.http.forms import JSON, check_media_type
 from server.http.intake import IntakeHandler
 from server.http.pages import Page
+from server.protocols.errors import ErrorStatus
+from server.requests.fields import SAMPLING, CaptionFields, checked
+from server.requests.multipart_body import media_type
+from server.requests.parts import shown
 
 
 class Question(BaseModel):

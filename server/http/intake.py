@@ -11,15 +11,17 @@ from typing import Any
 
 from runtime.errors import InvalidRequest, VignetteError
 from runtime.request import Timing
-from server.bodies import PIECE, Parts, json_parts, shown
-from server.errors import BodyTooLarge, UnsupportedMediaType, answer_to
 from server.fairness.byte_budget import Incoming
 from server.http.handler import Handler, as_json
 from server.ipc.dispatcher import Expired
-from server.logs import plain
+from server.protocols.errors import BodyTooLarge, UnsupportedMediaType, answer_to
+from server.requests.json_body import json_parts
+from server.requests.multipart_body import PIECE
+from server.requests.parts import Parts, shown
 from server.service.keys import sent
 from server.service.service import Service
 from server.tasks import strip_error
+from server.telemetry.logs import plain
 
 _PATH = 200  # characters traced
 EVENTS = "text/event-stream"

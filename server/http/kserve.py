@@ -1,6 +1,6 @@
 """The Open Inference Protocol (KServe v2) with Triton's extensions, over HTTP.
 
-`server.kserve` says what tensors mean. https://github.com/kserve/open-inference-protocol,
+`server.protocols.kserve` says what tensors mean. https://github.com/kserve/open-inference-protocol,
 https://github.com/triton-inference-server/server/tree/main/docs/protocol
 """
 
@@ -12,12 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from tornado.web import HTTPError
 
 from runtime.errors import InvalidRequest, VignetteError
-from server.bodies import Parts, shown
-from server.errors import ErrorStatus
-from server.fields import checked
 from server.http.handler import Handler
 from server.http.intake import IntakeHandler
-from server.kserve import (
+from server.protocols.errors import ErrorStatus
+from server.protocols.kserve import (
     EXTENSIONS,
     MOST_AXES,
     OUTPUTS,
@@ -34,6 +32,8 @@ from server.kserve import (
     packed,
     unpacked,
 )
+from server.requests.fields import checked
+from server.requests.parts import Parts, shown
 
 _LENGTH = "Inference-Header-Content-Length"
 _VISITS = 4  # cost of statistics

@@ -27,11 +27,11 @@ from tornado.httputil import (
 from tornado.iostream import IOStream, StreamClosedError
 
 from server.addresses import Network, group_of
-from server.errors import HTTP_ERRORS
 from server.fairness.token_buckets import TokenBuckets
 from server.http.debtors import Debtors
-from server.logs import RateLimitedLog
+from server.protocols.errors import HTTP_ERRORS
 from server.tasks import strip_error, strip_future_error
+from server.telemetry.logs import RateLimitedLog
 
 log = logging.getLogger(__name__)
 

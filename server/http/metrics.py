@@ -1,7 +1,7 @@
 """GET /metrics for Prometheus."""
 
 from server.http.handler import Handler
-from server.metrics import CONTENT_TYPE
+from server.telemetry.metrics import CONTENT_TYPE
 
 _VISITS = 4  # cost of a request, as its answer is large
 

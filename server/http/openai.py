@@ -14,16 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from runtime.errors import InvalidRequest, VignetteError
 from runtime.request import Caption, FinishReason, GenerationRequest, RequestOutput
 from runtime.results import join_outputs, make_caption
-from server.bodies import media_type, shown
-from server.errors import ErrorStatus, UnsupportedMediaType
-from server.fields import checked
 from server.http.answers import ModelAnswer, ModelsAnswer, Usage
 from server.http.forms import JSON
 from server.http.handler import Handler
 from server.http.intake import IntakeHandler
+from server.protocols.errors import ErrorStatus, UnsupportedMediaType
+from server.protocols.streams import text_deltas
+from server.requests.fields import checked
+from server.requests.multipart_body import media_type
+from server.requests.parts import shown
 from server.service.model import Model
 from server.service.service import Images
-from server.streams import text_deltas
 
 _KINDS = {401: "authentication_error", 404: "invalid_request_error", 429: "rate_limit_error"}
 _DONE = "data: [DONE]\n\n"

@@ -8,13 +8,13 @@ from typing import Any
 from msgspec.json import schema_components
 from pydantic.json_schema import models_json_schema
 
-from server.errors import ERRORS, HTTP_ERRORS, INTERNAL
-from server.fields import CaptionFields
 from server.http.answers import CaptionAnswer, ErrorAnswer, ModelsAnswer, ReadyAnswer
 from server.http.kserve import InferRequest
 from server.http.openai import ChatRequest
 from server.http.schemas import CaptionRequest
-from server.kserve import SERVER
+from server.protocols.errors import ERRORS, HTTP_ERRORS, INTERNAL
+from server.protocols.kserve import SERVER
+from server.requests.fields import CaptionFields
 
 _ROUTES = Path(__file__).with_name("openapi.json")
 _TAKEN = (ChatRequest, InferRequest, CaptionFields, CaptionRequest)

@@ -4,8 +4,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from server.bodies import MOST_IMAGES
-from server.fields import CaptionFields
+from server.requests.fields import CaptionFields
+from server.requests.parts import MOST_IMAGES
 
 
 class ImageEntry(BaseModel):

@@ -23,11 +23,11 @@ from PIL import Image
 from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels, VignetteError
 from runtime.model.manifest import Preprocessing
 from runtime.model.preprocess import opened, prepared, to_pixels
-from server.bodies import json_parts
 from server.images import heads
 from server.images.clips import frames_of
 from server.images.cost import TooHard, estimate
 from server.ipc.shared import PixelStore
+from server.requests.json_body import json_parts
 from server.system import (
     environment,
     follow_parent,
@@ -222,5 +222,5 @@ def _frames(
 
 
 def _parts(data: bytes) -> tuple[bytes, bytes]:
-    """Parse a JSON body; the reply is encoded by `server.bodies.Parts.packed`."""
+    """Parse a JSON body; the reply is encoded by `server.requests.parts.Parts.packed`."""
     return DONE, json_parts(data).packed()

@@ -27,11 +27,11 @@ from tornado.simple_httpclient import HTTPTimeoutError, SimpleAsyncHTTPClient
 from tornado.tcpclient import TCPClient
 
 from runtime.errors import VignetteError
-from server.bodies import shown
 from server.fairness.fair_queue import FairQueue
 from server.images.hosts import ForbiddenUrl, PublicResolver, looking_up
 from server.loop_thread import LoopThread
 from server.refusals import QueueFull
+from server.requests.parts import shown
 from server.tasks import retrieve_error
 
 _REDIRECTS = 3

@@ -13,9 +13,9 @@ from runtime.errors import VignetteError
 from server.fairness.fair_queue import FairQueue
 from server.images.cost import TooHard
 from server.images.decoder import BUG, FAILED, Decoder, Place, Setup, raised
-from server.logs import RateLimitedLog
 from server.system import KILLED_FROM_OUTSIDE
 from server.tasks import retrieve_error
+from server.telemetry.logs import RateLimitedLog
 
 log = logging.getLogger(__name__)
 

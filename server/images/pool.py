@@ -16,7 +16,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
-from server.bodies import Parts
 from server.fairness.token_buckets import TokenBuckets
 from server.images.clips import Clip
 from server.images.cost import TooHard
@@ -24,6 +23,7 @@ from server.images.decoder import DEAR, FRAMES, PARTS, PIXELS, Place, Setup
 from server.images.lane import UNFIT, DecodeTask, GaveWay, Lane, OutOfTime, Unfit
 from server.ipc.remembered import Remembered
 from server.refusals import QueueFull
+from server.requests.parts import Parts
 
 _QUICK = 0.15  # estimated core seconds: what a camera's 12 megapixels take
 _QUICK_LIMIT = 0.6  # core seconds in the quick lane, for an image that was estimated wrongly

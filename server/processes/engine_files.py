@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from runtime.model.manifest import sha256
-from server.logs import flush
+from server.telemetry.logs import flush
 
 log = logging.getLogger(__name__)
 

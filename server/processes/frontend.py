@@ -38,14 +38,14 @@ from server.ipc.messages import (
     packed,
     process_name,
 )
-from server.logs import configure
-from server.metrics import count_as
 from server.models import ServedModel
 from server.processes.ports import Ports
 from server.service.parts import make_service
 from server.service.service import Service
 from server.settings import Settings
 from server.system import follow_parent, give_way, limit_memory
+from server.telemetry.logs import configure
+from server.telemetry.metrics import count_as
 
 log = logging.getLogger(__name__)
 

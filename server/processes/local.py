@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 from server.ipc.shared import RunFolder
-from server.logs import flush
 from server.model_files import ModelFiles
 from server.models import ServedModel
 from server.processes.children import front_ends, workers
@@ -17,6 +16,7 @@ from server.processes.ports import Ports
 from server.processes.supervisor import Supervisor
 from server.settings import Settings
 from server.system import OPERATORS_SIGNALS
+from server.telemetry.logs import flush
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ import zmq
 import zmq.asyncio
 
 from runtime.errors import VignetteError
-from server import metrics
 from server.ipc.dispatcher import QUARANTINE_SECONDS
 from server.ipc.messages import (
     TO_SUPERVISOR,
@@ -41,6 +40,7 @@ from server.processes.child import Child
 from server.processes.ports import Ports
 from server.service import keys
 from server.settings import Settings
+from server.telemetry import metrics
 
 log = logging.getLogger(__name__)
 

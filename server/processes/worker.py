@@ -32,13 +32,13 @@ from server.ipc.messages import (
     worker_address,
 )
 from server.ipc.receiver import Owner, Receiver, RequestTask
-from server.logs import configure
-from server.metrics import WorkerMetrics, count_as
 from server.models import ServedModel
 from server.processes.engine_files import EngineFiles
 from server.processes.heartbeat import Heartbeat
 from server.settings import Settings
 from server.system import follow_parent, give_way
+from server.telemetry.logs import configure
+from server.telemetry.metrics import WorkerMetrics, count_as
 
 log = logging.getLogger(__name__)
 

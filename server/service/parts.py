@@ -15,7 +15,6 @@ from server.images.pool import ImageDecoders
 from server.ipc.messages import process_name
 from server.ipc.shared import PixelStore
 from server.ipc.transport import WorkerLinks
-from server.metrics import Metrics
 from server.service.admission import ASIDE, Admission
 from server.service.cache import OutputCache
 from server.service.keys import Keys
@@ -23,7 +22,8 @@ from server.service.model import Model
 from server.service.service import Service
 from server.settings import Settings
 from server.system import NICENESS
-from server.tracing import Tracer
+from server.telemetry.metrics import Metrics
+from server.telemetry.tracing import Tracer
 
 _BODIES = 5  # of the largest size, that fit each front-end
 Known = Mapping[str, tuple[Manifest, CaptionTokenizer]]  # by model name

@@ -24,7 +24,6 @@ from server.images.fetch import Fetcher
 from server.images.pool import ImageDecoders, Origin
 from server.ipc.dispatcher import until
 from server.ipc.messages import WorkerState
-from server.metrics import Metrics
 from server.refusals import TooFast
 from server.service.admission import Admission, State
 from server.service.cache import OutputCache
@@ -32,7 +31,8 @@ from server.service.client_rates import ClientRates
 from server.service.keys import Keys
 from server.service.model import Model
 from server.settings import Settings
-from server.tracing import Tracer
+from server.telemetry.metrics import Metrics
+from server.telemetry.tracing import Tracer
 
 log = logging.getLogger(__name__)
 

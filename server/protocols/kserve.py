@@ -16,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from runtime import __version__
 from runtime.errors import InvalidRequest
 from runtime.request import Caption
-from server.bodies import MOST_IMAGES, shown
-from server.fields import CaptionFields, checked
+from server.requests.fields import CaptionFields, checked
+from server.requests.parts import MOST_IMAGES, shown
 from server.service.model import Model
 from server.service.service import Service
 from server.tasks import gather_or_cancel

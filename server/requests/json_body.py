@@ -1,137 +1,25 @@
-"""Parses request bodies (multipart forms and JSON) within bounds on their contents.
+"""Parses JSON bodies within bounds on their contents.
 
-Only images may be large. For JSON, this is checked before any object is built: strings are located
-first, and short marks replace long ones in the text that is parsed.
+Only images may be large. That is checked before any object is built: strings are located first, and
+short marks replace long ones in the text that is parsed.
 """
 
 import base64
 import binascii
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-from msgspec import msgpack
-from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
-
 from runtime.errors import InvalidRequest
+from server.requests.parts import MOST_IMAGES, MOST_TEXT, Parts
 
-PIECE = 64 * 1024  # bytes of a form parsed at a time: a millisecond at most
-_CONTENT_TYPE = 512  # characters of the header
-_BOUNDARY = 70  # characters, by RFC 2046
-_PARTS = 64  # most parts of a form
-_SHOWN = 100  # characters of client input repeated in a message
-_TEXT = 16 * 1024  # bytes of a field other than an image, and of JSON outside strings
 _OUTLINE = 64 * 1024  # bytes of a JSON document without its images
 _QUOTES = 1024  # quotes of a JSON document that end a string or are escaped in one
 _DEPTH, _VALUES = 8, 512  # levels of nesting, and values, of a JSON document
 _UNESCAPED = 16  # fewest base64 characters per escape: some programs escape each "/" or "+"
 _MARK = b'"\\u0000'  # start of a mark for a long string, whose index follows
-MOST_IMAGES = 64  # per request
 _WHITESPACE = str.maketrans("", "", " \t\r\n")
 _NO_OBJECT = 'send {"image": "<base64>"} in UTF-8'
-
-
-def shown(text: object) -> str:
-    """Client input quoted for a message: on one line, cut to `_SHOWN` characters."""
-    text = str(text)
-    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…")
-
-
-@dataclass(slots=True)
-class Parts:
-    """Contents of a body: fields by name, and encoded images or a clip."""
-
-    fields: dict[str, Any] = field(default_factory=dict)
-    images: list[bytes] = field(default_factory=list)
-    video: bytes | None = None
-
-    def packed(self) -> bytes:
-        """Encode for `unpacked`."""
-        fields = json.dumps(self.fields)  # msgpack takes neither lone surrogates nor large numbers
-        return msgpack.encode((fields, self.images, self.video))
-
-    @classmethod
-    def unpacked(cls, data: bytes) -> "Parts":
-        """Decode the result of `packed`."""
-        fields, images, video = msgpack.decode(data, type=tuple[str, list[bytes], bytes | None])
-        return cls(json.loads(fields), images, video)
-
-
-def media_type(header: str) -> tuple[str, str]:
-    """Media type of a Content-Type in lower case, and a form's boundary. Raises InvalidRequest."""
-    if len(header) > _CONTENT_TYPE:
-        raise InvalidRequest(f"Content-Type is longer than {_CONTENT_TYPE} characters")
-    kind, options = parse_options_header(header)
-    boundary = str(options.get("boundary", ""))
-    if kind == "multipart/form-data" and not (
-        0 < len(boundary) <= _BOUNDARY and boundary.isascii() and boundary.isprintable()
-    ):
-        raise InvalidRequest(
-            f"the multipart body can't be read: its Content-Type needs a boundary of 1 to "
-            f"{_BOUNDARY} ASCII characters"
-        )
-    return kind, boundary
-
-
-def read_form(body: bytes, boundary: str, found: Parts) -> Iterator[None]:
-    """Add the parts of a form to `found`, yielding after each piece to let other requests run.
-
-    Raises InvalidRequest naming the problem.
-    """
-    parser = PushMultipartParser(boundary, max_segment_count=_PARTS)
-    segment: MultipartSegment | None = None
-    content: list[bytes] = []
-    try:
-        with parser:
-            for start in range(0, len(body), PIECE):
-                for event in parser.parse(body[start : start + PIECE]):
-                    if isinstance(event, MultipartSegment):
-                        segment, content = event, []
-                    elif event is None:
-                        assert segment is not None
-                        _keep(found, segment, b"".join(content))
-                    else:
-                        content.append(event)
-                yield
-    except (MultipartError, UnicodeError) as cause:
-        raise InvalidRequest(
-            f"the multipart body can't be read, check its boundary and headers: {shown(cause)}"
-        ) from cause
-    if not found.images and found.video is None:
-        raise InvalidRequest("the form has no field 'image': add the image under that name")
-
-
-def _keep(found: Parts, segment: MultipartSegment, content: bytes) -> None:
-    name = segment.name
-    if name == "image":
-        found.images.append(content)
-        return
-    if name == "video":
-        if found.video is not None:
-            raise InvalidRequest("the field 'video' is given twice: send it once")
-        found.video = content
-        return
-    if segment.filename is not None:
-        raise InvalidRequest(f"unknown file field {shown(name)}: use the field 'image'")
-    if len(content) > _TEXT:
-        raise InvalidRequest(f"the field {shown(name)} is longer than {_TEXT} bytes")
-    value = text(name, content)
-    if name in found.fields and name == "prompt":  # one for each image
-        before = found.fields[name]
-        found.fields[name] = [*(before if isinstance(before, list) else [before]), value]
-    elif name in found.fields:
-        raise InvalidRequest(f"the field {shown(name)} is given twice: send it once")
-    else:
-        found.fields[name] = value
-
-
-def text(name: str, value: bytes) -> str:
-    """Decode a field's value from UTF-8. Raises InvalidRequest."""
-    try:
-        return value.decode()
-    except UnicodeDecodeError as cause:
-        raise InvalidRequest(f"{shown(name)} is not UTF-8") from cause
 
 
 def json_parts(body: bytes) -> Parts:
@@ -224,11 +112,11 @@ def _outline(body: bytes) -> tuple[bytes, list[bytes]]:
             before, close = close, body.find(b'"', close + 1)
             if close < 0 or not _ends_escaping(body[before + 1 : close]):
                 break
-        if outside > _TEXT or quotes == _QUOTES or close < 0:
+        if outside > MOST_TEXT or quotes == _QUOTES or close < 0:
             break
         pieces.append(body[end:start])
         end = close + 1
-        if end - start > _TEXT:
+        if end - start > MOST_TEXT:
             pieces.append(_MARK + b'%d"' % len(long))
             long.append(body[start:end])
         elif body.startswith(_MARK, start):
@@ -236,10 +124,10 @@ def _outline(body: bytes) -> tuple[bytes, list[bytes]]:
         else:
             pieces.append(body[start:end])
     outline = b"".join([*pieces, body[end:]])
-    if outside + len(body) - end > _TEXT or len(outline) > _OUTLINE:
+    if outside + len(body) - end > MOST_TEXT or len(outline) > _OUTLINE:
         raise InvalidRequest(
             f"the JSON is too large without its image: send at most {_QUOTES} strings of together "
-            f"{_OUTLINE // 1024} KiB, and {_TEXT // 1024} KiB beside them"
+            f"{_OUTLINE // 1024} KiB, and {MOST_TEXT // 1024} KiB beside them"
         )
     return outline, long
 
@@ -266,7 +154,7 @@ def _check_short(fields: dict[str, Any]) -> None:
                 for inner in (value if isinstance(value, list) else (*value, *value.values()))
             ]
         elif isinstance(value, str) and value.startswith("\0"):
-            raise InvalidRequest(f"the JSON holds a text of more than {_TEXT // 1024} KiB")
+            raise InvalidRequest(f"the JSON holds a text of more than {MOST_TEXT // 1024} KiB")
 
 
 def _from_base64(image: Any, long: list[bytes], name: str = "image") -> bytes:

@@ -16,7 +16,7 @@ from pydantic import (
 
 from runtime.errors import InvalidRequest
 from runtime.request import RANGES, Priority, SamplingParams
-from server.bodies import shown
+from server.requests.parts import shown
 
 _KINDS = {"str", "bool", "int", "float"}
 _FIELDS = 64  # more than any request has

@@ -1,0 +1,1 @@
+"""What HTTP and gRPC share: errors and their answers, streams, tensors."""

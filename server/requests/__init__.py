@@ -1,0 +1,1 @@
+"""Bodies and fields of requests, parsed within bounds."""
