@@ -8,7 +8,7 @@ import time
 from PIL import Image
 
 from runtime.model.manifest import Preprocessing
-from server.images.decoder import Place, Setup, Target
+from server.images.decoder import PixelSlot, Setup, Target
 from server.images.pool import ImageDecoders, ImageJob, Origin
 from server.ipc.shared import PixelStore
 
@@ -28,14 +28,14 @@ def job(image, slot=0, client="somebody", seconds=30.0, digest=""):
     origin = Origin(
         client, digest or hashlib.sha256(image).hexdigest(), time.perf_counter() + seconds
     )
-    return ImageJob(image, Place(0, slot, -1), origin)
+    return ImageJob(image, PixelSlot(0, slot, -1), origin)
 
 
 def decode(decoders, image, slot=0, **options):
     asyncio.run(decoders.decode(job(image, slot, **options)))
 
 
-def dear(side=1500):
+def expensive(side=1500):
     """A WebP of a few bytes that is expensive to decode."""
     buffer = io.BytesIO()
     Image.new("RGB", (side, side)).save(buffer, "WEBP", lossless=True, method=0)

@@ -23,7 +23,7 @@ import zmq.asyncio
 from PIL import Image
 
 from runtime.engine import Engine
-from server.http.app import make_app, make_ops_app
+from server.http.app import Application, make_app, make_ops_app
 from server.ipc.messages import Serving, WorkerFacts, WorkerState, worker_address
 from server.processes.frontend import listen, update
 from server.processes.worker import Worker
@@ -57,7 +57,7 @@ class Reply:
 @dataclass
 class Live:
     service: Service
-    app: tornado.web.Application
+    app: Application
     port: int
     ops_port: int
     loop: asyncio.AbstractEventLoop

@@ -154,12 +154,12 @@ def test_connections_that_wait_for_a_refusal_make_room():
             client = socket.create_connection(("127.0.0.1", live.port))
             client.sendall(b"GET /nope HTTP/1.1\r\nHost: x\r\n\r\n")
             waiting.append(client)
-        until(lambda: len(live.app.settings["late"]) >= 14)
+        until(lambda: len(live.app.connections.late) >= 14)
         for _ in range(4):
             assert live.caption(png()).status == 200
         for client in waiting:
             client.close()
-        until(lambda: not live.app.settings["late"])
+        until(lambda: not live.app.connections.late)
 
 
 def test_a_client_without_credit_that_leaves_gets_its_place_back(tmp_path):
@@ -177,7 +177,7 @@ def test_a_client_without_credit_that_leaves_gets_its_place_back(tmp_path):
         until(lambda: not live.model.admission.inside)
         engine.runner.open.set()
         until(lambda: live.caption(png(), X_API_Key="secret").status == 200)
-        assert not live.app.settings["late"]
+        assert not live.app.connections.late
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_who_asks_and_leaves_all_the_time_has_to_wait():
             until(lambda: not live.model.admission.inside)
         with socket.create_connection(("127.0.0.1", live.port)) as client:
             client.sendall(head + png())
-            until(lambda: live.app.settings["late"])
+            until(lambda: live.app.connections.late)
             assert not live.model.admission.inside
         engine.runner.open.set()
 
@@ -259,7 +259,7 @@ def test_connections_that_leave_their_answers_unread_make_room():
         unread = [socket.create_connection(("127.0.0.1", live.port)) for _ in range(16)]
         for client in unread:
             client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
-        until(lambda: len(live.app.settings["unread"]) >= 15)
+        until(lambda: len(live.app.connections.unread) >= 15)
         assert live.caption(png()).status == 200
         for client in unread:
             client.close()
@@ -267,7 +267,7 @@ def test_connections_that_leave_their_answers_unread_make_room():
 
 def test_answers_without_a_body_that_are_not_read_are_noticed_too():
     with serve(fake_engine, cors_origins=("*",)) as live, socket.socket() as client:
-        live.app.settings["visits"] = TokenBuckets(1e9, 1e9)
+        live.app.connections.pages = TokenBuckets(1e9, 1e9)
         name = b"X-Request-Id: " + b"x" * 128 + b"\r\n"
         asked = b"OPTIONS /caption HTTP/1.1\r\nHost: x\r\nOrigin: a\r\n" + name + b"\r\n"
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -277,7 +277,7 @@ def test_answers_without_a_body_that_are_not_read_are_noticed_too():
         def is_unread() -> bool:
             with contextlib.suppress(TimeoutError):
                 client.send(asked * 200)
-            return bool(live.app.settings["unread"])
+            return bool(live.app.connections.unread)
 
         until(is_unread, 120)
 

@@ -14,7 +14,7 @@ from runtime.model.preprocess import FORMATS
 from server.images import heads
 from server.images.cost import estimate
 from tests.conftest import SAMPLES
-from tests.decoders import HOW, dear
+from tests.decoders import HOW, expensive
 
 
 def _saved(kind: str, **options) -> bytes:
@@ -106,5 +106,5 @@ def test_what_an_image_costs_is_seen_in_its_head():
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
     Image.fromarray(noise).resize((4000, 3000)).save(photo, "JPEG")
     assert seconds(photo.getvalue()) < 0.15, "a camera's picture is a usual one"
-    assert seconds(dear(4000)) > 0.15
-    assert len(dear(4000)) < 100
+    assert seconds(expensive(4000)) > 0.15
+    assert len(expensive(4000)) < 100

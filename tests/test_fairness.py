@@ -52,12 +52,12 @@ def test_a_request_that_stepped_aside_is_waited_for():
     admission = Admission(queue=4, deadline=30)
     admission.state, admission.slots = State.READY, 2
 
-    class Dear:
+    class Expensive:
         client = "somebody"
 
     with admission.enter("somebody"):
         assert admission.accepted == 1
-        with admission.aside(Dear()):
+        with admission.aside(Expensive()):
             assert (admission.inside, admission.accepted) == (0, 1)
         assert admission.accepted == 1
     assert admission.accepted == 0
@@ -236,7 +236,7 @@ def test_two_clients_leave_room_for_the_bytes_of_a_third():
 
 def test_two_clients_leave_room_aside_for_a_third():
     @dataclass(frozen=True)
-    class Dear:
+    class Expensive:
         client: str
         number: int
 
@@ -247,7 +247,7 @@ def test_two_clients_leave_room_aside_for_a_third():
         for client in ("a", "b", "c"):
             for number in range(40):
                 try:
-                    held.enter_context(admission.aside(Dear(client, number)))
+                    held.enter_context(admission.aside(Expensive(client, number)))
                 except QueueFull:
                     counts.append(number)
                     break

@@ -109,7 +109,7 @@ def test_a_client_that_leaves_without_reading_leaves_nothing(live, sent, connect
     gc.freeze()
     try:
         leave()
-        until(lambda: not live.app.settings["late"] and live.service.inside == 0)
+        until(lambda: not live.app.connections.late and live.service.inside == 0)
         time.sleep(0.5)
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()

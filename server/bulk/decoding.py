@@ -6,7 +6,7 @@ import numpy as np
 
 from runtime.model.manifest import Manifest
 from server.bulk.captioning import RunFailed
-from server.images.decoder import PIXELS, Place, Setup, Target
+from server.images.decoder import PIXELS, PixelSlot, Setup, Target
 from server.images.lane import DecodeTask, Lane, NoDecoder
 from server.ipc.shared import PixelStore, RunFolder
 from server.loop_thread import LoopThread
@@ -66,7 +66,7 @@ class BulkDecoders:
             slot = self._store.take()
             try:
                 wall = 2 * self._seconds + 1
-                task = DecodeTask(PIXELS, image, self._seconds, wall, Place(0, slot, -1))
+                task = DecodeTask(PIXELS, image, self._seconds, wall, PixelSlot(0, slot, -1))
                 await self._lane.ask("", task)
                 return self._store[slot].copy()
             finally:

@@ -8,6 +8,7 @@ import tornado.web
 from server.addresses import networks
 from server.fairness.token_buckets import TokenBuckets
 from server.http import caption, health, hub, kserve, metrics, openai, pages
+from server.http.connections import Connections
 from server.http.handler import Handler
 from server.service.client_rates import pages as page_rates
 from server.service.service import Service
@@ -24,7 +25,25 @@ _OPS: list[tuple[str, type[Handler]]] = [
 ]
 
 
-def make_app(service: Service) -> tornado.web.Application:
+class Application(tornado.web.Application):
+    """Handlers of one port. connections: what they tell the server of theirs."""
+
+    def __init__(
+        self, service: Service, routes: list[tuple[str, type[Handler]]], rates: TokenBuckets
+    ) -> None:
+        """rates: of clients, for requests that are no captions."""
+        networks(service.settings.trusted_proxies)  # fail on an invalid network before serving
+        self.connections = Connections(rates)
+        parts = {"service": service, "connections": self.connections}
+        super().__init__(
+            [(path, handler, parts) for path, handler in routes],
+            default_handler_class=pages.NotFoundHandler,
+            default_handler_args=parts,
+            log_function=_log if service.settings.access_log else lambda handler: None,
+        )
+
+
+def make_app(service: Service) -> Application:
     """The public application for one service; tests use it, too."""
     routes: list[tuple[str, type[Handler]]] = [
         (r"/", hub.HubHandler),
@@ -42,30 +61,14 @@ def make_app(service: Service) -> tornado.web.Application:
         (r"/v1/chat/completions", openai.ChatHandler),
     ]
     routes += [] if service.settings.ops_port is not None else _OPS
-    return _app(service, routes, service.rates.pages)
+    return Application(service, routes, service.rates.pages)
 
 
-def make_ops_app(service: Service) -> tornado.web.Application:
+def make_ops_app(service: Service) -> Application:
     """The application of a separate ops port: health and metrics only. What comes to the public
     port does not count there.
     """
-    return _app(service, _OPS, page_rates())
-
-
-def _app(
-    service: Service, routes: list[tuple[str, type[Handler]]], visits: TokenBuckets
-) -> tornado.web.Application:
-    networks(service.settings.trusted_proxies)  # fail on an invalid network before serving
-    parts = {"service": service}
-    return tornado.web.Application(
-        [(path, handler, parts) for path, handler in routes],
-        default_handler_class=pages.NotFoundHandler,
-        default_handler_args=parts,
-        late={},  # connections held back by a rate limit
-        visits=visits,
-        unread={},  # connections whose client is not reading the answer
-        log_function=_log if service.settings.access_log else lambda handler: None,
-    )
+    return Application(service, _OPS, page_rates())
 
 
 def _log(handler: tornado.web.RequestHandler) -> None:

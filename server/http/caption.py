@@ -33,7 +33,7 @@ from server.service.service import Images
 from server.tasks import gather_or_cancel
 
 _MOST_LOGPROBS = 160  # images times n times logprobs of a request with several images
-_VISIT = 8 * 1024  # characters of an answer charged as one visit
+_PAGE = 8 * 1024  # characters of an answer charged as one page
 _ACCEPT = 1000  # characters of the Accept header that are parsed
 _WEIGHT = re.compile(r"[01](\.[0-9]{0,3})?")
 
@@ -104,9 +104,9 @@ class CaptionHandler(IntakeHandler):
         await self._finish(f'{{"results": [{", ".join(texts)}]}}')
 
     async def _finish(self, text: str) -> None:
-        """Answer with JSON; a long answer is charged as several visits."""
-        if visits := len(text) // _VISIT:
-            await self.paced(visits)
+        """Answer with JSON; a long answer is charged as several pages."""
+        if pages := len(text) // _PAGE:
+            await self.paced(pages)
         self.finish_json(text)
 
     async def _one(

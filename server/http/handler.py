@@ -16,6 +16,7 @@ from msgspec import to_builtins
 
 from server.addresses import address_of, group_of, networks
 from server.http.answers import ErrorAnswer, ErrorDetail
+from server.http.connections import Connections
 from server.http.origins import PREFLIGHT, cors_headers
 from server.protocols.errors import INTERNAL, ErrorStatus, answer_to
 from server.refusals import RetryLater
@@ -42,9 +43,9 @@ def as_json(content: Any) -> str:
 class Handler(tornado.web.RequestHandler):
     """Base class of all handlers."""
 
-    def initialize(self, service: Service) -> None:
-        """Called by Tornado with the application's service."""
-        self.service = service
+    def initialize(self, service: Service, connections: Connections) -> None:
+        """Called by Tornado with the application's parts."""
+        self.service, self.connections = service, connections
         self.request_id = ""
         self.streamed = 0  # bytes written before finish()
         self.model_name = ""  # of the requested model
@@ -115,7 +116,7 @@ class Handler(tornado.web.RequestHandler):
         if stream.writing():
             loop, budget = asyncio.get_running_loop(), self.service.budget
             size = len(chunk or b"") + self.streamed
-            start, unread = loop.time(), self.settings["unread"]
+            start, unread = loop.time(), self.connections.unread
             budget.hold_answer(size, self.client)
 
             def look() -> None:
@@ -166,18 +167,18 @@ class Handler(tornado.web.RequestHandler):
         answer = partial(super().send_error, status_code, **kwargs)
         self._refusal = asyncio.create_task(self._refuse_after(wait, answer))
 
-    async def paced(self, visits: float = 1) -> None:
-        """Apply the client's rate limit for non-caption requests. visits: cost of this one."""
-        await self.held_back(self._spend(self.client, visits))
+    async def paced(self, pages: float = 1) -> None:
+        """Apply the client's rate limit for non-caption requests. pages: cost of this one."""
+        await self.held_back(self._spend(self.client, pages))
 
-    def _spend(self, client: str, visits: float = 1) -> float:
-        """Charge visits, and the parsing of the head; returns the seconds that the client owes."""
+    def _spend(self, client: str, pages: float = 1) -> float:
+        """Charge pages, and the parsing of the head; returns the seconds that the client owes."""
         stream = self.request.connection.stream  # type: ignore[union-attr]
-        return self.settings["visits"].spend(client, visits + stream.head)
+        return self.connections.pages.spend(client, pages + stream.head)
 
     async def held_back(self, wait: float) -> None:
         """Wait so many seconds; close the connection if too many are held back already."""
-        stream, late = self.request.connection.stream, self.settings["late"]  # type: ignore[union-attr]
+        stream, late = self.request.connection.stream, self.connections.late  # type: ignore[union-attr]
         if not wait:
             return
         if len(late) >= _LATE:

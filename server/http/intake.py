@@ -12,6 +12,7 @@ from typing import Any
 from runtime.errors import InvalidRequest, VignetteError
 from runtime.request import Timing
 from server.fairness.byte_budget import Incoming
+from server.http.connections import Connections
 from server.http.handler import Handler, as_json
 from server.ipc.dispatcher import Expired
 from server.protocols.errors import BodyTooLarge, UnsupportedMediaType, answer_to
@@ -36,9 +37,9 @@ _WHOLE, _LENGTH = re.compile(r"[0-9]+"), re.compile(r"[0-9]{1,15}")  # of a Cont
 class IntakeHandler(Handler):
     """Receives a body, limited in size and rate. Subclasses add `check_head` and `serve`."""
 
-    def initialize(self, service: Service) -> None:
+    def initialize(self, service: Service, connections: Connections) -> None:
         """Start with an empty body."""
-        super().initialize(service)
+        super().initialize(service, connections)
         self.streams = False  # whether a stream of events has begun
         self.timing: Timing | None = None  # of the caption, once there is one
         self._body = bytearray()

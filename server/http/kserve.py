@@ -36,7 +36,7 @@ from server.requests.fields import checked
 from server.requests.parts import Parts, shown
 
 _LENGTH = "Inference-Header-Content-Length"
-_VISITS = 4  # cost of statistics
+_PAGES = 4  # cost of statistics
 _WHOLE = re.compile(r"[0-9]{1,9}")
 
 
@@ -101,7 +101,7 @@ class ModelHandler(_Shape, Handler):
 
     async def get(self, name: str, what: str | None) -> None:
         """The model's metadata, readiness, configuration or statistics."""
-        await self.paced(_VISITS if what == "stats" else 1)
+        await self.paced(_PAGES if what == "stats" else 1)
         model = self.service.model(name)
         match what:
             case None:

@@ -27,8 +27,8 @@ from tornado.httputil import (
 from tornado.iostream import IOStream, StreamClosedError
 
 from server.addresses import Network, group_of
-from server.fairness.token_buckets import TokenBuckets
-from server.http.debtors import Debtors
+from server.http.connections import Connections
+from server.http.held_connections import HeldConnections
 from server.protocols.errors import HTTP_ERRORS
 from server.tasks import strip_error, strip_future_error
 from server.telemetry.logs import RateLimitedLog
@@ -58,7 +58,7 @@ _CHUNKS, _CHUNK = 256, 512  # chunks allowed per connection, and one more per so
 _PIECES, _PIECE = 64, 512  # pieces allowed per head, and one more per so many bytes
 _END = 4  # bytes of the longest end of a head
 _HANG_UP_SECONDS = 2.0
-_LINES, _BYTES = 20.0, 16384.0  # of a head, whose parsing costs as much as a visit
+_LINES, _BYTES = 20.0, 16384.0  # of a head, whose parsing costs as much as a page
 _PAUSE_SECONDS = 0.5  # pause in accepting when the system has no room for another connection
 
 
@@ -69,18 +69,15 @@ class Server(HTTPServer):
         self,
         app: Any,
         most: int,
-        late: dict[IOStream, None],
-        unread: dict[IOStream, None],
-        visits: TokenBuckets,
+        connections: Connections,
         proxies: list[Network],
         **options: Any,
     ) -> None:
-        """most: open connections allowed. late: connections held back by a rate limit; unread:
-        those whose client is not reading the answer; both are closed first to make room. visits,
-        proxies: see `Debtors`. options: of Tornado's server.
+        """most: open connections allowed. connections: of the application. proxies: see
+        `HeldConnections`. options: of Tornado's server.
         """
-        self._late, self._unread = late, unread
-        self._debtors = Debtors(visits, proxies, self._begin)
+        self._of_app = connections
+        self._held = HeldConnections(connections.pages, proxies, self._begin)
         super().initialize(app, **options)
         self._most = most
         self._open: set[object] = set()
@@ -101,7 +98,7 @@ class Server(HTTPServer):
     def stop(self) -> None:
         """Stop accepting, and close the connections that wait to be read."""
         super().stop()
-        self._debtors.close()
+        self._held.close()
 
     def _stop_accepting(self, sock: socket.socket) -> None:
         asyncio.get_running_loop().remove_reader(sock)
@@ -119,11 +116,11 @@ class Server(HTTPServer):
             self._stop_accepting(sock)
             asyncio.get_running_loop().call_later(_PAUSE_SECONDS, self._resume, sock)
             return
-        if not self._debtors.hold(connection, address, self._most - len(self._open)):
+        if not self._held.hold(connection, address, self._most - len(self._open)):
             self._begin(connection, address)
 
     def _begin(self, connection: socket.socket, address: Any) -> None:
-        if len(self._open) + len(self._debtors) >= self._most and not self._make_room():
+        if len(self._open) + len(self._held) >= self._most and not self._make_room():
             connection.close()
             return
         self.handle_stream(
@@ -145,7 +142,7 @@ class Server(HTTPServer):
             "%d connections are open, the most that may be: idle ones are closed for new ones",
             len(self._open),
         )
-        for waiting in (self._late, self._unread):
+        for waiting in (self._of_app.late, self._of_app.unread):
             while waiting:
                 stream = next(iter(waiting))
                 del waiting[stream]
@@ -182,7 +179,7 @@ class Server(HTTPServer):
         stream = server_conn.stream
         assert isinstance(stream, _Stream)
         if stream.refused:
-            self._debtors.charge(_peer(server_conn), 1 + stream.head)
+            self._held.charge(_peer(server_conn), 1 + stream.head)
 
     def _busy(self, connection: HTTP1ServerConnection) -> None:
         """The connection has sent its request and waits for the answer: it is not idle."""
@@ -213,7 +210,7 @@ class _Stream(IOStream):
 
     last: the client has announced its last request (Connection: close), and that is complete. The
     end of the input is expected then; otherwise it means that the client has gone. head: cost in
-    visits of parsing the last request's. refused: the last head is no request's.
+    pages of parsing the last request's. refused: the last head is no request's.
     """
 
     last = refused = False

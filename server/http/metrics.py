@@ -3,7 +3,7 @@
 from server.http.handler import Handler
 from server.telemetry.metrics import CONTENT_TYPE
 
-_VISITS = 4  # cost of a request, as its answer is large
+_PAGES = 4  # cost of a request, as its answer is large
 
 
 class MetricsHandler(Handler):
@@ -12,5 +12,5 @@ class MetricsHandler(Handler):
     async def get(self) -> None:
         """Text in Prometheus' format."""
         self.set_header("Content-Type", CONTENT_TYPE)
-        await self.paced(_VISITS)
+        await self.paced(_PAGES)
         self.finish(await self.service.metrics.rendered())

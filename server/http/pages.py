@@ -14,7 +14,7 @@ _STATIC = Path(__file__).with_name("static")
 _SAMPLES = Path(__file__).parents[2] / "demo" / "samples"
 _DEMO = "vignette-demo"
 _ASKED = "vqa"  # in the names of checkpoints that were trained to answer questions
-_VISIT = 32 * 1024  # bytes of a file charged as another visit
+_PAGE = 32 * 1024  # bytes of a file charged as another page
 _TYPES = {
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -72,10 +72,10 @@ class StaticHandler(Handler):
     async def get(self, name: str) -> None:
         """The file of that name, or 404."""
         known = name in _files()
-        visits = 1 + (len(_read(name)) // _VISIT if known else 0)
-        if visits > 1:  # the file may stay unread
+        pages = 1 + (len(_read(name)) // _PAGE if known else 0)
+        if pages > 1:  # the file may stay unread
             self.service.check_page(self.client)
-        await self.paced(visits)
+        await self.paced(pages)
         if not known:
             raise tornado.web.HTTPError(404)
         self._name = name

@@ -50,7 +50,7 @@ PIXELS, FRAMES, PARTS = b"P", b"F", b"J"
 # Replies: the parts, or the core seconds that an image took beyond its estimate; the error in the
 # data, and the core seconds until it was found; the estimate of an image too expensive to decode;
 # the traceback of a bug.
-DONE, FAILED, DEAR, BUG = b"D", b"F", b"E", b"B"
+DONE, FAILED, EXPENSIVE, BUG = b"D", b"F", b"E", b"B"
 # task, bytes that follow, place, limit of processor seconds, most estimated seconds
 _HEAD = struct.Struct("=cIHIidd")
 _ANSWER = struct.Struct("=cI")  # reply, bytes that follow
@@ -62,7 +62,7 @@ _ERRORS = {kind.__name__: kind for kind in (InvalidImage, InvalidRequest, TooMan
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
-class Place(NamedTuple):
+class PixelSlot(NamedTuple):
     """Destination of pixels: a model's store, a slot, and a frame of it (-1: the whole slot)."""
 
     model: int
@@ -82,7 +82,7 @@ class Target:
 class Setup:
     """Configuration of a decoder process.
 
-    targets: one per model, indexed by `Place.model`. memory: bytes of address space besides the
+    targets: one per model, indexed by `PixelSlot.model`. memory: bytes of address space besides the
     stores. niceness: added to the front-end's.
     """
 
@@ -111,12 +111,12 @@ class Decoder:
             self.ready = True
 
     async def ask(
-        self, what: bytes, data: bytes, place: Place, seconds: float, most: float
+        self, what: bytes, data: bytes, place: PixelSlot, seconds: float, most: float
     ) -> tuple[bytes, bytes]:
         """Run a task; return kind and content of the reply. Raises OSError or EOFError.
 
         seconds: of processor time, after which the process dies. most: estimated seconds above
-        which an image is not decoded, and the reply is DEAR.
+        which an image is not decoded, and the reply is EXPENSIVE.
         """
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(self._socket, _HEAD.pack(what, len(data), *place, seconds, most))
@@ -174,9 +174,9 @@ def _serve(socket: socket.socket, setup: Setup) -> None:
             if what == PARTS:
                 kind, answer = _parts(data)
             elif what == FRAMES:
-                kind, answer = _frames(data, setup, stores, Place(*place))
+                kind, answer = _frames(data, setup, stores, PixelSlot(*place))
             else:
-                kind, answer = _pixels(data, setup, stores, Place(*place), most)
+                kind, answer = _pixels(data, setup, stores, PixelSlot(*place), most)
         except VignetteError as error:
             told = [type(error).__name__, str(error), time.process_time() - started]
             kind, answer = FAILED, json.dumps(told).encode()
@@ -189,7 +189,7 @@ def _serve(socket: socket.socket, setup: Setup) -> None:
 
 
 def _pixels(
-    data: bytes, setup: Setup, stores: list[PixelStore], place: Place, most: float
+    data: bytes, setup: Setup, stores: list[PixelStore], place: PixelSlot, most: float
 ) -> tuple[bytes, bytes]:
     """Decode an image into a slot of the store, or into one frame of the slot."""
     started = time.process_time()
@@ -198,7 +198,7 @@ def _pixels(
     how = setup.targets[place.model].how
     cost = estimate(image, data, how)
     if cost.seconds > most or (most < math.inf and cost.memory > _USUAL_MEMORY):
-        return DEAR, json.dumps(cost.seconds).encode()
+        return EXPENSIVE, json.dumps(cost.seconds).encode()
     if cost.memory > setup.memory:
         raise TooHard(
             f"decoding this image would take {cost.memory // 2**20} MiB, and there are "
@@ -210,7 +210,7 @@ def _pixels(
 
 
 def _frames(
-    data: bytes, setup: Setup, stores: list[PixelStore], place: Place
+    data: bytes, setup: Setup, stores: list[PixelStore], place: PixelSlot
 ) -> tuple[bytes, bytes]:
     """Decode frames of a clip into a slot of the store, as many as it has room for."""
     heads.check(data)

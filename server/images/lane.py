@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from runtime.errors import VignetteError
 from server.fairness.fair_queue import FairQueue
 from server.images.cost import TooHard
-from server.images.decoder import BUG, FAILED, Decoder, Place, Setup, raised
+from server.images.decoder import BUG, FAILED, Decoder, PixelSlot, Setup, raised
 from server.system import KILLED_FROM_OUTSIDE
 from server.tasks import retrieve_error
 from server.telemetry.logs import RateLimitedLog
@@ -35,7 +35,7 @@ class NoDecoder(VignetteError):
     """A decoder process ended as it started."""
 
 
-class GaveWay(Exception):
+class LeftQuickLane(Exception):
     """Raised when a task leaves the quick lane for the slow one."""
 
 
@@ -43,7 +43,7 @@ class OutOfTime(Unfit):
     """An image used up its core seconds."""
 
 
-_NOWHERE = Place(0, 0, -1)  # for data that is no image
+_NOWHERE = PixelSlot(0, 0, -1)  # for data that is no image
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class DecodeTask:
 
     seconds: core seconds allowed. wall: elapsed seconds after which the process is replaced. most:
     estimated seconds above which an image is not decoded. until: deadline (`perf_counter`), waiting
-    included. gives_way: asked when the task's turn has come; if true, GaveWay is raised. failed:
+    included. leaves: asked when the task's turn has come; if true, LeftQuickLane is raised. failed:
     called with the core seconds spent on invalid data.
     """
 
@@ -60,10 +60,10 @@ class DecodeTask:
     data: bytes
     seconds: float
     wall: float
-    place: Place = _NOWHERE
+    place: PixelSlot = _NOWHERE
     most: float = math.inf
     until: float = math.inf
-    gives_way: Callable[[], bool] = lambda: False
+    leaves: Callable[[], bool] = lambda: False
     failed: Callable[[float], object] = lambda seconds: None
 
 
@@ -84,16 +84,16 @@ class Lane:
     async def ask(self, client: str, task: DecodeTask) -> tuple[bytes, bytes]:
         """Run a task; return kind and content of the reply.
 
-        Raises the error in the data, Unfit, TooHard, NoDecoder or GaveWay, and TimeoutError if it
-        did not end in time. If cancelled, ends when nothing writes to the slot any
-        more: at once if the task's turn had not come.
+        Raises the error in the data, Unfit, TooHard, NoDecoder or LeftQuickLane, and TimeoutError
+        if it did not end in time. If cancelled, ends when nothing writes to the slot any more: at
+        once if the task's turn had not come.
         """
         left = None if task.until == math.inf else task.until - time.perf_counter()
         async with asyncio.timeout(left):
             await self._turns.take(client)
-        if task.gives_way():
+        if task.leaves():
             self._turns.give(client, 0)
-            raise GaveWay
+            raise LeftQuickLane
         return await _to_the_end(asyncio.create_task(self._ask(client, task)))
 
     async def _ask(self, client: str, task: DecodeTask) -> tuple[bytes, bytes]:

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from server.fairness.token_buckets import TokenBuckets
 from server.images.clips import Clip
 from server.images.cost import TooHard
-from server.images.decoder import DEAR, FRAMES, PARTS, PIXELS, Place, Setup
-from server.images.lane import UNFIT, DecodeTask, GaveWay, Lane, OutOfTime, Unfit
+from server.images.decoder import EXPENSIVE, FRAMES, PARTS, PIXELS, PixelSlot, Setup
+from server.images.lane import UNFIT, DecodeTask, Lane, LeftQuickLane, OutOfTime, Unfit
 from server.ipc.remembered import Remembered
 from server.refusals import QueueFull
 from server.requests.parts import Parts
@@ -56,7 +56,7 @@ class ImageJob:
     """An image to decode. aside: context entered while the image is in the slow lane."""
 
     image: bytes
-    place: Place
+    place: PixelSlot
     origin: Origin
     aside: Callable[[Origin], AbstractContextManager[None]] = lambda origin: nullcontext()
 
@@ -116,19 +116,19 @@ class ImageDecoders:
         client = job.origin.client
         task = DecodeTask(
             PIXELS, job.image, seconds, self._wall, job.place, _QUICK,
-            gives_way=lambda: self._misjudged.owed(client) > 0,
+            leaves=lambda: self._misjudged.owed(client) > 0,
             failed=lambda spent: self._took(client, spent - _QUICK),
         )  # fmt: skip
         try:
             kind, answer = await self._quick.ask(client, task)
-        except GaveWay:
+        except LeftQuickLane:
             return seconds
         except OutOfTime:
             self._misjudged.spend(client, 1)
             if seconds == self._seconds:
                 raise
             return self._seconds  # the estimate was wrong
-        if kind == DEAR:
+        if kind == EXPENSIVE:
             return json.loads(answer)
         self._took(client, json.loads(answer))
         return 0.0

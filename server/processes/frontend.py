@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
-import tornado.web
 import zmq
 import zmq.asyncio
 
@@ -20,7 +19,7 @@ from runtime.model.tokenizer import CaptionTokenizer
 from server.addresses import networks
 from server.grpc.listening import GrpcServer
 from server.grpc.listening import start as start_grpc
-from server.http.app import make_app, make_ops_app
+from server.http.app import Application, make_app, make_ops_app
 from server.http.listening import HEAD_BYTES, Server
 from server.http.loop import few_at_a_time
 from server.ipc.messages import (
@@ -137,14 +136,12 @@ def _settle_garbage() -> None:
     gc.set_threshold(*_COLLECTIONS)
 
 
-def listen(service: Service, app: tornado.web.Application, sockets: list[socket.socket]) -> Server:
+def listen(service: Service, app: Application, sockets: list[socket.socket]) -> Server:
     """Serve on sockets; slow clients are disconnected, and hold only a connection until then."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     server = Server(
         app,
-        late=app.settings["late"],
-        unread=app.settings["unread"],
-        visits=app.settings["visits"],
+        connections=app.connections,
         proxies=networks(service.settings.trusted_proxies),
         most=max(1, min(service.settings.max_connections, files - _OTHER_FILES)),
         idle_connection_timeout=service.settings.header_seconds,

@@ -16,7 +16,7 @@ from runtime.model.tokenizer import CaptionTokenizer
 from runtime.request import GenerationRequest, Priority, RequestOutput, SchedulingParams
 from server.fairness.slot_shares import SlotShares
 from server.images.clips import Clip
-from server.images.decoder import Place
+from server.images.decoder import PixelSlot
 from server.images.pool import ImageDecoders, ImageJob, Origin
 from server.ipc.dispatcher import until
 from server.ipc.messages import WorkerFacts, WorkerState
@@ -143,7 +143,7 @@ class Model:
             jobs.clear()  # break the cycle of their errors and this frame, which holds the images
 
     def _job(self, image: bytes, slot: int, frame: int, origin: Origin) -> ImageJob:
-        return ImageJob(image, Place(self.number, slot, frame), origin, self.admission.aside)
+        return ImageJob(image, PixelSlot(self.number, slot, frame), origin, self.admission.aside)
 
     async def _slot(self) -> int:
         """Take a slot, waiting for one while decodings outlast their requests."""

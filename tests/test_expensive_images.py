@@ -6,9 +6,9 @@ import pytest
 
 from server.fairness.token_buckets import TokenBuckets
 from server.images.cost import TooHard
-from server.images.lane import GaveWay, OutOfTime
+from server.images.lane import LeftQuickLane, OutOfTime
 from server.refusals import QueueFull
-from tests.decoders import dear, decode, job, new_store, pool
+from tests.decoders import decode, expensive, job, new_store, pool
 from tests.live import png
 
 
@@ -27,13 +27,13 @@ def test_dear_images_wait_for_one_another_and_nobody_for_them(store):
         order.append(name)
 
     async def run():
-        slow = [asyncio.create_task(one(dear(3500 + n), 0, "dear")) for n in range(3)]
+        slow = [asyncio.create_task(one(expensive(3500 + n), 0, "expensive")) for n in range(3)]
         await asyncio.sleep(0.2)
         await asyncio.gather(*(one(png((n, n, n)), 1, "usual") for n in range(5)))
         await asyncio.gather(*slow)
 
     asyncio.run(run())
-    assert order == ["usual"] * 5 + ["dear"] * 3
+    assert order == ["usual"] * 5 + ["expensive"] * 3
     decoders.close()
 
 
@@ -60,7 +60,7 @@ def test_clients_take_turns(store):
 def test_dear_images_that_can_not_be_decoded_in_time_are_refused_at_once(store):
     decoders = pool(store, pixels=20_000_000)
     with pytest.raises(QueueFull) as full:
-        decode(decoders, dear(4000), seconds=0.25)
+        decode(decoders, expensive(4000), seconds=0.25)
     assert full.value.retry_after >= 1
     decoders.close()
 
@@ -68,7 +68,7 @@ def test_dear_images_that_can_not_be_decoded_in_time_are_refused_at_once(store):
 def test_a_pace_that_was_slow_once_does_not_refuse_what_finds_nobody_waiting(store):
     decoders = pool(store, pixels=20_000_000)
     decoders._pace = 1000.0
-    decode(decoders, dear(4000), seconds=20)
+    decode(decoders, expensive(4000), seconds=20)
     assert decoders._pace < 1000
     decoders.close()
 
@@ -78,18 +78,18 @@ def test_a_dear_image_whose_time_is_over_before_it_is_decoded_is_no_bad_one(stor
     decode(decoders, png())
     decoders._pace = 0.01  # it seems to be in time
     with pytest.raises(QueueFull):
-        decode(decoders, dear(4000), seconds=0.1)
-    decode(decoders, dear(4000))
+        decode(decoders, expensive(4000), seconds=0.1)
+    decode(decoders, expensive(4000))
     decoders.close()
 
 
 def test_an_image_that_takes_too_long_is_remembered(store):
     decoders = pool(store, seconds=0.05, pixels=20_000_000)
     with pytest.raises(TooHard, match="took too long"):
-        decode(decoders, dear(4000))
+        decode(decoders, expensive(4000))
     before = decoders.pids
     with pytest.raises(TooHard, match="took too long"):
-        decode(decoders, dear(4000))
+        decode(decoders, expensive(4000))
     assert decoders.pids == before, "it was not tried again"
     decoders.close()
 
@@ -98,8 +98,8 @@ def test_a_client_whose_images_take_longer_than_they_look_waits_with_the_dear_on
     decoders, asked = pool(store), []
 
     async def out_of_time(client, task):
-        if task.gives_way():
-            raise GaveWay
+        if task.leaves():
+            raise LeftQuickLane
         asked.append(client)
         raise OutOfTime
 

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 from tornado.httputil import HTTPHeaders
 
-from server.http import debtors
+from server.http import held_connections
 from server.http.app import make_ops_app
 from server.service import service as services
 from tests.fakes import fake_engine
@@ -44,7 +44,7 @@ def test_captions_that_are_known_cost_as_much_as_pages_while_others_are_here():
 
 def test_the_ops_port_has_a_rate_for_all_clients_together():
     with serve(fake_engine) as live:
-        buckets = make_ops_app(live.service).settings["visits"]
+        buckets = make_ops_app(live.service).connections.pages
         waits = [buckets.spend(f"1.2.3.{n % 8}", 1) for n in range(8 * 200)]
     assert max(waits) > 1, "eight clients would have 200 a second each"
 
@@ -104,9 +104,9 @@ def test_connections_that_who_owes_has_left_are_not_read(monkeypatch):
 @pytest.mark.parametrize(("clients", "each"), [(1, 0.01), (30, 0.1)])
 def test_all_who_owe_together_are_read_as_slowly_as_a_few(clients, each, monkeypatch):
     loop = Mock()
-    monkeypatch.setattr(debtors.asyncio, "get_running_loop", lambda: loop)
+    monkeypatch.setattr(held_connections.asyncio, "get_running_loop", lambda: loop)
     begin = Mock(side_effect=lambda connection, _: connection.close())
-    held = debtors.Debtors(Mock(owed=lambda _: 1), [], begin)
+    held = held_connections.HeldConnections(Mock(owed=lambda _: 1), [], begin)
     with contextlib.ExitStack() as opened:
         for turn in range(2):
             for number in range(clients):
@@ -123,7 +123,7 @@ def test_all_who_owe_together_are_read_as_slowly_as_a_few(clients, each, monkeyp
 
 
 def test_a_trusted_proxy_s_connections_are_read_whoever_owes(monkeypatch):
-    monkeypatch.setattr(debtors, "_TURN_SECONDS", 100)
+    monkeypatch.setattr(held_connections, "_TURN_SECONDS", 100)
     with serve(fake_engine, trusted_proxies=("127.0.0.1",)) as live:
         live.service.rates.pages.spend("127.0.0.1", 400 + 200)
         assert live.caption(png(), X_Forwarded_For="1.2.3.4").status == 200

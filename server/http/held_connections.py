@@ -17,21 +17,21 @@ _GONE = getattr(select, "POLLRDHUP", 0)  # 0: can't be told here
 _Waiting = deque[tuple[socket.socket, Any]]  # oldest first
 
 
-class Debtors:
+class HeldConnections:
     """Connections that wait for their turns. Parsing a request takes as long as a page, so one that
     its client has left meanwhile is not read. Used on the event loop's thread only.
     """
 
     def __init__(
         self,
-        visits: TokenBuckets,
+        pages: TokenBuckets,
         proxies: list[Network],
         begin: Callable[[socket.socket, Any], object],
     ) -> None:
-        """visits: what clients owe. proxies: whose connections are of many clients, and never wait.
+        """pages: what clients owe. proxies: whose connections are of many clients, and never wait.
         begin: called with a connection and its address when its turn has come.
         """
-        self._visits, self._proxies, self._begin = visits, proxies, begin
+        self._pages, self._proxies, self._begin = pages, proxies, begin
         self._held: dict[str, _Waiting] = {}  # by client
 
     def hold(self, connection: socket.socket, address: Any, room: int) -> bool:
@@ -40,7 +40,7 @@ class Debtors:
         """
         peer = str(address[0])
         group = group_of(peer)
-        if within(peer, self._proxies) or not (group in self._held or self._visits.owed(group)):
+        if within(peer, self._proxies) or not (group in self._held or self._pages.owed(group)):
             return False
         if group not in self._held:
             self._held[group] = deque()
@@ -55,7 +55,7 @@ class Debtors:
     def charge(self, peer: str, cost: float) -> None:
         """Charge a client, unless it is a proxy."""
         if not within(peer, self._proxies):
-            self._visits.spend(group_of(peer), cost)
+            self._pages.spend(group_of(peer), cost)
 
     def _let_in_later(self, group: str) -> None:
         wait = max(_TURN_SECONDS, len(self._held) * _ALL_TURNS_SECONDS)
