@@ -17,12 +17,15 @@ for its predecessor do not reach it.
 
 from enum import StrEnum
 from pathlib import Path
+from typing import Literal
 
 import zmq
 from msgspec import Struct, msgpack
 
 from runtime.request import GenerationRequest, RequestOutput
 
+ProcessKind = Literal["front", "worker"]
+End = Literal["killed", "crashed", "stuck", "hung"]  # killed: from outside; hung: silent
 BEAT_SECONDS = 0.5
 
 
@@ -159,10 +162,10 @@ class WorkerState(Struct, frozen=True):
     device: str
     index: int
     epoch: int
-    state: str
+    state: Literal["starting", "ready", "recovering"]
     pid: int | None
     restarts: int
-    last_end: str | None
+    last_end: End | None
     facts: WorkerFacts | None
 
 
@@ -204,8 +207,8 @@ def control_address(folder: Path) -> str:
     return f"ipc://{folder}/control"
 
 
-def process_name(kind: str, index: int, epoch: int) -> str:
-    """Name of a process in one epoch. kind: front or worker."""
+def process_name(kind: ProcessKind, index: int, epoch: int) -> str:
+    """Name of a process in one epoch."""
     return f"{kind}-{index}-{epoch}"
 
 

@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
+from typing import Literal
 
-from server.ipc.messages import WorkerFacts, WorkerState, process_name
+from server.ipc.messages import End, ProcessKind, WorkerFacts, WorkerState, process_name
 from server.system import KILLED_FROM_OUTSIDE, environment
 
 _SILENCE_SECONDS = 3.0  # without a heartbeat: the process is stopped, or starved
@@ -14,6 +15,7 @@ _SILENCE_SECONDS = 3.0  # without a heartbeat: the process is stopped, or starve
 # the GIL for long.
 _STARTING_SECONDS = 600.0, 7200.0
 _SLOWER = 4  # times that a step may be slower than the self-test, which had the cores to itself
+Problem = Literal["ended", "hung", "stuck"]
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -25,19 +27,19 @@ class Child:
     environment: variables for this process only.
     """
 
-    kind: str
+    kind: ProcessKind
     index: int
     main: Callable[[int, int], None]
     model: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     epoch: int = 0
     process: BaseProcess | None = None
-    state: str = "starting"  # starting, ready, down, over
+    state: Literal["starting", "ready", "down", "over"] = "starting"
     heard_at: float = 0.0
     step_since: float | None = None
     start_at: float = 0.0
     failures: int = 0
-    last_end: str | None = None
+    last_end: End | None = None
     facts: WorkerFacts | None = None  # of a worker that was ready once
 
     def start(self) -> None:
@@ -50,8 +52,8 @@ class Child:
             process.start()
         self.process = process
 
-    def note_end(self, reason: str) -> None:
-        """Set `last_end`: killed (from outside), crashed, stuck or hung."""
+    def note_end(self, reason: Problem) -> None:
+        """Set `last_end`."""
         killed = self.process is not None and self.process.exitcode in KILLED_FROM_OUTSIDE
         self.last_end = reason if reason != "ended" else "killed" if killed else "crashed"
 
@@ -65,7 +67,7 @@ class Child:
         """Whether the process runs."""
         return self.process is not None and self.process.is_alive()
 
-    def health_problem(self, now: float, step_seconds: float) -> str | None:
+    def health_problem(self, now: float, step_seconds: float) -> Problem | None:
         """Why the process must be replaced, or None. step_seconds: longest step, unless the engine
         was measured to take longer for as many images as a step encodes.
         """
@@ -93,7 +95,6 @@ class Child:
 
     def worker_state(self) -> WorkerState:
         """State as told to front-ends and /health/ready."""
-        state = "recovering" if self.state == "down" or self._again else self.state
         pid = self.process.pid if self.process else None
         restarts = self.epoch - 1
         return WorkerState(
@@ -101,7 +102,7 @@ class Child:
             device=self.environment.get("CUDA_VISIBLE_DEVICES", "cpu"),
             index=self.index,
             epoch=self.epoch,
-            state=state,
+            state=self._told,
             pid=pid,
             restarts=restarts,
             last_end=self.last_end,
@@ -109,5 +110,7 @@ class Child:
         )
 
     @property
-    def _again(self) -> bool:
-        return self.state == "starting" and self.epoch > 1
+    def _told(self) -> Literal["starting", "ready", "recovering"]:
+        if self.state == "ready":
+            return "ready"
+        return "starting" if self.epoch <= 1 and self.state == "starting" else "recovering"

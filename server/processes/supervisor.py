@@ -36,7 +36,7 @@ from server.ipc.messages import (
 )
 from server.ipc.remembered import Remembered
 from server.ipc.shared import RunFolder
-from server.processes.child import Child
+from server.processes.child import Child, Problem
 from server.processes.ports import Ports
 from server.service import keys
 from server.settings import Settings
@@ -184,7 +184,7 @@ class Supervisor:
             child.failures += 1
             _pause(child)
 
-    async def _replace(self, child: Child, reason: str) -> None:
+    async def _replace(self, child: Child, reason: Problem) -> None:
         assert child.process is not None
         served = child.state == "ready"
         pid, code = child.process.pid, child.process.exitcode
