@@ -28,7 +28,8 @@ def test_large_items_are_held_a_few_at_a_time(ordered, monkeypatch):
     )
     options = CaptioningOptions(None, 10**6, ordered)
     for ended, _ in enumerate(Captioning(Silent(), options, Kept()).run(given), 1):
-        assert len(taken) - ended <= 3  # the last of them is the first above the bound
+        # The third is the first above the bound, and one is read ahead.
+        assert len(taken) - ended <= 4
     assert len(taken) == 50
 
 

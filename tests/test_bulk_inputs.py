@@ -10,6 +10,7 @@ import sys
 import tarfile
 import threading
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
 
@@ -52,8 +53,21 @@ def test_a_list_names_paths_relative_to_itself(tmp_path):
     assert [item.name for item in found][:3] == ["a", "b/c", "d"]
 
 
-def test_standard_input_is_a_list(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.png\nb.png")))
+@pytest.fixture
+def listed(monkeypatch, tmp_path):
+    """Gives standard input a content."""
+    with ExitStack() as files:
+
+        def give(content: bytes) -> None:
+            path = tmp_path / "stdin"
+            path.write_bytes(content)
+            monkeypatch.setattr(sys, "stdin", files.enter_context(path.open()))
+
+        yield give
+
+
+def test_standard_input_is_a_list(listed):
+    listed(b"a.png\nb.png")
     assert [item.image for item in read("-")] == ["a.png", "b.png"]
 
 
@@ -238,9 +252,9 @@ def test_lists_in_several_folders_may_name_the_same_path(tmp_path, monkeypatch):
     assert {item.id for item in found[1::2]} == {"/other/2.png"}
 
 
-def test_a_file_called_as_standard_input_is_does_not_read_it(tmp_path, monkeypatch):
+def test_a_file_called_as_standard_input_is_does_not_read_it(listed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("-").touch()
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.png\n")))
+    listed(b"a.png\n")
     assert ListFile("-", Columns()).count(Event()) is None
     assert len(read("-")) == 1

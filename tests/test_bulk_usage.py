@@ -1,6 +1,9 @@
 """What can't be meant is told before anything is opened, and an interrupt is no error."""
 
+import json
+import os
 import signal
+import subprocess
 import sys
 import threading
 
@@ -10,6 +13,7 @@ import vignette
 from server.bulk.command import main
 from server.bulk.lists import Columns, ListFile
 from server.bulk.progress import Progress
+from tests.conftest import ROOT, SAMPLES
 
 
 @pytest.mark.parametrize(("flags", "complaint"), [
@@ -50,6 +54,21 @@ def test_an_interrupt_while_a_command_is_loaded_is_no_error(monkeypatch, capfd):
     monkeypatch.setattr(vignette.importlib, "import_module", load)
     assert vignette.main() == 130
     assert capfd.readouterr().err == "interrupted\n"
+
+
+def test_lines_come_while_standard_input_is_silent_and_an_interrupt_ends_it():
+    command = [sys.executable, "-m", "vignette", "caption", "-"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as program:
+        assert program.stdin and program.stdout and program.stderr
+        for name in ("cats.png", "owl.png"):
+            program.stdin.write(os.fsencode(SAMPLES / name) + b"\n")
+            program.stdin.flush()
+            assert json.loads(program.stdout.readline())["id"] == str(SAMPLES / name)
+        program.send_signal(signal.SIGINT)
+        assert program.wait(30) == 130
+        assert program.stderr.read().endswith(b"interrupted\n")
 
 
 def test_a_total_that_can_not_be_counted_is_not_known(tmp_path, capfd):

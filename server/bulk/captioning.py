@@ -6,7 +6,6 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +17,7 @@ from server.bulk.asked import state
 from server.bulk.fetching import fetch, is_url
 from server.bulk.index import Kept
 from server.bulk.items import Item, Outcome, ScoredCaption, UnfitItem
+from server.bulk.reading import ItemReader
 
 _FETCHES = 64  # images fetched ahead, beyond those being captioned
 _AHEAD = 8  # times as many as run may wait for an earlier one, if ordered
@@ -65,31 +65,34 @@ class Captioning:
         """Yield outcomes; closing drops items not begun. Raises the error that ended the run."""
         most = self._captioner.at_once + _FETCHES
         pool = ThreadPoolExecutor(most, "item")
-        remaining, running = iter(items), OrderedDict[Future[Outcome], int]()  # and bytes
+        running = OrderedDict[Future[Outcome], int]()  # and bytes
         held = most * _AHEAD if self._options.ordered else most
+        reader = ItemReader(items)
+        coming = reader.next()
+        last = False
         try:
-            while True:
+            while running or not last:
                 unfinished = sum(not each.done() for each in running)
-                room = min(most - unfinished, held - len(running))
                 size = sum(_held(*each) for each in running.items())
-                for item in islice(remaining, 0 if size > _HELD else max(0, room)):
-                    will_hold = _bytes(item, self._options.limit)
-                    running[pool.submit(self._outcome, item)] = will_hold
-                    size += will_hold
-                    if size > _HELD:
-                        break
-                if not running:
-                    return
+                room = unfinished < most and len(running) < held and size <= _HELD and not last
+                first = [next(iter(running))] if self._options.ordered and running else running
+                wait([*first, *([coming] if room else [])], return_when=FIRST_COMPLETED)
+                if room and coming.done():
+                    if (item := coming.result()) is None:
+                        last = True
+                    else:
+                        will_hold = _bytes(item, self._options.limit)
+                        running[pool.submit(self._outcome, item)] = will_hold
+                        coming = reader.next()
                 yield from self._ended(running)
         finally:
             self._over.set()
             self._captioner.stop()
+            reader.close()
             pool.shutdown(cancel_futures=True)
 
     def _ended(self, running: OrderedDict[Future[Outcome], int]) -> Iterator[Outcome]:
-        """Outcomes of ended items, at least one; if ordered, up to one that has not ended."""
-        first = [next(iter(running))] if self._options.ordered else running
-        wait(first, return_when=FIRST_COMPLETED)
+        """Outcomes of items that have ended; if ordered, up to one that has not."""
         for future in list(running):
             if future.done():
                 del running[future]

@@ -18,7 +18,7 @@ class SameId(VignetteError):
 
 
 class Index:
-    """Row numbers by item id. Used by one thread.
+    """Row numbers by item id. Used by any thread.
 
     An item's last row counts. replaced: whether any row replaced an earlier one.
     """
@@ -29,24 +29,20 @@ class Index:
             "(id BLOB PRIMARY KEY, row INTEGER, done INTEGER, failed INTEGER, asked BLOB, "
             "claimed INTEGER) WITHOUT ROWID"
         )
+        self._lock = threading.Lock()
         self._next = 0
         self.replaced = False
 
     def add(self, row: ResultRow, done: bool) -> None:
         """Add the output's next row. done: its item is not to be captioned again."""
-        found = self._table.execute("SELECT row, claimed FROM t WHERE id = ?", (key(row.id),))
-        before, claimed = found.fetchone() or (None, 0)
-        self.replaced |= before is not None
-        values = (
-            key(row.id),
-            self._next,
-            done,
-            row.error is not None,
-            of_row(row),
-            claimed,
-        )
-        self._table.execute("INSERT OR REPLACE INTO t VALUES (?, ?, ?, ?, ?, ?)", values)
-        self._next += 1
+        asked, failed = of_row(row), row.error is not None
+        with self._lock:
+            found = self._table.execute("SELECT row, claimed FROM t WHERE id = ?", (key(row.id),))
+            before, claimed = found.fetchone() or (None, 0)
+            self.replaced |= before is not None
+            values = key(row.id), self._next, done, failed, asked, claimed
+            self._table.execute("INSERT OR REPLACE INTO t VALUES (?, ?, ?, ?, ?, ?)", values)
+            self._next += 1
 
     def claim(self, item_id: str, asked: bytes, again: bool = False) -> bool:
         """Whether an item is still to be captioned; marks it as done.
@@ -54,6 +50,10 @@ class Index:
         asked: see `of_item`. again: also if another image or prompt had its id in an earlier run.
         Raises SameId if that is not wished, or if one of this run has it.
         """
+        with self._lock:
+            return self._claim(item_id, asked, again)
+
+    def _claim(self, item_id: str, asked: bytes, again: bool) -> bool:
         found = self._table.execute(
             "SELECT done, failed, asked, claimed FROM t WHERE id = ?", (key(item_id),)
         ).fetchone()
@@ -83,10 +83,11 @@ class Index:
 
     def drop_error(self, item_id: str) -> None:
         """Drop an item's row if that is an error: what was wrong is right now."""
-        found = self._table.execute(
-            "UPDATE t SET row = NULL, failed = 0 WHERE id = ? AND failed", (key(item_id),)
-        )
-        self.replaced |= found.rowcount > 0
+        with self._lock:
+            found = self._table.execute(
+                "UPDATE t SET row = NULL, failed = 0 WHERE id = ? AND failed", (key(item_id),)
+            )
+            self.replaced |= found.rowcount > 0
 
     @property
     def failed(self) -> int:

@@ -79,7 +79,8 @@ class ListFile:
     def _rows(self) -> Rows:
         """Numbered rows by column; a BrokenRow for one that can't be read."""
         if self.path == "-":
-            yield from lines(sys.stdin.buffer)
+            # Not sys.stdin.buffer: a thread that waits in it as the program ends aborts that.
+            yield from lines(open(sys.stdin.fileno(), "rb", closefd=False))  # noqa: SIM115
             return
         with opened(self.path) as stream:
             # Files of fsspec have no `readline` with a limit.
