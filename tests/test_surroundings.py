@@ -57,7 +57,7 @@ def test_metrics_have_their_room_from_the_start(tmp_path, monkeypatch):
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "to be restored")
     try:
-        make_files(tmp_path, ["front-0"])
+        make_files(tmp_path, ["front-0"], [])
         sizes = {path.name: path.stat() for path in (tmp_path / "metrics").iterdir()}
         assert all(s.st_blocks * 512 >= s.st_size == 64 * 1024 for s in sizes.values())
         for life in (1, 2):
@@ -77,13 +77,19 @@ def test_metrics_have_their_room_from_the_start(tmp_path, monkeypatch):
         values.ValueClass = before
 
 
+def test_only_what_counts_by_key_has_room_for_keys(tmp_path):
+    make_files(tmp_path, ["front-0"], ["worker-0"], keys=100)
+    large = [f.name for f in (tmp_path / "metrics").iterdir() if f.stat().st_size > 64 * 1024]
+    assert large == ["counter_front-0.db"]
+
+
 def test_full_shared_memory_is_a_message(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(NoSharedMemory, match="MiB of metrics"):
-        make_files(tmp_path, ["front-0"])
+        make_files(tmp_path, ["front-0"], [])
     with pytest.raises(NoSharedMemory, match="--shm-size"):
         PixelStore(tmp_path / "p", 4, (3, 8, 8), create=True)
 

@@ -93,10 +93,11 @@ class Supervisor:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until told to stop. Raises NoSharedMemory or CannotStart."""
         try:
-            names = [child.stable_name for child in [*self._workers, *self._all_front_ends]]
+            front_ends = [child.stable_name for child in self._all_front_ends]
+            workers = [child.stable_name for child in self._workers]
             path = self._settings.api_keys
             known = keys.copy(path, self._folder) if path and self._all_front_ends else 0
-            metrics.make_files(self._folder, names, known, len(self.refused))
+            metrics.make_files(self._folder, front_ends, workers, known, len(self.refused))
             self._control.bind(control_address(self._folder))
             await self._serve(stop)
         finally:

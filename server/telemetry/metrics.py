@@ -11,6 +11,7 @@ import asyncio
 import math
 import os
 import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -24,28 +25,30 @@ _VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # names prometheus_client's folder in mu
 _FOLDER = "metrics"  # in the run's folder
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-
-
 _LIVE = "gauge_livesum"  # gauges that are cleared when their process dies
-_KINDS = ("counter", "histogram", "gauge_max", _LIVE)
+_COUNTER = "counter"
+_KINDS = (_COUNTER, "histogram", "gauge_max", _LIVE)
 _REST = 4  # pause between renderings, as a multiple of the time one takes
 _KEY_BYTES = 20 * 160  # outcomes, times the bytes of each
 _FILE_BYTES = 64 * 1024  # prometheus_client's default, several times what a model needs
 
 
-def make_files(run: Path, names: list[str], keys: int = 0, models: int = 1) -> None:
+def make_files(
+    run: Path, front_ends: Collection[str], workers: Collection[str], keys: int = 0, models: int = 1
+) -> None:
     """Create the files of the processes with these names. Raises NoSharedMemory.
 
-    run: the run's folder. keys, models: number of API keys and of models.
+    run: the run's folder. keys, models: number of API keys, which front-ends count, and of models.
     """
     folder = run / _FOLDER
     folder.mkdir()
-    for name in names:
+    for name in (*front_ends, *workers):
         for kind in _KINDS:
+            size = models * _FILE_BYTES
+            if kind == _COUNTER and name in front_ends:
+                size += 2 * keys * _KEY_BYTES
             handle = os.open(folder / f"{kind}_{name}.db", os.O_RDWR | os.O_CREAT, 0o600)
-            reserve(
-                handle, models * _FILE_BYTES + 2 * keys * _KEY_BYTES, "metrics", "free some of it"
-            )
+            reserve(handle, size, "metrics", "free some of it")
             os.close(handle)
 
 
