@@ -83,8 +83,11 @@ def test_what_changed_is_captioned_anew(output, photos):
     Image.new("RGB", (5, 5)).save(file)
     with pytest.raises(OutputConflict, match=f"{file} was captioned with another content"):
         run(output, str(photos))
+    if (private := Path(output)).is_file():
+        private.chmod(0o600)
     assert run(output, str(photos), again=True).counts.captioned == 1
     check(output, photos)
+    assert private.is_dir() or private.stat().st_mode & 0o777 == 0o600
 
 
 def test_an_image_of_a_list_is_known_again_by_where_it_is(output, photos, tmp_path, monkeypatch):

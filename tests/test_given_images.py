@@ -27,6 +27,14 @@ def test_images_may_be_paths_arrays_and_pictures(demo):
     assert demo.generate([grey])[0].text == demo.generate([buffer.getvalue()])[0].text
 
 
+def test_an_array_may_change_once_it_was_given(demo):
+    pixels = demo.request(SAMPLES / "owl.png").pixels
+    request = demo.request(pixels)
+    before = pixels.copy()
+    pixels[:] = 0
+    assert (request.pixels == before).all()
+
+
 @pytest.mark.parametrize(
     "line", [Image.new("RGB", (1, 60_000)), np.zeros((200_000, 1, 3), np.uint8)]
 )

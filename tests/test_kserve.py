@@ -143,6 +143,7 @@ def image(**changes) -> dict:
         ({"inputs": [image()], "outputs": [{"name": "CAPTION"}] * 2}, "asked for twice"),
         ({"inputs": [image(shape=[2, 3])]}, "IMAGE' has 1 values, unlike its shape"),
         ({"inputs": [image(datatype="FP32")]}, "IMAGE must be BYTES"),
+        ({"inputs": [image(), image()]}, "the input IMAGE is given twice"),
         ({"inputs": [image(), image(name="COLOUR", data=[])]}, "unknown input 'COLOUR'"),
         ({"inputs": [image()], "outputs": [{"name": "X"}]}, "unknown output 'X'"),
         ({"inputs": [image(parameters={"binary_data_size": 9})]}, "not all there"),

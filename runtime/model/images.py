@@ -32,7 +32,7 @@ def _pixels(image: AnyImage, manifest: Manifest) -> np.ndarray:
     how = manifest.preprocessing
     if isinstance(image, np.ndarray):
         if image.dtype == np.uint8 and image.shape == manifest.sizes.pixels:
-            return image
+            return image.copy()  # the caller may change its own before it is encoded
         grey, coloured = image.ndim == 2, image.ndim == 3 and image.shape[2] == 3
         if image.dtype != np.uint8 or not (grey or coloured) or not image.size:
             raise InvalidImage(

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_IMODE
 from typing import BinaryIO
 
 import msgspec
@@ -154,7 +155,7 @@ def latest(rows: Iterable[ResultRow], index: Index) -> Iterator[ResultRow]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file that replaces `path` when it is complete.
+    """A temporary file that replaces `path`, with its permissions, when it is complete.
 
     One left by a killed run is removed; if that is a link, its target is left alone.
     """
@@ -162,6 +163,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     partial.unlink(missing_ok=True)
     try:
         with partial.open("xb") as stream:
+            if path.exists():
+                os.fchmod(stream.fileno(), S_IMODE(path.stat().st_mode))
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

@@ -202,7 +202,7 @@ def _inputs(request: Any) -> Inputs:
         raise InvalidRequest("raw_input_contents must hold all inputs, or none")
     values: dict[str, list[Any]] = {}
     for place, tensor in enumerate(request.inputs):
-        kserve.check_datatype(tensor.name, tensor.datatype)
+        kserve.check_input(tensor.name, tensor.datatype, values)
         if raw:
             values[tensor.name] = kserve.unpacked(tensor.name, tensor.datatype, raw[place])
         else:

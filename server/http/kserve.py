@@ -23,7 +23,7 @@ from server.protocols.kserve import (
     VERSION,
     Inputs,
     captioned_so_far,
-    check_datatype,
+    check_input,
     check_outputs,
     check_shape,
     config,
@@ -206,7 +206,7 @@ def _values(asked: InferRequest, parts: Parts, binary: bytes) -> dict[str, list[
     values: dict[str, list[Any]] = {}
     at = 0
     for tensor in asked.inputs:
-        check_datatype(tensor.name, tensor.datatype)
+        check_input(tensor.name, tensor.datatype, values)
         size = tensor.parameters.get("binary_data_size")
         if size is None:
             found = list(_flat(tensor.data or []))

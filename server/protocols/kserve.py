@@ -6,7 +6,7 @@ https://github.com/kserve/open-inference-protocol
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,13 @@ CONFIG_TYPES = {"BYTES": "TYPE_STRING", "INT32": "TYPE_INT32", "FP32": "TYPE_FP3
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
 
 
-def check_datatype(name: str, datatype: str) -> None:
-    """Raise InvalidRequest for an unknown input or a wrong datatype."""
+def check_input(name: str, datatype: str, before: Container[str]) -> None:
+    """Raise InvalidRequest for an unknown or repeated input, or a wrong datatype.
+
+    before: names of the inputs before it.
+    """
+    if name in before:
+        raise InvalidRequest(f"the input {name} is given twice: send it once")
     if name not in INPUTS:
         raise InvalidRequest(f"unknown input {shown(name)}: there are {', '.join(INPUTS)}")
     if datatype != INPUTS[name]:
