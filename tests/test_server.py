@@ -8,8 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from runtime.planning.config import EngineConfig
+from server.ipc.messages import Serving
+from server.processes.frontend import update
 from server.service.admission import State
 from server.service.client_rates import ClientRates
 from tests.fakes import FakeRunner, Gate, fake_engine, gated
@@ -35,6 +38,15 @@ def test_ready_only_once_warm():
         [worker] = ready["workers"]
         assert (worker["state"], worker["precision"], worker["slots"]) == ("ready", "fake", 3)
         assert live.caption(png()).status == 200
+
+
+def test_a_model_whose_engine_does_not_start_again_refuses_at_once():
+    with serve(fake_engine) as live:
+        [worker] = live.service.workers
+        serving = Serving((replace(worker, state="failing"),), {}, 0)
+        live.loop.call_soon_threadsafe(update, live.service, serving)
+        until(lambda: live.request("GET", "/health/ready").json["models"] == {"fake": "failing"})
+        assert live.caption(png()).error == "not_serving"
 
 
 def test_draining_refuses_new_requests_and_finishes_old_ones():

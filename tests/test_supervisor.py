@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import sys
 import threading
 import time
 from functools import partial
@@ -87,6 +88,37 @@ def test_a_process_that_can_not_be_started_for_now_is_started_later(tmp_path, mo
 
     asyncio.run(asyncio.wait_for(serve(), 60))
     assert not refused
+
+
+def lost_worker(
+    settings: Settings, model: ServedModel, folder: Path, index: int, epoch: int
+) -> None:
+    """As where an engine was replaced: it starts once."""
+    if epoch == 1:
+        fake_worker(fake_engine, settings, model, folder, index, epoch)
+    sys.exit(1)
+
+
+def test_an_engine_that_does_not_start_again_is_told(tmp_path):
+    run, model = RunFolder(), ServedModel("m", tmp_path, 1.0)
+    settings = Settings.model_construct(log_level="ERROR", step_seconds=60.0, drain_seconds=1.0)
+    [child] = children = workers(settings, [model], run.path, lost_worker, [""])
+    told: list[str] = []
+
+    async def serve() -> None:
+        supervisor = Supervisor(settings, ["m"], run, children, [])
+        supervisor.on_ready = child.kill
+        supervisor.on_change = lambda serving: told.append(serving.workers[0].state)
+        stop = asyncio.Event()
+        running = asyncio.create_task(supervisor.run(stop))
+        while "failing" not in told:
+            assert not running.done()
+            await asyncio.sleep(0.01)
+        stop.set()
+        await running
+
+    asyncio.run(asyncio.wait_for(serve(), 60))
+    assert told == ["ready", "recovering", "recovering", "failing"]
 
 
 def test_key_files_are_read_one_after_the_other_and_the_newest_counts(tmp_path, monkeypatch):

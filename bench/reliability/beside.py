@@ -113,7 +113,7 @@ def unread_answers(long: bool) -> Verdict:
     return _short(["unread", "left", "resets", "crowd"], long)
 
 
-def dear_images(long: bool) -> Verdict:
+def expensive_images(long: bool) -> Verdict:
     """20: images of a few bytes that take seconds and a gigabyte to decode."""
     return _short(["700 scans", "90 scans", "unpacking", "tags", "clips"], long)
 

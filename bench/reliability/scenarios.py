@@ -37,7 +37,7 @@ SCENARIOS: dict[str, tuple[int, Callable[..., Verdict]]] = {
     "Content-Types and forms that take long to read": (17, beside.content_types),
     "JSON that takes long to read": (18, beside.large_json),
     "answers that nobody reads": (19, beside.unread_answers),
-    "images that take long to decode": (20, beside.dear_images),
+    "images that take long to decode": (20, beside.expensive_images),
     "idle connections": (21, surroundings.idle_connections),
     "a second instance in another container": (22, surroundings.second_instance),
     "a worker that somebody kills": (23, surroundings.killed_while_asked),

@@ -25,6 +25,7 @@ from msgspec import Struct, msgpack
 from runtime.request import GenerationRequest, RequestOutput
 
 ProcessKind = Literal["front", "worker"]
+WorkerCondition = Literal["starting", "ready", "recovering", "failing"]
 End = Literal["killed", "crashed", "stuck", "hung"]  # killed: from outside; hung: silent
 BEAT_SECONDS = 0.5
 
@@ -155,14 +156,15 @@ class Drained(Message, frozen=True):
 class WorkerState(Struct, frozen=True):
     """State of a worker, for front-ends and for /health/ready.
 
-    device: the GPUs that it may use, as in CUDA_VISIBLE_DEVICES, or cpu; over Ray its nodes.
+    device: the GPUs that it may use, as in CUDA_VISIBLE_DEVICES, or cpu; over Ray its nodes. state:
+    failing, if it was lost and does not start again.
     """
 
     model: str
     device: str
     index: int
     epoch: int
-    state: Literal["starting", "ready", "recovering"]
+    state: WorkerCondition
     pid: int | None
     restarts: int
     last_end: End | None

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from typing import Literal
 
-from server.ipc.messages import End, ProcessKind, WorkerFacts, WorkerState, process_name
+from server.ipc.messages import (
+    End,
+    ProcessKind,
+    WorkerCondition,
+    WorkerFacts,
+    WorkerState,
+    process_name,
+)
 from server.system import KILLED_FROM_OUTSIDE, environment
 
 _SILENCE_SECONDS = 3.0  # without a heartbeat: the process is stopped, or starved
@@ -16,6 +23,7 @@ _SILENCE_SECONDS = 3.0  # without a heartbeat: the process is stopped, or starve
 _STARTING_SECONDS = 600.0, 7200.0
 _SLOWER = 4  # times that a step may be slower than the self-test, which had the cores to itself
 Problem = Literal["ended", "hung", "stuck"]
+_FAILING = 2  # starts in a row that failed
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -110,7 +118,9 @@ class Child:
         )
 
     @property
-    def _told(self) -> Literal["starting", "ready", "recovering"]:
+    def _told(self) -> WorkerCondition:
         if self.state == "ready":
             return "ready"
+        if self.failures >= _FAILING and self.facts is not None:
+            return "failing"
         return "starting" if self.epoch <= 1 and self.state == "starting" else "recovering"

@@ -29,7 +29,7 @@ class State(StrEnum):
 
 
 class NotServing(VignetteError):
-    """The server or the model is starting or draining."""
+    """The server or the model is starting or draining, or its engine does not start again."""
 
 
 @dataclass(slots=True)
@@ -64,6 +64,7 @@ class Admission:
         deadline: seconds that a request has; no more requests wait than can be captioned in time.
         """
         self.state = State.STARTING
+        self.failing = False  # no engine starts any more
         self.inside = 0
         self.slots = 0
         self._decoding = _Aside(
@@ -102,6 +103,11 @@ class Admission:
         """
         if self.state is not State.READY:
             raise NotServing(f"the server is {self.state}: try again soon, or another instance")
+        if self.failing:
+            raise NotServing(
+                "the model's engine was lost and does not start: the log says why; try another "
+                "instance"
+            )
         self._recent.note(client)
         self._check_room(client)
 

@@ -55,7 +55,8 @@ class Model:
     def status(self) -> str:
         """The model's state, for people and load balancers."""
         recovering = self.admission.state is State.READY and not self.serves
-        return "recovering" if recovering else self.admission.state
+        lost = "failing" if self.admission.failing else "recovering"
+        return lost if recovering else self.admission.state
 
     def update(self, workers: Sequence[WorkerState], front_ends: int) -> None:
         """Apply the supervisor's report on the workers, which all front-ends share."""
@@ -64,6 +65,7 @@ class Model:
         self.device = " ".join(sorted({w.device for w in workers})) if here else self.name
         ends = {w.index: w.last_end for w in workers}
         runs = {(w.index, w.epoch): w.facts.identity for w in ready if w.facts is not None}
+        self.admission.failing = bool(workers) and all(w.state == "failing" for w in workers)
         before = self.links.dispatcher.keys
         self.links.update(runs, ends)
         if self.serves and not before & runs.keys():
