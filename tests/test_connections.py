@@ -11,7 +11,7 @@ import time
 import pytest
 
 from server.fairness.token_buckets import TokenBuckets
-from server.http import handler, listening
+from server.http import handler
 from server.http.loop import few_at_a_time
 from server.service.service import Service
 from tests.fakes import fake_engine
@@ -21,7 +21,7 @@ from tests.live import fetch, png, serve, until
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
     """Shorten the server's time-outs."""
-    monkeypatch.setattr(listening, "_HANG_UP_SECONDS", 0.05)
+    monkeypatch.setattr(client_stream, "_HANG_UP_SECONDS", 0.05)
     monkeypatch.setattr(handler, "_UNREAD_SECONDS", 0.1)
 
 

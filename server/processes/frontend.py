@@ -20,7 +20,8 @@ from server.addresses import networks
 from server.grpc.listening import GrpcServer
 from server.grpc.listening import start as start_grpc
 from server.http.app import Application, make_app, make_ops_app
-from server.http.listening import HEAD_BYTES, Server
+from server.http.client_stream import HEAD_BYTES
+from server.http.listening import Server
 from server.http.loop import few_at_a_time
 from server.ipc.messages import (
     BEAT_SECONDS,

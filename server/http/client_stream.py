@@ -1,0 +1,138 @@
+"""The stream of one client's connection: heads, pieces and chunks are bounded before parsing."""
+
+import asyncio
+import json
+import re
+from collections.abc import Awaitable
+from typing import Any
+
+from tornado.iostream import IOStream, StreamClosedError
+
+from server.protocols.errors import HTTP_ERRORS
+from server.tasks import strip_error, strip_future_error
+
+# Limits on a request's head, as parsing it takes time: lines, and bytes without the query; then
+# bytes of the request line before the query and of Host, which slower regular expressions parse.
+_HEADERS, _HEAD, _LINE, _HOST = 200, 16 * 1024, 1024, 300
+_FIELDS, _QUERY = 100, 1024  # in a query; bytes of one, but those of captions
+# Bytes of a caption's: a prompt of 1,024 characters takes 12 KiB, and most models take less.
+_CAPTION_QUERY = 16 * 1024
+HEAD_BYTES = _HEAD + _CAPTION_QUERY
+_REASON = (
+    f"the head is larger than is read here: send at most {_HEADERS} lines of {_HEAD // 1024} KiB "
+    f"together, a path of {_LINE} bytes, a Host of {_HOST}, {_FIELDS} fields in the query, and "
+    f"{_QUERY} bytes of it, or for POST /caption {_CAPTION_QUERY // 1024} KiB"
+)
+_TOO_LARGE = (
+    "HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: application/json\r\n"
+    "Connection: close\r\n\r\n"
+    + json.dumps({"error": {"code": HTTP_ERRORS[431].code, "message": _REASON}}) + "\n"
+).encode()  # fmt: skip
+_HOSTS = re.compile(rb"\nhost[ \t]*:((?:[^\n]|\n[ \t])*)", re.IGNORECASE)
+_CHUNKS, _CHUNK = 256, 512  # chunks allowed per connection, and one more per so many bytes
+_PIECES, _PIECE = 64, 512  # pieces allowed per head, and one more per so many bytes
+_END = 4  # bytes of the longest end of a head
+_HANG_UP_SECONDS = 2.0
+_LINES, _BYTES = 20.0, 16384.0  # of a head, whose parsing costs as much as a page
+
+
+class ClientStream(IOStream):
+    """A connection whose client may end its side of it and still wait for the answer.
+
+    A connection that sends a head in pieces, or a body in chunks, of a few bytes is closed: each of
+    them takes as long to handle as a large one.
+
+    last: the client has announced its last request (Connection: close), and that is complete. The
+    end of the input is expected then; otherwise it means that the client has gone. head: cost in
+    pages of parsing the last request's. refused: the last head is no request's.
+    """
+
+    last = refused = False
+    head = 0.0
+    _ended = False
+    _received = _chunks = 0
+    _pieces: int | None = None  # read so far of the current head
+    _searched = 0  # bytes of the head
+
+    def close(self, exc_info: Any = False) -> None:
+        """Close the connection, and strip the errors that its tasks get and it keeps: they would
+        hold it, and all buffers, until a full garbage collection.
+        """
+        reading = self._read_future
+        super().close(exc_info)
+        if self.error is not None:
+            strip_error(self.error)
+        if reading is not None:
+            reading.add_done_callback(strip_future_error)
+
+    def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
+        """Bytes read; None if there are none now, 0 at the end of the input."""
+        count = super().read_from_fd(buf)
+        self._received += count or 0
+        if count and self._pieces is not None:
+            self._pieces += 1
+            if self._pieces > _PIECES + len(self._read_buffer) / _PIECE:
+                return 0  # as if the client had gone
+        if count != 0 or not self.last:
+            return count
+        if self._ended:
+            return None
+        # A byte that is never parsed: with one in the buffer, Tornado does not wait for more.
+        self._ended = True
+        buf[:1] = b"\n"
+        return 1
+
+    async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
+        """Read up to a pattern: Tornado's server reads a request's head with this."""
+        self._pieces = self._searched = 0
+        try:
+            head = await super().read_until_regex(regex, max_bytes)
+        except StreamClosedError:
+            self.refused = self._pieces > 0  # a part of a head came, or too much of one
+            raise
+        finally:
+            self._pieces = None
+        self.head, self.refused = head.count(b"\n") / _LINES + len(head) / _BYTES, True
+        if _takes_long(head):
+            await self._hang_up(_TOO_LARGE)
+        return head
+
+    def _find_read_pos(self) -> int | None:
+        """Like Tornado's, without searching the whole head again for each piece of it."""
+        regex = self._read_regex
+        if regex is None:
+            return super()._find_read_pos()
+        found = regex.search(self._read_buffer, max(0, self._searched - _END))
+        self._searched = len(self._read_buffer)
+        end = self._read_buffer_size if found is None else found.end()
+        self._check_max_bytes(regex, end)
+        return None if found is None else end
+
+    async def _hang_up(self, answer: bytes = b"") -> bytes:
+        """Close the connection after a while, as its client would reconnect at once."""
+        await asyncio.sleep(_HANG_UP_SECONDS)
+        if answer:
+            await self.write(answer)
+        self.close()
+        raise StreamClosedError
+
+    def read_until(self, delimiter: bytes, max_bytes: int | None = None) -> Awaitable[bytes]:
+        """Read up to a delimiter: Tornado's server reads a chunk's length with this."""
+        self._chunks += 1
+        if self._chunks > _CHUNKS + self._received / _CHUNK:
+            return asyncio.ensure_future(self._hang_up())
+        return super().read_until(delimiter, max_bytes)
+
+
+def _takes_long(head: bytes) -> bool:
+    """Whether parsing the head would hold up others; no well-behaved client sends such a one."""
+    line = head.lstrip(b"\r\n").partition(b"\n")[0]
+    before, _, query = line.partition(b"?")
+    return (
+        head.count(b"\n") > _HEADERS
+        or query.count(b"&") > _FIELDS
+        or len(query) > (_CAPTION_QUERY if before == b"POST /caption" else _QUERY)
+        or len(before) > _LINE
+        or len(head) - len(query) > _HEAD
+        or sum(len(host) for host in _HOSTS.findall(head)) > _HOST
+    )
