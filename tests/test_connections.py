@@ -11,7 +11,7 @@ import time
 import pytest
 
 from server.fairness.token_buckets import TokenBuckets
-from server.http import handler
+from server.http import client_stream, handler
 from server.http.loop import few_at_a_time
 from server.service.service import Service
 from tests.fakes import fake_engine
