@@ -38,8 +38,9 @@ from server.telemetry.metrics import count_as
 EOS, VOCABULARY = 1, 50
 SIZES = Sizes(4, frames=None, prefix=5, layers=1, heads=1, head=1, vocabulary=VOCABULARY, text=32)
 MANIFEST = Manifest(
-    "fake", None, SIZES, SpecialTokens(0, EOS, 2), Preprocessing(4, 4, 3), {}, (), ()
-)
+    "fake", None, SIZES, SpecialTokens(0, EOS, 2), Preprocessing(4, 4, 3),
+    files={TOKENIZER: "", WEIGHTS: ""}, variants=(), combinations=(),
+)  # fmt: skip
 
 
 class FakeTokenizer:
@@ -201,7 +202,7 @@ def fake_folder(path: Path, manifest: Manifest = MANIFEST) -> Path:
     pieces.pre_tokenizer = WhitespaceSplit()
     pieces.add_special_tokens([str(EOS)])
     pieces.save(str(path / TOKENIZER))
-    replace(manifest, files={TOKENIZER: "", WEIGHTS: ""}).save(path)
+    manifest.save(path)
     return path
 
 

@@ -79,6 +79,17 @@ def test_two_questions_of_one_image_need_ids(tmp_path):
         run(f"{tmp_path}/others.jsonl", given, columns=columns, again=True)
 
 
+def test_two_inputs_of_one_id_do_not_take_each_other_s_row(tmp_path):
+    output, columns = f"{tmp_path}/rows.jsonl", Columns(prompt="question")
+    given = listed(tmp_path / "a", b"x", question="how many")
+    run(output, given, columns=columns)
+    with Path(given).open("a") as stream:
+        stream.write(json.dumps({"image": "1.png", "question": "which colour"}) + "\n")
+    with pytest.raises(SameId, match="two inputs"):
+        run(output, given, columns=columns, again=True)
+    assert [row["prompt"] for row in rows_of(output)] == ["how many"]
+
+
 def test_a_list_is_known_again_from_another_folder_and_through_a_link(tmp_path, monkeypatch):
     listed(tmp_path / "data", b"x", sku="1")
     (tmp_path / "link").symlink_to("data")
@@ -91,12 +102,26 @@ def test_a_list_is_known_again_from_another_folder_and_through_a_link(tmp_path, 
     assert rows_of(output)[0]["path"] == f"{tmp_path}/data/1.png"
 
 
-def test_a_signature_of_a_url_is_not_what_it_names():
-    url = "https://host/{}.png?a=1&X-Amz-Signature={}&X-Amz-Date=7#x"
+@pytest.mark.parametrize(
+    "signed",
+    [
+        "https://host/{}.png?a=1&X-Amz-Signature={}&X-Amz-Date=7#x",
+        "https://host/{}.png?sv=2024-05-04&st={}&sig=x",
+        "gs://host/{}.png?Expires={}&Signature=x",
+    ],
+)
+def test_a_signature_of_a_url_is_not_what_it_names(signed):
     first, again, other = (
-        of_item(Item("sku", url.format(*parts)), None) for parts in ("a1", "a2", "b1")
+        of_item(Item("sku", signed.format(*parts)), None) for parts in ("a1", "a2", "b1")
     )
     assert first == again != other
+
+
+@pytest.mark.parametrize(
+    "url", ["https://host/image?st={}", "https://host/image?policy={}&sv=1", "s3://host/a#{}"]
+)
+def test_a_parameter_without_a_signature_names_another_image(url):
+    assert of_item(Item("sku", url.format(1)), None) != of_item(Item("sku", url.format(2)), None)
 
 
 @pytest.mark.parametrize("sku", ["https://[", "a\0/b.png"])

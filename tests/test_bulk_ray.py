@@ -8,12 +8,19 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from runtime.errors import EngineFolderError
+from runtime.model.manifest import read
 from runtime.model.preprocess import MAX_PIXELS
+from server.bulk.asked import of_item
 from server.bulk.captioning import CaptioningOptions
 from server.bulk.engine import EngineSetup
-from server.bulk.items import Item
+from server.bulk.index import Index
+from server.bulk.inputs import parts
+from server.bulk.items import Item, ResultRow
+from server.bulk.lists import Columns
 from tests.fakes import fake_engine, fake_folder
 from tests.test_bulk import small_images
 
@@ -25,7 +32,8 @@ def test_a_process_keeps_its_decoder_from_task_to_task(tmp_path):
 
     [file] = small_images(tmp_path, 1)
     engine = EngineSetup(fake_folder(tmp_path / "engine"))
-    work = ray.TaskSetup(engine, {}, CaptioningOptions(None, 10**7), MAX_PIXELS, whole=False)
+    first = {"engine": read(engine.folder).fingerprint}
+    work = ray.TaskSetup(engine, {}, CaptioningOptions(None, 10**7), MAX_PIXELS, False, first)
     batch = {"item": [pickle.dumps(Item(str(file), image=str(file)))]}
     made = []
     for limit in (MAX_PIXELS, MAX_PIXELS, 1):
@@ -37,6 +45,27 @@ def test_a_process_keeps_its_decoder_from_task_to_task(tmp_path):
     assert "too many pixels" in pickle.loads(found["outcome"][0]).error
     made[2]._close()
     ray._Decoder.made = None
+    manifest = read(engine.folder)
+    other = replace(manifest.preprocessing, shortest_edge=manifest.preprocessing.shortest_edge + 1)
+    replace(manifest, preprocessing=other).save(engine.folder)
+    with pytest.raises(EngineFolderError, match="another engine than"):
+        ray._Decoder.decode(batch, work)
+
+
+def test_nodes_tell_of_items_that_have_rows_where_others_may_take_their_ids(tmp_path, monkeypatch):
+    from server.bulk import ray
+
+    monkeypatch.setattr(ray.ray, "get", lambda known: known)
+    files = small_images(tmp_path, 20)
+    index, name = Index(), str(files[3])
+    index.add(ResultRow(name, caption=""), done=True)
+    batch = {"part": np.array([pickle.dumps(parts([str(tmp_path)], Columns(), 9)[0])], object)}
+    for tell in (False, True):
+        read = ray._read(batch, index.keys(None), tell)
+        found = [pickle.loads(packed) for block in read for packed in block["item"]]
+        told = [each for each in found if not isinstance(each, Item)]
+        assert len(found) - len(told) == 19
+        assert told == ([[(name, of_item(Item(name, name), None))]] if tell else [])
 
 
 def test_a_node_that_dies_costs_no_row_and_one_that_comes_is_used(tmp_path):

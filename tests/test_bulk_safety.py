@@ -255,12 +255,43 @@ def test_a_caption_that_was_not_written_over_the_old_one_is_written_later(tmp_pa
     assert text.read_text() == "another"
 
 
+def test_a_foreign_text_that_was_to_be_overwritten_is_overwritten_later(tmp_path):
+    """A kill between a row and its text."""
+    [file] = small_images(tmp_path, 1)
+    output = f"{tmp_path}/texts/"
+    run(output, str(file))
+    [text] = (tmp_path / "texts").rglob("*.txt")
+    said = text.read_text()
+    text.write_text("somebody else's")
+    run(output, str(file))
+    assert text.read_text() == "somebody else's"
+    run(output, str(file), overwrite=True)
+    assert text.read_text() == said
+
+
+@pytest.mark.parametrize("outside", ["../mine.txt", "{}/mine.txt"])
+def test_rows_that_name_texts_elsewhere_are_refused(outside, tmp_path):
+    [file] = small_images(tmp_path, 1)
+    output, mine = tmp_path / "texts", tmp_path / "mine.txt"
+    run(f"{output}/", str(file))
+    mine.write_text("mine")
+    rows = output / ".vignette.jsonl"
+    row = json.loads(rows.read_text()) | {"text": outside.format(tmp_path), "caption": "mine"}
+    rows.write_text("".join(json.dumps(r) + "\n" for r in (row, row | {"text": "b.txt"})))
+    with pytest.raises(OutputConflict, match="outside of the output"):
+        run(f"{output}/", str(file), again=True)
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("captioned", [False, True])
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.tar", "texts/"])
-def test_a_shard_that_is_whole_now_leaves_no_error(name, tmp_path):
+def test_a_shard_that_is_whole_now_leaves_no_error(captioned, name, tmp_path):
     archive(tmp_path / "a.tar", {f"{n}.png": png((n, 0, 0)) for n in range(4)})
     whole = (tmp_path / "a.tar").read_bytes()
-    (tmp_path / "a.tar").write_bytes(whole[:2500])
     output, shard = f"{tmp_path}/{name}", f"{tmp_path}/a.tar"
+    if captioned:
+        run(output, shard)
+    (tmp_path / "a.tar").write_bytes(whole[:2500])
     broken = run(output, shard)
     assert broken.counts.failed == 1
     (tmp_path / "a.tar").write_bytes(whole)

@@ -164,6 +164,8 @@ def test_pictures_outside_of_their_folder_are_refused(tmp_path):
         (["--json", "{}"], "Is a directory: '{}'"),
         (["--json", "{}/none/x.json"], "No such file or directory: '{}/none/x.json'"),
         (["--json", "{}/a.json"], "{}/a.json is read, and would be overwritten"),
+        (["--json", "{}/linked.json"], "{}/linked.json is read, and would be overwritten"),
+        (["--output", "{}/linked.png"], "{}/linked.png is read, and would be overwritten"),
         (["--output", "{}/x.html", "--json", "{}/x.html"], "are both {}/x.html: give two files"),
     ],
 )
@@ -173,7 +175,11 @@ def test_flags_that_cannot_be_followed_end_it_before_a_picture_is_captioned(
     monkeypatch.setattr(command, "_contestants", lambda _: pytest.fail("it goes on to caption"))
     monkeypatch.chdir(tmp_path)  # where --output is by default
     path = _written(tmp_path / "a.json", COCO)
-    arguments = ["--engine", str(DEMO), "--data", str(path), "--images", str(SAMPLES)]
+    (tmp_path / "linked.json").hardlink_to(path)
+    photos = tmp_path / "photos"
+    shutil.copytree(SAMPLES, photos)
+    (tmp_path / "linked.png").hardlink_to(photos / "cats.png")
+    arguments = ["--engine", str(DEMO), "--data", str(path), "--images", str(photos)]
     with pytest.raises(SystemExit) as exit_:
         main([*arguments, *(flag.format(tmp_path) for flag in flags)])
     assert exit_.value.code == 2

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         name = read(args.engine).model
         pictures = data.read(args.data, args.images, args.limit)
-        _check_outputs(parser, args)
+        _check_outputs(parser, args, [picture.file for picture in pictures])
         results = []
         for contestant in _contestants(args):
             captions = contestant.captions(pictures)
@@ -56,14 +56,19 @@ def _check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         parser.error(f"--beams has {wrong[0]}: give {least} to {most}")
 
 
-def _check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def _check_outputs(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, pictures: Sequence[Path]
+) -> None:
     """Open each output, so that a wrong one fails before captioning. Existing content stays."""
     outputs = [path for path in (args.output, args.json) if path is not None]
     if len({path.resolve() for path in outputs}) < len(outputs):
         parser.error(f"--output and --json are both {args.json}: give two files")
     for path in outputs:
-        read = path.resolve() == args.data.resolve()
-        if read or (path.is_file() and path.resolve().is_relative_to(args.images.resolve())):
+        if not path.is_file():
+            continue
+        below = path.resolve().is_relative_to(args.images.resolve())
+        linked = path.stat().st_nlink > 1 and any(each.samefile(path) for each in pictures)
+        if below or linked or path.samefile(args.data):
             parser.error(f"{path} is read, and would be overwritten: give another output")
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -143,15 +143,16 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hex digits that identify this export, derived from its files' sha256."""
-        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()[:12]
+        """Twelve hex digits that identify all that decides a caption, without precision."""
+        deciding = self.files, asdict(self.sizes), asdict(self.tokens), asdict(self.preprocessing)
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:12]
 
     def check_fingerprint(self, folder: Path, expected: str | None) -> None:
         """Raise EngineFolderError unless the engine is the expected one; None: any is."""
         if expected not in (None, self.fingerprint):
             raise EngineFolderError(
-                f"{folder} has another engine than when the service started: put the first one "
-                "back, or restart the service"
+                f"{folder} has another engine than the service or the run started with: put the "
+                "first one back, or start again"
             )
 
     def combination(self, name: str) -> Combination:

@@ -13,12 +13,15 @@ from server.bulk.items import Item, ResultRow
 
 KEY_BYTES = 16
 _UNKNOWN = None, None
-# Parameters of URLs that storage services sign, which are others each time.
-_SIGNED = re.compile(
-    "(x-amz-|x-goog-|(signature|expires|awsaccesskeyid|googleaccessid|key-pair-id|policy|"
-    "sig|se|sp|sr|st|sv|spr)=)",
-    re.IGNORECASE,
-)
+# Parameters of signed URLs, which are others each time, by those that tell the kind of signature.
+_SIGNATURES = {
+    ("x-amz-signature",): re.compile("x-amz-"),
+    ("x-goog-signature",): re.compile("x-goog-"),
+    ("signature",): re.compile(
+        "(signature|expires|awsaccesskeyid|googleaccessid|key-pair-id|policy)$"
+    ),
+    ("sig", "sv"): re.compile("(sig|s[eprtv]|spr|sip|ss|srt|sk[etsv]|sk[ot]id)$"),
+}
 
 
 def key(*texts: str) -> bytes:
@@ -80,8 +83,12 @@ def _canonical(where: str) -> str:
         parts = urlsplit(where)
     except ValueError:  # an id may look like a URL
         return where
-    asked = [part for part in parts.query.split("&") if not _SIGNED.match(part)]
-    return parts._replace(query="&".join(asked), fragment="").geturl()
+    query = {part: part.partition("=")[0].lower() for part in parts.query.split("&")}
+    for signs, theirs in _SIGNATURES.items():
+        if set(signs) <= set(query.values()):
+            query = {part: name for part, name in query.items() if not theirs.match(name)}
+    fragment = "" if parts.scheme in ("http", "https") else parts.fragment  # else of a key
+    return parts._replace(query="&".join(query), fragment=fragment).geturl()
 
 
 def _real(path: str) -> str:

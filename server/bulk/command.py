@@ -112,7 +112,7 @@ def _on_ray(
         print(captioning.where, file=sys.stderr)
         with Progress(given) as progress:
             return bulk_run.write(
-                bulk_run.once(captioning.run(given, bulk_run.index)), progress.show
+                bulk_run.once(captioning.run(given, bulk_run.index, args.again)), progress.show
             )
 
 

@@ -63,7 +63,11 @@ class Index:
             return True
         done, failed, known, claimed = found
         if done:
-            if not asked or asked in _split(known):
+            if not asked:
+                return False
+            if asked in _split(known):
+                mark = "UPDATE t SET claimed = 1 WHERE id = ? AND NOT claimed"
+                self._table.execute(mark, (key(item_id),))
                 return False
             if claimed:
                 raise SameId(

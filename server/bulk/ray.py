@@ -19,6 +19,7 @@ from msgspec import structs
 
 from runtime.errors import VignetteError
 from runtime.model import manifest as manifests
+from server.bulk.asked import of_item
 from server.bulk.captioning import CaptioningOptions, RunFailed, begun, image_of, message_of
 from server.bulk.decoding import BulkDecoders
 from server.bulk.engine import BulkEngine, EngineSetup
@@ -38,6 +39,7 @@ _READING = 0.25  # of a core: reading is mostly waiting
 _DECODING = 0.99  # of a core: with 1 Ray would fuse decoding with an engine of one core
 _LEFT = 0.75  # of the cluster's cores, at most, for engines; the others decode
 Batch = Mapping[str, np.ndarray]
+Done = list[tuple[str, bytes]]  # ids of items that have rows, and their keys (`of_item`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +92,12 @@ class RayCaptioning:
         self._setup = replace(self._setup, identity=self.identity)
         self.where = f"up to {self._most} engines on Ray, {runs_on}"
 
-    def run(self, parts: list[Part], index: Index) -> Iterator[Outcome]:
-        """Outcomes of items not done in `index`; an item may come twice if a node dies."""
+    def run(self, parts: list[Part], index: Index, again: bool = False) -> Iterator[Outcome]:
+        """Outcomes of items not done in `index`; an item may come twice if a node dies.
+
+        again: other images may take the ids of those that are done, which are claimed therefore.
+        Raises SameId if one took the id of another input.
+        """
         apart = split(parts)
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -103,7 +109,10 @@ class RayCaptioning:
                 _read,
                 batch_size=1,
                 num_cpus=_READING,
-                fn_kwargs={"known": ray.put(index.keys(self._setup.options.prompt))},
+                fn_kwargs={
+                    "known": ray.put(index.keys(self._setup.options.prompt)),
+                    "tell": again,
+                },
             )
             .repartition(target_num_rows_per_block=_ROWS)
             .map_batches(
@@ -128,7 +137,12 @@ class RayCaptioning:
         try:
             for batch in outcomes.iter_batches(batch_size=None, batch_format="numpy"):
                 for packed in batch["outcome"]:
-                    yield pickle.loads(packed)
+                    found = pickle.loads(packed)
+                    if isinstance(found, Outcome):
+                        yield found
+                        continue
+                    for item_id, asked in found:
+                        index.claim(item_id, asked, again)
         except ray.exceptions.RayError as error:
             raise RunFailed(f"the cluster could not go on: {error}") from error
 
@@ -143,12 +157,15 @@ def _tried(setup: TaskSetup) -> tuple[dict[str, str], str]:
         return engine.identity, engine.facts.runs_on
 
 
-def _read(batch: Batch, known: "ray.ObjectRef[FinishedItems]") -> Iterator[Batch]:
-    """The items of a part that are still to be captioned."""
-    done = ray.get(known)
-    left = (item for item in items(map(pickle.loads, batch["part"])) if item not in done)
-    while some := list(islice(left, _ROWS)):
-        yield {"item": _packed(some)}
+def _read(batch: Batch, known: "ray.ObjectRef[FinishedItems]", tell: bool) -> Iterator[Batch]:
+    """The items of a part that are still to be captioned. tell: and, of those that are not, lists
+    of ids and keys (`of_item`).
+    """
+    done, found = ray.get(known), items(map(pickle.loads, batch["part"]))
+    while some := list(islice(found, _ROWS)):
+        left = [item for item in some if item not in done]
+        told = [(item.id, of_item(item, done.prompt)) for item in some if tell and item in done]
+        yield {"item": _packed([*left, told] if told else left)}
 
 
 class _Decoder:
@@ -159,6 +176,7 @@ class _Decoder:
     def __init__(self, setup: TaskSetup) -> None:
         self._setup = setup
         manifest = manifests.read(setup.engine.folder)
+        manifest.check_fingerprint(setup.engine.folder, setup.identity["engine"])
         self._decoding = BulkDecoders(manifest, 1, setup.max_pixels)
         self._threads = ThreadPoolExecutor(_ROWS, "fetch")
 
@@ -179,8 +197,10 @@ class _Decoder:
         self._threads.shutdown()
         self._decoding.close()
 
-    def _decoded(self, packed: bytes) -> tuple[Outcome, bytes]:
+    def _decoded(self, packed: bytes) -> tuple[Outcome | Done, bytes]:
         item, pixels = pickle.loads(packed), b""
+        if not isinstance(item, Item):
+            return item, pixels
         outcome = begun(item)
         try:
             image = image_of(item, self._setup.options.limit)
@@ -210,9 +230,9 @@ class _Engine:
             "outcome": _packed(self._threads.map(self._said, batch["outcome"], batch["pixels"]))
         }
 
-    def _said(self, packed: bytes, pixels: bytes) -> Outcome:
+    def _said(self, packed: bytes, pixels: bytes) -> Outcome | Done:
         outcome = pickle.loads(packed)
-        if outcome.error is not None:
+        if not isinstance(outcome, Outcome) or outcome.error is not None:
             return outcome
         image = np.frombuffer(pixels, np.uint8)
         try:
@@ -228,5 +248,5 @@ def _check_same(found: object, expected: object) -> None:
         raise CannotStart(f"this node's engine is {found}, and that of the run {expected}")
 
 
-def _packed(values: Iterable[Item | Outcome]) -> np.ndarray:
+def _packed(values: Iterable[Item | Outcome | Done]) -> np.ndarray:
     return np.array([pickle.dumps(value) for value in values], object)

@@ -57,7 +57,7 @@ class TableOutput(Output):
 
     @override
     def finish(self, index: Index) -> None:
-        if self._new or not self.path.exists():
+        if self._new or index.replaced or not self.path.exists():
             rows = latest(chain(self._table(), self._lines.rows()), index)
             with replacing(self.path) as stream:
                 self.write(stream, rows)

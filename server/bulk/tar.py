@@ -90,7 +90,7 @@ class Tar(Output):
 
     @override
     def finish(self, index: Index) -> None:
-        if self._new or not self.path.exists():
+        if self._new or index.replaced or not self.path.exists():
             with replacing(self.path) as target:
                 for number, (stream, sample) in enumerate(self._samples()):
                     if index.latest(sample.row, number):

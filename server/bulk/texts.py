@@ -27,6 +27,7 @@ class Texts(Output):
         self._written = Kept()  # item id and caption by a file's path
         self._before = Kept()  # captions that were replaced, likewise
         self._texts = Kept()  # a file's path by item id
+        self._last: str | None = None  # file of the last row, which may not have been written
 
     @override
     def rows(self) -> Iterator[ResultRow]:
@@ -34,8 +35,13 @@ class Texts(Output):
         because the last run was killed, are written and removed once all rows have been read: a run
         that is refused changes nothing.
         """
-        missing, stale = False, set[str]()
+        missing, stale, last = False, set[str](), None
         for row in self._lines.rows():
+            if row.text is not None and below(row.text) != row.text:
+                raise OutputConflict(
+                    f"{self._lines.path} has a row whose text lies outside of the output "
+                    f"({row.text}): name another output"
+                )
             earlier = self._text_of(row.id)
             if earlier is not None and (row.error is not None or earlier != row.text):
                 self._forget(earlier)
@@ -46,7 +52,11 @@ class Texts(Output):
                     self._before.keep(row.text, before.partition(b"\0")[2])
                 self._written.keep(row.text, _mark(row))
                 missing |= self._lacks(row.text)
+            last = row.text
             yield row
+        if last is not None and self._overwrite:
+            self._last = last
+            missing = missing or self._lacks(last)
         for text in stale:
             if not self._owner(text):
                 self._remove(text)
@@ -99,7 +109,8 @@ class Texts(Output):
     def _remove(self, text: str) -> None:
         """Remove a forgotten caption's file, unless somebody changed it."""
         target = self._folder / text
-        if target.is_file() and target.read_bytes() == self._before.get(text):
+        inside = target.parent.resolve().is_relative_to(self._folder)
+        if inside and target.is_file() and target.read_bytes() == self._before.get(text):
             target.unlink()
 
     def _restore(self) -> None:
@@ -117,12 +128,18 @@ class Texts(Output):
                 self._write(row.text, row.caption)
 
     def _lacks(self, text: str) -> bool:
-        """Whether the last caption of a file is not there: no file, or one with that before."""
+        """Whether the last caption of a file is not there: no file, or one with that before, or, if
+        it is the last row's and may replace foreign files, one with anything else.
+        """
         target, before = self._folder / text, self._before.get(text)
         if not target.exists():
             return True
         last = (self._written.get(text) or b"").partition(b"\0")[2]
-        return before not in (None, last) and target.is_file() and target.read_bytes() == before
+        if not target.is_file():
+            return False
+        if text == self._last:
+            return target.read_bytes() != last
+        return before not in (None, last) and target.read_bytes() == before
 
     def _check(self, item_id: str, text: str) -> None:
         """Raise NotWritten if an item's file can't, or must not, be written."""
