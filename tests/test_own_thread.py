@@ -86,6 +86,31 @@ def test_a_program_may_end_while_its_engine_steps():
         assert done.returncode == 3, done.stderr
 
 
+_OUTLIVES = """
+import sys, threading
+from runtime.engine import Engine
+from runtime.planning.config import EngineConfig
+
+def ask():
+    ready.wait()
+    for _ in range(3):
+        print(len(engine.generate([sys.argv[2]] * 8)))
+
+ready = threading.Event()
+engine = Engine.open(sys.argv[1], EngineConfig(provider="cpu", threads=4, encode_batch=8))
+threading.Thread(target=ask).start()
+threading._register_atexit(ready.set)
+"""
+
+
+def test_threads_that_outlive_the_main_one_are_served():
+    command = [sys.executable, "-c", _OUTLIVES, DEMO, SAMPLES / "owl.png"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["8"] * 3), done.stderr
+
+
 _LATE = """
 import atexit, sys
 
