@@ -267,6 +267,13 @@ class Settings(BaseSettings):
         return int(least), int(most or least)
 
     @property
+    def front_end_share(self) -> float:
+        """Share of the machine's rates of clients (`ClientRates`) that a front-end has: those are
+        for a front-end on four cores.
+        """
+        return min(1.0, max(1, _CORES // 4) / self.front_ends)
+
+    @property
     def front_end_processes(self) -> int:
         """Number of front-ends, including the one for gRPC; they share the queue."""
         return self.front_ends + (self.grpc_port is not None)

@@ -65,12 +65,15 @@ def trim_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def give_way(niceness: int = NICENESS) -> None:
-    """Lower this process's priority below that of front-ends, whose tasks are short and waited for.
+def give_way(niceness: int = NICENESS, process: int | None = None) -> None:
+    """Lower the priority of this process, or of a child, below that of front-ends, whose tasks are
+    short and waited for.
 
     Otherwise a server whose cores are all busy takes long to answer that it is full.
     """
-    os.nice(niceness)
+    lower = os.getpriority(os.PRIO_PROCESS, 0) + niceness
+    with contextlib.suppress(ProcessLookupError):  # the child has ended
+        os.setpriority(os.PRIO_PROCESS, process or 0, lower)
 
 
 def limit_memory(size: int, children: int | None = None) -> None:

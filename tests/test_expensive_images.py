@@ -1,12 +1,14 @@
 """Images that take long to decode wait for one another, and clients take turns."""
 
 import asyncio
+import time
 
 import pytest
 
 from server.fairness.token_buckets import TokenBuckets
+from server.images import lane
 from server.images.cost import TooHard
-from server.images.lane import LeftQuickLane, OutOfTime
+from server.images.lane import DecodeTask, LeftQuickLane, OutOfTime
 from server.refusals import QueueFull
 from tests.decoders import decode, expensive, job, new_store, pool
 from tests.live import png
@@ -17,7 +19,7 @@ def store(tmp_path):
     return new_store(tmp_path)
 
 
-def test_dear_images_wait_for_one_another_and_nobody_for_them(store):
+def test_expensive_images_wait_for_one_another_and_nobody_for_them(store):
     decoders = pool(store, pixels=20_000_000)
     decode(decoders, png())
     order = []
@@ -57,7 +59,7 @@ def test_clients_take_turns(store):
     decoders.close()
 
 
-def test_dear_images_that_can_not_be_decoded_in_time_are_refused_at_once(store):
+def test_expensive_images_that_can_not_be_decoded_in_time_are_refused_at_once(store):
     decoders = pool(store, pixels=20_000_000)
     with pytest.raises(QueueFull) as full:
         decode(decoders, expensive(4000), seconds=0.25)
@@ -73,7 +75,47 @@ def test_a_pace_that_was_slow_once_does_not_refuse_what_finds_nobody_waiting(sto
     decoders.close()
 
 
-def test_a_dear_image_whose_time_is_over_before_it_is_decoded_is_no_bad_one(store):
+def test_an_image_that_ends_soon_after_its_deadline_costs_no_process(store):
+    decoders = pool(store, pixels=20_000_000)
+    decode(decoders, expensive(4000), seconds=20)
+    before = decoders.pids
+    for _ in range(3):
+        decoders._pace = 0.01  # it seems to be in time
+        decode(decoders, expensive(4000), seconds=0.05)
+    assert decoders.pids == before
+    decoders.close()
+
+
+def test_what_is_too_late_once_a_process_is_ready_is_not_begun(store):
+    decoders = pool(store)
+
+    async def late():
+        lane, task = decoders._quick, DecodeTask(b"P", png(), 1.0, 1.0, until=time.perf_counter())
+        with pytest.raises(TimeoutError):
+            await lane._attempt(task)
+
+    before = decoders.pids
+    asyncio.run(late())
+    assert decoders.pids == before
+    decode(decoders, png())
+    decoders.close()
+
+
+def test_a_pace_is_learnt_from_what_was_not_in_time(store, monkeypatch):
+    monkeypatch.setattr(lane, "_GRACE_SECONDS", 0.0)
+    decoders = pool(store, pixels=20_000_000)
+    decode(decoders, png())
+    for pace in (0.01, 3.0):
+        decoders._pace = pace
+        with pytest.raises(QueueFull):
+            decode(decoders, expensive(4000), seconds=0.1)
+        assert decoders._pace > 0.02
+    assert decoders._pace == 3.0
+    decoders.close()
+
+
+def test_an_image_whose_time_is_over_before_it_is_decoded_is_no_bad_one(store, monkeypatch):
+    monkeypatch.setattr(lane, "_GRACE_SECONDS", 0.0)
     decoders = pool(store, pixels=20_000_000)
     decode(decoders, png())
     decoders._pace = 0.01  # it seems to be in time
@@ -94,7 +136,7 @@ def test_an_image_that_takes_too_long_is_remembered(store):
     decoders.close()
 
 
-def test_a_client_whose_images_take_longer_than_they_look_waits_with_the_dear_ones(store):
+def test_a_client_whose_images_take_longer_than_they_look_waits_with_the_expensive_ones(store):
     decoders, asked = pool(store), []
 
     async def out_of_time(client, task):
@@ -112,7 +154,7 @@ def test_a_client_whose_images_take_longer_than_they_look_waits_with_the_dear_on
     decoders.close()
 
 
-def test_images_that_wait_already_when_a_client_is_found_out_wait_with_the_dear_ones(store):
+def test_images_that_wait_already_when_a_client_is_found_out_wait_with_the_expensive_ones(store):
     """A whole burst that was let in is not decoded before anybody looks."""
     decoders, asked = pool(store), []
     real = decoders._quick._ask

@@ -68,7 +68,7 @@ def make_ops_app(service: Service) -> Application:
     """The application of a separate ops port: health and metrics only. What comes to the public
     port does not count there.
     """
-    return Application(service, _OPS, page_rates())
+    return Application(service, _OPS, page_rates(service.settings.front_end_share))
 
 
 def _log(handler: tornado.web.RequestHandler) -> None:

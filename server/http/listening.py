@@ -44,13 +44,14 @@ class Server(HTTPServer):
         most: int,
         connections: Connections,
         proxies: list[Network],
+        share: float,
         **options: Any,
     ) -> None:
-        """most: open connections allowed. connections: of the application. proxies: see
-        `HeldConnections`. options: of Tornado's server.
+        """most: open connections allowed. connections: of the application. proxies,
+        share: see `HeldConnections`. options: of Tornado's server.
         """
         self._of_app = connections
-        self._held = HeldConnections(connections.pages, proxies, self._begin)
+        self._held = HeldConnections(connections.pages, proxies, self._begin, share)
         super().initialize(app, **options)
         self._most = most
         self._open: set[object] = set()

@@ -103,6 +103,7 @@ class Decoder:
             self.process = _CONTEXT.Process(target=_serve, args=(theirs, setup), daemon=True)
             with environment(_ENVIRONMENT):
                 self.process.start()
+            give_way(setup.niceness, self.process.pid)  # now: its imports take long
 
     async def wait_until_ready(self) -> None:
         """Wait until the process has started: loading libraries does not count as decoding."""
@@ -156,7 +157,6 @@ def raised(payload: bytes) -> tuple[VignetteError, float]:
 def _serve(socket: socket.socket, setup: Setup) -> None:
     """Entry point of the process: run one task after the other."""
     follow_parent()
-    give_way(setup.niceness)
     stores = [PixelStore(*target.store) for target in setup.targets]
     Image.MAX_IMAGE_PIXELS = None  # Setup.max_pixels counts
     limit_memory(setup.memory + sum(store.size for store in stores))

@@ -20,6 +20,7 @@ from server.telemetry.logs import RateLimitedLog
 log = logging.getLogger(__name__)
 
 _START_SECONDS = 60.0
+_GRACE_SECONDS = 1.0  # after a deadline, in which most images end: a new process costs as much
 UNFIT = (
     "decoding this image crashed, or took too long: save it again with another program, or make it "
     "smaller"
@@ -125,8 +126,11 @@ class Lane:
                 decoder = self._replaced(decoder)
             async with asyncio.timeout(_START_SECONDS):
                 await decoder.wait_until_ready()
-            async with asyncio.timeout(min(task.wall, task.until - time.perf_counter())):
-                return await decoder.ask(task.what, task.data, task.place, task.seconds, task.most)
+            if (left := task.until - time.perf_counter()) > 0:
+                async with asyncio.timeout(min(task.wall, left + _GRACE_SECONDS)):
+                    return await decoder.ask(
+                        task.what, task.data, task.place, task.seconds, task.most
+                    )
         except TimeoutError as cause:
             ready, decoder = decoder.ready, self._replaced(decoder)
             if not ready:
@@ -144,6 +148,7 @@ class Lane:
             raise (OutOfTime if code == -signal.SIGPROF else Unfit)(UNFIT) from cause
         finally:
             self._idle.append(decoder)
+        raise TimeoutError  # before it was begun
 
     def _new(self) -> Decoder:
         decoder = Decoder(self._setup)

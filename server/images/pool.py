@@ -153,18 +153,22 @@ class ImageDecoders:
         if wait > left:
             raise QueueFull(_WAITING, min(_LONGEST_WAIT, math.ceil(wait)))
         what = FRAMES if isinstance(job.image, Clip) else PIXELS
-        task = DecodeTask(what, job.image, self._seconds, left, job.place, until=started + left)
+        until = started + left
+        task = DecodeTask(what, job.image, self._seconds, math.inf, job.place, until=until)
         self._queued[job.origin.client] += cost
         try:
             with job.aside(job.origin):
                 await self._slow.ask(job.origin.client, task)
+            self._learn((time.perf_counter() - started) / usual)
         except TimeoutError:
+            self._learn(max(self._pace, (time.perf_counter() - started) / usual))
             raise QueueFull(_WAITING, _LONGEST_WAIT) from None
         finally:
             self._queued[job.origin.client] -= cost
             self._queued += Counter()  # drops zero counts
-        took = (time.perf_counter() - started) / usual
-        self._pace += _LEARNING * (min(took, _SLOWEST) - self._pace)
+
+    def _learn(self, pace: float) -> None:
+        self._pace += _LEARNING * (min(pace, _SLOWEST) - self._pace)
 
     def close(self) -> None:
         """Kill all processes."""

@@ -2,6 +2,7 @@
 what the engine says.
 """
 
+import hashlib
 import logging
 import os
 import signal
@@ -10,7 +11,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from runtime.model.manifest import sha256
 from server.telemetry.logs import flush
 
 log = logging.getLogger(__name__)
@@ -19,47 +19,60 @@ _SECONDS = 1.0
 
 
 class EngineFiles:
-    """The files of an engine folder, as they were before they were checked."""
+    """The files of an engine folder, open since before they were checked: one whose name another
+    takes, as exports do, stays as it was for who has it mapped, and may be written to still.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._lock = folder, threading.Lock()
         entries = folder.iterdir() if folder.is_dir() else ()
-        self._seen = {path.name: path.stat() for path in entries if path.is_file()}
+        self._open = {path.name: os.open(path, os.O_RDONLY) for path in entries if path.is_file()}
+        self._seen = {name: _state(os.fstat(file)) for name, file in self._open.items()}
         self._digests: Mapping[str, str] = {}
 
     def watch(self, digests: Mapping[str, str]) -> None:
-        """Check now and then from now on. digests: SHA-256 by file."""
-        self._digests = {name: digests[name] for name in digests.keys() & self._seen.keys()}
+        """Check now and then from now on, once the engine has its files. digests: SHA-256 by file.
+
+        Kills this process if a file's name is another's meanwhile: the engine may have that.
+        """
+        self._digests = {name: digests[name] for name in digests.keys() & self._open.keys()}
+        for name in self._digests:
+            path, ours = self._folder / name, os.fstat(self._open[name])
+            if not path.exists() or not os.path.samestat(path.stat(), ours):
+                self._end(name, "was replaced while it was loaded")
         threading.Thread(target=self._watch, name="files", daemon=True).start()
 
     def _watch(self) -> None:
         while True:
-            self.check()
+            try:
+                self.check()
+            except OSError:  # its disk fails: after the next step that is an error of the step
+                log.exception("the engine's files can't be read")
             time.sleep(_SECONDS)
 
     def check(self) -> None:
-        """Kill this process if a file was written to, unless it is what it was. One that is
-        replaced, as exports do, stays as it was for who has it open.
-        """
+        """Kill this process if a file was written to, unless it is what it was."""
         with self._lock:
             for name, digest in self._digests.items():
-                path = self._folder / name
-                try:
-                    new = path.stat()
-                    if not _written(new, self._seen[name]):
-                        continue
-                    self._seen[name] = new
-                    same = sha256(path) == digest
-                except OSError:
-                    continue  # it is away
-                if not same:
-                    log.error("%s was written to while it was in use: this worker ends", path)
-                    flush()
-                    os.kill(os.getpid(), signal.SIGKILL)  # no request is to blame
+                file = self._open[name]
+                state = _state(os.fstat(file))
+                if state == self._seen[name]:
+                    continue
+                if _sha256(file) != digest:
+                    self._end(name, "was written to while it was in use")
+                self._seen[name] = state
+
+    def _end(self, name: str, why: str) -> None:
+        log.error("%s %s: this worker ends", self._folder / name, why)
+        flush()
+        os.kill(os.getpid(), signal.SIGKILL)  # no request is to blame
 
 
-def _written(new: os.stat_result, old: os.stat_result) -> bool:
-    def state(of: os.stat_result) -> tuple[int, int, int]:
-        return of.st_size, of.st_mtime_ns, of.st_ctime_ns
+def _state(of: os.stat_result) -> tuple[int, int, int]:
+    return of.st_size, of.st_mtime_ns, of.st_ctime_ns
 
-    return (new.st_dev, new.st_ino) == (old.st_dev, old.st_ino) and state(new) != state(old)
+
+def _sha256(file: int) -> str:
+    with open(file, "rb", closefd=False) as stream:
+        stream.seek(0)
+        return hashlib.file_digest(stream, "sha256").hexdigest()

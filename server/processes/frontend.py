@@ -144,6 +144,7 @@ def listen(service: Service, app: Application, sockets: list[socket.socket]) -> 
         app,
         connections=app.connections,
         proxies=networks(service.settings.trusted_proxies),
+        share=service.settings.front_end_share,
         most=max(1, min(service.settings.max_connections, files - _OTHER_FILES)),
         idle_connection_timeout=service.settings.header_seconds,
         body_timeout=service.settings.body_seconds,

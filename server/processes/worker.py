@@ -174,9 +174,10 @@ def main(settings: Settings, model: ServedModel, folder: Path, index: int, epoch
     def open_engine() -> Engine:
         prepared = prepare(model.engine, config)
         prepared.manifest.check_fingerprint(model.engine, model.fingerprint)
-        files.watch(prepared.manifest.files)
         notify_supervisor(folder, process_name("worker", index, epoch), EngineVerified(model.name))
-        return Engine.start(prepared)
+        engine = Engine.start(prepared)
+        files.watch(prepared.manifest.files)
+        return engine
 
     sys.exit(serve(open_engine, model.name, folder, index, epoch, files.check))
 

@@ -3,8 +3,6 @@
 Used on the event loop's thread only.
 """
 
-from dataclasses import dataclass, field
-
 from server.fairness.token_buckets import TokenBuckets
 
 _BYTES = 100e6, 32e6  # bytes of all large bodies, a second and at once: half of a slow core
@@ -16,27 +14,25 @@ _SERVED = 0.2  # of an abandoned request's cost, which a served request earns ba
 _PAGES, _ALL_PAGES = (200.0, 400.0), 500.0  # of requests that are no captions, likewise
 
 
-def pages() -> TokenBuckets:
-    """Buckets for requests that are no captions."""
-    return TokenBuckets(*_PAGES, total=_ALL_PAGES)
+def pages(share: float = 1.0) -> TokenBuckets:
+    """Buckets for requests that are no captions. share: of the machine's rates, of this process."""
+    rate, burst = _PAGES
+    return TokenBuckets(rate * share, burst * share, total=_ALL_PAGES * share)
 
 
-@dataclass(slots=True)
 class ClientRates:
     """A token bucket for each client and kind. uploads: bytes of large bodies. refusals: errors.
     abandoned: requests for captions that their clients left. pages: all other requests.
     """
 
-    uploads: TokenBuckets = field(
-        default_factory=lambda: TokenBuckets(*_BYTES, total=_BYTES[0], least=_MUCH)
-    )
-    refusals: TokenBuckets = field(
-        default_factory=lambda: TokenBuckets(*_REFUSALS, total=_ALL_REFUSALS)
-    )
-    abandoned: TokenBuckets = field(
-        default_factory=lambda: TokenBuckets(*_ABANDONED, longest=_ABANDONED_SECONDS)
-    )
-    pages: TokenBuckets = field(default_factory=pages)
+    def __init__(self, share: float = 1.0) -> None:
+        """share: of the machine's rates, of this process, but of `uploads`: they take its core."""
+        self.uploads = TokenBuckets(*_BYTES, total=_BYTES[0], least=_MUCH)
+        rate, burst = _REFUSALS
+        self.refusals = TokenBuckets(rate * share, burst * share, total=_ALL_REFUSALS * share)
+        rate, burst = _ABANDONED
+        self.abandoned = TokenBuckets(rate * share, burst * share, longest=_ABANDONED_SECONDS)
+        self.pages = pages(share)
 
     def owed(self, client: str) -> float:
         """Seconds that a client has to wait for its earlier refused or abandoned requests."""

@@ -17,6 +17,7 @@ from server.ipc.shared import PixelStore
 from server.ipc.transport import WorkerLinks
 from server.service.admission import ASIDE, Admission
 from server.service.cache import OutputCache
+from server.service.client_rates import ClientRates
 from server.service.keys import Keys
 from server.service.model import Model
 from server.service.service import Service
@@ -79,6 +80,7 @@ def make_service(settings: Settings, known: Known, folder: Path, index: int, epo
         tracer=Tracer(settings.traces) if settings.traces else None,
         folder=folder,
         index=index,
+        rates=ClientRates(settings.front_end_share),
         present=shared(folder / "clients", settings.front_end_processes, len(models)),
     )
 

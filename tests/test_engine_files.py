@@ -1,0 +1,89 @@
+"""What a worker has mapped is watched, whatever its name is by now."""
+
+import hashlib
+import os
+import signal
+
+import pytest
+
+from server.processes import engine_files
+from server.processes.engine_files import EngineFiles
+
+WEIGHTS = bytes(range(256)) * 64
+
+
+class Ended(Exception):
+    pass
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    def kill(process, number):
+        assert (process, number) == (os.getpid(), signal.SIGKILL)
+        raise Ended
+
+    monkeypatch.setattr(engine_files.os, "kill", kill)
+    monkeypatch.setattr(EngineFiles, "_watch", lambda _: None)
+    made = tmp_path / "v1"
+    made.mkdir()
+    (made / "weights.data").write_bytes(WEIGHTS)
+    return made
+
+
+def watched(folder):
+    files = EngineFiles(folder)
+    files.watch({"weights.data": hashlib.sha256(WEIGHTS).hexdigest()})
+    files.check()
+    return files
+
+
+def test_a_file_is_watched_when_another_has_its_name(folder):
+    files = watched(folder)
+    mapped = (folder / "weights.data").rename(folder / "old")
+    (folder / "weights.data").write_bytes(b"another")
+    files.check()
+    with mapped.open("r+b") as stream:
+        stream.write(b"x")
+    with pytest.raises(Ended):
+        files.check()
+
+
+def test_a_file_is_watched_when_a_link_to_its_folder_leads_elsewhere(folder):
+    link = folder.with_name("current")
+    link.symlink_to("v1")
+    files = watched(link)
+    link.unlink()
+    link.symlink_to("v2")
+    files.check()
+    with (folder / "weights.data").open("r+b") as stream:
+        stream.write(b"x")
+    with pytest.raises(Ended):
+        files.check()
+
+
+def test_a_file_that_is_touched_or_written_with_what_it_holds_is_the_same(folder):
+    files = watched(folder)
+    (folder / "weights.data").touch()
+    files.check()
+    (folder / "weights.data").write_bytes(WEIGHTS)
+    files.check()
+
+
+def test_a_file_that_could_not_be_read_is_read_again(folder, monkeypatch):
+    files = watched(folder)
+    with monkeypatch.context() as patch, (folder / "weights.data").open("r+b") as stream:
+        stream.write(b"x")
+        stream.flush()
+        patch.setattr(engine_files, "_sha256", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            files.check()
+    with pytest.raises(Ended):
+        files.check()
+
+
+def test_a_file_that_was_replaced_while_it_was_loaded_ends_the_worker(folder):
+    files = EngineFiles(folder)
+    (folder / "weights.data").rename(folder / "old")
+    (folder / "weights.data").write_bytes(WEIGHTS)
+    with pytest.raises(Ended):
+        files.watch({"weights.data": hashlib.sha256(WEIGHTS).hexdigest()})
