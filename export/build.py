@@ -36,7 +36,7 @@ from export.variants import build_variants, data_name, file_name, variant
 from export.verify import verify
 from export.weights import pool
 from runtime.model.manifest import FILE as MANIFEST
-from runtime.model.manifest import TOKENIZER, WEIGHTS, Combination, Manifest, Variant, sha256
+from runtime.model.manifest import TOKENIZER, WEIGHTS, Combination, Manifest, Variant, read, sha256
 
 _TASK = "image-to-text"
 _FP32 = ("fp32", "float32")
@@ -89,6 +89,7 @@ def build(checkpoint: Checkpoint, output: Path, proof: Proof | None = None) -> M
             verification=asdict(found) | {"fp32_nodes": fp32_nodes},
         )
         manifest.save(folder)
+        read(folder)  # raises for what no engine could be opened with
     return manifest
 
 

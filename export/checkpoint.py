@@ -1,11 +1,13 @@
 """Load checkpoints from a folder or the model hub (`export.random_weights` makes others)."""
 
 import errno
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, GitConfig, GitForCausalLM
 from transformers.image_processing_base import ImageProcessingMixin
@@ -90,6 +92,7 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
         )
         _check_whole(model, weights, found)
         weights.generation_config = _only_tokens(weights.generation_config)
+        _check_tokens(model, config, weights.generation_config)
         tokenizer = tokenizer_json(model, revision, config.vocab_size)
         processor, _ = ImageProcessingMixin.get_image_processor_dict(model, revision=revision)
     except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
@@ -100,9 +103,7 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
         model=weights.eval(),
         tokenizer_json=tokenizer,
         preprocessing=_preprocessing(model, processor, config.vision_config.image_size),
-        normalisation=Normalisation(
-            processor["rescale_factor"], processor["image_mean"], processor["image_std"]
-        ),
+        normalisation=_normalisation(model, processor),
     )
 
 
@@ -118,6 +119,22 @@ def _only_tokens(config: GenerationConfig | None) -> GenerationConfig:
             f"left out: {name} of {asked[name]} in generation_config.json: requests say such things"
         )
     return GenerationConfig(**tokens)
+
+
+def _check_tokens(model: str, config: GitConfig, generation: GenerationConfig) -> None:
+    """Raise ExportError unless each special token is one, and the same for `generate`."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token, other = getattr(config, name), getattr(generation, name)
+        if not isinstance(token, int) or not 0 <= token < config.vocab_size:
+            raise ExportError(
+                f"{model}: {name} in config.json is {token}: it must be one token, from 0 to "
+                f"{config.vocab_size - 1}"
+            )
+        if other not in (None, token):
+            raise ExportError(
+                f"{model}: {name} is {token} in config.json, and {other} in "
+                "generation_config.json: make them the same"
+            )
 
 
 def _check_whole(model: str, weights: GitForCausalLM, found: dict[str, Any]) -> None:
@@ -172,6 +189,7 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 def _preprocessing(model: str, processor: dict, image_size: int) -> Preprocessing:
     """Preprocessing that runtime/ can reproduce: shortest edge, square crop; else ExportError."""
+    kinds = [kind.value for kind in Image.Resampling]
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
     fields = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
     missing = [f for f in fields if f not in processor]
@@ -188,5 +206,24 @@ def _preprocessing(model: str, processor: dict, image_size: int) -> Preprocessin
             f"without {', '.join(missing) or 'nothing'}): GIT's processors resize the shortest "
             f"edge, crop {image_size} x {image_size}, rescale and normalise"
         )
+    if processor["resample"] not in kinds:
+        raise ExportError(
+            f"{model}: resample in preprocessor_config.json is {processor['resample']}: Pillow has "
+            f"{kinds}"
+        )
     assert size is not None
     return Preprocessing(size["shortest_edge"], image_size, int(processor["resample"]))
+
+
+def _normalisation(model: str, processor: dict[str, Any]) -> Normalisation:
+    """The normalisation of a processor; ExportError unless that is numbers for three channels."""
+    rescale, mean, std = (processor[n] for n in ("rescale_factor", "image_mean", "image_std"))
+    channels = [each if isinstance(each, list) else [] for each in (mean, std)]
+    numbers = [rescale, *channels[0], *channels[1]]
+    usable = all(isinstance(each, int | float) and math.isfinite(each) for each in numbers)
+    if not usable or [len(each) for each in channels] != [3, 3] or min(std) <= 0:
+        raise ExportError(
+            f"{model}: preprocessor_config.json needs a number for rescale_factor ({rescale}), and "
+            f"three for image_mean ({mean}) and image_std ({std}, above 0)"
+        )
+    return Normalisation(rescale, mean, std)

@@ -94,6 +94,28 @@ def test_processors_that_the_runtime_cannot_repeat_are_refused(tmp_path):
             load(str(source))
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("preprocessor_config.json", {"resample": 9}, "resample .* is 9: Pillow has"),
+        ("preprocessor_config.json", {"image_std": [0, 0, 0]}, r"image_std \(\[0, 0, 0\], above 0"),
+        ("preprocessor_config.json", {"image_mean": [0.5, 0.5]}, "three for image_mean"),
+        ("preprocessor_config.json", {"image_mean": ["a", 0, 0]}, "three for image_mean"),
+        ("preprocessor_config.json", {"rescale_factor": "x"}, "a number for rescale_factor"),
+        ("config.json", {"eos_token_id": [3, 7]}, r"eos_token_id in config.json is \[3, 7\]"),
+        ("config.json", {"bos_token_id": 10**6}, "bos_token_id .* must be one token, from 0 to"),
+        ("generation_config.json", {"eos_token_id": 7}, "eos_token_id is .*, and 7 in generation"),
+    ],
+)
+def test_numbers_that_no_engine_can_have_are_named(file, change, message, tmp_path):
+    source = tmp_path / "checkpoint"
+    shutil.copytree(ROOT / "demo" / "model", source)
+    path = source / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ExportError, match=message):
+        load(str(source))
+
+
 def test_no_network_is_told_apart_from_an_unknown_model(monkeypatch):
     import export.checkpoint as module
 
