@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 def main(arguments: list[str] | None = None) -> int:
     """Run until told to stop; return the exit status."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it has the API keys read again
     try:
         settings = from_command_line(arguments)
         configure(settings)

@@ -27,6 +27,16 @@ def test_images_may_be_paths_arrays_and_pictures(demo):
     assert demo.generate([grey])[0].text == demo.generate([buffer.getvalue()])[0].text
 
 
+@pytest.mark.parametrize("kind", ["closed", "mode", "path"])
+def test_what_pillow_or_the_system_can_not_take_is_named(kind, demo):
+    picture: Image.Image | str = Image.new("La", (9, 9)) if kind == "mode" else "a\0.png"
+    if kind == "closed":
+        picture = Image.open(SAMPLES / "owl.png")
+        picture.close()
+    with pytest.raises(InvalidImage, match="image 1"):
+        demo.request(picture)
+
+
 def test_an_array_may_change_once_it_was_given(demo):
     pixels = demo.request(SAMPLES / "owl.png").pixels
     request = demo.request(pixels)

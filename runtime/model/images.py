@@ -22,7 +22,7 @@ def pixels_of(image: AnyImage, manifest: Manifest, place: int) -> np.ndarray:
     """
     try:
         return _pixels(image, manifest)
-    except (VignetteError, OSError) as cause:
+    except (VignetteError, OSError, ValueError) as cause:  # ValueError: of Pillow, or of a path
         name = f" ({image})" if isinstance(image, str | Path) else ""
         kind = type(cause) if isinstance(cause, VignetteError) else InvalidImage
         raise kind(f"image {place}{name}: {cause}") from cause

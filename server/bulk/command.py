@@ -10,6 +10,7 @@ any has none, also of an earlier run, 2 for a wrong argument, 130 if interrupted
 import argparse
 import logging
 import os
+import sqlite3
 import sys
 from collections import Counter
 from contextlib import closing
@@ -65,6 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
         _tell_skipped(given, counts)
     except (VignetteError, RunFailed, OSError) as error:  # not of a single image
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except sqlite3.Error as error:
+        print(
+            f"error: what is done can't be noted in SQLite's temporary folder ({error}): free some "
+            "room there, or name another with SQLITE_TMPDIR, then give the same command again",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         again = "" if args.output == "-" else "; the same command goes on from here"

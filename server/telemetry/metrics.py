@@ -8,6 +8,7 @@ counts.
 """
 
 import asyncio
+import contextlib
 import math
 import os
 import time
@@ -60,7 +61,10 @@ def count_as(run: Path, name: str) -> None:
 
 def forget_gauges(run: Path, name: str) -> None:
     """Clear the gauges of a process that has died; its counters stay."""
-    with (run / _FOLDER / f"{_LIVE}_{name}.db").open("r+b") as file:
+    with (
+        contextlib.suppress(FileNotFoundError),  # somebody cleans temporary folders
+        (run / _FOLDER / f"{_LIVE}_{name}.db").open("r+b") as file,
+    ):
         file.write(bytes(Path(file.name).stat().st_size))
 
 
