@@ -7,6 +7,7 @@ The engine folder and the package must be on every node, under the same paths.
 import logging
 import os
 import pickle
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -38,6 +39,8 @@ _AT_ONCE = 2  # blocks that an engine works on
 _READING = 0.25  # of a core: reading is mostly waiting
 _DECODING = 0.99  # of a core: with 1 Ray would fuse decoding with an engine of one core
 _LEFT = 0.75  # of the cluster's cores, at most, for engines; the others decode
+# In the text of Ray's error, which has the tracebacks of all that it went through.
+_OUR_ERROR = re.compile(r"^\s*(?:runtime|server)\.[\w.]+: (.+)$", re.MULTILINE)
 Batch = Mapping[str, np.ndarray]
 Done = list[tuple[str, bytes]]  # ids of items that have rows, and their keys (`of_item`)
 
@@ -144,7 +147,8 @@ class RayCaptioning:
                     for item_id, asked in found:
                         index.claim(item_id, asked, again)
         except ray.exceptions.RayError as error:
-            raise RunFailed(f"the cluster could not go on: {error}") from error
+            ours = _OUR_ERROR.search(str(error))
+            raise RunFailed(f"the cluster could not go on: {ours[1] if ours else error}") from error
 
     def close(self) -> None:
         """Leave the cluster."""
