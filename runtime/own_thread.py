@@ -59,7 +59,8 @@ class OwnThread:
         """Call a function there, after those before it."""
         if not self._started:
             self._started = True
-            weakref.finalize(self, self._calls.put, None)
+            # Not at exit: a step may still need the threads of others then (`keep_out`).
+            weakref.finalize(self, self._calls.put, None).atexit = False
             arguments = (self._calls,)
             threading.Thread(target=_serve, args=arguments, name=self._name, daemon=True).start()
         future = Future[_Result]()

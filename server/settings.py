@@ -17,6 +17,7 @@ from runtime.planning.config import LARGEST, NVIDIA, PROVIDERS, EngineConfig, de
 from runtime.planning.machine import this_machine
 
 _CORES = this_machine().cores
+_LEAST_SHARE = 1 / 16  # of the rates: what browsers ask for at once must not wait
 _PREFIX = "VIGNETTE_"
 LOCAL = "local"  # makes Ray start a cluster here instead of joining one
 
@@ -271,7 +272,7 @@ class Settings(BaseSettings):
         """Share of the machine's rates of clients (`ClientRates`) that a front-end has: those are
         for a front-end on four cores.
         """
-        return min(1.0, max(1, _CORES // 4) / self.front_ends)
+        return max(_LEAST_SHARE, min(1.0, max(1, _CORES // 4) / self.front_ends))
 
     @property
     def front_end_processes(self) -> int:

@@ -108,6 +108,7 @@ def test_a_list_is_known_again_from_another_folder_and_through_a_link(tmp_path, 
         "https://host/{}.png?a=1&X-Amz-Signature={}&X-Amz-Date=7#x",
         "https://host/{}.png?sv=2024-05-04&st={}&sig=x",
         "gs://host/{}.png?Expires={}&Signature=x",
+        "https://host/{}.png?AWSAccessKeyId=a&Signature={}&x-amz-security-token=b&Expires=1",
     ],
 )
 def test_a_signature_of_a_url_is_not_what_it_names(signed):

@@ -266,6 +266,11 @@ def test_a_foreign_text_that_was_to_be_overwritten_is_overwritten_later(tmp_path
     run(output, str(file))
     assert text.read_text() == "somebody else's"
     run(output, str(file), overwrite=True)
+    assert text.read_text() == "somebody else's", "it was written after the caption"
+    os.utime(text, (0, 0))
+    run(output, str(file))
+    assert text.read_text() == "somebody else's"
+    run(output, str(file), overwrite=True)
     assert text.read_text() == said
 
 

@@ -1,5 +1,6 @@
 """What a worker has mapped is watched, whatever its name is by now."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -69,16 +70,31 @@ def test_a_file_that_is_touched_or_written_with_what_it_holds_is_the_same(folder
     files.check()
 
 
-def test_a_file_that_could_not_be_read_is_read_again(folder, monkeypatch):
+def test_a_file_that_can_not_be_read_any_more_ends_the_worker(folder, monkeypatch):
+    """A stale handle of a network file system: what was captioned is not to blame."""
     files = watched(folder)
-    with monkeypatch.context() as patch, (folder / "weights.data").open("r+b") as stream:
-        stream.write(b"x")
-        stream.flush()
-        patch.setattr(engine_files, "_sha256", lambda _: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            files.check()
+
+    def stale(_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(engine_files, "_state", stale)
     with pytest.raises(Ended):
         files.check()
+
+
+def test_what_is_no_file_of_the_engine_does_not_matter(folder, monkeypatch):
+    (folder / "notes.txt").write_text("mine")
+    os.mkfifo(folder / "pipe")
+    real = os.open
+
+    def private(path, *given):
+        if path.name == "notes.txt":
+            raise PermissionError
+        return real(path, *given)
+
+    monkeypatch.setattr(engine_files.os, "open", private)
+    files = watched(folder)
+    assert files._open.keys() == {"weights.data"}
 
 
 def test_a_file_that_was_replaced_while_it_was_loaded_ends_the_worker(folder):

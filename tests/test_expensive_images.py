@@ -112,6 +112,7 @@ def test_a_pace_is_learnt_from_what_was_not_in_time(store):
     decoders = pool(store, pixels=20_000_000)
 
     async def late(client, task):
+        task.begun()
         await asyncio.sleep(0.1)
         raise TimeoutError
 

@@ -63,13 +63,14 @@ def test_a_sink_that_raises_is_logged_and_the_thread_serves_on(caplog):
 
 
 _ENDS = """
-import sys, threading, time
+import atexit, sys, threading, time
 from runtime.engine import Engine
 
 def ask():
     while True:
         engine.generate([image] * 8)
 
+atexit.register(time.sleep, 0.3)  # after what the engine registers, before it is ended
 engine, image = Engine.open(sys.argv[1]), sys.argv[2]
 for _ in range(3):
     threading.Thread(target=ask, daemon=True).start()
@@ -82,7 +83,9 @@ def test_a_program_may_end_while_its_engine_steps():
     """ONNX Runtime aborts a process whose interpreter goes away below one of its calls."""
     program = [sys.executable, "-c", _ENDS, str(DEMO), str(SAMPLES / "owl.png")]
     for _ in range(3):
-        done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            program, cwd=ROOT, capture_output=True, text=True, timeout=25, check=False
+        )
         assert done.returncode == 3, done.stderr
 
 

@@ -17,10 +17,12 @@ _UNKNOWN = None, None
 _SIGNATURES = {
     ("x-amz-signature",): re.compile("x-amz-"),
     ("x-goog-signature",): re.compile("x-goog-"),
+    ("x-oss-signature",): re.compile("x-oss-"),
     ("signature",): re.compile(
-        "(signature|expires|awsaccesskeyid|googleaccessid|key-pair-id|policy)$"
+        "(signature|expires|awsaccesskeyid|googleaccessid|ossaccesskeyid|key-pair-id|policy|"
+        "(x-amz-)?security-token)$"
     ),
-    ("sig", "sv"): re.compile("(sig|s[eprtv]|spr|sip|ss|srt|sk[etsv]|sk[ot]id)$"),
+    ("sig", "se"): re.compile("(sig|s[eprtv]|spr|sip|ss|srt|sk[etsv]|sk[ot]id|scid)$"),
 }
 
 

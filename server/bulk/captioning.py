@@ -2,12 +2,14 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Container, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
-from typing import Protocol
+from queue import SimpleQueue
+from typing import Any, Protocol
 
 import msgspec
 from msgspec.structs import replace
@@ -64,41 +66,48 @@ class Captioning:
     def run(self, items: Iterable[Item]) -> Generator[Outcome, None, None]:
         """Yield outcomes; closing drops items not begun. Raises the error that ended the run."""
         most = self._captioner.at_once + _FETCHES
-        pool = ThreadPoolExecutor(most, "item")
-        running = OrderedDict[Future[Outcome], int]()  # and bytes
         held = most * _AHEAD if self._options.ordered else most
-        reader = ItemReader(items)
-        coming = reader.next()
-        last = False
+        pool, reader = ThreadPoolExecutor(most, "item"), ItemReader(items)
+        running = OrderedDict[Future[Outcome], int]()  # those not yielded, and the bytes of each
+        over = set[Future[Outcome]]()  # of these, those that have ended
+        size = 0
+        events = SimpleQueue[Future[Any]]()  # what has ended, the reading of an item, too
+        coming, arrived = reader.next(events.put), False
         try:
-            while running or not last:
-                unfinished = sum(not each.done() for each in running)
-                size = sum(_held(*each) for each in running.items())
-                room = unfinished < most and len(running) < held and size <= _HELD and not last
-                first = [next(iter(running))] if self._options.ordered and running else running
-                wait([*first, *([coming] if room else [])], return_when=FIRST_COMPLETED)
-                if room and coming.done():
-                    if (item := coming.result()) is None:
-                        last = True
-                    else:
-                        will_hold = _bytes(item, self._options.limit)
-                        running[pool.submit(self._outcome, item)] = will_hold
-                        coming = reader.next()
-                yield from self._ended(running)
+            while running or not (arrived and coming.result() is None):
+                event = events.get()
+                if event is coming:
+                    arrived = True
+                else:
+                    over.add(event)
+                    size += _grown(event, running)
+                for future in self._to_yield(event, running, over):
+                    over.remove(future)
+                    size -= running.pop(future)
+                    yield future.result()
+                room = len(running) - len(over) < most and len(running) < held and size <= _HELD
+                if arrived and room and (item := coming.result()) is not None:
+                    future = pool.submit(self._outcome, item)
+                    running[future] = _bytes(item, self._options.limit)
+                    size += running[future]
+                    future.add_done_callback(events.put)
+                    coming, arrived = reader.next(events.put), False
         finally:
             self._over.set()
             self._captioner.stop()
             reader.close()
             pool.shutdown(cancel_futures=True)
 
-    def _ended(self, running: OrderedDict[Future[Outcome], int]) -> Iterator[Outcome]:
-        """Outcomes of items that have ended; if ordered, up to one that has not."""
-        for future in list(running):
-            if future.done():
-                del running[future]
-                yield future.result()
-            elif self._options.ordered:
-                return
+    def _to_yield(
+        self,
+        event: Future[Any],
+        running: Iterable[Future[Outcome]],
+        over: Container[Future[Outcome]],
+    ) -> list[Future[Outcome]]:
+        """Items that have ended; if ordered, up to one that has not."""
+        if self._options.ordered:
+            return list(takewhile(over.__contains__, running))
+        return [event] if event in over else []
 
     def _outcome(self, item: Item) -> Outcome:
         outcome = begun(item)
@@ -149,10 +158,14 @@ def begun(item: Item) -> Outcome:
     return Outcome(item, sha256=digest, size=size, modified=modified)
 
 
-def _held(future: Future[Outcome], expected: int) -> int:
-    """Bytes held for an item; an image at a URL counts only once its item has ended."""
-    ended = future.done() and future.exception() is None
-    return max(expected, len(future.result().image or b"") if ended else 0)
+def _grown(future: Future[Outcome], running: dict[Future[Outcome], int]) -> int:
+    """Note the bytes that an ended item holds, by how many more: an image at a URL counts only now,
+    until it is yielded.
+    """
+    before = running[future]
+    image = None if future.exception() else future.result().image
+    running[future] = max(before, len(image or b""))
+    return running[future] - before
 
 
 def _bytes(item: Item, limit: int) -> int:

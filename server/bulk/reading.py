@@ -1,7 +1,7 @@
 """Reads items on a thread, so that rows are written while standard input is silent."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from queue import SimpleQueue
 
@@ -19,9 +19,13 @@ class ItemReader:
         self._thread = threading.Thread(target=self._read, name="input", daemon=True)
         self._thread.start()
 
-    def next(self) -> Future[Item | None]:
-        """The next item, once it is read: None after the last. Its error is the iterable's."""
+    def next(self, read: Callable[[Future[Item | None]], object]) -> Future[Item | None]:
+        """The next item, once it is read: None after the last. Its error is the iterable's.
+
+        read: called then, on the thread.
+        """
         future = Future[Item | None]()
+        future.add_done_callback(read)
         self._wanted.put(future)
         return future
 

@@ -129,7 +129,7 @@ class Texts(Output):
 
     def _lacks(self, text: str) -> bool:
         """Whether the last caption of a file is not there: no file, or one with that before, or, if
-        it is the last row's and may replace foreign files, one with anything else.
+        it is the last row's and may replace foreign files, one that was there before that row.
         """
         target, before = self._folder / text, self._before.get(text)
         if not target.exists():
@@ -138,7 +138,8 @@ class Texts(Output):
         if not target.is_file():
             return False
         if text == self._last:
-            return target.read_bytes() != last
+            older = target.stat().st_mtime_ns < self._lines.path.stat().st_mtime_ns
+            return older and target.read_bytes() != last
         return before not in (None, last) and target.read_bytes() == before
 
     def _check(self, item_id: str, text: str) -> None:

@@ -33,7 +33,7 @@ class HeldConnections:
         begin: called with a connection and its address when its turn has come. share: of the
         machine's turns, of this process.
         """
-        self._pause = _ALL_TURNS_SECONDS / share
+        self._turn, self._all_turns = _TURN_SECONDS / share, _ALL_TURNS_SECONDS / share
         self._pages, self._proxies, self._begin = pages, proxies, begin
         self._held: dict[str, _Waiting] = {}  # by client
 
@@ -61,7 +61,7 @@ class HeldConnections:
             self._pages.spend(group_of(peer), cost)
 
     def _let_in_later(self, group: str) -> None:
-        wait = max(_TURN_SECONDS, len(self._held) * self._pause)
+        wait = max(self._turn, len(self._held) * self._all_turns)
         asyncio.get_running_loop().call_later(wait, self._let_in, group)
 
     def _let_in(self, group: str) -> None:

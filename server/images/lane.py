@@ -20,7 +20,7 @@ from server.telemetry.logs import RateLimitedLog
 log = logging.getLogger(__name__)
 
 _START_SECONDS = 60.0
-_GRACE_SECONDS = 1.0  # after a deadline, in which most images end: a new process costs as much
+_GRACE_SECONDS = 0.5  # after a deadline, in which most images end: a new process costs as much
 UNFIT = (
     "decoding this image crashed, or took too long: save it again with another program, or make it "
     "smaller"
@@ -53,8 +53,8 @@ class DecodeTask:
 
     seconds: core seconds allowed. wall: elapsed seconds after which the process is replaced. most:
     estimated seconds above which an image is not decoded. until: deadline (`perf_counter`), waiting
-    included. leaves: asked when the task's turn has come; if true, LeftQuickLane is raised. failed:
-    called with the core seconds spent on invalid data.
+    included. leaves: asked when the task's turn has come; if true, LeftQuickLane is raised. begun:
+    called when a process gets it. failed: called with the core seconds spent on invalid data.
     """
 
     what: bytes
@@ -65,6 +65,7 @@ class DecodeTask:
     most: float = math.inf
     until: float = math.inf
     leaves: Callable[[], bool] = lambda: False
+    begun: Callable[[], object] = lambda: None
     failed: Callable[[float], object] = lambda seconds: None
 
 
@@ -127,6 +128,7 @@ class Lane:
             async with asyncio.timeout(_START_SECONDS):
                 await decoder.wait_until_ready()
             if (left := task.until - time.perf_counter()) > 0:
+                task.begun()
                 async with asyncio.timeout(min(task.wall, left + _GRACE_SECONDS)):
                     return await decoder.ask(
                         task.what, task.data, task.place, task.seconds, task.most

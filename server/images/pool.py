@@ -8,6 +8,7 @@ an image is estimated from its header. Images above `_QUICK` go to the slow lane
 of lower priority; the others never wait for them. In both lanes the clients take turns.
 """
 
+import asyncio
 import json
 import math
 import time
@@ -153,22 +154,34 @@ class ImageDecoders:
         if wait > left:
             raise QueueFull(_WAITING, min(_LONGEST_WAIT, math.ceil(wait)))
         what = FRAMES if isinstance(job.image, Clip) else PIXELS
-        until = started + left
-        task = DecodeTask(what, job.image, self._seconds, math.inf, job.place, until=until)
+        begun: list[float] = []
+        task = DecodeTask(
+            what, job.image, self._seconds, math.inf, job.place, until=started + left,
+            begun=lambda: begun.append(time.perf_counter()),
+        )  # fmt: skip
         self._queued[job.origin.client] += cost
         try:
             with job.aside(job.origin):
                 await self._slow.ask(job.origin.client, task)
-            self._learn((time.perf_counter() - started) / usual)
+            self._learn(seconds, begun)
         except TimeoutError:
-            self._learn(max(self._pace, (time.perf_counter() - started) / usual))
+            self._learn(seconds, begun, late=True)
             raise QueueFull(_WAITING, _LONGEST_WAIT) from None
+        except asyncio.CancelledError:
+            self._learn(seconds, begun, late=time.perf_counter() >= task.until)
+            raise
         finally:
             self._queued[job.origin.client] -= cost
             self._queued += Counter()  # drops zero counts
 
-    def _learn(self, pace: float) -> None:
-        self._pace += _LEARNING * (min(pace, _SLOWEST) - self._pace)
+    def _learn(self, estimate: float, begun: list[float], late: bool = False) -> None:
+        """Learn from an image's estimated seconds and when a process had it. late: it was given up,
+        so that it would have taken longer.
+        """
+        if not begun:
+            return
+        pace = min(_SLOWEST, (time.perf_counter() - begun[-1]) / estimate)
+        self._pace += _LEARNING * ((max(pace, self._pace) if late else pace) - self._pace)
 
     def close(self) -> None:
         """Kill all processes."""

@@ -2,6 +2,7 @@
 what the engine says.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from server.telemetry.logs import flush
 
@@ -25,8 +27,10 @@ class EngineFiles:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._lock = folder, threading.Lock()
-        entries = folder.iterdir() if folder.is_dir() else ()
-        self._open = {path.name: os.open(path, os.O_RDONLY) for path in entries if path.is_file()}
+        self._open: dict[str, int] = {}
+        for path in folder.iterdir() if folder.is_dir() else ():
+            with contextlib.suppress(OSError):  # if the engine needs it, it is not opened either
+                self._open[path.name] = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         self._seen = {name: _state(os.fstat(file)) for name, file in self._open.items()}
         self._digests: Mapping[str, str] = {}
 
@@ -35,37 +39,41 @@ class EngineFiles:
 
         Kills this process if a file's name is another's meanwhile: the engine may have that.
         """
-        self._digests = {name: digests[name] for name in digests.keys() & self._open.keys()}
-        for name in self._digests:
-            path, ours = self._folder / name, os.fstat(self._open[name])
-            if not path.exists() or not os.path.samestat(path.stat(), ours):
+        self._digests = digests
+        for name in digests:
+            path = self._folder / name
+            same = name in self._open and path.exists()
+            if not same or not os.path.samestat(path.stat(), os.fstat(self._open[name])):
                 self._end(name, "was replaced while it was loaded")
+        for name in self._open.keys() - digests.keys():
+            os.close(self._open.pop(name))
         threading.Thread(target=self._watch, name="files", daemon=True).start()
 
     def _watch(self) -> None:
         while True:
-            try:
-                self.check()
-            except OSError:  # its disk fails: after the next step that is an error of the step
-                log.exception("the engine's files can't be read")
+            self.check()
             time.sleep(_SECONDS)
 
     def check(self) -> None:
         """Kill this process if a file was written to, unless it is what it was."""
         with self._lock:
             for name, digest in self._digests.items():
-                file = self._open[name]
-                state = _state(os.fstat(file))
-                if state == self._seen[name]:
-                    continue
-                if _sha256(file) != digest:
+                try:
+                    state = _state(os.fstat(self._open[name]))
+                    if state == self._seen[name]:
+                        continue
+                    same = _sha256(self._open[name]) == digest
+                except OSError as cause:  # what is mapped can't be read either
+                    self._end(name, f"can't be read any more ({cause})")
+                if not same:
                     self._end(name, "was written to while it was in use")
                 self._seen[name] = state
 
-    def _end(self, name: str, why: str) -> None:
+    def _end(self, name: str, why: str) -> NoReturn:
         log.error("%s %s: this worker ends", self._folder / name, why)
         flush()
         os.kill(os.getpid(), signal.SIGKILL)  # no request is to blame
+        raise AssertionError("it was killed")
 
 
 def _state(of: os.stat_result) -> tuple[int, int, int]:

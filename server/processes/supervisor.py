@@ -171,19 +171,20 @@ class Supervisor:
                         child.kill()  # nobody waits for it any more
                 elif child.state == "down":
                     if now >= child.start_at:
-                        self._start_again(child)
+                        await self._start_again(child)
                 elif child.state != "over" and (
                     reason := child.health_problem(now, self._settings.step_seconds)
                 ):
                     await self._replace(child, reason)
 
-    def _start_again(self, child: Child) -> None:
+    async def _start_again(self, child: Child) -> None:
         try:
             child.start()
         except OSError as cause:  # too many files, processes or too little memory, for now
             log.error("%s can't be started: %s", child.stable_name, cause)
             child.failures += 1
             _pause(child)
+            await self._tell_front_ends()
 
     async def _replace(self, child: Child, reason: Problem) -> None:
         assert child.process is not None
