@@ -13,6 +13,7 @@ from server.bulk.items import Item, ResultRow
 
 KEY_BYTES = 16
 _UNKNOWN = None, None
+_AZURE = re.compile("(sig|s[eprtv]|spr|sip|ss|srt|sk[etsv]|sk[ot]id|scid)$")
 # Parameters of signed URLs, which are others each time, by those that tell the kind of signature.
 _SIGNATURES = {
     ("x-amz-signature",): re.compile("x-amz-"),
@@ -22,7 +23,8 @@ _SIGNATURES = {
         "(signature|expires|awsaccesskeyid|googleaccessid|ossaccesskeyid|key-pair-id|policy|"
         "(x-amz-)?security-token)$"
     ),
-    ("sig", "se"): re.compile("(sig|s[eprtv]|spr|sip|ss|srt|sk[etsv]|sk[ot]id|scid)$"),
+    ("sig", "sv"): _AZURE,
+    ("sig", "se"): _AZURE,
 }
 
 
