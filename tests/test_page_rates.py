@@ -129,7 +129,7 @@ def test_a_trusted_proxy_s_connections_are_read_whoever_owes(monkeypatch):
         assert live.caption(png(), X_Forwarded_For="1.2.3.4").status == 200
 
 
-def test_another_port_for_operators_has_visits_of_its_own():
+def test_another_port_for_operators_has_page_rates_of_its_own():
     with serve(fake_engine) as live:
         live.service.rates.pages.spend("127.0.0.1", 400 + 2000)
         start = time.perf_counter()

@@ -92,7 +92,7 @@ def _canonical(where: str) -> str:
         if set(signs) <= set(query.values()):
             query = {part: name for part, name in query.items() if not theirs.match(name)}
     fragment = "" if parts.scheme in ("http", "https") else parts.fragment  # else of a key
-    return parts._replace(query="&".join(query), fragment=fragment).geturl()
+    return parts._replace(query="&".join(sorted(query)), fragment=fragment).geturl()
 
 
 def _real(path: str) -> str:

@@ -51,7 +51,7 @@ PIXELS, FRAMES, PARTS = b"P", b"F", b"J"
 # data, and the core seconds until it was found; the estimate of an image too expensive to decode;
 # the traceback of a bug.
 DONE, FAILED, EXPENSIVE, BUG = b"D", b"F", b"E", b"B"
-# task, bytes that follow, place, limit of processor seconds, most estimated seconds
+# task, bytes that follow, slot, limit of processor seconds, most estimated seconds
 _HEAD = struct.Struct("=cIHIidd")
 _ANSWER = struct.Struct("=cI")  # reply, bytes that follow
 _READY = b"R"
@@ -63,10 +63,10 @@ _CONTEXT = multiprocessing.get_context("spawn")
 
 
 class PixelSlot(NamedTuple):
-    """Destination of pixels: a model's store, a slot, and a frame of it (-1: the whole slot)."""
+    """Where pixels go: a model's store, a slot of it by number, and a frame of that (-1: all)."""
 
     model: int
-    slot: int
+    number: int
     frame: int
 
 
@@ -112,7 +112,7 @@ class Decoder:
             self.ready = True
 
     async def ask(
-        self, what: bytes, data: bytes, place: PixelSlot, seconds: float, most: float
+        self, what: bytes, data: bytes, slot: PixelSlot, seconds: float, most: float
     ) -> tuple[bytes, bytes]:
         """Run a task; return kind and content of the reply. Raises OSError or EOFError.
 
@@ -120,7 +120,7 @@ class Decoder:
         which an image is not decoded, and the reply is EXPENSIVE.
         """
         loop = asyncio.get_running_loop()
-        await loop.sock_sendall(self._socket, _HEAD.pack(what, len(data), *place, seconds, most))
+        await loop.sock_sendall(self._socket, _HEAD.pack(what, len(data), *slot, seconds, most))
         await loop.sock_sendall(self._socket, data)
         kind, length = _ANSWER.unpack(await self._read(_ANSWER.size))
         return kind, bytes(await self._read(length))
@@ -166,7 +166,7 @@ def _serve(socket: socket.socket, setup: Setup) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     stream = socket.makefile("rb")
     while head := stream.read(_HEAD.size):
-        what, size, *place, seconds, most = _HEAD.unpack(head)
+        what, size, *slot, seconds, most = _HEAD.unpack(head)
         data = stream.read(size)
         signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the process
         started = time.process_time()
@@ -174,9 +174,9 @@ def _serve(socket: socket.socket, setup: Setup) -> None:
             if what == PARTS:
                 kind, answer = _parts(data)
             elif what == FRAMES:
-                kind, answer = _frames(data, setup, stores, PixelSlot(*place))
+                kind, answer = _frames(data, setup, stores, PixelSlot(*slot))
             else:
-                kind, answer = _pixels(data, setup, stores, PixelSlot(*place), most)
+                kind, answer = _pixels(data, setup, stores, PixelSlot(*slot), most)
         except VignetteError as error:
             told = [type(error).__name__, str(error), time.process_time() - started]
             kind, answer = FAILED, json.dumps(told).encode()
@@ -189,13 +189,13 @@ def _serve(socket: socket.socket, setup: Setup) -> None:
 
 
 def _pixels(
-    data: bytes, setup: Setup, stores: list[PixelStore], place: PixelSlot, most: float
+    data: bytes, setup: Setup, stores: list[PixelStore], slot: PixelSlot, most: float
 ) -> tuple[bytes, bytes]:
     """Decode an image into a slot of the store, or into one frame of the slot."""
     started = time.process_time()
     heads.check(data)
     image = opened(data, setup.max_pixels)
-    how = setup.targets[place.model].how
+    how = setup.targets[slot.model].how
     cost = estimate(image, data, how)
     if cost.seconds > most or (most < math.inf and cost.memory > _USUAL_MEMORY):
         return EXPENSIVE, json.dumps(cost.seconds).encode()
@@ -205,17 +205,18 @@ def _pixels(
             f"{setup.memory // 2**20}: make it smaller"
         )
     pixels = prepared(image, how, setup.max_pixels)
-    stores[place.model][place.slot][... if place.frame < 0 else place.frame] = pixels
+    frame = ... if slot.frame < 0 else slot.frame
+    stores[slot.model][slot.number][frame] = pixels
     return DONE, json.dumps(time.process_time() - started - cost.seconds).encode()
 
 
 def _frames(
-    data: bytes, setup: Setup, stores: list[PixelStore], place: PixelSlot
+    data: bytes, setup: Setup, stores: list[PixelStore], slot: PixelSlot
 ) -> tuple[bytes, bytes]:
     """Decode frames of a clip into a slot of the store, as many as it has room for."""
     heads.check(data)
-    how, slot = setup.targets[place.model].how, stores[place.model][place.slot]
-    rows = slot if slot.ndim == _CLIP_AXES else slot[None]
+    how, pixels = setup.targets[slot.model].how, stores[slot.model][slot.number]
+    rows = pixels if pixels.ndim == _CLIP_AXES else pixels[None]
     for row, frame in zip(rows, frames_of(data, len(rows), setup.max_pixels), strict=True):
         row[...] = to_pixels(frame, how, setup.max_pixels)
     return DONE, json.dumps(0.0).encode()

@@ -61,7 +61,7 @@ class DecodeTask:
     data: bytes
     seconds: float
     wall: float
-    place: PixelSlot = _NOWHERE
+    slot: PixelSlot = _NOWHERE
     most: float = math.inf
     until: float = math.inf
     leaves: Callable[[], bool] = lambda: False
@@ -131,7 +131,7 @@ class Lane:
                 task.begun()
                 async with asyncio.timeout(min(task.wall, left + _GRACE_SECONDS)):
                     return await decoder.ask(
-                        task.what, task.data, task.place, task.seconds, task.most
+                        task.what, task.data, task.slot, task.seconds, task.most
                     )
         except TimeoutError as cause:
             ready, decoder = decoder.ready, self._replaced(decoder)

@@ -57,7 +57,7 @@ class ImageJob:
     """An image to decode. aside: context entered while the image is in the slow lane."""
 
     image: bytes
-    place: PixelSlot
+    slot: PixelSlot
     origin: Origin
     aside: Callable[[Origin], AbstractContextManager[None]] = lambda origin: nullcontext()
 
@@ -116,7 +116,7 @@ class ImageDecoders:
         seconds = min(_QUICK_LIMIT, self._seconds)
         client = job.origin.client
         task = DecodeTask(
-            PIXELS, job.image, seconds, self._wall, job.place, _QUICK,
+            PIXELS, job.image, seconds, self._wall, job.slot, _QUICK,
             leaves=lambda: self._misjudged.owed(client) > 0,
             failed=lambda spent: self._took(client, spent - _QUICK),
         )  # fmt: skip
@@ -156,7 +156,7 @@ class ImageDecoders:
         what = FRAMES if isinstance(job.image, Clip) else PIXELS
         begun: list[float] = []
         task = DecodeTask(
-            what, job.image, self._seconds, math.inf, job.place, until=started + left,
+            what, job.image, self._seconds, math.inf, job.slot, until=started + left,
             begun=lambda: begun.append(time.perf_counter()),
         )  # fmt: skip
         self._queued[job.origin.client] += cost
