@@ -97,9 +97,23 @@ def test_what_is_no_file_of_the_engine_does_not_matter(folder, monkeypatch):
     assert files._open.keys() == {"weights.data"}
 
 
-def test_a_file_that_was_replaced_while_it_was_loaded_ends_the_worker(folder):
-    files = EngineFiles(folder)
-    (folder / "weights.data").rename(folder / "old")
-    (folder / "weights.data").write_bytes(WEIGHTS)
+@pytest.mark.parametrize("content", [b"another", None])
+def test_a_file_that_was_replaced_while_it_was_loaded_ends_the_worker(content, folder):
+    files, path = EngineFiles(folder), folder / "weights.data"
+    path.rename(folder / "old")
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(Ended):
         files.watch({"weights.data": hashlib.sha256(WEIGHTS).hexdigest()})
+
+
+def test_a_file_that_was_replaced_by_its_equal_is_watched_in_its_place(folder):
+    files, path = EngineFiles(folder), folder / "weights.data"
+    path.rename(folder / "old")
+    path.write_bytes(WEIGHTS)
+    files.watch({"weights.data": hashlib.sha256(WEIGHTS).hexdigest()})
+    files.check()
+    with path.open("r+b") as stream:
+        stream.write(b"x")
+    with pytest.raises(Ended):
+        files.check()

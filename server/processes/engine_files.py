@@ -37,17 +37,33 @@ class EngineFiles:
     def watch(self, digests: Mapping[str, str]) -> None:
         """Check now and then from now on, once the engine has its files. digests: SHA-256 by file.
 
-        Kills this process if a file's name is another's meanwhile: the engine may have that.
+        A file that has another's name by now is watched in its place, as the engine may have that;
+        if it holds something else, this process is killed.
         """
         self._digests = digests
-        for name in digests:
-            path = self._folder / name
-            same = name in self._open and path.exists()
-            if not same or not os.path.samestat(path.stat(), os.fstat(self._open[name])):
+        for name, digest in digests.items():
+            if not self._is_there(name) and self._open_again(name) != digest:
                 self._end(name, "was replaced while it was loaded")
         for name in self._open.keys() - digests.keys():
             os.close(self._open.pop(name))
         threading.Thread(target=self._watch, name="files", daemon=True).start()
+
+    def _is_there(self, name: str) -> bool:
+        try:
+            there = (self._folder / name).stat()
+            return os.path.samestat(there, os.fstat(self._open[name]))
+        except (OSError, KeyError):
+            return False
+
+    def _open_again(self, name: str) -> str | None:
+        """Open the file of that name now; its SHA-256, or None if it can't be read."""
+        try:
+            file = os.open(self._folder / name, os.O_RDONLY)
+            self._seen[name] = _state(os.fstat(file))
+            self._open[name] = file
+            return _sha256(file)
+        except OSError:
+            return None
 
     def _watch(self) -> None:
         while True:
