@@ -59,7 +59,7 @@ class OwnThread:
         """Call a function there, after those before it."""
         if not self._started:
             self._started = True
-            # Not at exit: a step may still need the threads of others then (`keep_out`).
+            # Not at exit: a step may still need the encoder's threads then (`keep_out`).
             weakref.finalize(self, self._calls.put, None).atexit = False
             arguments = (self._calls,)
             threading.Thread(target=_serve, args=arguments, name=self._name, daemon=True).start()

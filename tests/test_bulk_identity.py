@@ -119,7 +119,14 @@ def test_a_signature_of_a_url_is_not_what_it_names(signed):
 
 
 @pytest.mark.parametrize(
-    "url", ["https://host/image?st={}", "https://host/image?policy={}&sv=1", "s3://host/a#{}"]
+    "url",
+    [
+        "https://host/image?st={}",
+        "https://host/image?policy={}&sv=1",
+        "https://host/a.mp4?x-oss-process=video/snapshot,t_{}&x-oss-signature=a&x-oss-date=b",
+        "https://host/a?layer=3&layer={}&layer=0",
+        "s3://host/a#{}",
+    ],
 )
 def test_a_parameter_without_a_signature_names_another_image(url):
     assert of_item(Item("sku", url.format(1)), None) != of_item(Item("sku", url.format(2)), None)

@@ -267,6 +267,10 @@ def test_a_foreign_text_that_was_to_be_overwritten_is_overwritten_later(tmp_path
     assert text.read_text() == "somebody else's"
     run(output, str(file), overwrite=True)
     assert text.read_text() == "somebody else's", "it was written after the caption"
+    with (tmp_path / "texts" / ".vignette.jsonl").open("a") as stream:
+        stream.write('{"id":"torn')
+    run(output, str(file), overwrite=True)
+    assert text.read_text() == "somebody else's"
     os.utime(text, (0, 0))
     run(output, str(file))
     assert text.read_text() == "somebody else's"

@@ -18,7 +18,9 @@ _AZURE = re.compile("(sig|s[eprtv]|spr|sip|ss|srt|sk[etsv]|sk[ot]id|scid)$")
 _SIGNATURES = {
     ("x-amz-signature",): re.compile("x-amz-"),
     ("x-goog-signature",): re.compile("x-goog-"),
-    ("x-oss-signature",): re.compile("x-oss-"),
+    ("x-oss-signature",): re.compile(
+        "x-oss-(signature|credential|date|expires|security-token|additional-headers)"
+    ),
     ("signature",): re.compile(
         "(signature|expires|awsaccesskeyid|googleaccessid|ossaccesskeyid|key-pair-id|policy|"
         "(x-amz-)?security-token)$"
@@ -92,7 +94,8 @@ def _canonical(where: str) -> str:
         if set(signs) <= set(query.values()):
             query = {part: name for part, name in query.items() if not theirs.match(name)}
     fragment = "" if parts.scheme in ("http", "https") else parts.fragment  # else of a key
-    return parts._replace(query="&".join(sorted(query)), fragment=fragment).geturl()
+    asked = "&".join(sorted(query, key=query.__getitem__))
+    return parts._replace(query=asked, fragment=fragment).geturl()
 
 
 def _real(path: str) -> str:

@@ -159,8 +159,8 @@ def begun(item: Item) -> Outcome:
 
 
 def _grown(future: Future[Outcome], running: dict[Future[Outcome], int]) -> int:
-    """Note the bytes that an ended item holds, by how many more: an image at a URL counts only now,
-    until it is yielded.
+    """Note the bytes that an ended item holds; return how many more these are than expected: an
+    image at a URL counts only from here, until it is yielded.
     """
     before = running[future]
     image = None if future.exception() else future.result().image

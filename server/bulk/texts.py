@@ -1,5 +1,6 @@
 """A folder of .txt files, laid out like the input's images, as diffusion trainers read them."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -28,6 +29,8 @@ class Texts(Output):
         self._before = Kept()  # captions that were replaced, likewise
         self._texts = Kept()  # a file's path by item id
         self._last: str | None = None  # file of the last row, which may not have been written
+        state = self._lines.path.stat()
+        self._size, self._last_at = state.st_size, state.st_mtime_ns  # when that row was written
 
     @override
     def rows(self) -> Iterator[ResultRow]:
@@ -54,7 +57,8 @@ class Texts(Output):
                 missing |= self._lacks(row.text)
             last = row.text
             yield row
-        if last is not None and self._overwrite:
+        torn = self._lines.path.stat().st_size < self._size  # the next row had been begun
+        if last is not None and self._overwrite and not torn:
             self._last = last
             missing = missing or self._lacks(last)
         for text in stale:
@@ -84,7 +88,9 @@ class Texts(Output):
 
     @override
     def finish(self, index: Index) -> None:
+        last = self._lines.path.stat().st_mtime_ns
         self._lines.finish(index)
+        os.utime(self._lines.path, ns=(last, last))  # no row has come
 
     @override
     def close(self) -> None:
@@ -129,7 +135,7 @@ class Texts(Output):
 
     def _lacks(self, text: str) -> bool:
         """Whether the last caption of a file is not there: no file, or one with that before, or, if
-        it is the last row's and may replace foreign files, one that was there before that row.
+        it is the last row's and may replace foreign files, one that is older than that row.
         """
         target, before = self._folder / text, self._before.get(text)
         if not target.exists():
@@ -138,8 +144,7 @@ class Texts(Output):
         if not target.is_file():
             return False
         if text == self._last:
-            older = target.stat().st_mtime_ns < self._lines.path.stat().st_mtime_ns
-            return older and target.read_bytes() != last
+            return target.stat().st_mtime_ns < self._last_at and target.read_bytes() != last
         return before not in (None, last) and target.read_bytes() == before
 
     def _check(self, item_id: str, text: str) -> None:

@@ -20,7 +20,7 @@ from server.telemetry.logs import RateLimitedLog
 log = logging.getLogger(__name__)
 
 _START_SECONDS = 60.0
-_GRACE_SECONDS = 0.5  # after a deadline, in which most images end: a new process costs as much
+_GRACE_SECONDS = 0.5  # after a deadline, for what is about to end: a new process costs as much
 UNFIT = (
     "decoding this image crashed, or took too long: save it again with another program, or make it "
     "smaller"

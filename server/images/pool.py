@@ -167,8 +167,9 @@ class ImageDecoders:
         except TimeoutError:
             self._learn(seconds, begun, late=True)
             raise QueueFull(_WAITING, _LONGEST_WAIT) from None
-        except asyncio.CancelledError:
-            self._learn(seconds, begun, late=time.perf_counter() >= task.until)
+        except asyncio.CancelledError:  # it may have hidden an error
+            if time.perf_counter() >= task.until:
+                self._learn(seconds, begun, late=True)
             raise
         finally:
             self._queued[job.origin.client] -= cost

@@ -29,7 +29,7 @@ class EngineFiles:
         self._folder, self._lock = folder, threading.Lock()
         self._open: dict[str, int] = {}
         for path in folder.iterdir() if folder.is_dir() else ():
-            with contextlib.suppress(OSError):  # if the engine needs it, it is not opened either
+            with contextlib.suppress(OSError):  # if the engine needs it, that ends the start
                 self._open[path.name] = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         self._seen = {name: _state(os.fstat(file)) for name, file in self._open.items()}
         self._digests: Mapping[str, str] = {}
@@ -79,7 +79,7 @@ class EngineFiles:
                     if state == self._seen[name]:
                         continue
                     same = _sha256(self._open[name]) == digest
-                except OSError as cause:  # what is mapped can't be read either
+                except OSError as cause:  # nobody knows then what is mapped
                     self._end(name, f"can't be read any more ({cause})")
                 if not same:
                     self._end(name, "was written to while it was in use")
