@@ -36,7 +36,7 @@ def main(output: str, given: str) -> None:
     ):
         job = BulkRun(opened, CaptionSettings("fake", {}))
         job.read()
-        found = captioning.run(parts([given], Columns(), 10**7), job.index, again=True)
+        found = captioning.run(parts([given], Columns(), 10**7), job.index)
         job.write(job.once(found), partial(disturb, cluster, nodes))
     cluster.shutdown()
     print(f"{job.counts.captioned} captioned, {job.counts.failed} failed, {len(nodes)} left")

@@ -135,7 +135,10 @@ class _DiesAndStaysDead:
         return engine
 
 
-def test_an_engine_that_can_not_be_opened_again_ends_the_run_and_fails_no_image(folder, tmp_path):
+def test_an_engine_that_can_not_be_opened_again_ends_the_run_and_fails_no_image(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("server.processes.supervisor._FIRST_PAUSE", 0.05)
     opening = _DiesAndStaysDead(tmp_path / "died")
     with (
         closing(LocalCaptioner(setup(folder, opening), None, {}, 10**6)) as captioner,

@@ -161,6 +161,7 @@ def test_a_client_whose_images_take_longer_than_they_look_waits_with_the_expensi
     for n in range(5):
         decode(decoders, png((n, 2, 3)), client="deceiver")
     assert asked == ["deceiver"] * 3
+    assert decoders._pace == 1, "nobody knew how long these would take"
     decode(decoders, png((9, 9, 9)), client="another")
     assert asked[3:] == ["another"]
     decoders.close()

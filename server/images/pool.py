@@ -62,6 +62,16 @@ class ImageJob:
     aside: Callable[[Origin], AbstractContextManager[None]] = lambda origin: nullcontext()
 
 
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """Core seconds that an image is expected to take. estimated: by what it is, not by what others
+    of its client took.
+    """
+
+    seconds: float
+    estimated: bool = True
+
+
 class ImageDecoders:
     """The decoder processes of a front-end. Used on one thread, which must outlive them."""
 
@@ -95,9 +105,9 @@ class ImageDecoders:
             raise TooHard(UNFIT)
         try:
             clip = isinstance(job.image, Clip)  # its header does not tell how long it takes
-            seconds = _CLIP_SECONDS if clip else await self._decode_quickly(job)
-            if seconds:
-                await self._decode_slowly(job, seconds)
+            cost = _Cost(_CLIP_SECONDS) if clip else await self._decode_quickly(job)
+            if cost is not None:
+                await self._decode_slowly(job, cost)
         except Unfit as cause:
             self._too_hard.add(job.origin.digest)
             raise TooHard(UNFIT) from cause
@@ -111,8 +121,8 @@ class ImageDecoders:
             raise TooHard("reading this JSON took too long: send less of it") from cause
         return Parts.unpacked(answer)
 
-    async def _decode_quickly(self, job: ImageJob) -> float:
-        """Decode a cheap image and return 0; return the estimated seconds of an expensive one."""
+    async def _decode_quickly(self, job: ImageJob) -> _Cost | None:
+        """Decode a cheap image and return None; return the cost of an expensive one."""
         seconds = min(_QUICK_LIMIT, self._seconds)
         client = job.origin.client
         task = DecodeTask(
@@ -123,27 +133,27 @@ class ImageDecoders:
         try:
             kind, answer = await self._quick.ask(client, task)
         except LeftQuickLane:
-            return seconds
+            return _Cost(seconds, estimated=False)
         except OutOfTime:
             self._misjudged.spend(client, 1)
             if seconds == self._seconds:
                 raise
-            return self._seconds  # the estimate was wrong
+            return _Cost(self._seconds, estimated=False)
         if kind == EXPENSIVE:
-            return json.loads(answer)
+            return _Cost(json.loads(answer))
         self._took(client, json.loads(answer))
-        return 0.0
+        return None
 
     def _took(self, client: str, beyond: float) -> None:
         """Note that an image took `beyond` seconds more than estimated."""
         if beyond > _WRONG:
             self._misjudged.spend(client, beyond / _QUICK_LIMIT)
 
-    async def _decode_slowly(self, job: ImageJob, seconds: float) -> None:
+    async def _decode_slowly(self, job: ImageJob, expected: _Cost) -> None:
         """Decode in the slow lane. Raises QueueFull, at once if the deadline can't be met. An image
         that finds the lane empty is tried: else a pace that was slow once would stay so.
         """
-        cost = math.ceil(seconds * 1e3)
+        cost = math.ceil(expected.seconds * 1e3)
         mine = self._queued[job.origin.client] + cost
         others = sum(
             min(q, mine) for client, q in self._queued.items() if client != job.origin.client
@@ -163,25 +173,25 @@ class ImageDecoders:
         try:
             with job.aside(job.origin):
                 await self._slow.ask(job.origin.client, task)
-            self._learn(seconds, begun)
+            self._learn(expected, begun)
         except TimeoutError:
-            self._learn(seconds, begun, late=True)
+            self._learn(expected, begun, late=True)
             raise QueueFull(_WAITING, _LONGEST_WAIT) from None
         except asyncio.CancelledError:  # it may have hidden an error
             if time.perf_counter() >= task.until:
-                self._learn(seconds, begun, late=True)
+                self._learn(expected, begun, late=True)
             raise
         finally:
             self._queued[job.origin.client] -= cost
             self._queued += Counter()  # drops zero counts
 
-    def _learn(self, estimate: float, begun: list[float], late: bool = False) -> None:
-        """Learn from an image's estimated seconds and when a process had it. late: it was given up,
-        so that it would have taken longer.
+    def _learn(self, expected: _Cost, begun: list[float], late: bool = False) -> None:
+        """Learn the pace from an image. begun: when a process got it. late: it was given up, and
+        would have taken longer.
         """
-        if not begun:
+        if not begun or not expected.estimated:
             return
-        pace = min(_SLOWEST, (time.perf_counter() - begun[-1]) / estimate)
+        pace = min(_SLOWEST, (time.perf_counter() - begun[-1]) / expected.seconds)
         self._pace += _LEARNING * ((max(pace, self._pace) if late else pace) - self._pace)
 
     def close(self) -> None:
