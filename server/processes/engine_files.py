@@ -60,6 +60,8 @@ class EngineFiles:
         try:
             file = os.open(self._folder / name, os.O_RDONLY)
             self._seen[name] = _state(os.fstat(file))
+            if name in self._open:
+                os.close(self._open[name])
             self._open[name] = file
             return _sha256(file)
         except OSError:
