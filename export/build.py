@@ -196,7 +196,7 @@ def _move_into_place(partial: Path, output: Path) -> None:
 def _write_graphs(checkpoint: Checkpoint, folder: Path, fused: bool) -> None:
     """Export the submodels with Optimum, keeping only the graphs.
 
-    fused: export a second encoder too, with each attention as one node.
+    fused: export a second encoder too, with nodes for CUDA.
     """
     sizes, how, config = checkpoint.sizes, checkpoint.normalisation, checkpoint.model.config
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from export.checkpoint import Checkpoint
 from export.graphs import (
+    drop_statistics,
     for_bursts,
     share_weights,
     write_candidates,
@@ -41,10 +42,11 @@ def build_fp16(
 ) -> tuple[list[Variant], dict[str, list[str]]]:
     """Write the fp16 variants beside the fp32 graphs of `folder`.
 
-    cases: the first _MEASURED are captioned to measure ranges. fused: an fp32 encoder with fused
-    attention, deleted afterwards. plain: also write an encoder in plain ONNX, for TensorRT.
+    cases: the first _MEASURED are captioned to measure ranges. fused: an fp32 encoder with nodes
+    for CUDA, deleted afterwards. plain: also write an encoder in plain ONNX, for TensorRT.
     Returns the variants, and per file the nodes left in fp32.
     """
+    drop_statistics(fused)
     cases = cases[:_MEASURED]
     decoder = folder / "decoder.onnx"
     encoders = {FUSED: fused} | ({"fp16": folder / "encoder.onnx"} if plain else {})

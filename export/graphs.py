@@ -20,6 +20,15 @@ def share_weights(graph: Path, data: str) -> None:
     onnx.save_model(model, graph, save_as_external_data=True, location=data, size_threshold=1024)
 
 
+def drop_statistics(graph: Path) -> None:
+    """Leave out mean and variance of SkipLayerNormalization, which the exporter had to name."""
+    model = onnx.load(graph, load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "SkipLayerNormalization":
+            node.output[1] = node.output[2] = ""
+    onnx.save_model(model, graph)
+
+
 def with_int8_prefix(encoder: Path, output: Path, scales: Scales) -> None:
     """Write an encoder with int8 K/V, `round(x / scale)` per channel; weights stay in place."""
     model = onnx.load(encoder, load_external_data=False)

@@ -7,14 +7,14 @@ they were the beginning of the text. Both call the checkpoint's own modules
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, GitForCausalLM, PretrainedConfig
+from transformers import GitForCausalLM
 from transformers.models.git.modeling_git import GitLayer
+
+from export.vision import FusedAttention, FusedVision
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
@@ -33,11 +33,11 @@ class ImagePrefix(nn.Module):
         std: list[float],
         fused: bool = False,
     ):
-        """fused: attention as one node, for which CUDA has a kernel; else plain ONNX."""
+        """fused: with nodes for which CUDA has kernels; else plain ONNX."""
         super().__init__()
         self.config = model.config
-        self.fused = fused
         self.git = model.git
+        self.vision = FusedVision(model.git.image_encoder.vision_model) if fused else None
         self.rescale = rescale
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -53,7 +53,7 @@ class ImagePrefix(nn.Module):
             prefix[f"image.{index}.value"] = _split_heads(attention, value)
             if index + 1 == len(self.git.encoder.layer):
                 break  # the last layer's output is unused
-            hidden = self._fused(layer, hidden, key, value) if self.fused else layer(hidden)[0]
+            hidden = self._fused(layer, hidden, key, value) if self.vision else layer(hidden)[0]
         return prefix
 
     def _fused(
@@ -71,7 +71,9 @@ class ImagePrefix(nn.Module):
         frames = self.config.num_image_with_embedding
         images = pixels.flatten(0, 1) if frames else pixels
         images = (images.to(self.mean.dtype) * self.rescale - self.mean) / self.std
-        with _attention(self.git.image_encoder.config, _FUSED if self.fused else None):
+        if self.vision is not None:
+            features = self.vision(images)
+        else:
             features = self.git.image_encoder(images).last_hidden_state
         if not frames:
             return features
@@ -206,56 +208,6 @@ class CachedAttention(torch.autograd.Function):
         key.setType(past_key.type())
         value.setType(past_value.type())
         return context, key, value
-
-
-class FusedAttention(torch.autograd.Function):
-    """Attention without a mask: one `com.microsoft.MultiHeadAttention` node in ONNX."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int
-    ) -> torch.Tensor:
-        """Three `[B, S, HD]` -> `[B, S, HD]`."""
-        split = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-        context = nn.functional.scaled_dot_product_attention(*split)
-        return context.transpose(1, 2).flatten(2)
-
-    @staticmethod
-    def symbolic(g: Any, query: Any, key: Any, value: Any, heads: int) -> Any:
-        """One node; the operator itself scales by 1/sqrt(D)."""
-        context = g.op("com.microsoft::MultiHeadAttention", query, key, value, num_heads_i=heads)
-        context.setType(query.type())
-        return context
-
-
-_FUSED = "vignette_fused"
-
-
-def _fused_for_clip(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *_: Any,
-    **__: Any,
-) -> tuple[torch.Tensor, None]:
-    """FusedAttention with the signature of transformers' attention functions: `[B, H, S, D]` in."""
-    flat = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
-    return FusedAttention.apply(*flat, module.num_heads), None
-
-
-AttentionInterface.register(_FUSED, _fused_for_clip)
-
-
-@contextmanager
-def _attention(config: PretrainedConfig, name: str | None) -> Iterator[None]:
-    """Set a submodel's attention function in a context; None keeps its own."""
-    own = config._attn_implementation
-    config._attn_implementation = name or own
-    try:
-        yield
-    finally:
-        config._attn_implementation = own
 
 
 def _split_heads(attention: nn.Module, projected: torch.Tensor) -> torch.Tensor:
