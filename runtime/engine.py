@@ -19,13 +19,13 @@ import numpy as np
 from PIL.Image import Image
 
 from runtime.decoding.beams import Beams
-from runtime.decoding.candidates import Move, RowCandidates
+from runtime.decoding.candidates import Move
 from runtime.decoding.continuation import Continuation
 from runtime.errors import InvalidRequest, WrongThread
 from runtime.execution.base import ModelRunner
 from runtime.limits import Limits, check_types
 from runtime.model.images import AnyImage, pixels_of
-from runtime.model.manifest import Manifest
+from runtime.model.manifest import UNFORCED, Manifest
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.own_thread import OwnThread
 from runtime.pacing import Pacing
@@ -256,7 +256,7 @@ class Engine:
     def _decode(self, running: list[Sequence]) -> None:
         """Feed every running row; results of rows without a sequence are ignored."""
         steps, rows = self._burst(running), self.scheduler.rows
-        tokens, fed = [[0] * rows for _ in range(steps)], [0] * rows
+        tokens, fed = [[0] * rows, *([UNFORCED] * rows for _ in range(1, steps))], [0] * rows
         for sequence in running:
             for slot in sequence.slots:
                 fed[slot] = sequence.fed
@@ -266,22 +266,20 @@ class Engine:
         started = self._clock()
         found = self.runner.decode(tokens[0], fed, tokens[1:], self._candidates(running))
         self._pacing.decoded(self._clock() - started)
-        moves: list[Move] = []
-        for by_slot in found.rows():
-            for sequence in running:
-                if sequence.finish_reason is None:  # else it ended earlier in this burst
-                    moves += self._advanced(sequence, [by_slot[s] for s in sequence.slots])
-        if moves:  # only beams move, and beams decode without bursts
+        likeliest, moves = found.likeliest(), list[Move]()
+        bursting = all(sequence.decoding.can_burst for sequence in running)
+        candidates = [] if bursting else found.rows()
+        for sequence in running:
+            try:
+                if sequence.decoding.can_burst:
+                    sequence.extend(*likeliest[sequence.slots[0]])
+                else:
+                    moves += sequence.advance([candidates[slot] for slot in sequence.slots])
+            except Exception:  # an internal error ends that sequence only
+                log.exception("request %d failed as its tokens were chosen", sequence.request.id)
+                sequence.finish_reason = FinishReason.ERROR
+        if moves:
             self.runner.reorder(moves, max(fed) + 1)
-
-    def _advanced(self, sequence: Sequence, rows: list[RowCandidates]) -> list[Move]:
-        """Advance a sequence by its rows' candidates; an internal error ends that sequence only."""
-        try:
-            return sequence.advance(rows)
-        except Exception:
-            log.exception("request %d failed as its next tokens were chosen", sequence.request.id)
-            sequence.finish_reason = FinishReason.ERROR
-            return []
 
     def _candidates(self, running: list[Sequence]) -> int:
         """Candidates per row: a power of two, so that few distinct values occur."""
@@ -289,8 +287,13 @@ class Engine:
         return min(1 << (wanted - 1).bit_length(), self.manifest.sizes.vocabulary)
 
     def _burst(self, running: list[Sequence]) -> int:
-        """Decode steps without host input: at most to the nearest certain end of a sequence."""
-        return min(self.runner.burst, *(s.max_burst for s in running))
+        """Decode steps without host input: as many as all sequences have cache positions for and,
+        lest a step works for few, three quarters of them can use."""
+        if self.runner.burst == 1 or not all(s.decoding.can_burst for s in running):
+            return 1
+        room = self.runner.text_tokens - max(s.fed for s in running)
+        lasting = sorted(s.max_burst for s in running)[len(running) // 4]
+        return min(self.runner.burst, room, lasting)
 
     def _admit(self) -> list[Sequence]:
         """Sequences to encode now: none while running sequences still have their turn."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from runtime.decoding.candidates import Move, RowCandidates
-from runtime.model.manifest import UNFORCED
 from runtime.request import Completion, FinishReason, GenerationRequest, RequestOutput, Timing
 
 if TYPE_CHECKING:  # imports NumPy
@@ -33,13 +32,13 @@ class Sequence:
     finished: float | None = None
 
     def tokens(self, steps: int) -> list[list[int]]:
-        """Tokens to feed each row at the next decode steps: the remaining prompt, or else the last
-        generated token. UNFORCED stands for the likeliest token of the step before.
+        """Tokens to feed each row at the next decode steps, as far as they are known: the remaining
+        prompt, or else the last generated token.
         """
         prompt = self.request.prompt_ids
-        forced = [[token] * len(self.slots) for token in prompt[self.fed : self.fed + steps]]
-        known = forced or [self.decoding.tokens]
-        return known + [[UNFORCED] * len(self.slots)] * (steps - len(known))
+        if self.fed >= len(prompt):
+            return [self.decoding.tokens]
+        return [[token] * len(self.slots) for token in prompt[self.fed : self.fed + steps]]
 
     @property
     def candidates(self) -> int:
@@ -49,9 +48,7 @@ class Sequence:
 
     @property
     def max_burst(self) -> int:
-        """Decode steps that need no host input, up to the latest possible end of the sequence."""
-        if not self.decoding.can_burst:
-            return 1
+        """Decode steps up to the latest possible end of a sequence that can burst."""
         forced = max(0, len(self.request.prompt_ids) - self.fed - 1)  # after the next token
         return forced + self.decoding.steps_left
 
@@ -68,6 +65,17 @@ class Sequence:
             self.finish_reason = self.decoding.completions()[0].finish_reason
             return []
         return [(self.slots[source], self.slots[target]) for source, target in moves]
+
+    def extend(self, ids: list[int], logprobs: list[float]) -> None:
+        """Consume the likeliest tokens of a burst of steps, up to the end of the sequence."""
+        prompted = max(0, len(self.request.prompt_ids) - self.fed - 1)
+        self.fed += len(ids)
+        failed = next((step for step, value in enumerate(logprobs) if math.isnan(value)), None)
+        self.decoding.extend(ids[prompted:failed], logprobs[prompted:failed])
+        if self.decoding.finished:
+            self.finish_reason = self.decoding.completions()[0].finish_reason
+        elif failed is not None:
+            self.finish_reason = FinishReason.FAILED
 
     def output(self) -> RequestOutput | None:
         """Output since the last call: new tokens if streaming, everything at the end; else None."""

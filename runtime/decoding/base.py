@@ -61,6 +61,10 @@ class Decoding(ABC):
     def advance(self, rows: Sequence[RowCandidates]) -> list[Move]:
         """Choose each row's next token from its candidates; returns the text K/V moves of rows."""
 
+    def extend(self, ids: list[int], logprobs: list[float]) -> None:
+        """Append the likeliest tokens of a burst of steps, up to the end of the text."""
+        raise NotImplementedError(f"{type(self).__name__} chooses its tokens itself")
+
     @abstractmethod
     def new_tokens(self, reported: int) -> Completion:
         """Generated tokens of the first completion, after the first `reported`."""

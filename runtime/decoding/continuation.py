@@ -36,13 +36,25 @@ class Continuation(Decoding):
         for index, (text, row) in enumerate(zip(self._texts, rows, strict=True)):
             if text.finish_reason is not None:
                 continue
-            chosen = 0 if self.can_burst else self._chosen(index, row)
-            text.add(row, chosen, self._sampling.logprobs)
+            text.add(row, self._chosen(index, row), self._sampling.logprobs)
             if text.token_ids[-1] == self._eos and not self._sampling.ignore_eos:
                 text.finish_reason = FinishReason.STOP
             elif len(text.token_ids) >= self._sampling.max_new_tokens:
                 text.finish_reason = FinishReason.LENGTH
         return []
+
+    def extend(self, ids: list[int], logprobs: list[float]) -> None:
+        """See Decoding."""
+        [text], sampling = self._texts, self._sampling
+        left = self.steps_left
+        stop = not sampling.ignore_eos and self._eos in ids and ids.index(self._eos) < left
+        taken = ids.index(self._eos) + 1 if stop else min(left, len(ids))
+        text.token_ids += ids[:taken]
+        text.logprobs += logprobs[:taken]
+        if stop:
+            text.finish_reason = FinishReason.STOP
+        elif taken == left:
+            text.finish_reason = FinishReason.LENGTH
 
     def _chosen(self, index: int, row: RowCandidates) -> int:
         """Index, among the row's candidates, of the next token of text `index`."""

@@ -22,16 +22,17 @@ class Candidates:
     logprobs: np.ndarray
     best_logits: np.ndarray | None = None
 
-    def rows(self) -> list[list[RowCandidates]]:
-        """RowCandidates by step and row."""
-        best = np.zeros(self.ids.shape[:2]) if self.best_logits is None else self.best_logits
-        return [
-            [
-                RowCandidates(*row)
-                for row in zip(ids.tolist(), logprobs.tolist(), logits.tolist(), strict=True)
-            ]
-            for ids, logprobs, logits in zip(self.ids, self.logprobs, best, strict=True)
-        ]
+    def likeliest(self) -> list[tuple[list[int], list[float]]]:
+        """Ids and log-probabilities of the likeliest tokens, one per step, of each row."""
+        ids, logprobs = (values[..., 0].T.tolist() for values in (self.ids, self.logprobs))
+        return list(zip(ids, logprobs, strict=True))
+
+    def rows(self) -> list[RowCandidates]:
+        """Each row's candidates; of a single step."""
+        [ids], [logprobs] = self.ids, self.logprobs
+        [best] = np.zeros((1, len(ids))) if self.best_logits is None else self.best_logits
+        fields = (values.tolist() for values in (ids, logprobs, best))
+        return [RowCandidates(*row) for row in zip(*fields, strict=True)]
 
 
 def leading(count: int) -> list[list[int]]:
