@@ -6,11 +6,10 @@ import logging
 import os
 import signal
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from runtime.errors import ProviderError, VignetteError
-from runtime.planning.config import AUTO, NVIDIA
+from runtime.planning.config import AUTO, NVIDIA, serves_gpus
 from runtime.providers.gpu import Gpu, visible_gpus
 from server.models import served
 from server.processes import local, worker
@@ -44,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
 async def _supervise(settings: Settings) -> None:
     if settings.api_keys:
         keys.read(settings.api_keys)  # the supervisor reads them again; fail early here
-    models, devices = served(settings.engine), _devices(settings)
+    devices = _devices(settings)
+    together = max(map(devices.count, devices)) if any(devices) else 1
+    models = served(settings.engine, together)
     settings = settings.model_copy(update={"workers": len(devices)})  # sizes the pixel stores
     await local.run(settings, models, worker.main, devices)
 
@@ -58,14 +59,11 @@ def _serve_on_ray(settings: Settings) -> None:
 
 
 def _devices(settings: Settings) -> list[str]:
-    """CUDA_VISIBLE_DEVICES for each worker of a model: one GPU each, or an empty string on the CPU.
-
-    Raises InvalidSettings for more workers than GPUs.
-    """
+    """CUDA_VISIBLE_DEVICES for each worker of a model: the GPUs in turn; empty on the CPU."""
     gpus: list[Gpu] = []
     if settings.provider in NVIDIA:
         gpus = visible_gpus()
-    elif settings.provider == AUTO and _serves_gpus():
+    elif settings.provider == AUTO and serves_gpus():
         with contextlib.suppress(ProviderError):  # the worker logs what auto takes instead
             gpus = visible_gpus()
     if not gpus:
@@ -73,17 +71,8 @@ def _devices(settings: Settings) -> list[str]:
     # The visible GPUs are the first ones that the variable names.
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = named.split(",") if named else [g.uuid if g.is_instance else str(g.index) for g in gpus]
-    if (settings.workers or 0) > len(gpus):
-        raise InvalidSettings(f"--workers {settings.workers}: each takes a GPU, of {len(gpus)}")
-    return [name.strip() for name in names[: len(gpus)]][: settings.workers]
-
-
-def _serves_gpus() -> bool:
-    """Whether the installed ONNX Runtime supports CUDA, found out without loading it."""
-    try:
-        return bool(version("onnxruntime-gpu"))
-    except PackageNotFoundError:
-        return False
+    workers = settings.workers or len(gpus)
+    return [names[number % len(gpus)].strip() for number in range(workers)]
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ class ServedModel:
     fingerprint: str | None = None
 
 
-def served(engine: str) -> tuple[ServedModel, ...]:
+def served(engine: str, workers: int = 1) -> tuple[ServedModel, ...]:
     """The models to serve; the first is the default.
 
     engine: a folder; several, separated by blanks; or a folder of engine folders, taken in
         alphabetical order. A model has the name in its engine's manifest, or NAME in NAME=FOLDER.
+    workers: workers of a model that share a device.
 
     Raises EngineFolderError for a folder without an engine, and InvalidSettings if two have
     the same name.
@@ -45,7 +46,7 @@ def served(engine: str) -> tuple[ServedModel, ...]:
                     f"such as --engine '{other} other={each}'"
                 )
             found[name] = each, manifest.fingerprint
-    share = 1 / len(found)
+    share = 1 / (len(found) * workers)
     return tuple(ServedModel(name, each, share, made) for name, (each, made) in found.items())
 
 

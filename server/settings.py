@@ -78,7 +78,7 @@ class Settings(BaseSettings):
         int | None,
         Field(ge=1, le=LARGEST, description="sequences that decode together: more raise "
               "throughput, and each takes one piece of the K/V arena (the start-up line says how "
-              "much); left out, 16, or on a GPU what fits its memory, at most 64"),
+              "much); left out, 16, or on a GPU what fits its memory, at most 256"),
     ] = None  # fmt: skip
     text_tokens: Annotated[
         int | None,
@@ -102,8 +102,8 @@ class Settings(BaseSettings):
     ] = 0  # fmt: skip
     workers: Annotated[
         int | None,
-        Field(ge=1, le=64, description="engine workers: on GPUs one for each, which is the "
-              "default; more than one on a processor is for tests"),
+        Field(ge=1, le=64, description="engine workers of each model; left out, one for each GPU; "
+              "more share the GPUs; more than one on a processor is for tests"),
     ] = None  # fmt: skip
     front_ends: Annotated[
         int,

@@ -17,7 +17,7 @@ from runtime.planning.plan import Plan
 from runtime.providers import cuda, openvino, registry, tensorrt
 from runtime.providers.gpu import Gpu, require_gpu, visible
 from runtime.providers.gpu_memory import Memory
-from server.settings import InvalidSettings, Settings
+from server.settings import Settings
 from tests.conftest import DEMO
 
 MIB = 2**20
@@ -142,6 +142,7 @@ def test_visible_devices_are_read_as_cuda_reads_them(wanted, left):
         (None, {"provider": "cuda"}, ["0", "1", "2"]),
         (None, {"provider": "auto"}, ["0", "1", "2"]),
         (None, {"provider": "auto", "workers": 2}, ["0", "1"]),
+        (None, {"provider": "cuda", "workers": 4}, ["0", "1", "2", "0"]),
         ("2, 0", {"provider": "auto"}, ["2", "0"]),
         ("1,-1", {"provider": "cuda"}, ["1"]),
         ("GPU-cc", {"provider": "cuda"}, ["GPU-cc"]),
@@ -151,16 +152,10 @@ def test_visible_devices_are_read_as_cuda_reads_them(wanted, left):
 )
 def test_each_visible_gpu_gets_a_worker(monkeypatch, variable, settings, devices):
     nvml(monkeypatch, count=3)
-    monkeypatch.setattr(server.__main__, "_serves_gpus", lambda: True)
+    monkeypatch.setattr(server.__main__, "serves_gpus", lambda: True)
     if variable is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
     assert server.__main__._devices(Settings(_env_file=None, **settings)) == devices
-
-
-def test_more_workers_than_gpus_are_refused(monkeypatch):
-    nvml(monkeypatch, count=3)
-    with pytest.raises(InvalidSettings, match="--workers 4: each takes a GPU, of 3"):
-        server.__main__._devices(Settings(_env_file=None, provider="cuda", workers=4))
 
 
 def test_each_instance_of_a_split_gpu_counts_as_one(monkeypatch):
@@ -173,13 +168,13 @@ def test_each_instance_of_a_split_gpu_counts_as_one(monkeypatch):
 
 def test_auto_asks_for_no_gpu_without_the_gpu_extra(monkeypatch):
     nvml(monkeypatch)
-    monkeypatch.setattr(server.__main__, "_serves_gpus", lambda: False)
+    monkeypatch.setattr(server.__main__, "serves_gpus", lambda: False)
     assert server.__main__._devices(Settings(_env_file=None)) == [""]
 
 
 def test_auto_without_a_driver_is_left_to_the_worker(monkeypatch):
     nvml(monkeypatch, broken="Driver Not Loaded")
-    monkeypatch.setattr(server.__main__, "_serves_gpus", lambda: True)
+    monkeypatch.setattr(server.__main__, "serves_gpus", lambda: True)
     assert server.__main__._devices(Settings(_env_file=None)) == [""]
 
 

@@ -32,13 +32,18 @@ from runtime.providers.session import Placement, open_session
 
 BURST = 4  # most steps between two fetches: a row ending in the first wastes three
 _RUNS_BEFORE_CAPTURE = 2
+_BETWEEN_FROM = 64  # rows: up to here a step takes as long for twice as many
 _GRAPHS = ("encoder", "decoder", "insert", "reorder", "candidates")
 
 
 def buckets(most: int) -> tuple[int, ...]:
-    """1, 2, 4, ... and `most`: numbers of rows that graphs are captured for."""
+    """Numbers of rows that graphs are captured for: 1, 2, 4, ... 64, 96, 128, 192, ... and `most`.
+
+    A larger step takes longer, and half as many sizes again cost little to capture.
+    """
     powers = [1 << n for n in range(most.bit_length())]
-    return (*(p for p in powers if p < most), most)
+    between = [p + p // 2 for p in powers if p >= _BETWEEN_FROM]
+    return (*(n for n in sorted(powers + between) if n < most), most)
 
 
 def bucket(rows: int, sizes: Sequence[int]) -> int:

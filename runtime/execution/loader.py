@@ -75,11 +75,10 @@ def _fitted(manifest: Manifest, config: EngineConfig, plan: Plan) -> Plan:
                 f"{most} (--slots) or fewer"
             )
         return replace(plan, slots=slots)
-    gpu = require_gpu(cuda.major())
-    slots, limit = gpu_memory(manifest, plan).budget(
-        gpu.shared(config.memory_share), config.slots, MOST_SLOTS, plan.encode_batch
-    )
-    return replace(plan, slots=slots, memory_limit=limit)
+    gpu, needs = require_gpu(cuda.major()).shared(config.memory_share), gpu_memory(manifest, plan)
+    batch = config.encode_batch or needs.batch(gpu, plan.encode_batch)
+    slots, limit = needs.budget(gpu, config.slots, MOST_SLOTS, batch)
+    return replace(plan, slots=slots, encode_batch=batch, memory_limit=limit)
 
 
 def _slot_bytes(manifest: Manifest, plan: Plan) -> int:

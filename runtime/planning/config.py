@@ -1,6 +1,7 @@
 """Settings of an engine, built once at the program's entry point and passed down."""
 
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from runtime.errors import InvalidRequest
@@ -10,7 +11,7 @@ AUTO = "auto"
 PROVIDERS = (AUTO, "tensorrt", "cuda", "openvino", "cpu")  # after auto: in the order tried by auto
 NVIDIA = ("cuda", "tensorrt")  # of PROVIDERS
 SLOTS = 16  # default on a CPU: more rows make a step no cheaper per row
-MOST_SLOTS = 64  # default on a GPU if memory has room for more
+MOST_SLOTS = 256  # default on a GPU if memory has room for more
 LARGEST = 4096  # of slots, and of images encoded together
 TEXT_TOKENS = 64  # default text positions per slot: captions are short
 
@@ -20,7 +21,7 @@ class EngineConfig:
     """How an engine uses the machine.
 
     slots: rows that decode together, each with a fixed piece of the K/V arena. None takes 16, or
-        on a GPU as many as fit its memory, at most 64.
+        on a GPU as many as fit its memory, at most 256.
     text_tokens: text positions per slot (prompt and caption); None takes the model's own number,
         at most 64, because captions are short and the arena's size depends on it.
     encode_batch: most images encoded between two decode steps; None leaves it to the plan
@@ -63,6 +64,19 @@ class EngineConfig:
             raise InvalidRequest("patience must be 0 or more")
         if self.text_tokens is not None and self.text_tokens < 2:
             raise InvalidRequest("text_tokens must be 2 or more: the start token and one more")
+
+
+def serves_gpus() -> bool:
+    """Whether the installed ONNX Runtime supports CUDA, found out without loading it."""
+    try:
+        return bool(version("onnxruntime-gpu"))
+    except PackageNotFoundError:
+        return False
+
+
+def most_slots(slots: int | None) -> int:
+    """`slots`, or an upper bound of those that a worker takes by default."""
+    return slots or (MOST_SLOTS if serves_gpus() else 4 * SLOTS)
 
 
 def demo_engine() -> Path:

@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import logging
+import os
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ def major() -> int | None:
 @cache
 def load() -> None:
     """Load CUDA's libraries from NVIDIA's wheels. Raises ProviderError naming a missing one."""
+    # Attention of a decode step with heads of 64: on an H200, 256 rows take 0.81 ms a step without
+    # this kernel and 1.08 with it, 8 rows 0.36 and 0.33. Read as a session is opened.
+    os.environ.setdefault("ORT_ENABLE_XQA", "0")
     with redirect_stdout(sys.stderr):  # it prints what it does not find
         ort.preload_dlls()
     names = [f"{name}.so.{major()}" for name in ("libcublasLt", "libcublas", "libcudart")]

@@ -21,6 +21,15 @@ class Memory:
     image: int
     fixed: int = 768 * _MIB  # CUDA's context, its libraries' workspaces and captured graphs
 
+    def batch(self, gpu: Gpu, most: int) -> int:
+        """Images to encode at a time: half of `most`, of that, and so on, until there is room for
+        four slots beside each.
+        """
+        room = int(gpu.free * _SAFE) - self.fixed - self.weights - self.slot
+        while most > 1 and most * (self.image + 4 * self.slot) > room:
+            most //= 2
+        return most
+
     def budget(self, gpu: Gpu, slots: int | None, most: int, batch: int) -> tuple[int, int]:
         """Return the number of slots, and the bytes that are left for sessions.
 

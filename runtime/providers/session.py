@@ -79,6 +79,7 @@ def session_options(how: Placement) -> ort.SessionOptions:
     """ONNX Runtime's session options for any provider."""
     options = ort.SessionOptions()
     options.log_severity_level = 3  # omits warnings, such as of shape nodes left on the CPU
+    ort.set_default_logger_severity(3)  # and kernels' own, such as of indices that may repeat
     # With 0, ONNX Runtime takes all physical cores of the host, whatever is this process's share.
     options.intra_op_num_threads = how.threads or limited_cores()
     # Encoder and decoder threads take turns: those of the idle session must not spin.

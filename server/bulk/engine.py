@@ -17,7 +17,7 @@ from runtime.errors import InvalidRequest
 from runtime.limits import Limits
 from runtime.model import manifest as manifests
 from runtime.model.tokenizer import CaptionTokenizer
-from runtime.planning.config import MOST_SLOTS
+from runtime.planning.config import most_slots
 from runtime.request import GenerationRequest, RequestOutput
 from runtime.results import make_caption
 from server.bulk.captioning import RunFailed
@@ -82,7 +82,7 @@ class BulkEngine:
         self._limits = Limits(self._tokenizer, room)
         self._limits.check(prompt, sampling)
         model = ServedModel(self.manifest.model, setup.folder, 1.0, self.manifest.fingerprint)
-        places = 2 * (setup.slots or MOST_SLOTS)
+        places = 2 * most_slots(setup.slots)
         self._engine = SupervisedEngine(settings, model, setup.main, places)
         self._loop = LoopThread("engine")
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 from runtime.limits import Limits
 from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
-from runtime.planning.config import MOST_SLOTS
+from runtime.planning.config import most_slots
 from server.fairness.byte_budget import ByteBudget
 from server.fairness.present_clients import shared
 from server.images.decoder import Setup, Target
@@ -36,7 +36,7 @@ def make_service(settings: Settings, known: Known, folder: Path, index: int, epo
     share = -(-settings.max_queue // settings.front_end_processes)
     # More slots than requests, as decodings may outlast cancelled ones.
     places = (
-        (settings.slots or MOST_SLOTS) * (settings.workers or 1) + share + settings.decoders + ASIDE
+        most_slots(settings.slots) * (settings.workers or 1) + share + settings.decoders + ASIDE
     )
     stores = [
         PixelStore(folder / f"{name}.{number}.pixels", places, manifest.sizes.pixels, create=True)
