@@ -192,14 +192,19 @@ GPU = {
     "front_ends": {"rows": [{"front_ends": 1, "per_second": 100.0}]},
     "peaks": {"fp16_ops": 800e12, "bandwidth": 3e12},
     "encoder": {"ops": 50e9, "best": 50e9 / 400e12, "seconds": {1: 1.0, 16: 0.1}},
-    "decoder": {"seconds": 0.5e-3, "bytes": 0.6e9},
+    "decoder": {"rows": 256, "seconds": 0.5e-3, "bytes": 0.6e9},
     "offline": {
         "per_second": 4200.0,
         "one": 0.008,
         "uneven_per_second": 3600.0,
         "uneven_tokens": 11.4,
     },
-    "torch": {"fp16": {64: 0.004, 256: 0.003}},
+    "torch": {
+        "fp16": {64: 0.004, 256: 0.003},
+        "fp16 encoded-once compiled": {64: 0.0008},
+        "bf16": {64: 0.0001},
+    },
+    "two_workers": {"one": 3000.0, "two": 3900.0},
     "memory": {"batches": 10_000, "grown": 0},
     "samples": {"right": 12, "of": 12},
 }
@@ -208,10 +213,10 @@ GPU = {
 def test_the_bars_of_a_gpu_are_held_against_what_was_measured():
     lines = cuda.verdicts(GPU)
     assert [line.measured for line in lines] == [
-        "50%", "2.5 x (0.50 ms)", "4,200", "3,600", "13 x", "8.0 ms", "0 MiB", "1: 100",
-        "12 of 12",
+        "50%", "2.5 x (0.50 ms)", "4,200", "3,600", "12.6 x", "3,900 against 3,000", "3.4 x",
+        "8.0 ms", "0 MiB", "1: 100", "12 of 12",
     ]  # fmt: skip
-    assert [line.passed for line in lines].count(True) == 8
+    assert [line.passed for line in lines].count(True) == 9
     text = cuda.table(
         {"command": "c", "date": "d", "commit": "a", "gpu": "g", "machine": "m"}, lines
     )
@@ -228,6 +233,7 @@ def test_the_bars_of_a_gpu_are_held_against_what_was_measured():
         ("offline", {"uneven_per_second": 3400.0}),
         ("offline", {"one": 0.013}),
         ("torch", {"fp16": {64: 0.002}}),
+        ("torch", {"fp16 encoded-once": {64: 0.0006}}),
         ("memory", {"grown": 9 << 20}),
         ("samples", {"right": 11}),
     ],

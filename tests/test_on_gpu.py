@@ -115,4 +115,4 @@ def test_pauses_between_requests_do_not_grow_memory(samples):
 
 def test_more_slots_than_the_memory_holds_are_refused():
     with pytest.raises(ProviderError, match="do not fit"):
-        Engine.open(DEMO, EngineConfig(provider="cuda", slots=10_000_000))
+        Engine.open(DEMO, EngineConfig(provider="cuda", slots=4096, memory_share=0.01))
