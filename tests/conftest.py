@@ -15,12 +15,9 @@ from export.random_weights import from_config
 from runtime.engine import Engine
 from runtime.planning.config import EngineConfig
 from tests.checkpoints import SHAPES
+from tests.paths import DEMO
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-ROOT = Path(__file__).parents[1]
-DEMO = ROOT / "engines" / "demo"
-SAMPLES = ROOT / "demo" / "samples"
-
 
 _LARGE = 100  # positions of an image
 

@@ -21,8 +21,8 @@ from export.pictures import generated
 from export.random_weights import from_config
 from export.reference import Case, TorchGraphs, caption
 from tests.checkpoints import SHAPES
-from tests.conftest import DEMO, SAMPLES
 from tests.isolated_jobs import answer, die, fail
+from tests.paths import DEMO, SAMPLES
 
 AB = """
 Concurrency Level:      8

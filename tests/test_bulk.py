@@ -24,8 +24,8 @@ from server.bulk.items import ScoredCaption
 from server.bulk.lists import Columns
 from server.bulk.local import LocalCaptioner
 from server.bulk.output import Lines
-from tests.conftest import DEMO, SAMPLES
 from tests.fakes import allergic_engine, fake_engine, fake_folder, fake_worker
+from tests.paths import DEMO, SAMPLES
 
 SAID = {
     name: said["caption"]

@@ -23,9 +23,9 @@ from server.bulk.engine import BulkEngine, EngineSetup
 from server.bulk.local import LocalCaptioner
 from server.loop_thread import LoopThread
 from server.processes.supervisor import CannotStart
-from tests.conftest import ROOT
 from tests.fakes import MANIFEST, FakeRunner, fake_engine, fake_folder, fake_worker
 from tests.live import png, until
+from tests.paths import ROOT
 
 
 @pytest.fixture

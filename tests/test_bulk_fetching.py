@@ -12,7 +12,7 @@ import pytest
 
 from server.bulk import fetching
 from server.bulk.items import UnfitItem
-from tests.conftest import SAMPLES
+from tests.paths import SAMPLES
 
 OWL = (SAMPLES / "owl.png").read_bytes()
 

@@ -22,7 +22,7 @@ from server.bulk import fetching
 from server.bulk.inputs import NoImages, items, parts
 from server.bulk.items import UnfitItem
 from server.bulk.lists import Columns, ListFile, NoColumn
-from tests.conftest import SAMPLES
+from tests.paths import SAMPLES
 
 OWL = (SAMPLES / "owl.png").read_bytes()
 

@@ -13,7 +13,7 @@ import vignette
 from server.bulk.command import main
 from server.bulk.lists import Columns, ListFile
 from server.bulk.progress import Progress
-from tests.conftest import ROOT, SAMPLES
+from tests.paths import ROOT, SAMPLES
 
 
 @pytest.mark.parametrize(("flags", "complaint"), [

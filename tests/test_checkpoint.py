@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from export.checkpoint import load
 from export.errors import ExportError
-from tests.conftest import ROOT
+from tests.paths import ROOT
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):

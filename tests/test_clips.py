@@ -17,9 +17,9 @@ from bench.reliability.senders import scans
 from runtime.errors import InvalidImage, TooManyPixels
 from server.images import clips
 from server.images.clips import Clip, NoVideo, frames_of, places
-from tests.conftest import SAMPLES
 from tests.fakes import fake_engine, video_engine
 from tests.live import serve
+from tests.paths import SAMPLES
 
 LENGTH, FRAMES = 21, 6
 GREYS = [10 * place for place in range(LENGTH)]

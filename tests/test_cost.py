@@ -13,8 +13,8 @@ from runtime.model.manifest import Preprocessing
 from runtime.model.preprocess import FORMATS
 from server.images import heads
 from server.images.cost import estimate
-from tests.conftest import SAMPLES
 from tests.decoders import HOW, expensive
+from tests.paths import SAMPLES
 
 
 def _saved(kind: str, **options) -> bytes:

@@ -16,7 +16,7 @@ from demo.nouns import NOUNS
 from runtime.engine import Engine
 from runtime.errors import InvalidRequest
 from runtime.planning.config import EngineConfig
-from tests.conftest import DEMO, ROOT, SAMPLES
+from tests.paths import DEMO, ROOT, SAMPLES
 from tests.varied import agreement
 
 SAID = json.loads((SAMPLES / "captions.json").read_text())

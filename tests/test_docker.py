@@ -9,7 +9,7 @@ import yaml
 
 from server import probe
 from server.telemetry.metrics import Metrics, WorkerMetrics
-from tests.conftest import DEMO, ROOT
+from tests.paths import DEMO, ROOT
 from tests.test_end_to_end import ON_CPU, running
 
 DOCKER = ROOT / "docker"

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import DEMO, ROOT, SAMPLES
 from tests.live import Reply, fetch, multipart
+from tests.paths import DEMO, ROOT, SAMPLES
 
 SAID = json.loads((SAMPLES / "captions.json").read_text())
 MODEL = "vignette-demo"

@@ -16,7 +16,7 @@ from runtime.planning.config import EngineConfig
 from runtime.planning.plan import Plan
 from runtime.providers import openvino, registry, session
 from runtime.providers.session import Placement
-from tests.conftest import DEMO
+from tests.paths import DEMO
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_a_provider_that_opens_a_graph_but_cannot_run_it_is_found_at_the_start(f
 def test_openvino_agrees_with_the_cpu(demo):
     if not openvino.devices():
         pytest.skip("the OpenVINO plugin offers no device here: it needs an Intel processor")
-    from tests.conftest import DEMO, SAMPLES
+    from tests.paths import DEMO, SAMPLES
 
     images = [path.read_bytes() for path in sorted(SAMPLES.glob("*.png"))]
     fast = Engine.open(DEMO, EngineConfig(provider="openvino"))

@@ -24,8 +24,8 @@ from runtime.model import manifest as manifests
 from runtime.planning.config import EngineConfig
 from runtime.request import FinishReason
 from tests.checkpoints import PREFIXES, SHAPES
-from tests.conftest import ROOT
 from tests.fakes import drained
+from tests.paths import ROOT
 
 
 def test_every_shape_matches_generate_on_images_that_differ(exported):

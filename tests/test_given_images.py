@@ -10,8 +10,8 @@ from PIL import Image
 
 from runtime.async_engine import AsyncEngine
 from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels
-from tests.conftest import SAMPLES
 from tests.fakes import fake_engine, image
+from tests.paths import SAMPLES
 
 
 def test_images_may_be_paths_arrays_and_pictures(demo):

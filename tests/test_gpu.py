@@ -18,7 +18,7 @@ from runtime.providers import cuda, openvino, registry, tensorrt
 from runtime.providers.gpu import Gpu, require_gpu, visible
 from runtime.providers.gpu_memory import Memory
 from server.settings import Settings
-from tests.conftest import DEMO
+from tests.paths import DEMO
 
 MIB = 2**20
 H100 = Gpu(0, "NVIDIA H100 80GB HBM3", (9, 0), "580.10", (13, 0), 80_000 * MIB, 70_000 * MIB)

@@ -20,8 +20,8 @@ from tritonclient.utils import InferenceServerException
 
 from bench.contestants.servers import free_port
 from server.settings import InvalidSettings, from_command_line
-from tests.conftest import ROOT, SAMPLES
 from tests.live import fetch, until
+from tests.paths import ROOT, SAMPLES
 from tests.test_end_to_end import MODEL, ON_CPU, SAID, running
 
 NAMES = ("owl.png", "donuts.png", "cats.png")

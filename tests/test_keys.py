@@ -11,9 +11,9 @@ import pytest
 
 from server.refusals import TooFast
 from server.service.keys import InvalidKeys, Keys, Unauthorised, main, read
-from tests.conftest import ROOT
 from tests.fakes import fake_engine
 from tests.live import png, serve, until
+from tests.paths import ROOT
 
 
 def keys_file(tmp_path, *lines: str):

@@ -15,7 +15,7 @@ import yaml
 from server.protocols.errors import ERRORS, INTERNAL
 from server.settings import Settings
 from server.telemetry.metrics import Metrics, WorkerMetrics
-from tests.conftest import ROOT
+from tests.paths import ROOT
 
 DOCKER = ROOT / "docker"
 FOLDER = DOCKER / "kubernetes"

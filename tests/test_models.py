@@ -7,7 +7,7 @@ import pytest
 from runtime.errors import EngineFolderError
 from server.models import served
 from server.settings import InvalidSettings
-from tests.conftest import DEMO
+from tests.paths import DEMO
 
 MODEL = "vignette-demo"
 

@@ -15,7 +15,7 @@ from runtime.planning.config import EngineConfig
 from runtime.providers import cuda, registry
 from runtime.providers.gpu import require_gpu
 from tests.checkpoints import SHAPES
-from tests.conftest import DEMO, SAMPLES
+from tests.paths import DEMO, SAMPLES
 from tests.test_device import FUSED, OnHost, captions, engine
 from tests.varied import agreement
 

@@ -13,9 +13,9 @@ from runtime.engine import Engine
 from runtime.errors import WrongThread
 from runtime.execution.host import HostRunner
 from runtime.planning.config import EngineConfig
-from tests.conftest import DEMO, ROOT, SAMPLES
 from tests.fakes import fake_engine, gated, image
 from tests.live import until
+from tests.paths import DEMO, ROOT, SAMPLES
 
 
 def test_an_engine_is_opened_and_stepped_on_one_thread_whatever_the_pauses(monkeypatch):

@@ -9,8 +9,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.conftest import SAMPLES
 from tests.live import fetch
+from tests.paths import SAMPLES
 from tests.test_end_to_end import ON_CPU, SAID, running
 
 DRIVER = shutil.which("chromedriver")

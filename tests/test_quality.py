@@ -13,7 +13,7 @@ from bench.quality.command import main
 from bench.quality.data import NoData
 from bench.quality.metrics import difference, score, tokens
 from runtime.model.manifest import EXACT
-from tests.conftest import DEMO, ROOT, SAMPLES
+from tests.paths import DEMO, ROOT, SAMPLES
 
 SAID = {n: s["caption"] for n, s in json.loads((SAMPLES / "captions.json").read_text()).items()}
 TEXTS = (

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, SAMPLES
+from tests.paths import ROOT, SAMPLES
 from tests.test_end_to_end import ON_CPU, running
 
 README = (ROOT / "README.md").read_text()

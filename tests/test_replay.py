@@ -7,7 +7,7 @@ from bench.load.costs import Costs
 from bench.load.replay import replayed
 from runtime.model import manifest as manifests
 from runtime.planning.config import EngineConfig
-from tests.conftest import ROOT
+from tests.paths import ROOT
 
 DEMO = ROOT / "engines" / "demo"
 

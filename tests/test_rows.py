@@ -10,7 +10,7 @@ from runtime.engine import Engine
 from runtime.model.manifest import read
 from runtime.model.preprocess import preprocess
 from runtime.planning.config import EngineConfig
-from tests.conftest import DEMO, SAMPLES
+from tests.paths import DEMO, SAMPLES
 
 _NAMES = ("owl.png", "eagle-shark.png", "donuts.png", "cats.png")
 EIGHT_BITS = ("int8/int8/int8", "int8/int8/float32")

@@ -11,7 +11,7 @@ from bench.load.costs import Costs
 from bench.scaling.cores import Cores
 from bench.scaling.hosts import Cluster, Kind
 from bench.sections import scaling
-from tests.conftest import DEMO
+from tests.paths import DEMO
 
 
 def ended(count: int, *jobs: tuple[float, float, int]) -> tuple[list[float], float]:

@@ -14,7 +14,7 @@ from runtime.execution.host import HostRunner
 from runtime.execution.loader import prepare
 from runtime.model import manifest as manifests
 from runtime.planning.config import EngineConfig
-from tests.conftest import DEMO
+from tests.paths import DEMO
 
 CPU = EngineConfig(provider="cpu", precision="fp32/fp32/float32", slots=2)
 

@@ -20,7 +20,7 @@ from runtime.engine import Engine
 from runtime.model import manifest as manifests
 from runtime.model.manifest import EXACT
 from runtime.planning.config import EngineConfig
-from tests.conftest import DEMO, ROOT, SAMPLES
+from tests.paths import DEMO, ROOT, SAMPLES
 
 
 @pytest.fixture(scope="module")

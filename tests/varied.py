@@ -10,7 +10,7 @@ from export.checkpoint import load
 from export.reference import Case, TorchGraphs, caption
 from runtime.engine import Engine
 from runtime.model.preprocess import to_pixels
-from tests.conftest import ROOT, SAMPLES
+from tests.paths import ROOT, SAMPLES
 
 _TOKENS = 20
 
