@@ -2,15 +2,11 @@
 
 import argparse
 import sys
-import time
-import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
 from bench.common.machine import about
-from bench.reliability import beside
-from bench.reliability.running import Verdict
-from bench.reliability.scenarios import SCENARIOS
+from bench.reliability.scenarios import SCENARIOS, try_long, try_short
 from bench.reliability.table import Row, keep
 
 
@@ -24,19 +20,16 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("bench/results"))
     args = parser.parse_args()
     facts, failed = about(), False
-    for name, (number, scenario) in SCENARIOS.items():
-        if number in args.without or (args.numbers and number not in args.numbers):
-            continue
-        started = time.perf_counter()
-        try:
-            siege = {"minutes": args.minutes} if scenario is beside.siege else {}
-            verdict = scenario(not args.short, **siege)
-        except Exception as error:  # any exception: the other scenarios are still worth running
-            traceback.print_exc()
-            verdict = Verdict(f"{type(error).__name__}: {error}", False)
+    names = [
+        name
+        for name, (number, _) in SCENARIOS.items()
+        if number not in args.without and (not args.numbers or number in args.numbers)
+    ]
+    for trial in try_short(names) if args.short else try_long(names, args.minutes):
+        number, verdict = SCENARIOS[trial.name][0], trial.verdict
         row = Row(
             number,
-            name,
+            trial.name,
             verdict.figure,
             verdict.passed and (verdict.in_time or args.short),
             f"{datetime.now(UTC):%Y-%m-%d}",
@@ -44,8 +37,8 @@ def main() -> int:
             f"{facts['machine']}; {verdict.engine.name}",
         )
         failed |= row.as_promised is False
-        took = time.perf_counter() - started
-        print(f"{number:2} {name}: {row.figure} ({row.word}; {took:.0f} s)", flush=True)
+        told = f"{row.figure} ({row.word}; {trial.seconds:.0f} s)"
+        print(f"{number:2} {trial.name}: {told}", flush=True)
         if not args.short:
             keep(args.output, [row])
     return int(failed)

@@ -1,6 +1,11 @@
-"""All scenarios by their names in the table."""
+"""All scenarios by their names in the table, and how to try some of them."""
 
-from collections.abc import Callable
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 
 from bench.reliability import (
     admission,
@@ -52,3 +57,44 @@ SCENARIOS: dict[str, tuple[int, Callable[..., Verdict]]] = {
     "replicas and nodes of a cluster that die": (32, cluster.dying_cluster),
     "gRPC calls that are held, wrong or left": (33, calls.held_calls),
 }
+
+# Judged by rates, or by memory, of which servers share some: nothing else may run beside them.
+_ALONE = frozenset({1, 11, 15, 16, 17, 18, 19, 20, 30, 33})
+_AT_ONCE = 2  # scenarios in short form
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A scenario that was tried, and the seconds it took."""
+
+    name: str
+    verdict: Verdict
+    seconds: float
+
+
+def try_long(names: list[str], minutes: float) -> Iterator[Trial]:
+    """Try scenarios in their long form, one after the other. minutes: of the siege."""
+    for name in names:
+        siege = {"minutes": minutes} if SCENARIOS[name][1] is beside.siege else {}
+        yield _tried(name, True, **siege)
+
+
+def try_short(names: list[str]) -> Iterator[Trial]:
+    """Try scenarios in their short form, which mostly wait: some at once, as they end."""
+    together = [name for name in names if SCENARIOS[name][0] not in _ALONE]
+    with ProcessPoolExecutor(_AT_ONCE, multiprocessing.get_context("spawn")) as pool:
+        for trial in as_completed([pool.submit(_tried, name, False) for name in together]):
+            yield trial.result()
+    for name in names:
+        if name not in together:
+            yield _tried(name, False)
+
+
+def _tried(name: str, long: bool, **siege: float) -> Trial:
+    started = time.perf_counter()
+    try:
+        verdict = SCENARIOS[name][1](long, **siege)
+    except Exception as error:  # any exception: the other scenarios are still worth running
+        traceback.print_exc()
+        verdict = Verdict(f"{type(error).__name__}: {error}", False)
+    return Trial(name, verdict, time.perf_counter() - started)
