@@ -59,6 +59,7 @@ def test_workers_of_a_model_must_give_the_same_captions(tmp_path):
 
 
 def test_a_process_that_can_not_be_started_for_now_is_started_later(tmp_path, monkeypatch):
+    monkeypatch.setattr("server.processes.supervisor._FIRST_PAUSE", 0.05)
     run, model = RunFolder(), ServedModel("m", tmp_path, 1.0)
     settings = Settings.model_construct(log_level="ERROR", step_seconds=60.0, drain_seconds=1.0)
     main = partial(fake_worker, fake_engine)
@@ -99,7 +100,8 @@ def lost_worker(
     sys.exit(1)
 
 
-def test_an_engine_that_does_not_start_again_is_told(tmp_path):
+def test_an_engine_that_does_not_start_again_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("server.processes.supervisor._FIRST_PAUSE", 0.05)
     run, model = RunFolder(), ServedModel("m", tmp_path, 1.0)
     settings = Settings.model_construct(log_level="ERROR", step_seconds=60.0, drain_seconds=1.0)
     [child] = children = workers(settings, [model], run.path, lost_worker, [""])
