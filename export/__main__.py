@@ -1,6 +1,7 @@
 """`vignette export MODEL --output engines/<name>`: checkpoint in, proven engine out."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from runtime.errors import VignetteError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cleans up
     try:
         _export(_parser().parse_args(arguments))
     except ModuleNotFoundError as missing:

@@ -185,7 +185,7 @@ def _move_into_place(partial: Path, output: Path) -> None:
     output.rename(old / output.name)
     try:
         partial.rename(output)
-    except OSError:
+    except BaseException:  # an interrupt, too
         (old / output.name).rename(output)
         raise
     finally:

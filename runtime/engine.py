@@ -5,6 +5,7 @@ them for `generate` and for `runtime.async_engine`.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import abc
@@ -23,7 +24,7 @@ from runtime.decoding.candidates import Move
 from runtime.decoding.continuation import Continuation
 from runtime.errors import InvalidRequest, WrongThread
 from runtime.execution.base import ModelRunner
-from runtime.limits import Limits, check_types
+from runtime.limits import Limits, check_values
 from runtime.model.images import AnyImage, pixels_of
 from runtime.model.manifest import UNFORCED, Manifest
 from runtime.model.tokenizer import CaptionTokenizer
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_BATCH_AXES = 4  # of an array of images
 _ENCODE_BATCH = 4  # for an engine built without a plan
 
 
@@ -172,7 +174,13 @@ class Engine:
     def _check(self, request: GenerationRequest) -> None:
         sizes, prompt, sampling = self.manifest.sizes, request.prompt_ids, request.sampling
         room = self.limits.most_new_tokens(prompt)
-        check_types(sampling)
+        check_values(sampling)
+        for name, moment in (
+            ("arrival_time", request.scheduling.arrival_time),
+            ("deadline", request.scheduling.deadline),
+        ):
+            if not (moment is None or (isinstance(moment, int | float) and math.isfinite(moment))):
+                raise InvalidRequest(f"{name} is {moment!r}: it takes seconds or None")
         if sampling.rows > self.slots:
             raise InvalidRequest(f"it takes {sampling.rows} slots, and there are {self.slots}")
         if not prompt or not 0 <= min(prompt) <= max(prompt) < sizes.vocabulary:
@@ -327,7 +335,8 @@ class Engine:
         `request`, `submit`, a step or `caption` for the first image that can't be captioned; it
         returns no captions then.
         """
-        if isinstance(images, str | bytes | PathLike | Image) or isinstance(prompts, str):
+        one = isinstance(images, np.ndarray) and images.ndim < _BATCH_AXES
+        if one or isinstance(images, str | bytes | PathLike | Image) or isinstance(prompts, str):
             raise InvalidRequest("images and prompts are lists: generate([image], [prompt])")
         prompts = prompts or [None] * len(images)
         requests = [

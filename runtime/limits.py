@@ -57,7 +57,7 @@ class Limits:
             )
         default = {"max_new_tokens": min(DEFAULT_MAX_NEW_TOKENS, room)}
         sampling = SamplingParams(**(default | asked))  # type: ignore[arg-type]
-        check_types(sampling)
+        check_values(sampling)
         if not 1 <= sampling.max_new_tokens <= room:
             raise InvalidRequest(
                 f"max_new_tokens is {sampling.max_new_tokens}: with this prompt use 1 to {room}"
@@ -82,21 +82,23 @@ class Limits:
         return prompt_ids, sampling
 
 
-def check_types(sampling: SamplingParams) -> None:
-    """Raise InvalidRequest, naming the field, for a value of another type."""
+def check_values(sampling: SamplingParams) -> None:
+    """Raise InvalidRequest, naming the field, for a value of another type or out of range."""
     for name, kind in _KINDS.items():
         value = getattr(sampling, name)
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise InvalidRequest(f"{name} is {value!r}: it takes a value of type {kind.__name__}")
-
-
-def _check(sampling: SamplingParams, asked: dict[str, object]) -> None:
-    """Raise InvalidRequest for a value out of range, or fields that don't go together."""
     for name, (least, most) in RANGES.items():
         if not least <= getattr(sampling, name) <= most:
             raise InvalidRequest(f"{name} must be between {least} and {most}")
-    if sampling.early_stopping not in (True, False, "never"):
+    if not any(sampling.early_stopping is value for value in (True, False)) and (
+        sampling.early_stopping != "never"
+    ):
         raise InvalidRequest("early_stopping must be true, false or never")
+
+
+def _check(sampling: SamplingParams, asked: dict[str, object]) -> None:
+    """Raise InvalidRequest for fields that don't go together."""
     if sampling.num_beams > 1 and sampling.temperature:
         raise InvalidRequest("temperature goes with num_beams 1: beams are searched, not drawn")
     if not sampling.temperature and (drawing := [name for name in _DRAWING if name in asked]):

@@ -90,13 +90,14 @@ class Stepper:
         for command in commands:
             try:
                 command()
-            except Exception as error:  # internal: who waits must not wait for ever
+            except BaseException as error:  # internal: who waits must not wait for ever
                 log.exception("an error between two steps")
                 self._fail(error)
         return True
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, cause: BaseException) -> None:
         """End all requests with an error."""
+        error = cause if isinstance(cause, Exception) else ComputationFailed(f"{cause!r} in a step")
         self._engine.abandon()
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
@@ -107,7 +108,7 @@ class Stepper:
         try:
             with self.thread.inside():
                 outputs = self._engine.step()
-        except Exception as error:
+        except BaseException as error:  # an observer's exit, too: the thread serves the others
             self.failures += 1
             self._fail(error)
             return
@@ -124,5 +125,5 @@ def _tell(sink: Sink, news: RequestOutput | Exception) -> None:
     """Call a sink; its error is its own, and must not end the thread that serves the others."""
     try:
         sink(news)
-    except Exception:
+    except BaseException:
         log.exception("a request's output could not be handed on")

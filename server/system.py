@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -100,6 +101,14 @@ def allocate(handle: int, size: int) -> None:
         os.posix_fallocate(handle, 0, size)
     else:
         os.ftruncate(handle, size)
+
+
+def check_listens(address: str, seconds: float = 10.0) -> None:
+    """Raise OSError unless something accepts connections at `host:port`; other addresses pass."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        host = host.removeprefix("ray://").strip("[]")
+        socket.create_connection((host, int(port)), seconds).close()
 
 
 @contextmanager

@@ -14,9 +14,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from runtime.errors import InvalidRequest, ProviderError
+from runtime.errors import ComputationFailed, InvalidRequest, ProviderError
 from server.bulk import local
 from server.bulk.captioning import RunFailed
 from server.bulk.engine import BulkEngine, EngineSetup
@@ -113,6 +114,27 @@ def test_a_program_that_does_not_close_it_ends_all_the_same(folder):
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     assert ended.stdout == "3\n"
+
+
+class _BreaksDown(FakeRunner):
+    def decode(self, *args, **kwargs):
+        found = super().decode(*args, **kwargs)
+        found.logprobs[:] = np.nan
+        return found
+
+
+def _breaking_down():
+    engine = fake_engine()
+    engine.runner = _BreaksDown()
+    return engine
+
+
+def test_an_image_whose_numbers_break_down_is_an_error_and_no_caption(folder):
+    with (
+        closing(BulkEngine(setup(folder, _breaking_down), None, {})) as engine,
+        pytest.raises(ComputationFailed, match="NaN"),
+    ):
+        engine.caption(np.zeros(MANIFEST.sizes.pixels, np.uint8), None)
 
 
 class _Dying(FakeRunner):

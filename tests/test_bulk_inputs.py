@@ -241,6 +241,20 @@ def test_a_list_streams(monkeypatch):
         assert next(items(parts(["-"], Columns(), 10))).image == "a.png"  # the list has not ended
 
 
+def test_a_list_that_does_not_block_is_read_to_its_end(monkeypatch):
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    with os.fdopen(writing, "wb", buffering=0) as source, os.fdopen(reading) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        found = items(parts(["-"], Columns(), 10))
+        source.write(b"a.png\nb")
+        assert next(found).image == "a.png"
+        later = threading.Timer(0.2, lambda: (source.write(b".png\n"), source.close()))
+        later.start()
+        assert [item.image for item in found] == ["b.png"]
+        later.join()
+
+
 def test_lists_in_several_folders_may_name_the_same_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a/list.txt", "a/more.txt", "b/list.txt"):

@@ -56,6 +56,18 @@ def test_what_is_wrong_with_a_folder_is_named(folder, tmp_path):
     broken(r"can't be read.*Expected `array`.*variants", edit(variants=7))
     broken(r"can't be read.*no graphs of fp32/fp32/float32", edit(variants=[]))
     broken("has no combination fp32/fp32/float32", edit(combinations=[]))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for part, changed in (
+        ("tokens", {"bos": -1}),
+        ("tokens", {"eos": 2**70}),
+        ("sizes", {"vocabulary": 2}),
+        ("sizes", {"image": 10**9}),
+        ("sizes", {"prefix": 2**40}),
+        ("preprocessing", {"crop": 7}),
+    ):
+        broken("can't be read", edit(**{part: manifest[part] | changed}))
+    deep = "[" * 10**6
+    broken("can't be read", lambda copy: (copy / "manifest.json").write_text(deep))
     test = {"seeds": [1], "tokens": [[5, 6], [7]]}
     broken("can't be read.*not as many captions as pictures", edit(self_test=test))
     broken("can't be read", lambda copy: (copy / "manifest.json").write_text("[]"))

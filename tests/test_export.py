@@ -300,3 +300,22 @@ def test_images_of_the_users_own_are_compared_first(tmp_path, small, capsys):
         from_folder(tmp_path / "none", checkpoint.preprocessing, checkpoint.sizes)
     with pytest.raises(ExportError, match="single-image"):
         from_folder(tmp_path, checkpoint.preprocessing, replace(checkpoint.sizes, frames=6))
+
+
+def test_an_interrupt_as_the_engine_is_exchanged_leaves_the_old_one(tmp_path, monkeypatch):
+    partial, output = tmp_path / ".engine-new", tmp_path / "engine"
+    for folder in (partial, output):
+        folder.mkdir()
+    (output / "old").touch()
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if self == partial:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        building._move_into_place(partial, output)
+    assert (output / "old").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"engine", ".engine-new"}

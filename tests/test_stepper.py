@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -12,7 +13,8 @@ import pytest
 from msgspec.structs import replace
 
 from runtime.async_engine import AsyncEngine
-from runtime.errors import InvalidRequest, WrongThread
+from runtime.engine import Observer
+from runtime.errors import ComputationFailed, InvalidRequest, WrongThread
 from runtime.planning.config import EngineConfig
 from tests.fakes import drained, fake_engine, gated, image
 from tests.live import until
@@ -35,6 +37,57 @@ def test_a_request_that_can_not_be_begun_leaves_the_engine_to_other_threads(monk
         engine.submit(request)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(engine.submit, request).result()
+
+
+class Leaves(Observer):
+    def stepped(self, report):
+        raise SystemExit
+
+
+def test_a_caller_that_ends_its_thread_leaves_the_engine_to_others():
+    engine, told = fake_engine(), SimpleQueue()
+
+    def leaves(news):
+        told.put(news)
+        raise SystemExit
+
+    engine.stepper.submit(engine.request(image(1)), leaves)
+    told.get(timeout=10)
+    assert len(engine.generate([image(2)])) == 1
+
+
+def test_an_observer_that_ends_its_thread_is_an_error_of_who_waits():
+    engine = fake_engine()
+    engine.observer = Leaves()
+    with pytest.raises(ComputationFailed, match="SystemExit"):
+        engine.generate([image(1)])
+    engine.observer = Observer()
+    assert len(engine.generate([image(2)])) == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "name"),
+    [
+        ("sampling", {"length_penalty": math.nan, "num_beams": 2}, "length_penalty"),
+        ("sampling", {"n": 0}, "n must"),
+        ("sampling", {"temperature": math.nan}, "temperature"),
+        ("sampling", {"early_stopping": 1, "num_beams": 2}, "early_stopping"),
+        ("scheduling", {"arrival_time": "x"}, "arrival_time"),
+        ("scheduling", {"deadline": math.nan}, "deadline"),
+    ],
+)
+def test_a_request_made_by_hand_can_not_disturb_others(part, values, name):
+    engine = fake_engine()
+    request = engine.request(image(1))
+    odd = replace(request, **{part: replace(getattr(request, part), **values)})
+    with pytest.raises(InvalidRequest, match=name):
+        engine.submit(odd)
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 3), (16, 16)])
+def test_an_array_of_one_image_is_no_list(shape):
+    with pytest.raises(InvalidRequest, match="are lists"):
+        fake_engine().generate(np.zeros(shape, np.uint8))
 
 
 def test_whole_captions_are_not_streamed():

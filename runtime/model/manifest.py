@@ -30,6 +30,9 @@ def kv_names(layers: int) -> list[str]:
     return [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
 
 
+_MOST_PIXELS, _MOST = 4096, 2**20  # of an image's side; of positions and tokens
+
+
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """Shapes of both graphs. `prefix` and `text` are counts of positions, `image` is in pixels."""
@@ -193,7 +196,7 @@ def read(folder: Path) -> Manifest:
             )
         manifest = convert(content, Manifest)
         _check_named(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError) as cause:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
         raise EngineFolderError(f"{path} can't be read: export it again ({cause!r})") from cause
     return manifest
 
@@ -232,6 +235,13 @@ def _check_named(manifest: Manifest) -> None:
         wanted = {(graph, getattr(each, graph), each.cache) for graph in ("encoder", "decoder")}
         if not wanted <= there:
             raise ValueError(f"it has no graphs of {each.name}")
+    sizes, tokens = manifest.sizes, manifest.tokens
+    if not 0 <= min(tokens.bos, tokens.eos) <= max(tokens.bos, tokens.eos) < sizes.vocabulary:
+        raise ValueError(f"its tokens are not of a vocabulary of {sizes.vocabulary}")
+    if sizes.image > _MOST_PIXELS or max(sizes.prefix, sizes.vocabulary, sizes.text) > _MOST:
+        raise ValueError("its sizes are those of no checkpoint")
+    if manifest.preprocessing.crop != sizes.image:
+        raise ValueError(f"its images are cropped to {manifest.preprocessing.crop} pixels")
     if (test := manifest.self_test) and len(test.seeds) != len(test.tokens):
         raise ValueError("its self-test has not as many captions as pictures")
 

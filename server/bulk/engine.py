@@ -19,7 +19,7 @@ from runtime.model import manifest as manifests
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.planning.config import most_slots
 from runtime.request import GenerationRequest, RequestOutput
-from runtime.results import make_caption
+from runtime.results import join_outputs, make_caption
 from server.bulk.captioning import RunFailed
 from server.bulk.items import ScoredCaption, UnfitItem, scored
 from server.ipc.dispatcher import EngineFailed, PoisonedImage
@@ -117,7 +117,7 @@ class BulkEngine:
             raise UnfitItem("the engine failed on it twice, the second time alone") from error
         except EngineFailed as error:
             raise UnfitItem(str(error)) from error
-        return scored(make_caption(request, output, self._tokenizer))
+        return scored(make_caption(request, join_outputs([output]), self._tokenizer))
 
     def close(self) -> None:
         """End the engine's process, also when this process exits without it."""

@@ -1,6 +1,7 @@
 """Lists and tables with a column of paths, URLs or image bytes, read as they stream."""
 
 import io
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -79,7 +80,9 @@ class ListFile:
     def _rows(self) -> Rows:
         """Numbered rows by column; a BrokenRow for one that can't be read."""
         if self.path == "-":
-            # Not sys.stdin.buffer: a thread that waits in it as the program ends aborts that.
+            # Without input for a moment, a non-blocking read looks like the end. And not
+            # sys.stdin.buffer: a thread that waits in it as the program ends aborts that.
+            os.set_blocking(sys.stdin.fileno(), True)
             yield from lines(open(sys.stdin.fileno(), "rb", closefd=False))  # noqa: SIM115
             return
         with opened(self.path) as stream:

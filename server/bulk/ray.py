@@ -28,6 +28,7 @@ from server.bulk.index import FinishedItems, Index
 from server.bulk.inputs import Part, items, split
 from server.bulk.items import Item, Outcome
 from server.processes.supervisor import CannotStart
+from server.system import check_listens
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray sends usage statistics
 
@@ -77,6 +78,10 @@ class RayCaptioning:
         """Join the cluster and open an engine there once. Raises CannotStart if the cluster
         has no room for one, and what BulkEngine raises.
         """
+        try:
+            check_listens(cluster.address)  # Ray itself would try without end
+        except OSError as cause:
+            raise CannotStart(f"no Ray cluster answers at {cluster.address} ({cause})") from cause
         ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
         there = ray.cluster_resources()
         self._gpus = int(there.get("GPU", 0))

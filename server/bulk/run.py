@@ -14,6 +14,8 @@ from server.bulk.index import Index, Kept
 from server.bulk.items import Item, Outcome, ResultRow
 from server.bulk.output import NotWritten, Output, OutputConflict
 
+_FAILED = (FinishReason.FAILED, FinishReason.ERROR)  # which earlier versions wrote as captions
+
 
 @dataclass(frozen=True, slots=True)
 class CaptionSettings:
@@ -68,13 +70,15 @@ class BulkRun:
         """Read the output's rows. Raises OutputConflict for captions of other settings."""
         for row in self.output.rows():
             other = self._difference(row)
+            failed = row.finish_reason in _FAILED
             if other and not self.again:
                 raise OutputConflict(
                     f"{row.id} was captioned with another {other}: name another output, or caption "
                     "such images anew with --again"
                 )
-            self.index.add(row, not other and not (self.retry and row.error is not None))
-            if row.sha256 is not None and row.all_captions and not other:
+            again = failed or (self.retry and row.error is not None)
+            self.index.add(row, not other and not again)
+            if row.sha256 is not None and row.all_captions and not other and not failed:
                 self.kept.keep(
                     same(row.sha256, row.prompt), msgspec.msgpack.encode(row.all_captions)
                 )

@@ -26,6 +26,7 @@ from server.processes.local import stop_event
 from server.processes.supervisor import CannotStart
 from server.service import keys
 from server.settings import LOCAL, Settings
+from server.system import check_listens
 from server.telemetry.logs import flush
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,9 @@ def serve(settings: Settings, worker_main: Callable[..., Any] = worker.main) -> 
     models = served(settings.engine)
     ours = settings.ray == LOCAL
     try:
+        check_listens(settings.ray or LOCAL)  # Ray itself would try without end
         ray.init(settings.ray, include_dashboard=False if ours else None, logging_level="warning")
-    except (ConnectionError, RuntimeError, ValueError) as cause:
+    except (OSError, RuntimeError, ValueError) as cause:
         raise CannotStart(f"--ray {settings.ray}: no cluster could be reached ({cause})") from cause
     try:
         ray_serve.start(proxy_location="Disabled", logging_config=QUIET)

@@ -2,7 +2,9 @@
 
 import http.client
 import io
+import select
 import socket
+import ssl
 import threading
 import time
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ class Attempt:
     over: threading.Event = field(default_factory=threading.Event)
 
 
+_LOOK_SECONDS = 0.5  # between two looks at whether the answer is still wanted
 current = threading.local()  # attempt: that of this thread
 
 
@@ -41,11 +44,23 @@ class _Timed(io.RawIOBase):
     @override
     def readinto(self, buffer: "WriteableBuffer") -> int | None:
         attempt: Attempt = current.attempt
-        left = attempt.end - time.monotonic()
+        end = min(attempt.end, time.monotonic() + attempt.silence)
+        while not self._readable(_LOOK_SECONDS):
+            if time.monotonic() >= end or attempt.over.is_set():
+                raise TimeoutError("it took too long")
+        left = end - time.monotonic()
         if left <= 0 or attempt.over.is_set():
             raise TimeoutError("it took too long")
-        self._connection.settimeout(min(left, attempt.silence))
+        self._connection.settimeout(left)
         return self._raw.readinto(buffer)
+
+    def _readable(self, seconds: float) -> bool:
+        """Wait for bytes: a read that timed out can't be tried again. TLS may hold some already."""
+        if isinstance(self._connection, ssl.SSLSocket) and self._connection.pending():
+            return True
+        waiting = select.poll()
+        waiting.register(self._connection, select.POLLIN)
+        return bool(waiting.poll(1000 * seconds))
 
     @override
     def close(self) -> None:
