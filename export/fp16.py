@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import TensorProto, helper
+from onnx import NodeProto, TensorProto, helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from tqdm import tqdm
 
@@ -125,14 +125,25 @@ class MeasuredGraphs:
         return made
 
 
+def _squares_overflow(node: NodeProto, largest: Largest, widths: dict[str, int]) -> bool:
+    """Whether a mean of squares, which CUDA's SkipLayerNormalization computes in fp16, may overflow
+    for a single large value.
+    """
+    if node.op_type != "SkipLayerNormalization":
+        return False
+    return largest.get(node.output[3], 0.0) ** 2 / widths.get(node.input[2], 1) > _LIMIT
+
+
 def _convert(source: Path, output: Path, largest: Largest) -> list[str]:
     """Write the fp16 version of a graph; returns the names of the nodes that stay in fp32."""
     model = onnx.load(source)
     hot = {name for name, value in largest.items() if value > _LIMIT}
+    widths = {value.name: value.dims[0] for value in model.graph.initializer if value.dims}
     kept = [
         node.name
         for node in model.graph.node
-        if hot & {*node.input, *node.output} and node.op_type not in _ALWAYS_HALF
+        if (hot & {*node.input, *node.output} and node.op_type not in _ALWAYS_HALF)
+        or _squares_overflow(node, largest, widths)
     ]
     # The converter needs types to insert casts, and shape inference stops at contrib nodes.
     own = {value.name for value in (*model.graph.input, *model.graph.output)}

@@ -61,7 +61,7 @@ class Stepper:
             self._engine.submit(request)
         except VignetteError as error:
             _tell(sink, error)
-        except Exception as error:  # internal, and this request's only: no step has failed
+        except BaseException as error:  # internal, and this request's only: no step has failed
             failed = ComputationFailed(f"the request could not be begun: {error!r}")
             failed.__cause__ = error
             _tell(sink, failed)

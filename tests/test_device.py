@@ -169,6 +169,15 @@ def test_the_graph_for_cuda_has_its_attention_in_one_node(half):
     assert {n.domain for n in plain.node} <= {"", "ai.onnx"}  # all that TensorRT takes
 
 
+def test_squares_that_would_leave_the_range_of_fp16_are_computed_in_fp32(tmp_path):
+    checkpoint = from_config("warm", SHAPES["base"], seed=1)
+    warm = checkpoint.model.git.image_encoder.vision_model.encoder.layers[1].mlp.fc2
+    warm.bias.data[0] = 2_000.0
+    build(checkpoint, tmp_path / "engine", Proof(images=1, new_tokens=3, target="cuda"))
+    kept = manifests.load(tmp_path / "engine").verification["fp32_nodes"]
+    assert kept["encoder.fp16-fused.onnx"] == ["/vision/layers.1/SkipLayerNormalization_1"]
+
+
 def test_what_leaves_the_range_of_fp16_stays_in_fp32(tmp_path):
     checkpoint = from_config("hot", SHAPES["base"], seed=1)
     hot = checkpoint.model.git.image_encoder.vision_model.encoder.layers[1].mlp.fc2

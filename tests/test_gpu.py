@@ -184,8 +184,10 @@ def test_slots_fill_the_memory_up_to_a_bound():
     assert slots == 64
     assert limit == int(H100.free * 0.9) - 768 * MIB - 65 * 10 * MIB
     assert need.budget(H100, 200, most=64, batch=16)[0] == 200
+    assert need.batch(H100, 64, None) == 64
     small = Gpu(0, "small", (8, 6), "580", (13, 0), 4096 * MIB, 2600 * MIB)
     assert need.budget(small, None, most=64, batch=16)[0] == (2340 - 768 - 600 - 800 - 10) // 10
+    assert [need.batch(small, 64, slots) for slots in (None, 10, 40)] == [8, 16, 8]
 
 
 def test_a_gpu_too_small_is_told_with_the_sum():

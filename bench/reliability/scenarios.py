@@ -5,6 +5,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from bench.reliability import (
@@ -83,8 +84,12 @@ def try_short(names: list[str]) -> Iterator[Trial]:
     """Try scenarios in their short form, which mostly wait: some at once, as they end."""
     together = [name for name in names if SCENARIOS[name][0] not in _ALONE]
     with ProcessPoolExecutor(_AT_ONCE, multiprocessing.get_context("spawn")) as pool:
-        for trial in as_completed([pool.submit(_tried, name, False) for name in together]):
-            yield trial.result()
+        trials = {pool.submit(_tried, name, False): name for name in together}
+        for trial in as_completed(trials):
+            try:
+                yield trial.result()
+            except BrokenProcessPool as error:  # the system killed one, for its memory perhaps
+                yield Trial(trials[trial], Verdict(repr(error), False), 0.0)
     for name in names:
         if name not in together:
             yield _tried(name, False)

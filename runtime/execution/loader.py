@@ -76,7 +76,9 @@ def _fitted(manifest: Manifest, config: EngineConfig, plan: Plan) -> Plan:
             )
         return replace(plan, slots=slots)
     gpu, needs = require_gpu(cuda.major()).shared(config.memory_share), gpu_memory(manifest, plan)
-    batch = config.encode_batch or needs.batch(gpu, plan.encode_batch)
+    batch = plan.encode_batch  # for which TensorRT compiles
+    if not config.encode_batch and plan.encoder_provider == "cuda":
+        batch = needs.batch(gpu, batch, config.slots)
     slots, limit = needs.budget(gpu, config.slots, MOST_SLOTS, batch)
     return replace(plan, slots=slots, encode_batch=batch, memory_limit=limit)
 

@@ -28,7 +28,7 @@ _INT8_DECODER = ("fp32/int8/int8", "fp32/int8/float32", "fp32/fp32/int8")
 _FUSED_HALF = ("fp16-fused/fp16/float16",)  # all state on the GPU
 _PLAIN_HALF = ("fp16/fp16/float16",)  # plain ONNX, for TensorRT
 _CALIBRATED_ENCODER = ("int8-static/int8/int8", "int8-static/int8/float32")  # OpenVINO's form
-_ENCODE_BATCH = {"openvino": 4, "cuda": 64, "tensorrt": 64}
+_ENCODE_BATCH = {"openvino": 4, "cuda": 64, "tensorrt": 16}
 _FITTED = ("slots", "text_tokens", "memory_limit", "cuda_graphs")
 _MOST_STREAMS = 16  # as many as the default slots
 

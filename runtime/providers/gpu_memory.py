@@ -21,12 +21,12 @@ class Memory:
     image: int
     fixed: int = 768 * _MIB  # CUDA's context, its libraries' workspaces and captured graphs
 
-    def batch(self, gpu: Gpu, most: int) -> int:
+    def batch(self, gpu: Gpu, most: int, slots: int | None) -> int:
         """Images to encode at a time: half of `most`, of that, and so on, until there is room for
-        four slots beside each.
+        the requested slots, or four beside each image.
         """
         room = int(gpu.free * _SAFE) - self.fixed - self.weights - self.slot
-        while most > 1 and most * (self.image + 4 * self.slot) > room:
+        while most > 1 and most * self.image + (slots or 4 * most) * self.slot > room:
             most //= 2
         return most
 

@@ -29,6 +29,7 @@ from server.processes import worker
 from server.processes.supervised_engine import SupervisedEngine
 from server.settings import Settings
 
+_WAITING = 64  # images that wait for a slot, at most
 _STEP_SECONDS = 300.0  # an engine that is in one step for longer is replaced
 
 
@@ -82,7 +83,7 @@ class BulkEngine:
         self._limits = Limits(self._tokenizer, room)
         self._limits.check(prompt, sampling)
         model = ServedModel(self.manifest.model, setup.folder, 1.0, self.manifest.fingerprint)
-        places = 2 * most_slots(setup.slots)
+        places = most_slots(setup.slots) + _WAITING
         self._engine = SupervisedEngine(settings, model, setup.main, places)
         self._loop = LoopThread("engine")
         try:

@@ -80,7 +80,7 @@ class RayCaptioning:
         """
         try:
             check_listens(cluster.address)  # Ray itself would try without end
-        except OSError as cause:
+        except (OSError, ValueError) as cause:
             raise CannotStart(f"no Ray cluster answers at {cluster.address} ({cause})") from cause
         ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
         there = ray.cluster_resources()

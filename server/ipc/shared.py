@@ -54,7 +54,7 @@ class PixelStore:
         head = slots * np.dtype(np.int64).itemsize
         self.size = head + slots * int(np.prod(shape))
         handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
-        remedy = "give the container more (--shm-size), or use a smaller --max-queue"
+        remedy = "give the container more (--shm-size), or use fewer --slots or a smaller queue"
         try:
             if create:
                 reserve(handle, self.size, "pixels", remedy)

@@ -26,6 +26,7 @@ from server.system import NICENESS
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracer
 
+_LEAST_PLACES = 64  # for requests that run: the front-ends' shares are uneven
 _BODIES = 5  # of the largest size, that fit each front-end
 Known = Mapping[str, tuple[Manifest, CaptionTokenizer]]  # by model name
 
@@ -33,11 +34,10 @@ Known = Mapping[str, tuple[Manifest, CaptionTokenizer]]  # by model name
 def make_service(settings: Settings, known: Known, folder: Path, index: int, epoch: int) -> Service:
     """The service of one front-end. folder: the run's folder."""
     name = process_name("front", index, epoch)
-    share = -(-settings.max_queue // settings.front_end_processes)
-    # More slots than requests, as decodings may outlast cancelled ones.
-    places = (
-        most_slots(settings.slots) * (settings.workers or 1) + share + settings.decoders + ASIDE
-    )
+    running = most_slots(settings.slots) * (settings.workers or 1)
+    ours, share = (-(-n // settings.front_end_processes) for n in (running, settings.max_queue))
+    # More places than requests, as decodings may outlast cancelled ones.
+    places = max(ours, min(running, _LEAST_PLACES)) + share + settings.decoders + ASIDE
     stores = [
         PixelStore(folder / f"{name}.{number}.pixels", places, manifest.sizes.pixels, create=True)
         for number, (manifest, _) in enumerate(known.values())
