@@ -91,9 +91,7 @@ def check_values(sampling: SamplingParams) -> None:
     for name, (least, most) in RANGES.items():
         if not least <= getattr(sampling, name) <= most:
             raise InvalidRequest(f"{name} must be between {least} and {most}")
-    if not any(sampling.early_stopping is value for value in (True, False)) and (
-        sampling.early_stopping != "never"
-    ):
+    if not isinstance(sampling.early_stopping, bool) and sampling.early_stopping != "never":
         raise InvalidRequest("early_stopping must be true, false or never")
 
 
