@@ -206,15 +206,14 @@ def offline(engine: Engine, extent: Extent) -> dict[str, Any]:
     some = pictures(16, engine.manifest.sizes.pixels)
     images = some * (extent.images // 16)
     uneven = arrivals.coco_jobs(some, extent.images)
-    loop = partial(arrivals.closed_loop, engine, uneven, len(uneven))
-    run_uneven = partial(engine.stepper.thread.call, loop)
     all_, one = (
         partial(engine.generate, given, max_new_tokens=TOKENS, ignore_eos=True)
         for given in (images, images[:1])
     )
     return {
         "per_second": len(images) / median_s(all_, extent.repeats),
-        "uneven_per_second": len(uneven) / median_s(run_uneven, extent.repeats),
+        "uneven_per_second": len(uneven)
+        / median_s(lambda: engine.run(arrivals.requests(engine, uneven)), extent.repeats),
         "uneven_tokens": sum(tokens for _, tokens in uneven) / len(uneven),
         "one": median_s(one, 20 * extent.repeats),
     }

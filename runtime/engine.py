@@ -4,12 +4,13 @@
 them for `generate` and for `runtime.async_engine`.
 """
 
+import itertools
 import logging
 import math
 import threading
 import time
 from collections import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -331,39 +332,56 @@ class Engine:
 
         sampling: fields of SamplingParams, applied to all images.
 
-        Raises InvalidRequest for one image or prompt in place of a list, and the error of
-        `request`, `submit`, a step or `caption` for the first image that can't be captioned; it
+        Raises InvalidRequest for one image or prompt in place of a list or for lists of different
+        lengths, and the error of `request` or `run` for an image that can't be captioned; it
         returns no captions then.
         """
         one = isinstance(images, np.ndarray) and images.ndim < _BATCH_AXES
         if one or isinstance(images, str | bytes | PathLike | Image) or isinstance(prompts, str):
             raise InvalidRequest("images and prompts are lists: generate([image], [prompt])")
         prompts = prompts or [None] * len(images)
-        requests = [
+        if len(prompts) != len(images):
+            raise InvalidRequest(f"there are {len(images)} images and {len(prompts)} prompts")
+        return self.run(
             self.request(image, prompt, stream=False, place=place, **sampling)
             for place, (image, prompt) in enumerate(zip(images, prompts, strict=True), 1)
-        ]
-        outputs = self._run(requests)
-        return [self.caption(request, outputs[request.id]) for request in requests]
+        )
 
-    def _run(self, requests: list[GenerationRequest]) -> dict[int, RequestOutput]:
-        """Run requests to their end; returns their outputs by id. Re-raises step errors."""
+    def run(self, requests: Iterable[GenerationRequest]) -> list[Caption]:
+        """Captions of requests, in order; callable on any thread.
+
+        Requests are taken from the iterable as slots become free: the engine captions some while
+        the next are made, and few images are in memory at a time.
+
+        Raises the error of the iterable, of `submit`, of a step or of `caption`; requests that
+        have not ended are cancelled then.
+        """
         news: SimpleQueue[RequestOutput | Exception] = SimpleQueue()
-        put = news.put
-        ended: dict[int, RequestOutput] = {}
+        put, coming = news.put, iter(requests)
+        captions: list[Caption | None] = []
+        running: dict[int, tuple[int, GenerationRequest, list[RequestOutput]]] = {}
+        following = list(itertools.islice(coming, self.slots))
         try:
-            for request in requests:
-                self.stepper.submit(request, put)
-            while len(ended) < len(requests):
+            while following or running:
+                if following and len(running) <= 2 * self.slots:
+                    for request in following:
+                        running[request.id] = len(captions), request, []
+                        captions.append(None)
+                        self.stepper.submit(request, put)
+                    following = list(itertools.islice(coming, self.slots))
+                    continue
                 output = news.get()
                 if isinstance(output, Exception):
                     raise output
-                ended[output.id] = output
+                place, request, outputs = running[output.id]
+                outputs.append(output)
+                if output.finish_reason is not None:
+                    del running[output.id]
+                    captions[place] = self.caption(request, *outputs)
         finally:
-            for request in requests:
-                if request.id not in ended:
-                    self.stepper.cancel(request.id, put)
-        return ended
+            for number in running:
+                self.stepper.cancel(number, put)
+        return [caption for caption in captions if caption is not None]
 
     def caption(self, request: GenerationRequest, *outputs: RequestOutput) -> Caption:
         """The caption of an ended request. Raises ComputationFailed if the request failed."""

@@ -1,5 +1,8 @@
 """The decode loop on a runner whose answers depend on each slot's cache: nothing is mixed up."""
 
+import weakref
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -234,8 +237,31 @@ def test_a_stream_tells_each_token_once_and_its_end():
     assert engine.caption(request, *outputs).token_ids == whole.token_ids
 
 
-def test_generate_leaves_nothing_behind_when_one_image_is_bad():
+@pytest.mark.parametrize("good", [1, 40])
+def test_generate_leaves_nothing_behind_when_one_image_is_bad(good):
     engine = fake_engine()
-    with pytest.raises(InvalidImage, match="image 2"):
-        engine.generate([image(1), np.zeros(3, np.uint8)])
+    with pytest.raises(InvalidImage, match=f"image {good + 1}"):
+        engine.generate([*[image(1)] * good, np.zeros(3, np.uint8)])
+    engine.generate([image(1)])  # after the cancellations
     assert engine.scheduler.idle
+
+
+def test_generate_takes_a_prompt_for_each_image():
+    with pytest.raises(InvalidRequest, match="1 images and 2 prompts"):
+        fake_engine().generate([image(1)], ["3", "4"])
+
+
+def test_requests_are_made_as_slots_become_free():
+    engine, alive, most = fake_engine(EngineConfig(slots=4)), list[weakref.ref](), 0
+
+    def requests() -> Iterator[GenerationRequest]:
+        nonlocal most
+        for number in range(60):
+            request = ask(engine, number % 10, [3] * (number % 3), 6, stream=number % 2 == 0)
+            alive.append(weakref.ref(request.pixels))
+            most = max(most, sum(each() is not None for each in alive))
+            yield request
+
+    captions = engine.run(requests())
+    assert [c.token_ids for c in captions] == [alone(n % 10, [3] * (n % 3), 6) for n in range(60)]
+    assert most <= 5 * engine.slots

@@ -7,13 +7,13 @@ import itertools
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from msgspec.structs import replace
 
 from runtime.engine import Engine
-from runtime.request import SchedulingParams
+from runtime.request import GenerationRequest, SchedulingParams
 
 Job = tuple[np.ndarray, int]  # pixels, tokens of the caption
 # Words of a caption -> number of captions, in the first 181 of COCO's training split (Karpathy's),
@@ -37,14 +37,20 @@ def coco_jobs(images: list[np.ndarray], count: int) -> list[Job]:
     return [(rng.choice(images), n + 1) for n in words]
 
 
+def requests(engine: Engine, work: Iterable[Job]) -> Iterator[GenerationRequest]:
+    """A request for each job, made when it is taken; its caption has the job's length."""
+    for pixels, tokens in work:
+        yield engine.request(pixels, max_new_tokens=tokens, ignore_eos=True)
+
+
 def closed_loop(engine: Engine, work: list[Job], clients: int) -> list[float]:
     """Each client submits its next job when the last is done -> seconds of each, as they end."""
     waits: list[float] = []
-    coming = iter(work)
+    coming = requests(engine, work)
 
     def submit(count: int) -> None:
-        for pixels, tokens in itertools.islice(coming, count):
-            engine.submit(engine.request(pixels, max_new_tokens=tokens, ignore_eos=True))
+        for request in itertools.islice(coming, count):
+            engine.submit(request)
 
     submit(clients)
     while not engine.idle:

@@ -35,11 +35,8 @@ def _run(folder: Path, share: float, images: int, barrier: Any, spans: Any) -> N
     engine = Engine.open(folder, EngineConfig(provider="cuda", memory_share=share))
     work = arrivals.coco_jobs(pictures(16, engine.manifest.sizes.pixels), images)
 
-    def loop(jobs: list[arrivals.Job]) -> None:
-        engine.stepper.thread.call(lambda: arrivals.closed_loop(engine, jobs, 2 * engine.slots))
-
-    loop(work[: 2 * engine.slots])
+    engine.run(arrivals.requests(engine, work[: 2 * engine.slots]))
     barrier.wait(_READY_SECONDS)
     start = time.time()
-    loop(work)
+    engine.run(arrivals.requests(engine, work))
     spans.put((start, time.time()))
