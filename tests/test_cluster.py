@@ -96,7 +96,7 @@ class Socket:
         return await self.coming.get()
 
     async def send_multipart(self, parts):
-        self.sent.append(TO_FRONT_END.decode(parts[1]))
+        self.sent += TO_FRONT_END.decode(parts[1])
 
 
 def said(*tokens: int, ends: bool = False, engine: str = "a") -> ReplicaOutput:

@@ -34,7 +34,7 @@ class Socket:
         return await self.coming.get()
 
     async def send_multipart(self, parts):
-        self.sent.append(TO_FRONT_END.decode(parts[1]))
+        self.sent += TO_FRONT_END.decode(parts[1])
 
     def ask(self, owner, number, most=3, alone=False):
         request = GenerationRequest(0, (0,), SamplingParams(most), id=number)

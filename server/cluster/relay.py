@@ -51,11 +51,11 @@ class Relay(Receiver):
                     async for answer in news:
                         if answer.output is None or (replayed.tokens and answer.engine != engine):
                             failure = answer.failure or FailureReason.REPLACED
-                            await self.send(job.owner, Unserved(number, failure))
+                            self.send(job.owner, Unserved(number, failure))
                             return
                         engine = answer.engine
                         fresh = replace(replayed.fresh(answer.output), id=number)
-                        await self.send(job.owner, Output(fresh))
+                        self.send(job.owner, Output(fresh))
                 return
             except BackPressureError:
                 reason = FailureReason.FULL
@@ -63,7 +63,7 @@ class Relay(Receiver):
             except (RayError, RayServeException) as error:
                 log.warning("a request is sent again: its replica is gone (%r)", error)
                 await asyncio.sleep(_PAUSE_SECONDS * 2**losses)
-        await self.send(job.owner, Unserved(number, reason))
+        self.send(job.owner, Unserved(number, reason))
 
     async def _asked(self, job: RequestTask) -> AsyncGenerator[ReplicaOutput, None]:
         """Outputs of a request from a replica; closing cancels the request."""

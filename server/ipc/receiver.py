@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,8 @@ class Receiver:
         self.stores: dict[Owner, PixelStore] = {}
         self.jobs: dict[int, RequestTask] = {}  # started, by request id
         self.over, self._changed = asyncio.Event(), asyncio.Event()
+        self._unsent: defaultdict[Owner, list[Message]] = defaultdict(list)
+        self._news = asyncio.Event()
 
     async def serve(self, job: RequestTask) -> None:
         """Answer a request."""
@@ -61,19 +64,22 @@ class Receiver:
         return not self.jobs
 
     async def run(self) -> None:
-        """Serve until told to stop, then until idle. Raises errors of receiving."""
-        receiving = asyncio.create_task(self._receive())
-        over = asyncio.create_task(self.over.wait())
+        """Serve until told to stop, then until idle. Raises errors of receiving and sending."""
+        receiving, sending, over = (
+            asyncio.create_task(each) for each in (self._receive(), self._send(), self.over.wait())
+        )
         try:
-            await asyncio.wait({receiving, over}, return_when=asyncio.FIRST_COMPLETED)
-            if receiving.done():
-                receiving.result()
+            await asyncio.wait({receiving, sending, over}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (receiving, sending):
+                if task.done():
+                    task.result()
             while not self.idle:
                 self._changed.clear()
                 await self._changed.wait()
+            await self._flush()
         finally:
-            receiving.cancel()
-            over.cancel()
+            for task in (receiving, sending, over):
+                task.cancel()
 
     def stop(self) -> None:
         """End `run` once no request is left."""
@@ -103,9 +109,21 @@ class Receiver:
         """A request's pixels: a view of its front-end's shared memory."""
         return self.stores[job.owner][job.message.request.pixels]
 
-    async def send(self, owner: Owner, message: Message) -> None:
-        """Send a message to a front-end."""
-        await self._socket.send_multipart([owner, packed(message)])
+    def send(self, owner: Owner, message: Message) -> None:
+        """Send a message to a front-end, together with others of the same moment."""
+        self._unsent[owner].append(message)
+        self._news.set()
+
+    async def _send(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            await self._flush()
+
+    async def _flush(self) -> None:
+        while self._unsent:
+            owner, messages = self._unsent.popitem()
+            await self._socket.send_multipart([owner, packed(messages)])
 
     async def _receive(self) -> None:
         while True:
@@ -116,7 +134,7 @@ class Receiver:
                 case Generate() as message if owner in self.stores:
                     self.received(RequestTask(owner, message))
                 case Generate(request):
-                    await self.send(owner, Unserved(request.id, FailureReason.NO_PIXELS))
+                    self.send(owner, Unserved(request.id, FailureReason.NO_PIXELS))
                 case Cancel() as message:
                     self.cancel(message.id)
 

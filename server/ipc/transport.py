@@ -46,11 +46,11 @@ class WorkerLinks:
 
     async def _read(self, key: tuple[int, int], socket: zmq.asyncio.Socket) -> None:
         while True:
-            data = await socket.recv()
-            try:
-                self.dispatcher.received(key, TO_FRONT_END.decode(data))
-            except Exception:  # a bug with one message must not stop the others
-                log.exception("a message of worker %d could not be taken", key[0])
+            for message in TO_FRONT_END.decode(await socket.recv()):
+                try:
+                    self.dispatcher.received(key, message)
+                except Exception:  # a bug with one message must not stop the others
+                    log.exception("a message of worker %d could not be taken", key[0])
 
     async def close(self) -> None:
         """Disconnect from all workers."""

@@ -110,15 +110,15 @@ class Worker(Receiver, Observer):
             ready = replace(request, pixels=self.pixels(job))
             async with aclosing(self._engine.generate(ready)) as outputs:
                 async for output in outputs:
-                    await self.send(job.owner, Output(output))
+                    self.send(job.owner, Output(output))
         except VignetteError as error:  # e.g. too few slots here; another worker may have more
             log.error("request %d can't be served here", request.id, exc_info=error)
             failed = RequestOutput(
                 request.id, Completion((), finish_reason=FinishReason.ERROR), Timing()
             )
-            await self.send(job.owner, Output(failed))
+            self.send(job.owner, Output(failed))
         except Exception as error:  # ONNX Runtime raises a class of its own for every status code
-            await self.send(job.owner, StepFailed(request.id))
+            self.send(job.owner, StepFailed(request.id))
             self._note_failure(error)
 
     def _note_failure(self, error: Exception) -> None:
