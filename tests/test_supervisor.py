@@ -1,8 +1,10 @@
 """What the supervisor accepts of its processes."""
 
 import asyncio
+import multiprocessing
 import os
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -19,12 +21,15 @@ from runtime.planning.plan import Plan
 from server.ipc.messages import WorkerFacts
 from server.ipc.shared import RunFolder
 from server.models import ServedModel
+from server.processes import frontend
 from server.processes.child import Child
 from server.processes.children import workers
+from server.processes.ports import Ports
 from server.processes.supervisor import CannotStart, Supervisor
 from server.service import keys
 from server.settings import Settings
 from tests.fakes import FakeRunner, fake_engine, fake_worker
+from tests.paths import DEMO
 
 
 def engine_of(precision: str) -> Engine:
@@ -56,6 +61,26 @@ def test_workers_of_a_model_must_give_the_same_captions(tmp_path):
         asyncio.run(asyncio.wait_for(serve(), 60))
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
     assert [child.worker_state().device for child in children] == ["0", "1"]
+
+
+def test_a_front_end_that_fails_as_it_starts_ends_with_its_decoders():
+    """They ignore SIGTERM, and Python waits for daemons at its exit."""
+    run = RunFolder()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = Settings(host="127.0.0.1", port=0, grpc_port=taken.getsockname()[1], decoders=1)
+        ports = Ports(settings)
+        process = multiprocessing.get_context("spawn").Process(
+            target=frontend.main,
+            args=(settings, (ServedModel("demo", DEMO, 1.0),), run.path, ports,
+                  settings.front_ends, 1),
+        )  # fmt: skip
+        process.start()
+        process.join(60)
+        ended = process.exitcode
+        process.kill()
+    ports.close()
+    run.remove()
+    assert ended == 1
 
 
 def test_a_process_that_can_not_be_started_for_now_is_started_later(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ UNFIT = (
     "decoding this image crashed, or took too long: save it again with another program, or make it "
     "smaller"
 )
-_NO_DECODER = "no process that decodes images starts here: see the log, and the limits on memory"
+_NO_DECODER = "no process that decodes images starts here: see the log, and this host's limits"
 
 
 class Unfit(VignetteError):
@@ -153,7 +153,11 @@ class Lane:
         raise TimeoutError  # before it was begun
 
     def _new(self) -> Decoder:
-        decoder = Decoder(self._setup)
+        """Raises NoDecoder."""
+        try:
+            decoder = Decoder(self._setup)
+        except OSError as cause:  # too many processes or files
+            raise NoDecoder(f"{_NO_DECODER} ({cause.strerror})") from cause
         self._all.add(decoder)
         return decoder
 

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import multiprocessing
 import resource
 import socket
 import sys
@@ -76,6 +77,9 @@ def main(
     except VignetteError as error:
         notify_supervisor(folder, name, FailedToStart(str(error)))
         sys.exit(1)
+    finally:  # whatever ended it: Python would wait for its decoders, which ignore SIGTERM
+        for decoder in multiprocessing.active_children():
+            decoder.kill()
 
 
 def _service(
