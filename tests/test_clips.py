@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import struct
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from fractions import Fraction
 from functools import partial
 
@@ -23,7 +25,7 @@ from tests.paths import SAMPLES
 
 LENGTH, FRAMES = 21, 6
 GREYS = [10 * place for place in range(LENGTH)]
-KINDS = {"mp4": "mpeg4", "mov": "mpeg4", "webm": "libvpx", "gif": "", "webp": "", "png": ""}
+KINDS = {"mp4": "libx264", "mov": "mpeg4", "webm": "libvpx", "gif": "", "webp": "", "png": ""}
 
 
 def clip(kind: str, size: tuple[int, int] = (64, 48)) -> bytes:
@@ -87,6 +89,33 @@ def test_a_clip_of_jpegs_of_hundreds_of_scans_is_refused():
 def test_frames_of_each_kind(kind):
     found = greys(frames_of(clip(kind), FRAMES, 10**6))
     assert found == pytest.approx([GREYS[place] for place in places(LENGTH, FRAMES)], abs=4)
+
+
+def trimmed(data: bytes, first: int, count: int) -> bytes:
+    """An mp4 of 25 frames a second whose edit list shows `count` frames from `first` on, as
+    programs write it that cut without encoding again.
+    """
+    whole, place, media = data.index(b"elst") + 12, data.index(b"mvhd"), data.index(b"mdhd")
+    scales = (int.from_bytes(data[box + 16 : box + 20], "big") for box in (place, media))
+    shown, skipped = (n * scale // 25 for n, scale in zip((count, first), scales, strict=True))
+    skipped += int.from_bytes(data[whole + 4 : whole + 8], "big")  # of frames out of order
+    return data[:whole] + struct.pack(">II", shown, skipped) + data[whole + 8 :]
+
+
+def test_frames_that_were_trimmed_away_do_not_count():
+    for first, count in ((0, 11), (10, 11), (0, LENGTH)):
+        found = greys(frames_of(trimmed(clip("mp4"), first, count), FRAMES, 10**6))
+        expected = [GREYS[first + place] for place in places(count, FRAMES)]
+        assert found == pytest.approx(expected, abs=4)
+
+
+def test_an_animation_that_is_damaged_anywhere_is_no_clip():
+    whole, rng = clip("gif"), np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(whole[: rng.integers(20, len(whole))])
+        damaged[rng.integers(13, len(damaged))] = rng.integers(256)
+        with suppress(InvalidImage, TooManyPixels):
+            list(frames_of(bytes(damaged), FRAMES, 10**6))
 
 
 def test_what_is_no_clip_and_what_is_too_large_is_told():

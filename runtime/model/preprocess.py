@@ -26,7 +26,7 @@ _SPARE = 3  # scaled decoding keeps at least so many times `shortest_edge`
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # per image; many images are decoded at a time
 
 # Exceptions of Pillow's decoders on damaged files; any other exception is a bug and must show.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
            OverflowError, MemoryError, RuntimeError, AssertionError, struct.error)  # fmt: skip
 # EXIF 2.32, 4.6.4: the transposition that undoes each orientation.
 _UPRIGHT = {
@@ -64,7 +64,7 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as cause:  # Pillow's own limit, where none has lifted it
         raise TooManyPixels(_too_many(max_pixels)) from cause
-    except _DAMAGE as cause:
+    except DAMAGE as cause:
         raise InvalidImage(_NOT_AN_IMAGE) from cause
     if image.width * image.height > max_pixels:
         raise TooManyPixels(_too_many(max_pixels))
@@ -90,7 +90,7 @@ def _upright(image: Image.Image, least_edge: int | None) -> Image.Image:
         turned = image.getexif().get(ExifTags.Base.Orientation) if _is_short(image) else None
         how = _UPRIGHT.get(turned) if isinstance(turned, int) else None
         return to_rgb(image if how is None else image.transpose(how))
-    except _DAMAGE as cause:
+    except DAMAGE as cause:
         raise InvalidImage(
             f"a damaged {image.format} image: its end is missing, or bytes were changed"
         ) from cause

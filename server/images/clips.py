@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from runtime.errors import InvalidImage, TooManyPixels, VignetteError
-from runtime.model.preprocess import opened, to_rgb
+from runtime.model.preprocess import DAMAGE, opened, to_rgb
 from server.images.cost import scans_of
 
 _ANIMATIONS = (b"GIF8", b"RIFF", b"\x89PNG")  # GIF, WebP, PNG
@@ -62,10 +62,12 @@ def places(length: int, count: int) -> list[int]:
 
 def _animation(image: Image.Image, count: int) -> Iterator[Image.Image]:
     try:
-        for place in places(getattr(image, "n_frames", 1), count):
+        # To count them, Pillow visits all.
+        length = getattr(image, "n_frames", 1) if count > 1 else 1
+        for place in places(length, count):
             image.seek(place)
             yield to_rgb(image)
-    except (OSError, ValueError, EOFError, SyntaxError) as cause:
+    except DAMAGE as cause:
         raise InvalidImage(_NO_CLIP) from cause
 
 
@@ -93,10 +95,12 @@ def _video(data: bytes, count: int, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _counts(packet: Any, stream: Any) -> bool:
-    """Whether a packet holds a frame. Raises InvalidImage for a JPEG of too many scans."""
+    """Whether a packet holds a frame that is shown: a trimmed clip has others, outside of its edit
+    list. Raises InvalidImage for a JPEG of too many scans.
+    """
     if packet.size and stream.codec_context.name == "mjpeg":
         scans_of(bytes(packet))
-    return packet.size > 0
+    return packet.size > 0 and not packet.is_discard
 
 
 def _container(data: bytes) -> Any:
