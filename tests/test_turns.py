@@ -37,6 +37,34 @@ def test_turns_are_of_equal_time_and_not_of_equal_number():
     assert had["cheap"] == pytest.approx(had["also cheap"], abs=3)
 
 
+def test_who_sends_one_by_one_has_equal_time_beside_who_sends_several_that_take_long():
+    """Else each of theirs would begin in the moment between two of its own."""
+    had = {"heavy": 0.0, "one by one": 0.0}
+
+    async def run() -> float:
+        places = FairQueue(1, patience=0.3)
+
+        async def client(name: str, cost: float, times: int) -> None:
+            for _ in range(times):
+                await places.take(name)
+                await asyncio.sleep(cost / 500)
+                had[name] += cost
+                places.give(name, cost)
+                await asyncio.sleep(0.001)
+
+        heavy = [asyncio.create_task(client("heavy", 7.0, 1000)) for _ in range(4)]
+        await client("one by one", 0.5, 200)
+        ratio = had["heavy"] / had["one by one"]
+        before = had["heavy"]
+        await asyncio.sleep(0.35)
+        assert had["heavy"] > before  # the other is no longer expected
+        for task in heavy:
+            task.cancel()
+        return ratio
+
+    assert asyncio.run(run()) < 1.5
+
+
 def test_turns_that_cost_the_same_are_of_equal_number():
     had = taken({"a": 1.0, "b": 1.0, "c": 1.0}, 300)
     assert max(had.values()) - min(had.values()) <= 2

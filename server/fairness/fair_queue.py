@@ -7,6 +7,7 @@ from time import monotonic
 
 from server.fairness.client_clocks import ClientClocks
 from server.fairness.recent_clients import RecentClients
+from server.fairness.returning_clients import ReturningClients
 
 _PRESENT_SECONDS = 1.0  # for which a client counts as present after it came
 
@@ -21,10 +22,13 @@ class FairQueue:
         places: int,
         beside: int | None = None,
         spare: bool = False,
+        patience: float = 0.0,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         """beside: most places of one client while others are present. spare: clients have equal
-        shares of the places, and one share is left to the next client.
+        shares of the places, and one share is left to the next client. patience: seconds for which
+        no place is given to clients that had more than one that has just left and is expected back;
+        else one that sends one request after the other would wait for each of theirs.
         """
         self._places = self._free = places
         self._beside, self._spare = beside or places, spare
@@ -33,15 +37,20 @@ class FairQueue:
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
         self._clocks = ClientClocks()
         self._recent = RecentClients(clock)
+        self._returning = ReturningClients(patience, clock)
+        self._patience = patience
+        self._later: asyncio.TimerHandle | None = None
 
     async def take(self, client: str) -> None:
         """Wait for a place."""
         self._recent.note(client)
-        if self._free and self._room(client, self._share(client)):
+        self._returning.came(client)
+        if self._free and self._room(client, self._share(client)) and not self._kept(client):
             self._begin(client)
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(client, deque()).append(turn)
+        self._grant()
         try:
             await turn
         except asyncio.CancelledError:
@@ -65,12 +74,35 @@ class FairQueue:
             del self._held[client]
         self._clocks.charge(client, took, len({client, *self._held, *self._waiting}))
         self._free += 1
+        if client not in self._held and client not in self._waiting:
+            self._returning.left(client)
+        self._grant()
+
+    def _grant(self) -> None:
+        """Give free places to waiting clients; if they are kept for others, look again later."""
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
         while self._free and (next_ := self._next()) is not None:
+            if seconds := self._kept(next_):
+                loop = asyncio.get_running_loop()
+                self._later = loop.call_later(seconds, self._grant)
+                return
             turns = self._waiting[next_]
             turns.popleft().set_result(None)
             if not turns:
                 del self._waiting[next_]
             self._begin(next_)
+
+    def _kept(self, client: str) -> float:
+        """Seconds for which free places are kept from a client."""
+        much = self._clocks.of(client) - self._patience
+        others = (
+            seconds
+            for other, seconds in self._returning.expected()
+            if other not in self._held and self._clocks.of(other) < much
+        )
+        return max(others, default=0.0)
 
     def _begin(self, client: str) -> None:
         self._free -= 1

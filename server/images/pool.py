@@ -34,6 +34,7 @@ _CLIP_SECONDS = 1.0  # estimate for any clip
 _WRONG = 0.1  # core seconds beyond the estimate that no photograph takes
 _QUICK_MEMORY = 768 * 2**20  # bytes of a process of the quick lane, its libraries included
 _LOWER = 5  # niceness of the slow lane, added to that of the quick one
+_PATIENCE = 1.0  # seconds for which the slow lane waits for a client that sends one by one
 _REMEMBERED_SECONDS = 3600.0
 _LONGEST_WAIT = 60  # seconds that a client is told to wait
 _LEARNING, _SLOWEST = 0.2, 4.0  # of the pace: weight of a new value, and its upper bound
@@ -88,7 +89,7 @@ class ImageDecoders:
         self._wall = 2 * seconds + 1  # elapsed, after which an image is tried once more
         quick = replace(setup, memory=min(setup.memory, _QUICK_MEMORY))
         self._quick = Lane(quick, count).start(count)
-        self._slow = Lane(replace(setup, niceness=setup.niceness + _LOWER), 1)
+        self._slow = Lane(replace(setup, niceness=setup.niceness + _LOWER), 1, _PATIENCE)
         self._too_hard = Remembered(_REMEMBERED_SECONDS)
         self._queued: Counter[str] = Counter()  # estimated ms in the slow lane, by client
         self._misjudged = TokenBuckets(*_MISJUDGED, longest=_MISJUDGED_SECONDS)
