@@ -33,10 +33,20 @@ from export.pictures import LEAST_PICTURES, rows
 from export.reference import Case
 from export.self_test import choose
 from export.variants import build_variants, data_name, file_name, variant
-from export.verify import verify
+from export.verify import check_extent, verify
 from export.weights import pool
+from runtime.model.manifest import (
+    COMPILED,
+    PLAN,
+    TOKENIZER,
+    WEIGHTS,
+    Combination,
+    Manifest,
+    Variant,
+    read,
+    sha256,
+)
 from runtime.model.manifest import FILE as MANIFEST
-from runtime.model.manifest import TOKENIZER, WEIGHTS, Combination, Manifest, Variant, read, sha256
 
 _TASK = "image-to-text"
 _FP32 = ("fp32", "float32")
@@ -73,7 +83,8 @@ def build(checkpoint: Checkpoint, output: Path, proof: Proof | None = None) -> M
     Raises ExportError, including Mismatch.
     """
     proof = proof or Proof()
-    with _beside(output) as folder:
+    check_extent(checkpoint, proof.images, proof.new_tokens)
+    with _beside(output.resolve()) as folder:  # of a link, what it leads to is replaced
         print(f"exporting {checkpoint.name} to ONNX", flush=True)
         _write_graphs(checkpoint, folder, fused=proof.fast and proof.target != "cpu")
         for graph in ("encoder", "decoder"):
@@ -159,22 +170,35 @@ def _beside(output: Path) -> Iterator[Path]:
 
 
 def _check_replaceable(output: Path) -> None:
-    """Raise ExportError unless `output` is absent, an empty folder, or an engine to replace."""
+    """Raise ExportError unless `output` is absent, an empty folder, or an engine to replace, with
+    nothing else in its folder.
+    """
     if not output.name:
         raise ExportError("--output must name a folder of its own, such as engines/my-model")
-    if _is_engine(output) or not output.exists():
+    if not output.exists():
         return
-    if not output.is_dir() or any(output.iterdir()):
+    there = {path.name for path in output.iterdir()} if output.is_dir() else None
+    files = _files_of(output)
+    if there is None or (there and files is None):
         raise ExportError(f"{output} exists and is no engine: choose another --output")
+    if others := there - {MANIFEST, PLAN, COMPILED, *(files or ())}:
+        raise ExportError(
+            f"{output / min(others)} is no part of the engine that is replaced: move it elsewhere, "
+            "or choose another --output"
+        )
 
 
-def _is_engine(folder: Path) -> bool:
-    """Whether a folder has an engine manifest of any format, not another tool's manifest.json."""
+def _files_of(folder: Path) -> list[str] | None:
+    """Files of an engine of any format; None if there is none, but perhaps another tool's
+    manifest.json.
+    """
     try:
         content = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and {"format", "sizes", "files"} <= content.keys()
+        return None
+    if not isinstance(content, dict) or not {"format", "sizes", "files"} <= content.keys():
+        return None
+    return list(content["files"])
 
 
 def _move_into_place(partial: Path, output: Path) -> None:

@@ -1,6 +1,7 @@
 """Load checkpoints from a folder or the model hub (`export.random_weights` makes others)."""
 
 import errno
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,7 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise ExportError(f"{model} can't be loaded as a checkpoint: it has no config.json")
     try:
+        _check_objects(Path(model))
         config = AutoConfig.from_pretrained(model, revision=revision)
         if not isinstance(config, GitConfig):
             raise ExportError(
@@ -105,6 +107,14 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
         preprocessing=_preprocessing(model, processor, config.vision_config.image_size),
         normalisation=_normalisation(model, processor),
     )
+
+
+def _check_objects(folder: Path) -> None:
+    """Raise ExportError for a configuration that is JSON, but no object."""
+    for name in ("config.json", "preprocessor_config.json", "generation_config.json"):
+        path = folder / name
+        if path.is_file() and not isinstance(json.loads(path.read_text()), dict):
+            raise ExportError(f"{path} is no JSON object: take it from the checkpoint again")
 
 
 def _only_tokens(config: GenerationConfig | None) -> GenerationConfig:

@@ -32,6 +32,13 @@ class Verification:
     max_logprobs_difference: float  # of the chosen tokens
 
 
+def check_extent(checkpoint: Checkpoint, images: int, new_tokens: int) -> None:
+    """Raise ExportError for numbers of images or tokens that `verify` can't compare."""
+    room = checkpoint.sizes.text - _LONGEST_PROMPT
+    if images < 1 or not 1 <= new_tokens <= room:
+        raise ExportError(f"compare at least 1 image, and 1 to {room} tokens of each")
+
+
 def verify(
     checkpoint: Checkpoint,
     folder: Path,
@@ -43,12 +50,8 @@ def verify(
 
     pixels: uint8 encoder rows to use first, before generated pictures. Raises Mismatch naming the
     first token that differs, for logits that are not finite, and for random weights if half of the
-    captions or fewer are distinct, which proves nothing; ExportError for a bad number of images or
-    tokens.
+    captions or fewer are distinct, which proves nothing.
     """
-    room = checkpoint.sizes.text - _LONGEST_PROMPT
-    if images < 1 or not 1 <= new_tokens <= room:
-        raise ExportError(f"compare at least 1 image, and 1 to {room} tokens of each")
     cases = list(_cases(checkpoint, images, pixels or []))
     graphs = OnnxGraphs(folder / "encoder.onnx", folder / "decoder.onnx")
     sizes, tokens = checkpoint.sizes, checkpoint.tokens

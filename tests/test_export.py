@@ -21,11 +21,12 @@ from export.verify import verify
 from runtime.engine import Engine
 from runtime.errors import ComputationFailed
 from runtime.model import manifest as manifests
+from runtime.model.manifest import read
 from runtime.planning.config import EngineConfig
 from runtime.request import FinishReason
 from tests.checkpoints import PREFIXES, SHAPES
 from tests.fakes import drained
-from tests.paths import ROOT
+from tests.paths import DEMO, ROOT
 
 
 def test_every_shape_matches_generate_on_images_that_differ(exported):
@@ -173,6 +174,26 @@ def test_a_manifest_of_somebody_else_makes_no_engine(tmp_path):
     with pytest.raises(ExportError, match="exists and is no engine"):
         build(from_config("x", SHAPES["base"]), extension)
     assert (extension / "manifest.json").is_file()
+
+
+def test_what_is_no_part_of_an_engine_is_not_replaced_with_it(tmp_path):
+    engine = tmp_path / "engine"
+    shutil.copytree(DEMO, engine)
+    photo = engine / "photos" / "cat.jpg"
+    photo.parent.mkdir()
+    photo.write_bytes(b"precious")
+    with pytest.raises(ExportError, match=r"engine/photos is no part of the engine"):
+        build(from_config("x", SHAPES["base"]), engine)
+    assert photo.read_bytes() == b"precious"
+
+
+def test_of_a_link_to_an_engine_what_it_leads_to_is_replaced(tmp_path):
+    engine, link = tmp_path / "engine", tmp_path / "link"
+    shutil.copytree(DEMO, engine)
+    (engine / "plan.json").touch()
+    link.symlink_to(engine)
+    build(from_config("x", SHAPES["base"]), link, Proof(6, 5, fast=False))
+    assert link.is_symlink() and read(engine).model == "x" and not (link / "plan.json").exists()
 
 
 def test_random_weights_that_say_the_same_for_all_images_prove_nothing(tmp_path):

@@ -16,6 +16,8 @@ from runtime.errors import EngineFolderError
 
 FORMAT = 5  # increment when a field's meaning changes; older engines are then refused
 FILE = "manifest.json"
+PLAN = "plan.json"  # of `make tune`
+COMPILED = "tensorrt"  # folder of graphs compiled for a GPU
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "weights.data"
 UNFORCED = -1  # stands for the likeliest token of the step before

@@ -19,7 +19,7 @@ from runtime.planning.machine import Machine, this_machine
 
 log = logging.getLogger(__name__)
 
-FILE = "plan.json"
+FILE = manifests.PLAN
 FORMAT = 2
 
 # In order of preference where 8-bit products are fast; combinations an engine lacks are skipped.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from runtime.errors import ProviderError
+from runtime.model.manifest import COMPILED
 from runtime.providers.gpu import Gpu
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,6 @@ REMEDY = "install TensorRT 10 (`pip install -e '.[gpu,tensorrt]'`), or use --pro
 _LIBRARY = "libnvinfer.so.10"  # the version onnxruntime-gpu is linked to, like its parser
 _PARSER = "libnvonnxparser.so.10"
 _PACKAGE = "tensorrt_libs"  # where NVIDIA's wheels put both
-_FOLDER = "tensorrt"
 _COMPILED = "*.engine"
 Session = TypeVar("Session")
 
@@ -64,7 +64,7 @@ def key(gpu: Gpu, tensorrt: str, graph_sha256: str) -> str:
 
 def cache_folder(engine: Path, name: str) -> Path:
     """Folder for compiled graphs; a temporary one, with a warning in the log, if unwritable."""
-    folder = engine / _FOLDER / name
+    folder = engine / COMPILED / name
     if any(folder.glob(_COMPILED)) and not os.access(folder, os.W_OK):
         return folder  # read-only, with a compiled graph: nothing is written
     try:
