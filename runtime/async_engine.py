@@ -29,7 +29,7 @@ class AsyncEngine:
         mailbox = self._mailboxes.setdefault(loop, _Mailbox(loop))
         news: asyncio.Queue[_News] = asyncio.Queue()
         stepper, ended = self.engine.stepper, False
-        sink = partial(mailbox.put, news)
+        sink = partial(mailbox.put, ref(news))
         stepper.submit(request, sink)
         try:
             while not ended:
@@ -52,11 +52,12 @@ class _Mailbox:
     """Carries outputs to an event loop, those of one step in one wake-up."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = ref(loop)  # weak, because the loop is the key of a WeakKeyDictionary
-        self._news: deque[tuple[asyncio.Queue[_News], _News]] = deque()
+        # Weak, as are the queues, which hold it: the loop is the key of a WeakKeyDictionary.
+        self._loop = ref(loop)
+        self._news: deque[tuple[ref[asyncio.Queue[_News]], _News]] = deque()
         self._called = False
 
-    def put(self, queue: "asyncio.Queue[_News]", news: _News) -> None:
+    def put(self, queue: "ref[asyncio.Queue[_News]]", news: _News) -> None:
         """Called on the stepping thread."""
         self._news.append((queue, news))
         if not self._called and (loop := self._loop()) is not None:
@@ -69,5 +70,6 @@ class _Mailbox:
     def _deliver(self) -> None:
         self._called = False
         while self._news:
-            queue, news = self._news.popleft()
-            queue.put_nowait(news)
+            reference, news = self._news.popleft()
+            if (queue := reference()) is not None:
+                queue.put_nowait(news)

@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from server.bulk.lists import Columns
 from server.bulk.output import OutputConflict
 from tests.bulk_job import check, members, rows_of, run, said_of
 
@@ -75,6 +76,37 @@ def test_failures_are_rows_and_are_tried_alone(output, photos):
     rows = rows_of(output)
     assert len(rows) == 42
     assert [row["caption"] for row in rows if row["id"] == str(file)] == [said_of(content)]
+
+
+@pytest.mark.parametrize("done", [
+    Path.unlink, lambda path: path.rename(f"{path}.old"),
+    lambda path: (path.rename(f"{path}.old"), path.write_text("mine\n")),
+])  # fmt: skip
+def test_rows_that_are_taken_away_meanwhile_are_missed(done, photos, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    with pytest.raises(OutputConflict, match=r"rows.jsonl was removed, moved or changed"):
+        run(f"{output}", str(photos), begun=lambda: done(output))
+    assert not output.exists() or output.read_text() == "mine\n"
+
+
+def test_rows_that_are_cut_off_meanwhile_are_missed(photos, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    run(f"{output}", str(photos / "0"))
+    with pytest.raises(OutputConflict, match="give the command again"):
+        run(f"{output}", str(photos), begun=lambda: os.truncate(output, 0))
+    assert run(f"{output}", str(photos)).counts.captioned == 14
+    check(f"{output}", photos)
+
+
+def test_an_image_may_be_called_as_the_error_of_a_list_that_breaks_off(photos, tmp_path):
+    rows = [{"image": str(file), "id": file.stem} for file in photos.rglob("*.png")]
+    list_ = tmp_path / "list.jsonl"
+    rows.append({"image": "gone.png", "id": f"{list_}#end"})
+    list_.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for failed, before in ((1, 0), (0, 1)):
+        job = run(f"{tmp_path}/rows.jsonl", str(list_), columns=Columns(id="id"))
+        assert (job.counts.failed, job.counts.failed_before) == (failed, before)
+        assert len(rows_of(f"{tmp_path}/rows.jsonl")) == 41
 
 
 def test_what_changed_is_captioned_anew(output, photos):

@@ -88,6 +88,11 @@ def test_grey_palette_and_cmyk_are_converted():
         assert np.array_equal(preprocess(data, HOW), expected), (mode, kind)
 
 
+def test_floating_point_pixels_are_refused():
+    with pytest.raises(InvalidImage, match="save it with 8 or 16 bits"):
+        preprocess(encoded(Image.new("F", (300, 200), 0.5), "TIFF"), HOW)
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparency_is_laid_on_white(mode):
     image = Image.new("RGBA", (300, 260), (255, 0, 0, 0))

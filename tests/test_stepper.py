@@ -4,6 +4,7 @@ import asyncio
 import gc
 import math
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from queue import SimpleQueue
@@ -13,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from runtime.async_engine import AsyncEngine
-from runtime.engine import Observer
+from runtime.engine import Observer, StepReport
 from runtime.errors import ComputationFailed, InvalidRequest, WrongThread
 from runtime.planning.config import EngineConfig
 from tests.fakes import drained, fake_engine, gated, image
@@ -216,8 +217,24 @@ def test_tasks_iterate_over_what_is_generated_for_them():
 
 def test_event_loops_that_are_over_are_let_go():
     engine = AsyncEngine(fake_engine())
+
     for n in range(3):
         assert asyncio.run(engine.caption(engine.engine.request(image(n)))).token_ids
+
+    class Slow(Observer):
+        def stepped(self, report: StepReport) -> None:
+            time.sleep(0.005)
+
+    async def begin() -> None:
+        request = engine.engine.request(image(1), stream=True, max_new_tokens=30, ignore_eos=True)
+        await anext(engine.generate(request))
+
+    engine.engine.observer = Slow()
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(begin())
+    until(lambda: engine.engine.idle)  # more outputs are on the way
+    loop.close()
+    del loop
 
     def let_go() -> bool:
         gc.collect()  # the stepping thread may hold the last loop for a moment

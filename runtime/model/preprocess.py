@@ -112,7 +112,14 @@ def _too_many(limit: int) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: transparency on white, 16 bits scaled to 8, CMYK and palettes converted."""
+    """Any mode to RGB: transparency on white, 16 bits scaled to 8, CMYK and palettes converted.
+
+    Raises InvalidImage for floating-point pixels: 1 is white in some files, and black in others.
+    """
+    if image.mode == "F":
+        raise InvalidImage(
+            "the image has floating-point pixels, whose range is unknown: save it with 8 or 16 bits"
+        )
     if image.mode.startswith("I;16"):
         deep = np.asarray(image, dtype=np.uint16)
         return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")

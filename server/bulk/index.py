@@ -11,6 +11,7 @@ from server.bulk.asked import KEY_BYTES, key, of_item, of_row
 from server.bulk.items import Item, ResultRow
 
 _CACHE_KIB = 64 * 1024  # of memory
+_FAILED, _NO_IMAGE = 1, 2  # kinds of errors: of an image elsewhere; of no image, or one called so
 
 
 class SameId(VignetteError):
@@ -35,7 +36,9 @@ class Index:
 
     def add(self, row: ResultRow, done: bool) -> None:
         """Add the output's next row. done: its item is not to be captioned again."""
-        asked, failed = of_row(row), row.error is not None
+        asked, failed = of_row(row), 0
+        if row.error is not None:
+            failed = _NO_IMAGE if row.path is None else _FAILED
         with self._lock:
             found = self._table.execute("SELECT row, claimed FROM t WHERE id = ?", (key(row.id),))
             before, claimed = found.fetchone() or (None, 0)
@@ -86,10 +89,11 @@ class Index:
         return True
 
     def drop_error(self, item_id: str) -> None:
-        """Drop an item's row if that is an error: what was wrong is right now."""
+        """Drop the row of an item without an image if it is an error: what was wrong is right."""
         with self._lock:
             found = self._table.execute(
-                "UPDATE t SET row = NULL, failed = 0 WHERE id = ? AND failed", (key(item_id),)
+                "UPDATE t SET row = NULL, failed = 0 WHERE id = ? AND failed = ?",
+                (key(item_id), _NO_IMAGE),
             )
             self.replaced |= found.rowcount > 0
 

@@ -89,29 +89,36 @@ class Lines(Output):
         """Raises OutputConflict if another run writes to it, or it is no regular file."""
         self.path = path
         self._stream = locked(path)
+        self._size = 0  # bytes of whole rows
 
     @override
     def rows(self) -> Iterator[ResultRow]:
         """Raises OutputConflict for a line that is no row of ours."""
         self._stream.seek(0)
-        whole = 0
+        self._size = 0
         for number, line in enumerate(self._stream, 1):
             ends = line.endswith(b"\n")
             if not ends and _torn(line):  # the last run was killed while writing this
-                self._stream.truncate(whole)
+                self._stream.truncate(self._size)
                 return
             yield row_of(line, f"{self.path}, line {number},")
-            whole += len(line)
+            self._size += len(line)
             if not ends:
-                self._stream.write(b"\n")
+                self._size += self._stream.write(b"\n")
 
     @override
     def append(self, row: ResultRow, outcome: Outcome) -> None:
-        self._stream.write(msgspec.json.encode(row) + b"\n")
+        self._size += self._stream.write(msgspec.json.encode(row) + b"\n")
         self._stream.flush()
 
     @override
     def finish(self, index: Index) -> None:
+        """Raises OutputConflict if the file was changed or moved meanwhile."""
+        if not _is_at(self.path, self._stream) or self.path.stat().st_size != self._size:
+            raise OutputConflict(
+                f"{self.path} was removed, moved or changed during the run: rows "
+                "are missing there; give the command again"
+            )
         if index.replaced:
             with replacing(self.path) as stream:
                 for row in latest(self.rows(), index):
@@ -124,6 +131,7 @@ class Lines(Output):
     def clear(self) -> None:
         """Remove all rows, which are in another file now."""
         self._stream.truncate(0)
+        self._size = 0
 
 
 def row_of(data: bytes, where: str) -> ResultRow:
@@ -200,6 +208,11 @@ def locked(path: Path) -> BinaryIO:
         except BlockingIOError:
             stream.close()
             raise OutputConflict(f"another run writes to {path}: name another output") from None
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+        if _is_at(path, stream):
             return stream
         stream.close()  # another run has just replaced the file
+
+
+def _is_at(path: Path, stream: BinaryIO) -> bool:
+    """Whether an open file is still the one that its path names."""
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno()))
