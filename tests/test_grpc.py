@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import grpc
 import numpy as np
@@ -121,6 +122,16 @@ def test_errors_are_the_protocols_own(client, model, images, status, message):
     with pytest.raises(InferenceServerException, match=message) as error:
         client.infer(model, [tensor("IMAGE", images)])
     assert error.value.status() == status
+
+
+def test_there_is_one_version_of_a_model(client):
+    asked = [tensor("IMAGE", IMAGES[:1])]
+    assert client.infer(MODEL, asked, model_version="1").as_numpy("CAPTION") is not None
+    for call in (partial(client.infer, inputs=asked), client.is_model_ready,
+                 client.get_model_metadata, client.get_model_config):  # fmt: skip
+        with pytest.raises(InferenceServerException, match="no such version") as error:
+            call(MODEL, model_version="2")
+        assert error.value.status() == "StatusCode.NOT_FOUND"
 
 
 def test_a_deadline_and_a_call_that_is_taken_back_free_their_places(ports, client):

@@ -82,7 +82,8 @@ def test_front_ends_count_together(tmp_path):
     ("text", "message"),
     [("web abc 0 0", "line 1"), ("web", "line 1"), ("", "has no keys"),
      ("a " + "00" * 8 + " 0 0", "sha256"), ("a " + "00" * 32 + " nan 0", "line 1"),
-     ("a " + "00" * 32 + " 0 -1", "line 1")],
+     ("a " + "00" * 32 + " 0 -1", "line 1"),
+     (f"a {'00' * 32} 0 0\nb {'00' * 32} 5 0", "line 2: an earlier line has this key")],
 )  # fmt: skip
 def test_a_key_file_that_is_wrong_is_named(tmp_path, text, message):
     with pytest.raises(InvalidKeys, match=message):
@@ -92,6 +93,10 @@ def test_a_key_file_that_is_wrong_is_named(tmp_path, text, message):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InvalidKeys, match="is no file"):
         read(tmp_path / "pipe")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    assert [c.name for c in read(keys_file(tmp_path, f"\ufeffweb {'00' * 32} 0 0"))] == ["web"]
 
 
 def test_keys_are_made_with_a_command(tmp_path):

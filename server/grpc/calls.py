@@ -14,6 +14,7 @@ from runtime.errors import VignetteError
 from runtime.request import Timing
 from server.addresses import address_of, group_of, networks
 from server.protocols.errors import INTERNAL, ErrorStatus, answer_to
+from server.protocols.kserve import model_of
 from server.refusals import RetryLater
 from server.service.keys import sent
 from server.service.model import Model
@@ -88,7 +89,7 @@ class Call:
     def asks(self, request: Any) -> Model:
         """Note the request's id and model, and return the model. Raises UnknownModel."""
         self.id = request.id
-        model = self.service.model(request.model_name)
+        model = model_of(self.service, request.model_name, request.model_version)
         self.model = model.name
         return model
 

@@ -69,22 +69,22 @@ class InferenceService:
         return pb.ServerReadyResponse(ready=self._service.serves)
 
     async def ModelReady(self, request: Any, context: Context) -> Any:  # noqa: D102, N802
-        model = await self._model(request.name, context)
+        model = await self._model(request, context)
         return pb.ModelReadyResponse(ready=model.serves)
 
     async def ServerMetadata(self, request: Any, context: Context) -> Any:  # noqa: D102, N802
         return pb.ServerMetadataResponse(**kserve.SERVER, extensions=kserve.EXTENSIONS)
 
     async def ModelMetadata(self, request: Any, context: Context) -> Any:  # noqa: D102, N802
-        known = kserve.metadata(await self._model(request.name, context))
+        known = kserve.metadata(await self._model(request, context))
         return pb.ModelMetadataResponse(**known)
 
     async def ModelConfig(self, request: Any, context: Context) -> Any:  # noqa: D102, N802
-        known = kserve.config(await self._model(request.name, context))
+        known = kserve.config(await self._model(request, context))
         return pb.ModelConfigResponse(config=model_config_pb2.ModelConfig(**known))
 
     async def ModelStatistics(self, request: Any, context: Context) -> Any:  # noqa: D102, N802
-        model = await self._model(request.name, context)
+        model = await self._model(request, context)
         if self._service.settings.ops_port is not None:  # then statistics are not public
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "statistics are served by /metrics")
         counted = (await self._service.metrics.rendered()).decode()
@@ -148,9 +148,9 @@ class InferenceService:
         finally:
             answers.put_nowait(None)
 
-    async def _model(self, name: str, context: Context) -> Model:
+    async def _model(self, request: Any, context: Context) -> Model:
         try:
-            return self._service.model(name)
+            return kserve.model_of(self._service, request.name, request.version)
         except VignetteError as error:
             await Call(self._service, context, "").refuse(Refusal(error))
             raise AssertionError("a refused call is over") from error

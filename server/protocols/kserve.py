@@ -19,7 +19,7 @@ from runtime.request import Caption
 from server.requests.fields import CaptionFields, checked
 from server.requests.parts import MOST_IMAGES, shown
 from server.service.model import Model
-from server.service.service import Service
+from server.service.service import Service, UnknownModel
 from server.tasks import gather_or_cancel
 
 SERVER = {"name": "vignette", "version": __version__}
@@ -32,6 +32,13 @@ MOST_AXES = 8  # of a tensor: multiplying more of them takes long
 SIZE = 4  # bytes of the length before each element of a BYTES tensor
 CONFIG_TYPES = {"BYTES": "TYPE_STRING", "INT32": "TYPE_INT32", "FP32": "TYPE_FP32"}
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
+
+
+def model_of(service: Service, name: str, version: str) -> Model:
+    """The model of that name, or the default. version: empty for any. Raises UnknownModel."""
+    if version not in ("", VERSION):
+        raise UnknownModel(f"there is no such version here: ask for {VERSION}, or for none")
+    return service.model(name)
 
 
 def check_input(name: str, datatype: str, before: Container[str]) -> None:

@@ -137,23 +137,27 @@ def _text(path: Path) -> str:
     try:
         if path.exists() and not path.is_file():  # reading a pipe would block
             raise InvalidKeys(f"{path} is no file")
-        return path.read_text()
+        return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as cause:
         raise InvalidKeys(f"{path} can't be read: {cause}") from cause
 
 
 def _parsed(path: Path, text: str) -> list[Client]:
-    clients = []
+    clients, known = [], set[bytes]()
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith(_COMMENT):
             continue
         try:
-            clients.append(_client(line))
+            client = _client(line)
         except ValueError as cause:
             raise InvalidKeys(
                 f"{path}, line {number}: expected name, sha256, requests a second, requests at "
                 "once (make one with `vignette keys NAME`)"
             ) from cause
+        if client.digest in known:
+            raise InvalidKeys(f"{path}, line {number}: an earlier line has this key: make another")
+        known.add(client.digest)
+        clients.append(client)
     if not clients:
         raise InvalidKeys(f"{path} has no keys: nobody could come in")
     return clients
