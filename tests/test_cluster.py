@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import zmq
 from msgspec import msgpack
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
@@ -92,7 +93,9 @@ class Socket:
     def __init__(self) -> None:
         self.coming, self.sent = asyncio.Queue(), []
 
-    async def recv_multipart(self):
+    async def recv_multipart(self, flags=0):
+        if flags and self.coming.empty():
+            raise zmq.Again
         return await self.coming.get()
 
     async def send_multipart(self, parts):

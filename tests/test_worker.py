@@ -6,6 +6,7 @@ import time
 import msgspec
 import numpy as np
 import pytest
+import zmq
 
 from runtime import engine
 from runtime.planning.config import EngineConfig
@@ -30,7 +31,9 @@ class Socket:
     def __init__(self):
         self.coming, self.sent = asyncio.Queue(), []
 
-    async def recv_multipart(self):
+    async def recv_multipart(self, flags=0):
+        if flags and self.coming.empty():
+            raise zmq.Again
         return await self.coming.get()
 
     async def send_multipart(self, parts):

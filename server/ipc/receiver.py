@@ -3,11 +3,13 @@
 import asyncio
 import logging
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import zmq
 import zmq.asyncio
 
 from server.ipc.messages import (
@@ -24,6 +26,7 @@ from server.ipc.shared import NoSharedMemory, PixelStore
 
 log = logging.getLogger(__name__)
 
+_AT_ONCE = 64  # messages taken before answers are sent
 Owner = bytes  # identity of the front-end that a message came from
 
 
@@ -127,16 +130,23 @@ class Receiver:
 
     async def _receive(self) -> None:
         while True:
-            owner, data = await self._socket.recv_multipart()
-            match TO_WORKER.decode(data):
-                case Hello() as hello:
-                    self._open(owner, hello)
-                case Generate() as message if owner in self.stores:
-                    self.received(RequestTask(owner, message))
-                case Generate(request):
-                    self.send(owner, Unserved(request.id, FailureReason.NO_PIXELS))
-                case Cancel() as message:
-                    self.cancel(message.id)
+            self._take(*await self._socket.recv_multipart())
+            # Those that are there already, without a round of the event loop for each.
+            with suppress(zmq.Again):
+                for _ in range(_AT_ONCE):
+                    self._take(*await self._socket.recv_multipart(zmq.DONTWAIT))
+            await asyncio.sleep(0)
+
+    def _take(self, owner: Owner, data: bytes) -> None:
+        match TO_WORKER.decode(data):
+            case Hello() as hello:
+                self._open(owner, hello)
+            case Generate() as message if owner in self.stores:
+                self.received(RequestTask(owner, message))
+            case Generate(request):
+                self.send(owner, Unserved(request.id, FailureReason.NO_PIXELS))
+            case Cancel() as message:
+                self.cancel(message.id)
 
     def _open(self, owner: Owner, hello: Hello) -> None:
         stable = owner.rpartition(b"-")[0]
