@@ -181,7 +181,7 @@ def best_of_beams(
     caches = _caches(images, capacity=sizes.prefix + len(case.prompt) + new_tokens)
     caches = {name: np.repeat(cache, beams, axis=0) for name, cache in caches.items()}
     fed = 0
-    while not decoding.finished:
+    while decoding.finish_reason is None:
         forced = case.prompt[fed : fed + 1] * beams
         tokens = [[token] for token in forced or decoding.tokens]
         lengths = np.full(beams, sizes.prefix + fed, np.int32)

@@ -61,8 +61,8 @@ class Sequence:
         if self.fed < len(self.request.prompt_ids):
             return []  # the next token comes from the prompt
         moves = self.decoding.advance(rows)
-        if self.decoding.finished:
-            self.finish_reason = self.decoding.completions()[0].finish_reason
+        self.finish_reason = self.decoding.finish_reason
+        if self.finish_reason is not None:
             return []
         return [(self.slots[source], self.slots[target]) for source, target in moves]
 
@@ -72,9 +72,8 @@ class Sequence:
         self.fed += len(ids)
         failed = next((step for step, value in enumerate(logprobs) if math.isnan(value)), None)
         self.decoding.extend(ids[prompted:failed], logprobs[prompted:failed])
-        if self.decoding.finished:
-            self.finish_reason = self.decoding.completions()[0].finish_reason
-        elif failed is not None:
+        self.finish_reason = self.decoding.finish_reason
+        if self.finish_reason is None and failed is not None:
             self.finish_reason = FinishReason.FAILED
 
     def output(self) -> RequestOutput | None:
@@ -85,7 +84,7 @@ class Sequence:
             new = self.decoding.new_tokens(self.reported)
             self.reported += len(new.token_ids)
             return RequestOutput(self.request.id, new) if new.token_ids else None
-        if not self.decoding.finished:  # cancelled, expired or failed
+        if self.decoding.finish_reason is None:  # cancelled, expired or failed
             failed = Completion((), finish_reason=self.finish_reason)
             return RequestOutput(self.request.id, failed, self._timing())
         new, others = self.decoding.new_tokens(self.reported), self.decoding.completions()[1:]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from runtime.decoding.candidates import Move, RowCandidates
 from runtime.decoding.hypothesis import Hypothesis
 from runtime.decoding.penalties import penalises
-from runtime.request import Completion, SamplingParams
+from runtime.request import Completion, FinishReason, SamplingParams
 
 
 class Decoding(ABC):
@@ -54,8 +54,8 @@ class Decoding(ABC):
 
     @property
     @abstractmethod
-    def finished(self) -> bool:
-        """Whether all texts are complete."""
+    def finish_reason(self) -> FinishReason | None:
+        """Why the first completion ended, once all texts are complete."""
 
     @abstractmethod
     def advance(self, rows: Sequence[RowCandidates]) -> list[Move]:
@@ -71,4 +71,4 @@ class Decoding(ABC):
 
     @abstractmethod
     def completions(self) -> list[Completion]:
-        """All completions, best first; valid once `finished`."""
+        """All completions, best first; valid once there is a finish reason."""

@@ -54,9 +54,9 @@ class Beams(Decoding):
         return 2 * self._sampling.num_beams  # up to `num_beams` of them may end
 
     @property
-    def finished(self) -> bool:
+    def finish_reason(self) -> FinishReason | None:
         """See Decoding."""
-        return self._ended
+        return self.completions()[0].finish_reason if self._ended else None
 
     def advance(self, rows: Sequence[RowCandidates]) -> list[Move]:
         """See Decoding."""
@@ -120,7 +120,7 @@ class Beams(Decoding):
 
     def new_tokens(self, reported: int) -> Completion:
         """See Decoding; empty until the end, when the best text is known."""
-        return self.completions()[0] if self.finished else Completion(())
+        return self.completions()[0] if self._ended else Completion(())
 
     def completions(self) -> list[Completion]:
         """See Decoding."""

@@ -27,9 +27,10 @@ class Continuation(Decoding):
         return self._sampling.top_k if self._sampling.temperature else 1
 
     @property
-    def finished(self) -> bool:
+    def finish_reason(self) -> FinishReason | None:
         """See Decoding."""
-        return all(text.finish_reason for text in self._texts)
+        first, *others = self._texts
+        return first.finish_reason if all(text.finish_reason for text in others) else None
 
     def advance(self, rows: Sequence[RowCandidates]) -> list[Move]:
         """See Decoding."""
