@@ -1,6 +1,8 @@
 """Places that clients take in turns: of equal time, whoever comes and however often."""
 
 import asyncio
+import time
+from collections import Counter
 from unittest.mock import Mock
 
 import pytest
@@ -63,6 +65,49 @@ def test_who_sends_one_by_one_has_equal_time_beside_who_sends_several_that_take_
         return ratio
 
     assert asyncio.run(run()) < 1.5
+
+
+def test_the_time_for_which_a_place_is_kept_counts():
+    """A client that asks for little, and late, must not keep the place empty for all others."""
+    had = Counter()
+
+    async def run() -> None:
+        places = FairQueue(1, patience=0.1)
+
+        async def client(name: str, cost: float, pause: float) -> None:
+            while True:
+                await places.take(name)
+                began = time.monotonic()
+                await asyncio.sleep(cost)
+                took = time.monotonic() - began
+                had[name] += took
+                places.give(name, took)
+                await asyncio.sleep(pause)
+
+        tasks = [asyncio.create_task(client("heavy", 0.3, 0)) for _ in range(3)]
+        tasks.append(asyncio.create_task(client("light", 0.001, 0.08)))
+        await asyncio.sleep(6)
+        for task in tasks:
+            task.cancel()
+
+    asyncio.run(run())
+    assert had["heavy"] > 2  # of 6; 0.3 if the time were free
+
+
+def test_a_client_that_gave_up_is_not_expected():
+    async def run() -> None:
+        places = FairQueue(1, patience=60)
+        for name in ("hasty", "heavy"):
+            await places.take(name)
+            places.give(name, 1.0)
+        await places.take("heavy")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await places.take("hasty")  # it has returned once
+        places.give("heavy", 5.0)
+        await asyncio.wait_for(places.take("heavy"), 10)
+
+    asyncio.run(run())
 
 
 def test_turns_that_cost_the_same_are_of_equal_number():

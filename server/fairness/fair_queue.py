@@ -27,9 +27,11 @@ class FairQueue:
     ) -> None:
         """beside: most places of one client while others are present. spare: clients have equal
         shares of the places, and one share is left to the next client. patience: seconds for which
-        no place is given to clients that had more than one that has just left and is expected back;
-        else one that sends one request after the other would wait for each of theirs.
+        a queue of one place, if `took` is in seconds, keeps it for a client that has just left and
+        is expected back, from those that had so much more; else one that sends one request after
+        the other would wait for each of theirs. It is charged for that time.
         """
+        assert not patience or places == 1
         self._places = self._free = places
         self._beside, self._spare = beside or places, spare
         self._held: Counter[str] = Counter()
@@ -38,14 +40,15 @@ class FairQueue:
         self._clocks = ClientClocks()
         self._recent = RecentClients(clock)
         self._returning = ReturningClients(patience, clock)
-        self._patience = patience
+        self._patience, self._clock = patience, clock
+        self._kept: tuple[str, float] | None = None  # for whom a free place is kept; since when
         self._later: asyncio.TimerHandle | None = None
 
     async def take(self, client: str) -> None:
         """Wait for a place."""
         self._recent.note(client)
         self._returning.came(client)
-        if self._free and self._room(client, self._share(client)) and not self._kept(client):
+        if self._free and self._room(client, self._share(client)) and not self._awaited(client):
             self._begin(client)
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -60,6 +63,8 @@ class FairQueue:
                 turns.remove(turn)
                 if not turns:
                     del self._waiting[client]
+                if client not in self._held and client not in self._waiting:
+                    self._returning.gone(client)
             raise
 
     def give(self, client: str, took: float = 1.0, called: bool = False) -> None:
@@ -84,9 +89,8 @@ class FairQueue:
             self._later.cancel()
             self._later = None
         while self._free and (next_ := self._next()) is not None:
-            if seconds := self._kept(next_):
-                loop = asyncio.get_running_loop()
-                self._later = loop.call_later(seconds, self._grant)
+            if awaited := self._awaited(next_):
+                self._keep(*awaited)
                 return
             turns = self._waiting[next_]
             turns.popleft().set_result(None)
@@ -94,17 +98,28 @@ class FairQueue:
                 del self._waiting[next_]
             self._begin(next_)
 
-    def _kept(self, client: str) -> float:
-        """Seconds for which free places are kept from a client."""
+    def _awaited(self, client: str) -> tuple[str, float] | None:
+        """The other client for which the place is kept from this one, and the seconds left."""
         much = self._clocks.of(client) - self._patience
-        others = (
-            seconds
-            for other, seconds in self._returning.expected()
-            if other not in self._held and self._clocks.of(other) < much
-        )
-        return max(others, default=0.0)
+        others = (each for each in self._returning.expected() if self._clocks.of(each[0]) < much)
+        return min(others, key=lambda each: self._clocks.of(each[0]), default=None)
+
+    def _keep(self, client: str, seconds: float) -> None:
+        """Keep the free place for a client, as one that it holds; look again later."""
+        if self._kept is None or self._kept[0] != client:
+            self._charge_kept()
+            self._kept = client, self._clock()
+        self._later = asyncio.get_running_loop().call_later(seconds, self._grant)
+
+    def _charge_kept(self) -> None:
+        if self._kept is not None:
+            client, since = self._kept
+            self._kept = None
+            present = len({client, *self._held, *self._waiting})
+            self._clocks.charge(client, self._clock() - since, present)
 
     def _begin(self, client: str) -> None:
+        self._charge_kept()
         self._free -= 1
         self._held[client] += 1
         self._clocks.begin(client)

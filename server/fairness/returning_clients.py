@@ -24,8 +24,12 @@ class ReturningClients:
         """Note that a client has no more requests here."""
         self._left[client] = self._clock(), client in self._returned
         self._left.move_to_end(client)
-        self._returned.discard(client)
+        self.gone(client)
         self._forget()
+
+    def gone(self, client: str) -> None:
+        """Note that a client has given up its last request."""
+        self._returned.discard(client)
 
     def expected(self) -> Iterator[tuple[str, float]]:
         """Clients that returned the last time, and the seconds for which each is expected."""
