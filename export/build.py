@@ -84,7 +84,7 @@ def build(checkpoint: Checkpoint, output: Path, proof: Proof | None = None) -> M
     """
     proof = proof or Proof()
     check_extent(checkpoint, proof.images, proof.new_tokens)
-    with _beside(output.resolve()) as folder:  # of a link, what it leads to is replaced
+    with _beside(output) as folder:
         print(f"exporting {checkpoint.name} to ONNX", flush=True)
         _write_graphs(checkpoint, folder, fused=proof.fast and proof.target != "cpu")
         for graph in ("encoder", "decoder"):
@@ -146,6 +146,7 @@ def _faster_variants(
 def _beside(output: Path) -> Iterator[Path]:
     """A new folder beside `output` that replaces it at the end, or is deleted on an error."""
     _check_replaceable(output)
+    output = output.resolve()  # of a link, what it leads to is replaced
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
@@ -173,7 +174,7 @@ def _check_replaceable(output: Path) -> None:
     """Raise ExportError unless `output` is absent, an empty folder, or an engine to replace, with
     nothing else in its folder.
     """
-    if not output.name:
+    if output.name in ("", ".."):
         raise ExportError("--output must name a folder of its own, such as engines/my-model")
     if not output.exists():
         return
@@ -196,12 +197,12 @@ def _files_of(folder: Path) -> list[str] | None:
         content = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
-    if not isinstance(content, dict) or not {"format", "sizes", "files"} <= content.keys():
-        return None
-    return list(content["files"])
+    ours = isinstance(content, dict) and {"format", "sizes", "files"} <= content.keys()
+    return list(content["files"]) if ours and isinstance(content["files"], dict) else None
 
 
 def _move_into_place(partial: Path, output: Path) -> None:
+    _check_replaceable(output)  # again: exporting takes long
     if not output.exists():
         partial.rename(output)
         return

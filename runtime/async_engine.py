@@ -1,6 +1,7 @@
 """An engine for asyncio: any number of tasks iterate over the outputs of their requests."""
 
 import asyncio
+import threading
 from collections import deque
 from collections.abc import AsyncGenerator
 from functools import partial
@@ -19,17 +20,17 @@ class AsyncEngine:
         self.engine = engine
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox]
         self._mailboxes = WeakKeyDictionary()
+        self._lock = threading.Lock()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request's outputs as they come; the last one has a finish reason.
 
         Cancelling the task, or closing the iterator, cancels the request. Re-raises step errors.
         """
-        loop = asyncio.get_running_loop()
-        mailbox = self._mailboxes.setdefault(loop, _Mailbox(loop))
+        mailbox = self._mailbox(asyncio.get_running_loop())
         news: asyncio.Queue[_News] = asyncio.Queue()
         stepper, ended = self.engine.stepper, False
-        sink = partial(mailbox.put, ref(news))
+        sink = partial(mailbox.put, news)
         stepper.submit(request, sink)
         try:
             while not ended:
@@ -42,6 +43,13 @@ class AsyncEngine:
             if not ended:
                 stepper.cancel(request.id, sink)
 
+    def _mailbox(self, loop: asyncio.AbstractEventLoop) -> "_Mailbox":
+        with self._lock:
+            # News that found its loop closed holds it, by the queue of whom it was for.
+            for closed in [each for each in self._mailboxes if each.is_closed()]:
+                del self._mailboxes[closed]
+            return self._mailboxes.setdefault(loop, _Mailbox(loop))
+
     async def caption(self, request: GenerationRequest) -> Caption:
         """Caption a request to its end. Raises ComputationFailed, and re-raises step errors."""
         outputs = [output async for output in self.generate(request)]
@@ -52,12 +60,11 @@ class _Mailbox:
     """Carries outputs to an event loop, those of one step in one wake-up."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        # Weak, as are the queues, which hold it: the loop is the key of a WeakKeyDictionary.
-        self._loop = ref(loop)
-        self._news: deque[tuple[ref[asyncio.Queue[_News]], _News]] = deque()
+        self._loop = ref(loop)  # weak, because the loop is the key of a WeakKeyDictionary
+        self._news: deque[tuple[asyncio.Queue[_News], _News]] = deque()
         self._called = False
 
-    def put(self, queue: "ref[asyncio.Queue[_News]]", news: _News) -> None:
+    def put(self, queue: "asyncio.Queue[_News]", news: _News) -> None:
         """Called on the stepping thread."""
         self._news.append((queue, news))
         if not self._called and (loop := self._loop()) is not None:
@@ -70,6 +77,5 @@ class _Mailbox:
     def _deliver(self) -> None:
         self._called = False
         while self._news:
-            reference, news = self._news.popleft()
-            if (queue := reference()) is not None:
-                queue.put_nowait(news)
+            queue, news = self._news.popleft()
+            queue.put_nowait(news)

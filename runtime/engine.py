@@ -339,7 +339,7 @@ class Engine:
         one = isinstance(images, np.ndarray) and images.ndim < _BATCH_AXES
         if one or isinstance(images, str | bytes | PathLike | Image) or isinstance(prompts, str):
             raise InvalidRequest("images and prompts are lists: generate([image], [prompt])")
-        prompts = prompts or [None] * len(images)
+        prompts = [None] * len(images) if prompts is None else prompts
         if len(prompts) != len(images):
             raise InvalidRequest(f"there are {len(images)} images and {len(prompts)} prompts")
         return self.run(
@@ -350,25 +350,28 @@ class Engine:
     def run(self, requests: Iterable[GenerationRequest]) -> list[Caption]:
         """Captions of requests, in order; callable on any thread.
 
-        Requests are taken from the iterable as slots become free: the engine captions some while
-        the next are made, and few images are in memory at a time.
+        Requests are taken from the iterable as the engine gets on, up to three times as many as
+        there are slots: it captions some while the next are made, and few images are in memory.
 
         Raises the error of the iterable, of `submit`, of a step or of `caption`; requests that
         have not ended are cancelled then.
         """
         news: SimpleQueue[RequestOutput | Exception] = SimpleQueue()
         put, coming = news.put, iter(requests)
-        captions: list[Caption | None] = []
+        captions: dict[int, Caption] = {}  # by place in the iterable
         running: dict[int, tuple[int, GenerationRequest, list[RequestOutput]]] = {}
-        following = list(itertools.islice(coming, self.slots))
+        taken = 0
+        following = list(itertools.islice(coming, self.encode_batch))
         try:
             while following or running:
                 if following and len(running) <= 2 * self.slots:
                     for request in following:
-                        running[request.id] = len(captions), request, []
-                        captions.append(None)
+                        if request.id in running:
+                            raise InvalidRequest("a request is there twice: build another one")
+                        running[request.id] = taken, request, []
+                        taken += 1
                         self.stepper.submit(request, put)
-                    following = list(itertools.islice(coming, self.slots))
+                    following = list(itertools.islice(coming, self.encode_batch))
                     continue
                 output = news.get()
                 if isinstance(output, Exception):
@@ -381,7 +384,7 @@ class Engine:
         finally:
             for number in running:
                 self.stepper.cancel(number, put)
-        return [caption for caption in captions if caption is not None]
+        return [captions[place] for place in range(taken)]
 
     def caption(self, request: GenerationRequest, *outputs: RequestOutput) -> Caption:
         """The caption of an ended request. Raises ComputationFailed if the request failed."""

@@ -247,8 +247,18 @@ def test_generate_leaves_nothing_behind_when_one_image_is_bad(good):
 
 
 def test_generate_takes_a_prompt_for_each_image():
-    with pytest.raises(InvalidRequest, match="1 images and 2 prompts"):
-        fake_engine().generate([image(1)], ["3", "4"])
+    for prompts in (["3", "4"], []):
+        with pytest.raises(InvalidRequest, match=f"1 images and {len(prompts)} prompts"):
+            fake_engine().generate([image(1)], prompts)
+
+
+def test_a_request_may_be_run_again_but_not_beside_itself():
+    engine = fake_engine(EngineConfig(slots=1, encode_batch=1))
+    request, others = ask(engine, 1, [], 6), [ask(engine, n, [], 6) for n in range(5)]
+    with pytest.raises(InvalidRequest, match="twice"):
+        engine.run([request, request])
+    captions = engine.run([request, *others, request])
+    assert [c.token_ids for c in captions] == [alone(n, [], 6) for n in (1, *range(5), 1)]
 
 
 def test_requests_are_made_as_slots_become_free():

@@ -235,6 +235,8 @@ def test_event_loops_that_are_over_are_let_go():
     until(lambda: engine.engine.idle)  # more outputs are on the way
     loop.close()
     del loop
+    engine.engine.observer = Observer()
+    asyncio.run(engine.caption(engine.engine.request(image(1))))
 
     def let_go() -> bool:
         gc.collect()  # the stepping thread may hold the last loop for a moment

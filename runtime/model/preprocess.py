@@ -27,7 +27,7 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # per image; many images are decoded at
 
 # Exceptions of Pillow's decoders on damaged files; any other exception is a bug and must show.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
-           OverflowError, MemoryError, RuntimeError, AssertionError, struct.error)  # fmt: skip
+          OverflowError, MemoryError, RuntimeError, AssertionError, struct.error)  # fmt: skip
 # EXIF 2.32, 4.6.4: the transposition that undoes each orientation.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,

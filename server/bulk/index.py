@@ -115,6 +115,11 @@ class Index:
         keys = (key for item, *about in rows for key in _finished(item, *about))
         return FinishedItems(np.unique(np.fromiter(keys, f"S{KEY_BYTES}")), prompt)
 
+    @property
+    def rows(self) -> int:
+        """The number of rows that were added."""
+        return self._next
+
     def latest(self, row: ResultRow, number: int) -> bool:
         """Whether the output's row with this number is its item's last."""
         [[last]] = self._table.execute("SELECT row FROM t WHERE id = ?", (key(row.id),))

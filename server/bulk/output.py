@@ -114,11 +114,9 @@ class Lines(Output):
     @override
     def finish(self, index: Index) -> None:
         """Raises OutputConflict if the file was changed or moved meanwhile."""
-        if not _is_at(self.path, self._stream) or self.path.stat().st_size != self._size:
-            raise OutputConflict(
-                f"{self.path} was removed, moved or changed during the run: rows "
-                "are missing there; give the command again"
-            )
+        size = os.fstat(self._stream.fileno()).st_size
+        if size != self._size or not _is_at(self.path, self._stream):
+            raise changed(self.path)
         if index.replaced:
             with replacing(self.path) as stream:
                 for row in latest(self.rows(), index):
@@ -157,8 +155,23 @@ def _torn(line: bytes) -> bool:
 
 
 def latest(rows: Iterable[ResultRow], index: Index) -> Iterator[ResultRow]:
-    """The last row of each item. rows: all rows of the output."""
-    return (row for number, row in enumerate(rows) if index.latest(row, number))
+    """The last row of each item. rows: all rows of the output. Raises OutputConflict if some are
+    missing.
+    """
+    count = 0
+    for count, row in enumerate(rows, 1):
+        if index.latest(row, count - 1):
+            yield row
+    if count != index.rows:
+        raise changed("the output")
+
+
+def changed(what: Path | str) -> OutputConflict:
+    """The error for rows that are no longer where they were written."""
+    return OutputConflict(
+        f"{what} was removed, moved or changed during the run: rows are missing there; give the "
+        "command again"
+    )
 
 
 @contextmanager

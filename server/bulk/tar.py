@@ -20,6 +20,7 @@ from server.bulk.items import Item, Outcome, ResultRow
 from server.bulk.output import (
     Output,
     OutputConflict,
+    changed,
     check_regular,
     locked,
     remove_empty,
@@ -92,10 +93,13 @@ class Tar(Output):
     def finish(self, index: Index) -> None:
         if self._new or index.replaced or not self.path.exists():
             with replacing(self.path) as target:
-                for number, (stream, sample) in enumerate(self._samples()):
-                    if index.latest(sample.row, number):
+                count = 0
+                for count, (stream, sample) in enumerate(self._samples(), 1):
+                    if index.latest(sample.row, count - 1):
                         stream.seek(sample.start)
                         _copied(stream, target, sample.end - sample.start)
+                if count != index.rows:
+                    raise changed(self.path)
                 target.write(_END)
         self._stream.truncate(0)
 

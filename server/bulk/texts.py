@@ -88,9 +88,10 @@ class Texts(Output):
 
     @override
     def finish(self, index: Index) -> None:
-        last = self._lines.path.stat().st_mtime_ns
+        path = self._lines.path
+        last = path.stat().st_mtime_ns if path.exists() else 0
         self._lines.finish(index)
-        os.utime(self._lines.path, ns=(last, last))  # no row has come
+        os.utime(path, ns=(last, last))  # no row has come
 
     @override
     def close(self) -> None:

@@ -159,7 +159,7 @@ class Lane:
         try:
             decoder = Decoder(self._setup)
         except OSError as cause:  # too many processes or files
-            raise NoDecoder(f"{_NO_DECODER} ({cause.strerror})") from cause
+            raise NoDecoder(f"{_NO_DECODER} ({cause})") from cause
         self._all.add(decoder)
         return decoder
 

@@ -7,7 +7,7 @@ for its predecessor do not reach it.
 | from | to | messages |
 | --- | --- | --- |
 | front-end | worker | Hello, Generate, Cancel |
-| worker | front-end | Output, StepFailed, Unserved |
+| worker | front-end | Output, StepFailed, Unserved: lists of them |
 | worker, front-end | supervisor | Beat, FailedToStart |
 | worker | supervisor | EngineVerified, WorkerReady |
 | front-end | supervisor | FrontEndReady, Refused, Drained |

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import zmq
 import zmq.asyncio
+from msgspec import Raw
 
 from server.ipc.messages import (
     TO_WORKER,
@@ -46,8 +47,8 @@ class Receiver:
         self._socket = socket
         self.stores: dict[Owner, PixelStore] = {}
         self.jobs: dict[int, RequestTask] = {}  # started, by request id
-        self.over, self._changed = asyncio.Event(), asyncio.Event()
-        self._unsent: defaultdict[Owner, list[Message]] = defaultdict(list)
+        self._over, self._changed = False, asyncio.Event()
+        self._unsent: defaultdict[Owner, list[Raw]] = defaultdict(list)
         self._news = asyncio.Event()
 
     async def serve(self, job: RequestTask) -> None:
@@ -68,25 +69,25 @@ class Receiver:
 
     async def run(self) -> None:
         """Serve until told to stop, then until idle. Raises errors of receiving and sending."""
-        receiving, sending, over = (
-            asyncio.create_task(each) for each in (self._receive(), self._send(), self.over.wait())
-        )
+        tasks = [asyncio.create_task(each) for each in (self._receive(), self._send())]
+        for task in tasks:
+            task.add_done_callback(lambda _: self._changed.set())
         try:
-            await asyncio.wait({receiving, sending, over}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (receiving, sending):
-                if task.done():
-                    task.result()
-            while not self.idle:
+            while not (self._over and self.idle):
+                for task in tasks:
+                    if task.done():  # with an error
+                        task.result()
                 self._changed.clear()
                 await self._changed.wait()
             await self._flush()
         finally:
-            for task in (receiving, sending, over):
+            for task in tasks:
                 task.cancel()
 
     def stop(self) -> None:
         """End `run` once no request is left."""
-        self.over.set()
+        self._over = True
+        self._changed.set()
 
     def forget(self, owner: Owner) -> None:
         """Cancel the requests of a front-end that has died, and drop its store."""
@@ -114,7 +115,7 @@ class Receiver:
 
     def send(self, owner: Owner, message: Message) -> None:
         """Send a message to a front-end, together with others of the same moment."""
-        self._unsent[owner].append(message)
+        self._unsent[owner].append(Raw(packed(message)))
         self._news.set()
 
     async def _send(self) -> None:

@@ -46,11 +46,12 @@ class WorkerLinks:
 
     async def _read(self, key: tuple[int, int], socket: zmq.asyncio.Socket) -> None:
         while True:
-            for message in TO_FRONT_END.decode(await socket.recv()):
-                try:
+            data = await socket.recv()
+            try:
+                for message in TO_FRONT_END.decode(data):
                     self.dispatcher.received(key, message)
-                except Exception:  # a bug with one message must not stop the others
-                    log.exception("a message of worker %d could not be taken", key[0])
+            except Exception:  # a bug with one message must not stop those that come later
+                log.exception("a message of worker %d could not be taken", key[0])
 
     async def close(self) -> None:
         """Disconnect from all workers."""

@@ -123,7 +123,7 @@ def copy(path: Path, folder: Path) -> int:
     clients = _parsed(path, text)
     new = folder / f"{CHECKED}.new"
     new.touch(0o600)
-    new.write_text(text)
+    new.write_text(text, "utf-8")
     new.replace(folder / CHECKED)
     return len(clients)
 
