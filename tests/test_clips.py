@@ -109,6 +109,26 @@ def test_frames_that_were_trimmed_away_do_not_count():
         assert found == pytest.approx(expected, abs=4)
 
 
+def test_frames_that_grow_beyond_the_limit_are_refused():
+    content, options = io.BytesIO(), {"x264-params": "repeat-headers=1:annexb=1"}
+    with av.open(content, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 64, 48, "yuv420p", options
+        for place, size in enumerate([(64, 48), (800, 600)]):
+            codec = av.CodecContext.create("libx264", "w")
+            codec.width, codec.height = size
+            codec.pix_fmt, codec.time_base, codec.options = "yuv420p", Fraction(1, 25), options
+            frame = av.VideoFrame.from_image(Image.new("RGB", size)).reformat(format="yuv420p")
+            for coded in [*codec.encode(frame), *codec.encode(None)]:
+                packet = av.Packet(bytes(coded))
+                packet.stream, packet.time_base = stream, Fraction(1, 25)
+                packet.pts = packet.dts = place
+                container.mux(packet)
+    assert len(list(frames_of(content.getvalue(), 2, 10**6))) == 2
+    with pytest.raises(TooManyPixels, match=r"more than 0\.1 megapixels a frame"):
+        list(frames_of(content.getvalue(), 2, 10**5))
+
+
 def test_an_animation_that_is_damaged_anywhere_is_no_clip():
     whole, rng = clip("gif"), np.random.default_rng(0)
     for _ in range(300):

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import errno
 import io
 import os
 import signal
@@ -17,6 +18,7 @@ from bench.common.processes import pss
 from bench.reliability.senders import unpacking
 from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels
 from runtime.model.preprocess import preprocess
+from server.images import lane
 from server.images.cost import TooHard
 from server.images.lane import NoDecoder
 from tests.decoders import HOW, decode, job, new_store, pool
@@ -78,6 +80,23 @@ def test_a_decoder_that_does_not_start_is_no_image_s_fault(store, tmp_path):
     (tmp_path / "elsewhere").rename(store.path)
     with suppress(NoDecoder):  # the next process may have looked before
         decode(decoders, png())
+    decode(decoders, png())
+    decoders.close()
+
+
+def test_a_host_without_room_for_another_process_is_no_image_s_fault(store, monkeypatch):
+    decoders = pool(store)
+    decode(decoders, png())
+    os.kill(decoders.pids[0], signal.SIGKILL)
+
+    def full(setup):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lane, "Decoder", full)
+        for _ in range(2):
+            with pytest.raises(NoDecoder, match="temporarily unavailable"):
+                decode(decoders, png())
     decode(decoders, png())
     decoders.close()
 

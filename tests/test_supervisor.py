@@ -14,11 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import zmq
 from msgspec.structs import replace
 
 from runtime.engine import Engine
 from runtime.planning.plan import Plan
-from server.ipc.messages import WorkerFacts
+from server.ipc.messages import TO_SUPERVISOR, WorkerFacts, control_address
 from server.ipc.shared import RunFolder
 from server.models import ServedModel
 from server.processes import frontend
@@ -66,7 +67,9 @@ def test_workers_of_a_model_must_give_the_same_captions(tmp_path):
 def test_a_front_end_that_fails_as_it_starts_ends_with_its_decoders():
     """They ignore SIGTERM, and Python waits for daemons at its exit."""
     run = RunFolder()
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    supervisor = zmq.Context.instance().socket(zmq.ROUTER)
+    supervisor.bind(control_address(run.path))
+    with supervisor, socket.create_server(("127.0.0.1", 0)) as taken:
         settings = Settings(host="127.0.0.1", port=0, grpc_port=taken.getsockname()[1], decoders=1)
         ports = Ports(settings)
         process = multiprocessing.get_context("spawn").Process(
@@ -78,9 +81,11 @@ def test_a_front_end_that_fails_as_it_starts_ends_with_its_decoders():
         process.join(60)
         ended = process.exitcode
         process.kill()
+        _, told = supervisor.recv_multipart()
     ports.close()
     run.remove()
     assert ended == 1
+    assert "--grpc-port" in TO_SUPERVISOR.decode(told).reason  # known once its decoders run
 
 
 def test_a_process_that_can_not_be_started_for_now_is_started_later(tmp_path, monkeypatch):

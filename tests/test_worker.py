@@ -29,7 +29,7 @@ from tests.fakes import FakeRunner, fake_engine, image
 
 class Socket:
     def __init__(self):
-        self.coming, self.sent = asyncio.Queue(), []
+        self.coming, self.sent, self.messages = asyncio.Queue(), [], 0
 
     async def recv_multipart(self, flags=0):
         if flags and self.coming.empty():
@@ -37,6 +37,7 @@ class Socket:
         return await self.coming.get()
 
     async def send_multipart(self, parts):
+        self.messages += 1
         self.sent += TO_FRONT_END.decode(parts[1])
 
     def ask(self, owner, number, most=3, alone=False):
@@ -130,6 +131,21 @@ def test_a_process_that_can_take_no_requests_ends():
             await asyncio.wait_for(made.worker.run(), 20)
 
     asyncio.run(run())
+
+
+def test_what_is_said_at_one_moment_is_one_message_and_leaves_before_the_end():
+    async def run():
+        made = Scene()
+        serving = asyncio.create_task(made.worker.run())
+        await asyncio.sleep(0.01)
+        for number in (1, 2, 3):
+            made.worker.send(b"a", StepFailed(number))
+        made.worker.stop()
+        await asyncio.wait_for(serving, 20)
+        return made.socket
+
+    socket = asyncio.run(run())
+    assert (socket.messages, socket.failed) == (1, [1, 2, 3])
 
 
 def test_a_suspect_runs_alone_whichever_front_end_sends_what():

@@ -83,7 +83,7 @@ def _video(data: bytes, count: int, max_pixels: int) -> Iterator[Image.Image]:
             for place, frame in enumerate(container.decode(_stream(container, max_pixels))):
                 while wanted and wanted[0] == place:
                     wanted.popleft()
-                    yield _upright(frame)
+                    yield _upright(frame, max_pixels)
                 if not wanted:
                     return
     except (av.error.FFmpegError, IndexError, ValueError) as cause:
@@ -91,7 +91,7 @@ def _video(data: bytes, count: int, max_pixels: int) -> Iterator[Image.Image]:
     if frame is None:
         raise InvalidImage(_NO_CLIP)
     for _ in wanted:  # a container may have more packets than frames
-        yield _upright(frame)
+        yield _upright(frame, max_pixels)
 
 
 def _counts(packet: Any, stream: Any) -> bool:
@@ -125,13 +125,18 @@ def _stream(container: Any, max_pixels: int) -> Any:
     if stream.codec_context is None:  # of an unknown codec
         raise InvalidImage(_NO_CLIP)
     stream.codec_context.thread_count = 1
-    if stream.codec_context.width * stream.codec_context.height > max_pixels:
-        raise TooManyPixels(f"the clip has more than {max_pixels / 1e6:g} megapixels a frame")
+    _check_size(stream.codec_context, max_pixels)
     return stream
 
 
-def _upright(frame: Any) -> Image.Image:
-    """A frame with its display rotation applied."""
+def _check_size(sized: Any, max_pixels: int) -> None:
+    if sized.width * sized.height > max_pixels:
+        raise TooManyPixels(f"the clip has more than {max_pixels / 1e6:g} megapixels a frame")
+
+
+def _upright(frame: Any, max_pixels: int) -> Image.Image:
+    """A frame with its display rotation applied. Raises TooManyPixels: frames may grow."""
+    _check_size(frame, max_pixels)
     image: Image.Image = frame.to_image()
     turn = _QUARTERS.get(round(getattr(frame, "rotation", 0)) % 360)
     return image if turn is None else image.transpose(turn)
