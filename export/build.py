@@ -157,6 +157,7 @@ def _beside(output: Path) -> Iterator[Path]:
         # Temporary folders and onnx's data files are private; the service's user must read them.
         for path in (partial, *partial.iterdir()):
             path.chmod(0o755 if path.is_dir() else 0o644)
+        _check_replaceable(output)  # again: exporting takes long
         _move_into_place(partial, output)
     except (OSError, RuntimeError) as cause:
         # The exporter writes in C++ and raises RuntimeError with the system's message only.
@@ -202,7 +203,6 @@ def _files_of(folder: Path) -> list[str] | None:
 
 
 def _move_into_place(partial: Path, output: Path) -> None:
-    _check_replaceable(output)  # again: exporting takes long
     if not output.exists():
         partial.rename(output)
         return

@@ -113,7 +113,7 @@ def _check_objects(folder: Path) -> None:
     """Raise ExportError for a configuration that is JSON, but no object."""
     for name in ("config.json", "preprocessor_config.json", "generation_config.json"):
         path = folder / name
-        if path.is_file() and not isinstance(json.loads(path.read_text()), dict):
+        if path.is_file() and not isinstance(json.loads(path.read_bytes()), dict):
             raise ExportError(f"{path} is no JSON object: take it from the checkpoint again")
 
 

@@ -41,8 +41,8 @@ class FairQueue:
         self._recent = RecentClients(clock)
         self._returning = ReturningClients(patience, clock)
         self._patience, self._clock = patience, clock
-        self._kept: tuple[str, float] | None = None  # for whom a free place is kept; since when
-        self._later: asyncio.TimerHandle | None = None
+        # For whom the free place is kept, since when, and the look at it later.
+        self._kept: tuple[str, float, asyncio.TimerHandle] | None = None
 
     async def take(self, client: str) -> None:
         """Wait for a place."""
@@ -85,12 +85,12 @@ class FairQueue:
 
     def _grant(self) -> None:
         """Give free places to waiting clients; if they are kept for others, look again later."""
-        if self._later is not None:
-            self._later.cancel()
-            self._later = None
+        self._end_keeping()
         while self._free and (next_ := self._next()) is not None:
             if awaited := self._awaited(next_):
-                self._keep(*awaited)
+                client, seconds = awaited
+                later = asyncio.get_running_loop().call_later(seconds, self._grant)
+                self._kept = client, self._clock(), later
                 return
             turns = self._waiting[next_]
             turns.popleft().set_result(None)
@@ -104,22 +104,17 @@ class FairQueue:
         others = (each for each in self._returning.expected() if self._clocks.of(each[0]) < much)
         return min(others, key=lambda each: self._clocks.of(each[0]), default=None)
 
-    def _keep(self, client: str, seconds: float) -> None:
-        """Keep the free place for a client, as one that it holds; look again later."""
-        if self._kept is None or self._kept[0] != client:
-            self._charge_kept()
-            self._kept = client, self._clock()
-        self._later = asyncio.get_running_loop().call_later(seconds, self._grant)
-
-    def _charge_kept(self) -> None:
+    def _end_keeping(self) -> None:
+        """Charge the client for which the place was kept, as if it had held it."""
         if self._kept is not None:
-            client, since = self._kept
+            client, since, later = self._kept
+            later.cancel()
             self._kept = None
             present = len({client, *self._held, *self._waiting})
             self._clocks.charge(client, self._clock() - since, present)
 
     def _begin(self, client: str) -> None:
-        self._charge_kept()
+        self._end_keeping()
         self._free -= 1
         self._held[client] += 1
         self._clocks.begin(client)
