@@ -350,7 +350,7 @@ class Engine:
     def run(self, requests: Iterable[GenerationRequest]) -> list[Caption]:
         """Captions of requests, in order; callable on any thread.
 
-        Requests are taken from the iterable as the engine gets on, up to three times as many as
+        Requests are taken from the iterable as the engine gets on, some more than twice as many as
         there are slots: it captions some while the next are made, and few images are in memory.
 
         Raises the error of the iterable, of `submit`, of a step or of `caption`; requests that
