@@ -117,7 +117,7 @@ test_container:  ## build the CPU image and see it work (docker, or podman and b
 	@$(PYTHON) docker/check.py $(if $(GPU_IMAGE),gpu)
 
 chaos: $(if $(QUICK),.venv-dev/ready,engines/random-git-base/manifest.json)  ## kill, stop, overload and fuzz a running server (half an hour; QUICK=1)
-	@$(DEV) -m bench.reliability $(if $(QUICK),--short) $(ARGS) --without 16 30 $(if $(QUICK),15 32)
+	@$(DEV) -m bench.reliability $(if $(QUICK),--short) $(ARGS) --without 16 30 $(if $(QUICK),15 32 34)
 
 siege: .venv-dev/ready  ## two hours of attacks from 1, 8 and 32 senders beside honest clients
 	@$(DEV) -m bench.reliability 30 $(ARGS)

@@ -1,9 +1,13 @@
 """Scenarios: attacks beside honest clients, whose throughput and captions must hold."""
 
 import asyncio
+import io
+import os
 import statistics
 import time
 from dataclasses import dataclass
+
+from PIL import Image
 
 from bench.common.arithmetic import percentile
 from bench.reliability.load import Answer, Clients, after
@@ -16,6 +20,7 @@ _GROWN = 1200  # MiB of all processes: one image of 50 Mpx being decoded, and bo
 _PERIOD, _ATTACKED = 10, 5  # seconds; attacked periods per quiet one (interleaved: machines vary)
 _MISSING = 1e-4  # share of requests that may go without a caption
 _SETTLING_SECONDS = 30
+_EQUAL = 0.3  # share of its rate that a client keeps beside another, with the first long turn
 _KEPT = 400  # MiB that decoders, the one for expensive images included, keep for reuse
 
 
@@ -116,6 +121,42 @@ def unread_answers(long: bool) -> Verdict:
 def expensive_images(long: bool) -> Verdict:
     """20: images of a few bytes that take seconds and a gigabyte to decode."""
     return _short(["700 scans", "90 scans", "unpacking", "tags", "clips"], long)
+
+
+def large_photographs(long: bool) -> Verdict:
+    """34: photographs of one client, one after the other, beside another's clips of seconds, and
+    beside its images that look as large: all wait for one process.
+    """
+    seconds = 30 if long else 10
+    with service() as it:
+        usual, failed = _photographs(it, seconds)
+        rates = {}
+        for name in ("slow clips", "broken giants"):
+            with assault([name], it.port, 4 if name == "slow clips" else 1):
+                rates[name], missing = _photographs(it, 2 * seconds)
+            failed += missing
+    told = ", ".join(f"{rate / usual:.0%} beside {name}" for name, rate in rates.items())
+    return Verdict(
+        f"{usual:.1f} photographs of 23 megapixels a second: {told}; {failed} not captioned",
+        not failed,
+        min(rates.values()) >= _EQUAL * usual,
+    )
+
+
+def _photographs(it: Service, seconds: float) -> tuple[float, int]:
+    """Photographs a second of a client that sends one after the other; those not captioned."""
+    noise = Image.effect_noise((5600, 4200), 40).convert("RGB")
+    buffer = io.BytesIO()
+    noise.save(buffer, "JPEG", quality=70, progressive=True)
+
+    async def run() -> list[Answer]:
+        clients, until, answers = Clients(it.url), after(seconds), list[Answer]()
+        while not until():
+            answers.append(await clients.caption(buffer.getvalue() + os.urandom(8)))
+        return answers
+
+    answers = asyncio.run(run())
+    return len(answers) / seconds, sum(a.caption is None for a in answers)
 
 
 def siege(long: bool, minutes: float = 120) -> Verdict:

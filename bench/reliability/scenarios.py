@@ -57,10 +57,11 @@ SCENARIOS: dict[str, tuple[int, Callable[..., Verdict]]] = {
     "a worker killed under streams and gRPC": (31, protocols.killed_under_streams),
     "replicas and nodes of a cluster that die": (32, cluster.dying_cluster),
     "gRPC calls that are held, wrong or left": (33, calls.held_calls),
+    "large photographs beside slow clips": (34, beside.large_photographs),
 }
 
 # Judged by rates, or by memory, of which servers share some: nothing else may run beside them.
-_ALONE = frozenset({1, 11, 15, 16, 17, 18, 19, 20, 30, 33})
+_ALONE = frozenset({1, 11, 15, 16, 17, 18, 19, 20, 30, 33, 34})
 _AT_ONCE = 2  # scenarios in short form
 
 

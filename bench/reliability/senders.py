@@ -7,11 +7,14 @@ import multiprocessing
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from fractions import Fraction
 from functools import cache
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
@@ -161,11 +164,34 @@ def _heads(port: int) -> None:
 def _clips(port: int) -> None:
     """A clip that is a list of addresses to listen at."""
     listen = b"v=0\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\nm=video 50004 RTP/AVP 26\r\n"
-    head = b"POST /caption?first_frame=true HTTP/1.1\r\nHost: x\r\nContent-Type: video/mp4\r\n"
+    _captioned_elsewhere(port, b"video/mp4", listen)
+
+
+def _captioned_elsewhere(port: int, kind: bytes, body: bytes) -> None:
+    """Post an image or clip from an address of its own; read the start of the answer."""
+    head = b"POST /caption?first_frame=true HTTP/1.1\r\nHost: x\r\nContent-Type: " + kind
     with socket.create_connection(("127.0.0.1", port), source_address=_ELSEWHERE) as client:
         client.settimeout(60)
-        client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(listen) + listen)
+        client.sendall(head + b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         client.recv(2**16)
+
+
+def _slow_clip(port: int) -> None:
+    """A clip of seconds of a core; one that is a little different each time."""
+    mark = os.urandom(8)
+    _captioned_elsewhere(port, b"video/mp4", _late_clip() + b"\0\0\0\x10free" + mark)
+
+
+def _broken_giant(port: int) -> None:
+    """An image of 25 megapixels that turns out to be damaged, a second after the last."""
+    size = struct.pack(">2I5B", 5000, 5000, 8, 2, 0, 0, 0)
+    parts = (b"IHDR" + size, b"IDAT" + os.urandom(8), b"IEND")
+    chunks = (
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
+        for part in parts
+    )
+    _captioned_elsewhere(port, b"image/png", b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    time.sleep(0.8)
 
 
 def _pages(port: int) -> None:
@@ -226,6 +252,37 @@ def unpacking(side: int = 7071) -> bytes:
 
 
 @cache
+def _late_clip() -> bytes:
+    """An mp4 of 1,600 large frames of which its edit list shows the last ones."""
+    import av
+
+    content, rate = io.BytesIO(), Fraction(25)
+    with av.open(content, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 3840, 2160, "yuv420p"
+        stream.options = {
+            "preset": "ultrafast", "bf": "0", "x264-params": "keyint=100000:scenecut=0:ref=1",
+        }  # fmt: skip
+        frame = av.VideoFrame.from_image(Image.new("RGB", (3840, 2160), "gray"))
+        coded = []
+        for _ in range(34):
+            frame.pts = None
+            coded += [bytes(packet) for packet in stream.encode(frame)]
+        coded += [bytes(packet) for packet in stream.encode(None)]
+        coded += coded[1:17] * 98
+        for place, data in enumerate(coded):
+            packet = av.Packet(data)
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, place, place, 1 / rate
+            packet.is_keyframe = place == 0
+            container.mux(packet)
+    data = content.getvalue()
+    edit, movie, media = data.index(b"elst") + 12, data.index(b"mvhd"), data.index(b"mdhd")
+    scales = (int.from_bytes(data[box + 16 : box + 20], "big") for box in (movie, media))
+    shown, skipped = (n * scale // 25 for n, scale in zip((5, len(coded) - 5), scales, strict=True))
+    return data[:edit] + struct.pack(">II", shown, skipped) + data[edit + 8 :]
+
+
+@cache
 def tags() -> bytes:
     """A TIFF of 65,535 unknown tags."""
     entry = b"\x60\xea\x02\x00\x09\x00\x00\x00\x08\x00\x00\x00"
@@ -252,6 +309,8 @@ _BY_HAND: dict[str, Callable[[int], object]] = {
     "left": _left,
     "heads": _heads,
     "clips": _clips,
+    "slow clips": _slow_clip,
+    "broken giants": _broken_giant,
     "pages": _pages,
     "resets": _resets,
     "crowd": _crowd,
