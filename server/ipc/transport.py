@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import zmq
@@ -47,13 +48,21 @@ class WorkerLinks:
     async def _read(self, key: tuple[int, int], socket: zmq.asyncio.Socket) -> None:
         while True:
             data = await socket.recv()
-            try:
+            with _logged(key):
                 for message in TO_FRONT_END.decode(data):
-                    self.dispatcher.received(key, message)
-            except Exception:  # a bug with one message must not stop those that come later
-                log.exception("a message of worker %d could not be taken", key[0])
+                    with _logged(key):
+                        self.dispatcher.received(key, message)
 
     async def close(self) -> None:
         """Disconnect from all workers."""
         self.update({}, {})
         await asyncio.sleep(0)
+
+
+@contextmanager
+def _logged(key: tuple[int, int]) -> Iterator[None]:
+    """Log an error: a bug with one message must not stop the others."""
+    try:
+        yield
+    except Exception:
+        log.exception("a message of worker %d could not be taken", key[0])
