@@ -246,6 +246,20 @@ def test_a_length_that_is_no_number_is_told_so(length):
         assert live.caption(png()).status == 200
 
 
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [("http://x:80/health/live", 200), ("HTTPS://x/health/live?a=/", 200), ("http://x?a", 200),
+     ("http://x/nope", 404), ("ftp://x/health/live", 404)],
+)  # fmt: skip
+def test_a_target_may_name_scheme_and_host(target, status):
+    with (
+        serve(fake_engine) as live,
+        socket.create_connection(("127.0.0.1", live.port)) as client,
+    ):
+        client.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert client.recv(12) == f"HTTP/1.1 {status}".encode()
+
+
 def test_headers_of_many_parts_are_not_read_to_their_end():
     accept = ",".join(["text/html"] * 120) + ",text/plain"
     with serve(fake_engine) as live:

@@ -8,6 +8,7 @@ the most idle connections.
 import asyncio
 import errno
 import logging
+import re
 import socket
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -32,6 +33,7 @@ from server.telemetry.logs import RateLimitedLog
 log = logging.getLogger(__name__)
 
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_SCHEME_AND_HOST = re.compile("https?://[^/?#]*", re.IGNORECASE)
 _PAUSE_SECONDS = 0.5  # pause in accepting when the system has no room for another connection
 
 
@@ -168,6 +170,14 @@ class Server(HTTPServer):
         self._open.discard(connection)
 
 
+def _origin_form(target: str) -> str:
+    """A request's target without scheme and host, which clients of proxies name (RFC 9112, 3.2)."""
+    if (found := _SCHEME_AND_HOST.match(target)) is None:
+        return target
+    path = target[found.end() :]
+    return path if path.startswith("/") else f"/{path}"
+
+
 def _address(connection: HTTP1ServerConnection) -> str:
     return group_of(_peer(connection))
 
@@ -188,6 +198,8 @@ class _Watched(HTTPMessageDelegate):
     def headers_received(
         self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
     ) -> Any:
+        if isinstance(start_line, RequestStartLine):
+            start_line = start_line._replace(path=_origin_form(start_line.path))
         taken = self._delegate.headers_received(start_line, headers)  # raises for a wrong Host
         self._stream.refused = False
         self._last = headers.get("Connection", "").lower() == "close"
