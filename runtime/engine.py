@@ -6,7 +6,6 @@ them for `generate` and for `runtime.async_engine`.
 
 import itertools
 import logging
-import math
 import threading
 import time
 from collections import abc
@@ -25,7 +24,7 @@ from runtime.decoding.candidates import Move
 from runtime.decoding.continuation import Continuation
 from runtime.errors import InvalidRequest, WrongThread
 from runtime.execution.base import ModelRunner
-from runtime.limits import Limits, check_values
+from runtime.limits import Limits
 from runtime.model.images import AnyImage, pixels_of
 from runtime.model.manifest import UNFORCED, Manifest
 from runtime.model.tokenizer import CaptionTokenizer
@@ -166,34 +165,13 @@ class Engine:
         """Queue a request, made by `request` or by hand. Raises InvalidRequest if it would disturb
         others, and WrongThread while another thread uses the engine.
         """
-        self._check(request)
+        self.limits.check_made(request, self.manifest.sizes)
+        if request.id in self._sequences:
+            raise InvalidRequest("this very request runs already: build another one")
         kind = Beams if request.sampling.num_beams > 1 else Continuation
         decoding = kind(request.prompt_ids, request.sampling, self.manifest.tokens.eos)
         self._claim()
         self._sequences[request.id] = self.scheduler.add(request, decoding)
-
-    def _check(self, request: GenerationRequest) -> None:
-        sizes, prompt, sampling = self.manifest.sizes, request.prompt_ids, request.sampling
-        room = self.limits.most_new_tokens(prompt)
-        check_values(sampling)
-        for name, moment in (
-            ("arrival_time", request.scheduling.arrival_time),
-            ("deadline", request.scheduling.deadline),
-        ):
-            if not (moment is None or (isinstance(moment, int | float) and math.isfinite(moment))):
-                raise InvalidRequest(f"{name} is {moment!r}: it takes seconds or None")
-        if sampling.rows > self.slots:
-            raise InvalidRequest(f"it takes {sampling.rows} slots, and there are {self.slots}")
-        if not prompt or not 0 <= min(prompt) <= max(prompt) < sizes.vocabulary:
-            raise InvalidRequest("prompt_ids must be ids of tokens, at least one")
-        if not 1 <= sampling.max_new_tokens <= room:
-            raise InvalidRequest(f"max_new_tokens must be 1 to {room} with this prompt")
-        pixels = request.pixels
-        whole = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8
-        if not whole or pixels.shape != sizes.pixels:
-            raise InvalidRequest(f"pixels must be uint8 of shape {list(sizes.pixels)}")
-        if request.id in self._sequences:
-            raise InvalidRequest("this very request runs already: build another one")
 
     def cancel(self, request_id: int) -> bool:
         """Cancel a request and free its slots at once; False if it has already ended."""

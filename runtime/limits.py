@@ -1,13 +1,15 @@
-"""Check prompts and sampling parameters against an engine's limits. Needs only the tokenizer."""
+"""Check requests against an engine's limits. Needs only the tokenizer."""
 
+import math
 import secrets
 
 import numpy as np
 from msgspec.structs import fields, replace
 
 from runtime.errors import InvalidRequest
+from runtime.model.manifest import Sizes
 from runtime.model.tokenizer import CaptionTokenizer
-from runtime.request import RANGES, SamplingParams
+from runtime.request import RANGES, GenerationRequest, SamplingParams
 
 DEFAULT_MAX_NEW_TOKENS = 20  # the default of `generate` for Hugging Face's GIT
 _MOST_LOGPROBS = 40  # per position, over all captions: sending them outweighs computing them
@@ -57,7 +59,7 @@ class Limits:
             )
         default = {"max_new_tokens": min(DEFAULT_MAX_NEW_TOKENS, room)}
         sampling = SamplingParams(**(default | asked))  # type: ignore[arg-type]
-        check_values(sampling)
+        _check_values(sampling)
         if not 1 <= sampling.max_new_tokens <= room:
             raise InvalidRequest(
                 f"max_new_tokens is {sampling.max_new_tokens}: with this prompt use 1 to {room}"
@@ -81,8 +83,33 @@ class Limits:
             )
         return prompt_ids, sampling
 
+    def check_made(self, request: GenerationRequest, sizes: Sizes) -> None:
+        """Raise InvalidRequest for a request, perhaps made by hand, that would disturb others.
 
-def check_values(sampling: SamplingParams) -> None:
+        `slots` must be known.
+        """
+        prompt, sampling, pixels = request.prompt_ids, request.sampling, request.pixels
+        room = self.most_new_tokens(prompt)
+        _check_values(sampling)
+        for name, moment in (
+            ("arrival_time", request.scheduling.arrival_time),
+            ("deadline", request.scheduling.deadline),
+        ):
+            if not (moment is None or (isinstance(moment, int | float) and math.isfinite(moment))):
+                raise InvalidRequest(f"{name} is {moment!r}: it takes seconds or None")
+        assert self.slots is not None
+        if sampling.rows > self.slots:
+            raise InvalidRequest(f"it takes {sampling.rows} slots, and there are {self.slots}")
+        if not prompt or not 0 <= min(prompt) <= max(prompt) < sizes.vocabulary:
+            raise InvalidRequest("prompt_ids must be ids of tokens, at least one")
+        if not 1 <= sampling.max_new_tokens <= room:
+            raise InvalidRequest(f"max_new_tokens must be 1 to {room} with this prompt")
+        whole = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8
+        if not whole or pixels.shape != sizes.pixels:
+            raise InvalidRequest(f"pixels must be uint8 of shape {list(sizes.pixels)}")
+
+
+def _check_values(sampling: SamplingParams) -> None:
     """Raise InvalidRequest, naming the field, for a value of another type or out of range."""
     for name, kind in _KINDS.items():
         value = getattr(sampling, name)

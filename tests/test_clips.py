@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.reliability.senders import scans
+from bench.reliability.crafted import scans
 from runtime.errors import InvalidImage, TooManyPixels
 from server.images import clips
 from server.images.clips import Clip, NoVideo, frames_of, places

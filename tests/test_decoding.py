@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from bench.common.processes import pss
-from bench.reliability.senders import unpacking
+from bench.reliability.crafted import unpacking
 from runtime.errors import InvalidImage, InvalidRequest, TooManyPixels
 from runtime.model.preprocess import preprocess
 from server.images import lane

@@ -1,26 +1,28 @@
 """Attack traffic, sent from another process: one function for each kind of attack."""
 
 import contextlib
-import io
 import json
 import multiprocessing
 import os
 import signal
 import socket
-import struct
 import threading
 import time
 import traceback
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from PIL import Image
+from bench.reliability.crafted import (
+    broken_giant,
+    late_clip,
+    scans,
+    tags,
+    unpacking,
+)
 
 _NICENESS = 10  # real attackers do not share the server's cores
 _READY_SECONDS = 120
@@ -179,18 +181,12 @@ def _captioned_elsewhere(port: int, kind: bytes, body: bytes) -> None:
 def _slow_clip(port: int) -> None:
     """A clip of seconds of a core; one that is a little different each time."""
     mark = os.urandom(8)
-    _captioned_elsewhere(port, b"video/mp4", _late_clip() + b"\0\0\0\x10free" + mark)
+    _captioned_elsewhere(port, b"video/mp4", late_clip() + b"\0\0\0\x10free" + mark)
 
 
 def _broken_giant(port: int) -> None:
     """An image of 25 megapixels that turns out to be damaged, a second after the last."""
-    size = struct.pack(">2I5B", 5000, 5000, 8, 2, 0, 0, 0)
-    parts = (b"IHDR" + size, b"IDAT" + os.urandom(8), b"IEND")
-    chunks = (
-        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
-        for part in parts
-    )
-    _captioned_elsewhere(port, b"image/png", b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    _captioned_elsewhere(port, b"image/png", broken_giant())
     time.sleep(0.8)
 
 
@@ -223,79 +219,13 @@ def _long_key() -> bytes:
     return json.dumps({"\x7f" * _LARGE: 1}, ensure_ascii=False).encode()
 
 
-def scans(count: int, side: int) -> bytes:
-    """A progressive JPEG of `count` scans, the last of them repeated."""
-    buffer = io.BytesIO()
-    Image.new("L", (side, side), 9).save(buffer, "JPEG", progressive=True)
-    data = buffer.getvalue()
-    last = data.rindex(b"\xff\xda")
-    more = count - data.count(b"\xff\xda")
-    return data[:-2] + data[last:-2] * more + data[-2:]
-
-
-@cache
-def _too_many_scans() -> bytes:
-    return scans(700, 2000)
-
-
-@cache
-def _many_scans() -> bytes:
-    return scans(90, 5000)
-
-
-@cache
-def unpacking(side: int = 7071) -> bytes:
-    """A lossless WebP of 34 bytes that unpacks to a gigabyte."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (side, side)).save(buffer, "WEBP", lossless=True, quality=0, method=0)
-    return buffer.getvalue()
-
-
-@cache
-def _late_clip() -> bytes:
-    """An mp4 of 1,600 large frames of which its edit list shows the last ones."""
-    import av
-
-    content, rate = io.BytesIO(), Fraction(25)
-    with av.open(content, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=rate)
-        stream.width, stream.height, stream.pix_fmt = 3840, 2160, "yuv420p"
-        stream.options = {
-            "preset": "ultrafast", "bf": "0", "x264-params": "keyint=100000:scenecut=0:ref=1",
-        }  # fmt: skip
-        frame = av.VideoFrame.from_image(Image.new("RGB", (3840, 2160), "gray"))
-        coded = []
-        for _ in range(34):
-            frame.pts = None
-            coded += [bytes(packet) for packet in stream.encode(frame)]
-        coded += [bytes(packet) for packet in stream.encode(None)]
-        coded += coded[1:17] * 98
-        for place, data in enumerate(coded):
-            packet = av.Packet(data)
-            packet.stream, packet.pts, packet.dts, packet.time_base = stream, place, place, 1 / rate
-            packet.is_keyframe = place == 0
-            container.mux(packet)
-    data = content.getvalue()
-    edit, movie, media = data.index(b"elst") + 12, data.index(b"mvhd"), data.index(b"mdhd")
-    scales = (int.from_bytes(data[box + 16 : box + 20], "big") for box in (movie, media))
-    shown, skipped = (n * scale // 25 for n, scale in zip((5, len(coded) - 5), scales, strict=True))
-    return data[:edit] + struct.pack(">II", shown, skipped) + data[edit + 8 :]
-
-
-@cache
-def tags() -> bytes:
-    """A TIFF of 65,535 unknown tags."""
-    entry = b"\x60\xea\x02\x00\x09\x00\x00\x00\x08\x00\x00\x00"
-    return b"II*\x00\x08\x00\x00\x00\xff\xff" + entry * 65_535 + bytes(4)
-
-
 _BODIES: dict[str, tuple[bytes, Callable[[], bytes]]] = {
     "keys": (_JSON_HEAD, _many_keys),
     "strings": (_JSON_HEAD, _many_strings),
     "escapes": (_JSON_HEAD, _escapes),
     "unread": (_JSON_HEAD, _long_key),
-    "700 scans": (_IMAGE_HEAD, _too_many_scans),
-    "90 scans": (_IMAGE_HEAD, _many_scans),
+    "700 scans": (_IMAGE_HEAD, partial(scans, 700, 2000)),
+    "90 scans": (_IMAGE_HEAD, partial(scans, 90, 5000)),
     "unpacking": (_IMAGE_HEAD, unpacking),
     "tags": (_IMAGE_HEAD, tags),
 }

@@ -196,7 +196,7 @@ class Stop(Message, frozen=True):
 
 
 TO_WORKER = msgpack.Decoder(Hello | Generate | Cancel)
-TO_FRONT_END = msgpack.Decoder(list[Output | StepFailed | Unserved])  # as many as a step brought
+TO_FRONT_END = msgpack.Decoder(list[Output | StepFailed | Unserved])  # of a step
 TO_SUPERVISOR = msgpack.Decoder(
     Beat | EngineVerified | FailedToStart | WorkerReady | FrontEndReady | Refused | Drained
 )

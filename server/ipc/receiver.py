@@ -27,7 +27,7 @@ from server.ipc.shared import NoSharedMemory, PixelStore
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 64  # messages taken before answers are sent
+_AT_ONCE = 32  # messages taken in one turn of the event loop, here and by front-ends
 Owner = bytes  # identity of the front-end that a message came from
 
 
@@ -127,7 +127,9 @@ class Receiver:
     async def _flush(self) -> None:
         while self._unsent:
             owner, messages = self._unsent.popitem()
-            await self._socket.send_multipart([owner, packed(messages)])
+            for first in range(0, len(messages), _AT_ONCE):
+                together = messages[first : first + _AT_ONCE]
+                await self._socket.send_multipart([owner, packed(together)])
 
     async def _receive(self) -> None:
         while True:

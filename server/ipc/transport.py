@@ -52,6 +52,7 @@ class WorkerLinks:
                 for message in TO_FRONT_END.decode(data):
                     with _logged(key):
                         self.dispatcher.received(key, message)
+            await asyncio.sleep(0)  # a step may bring many, with log-probabilities
 
     async def close(self) -> None:
         """Disconnect from all workers."""
