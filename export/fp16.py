@@ -17,6 +17,7 @@ from tqdm import tqdm
 from export.checkpoint import Checkpoint
 from export.graphs import (
     drop_statistics,
+    drop_unused_sums,
     for_bursts,
     share_weights,
     write_candidates,
@@ -154,5 +155,6 @@ def _convert(source: Path, output: Path, largest: Largest) -> list[str]:
     half = convert_float_to_float16(
         model, keep_io_types=False, disable_shape_infer=True, node_block_list=kept
     )
+    drop_unused_sums(half.graph)
     onnx.save_model(half, output)
     return kept

@@ -29,6 +29,14 @@ def drop_statistics(graph: Path) -> None:
     onnx.save_model(model, graph)
 
 
+def drop_unused_sums(graph: GraphProto) -> None:
+    """Leave out sums of SkipLayerNormalization that no node takes: they would be written."""
+    taken = {name for node in graph.node for name in node.input}
+    for node in graph.node:
+        if node.op_type == "SkipLayerNormalization" and node.output[-1] not in taken:
+            del node.output[1:]
+
+
 def with_int8_prefix(encoder: Path, output: Path, scales: Scales) -> None:
     """Write an encoder with int8 K/V, `round(x / scale)` per channel; weights stay in place."""
     model = onnx.load(encoder, load_external_data=False)

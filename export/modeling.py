@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from transformers import GitForCausalLM
 from transformers.models.git.modeling_git import GitLayer
 
-from export.vision import FusedAttention, FusedVision
+from export.vision import FusedAttention, FusedVision, add_and_normalise
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
@@ -59,10 +60,11 @@ class ImagePrefix(nn.Module):
     def _fused(
         self, layer: GitLayer, hidden: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Output of `layer`, with its attention as one node."""
+        """Output of `layer`: attention is one node, each sum with its normalisation another."""
         own = layer.attention.self
         context = FusedAttention.apply(own.query(hidden), key, value, own.num_attention_heads)
-        return layer.feed_forward_chunk(layer.attention.output(context, hidden))
+        attended = _add_product(layer.attention.output, context, hidden)
+        return _add_product(layer.output, layer.intermediate(attended), attended)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Vision features of all frames of an image, `[B, P, vision width]`."""
@@ -208,6 +210,12 @@ class CachedAttention(torch.autograd.Function):
         key.setType(past_key.type())
         value.setType(past_value.type())
         return context, key, value
+
+
+def _add_product(output: Any, taken: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """`output(taken, hidden)` of a layer's part: product, sum and normalisation."""
+    added = linear(taken, output.dense.weight)
+    return add_and_normalise(added, hidden, output.dense.bias, output.LayerNorm)[0]
 
 
 def _split_heads(attention: nn.Module, projected: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 On a GPU, element-wise nodes take longer than the matrix products between them. So the residual sum,
 the bias before it and the normalisation after it are one node, attention is another, patches are
-embedded by a matrix product, and biases are left out where they have no effect or can be moved.
+embedded by a matrix product, and biases are left out where they have no effect or can be moved, or
+are a row of the product's weights.
 """
 
 import math
@@ -10,11 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear, pad, scaled_dot_product_attention
+
+_PADDING = 8  # columns, as fp16 products are fast for multiples of 8
 
 
 class FusedVision(nn.Module):
     """A `GitVisionTransformer` with its weights: normalised images to vision features."""
+
+    one: torch.Tensor
 
     @torch.no_grad()
     def __init__(self, tower: Any) -> None:
@@ -26,6 +31,7 @@ class FusedVision(nn.Module):
         self.positions = embeddings.position_embedding.weight
         self.before: nn.LayerNorm = tower.pre_layrnorm
         self.after: nn.LayerNorm = tower.post_layernorm
+        self.register_buffer("one", torch.eye(_PADDING)[:1, None], persistent=False)  # 1, 0, 0, ...
         self.layers: Any = nn.ModuleList(_Layer(layer) for layer in tower.encoder.layers)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -36,10 +42,11 @@ class FusedVision(nn.Module):
         rows = linear(patches.reshape(-1, self.patches, 3 * side * side), self.embed)
         first = self.first.expand(images.shape[0], 1, -1)
         hidden = self.before(torch.cat([first, rows], dim=1) + self.positions)
+        ones = self.one.expand(images.shape[0], 1 + self.patches, -1)
         normal = self.layers[0].norm1(hidden)
         following = [layer.norm1 for layer in self.layers[1:]] + [self.after]
         for layer, norm in zip(self.layers, following, strict=True):
-            normal, hidden = layer(normal, hidden, norm)
+            normal, hidden = layer(normal, hidden, norm, ones)
         return normal
 
 
@@ -63,30 +70,65 @@ class _Layer(nn.Module):
         self.widened, self.activation, self.narrowed = (
             layer.mlp.fc1, layer.mlp.activation_fn, layer.mlp.fc2
         )  # fmt: skip
+        bias = pad(self.widened.bias[:, None], (0, _PADDING - 1))
+        self.with_bias = nn.Parameter(torch.cat([self.widened.weight, bias], dim=1))
 
     def forward(
-        self, normal: torch.Tensor, hidden: torch.Tensor, following: nn.LayerNorm
+        self,
+        normal: torch.Tensor,
+        hidden: torch.Tensor,
+        following: nn.LayerNorm,
+        ones: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden `[N, P, width]` and its normalisation -> the same after this layer.
 
-        following: the normalisation of the next layer.
+        following: the normalisation of the next layer. ones: `[N, P, 8]`, a column of ones and
+        others of zeros.
         """
         key, value = linear(normal, self.key), linear(normal, self.value)
         context = FusedAttention.apply(self.query(normal), key, value, self.heads)
         attended = linear(context, self.output)
-        normal, hidden = _add_and_normalise(attended, hidden, self.output_bias, self.norm2)
-        wide = self.activation(self.widened(normal))
+        normal, hidden = add_and_normalise(attended, hidden, self.output_bias, self.norm2)
+        weight, bias = self.widened.weight, self.widened.bias
+        wide = self.activation(WideProduct.apply(normal, weight, bias, self.with_bias, ones))
         narrow = linear(wide, self.narrowed.weight)
-        return _add_and_normalise(narrow, hidden, self.narrowed.bias, following)
+        return add_and_normalise(narrow, hidden, self.narrowed.bias, following)
 
 
-def _add_and_normalise(
+def add_and_normalise(
     added: torch.Tensor, hidden: torch.Tensor, bias: torch.Tensor, norm: nn.LayerNorm
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normalised sum of a product, its bias and the residual stream; and that sum."""
     found: tuple[torch.Tensor, torch.Tensor] = SumAndNorm.apply(
         added, hidden, norm.weight, norm.bias, bias, norm.eps
     )
     return found
+
+
+class WideProduct(torch.autograd.Function):
+    """A linear layer. In ONNX the bias is a row of the weights, which meets a column of ones: a
+    node for the sum would take as long as the product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        taken: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        with_bias: torch.Tensor,
+        ones: torch.Tensor,
+    ) -> torch.Tensor:
+        """`[N, P, K]`, `[W, K]`, `[W]`, both in one `[W, K + 8]`, `[N, P, 8]` -> `[N, P, W]`."""
+        return linear(taken, weight, bias)
+
+    @staticmethod
+    def symbolic(g: Any, taken: Any, weight: Any, bias: Any, with_bias: Any, ones: Any) -> Any:
+        """Two nodes; `weight` and `bias` are unused."""
+        longer = g.op("Concat", taken, ones, axis_i=-1)
+        product = g.op("MatMul", longer, g.op("Transpose", with_bias, perm_i=[1, 0]))
+        product.setType(taken.type().with_sizes([None, None, with_bias.type().sizes()[0]]))
+        return product
 
 
 class SumAndNorm(torch.autograd.Function):

@@ -23,7 +23,7 @@ from runtime.decoding.beams import Beams
 from runtime.decoding.candidates import Move
 from runtime.decoding.continuation import Continuation
 from runtime.errors import InvalidRequest, WrongThread
-from runtime.execution.base import ModelRunner
+from runtime.execution.base import ModelRunner, Pending
 from runtime.limits import Limits
 from runtime.model.images import AnyImage, pixels_of
 from runtime.model.manifest import UNFORCED, Manifest
@@ -98,6 +98,8 @@ class Engine:
         self.stepper = Stepper(self, thread or OwnThread("engine"))
         self._sequences: dict[int, Sequence] = {}  # by the ids of their requests
         self._owner: int | None = None  # the thread that steps
+        self._encoding: tuple[list[Sequence], float] | None = None  # since when
+        self._last_end = 0.0  # when the runner was last seen to end something
 
     @classmethod
     def open(cls, folder: Path | str, config: EngineConfig | None = None) -> "Engine":
@@ -184,7 +186,7 @@ class Engine:
 
     def abandon(self) -> None:
         """Drop all requests after a step that raised: the state of the slots is unknown."""
-        self._owner = None
+        self._owner = self._encoding = None
         self._sequences.clear()
         self.scheduler = self._new_scheduler()
 
@@ -213,21 +215,28 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Admit and encode waiting sequences, then decode all running rows.
 
-        Each row is fed one token, or on a device a burst of tokens. Returns outputs of streams
-        with new tokens and of sequences that ended. Raises WrongThread.
+        Each row is fed one token, or on a device a burst of tokens. There the next images are
+        queued behind the burst, so that the device encodes them while the host works on the
+        burst's results; their rows decode in the next step. Returns outputs of streams with new
+        tokens and of sequences that ended. Raises WrongThread.
         """
         self._claim()
         expired = self.scheduler.expire(self._clock())
-        admitted = self._admit()
-        if admitted:
-            self.observer.admitted([s.request for s in admitted])
-        self._encode(admitted)
-        for source, target in self.scheduler.compact(self.runner.bucket):
-            self.runner.move(source, target)
+        overlaps, admitted = self.runner.overlaps, list[Sequence]()
+        if not overlaps:
+            admitted = self._encode_next()
+            self._note_encoded()
+        if not (overlaps and self.scheduler.waiting):  # who will take the holes in this step
+            for source, target in self.scheduler.compact(self.runner.bucket):
+                self.runner.move(source, target)
         running = self.scheduler.running
         rows = sum(len(sequence.slots) for sequence in running)
-        if running:
-            self._decode(running)
+        burst = self._start(running) if running else None
+        if overlaps:
+            self._note_encoded()
+            admitted = self._encode_next()
+        if burst:
+            self._finish(running, *burst)
         ended = expired + self.scheduler.release_finished()
         for sequence in ended:
             del self._sequences[sequence.request.id]
@@ -240,9 +249,13 @@ class Engine:
         running, waiting = len(self.scheduler.running), self.scheduler.waiting
         self.observer.stepped(StepReport(encoded, rows, running, waiting))
 
-    def _decode(self, running: list[Sequence]) -> None:
-        """Feed every running row; results of rows without a sequence are ignored."""
-        steps, rows = self._burst(running), self.scheduler.rows
+    def _start(self, running: list[Sequence]) -> tuple[Pending, float, int]:
+        """Feed every running row. Returns the results, the time, and most text tokens in a cache
+        before.
+        """
+        bursting = all(sequence.decoding.can_burst for sequence in running)
+        steps, rows = self._burst(running) if bursting else 1, self.scheduler.rows
+        candidates = 1 if bursting else self._candidates(running)
         tokens, fed = [[0] * rows, *([UNFORCED] * rows for _ in range(1, steps))], [0] * rows
         for sequence in running:
             for slot in sequence.slots:
@@ -250,9 +263,16 @@ class Engine:
             for step, fed_next in enumerate(sequence.tokens(steps)):
                 for slot, token in zip(sequence.slots, fed_next, strict=True):
                     tokens[step][slot] = token
-        started = self._clock()
-        found = self.runner.decode(tokens[0], fed, tokens[1:], self._candidates(running))
-        self._pacing.decoded(self._clock() - started)
+        now = self._clock()
+        pending = self.runner.decode(tokens[0], fed, tokens[1:], candidates)
+        return pending, now, max(fed)
+
+    def _finish(
+        self, running: list[Sequence], pending: Pending, started: float, oldest: int
+    ) -> None:
+        """Work on the results of `_start`; those of rows without a sequence are ignored."""
+        found = pending.wait()
+        self._pacing.decoded(self._took(started))
         likeliest, moves = found.likeliest(), list[Move]()
         bursting = all(sequence.decoding.can_burst for sequence in running)
         candidates = [] if bursting else found.rows()
@@ -266,7 +286,15 @@ class Engine:
                 log.exception("request %d failed as its tokens were chosen", sequence.request.id)
                 sequence.finish_reason = FinishReason.ERROR
         if moves:
-            self.runner.reorder(moves, max(fed) + 1)
+            self.runner.reorder(moves, oldest + 1)
+
+    def _took(self, started: float) -> float:
+        """Seconds that the runner, which does one thing after another, spent on what has just
+        ended.
+        """
+        now = self._clock()
+        seconds, self._last_end = now - max(started, self._last_end), now
+        return seconds
 
     def _candidates(self, running: list[Sequence]) -> int:
         """Candidates per row: a power of two, so that few distinct values occur."""
@@ -276,7 +304,7 @@ class Engine:
     def _burst(self, running: list[Sequence]) -> int:
         """Decode steps without host input: as many as all sequences have cache positions for and,
         lest a step works for few, three quarters of them can use."""
-        if self.runner.burst == 1 or not all(s.decoding.can_burst for s in running):
+        if self.runner.burst == 1:
             return 1
         room = self.runner.text_tokens - max(s.fed for s in running)
         lasting = sorted(s.max_burst for s in running)[len(running) // 4]
@@ -290,15 +318,28 @@ class Engine:
             return []
         return scheduler.admit()
 
-    def _encode(self, admitted: list[Sequence]) -> None:
+    def _encode_next(self) -> list[Sequence]:
+        """Admit sequences and start to encode their images."""
+        admitted = self._admit()
+        if admitted:
+            self.observer.admitted([s.request for s in admitted])
         for start in range(0, len(admitted), self.encode_batch):
+            self._note_encoded()
             batch = admitted[start : start + self.encode_batch]
-            started = self._clock()
+            self._encoding = batch, self._clock()
+            self._pacing.encoding()
             self.runner.encode([s.request.pixels for s in batch], [s.slots for s in batch])
-            now = self._clock()
-            self._pacing.encoded(now - started)
-            for sequence in batch:
-                sequence.encoded = now
+        return admitted
+
+    def _note_encoded(self) -> None:
+        """Wait for the end of the encoder call that runs, if any."""
+        if self._encoding is None:
+            return
+        (batch, started), self._encoding = self._encoding, None
+        self.runner.wait_encoded()
+        self._pacing.encoded(self._took(started))
+        for sequence in batch:
+            sequence.encoded = self._last_end
 
     def generate(
         self,

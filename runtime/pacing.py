@@ -17,9 +17,13 @@ class Pacing:
         self._encode_s = 0.0
         self._decode_s = 0.0
 
+    def encoding(self) -> None:
+        """Record the start of an encoder call."""
+        self._decode_s = 0.0
+
     def encoded(self, seconds: float) -> None:
-        """Record an encoder call."""
-        self._encode_s, self._decode_s = seconds, 0.0
+        """Record how long the encoder call took."""
+        self._encode_s = seconds
 
     def decoded(self, seconds: float) -> None:
         """Record a decode step."""

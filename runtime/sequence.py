@@ -70,7 +70,9 @@ class Sequence:
         """Consume the likeliest tokens of a burst of steps, up to the end of the sequence."""
         prompted = max(0, len(self.request.prompt_ids) - self.fed - 1)
         self.fed += len(ids)
-        failed = next((step for step, value in enumerate(logprobs) if math.isnan(value)), None)
+        failed = None
+        if math.isnan(sum(logprobs)):
+            failed = next(step for step, value in enumerate(logprobs) if math.isnan(value))
         self.decoding.extend(ids[prompted:failed], logprobs[prompted:failed])
         self.finish_reason = self.decoding.finish_reason
         if self.finish_reason is None and failed is not None:

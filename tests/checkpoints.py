@@ -1,6 +1,9 @@
 """Small random checkpoints of every shape that the GIT family has."""
 
+import torch
 from transformers import GitConfig
+
+from export.checkpoint import Checkpoint
 
 _VISION = {
     "hidden_size": 48,
@@ -35,3 +38,13 @@ SHAPES = {
     "video": _small(num_image_with_embedding=6),
 }
 PREFIXES = {"base": 5, "large": 10, "vqa": 901, "heads": 5, "video": 30}
+
+
+@torch.no_grad()
+def shaken(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with other biases and scales of normalisations: fresh ones are all 0 or 1."""
+    random = torch.Generator().manual_seed(2)
+    for weight in checkpoint.model.parameters():
+        if weight.ndim == 1:
+            weight.add_(0.1 * torch.randn(weight.shape, generator=random))
+    return checkpoint

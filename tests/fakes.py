@@ -65,7 +65,7 @@ class FakeRunner:
     text_tokens = 32
     runs_on = "fake"
     plan = Plan(combination="fake", encoder_provider="fake")
-    on_gpu = graphs = False
+    on_gpu = graphs = overlaps = False
 
     def __init__(self, burst: int = 1) -> None:
         self.burst = burst
@@ -82,6 +82,9 @@ class FakeRunner:
             for slot in targets:
                 self.cache[slot] = (int(image.sum()), [])
             self.seen.append(int(image.sum()))
+
+    def wait_encoded(self) -> None:
+        pass
 
     def decode(
         self,

@@ -15,13 +15,14 @@ from runtime.execution.device import DeviceRunner, bucket, buckets
 from runtime.execution.device_buffer import DeviceBuffer
 from runtime.execution.host import HostRunner, _shared, _Step
 from runtime.execution.loader import Prepared
+from runtime.execution.stream import HostStream
 from runtime.model import manifest as manifests
 from runtime.model.manifest import UNFORCED
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.planning.config import EngineConfig
 from runtime.planning.machine import Machine
 from runtime.planning.plan import Plan, default
-from tests.checkpoints import SHAPES
+from tests.checkpoints import SHAPES, shaken
 from tests.fakes import drained
 
 FUSED, PLAIN = "fp16-fused/fp16/float16", "fp16/fp16/float16"
@@ -31,7 +32,7 @@ FUSED, PLAIN = "fp16-fused/fp16/float16", "fp16/fp16/float16"
 def half(request, tmp_path_factory):
     """A small engine with fp16 variants for CUDA and TensorRT."""
     folder = tmp_path_factory.mktemp("half") / request.param
-    checkpoint = from_config(request.param, SHAPES[request.param], seed=2)
+    checkpoint = shaken(from_config(request.param, SHAPES[request.param], seed=2))
     build(checkpoint, folder, Proof(images=2, new_tokens=8, target="tensorrt"))
     return folder
 
@@ -123,6 +124,7 @@ def test_a_prompt_is_forced_within_a_burst(half):
     ]
     for request in requests:
         it.submit(request)
+    it.step()  # queues the images
     it.step()
     both = it.scheduler.running
     assert [s.fed for s in both] == [4, 4]  # four forced tokens, and four predicted ones
@@ -229,14 +231,33 @@ def test_a_slot_whose_numbers_broke_down_is_emptied(half):
     broken = runner._arena[-1]
     values = broken.fetch()
     values[1] = np.nan
-    broken.upload(values)
-    found = runner.decode([it.manifest.tokens.bos] * 2, [0, 0], [[UNFORCED] * 2] * 3)
+    broken.upload(values, runner._stream)
+    found = runner.decode([it.manifest.tokens.bos] * 2, [0, 0], [[UNFORCED] * 2] * 3).wait()
     assert not np.isnan(found.logprobs[:, 0]).any()
     assert np.isnan(found.logprobs[:, 1]).any()
     for cache in runner._arena:
         left = cache.fetch()
         assert not left[1].any()
         assert left[0].any()
+
+
+def test_a_slot_that_is_filled_while_a_burst_runs_loses_what_broke_down_and_not_its_image(half):
+    it = engine(half, DeviceRunner, FUSED)
+    [one, other], runner = [generated(np.random.default_rng(0), it.manifest.sizes)] * 2, it.runner
+    runner.encode([one], [[0]])
+    prefix = it.manifest.sizes.prefix
+    expected = [cache.fetch()[0, :, :prefix] for cache in runner._arena]
+    for cache in runner._arena:
+        values = cache.fetch()
+        values[1] = np.nan
+        cache.upload(values, runner._stream)
+    burst = runner.decode([it.manifest.tokens.bos] * 2, [0, 0])
+    runner.encode([other], [[1]])
+    assert np.isnan(burst.wait().logprobs[:, 1]).any()
+    for cache, values in zip(runner._arena, expected, strict=True):
+        left = cache.fetch()[1]
+        np.testing.assert_array_equal(left[:, :prefix], values)
+        assert not left[:, prefix:].any()
 
 
 def test_a_slot_with_room_for_less_than_a_burst_is_warmed_up(half):
@@ -248,7 +269,7 @@ def test_a_slot_with_room_for_less_than_a_burst_is_warmed_up(half):
 
 def test_a_device_buffer_binds_any_run_of_its_rows():
     buffer = DeviceBuffer("cpu", (4, 6), np.float32)
-    buffer.upload(np.arange(24, dtype=np.float32).reshape(4, 6))
+    buffer.upload(np.arange(24, dtype=np.float32).reshape(4, 6), HostStream())
     view = buffer.rows(2, first=1)
     assert view.shape == (2, 6)
     assert view.pointer - buffer.rows(4).pointer == 24

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,9 +48,10 @@ def alone(number: int, words: list[int], most: int) -> tuple[int, ...]:
 
 
 @settings(deadline=None, max_examples=150)
-@given(REQUESTS, CONFIGS, st.integers(1, 4))
-def test_any_order_of_arrival_says_what_each_request_alone_says(requests, config, burst):
+@given(REQUESTS, CONFIGS, st.integers(1, 4), st.booleans())
+def test_any_order_of_arrival_says_what_each_request_alone_says(requests, config, burst, overlaps):
     engine = fake_engine(config, burst)
+    engine.runner.overlaps = overlaps
     arriving = sorted(requests, key=lambda r: r[3])
     expected, finished, step = {}, {}, 0
     while arriving or not engine.idle:
@@ -106,6 +108,59 @@ def test_all_rows_of_a_request_are_reported():
     engine.submit(engine.request(image(2), max_new_tokens=4, ignore_eos=True))
     drained(engine)
     assert max(rows) == 4
+
+
+class Overlapping(Buckets):
+    """Notes the order of the calls, and results only once they are waited for."""
+
+    overlaps = True
+
+    def __init__(self):
+        super().__init__(burst=4)
+        self.calls = []
+
+    def encode(self, pixels, slots):
+        self.calls.append("encode")
+        super().encode(pixels, slots)
+
+    def wait_encoded(self):
+        self.calls.append("encoded")
+
+    def decode(self, tokens, fed, forced=(), candidates=1):
+        self.calls.append("decode")
+        found = super().decode(tokens, fed, forced, candidates)
+
+        def wait():
+            self.calls.append("results")
+            return found
+
+        return SimpleNamespace(wait=wait)
+
+    def move(self, source, target):
+        self.calls.append("move")
+        super().move(source, target)
+
+
+def test_the_next_images_are_encoded_while_the_host_works_on_a_burst():
+    said = []
+    for kind in (FakeRunner, Overlapping):
+        engine = fake_engine(EngineConfig(slots=8, encode_batch=4, patience=0))
+        runner = engine.runner = kind()
+        requests = [
+            engine.request(image(number % 10), max_new_tokens=3 + number % 7, ignore_eos=True)
+            for number in range(24)
+        ]
+        for request in requests:
+            engine.submit(request)
+        texts = drained(engine)
+        said.append([texts[request.id] for request in requests])
+    assert said[0] == said[1]
+    order = " ".join(runner.calls)
+    assert order.startswith("encode decode encoded encode results decode encoded encode results")
+    moves = [place for place, call in enumerate(runner.calls) if call == "move"]
+    last = len(runner.calls) - 1 - runner.calls[::-1].index("encode")
+    assert moves
+    assert min(moves) > last, "moved although a sequence waited for the hole"
 
 
 def test_a_sequence_is_not_moved_where_that_saves_nothing():

@@ -12,11 +12,11 @@ import numpy as np
 import onnxruntime as ort
 from tqdm import tqdm
 
+from bench.common import calls
 from bench.common.isolated import isolated
 from bench.common.settings import SHAPE, TOKENS, Settings
 from bench.common.timing import median_s, pictures, seconds
 from runtime.engine import Engine
-from runtime.execution.base import leading
 from runtime.planning.config import EngineConfig
 from runtime.planning.machine import this_machine
 
@@ -161,9 +161,9 @@ def _reached(settings: Settings) -> dict[str, Any]:
     runner, manifest = engine.runner, engine.manifest
     slots = engine.slots
     batch = pictures(engine.encode_batch, manifest.sizes.pixels)
-    encode = median_s(lambda: runner.encode(batch, leading(len(batch))), 3 * settings.repeats)
+    encode = median_s(lambda: calls.encode(runner, batch), 3 * settings.repeats)
     tokens, fed = [manifest.tokens.bos] * slots, [TOKENS // 2] * slots
-    step = median_s(lambda: runner.decode(tokens, fed), 9 * settings.repeats)
+    step = median_s(lambda: calls.decode(runner, tokens, fed), 9 * settings.repeats)
     plan = runner.plan
     encoder, decoder, cache = plan.combination.split("/")
     return {

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from bench.common import calls
 from bench.common.timing import pictures, seconds
 from bench.load.arrivals import closed_loop, coco_jobs
 from runtime.engine import Engine
-from runtime.execution.base import Candidates, leading
+from runtime.execution.base import Candidates
 
 # Closed loops that time calls in use: clients -> captions.
 _IN_USE = {1: 16, 4: 32, 16: 64, 64: 128}
@@ -48,8 +49,9 @@ def measure_alone(folder: Path, turns: int) -> tuple[Costs, str]:
     runner, images = engine.runner, engine.encode_batch
     pixels = pictures(images, engine.manifest.sizes.pixels)
     age = runner.text_tokens // 4
-    encodes = [partial(runner.encode, pixels[:n], leading(n)) for n in range(1, images + 1)]
-    decodes = [partial(runner.decode, [0] * n, [age] * n) for n in range(1, engine.slots + 1)]
+    encodes = [partial(calls.encode, runner, pixels[:n]) for n in range(1, images + 1)]
+    rows = range(1, engine.slots + 1)
+    decodes = [partial(calls.decode, runner, [0] * n, [age] * n) for n in rows]
     # In turns, so that a slow moment of the machine does not hit one call alone.
     taken = [[seconds(call) for call in encodes + decodes] for _ in range(turns)]
     fastest = [min(times) for times in zip(*taken, strict=True)]
@@ -94,10 +96,11 @@ class _Timed:
 
     def encode(self, pixels: Sequence[np.ndarray], *rest: Any) -> None:
         self._runner.encode(pixels, *rest)
+        self._runner.wait_encoded()
         self._note(self.encodes[len(pixels)])
 
     def decode(self, tokens: Sequence[int], *rest: Any) -> Candidates:
-        found: Candidates = self._runner.decode(tokens, *rest)
+        found: Candidates = self._runner.decode(tokens, *rest).wait()
         self._note(self.decodes[len(tokens)])
         return found
 

@@ -45,11 +45,15 @@ class _Runner:
     burst: int = 1
     graphs: bool = False
     on_gpu: bool = False
+    overlaps: bool = False
     plan: Plan = _PLAN
     runs_on: str = "replay"
 
     def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:
         self.clock.pass_by(self.costs.encode_s[len(pixels) - 1])
+
+    def wait_encoded(self) -> None:
+        """`encode` has passed the time."""
 
     def decode(
         self,

@@ -50,7 +50,7 @@ class Decoding(ABC):
     @property
     def steps_left(self) -> int:
         """Most steps until decoding is over."""
-        return self._sampling.max_new_tokens - max(len(text.token_ids) for text in self._texts)
+        return self._sampling.max_new_tokens - max([len(text.token_ids) for text in self._texts])
 
     @property
     @abstractmethod

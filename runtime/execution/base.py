@@ -22,6 +22,10 @@ class Candidates:
     logprobs: np.ndarray
     best_logits: np.ndarray | None = None
 
+    def wait(self) -> "Candidates":
+        """See Pending: these are there."""
+        return self
+
     def likeliest(self) -> list[tuple[list[int], list[float]]]:
         """Ids and log-probabilities of the likeliest tokens, one per step, of each row."""
         ids, logprobs = (values[..., 0].T.tolist() for values in (self.ids, self.logprobs))
@@ -40,13 +44,25 @@ def leading(count: int) -> list[list[int]]:
     return [[slot] for slot in range(count)]
 
 
+class Pending(Protocol):
+    """Results of decode steps that may be running."""
+
+    def wait(self) -> Candidates:
+        """Wait for the end of the steps; called once."""
+
+
 class ModelRunner(Protocol):
-    """The operations by which an engine runs the graphs."""
+    """The operations by which an engine runs the graphs.
+
+    Where `overlaps` is set, `encode` and `decode` queue their work and return while it runs, in
+    the order of the calls.
+    """
 
     plan: Plan
     text_tokens: int
     burst: int  # most decode steps per call
     graphs: bool  # whether runs are captured as CUDA graphs
+    overlaps: bool
 
     @property
     def on_gpu(self) -> bool:
@@ -59,19 +75,22 @@ class ModelRunner(Protocol):
     def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:
         """Encode images; write the image K/V of `pixels[i]` into each of `slots[i]`."""
 
+    def wait_encoded(self) -> None:
+        """Wait for the end of the last `encode`."""
+
     def decode(
         self,
         tokens: Sequence[int],
         fed: Sequence[int],
         forced: Sequence[Sequence[int]] = (),
         candidates: int = 1,
-    ) -> Candidates:
+    ) -> Pending:
         """Run one decode step over the leading rows, and one more for each item of `forced`.
 
         tokens: the token to feed each row. fed: text tokens already in each row's cache. forced:
         tokens to feed at each further step; UNFORCED stands for the likeliest token of the step
         before. candidates: next tokens to return per row; more than 1 only for a single step. The
-        result is valid until the next call.
+        result is valid, and must have been waited for, until the next call.
         """
 
     def reorder(self, moves: Sequence[tuple[int, int]], fed: int) -> None:

@@ -8,6 +8,8 @@ All buffers have fixed addresses, so that a step can be captured as a CUDA graph
   run without the host, which uploads the ring before the burst and fetches the results after it.
 * The encoder writes image K/V beside the arena; a small graph copies them into their slots, another
   copies text K/V between slots, a third finds more candidates than the likeliest token.
+* All graphs and copies are in one stream. So an encoder call can be queued while a burst runs: it
+  writes to slots without a sequence, whose rows in the burst are padding.
 
 The runner also works on the CPU provider, where it is tested without a GPU.
 """
@@ -23,8 +25,9 @@ import numpy as np
 import onnxruntime as ort
 
 from runtime.errors import GraphsFailed
-from runtime.execution.base import Candidates, leading
+from runtime.execution.base import Candidates, Pending, leading
 from runtime.execution.device_buffer import DeviceBuffer, View
+from runtime.execution.stream import Stream, open_stream
 from runtime.model.manifest import PIECE, UNFORCED, Manifest, kv_names
 from runtime.planning.plan import Plan
 from runtime.providers.cuda import CudaOptions, pin
@@ -65,8 +68,8 @@ class _Launch:
             for wait in (True, False)
         }
 
-    def run(self, graph: bool, wait: bool = True) -> None:
-        """Run the session. wait: return only when the device has finished.
+    def run(self, graph: bool, wait: bool = False) -> None:
+        """Queue a run of the session. wait: return only when it has ended.
 
         graph: replay the captured CUDA graph; the first such run captures it.
         """
@@ -83,9 +86,14 @@ def _run_options(graph_id: int, wait: bool) -> Any:
 class DeviceRunner:
     """ModelRunner with its state on a device; `decode` runs a burst of steps."""
 
+    overlaps = True
+
     def __init__(self, folder: Path, manifest: Manifest, plan: Plan) -> None:
         self.sizes, self.plan, self.burst = manifest.sizes, plan, BURST
         self._device = device = "cpu" if plan.decoder_provider == "cpu" else "cuda"
+        self._stream = stream = open_stream(device)
+        self._staged, self._encoded, self._decoded = (stream.mark() for _ in range(3))
+        self._filled: set[int] = set()  # slots given to an encoder call since the last `decode`
         self.text_tokens = plan.text_tokens
         self._slots, self._batch = plan.slots, min(plan.encode_batch, plan.slots)
         self._buckets, self._batches = buckets(self._slots), buckets(self._batch)
@@ -111,17 +119,23 @@ class DeviceRunner:
         pieces = head * cache.itemsize // (PIECE * 8)  # per K/V vector
         self._slot_pieces = heads * capacity * pieces
         self._pieces = pieces
-        self._image_places = _uploaded(device, _places(heads, prefix * pieces, capacity * pieces))
-        self._slot_places = _uploaded(device, _places(1, self._slot_pieces, self._slot_pieces))
+        self._image_places, self._slot_places = (
+            _uploaded(device, stream, places)
+            for places in (
+                _places(heads, prefix * pieces, capacity * pieces),
+                _places(1, self._slot_pieces, self._slot_pieces),
+            )
+        )
         self._firsts = DeviceBuffer(device, (self._batch, 1, 1), np.int64)
         self._pixels = {
             rows: DeviceBuffer(device, (rows, *self.sizes.pixels), np.uint8)
             for rows in self._batches
         }
         self._staging = np.zeros((self._batch, *self.sizes.pixels), np.uint8)
+        self._staging_rows = [row.data for row in self._staging.reshape(self._batch, -1)]
         if device == "cuda":
             pin(self._staging)
-        captured = CudaOptions(plan.memory_limit, plan.cuda_graphs)
+        captured = CudaOptions(plan.memory_limit, plan.cuda_graphs, stream.handle)
         encode_on = Placement(
             plan.encoder_provider, plan.encoder_threads, folder, half=True, cuda=captured,
             batch=self._batch, row=self.sizes.pixels,
@@ -134,6 +148,8 @@ class DeviceRunner:
             open_session(folder / graphs[name].file, beside)
             for name in ("insert", "reorder", "candidates")
         )
+        # TensorRT has a stream of its own: before and after it, the host waits.
+        self._encodes_apart = plan.encoder_provider == "tensorrt"
         self.graphs = False  # until warm_up has captured them
         self._encodes: dict[int, _Launch] = {}
         self._inserts: dict[int, _Launch] = {}
@@ -154,14 +170,25 @@ class DeviceRunner:
     def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:
         """See ModelRunner. pixels: uint8, at most the plan's encode batch of images."""
         rows = bucket(len(pixels), self._batches)
-        for row, image in enumerate(pixels):
-            self._staging[row] = image
-        self._pixels[rows].upload(self._staging[:rows])
-        (self._encodes.get(rows) or self._bind_encode(rows)).run(self.graphs)
+        self._staged.wait()
+        for row, image in zip(self._staging_rows, pixels, strict=False):
+            row[:] = image.reshape(-1).data  # unlike NumPy's copy, it keeps Python's lock
+        self._pixels[rows].upload(self._staging[:rows], self._stream)
+        self._staged.set()
+        encode = self._encodes.get(rows) or self._bind_encode(rows)
+        if self._encodes_apart:
+            self._staged.wait()
+        encode.run(self.graphs, wait=self._encodes_apart)
         insert = self._inserts.get(rows) or self._bind_insert(rows)
         # The first slot of each image, then the second of each image that has one, and so on.
         for targets in zip_longest(*slots, fillvalue=self._slots):
             self._copy_to(targets, insert)
+        self._filled.update(*slots)
+        self._encoded.set()
+
+    def wait_encoded(self) -> None:
+        """See ModelRunner."""
+        self._encoded.wait()
 
     def decode(
         self,
@@ -169,7 +196,7 @@ class DeviceRunner:
         fed: Sequence[int],
         forced: Sequence[Sequence[int]] = (),
         candidates: int = 1,
-    ) -> Candidates:
+    ) -> Pending:
         """See ModelRunner."""
         rows, steps = len(tokens), 1 + len(forced)
         size = bucket(rows, self._buckets)
@@ -178,18 +205,29 @@ class DeviceRunner:
         self._host_tokens[:steps, :rows] = [tokens, *forced]
         self._host_lengths[0, :rows] = np.add(fed, self.sizes.prefix)
         self._host_lengths[0, rows:] = self.sizes.prefix  # padding rows
-        self._tokens.upload(self._host_tokens.reshape(-1))
-        self._lengths.upload(self._host_lengths.reshape(-1))
+        self._tokens.upload(self._host_tokens.reshape(-1), self._stream)
+        self._lengths.upload(self._host_lengths.reshape(-1), self._stream)
+        self._filled.clear()
         for step in range(steps):
             launch = self._steps.get((size, step)) or self._bind_step(size, step)
-            launch.run(self.graphs, wait=step == steps - 1)
-        logprobs = self._logprobs.fetch().reshape(self._ring)[1 : steps + 1, :rows]
-        for row in np.flatnonzero(np.isnan(logprobs).any(axis=0)):
+            launch.run(self.graphs)
+        self._decoded.set()
+        burst = _Burst(self, rows, steps)
+        if candidates == 1:
+            return burst
+        burst.wait()
+        return self._likeliest(rows, candidates)
+
+    def results(self, rows: int, steps: int) -> Candidates:
+        """Wait for the last `decode`; the tokens that it chose."""
+        self._decoded.wait()
+        logprobs, predicted = (
+            ring.fetch().reshape(self._ring)[1 : steps + 1, :rows, None]
+            for ring in (self._logprobs, self._tokens)
+        )
+        for row in np.flatnonzero(np.isnan(logprobs).any(axis=(0, 2))):
             self._clear(int(row))
-        if candidates > 1:
-            return self._likeliest(rows, candidates)
-        predicted = self._tokens.fetch().reshape(self._ring)[1 : steps + 1, :rows]
-        return Candidates(predicted[..., None], logprobs[..., None])
+        return Candidates(predicted, logprobs)
 
     def _likeliest(self, rows: int, candidates: int) -> Candidates:
         """The likeliest tokens, from the logits that the last step left on the device."""
@@ -209,7 +247,11 @@ class DeviceRunner:
 
     def _clear(self, slot: int) -> None:
         """Zero a slot that may hold NaN: a kernel may mask by multiplying with zero, and zero times
-        NaN is NaN for the next sequence in the slot."""
+        NaN is NaN for the next sequence in the slot. If that one's image is there, it stays.
+        """
+        if slot in self._filled:
+            self.reorder([(self._slots, slot)], self.text_tokens)  # the spare slot has no text
+            return
         blank = [self._blank.rows(1)] * len(self._names)
         self._copy_to([slot], self._bind_copy(blank, self._slot_places))
 
@@ -239,7 +281,7 @@ class DeviceRunner:
             arena = cache.rows(self._slots + 1).shaped(-1, PIECE, dtype=np.int64)
             arena.as_input(binding, f"arena.{name}")
             arena.as_output(binding, f"reordered.{name}")
-        self._reorder.run_with_iobinding(binding)
+        self._reorder.run_with_iobinding(binding)  # it waits: `sources` and `targets` are freed
 
     def warm_up(self) -> None:
         """Run all graphs, encoder and decoder in all sizes; capture these if CUDA graphs are on.
@@ -261,9 +303,10 @@ class DeviceRunner:
         blank = np.zeros(self.sizes.pixels, np.uint8)
         for batch in self._batches:
             self.encode([blank] * batch, leading(batch))
+        self.wait_encoded()
         for size in self._buckets:
             steps = min(self.burst, self.text_tokens)
-            self.decode([0] * size, [0] * size, [[UNFORCED] * size] * (steps - 1))
+            self.decode([0] * size, [0] * size, [[UNFORCED] * size] * (steps - 1)).wait()
         self.decode([0], [0], candidates=2)
         everything = [(slot, slot) for slot in range(self._slots)]
         self.reorder(everything, self.text_tokens)  # later ones take no more memory
@@ -320,8 +363,18 @@ class DeviceRunner:
     def _copy_to(self, slots: Sequence[int], launch: _Launch) -> None:
         firsts = np.full((self._batch, 1, 1), self._slots, np.int64)
         firsts[: len(slots), 0, 0] = slots
-        self._firsts.upload(firsts * self._slot_pieces)
+        self._firsts.upload(firsts * self._slot_pieces, self._stream)
         launch.run(graph=False)
+
+
+class _Burst:
+    """Decode steps that are queued or have run."""
+
+    def __init__(self, runner: DeviceRunner, rows: int, steps: int) -> None:
+        self._runner, self._rows, self._steps = runner, rows, steps
+
+    def wait(self) -> Candidates:
+        return self._runner.results(self._rows, self._steps)
 
 
 def _places(heads: int, used: int, room: int) -> np.ndarray:
@@ -329,7 +382,7 @@ def _places(heads: int, used: int, room: int) -> np.ndarray:
     return (np.arange(heads)[:, None] * room + np.arange(used)).reshape(1, -1, 1)
 
 
-def _uploaded(device: str, array: np.ndarray) -> DeviceBuffer:
+def _uploaded(device: str, stream: Stream, array: np.ndarray) -> DeviceBuffer:
     buffer = DeviceBuffer(device, array.shape, array.dtype)
-    buffer.upload(array)
+    buffer.upload(array, stream)
     return buffer

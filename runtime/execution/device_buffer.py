@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from runtime.execution.stream import Stream
+
 
 @dataclass(frozen=True, slots=True)
 class View:
@@ -49,9 +51,10 @@ class DeviceBuffer:
         """Size on the device."""
         return self.shape[0] * self._row_bytes
 
-    def upload(self, array: np.ndarray) -> None:
-        """Overwrite the whole buffer; `array` has the same shape."""
-        self._value.update_inplace(array)
+    def upload(self, array: np.ndarray, stream: Stream) -> None:
+        """Queue a copy of an array of the buffer's shape; see `Stream.copy`."""
+        assert (array.shape, array.dtype) == (self.shape, self.dtype)
+        stream.copy(array, self._value.data_ptr())
 
     def fetch(self) -> np.ndarray:
         """A copy in host memory."""

@@ -35,6 +35,7 @@ class HostRunner:
     burst = 1
     graphs = False
     on_gpu = False
+    overlaps = False
 
     def __init__(self, folder: Path, manifest: Manifest, plan: Plan) -> None:
         self.sizes, self.plan = manifest.sizes, plan
@@ -90,6 +91,9 @@ class HostRunner:
                     cache[slot, :, : self.sizes.prefix] = values
 
         self._encoder.encode(pixels, put)
+
+    def wait_encoded(self) -> None:
+        """See ModelRunner; `encode` has waited."""
 
     def decode(
         self,

@@ -63,7 +63,7 @@ def _caption(
     said: list[int] = []
     token = special.bos
     for fed in range(most):
-        found = runner.decode([token], [fed])
+        found = runner.decode([token], [fed]).wait()
         token = int(found.ids[0, 0, 0])
         said.append(token)
         if token == special.eos or np.isnan(found.logprobs[0, 0, 0]):

@@ -24,10 +24,15 @@ _PINNED: list[np.ndarray] = []
 
 @dataclass(frozen=True, slots=True)
 class CudaOptions:
-    """How a session uses a GPU: most bytes to allocate, and whether to capture runs as graphs."""
+    """How a session uses a GPU.
+
+    memory_limit: most bytes to allocate. graphs: whether to capture runs as CUDA graphs. stream:
+    the CUDA stream to run in; one of the session's own if None.
+    """
 
     memory_limit: int | None = None
     graphs: bool = True
+    stream: int | None = None
 
 
 def major() -> int | None:
@@ -77,7 +82,30 @@ def settings(how: CudaOptions, exact: bool) -> dict[str, str]:
     }
     if how.memory_limit is not None:
         options["gpu_mem_limit"] = str(how.memory_limit)
+    if how.stream is not None:
+        options["user_compute_stream"] = str(how.stream)
     return options
+
+
+def call(function: str, *args: object, waits: bool = False) -> None:
+    """Call a function of CUDA's runtime. Raises ProviderError if it fails, or a kernel before it.
+
+    waits: whether the function waits for the device, so that other threads should run meanwhile.
+    Getting Python's lock back from a busy thread takes longer than queueing work.
+    """
+    runtime = _runtime(ctypes.CDLL if waits else ctypes.PyDLL)
+    if code := getattr(runtime, function)(*args):
+        raise ProviderError(f"CUDA's {function} says {code}, {runtime.cudaGetErrorName(code)}")
+
+
+@cache
+def _runtime(kind: type[ctypes.CDLL]) -> ctypes.CDLL:
+    try:
+        runtime = kind(f"libcudart.so.{major()}")
+    except OSError as cause:
+        raise ProviderError(f"CUDA's runtime can't be loaded: {cause}") from cause
+    runtime.cudaGetErrorName.restype = ctypes.c_char_p
+    return runtime
 
 
 def pin(array: np.ndarray) -> None:
@@ -86,14 +114,11 @@ def pin(array: np.ndarray) -> None:
     The array is never freed, because its address stays registered with CUDA. If pinning fails,
     copies still work, but more slowly; a warning is logged.
     """
-    try:
-        runtime = ctypes.CDLL(f"libcudart.so.{major()}")
-        code = runtime.cudaHostRegister(
-            ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), ctypes.c_uint(0)
-        )
-    except (OSError, AttributeError) as cause:
-        log.warning("pixels are copied from pageable memory: %s", cause)
-        return
     _PINNED.append(array)
-    if code:
-        log.warning("pixels are copied from pageable memory: cudaHostRegister says %d", code)
+    try:
+        call(
+            "cudaHostRegister", ctypes.c_void_p(array.ctypes.data),
+            ctypes.c_size_t(array.nbytes), ctypes.c_uint(0),
+        )  # fmt: skip
+    except ProviderError as cause:
+        log.warning("pixels are copied from pageable memory: %s", cause)
