@@ -99,6 +99,38 @@ def test_nothing_that_a_client_sends_comes_back_in_full():
     assert all(400 <= r.status < 500 and len(r.body) < 1000 for r in replies)
 
 
+@pytest.mark.parametrize(("size", "count"), [(300, 64), (4_000, 16), (9_000, 64), (30_000, 8)])
+def test_many_images_of_any_size_fit_a_json_body(size, count):
+    images, prompt, url = (
+        [bytes([n]) * size for n in range(count)],
+        "é" * 400,
+        "http://x/" + "y" * 300,
+    )
+    urls = ["data:image/png;base64," + b64(image) for image in images]
+    parts = [{"type": "image_url", "image_url": {"url": each}} for each in [*urls, url]]
+    for body, at in (
+        ({"images": [{"image": b64(image)} for image in images]}, "images"),
+        ({"image": [b64(image) for image in images]}, "image"),
+        ({"messages": [{"role": "user", "content": parts}]}, "messages"),
+        ({"inputs": [{"name": "IMAGE", "data": [b64(image) for image in images]}]}, "inputs"),
+    ):
+        found = json_parts(as_json(prompt=prompt, **body))
+        assert found.images == images
+        assert found.fields["prompt"] == prompt
+        if at == "messages":
+            assert found.fields["messages"][0]["content"][-1]["image_url"]["url"] == url
+
+
+def test_texts_of_a_json_body_are_bounded_beside_many_images():
+    images = [b64(bytes(7_000))] * 8
+    with pytest.raises(InvalidRequest, match="too large without its image"):
+        json_parts(as_json(image=images, texts=["x" * 8_000] * 9))
+    with pytest.raises(InvalidRequest, match="too large without its image"):
+        json_parts(as_json(image=images, **{"x" * 300: 1}))
+    with pytest.raises(InvalidRequest, match="more than 16 KiB"):
+        json_parts(as_json(image=images, prompt="x" * 17_000))
+
+
 def test_a_large_json_body_is_taken_apart_elsewhere_and_captioned():
     with serve(fake_engine) as live:
         padded = png() + bytes(200_000)

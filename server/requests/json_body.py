@@ -14,6 +14,7 @@ from runtime.errors import InvalidRequest
 from server.requests.parts import MOST_IMAGES, MOST_TEXT, Parts
 
 _OUTLINE = 64 * 1024  # bytes of a JSON document without its images
+_SMALL_IMAGE = 256  # bytes of a string that may be one, where many together are large
 _QUOTES = 1024  # quotes of a JSON document that end a string or are escaped in one
 _DEPTH, _VALUES = 8, 512  # levels of nesting, and values, of a JSON document
 _UNESCAPED = 16  # fewest base64 characters per escape: some programs escape each "/" or "+"
@@ -31,7 +32,11 @@ def json_parts(body: bytes) -> Parts:
     index in the list of images; `image` by the number of images in it, and `video` by true.
     Raises InvalidRequest naming the problem.
     """
-    outline, long = _outline(body)
+    outline, long = _outline(body, MOST_TEXT)
+    if len(outline) > _OUTLINE:
+        outline, long = _outline(body, _SMALL_IMAGE)
+    if len(outline) > _OUTLINE:
+        raise _too_large()
     try:
         fields = json.loads(outline)
     except (ValueError, RecursionError) as cause:
@@ -40,7 +45,7 @@ def json_parts(body: bytes) -> Parts:
         raise InvalidRequest(f"the JSON is not an object: {_NO_OBJECT}")
     sent, clip = fields.get("image"), fields.get("video")
     several = [] if sent is None else sent if isinstance(sent, list) else [sent]
-    places = list(_places(fields))
+    places = list(_places(fields, long))
     if len(several) + len(places) > MOST_IMAGES:
         raise InvalidRequest(f"the JSON holds more than {MOST_IMAGES} images")
     images = [_from_base64(image, long) for image in several]
@@ -49,11 +54,11 @@ def json_parts(body: bytes) -> Parts:
         holder[key] = len(images) - 1
     left = {"image": len(several) if several else None, "video": True if clip else None}
     fields |= {name: value for name, value in left.items() if name in fields}
-    _check_short(fields)
+    _put_back(fields, long, _OUTLINE - len(outline))
     return Parts(fields, images, None if clip is None else _from_base64(clip, long, "video"))
 
 
-def _places(fields: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+def _places(fields: dict[str, Any], long: list[bytes]) -> Iterator[tuple[Any, Any]]:
     """Container and key of each image outside `image`.
 
     Callers must refuse other values there: the numbers put in place are indices of images.
@@ -78,7 +83,7 @@ def _places(fields: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else []:
             url = part.get("image_url") if isinstance(part, dict) else None
-            if isinstance(url, dict) and "url" in url and not _is_address(url["url"]):
+            if isinstance(url, dict) and "url" in url and not _is_address(url["url"], long):
                 yield url, "url"
 
 
@@ -91,13 +96,18 @@ def _texts(data: Any, depth: int = 1) -> Iterator[tuple[Any, Any]]:
             yield data, place
 
 
-def _is_address(url: Any) -> bool:
+def _is_address(url: Any, long: list[bytes]) -> bool:
     """Whether the image is at a URL rather than in the body."""
-    return isinstance(url, str) and not url.startswith(("data:", "\0"))
+    if not isinstance(url, str):
+        return False
+    if url.startswith("\0"):
+        written = long[int(url[1:])]
+        return len(written) <= MOST_TEXT and not written.startswith(b'"data:')
+    return not url.startswith("data:")
 
 
-def _outline(body: bytes) -> tuple[bytes, list[bytes]]:
-    """The JSON text with marks in place of its long strings, and those strings as written.
+def _outline(body: bytes, longest: int) -> tuple[bytes, list[bytes]]:
+    """The JSON text with marks in place of strings longer than `longest`, and those as written.
 
     A mark is a string of a zero character and an index; no string in the body may begin like that.
     """
@@ -116,20 +126,23 @@ def _outline(body: bytes) -> tuple[bytes, list[bytes]]:
             break
         pieces.append(body[end:start])
         end = close + 1
-        if end - start > MOST_TEXT:
+        if end - start > longest:
             pieces.append(_MARK + b'%d"' % len(long))
             long.append(body[start:end])
         elif body.startswith(_MARK, start):
             raise InvalidRequest("a text in the JSON begins with a zero character")
         else:
             pieces.append(body[start:end])
-    outline = b"".join([*pieces, body[end:]])
-    if outside + len(body) - end > MOST_TEXT or len(outline) > _OUTLINE:
-        raise InvalidRequest(
-            f"the JSON is too large without its image: send at most {_QUOTES} strings of together "
-            f"{_OUTLINE // 1024} KiB, and {MOST_TEXT // 1024} KiB beside them"
-        )
-    return outline, long
+    if outside + len(body) - end > MOST_TEXT:
+        raise _too_large()
+    return b"".join([*pieces, body[end:]]), long
+
+
+def _too_large() -> InvalidRequest:
+    return InvalidRequest(
+        f"the JSON is too large without its image: send at most {_QUOTES} strings of together "
+        f"{_OUTLINE // 1024} KiB, and {MOST_TEXT // 1024} KiB beside them"
+    )
 
 
 def _ends_escaping(text: bytes) -> bool:
@@ -137,24 +150,42 @@ def _ends_escaping(text: bytes) -> bool:
     return (len(text) - len(text.rstrip(b"\\"))) % 2 == 1
 
 
-def _check_short(fields: dict[str, Any]) -> None:
-    """Raise InvalidRequest for too many values or levels, or a long string that is no image."""
+def _put_back(fields: dict[str, Any], long: list[bytes], room: int) -> None:
+    """Put strings that are no images back in place of their marks; `room`: their most bytes.
+
+    Raises InvalidRequest for too many values or levels, or too long strings.
+    """
     waiting: list[tuple[Any, int]] = [(fields, 1)]
     count = 0
     while waiting:
         value, depth = waiting.pop()
-        if depth > _DEPTH:
+        if depth + bool(value) > _DEPTH:
             raise InvalidRequest(f"the JSON is nested more than {_DEPTH} deep: {_NO_OBJECT}")
-        if isinstance(value, dict | list):
-            count += len(value)
-            if count > _VALUES:
-                raise InvalidRequest(f"the JSON holds more than {_VALUES} values: send fewer")
-            waiting += [
-                (inner, depth + 1)
-                for inner in (value if isinstance(value, list) else (*value, *value.values()))
-            ]
-        elif isinstance(value, str) and value.startswith("\0"):
-            raise InvalidRequest(f"the JSON holds a text of more than {MOST_TEXT // 1024} KiB")
+        count += len(value)
+        if count > _VALUES:
+            raise InvalidRequest(f"the JSON holds more than {_VALUES} values: send fewer")
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(inner, dict | list):
+                waiting.append((inner, depth + 1))
+            for text in (key, inner):
+                if not (isinstance(text, str) and text.startswith("\0")):
+                    continue
+                written = long[int(text[1:])]
+                room -= len(written)
+                if len(written) > MOST_TEXT:
+                    kib = MOST_TEXT // 1024
+                    raise InvalidRequest(f"the JSON holds a text of more than {kib} KiB")
+                if room < 0 or text is key:  # no field has a name as long as an image
+                    raise _too_large()
+                value[key] = _read(written)
+
+
+def _read(written: bytes) -> Any:
+    """The value of a string as written in JSON. Raises InvalidRequest."""
+    try:
+        return json.loads(written)
+    except ValueError as cause:
+        raise InvalidRequest(f"the body is not JSON: {_NO_OBJECT}") from cause
 
 
 def _from_base64(image: Any, long: list[bytes], name: str = "image") -> bytes:
