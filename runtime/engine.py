@@ -57,7 +57,7 @@ class StepReport:
 
 
 class Observer:
-    """Callbacks for an engine's steps, on the stepping thread."""
+    """Callbacks for an engine's steps, on the stepping thread; they must not use the engine."""
 
     def admitted(self, requests: list[GenerationRequest]) -> None:
         """`requests` are about to be encoded."""
@@ -98,6 +98,7 @@ class Engine:
         self.stepper = Stepper(self, thread or OwnThread("engine"))
         self._sequences: dict[int, Sequence] = {}  # by the ids of their requests
         self._owner: int | None = None  # the thread that steps
+        self._stepping = False
         self._encoding: tuple[list[Sequence], float] | None = None  # since when
         self._last_end = 0.0  # when the runner was last seen to end something
 
@@ -191,6 +192,8 @@ class Engine:
         self.scheduler = self._new_scheduler()
 
     def _claim(self) -> None:
+        if self._stepping:
+            raise WrongThread("an observer must not use the engine within a step: it is told only")
         me = threading.get_ident()
         if self._owner not in (None, me):
             raise WrongThread(
@@ -221,6 +224,13 @@ class Engine:
         tokens and of sequences that ended. Raises WrongThread.
         """
         self._claim()
+        self._stepping = True
+        try:
+            return self._step()
+        finally:
+            self._stepping = False
+
+    def _step(self) -> list[RequestOutput]:
         expired = self.scheduler.expire(self._clock())
         overlaps, admitted = self.runner.overlaps, list[Sequence]()
         if not overlaps:
@@ -372,9 +382,11 @@ class Engine:
         Requests are taken from the iterable as the engine gets on, some more than twice as many as
         there are slots: it captions some while the next are made, and few images are in memory.
 
-        Raises the error of the iterable, of `submit`, of a step or of `caption`; requests that
-        have not ended are cancelled then.
+        Raises the error of the iterable, of `submit`, of a step or of `caption`, requests that
+        have not ended are cancelled then; and WrongThread in a callback of the engine.
         """
+        if self.stepper.thread.is_current:
+            raise WrongThread("a callback of the engine can't wait for it: use another thread")
         news: SimpleQueue[RequestOutput | Exception] = SimpleQueue()
         put, coming = news.put, iter(requests)
         captions: dict[int, Caption] = {}  # by place in the iterable

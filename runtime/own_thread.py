@@ -25,9 +25,15 @@ class OwnThread:
 
     def __init__(self, name: str) -> None:
         self._name, self._calls = name, _Calls()
-        self._started, self._process = False, os.getpid()
+        self._process = os.getpid()
+        self._thread: threading.Thread | None = None
         self._inside, self._ended = threading.Lock(), False
         _threads.add(self)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is on this thread: it must not wait for it then."""
+        return self._thread is threading.current_thread()
 
     def check(self) -> None:
         """Raise WrongThread at the program's end, and in a fork of the process that this was made
@@ -57,12 +63,13 @@ class OwnThread:
 
     def start(self, function: Callable[[], _Result]) -> "Future[_Result]":
         """Call a function there, after those before it."""
-        if not self._started:
-            self._started = True
+        if self._thread is None:
             # Not at exit: a step may still need the encoder's threads then (`keep_out`).
             weakref.finalize(self, self._calls.put, None).atexit = False
-            arguments = (self._calls,)
-            threading.Thread(target=_serve, args=arguments, name=self._name, daemon=True).start()
+            self._thread = threading.Thread(
+                target=_serve, args=(self._calls,), name=self._name, daemon=True
+            )
+            self._thread.start()
         future = Future[_Result]()
         self._calls.put((future, function))
         return future

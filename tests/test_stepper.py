@@ -57,6 +57,26 @@ def test_a_caller_that_ends_its_thread_leaves_the_engine_to_others():
     assert len(engine.generate([image(2)])) == 1
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda engine, request: engine.submit(engine.request(image(3))),
+        lambda engine, request: engine.cancel(request.id),
+        lambda engine, request: engine.generate([image(3)]),
+        lambda engine, request: engine.step(),
+    ],
+)
+def test_an_observer_that_uses_the_engine_is_told_and_nobody_hangs(use):
+    engine = fake_engine()
+    engine.observer = Observer()
+    engine.observer.admitted = lambda requests: use(engine, requests[0])
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(WrongThread, match=r"observer|callback"):
+            pool.submit(engine.generate, [image(1)]).result(timeout=20)
+        engine.observer = Observer()
+        assert len(pool.submit(engine.generate, [image(2)]).result(timeout=20)) == 1
+
+
 def test_an_observer_that_ends_its_thread_is_an_error_of_who_waits():
     engine = fake_engine()
     engine.observer = Leaves()
