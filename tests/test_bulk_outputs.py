@@ -115,6 +115,33 @@ def test_an_image_may_be_called_as_the_error_of_a_list_that_breaks_off(photos, t
         assert len(rows_of(f"{tmp_path}/rows.jsonl")) == 41
 
 
+def test_an_image_called_so_keeps_its_row_where_its_path_is_its_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (5, 5)).save("a.png")
+    Path("x.txt").write_text("a.png\nx.txt#end\n")
+    for failed, before in ((1, 0), (0, 1), (0, 1)):
+        job = run("rows.jsonl", "x.txt")
+        assert (job.counts.failed, job.counts.failed_before) == (failed, before)
+        assert len(rows_of("rows.jsonl")) == 2
+
+
+def test_a_folder_that_can_be_read_again_loses_its_error(photos, tmp_path, monkeypatch):
+    closed, output, listed = photos / "1", f"{tmp_path}/rows.jsonl", Path.iterdir
+
+    def iterdir(folder):
+        if folder == closed:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", iterdir)
+        assert run(output, str(photos)).counts.failed == 1
+    job = run(output, str(photos))
+    assert (job.counts.failed, job.counts.failed_before, job.counts.captioned) == (0, 0, 13)
+    assert str(closed) not in {row["id"] for row in rows_of(output)}
+    check(output, photos)
+
+
 def test_what_changed_is_captioned_anew(output, photos):
     run(output, str(photos))
     file = next(photos.rglob("*.png"))

@@ -1,8 +1,10 @@
 """What runs where: the default for a processor, and plans that were measured."""
 
+import errno
 import json
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -176,3 +178,20 @@ def test_sessions_have_no_more_threads_than_they_may_use(monkeypatch, mask, core
     assert this_machine().cores == cores
     this_machine.cache_clear()
     assert session_options(Placement("cpu")).intra_op_num_threads == threads
+
+
+def test_a_plan_that_can_not_be_written_leaves_the_one_before(folder, monkeypatch):
+    there = folder / plans.FILE
+    there.write_text("before")
+    files = sorted(folder.iterdir())
+
+    def full(path, text):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    plan = default(manifests.load(folder), AUTO, "cpu", this_machine())
+    with pytest.raises(EngineFolderError, match="No space left"):
+        plans.save(folder, plan, this_machine(), [])
+    assert there.read_text() == "before"
+    assert sorted(folder.iterdir()) == files

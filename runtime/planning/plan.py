@@ -152,7 +152,7 @@ def suitable(combination: str, machine: Machine) -> bool:
 
 def save(folder: Path, plan: Plan, machine: Machine, measured: list[dict[str, object]]) -> None:
     """Write `folder`/plan.json, without the fields that every start derives anew; `measured` is
-    for people.
+    for people. Raises EngineFolderError if it can't be written; one from before stays then.
     """
     content = {
         "format": FORMAT,
@@ -161,7 +161,13 @@ def save(folder: Path, plan: Plan, machine: Machine, measured: list[dict[str, ob
         "plan": {name: value for name, value in asdict(plan).items() if name not in _FITTED},
         "measured": measured,
     }
-    (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
+    path, partial = folder / FILE, folder / f".{FILE}.partial"
+    try:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.replace(path)
+    except OSError as cause:
+        partial.unlink(missing_ok=True)
+        raise EngineFolderError(f"{path} can't be written: {cause.strerror}") from cause
 
 
 def load(folder: Path, manifest: Manifest, machine: Machine, available: tuple[str, ...]) -> Plan:

@@ -4,7 +4,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -21,18 +21,20 @@ _ESCAPED = re.compile(r"\\[xu\\]")
 @dataclass(frozen=True, slots=True)
 class Found:
     """A file. name: relative to the argument. itself: the file is the argument. wrong: why it, or
-    a folder, can't be read.
+    a folder, can't be read. listed: it is a folder, whose entries follow.
     """
 
     location: str
     name: str
     itself: bool = False
     wrong: str | None = None
+    listed: bool = False
 
     @property
     def meant(self) -> bool:
         """Whether the file gets a row: one that is named explicitly does, whatever its suffix."""
-        return self.itself or self.wrong is not None or self.suffix in SUFFIXES
+        named = self.itself or self.wrong is not None or self.suffix in SUFFIXES
+        return named and not self.listed
 
     @property
     def suffix(self) -> str:
@@ -51,10 +53,15 @@ class Files:
     path: str
     skipped: Counter[str] = field(default_factory=Counter, compare=False)
 
-    def items(self) -> Iterator[Item]:
-        """An item for each file, ordered by name, folder by folder."""
+    def items(self, whole: Callable[[str], object] = lambda item_id: None) -> Iterator[Item]:
+        """An item for each file, ordered by name, folder by folder.
+
+        whole: called with a folder's id, under which it has a row if it can't be read, when it can.
+        """
         for found in matches(self.path):
-            if found.wrong is not None:
+            if found.listed:
+                whole(plain(found.location))
+            elif found.wrong is not None:
                 yield Item(plain(found.location), wrong=found.wrong)
             elif found.meant:
                 yield Item(plain(found.location), found.location, _stem(found.name))
@@ -142,7 +149,11 @@ def _matching(pattern: str) -> Iterator[Found]:
                 yield Found(str(path), str(path))
         else:
             for found in _walk(path):
-                if found.wrong is not None or _fits(Path(found.name).parts, parts[any_depth:]):
+                if (
+                    found.listed
+                    or found.wrong is not None
+                    or _fits(Path(found.name).parts, parts[any_depth:])
+                ):
                     yield found
 
 
@@ -173,6 +184,7 @@ def _walk(top: Path) -> Iterator[Found]:
             if entry.is_dir():
                 if entry == top or not entry.is_symlink():
                     left += sorted(_shown(entry), reverse=True)
+                    yield replace(found, listed=True)
             elif entry.is_file() or entry.is_symlink():
                 yield found
         except OSError as error:

@@ -12,6 +12,7 @@ from server.bulk.items import Item, ResultRow
 
 _CACHE_KIB = 64 * 1024  # of memory
 _FAILED, _NO_IMAGE = 1, 2  # kinds of errors: of an image elsewhere; of no image, or one called so
+_CLAIMED, _MET = 1, 2  # in this run: by its key; as an image that failed in an earlier one
 
 
 class SameId(VignetteError):
@@ -69,15 +70,15 @@ class Index:
             if not asked:
                 return False
             if asked in _split(known):
-                mark = "UPDATE t SET claimed = 1 WHERE id = ? AND NOT claimed"
-                self._table.execute(mark, (key(item_id),))
+                self._mark(item_id, _CLAIMED)
                 return False
-            if claimed:
+            if claimed == _CLAIMED:
                 raise SameId(
                     f"two inputs are called {item_id}, with other images or prompts: give each an "
                     "id (--id-column), or caption them into two outputs"
                 )
             if failed:  # an error is no caption of another image
+                self._mark(item_id, _MET)
                 return False
             if not again:
                 raise SameId(
@@ -88,11 +89,18 @@ class Index:
         self._table.execute(changed, (asked, key(item_id)))
         return True
 
+    def _mark(self, item_id: str, how: int) -> None:
+        mark = "UPDATE t SET claimed = ? WHERE id = ? AND claimed != ?"
+        self._table.execute(mark, (how, key(item_id), _CLAIMED))
+
     def drop_error(self, item_id: str) -> None:
-        """Drop the row of an item without an image if it is an error: what was wrong is right."""
+        """Drop the row of an item without an image if it is an error: what was wrong is right.
+
+        An image that is called so, and was met in this run, keeps its row.
+        """
         with self._lock:
             found = self._table.execute(
-                "UPDATE t SET row = NULL, failed = 0 WHERE id = ? AND failed = ?",
+                "UPDATE t SET row = NULL, failed = 0 WHERE id = ? AND failed = ? AND NOT claimed",
                 (key(item_id), _NO_IMAGE),
             )
             self.replaced |= found.rowcount > 0

@@ -57,7 +57,7 @@ def _expanded(path: str, output: str) -> list[str]:
     if not is_pattern(path) or not path.lower().endswith(_LISTS):
         return [path]
     made = (output, f"{output}.rows.jsonl")
-    found = [each.location for each in matches(path)]
+    found = [each.location for each in matches(path) if not each.listed]
     found = [each for each in found if not any(_same(each, one) for one in made)]
     if not found:
         raise NoImages(f"nothing is called like {path}")
@@ -87,7 +87,7 @@ def _written(item: Item) -> Item:
 
 
 def _end(part: Part) -> str:
-    """The id under which a part that breaks off has an error: no image is called so."""
+    """The id under which a part that breaks off has an error."""
     return plain(part.path) if isinstance(part, Files) else f"{plain(part.path)}#end"
 
 
@@ -96,14 +96,16 @@ def items(
 ) -> Iterator[Item]:
     """The items of all parts, in order. A part that breaks off yields an item with the error.
 
-    whole: called with that item's id once a list or shard was read to its end.
+    whole: called with that item's id once a list or shard was read to its end, or a folder listed.
 
     Raises NoColumn and NoWay.
     """
     for part in parts:
         try:
-            yield from map(_written, part.items())
-            if not isinstance(part, Files):
+            if isinstance(part, Files):
+                yield from map(_written, part.items(whole))
+            else:
+                yield from map(_written, part.items())
                 whole(_end(part))
         except (NoColumn, NoWay):
             raise
