@@ -190,6 +190,28 @@ def test_a_real_server_is_asked_and_each_hop_checked(context):
     asyncio.run(run())
 
 
+def test_a_client_that_fetched_much_waits_for_its_next_and_others_do_not(context, monkeypatch):
+    monkeypatch.setattr(fetch, "_BYTES", (2_000, 1_000))
+    ended = []
+
+    async def run():
+        with site(context) as (port, _), fetcher_of(port, limit=10_000) as fetcher:
+
+            async def ask(path, client):
+                await fetcher.fetch(f"https://ok.example/{path}", 5, client)
+                ended.append(client)
+
+            await ask("large", "much")
+            much = asyncio.create_task(ask("image", "much"))
+            await asyncio.sleep(0)
+            for _ in range(3):
+                await ask("image", "little")
+            await much
+
+    asyncio.run(run())
+    assert ended == ["much", "little", "little", "little", "much"]
+
+
 def test_connections_have_a_thread_of_their_own(context, monkeypatch):
     """A site decides how long a call of TLS takes: requests must not wait for it."""
     threads = set()

@@ -28,6 +28,7 @@ from tornado.tcpclient import TCPClient
 
 from runtime.errors import VignetteError
 from server.fairness.fair_queue import FairQueue
+from server.fairness.token_buckets import TokenBuckets
 from server.images.hosts import ForbiddenUrl, PublicResolver, looking_up
 from server.loop_thread import LoopThread
 from server.refusals import QueueFull
@@ -36,6 +37,9 @@ from server.tasks import retrieve_error
 
 _REDIRECTS = 3
 _FETCHES = 32  # at a time
+# Bytes fetched, a second and at once, of all clients: by TLS they take a core as long as twice as
+# many of uploads do.
+_BYTES, _MUCH = (50e6, 16e6), 64 * 1024
 _CONNECT_SECONDS, _LONGEST_SECONDS = 5.0, 15.0
 _LATE_SECONDS = 1.0  # after its end, when a fetch is ended from outside
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"  # of TLS 1.2: without numbers of the site's own length
@@ -134,8 +138,8 @@ class _Connections(TCPClient):
 class Fetcher:
     """Fetches images from allowed domains.
 
-    Clients have equal shares of the places, and a fetch that is slow gives way to a client that
-    has fewer.
+    Clients have equal shares of the places and of the bytes fetched, and a fetch that is slow gives
+    way to a client that has fewer.
     """
 
     def __init__(
@@ -145,6 +149,7 @@ class Fetcher:
         self._domains, self._limit = tuple(d.lower() for d in domains), limit
         self._resolver = resolver or PublicResolver()
         self._turns = FairQueue(_FETCHES, spare=True)
+        self._bytes = TokenBuckets(*_BYTES, total=_BYTES[0], least=_MUCH)
         self._slow: dict[_Fetch, None] = {}  # the oldest first
         self._client = {"ssl_options": _tls(), **client}
         self._thread: LoopThread | None = None  # started by the first fetch
@@ -181,6 +186,7 @@ class Fetcher:
         is raised.
         """
         self.check(url)
+        await asyncio.sleep(self._bytes.owed(client))
         for slow in self._slow:
             if self._turns.call_back(slow.client, client):
                 self._give_way(slow)
@@ -223,6 +229,7 @@ class Fetcher:
         for timer in timers:
             timer.cancel()
         self._slow.pop(fetch, None)
+        self._bytes.spend(fetch.client, len(fetch.body))
         self._turns.give(fetch.client, time.monotonic() - began, fetch.gave_way)
         retrieve_error(fetching)
 
