@@ -1,6 +1,7 @@
 """Triton's client, unmodified, and the wire format by hand."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from runtime.errors import InvalidRequest
 from runtime.planning.config import EngineConfig
 from server.protocols.kserve import check_shape
 from server.service.keys import main as make_key
-from tests.fakes import fake_engine
+from tests.fakes import fake_engine, video_engine
 from tests.live import JSON, as_json, b64, png, serve
 
 IMAGES = [png((n, 2, 3), size=(150, 150)) for n in range(3)]
@@ -51,6 +52,22 @@ def test_triton_asks_what_there_is(client):
     assert client.get_model_config("fake")["max_batch_size"] == 0
     [entry] = client.get_model_repository_index()
     assert (entry["name"], entry["state"]) == ("fake", "READY")
+
+
+def test_a_video_model_takes_the_frames_of_clips():
+    with serve(partial(video_engine, 3), manifest=video_engine(3).manifest) as live:
+        client = triton.InferenceServerClient(f"127.0.0.1:{live.port}")
+        clips = [[png((n, place, 3)) for place in range(3)] for n in range(2)]
+        expected = [
+            live.caption(as_json(image=[b64(frame) for frame in clip]), **JSON).json["caption"]
+            for clip in clips
+        ]
+        frames = [frame for clip in clips for frame in clip]
+        result = client.infer("fake", [tensor("IMAGE", frames)])
+        assert [text.decode() for text in result.as_numpy("CAPTION")] == expected
+        with pytest.raises(InferenceServerException, match="takes 3 frames of a clip each"):
+            client.infer("fake", [tensor("IMAGE", frames[:4])])
+        client.close()
 
 
 def test_paths_with_a_model_in_them_know_head_and_preflights():

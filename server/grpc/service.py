@@ -160,7 +160,7 @@ class InferenceService:
             await call.wait_for(len(data))
             request = call_in(data)
             model = call.asks(request)
-            inputs = _inputs(request)
+            inputs = _inputs(request, model)
             call.images = len(inputs.images)
             for _ in inputs.images[1:]:
                 call.enter(held)
@@ -175,14 +175,14 @@ class InferenceService:
             await call.wait_for(len(data))
             request = call_in(data)
             model = call.asks(request)
-            inputs = _inputs(request)
+            inputs = _inputs(request, model)
             if len(inputs.images) != 1:
-                raise InvalidRequest("of a stream each request holds one image")
+                raise InvalidRequest("of a stream each request holds one image, or one clip's")
             asked = model.request(
                 inputs.prompts[0], inputs.sampling, timeout_ms=call.timeout_ms, stream=True
             )
             logprobs: list[float] = []
-            generated = self._service.generate(model, asked, inputs.images, call.client)
+            generated = self._service.generate(model, asked, inputs.images[0], call.client)
             async with aclosing(generated) as outputs:
                 async for news in text_deltas(outputs, model.tokenizer):
                     logprobs += news.completion.logprobs
@@ -194,7 +194,7 @@ class InferenceService:
                     yield response
 
 
-def _inputs(request: Any) -> Inputs:
+def _inputs(request: Any, model: Model) -> Inputs:
     """The inputs of a request. Raises InvalidRequest."""
     kserve.check_outputs([output.name for output in request.outputs])
     raw = list(request.raw_input_contents)
@@ -210,7 +210,7 @@ def _inputs(request: Any) -> Inputs:
             texts, numbers = contents.bytes_contents, contents.int_contents
             values[tensor.name] = list(texts if tensor.datatype == "BYTES" else numbers)
         kserve.check_shape(tensor.name, tensor.shape, values[tensor.name])
-    return Inputs.of(values)
+    return Inputs.of(values, model.manifest.sizes.frames)
 
 
 def _response(request: Any, model: Model, texts: list[str], scores: list[float]) -> Any:

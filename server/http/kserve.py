@@ -156,7 +156,8 @@ class InferHandler(_Shape, IntakeHandler):
         parts = await self.json_parts(body[:cut])
         self.hold(len(body) - cut)  # the images are copied out of it
         asked = checked(InferRequest, parts.fields)
-        inputs = Inputs.of(_values(asked, parts, body[cut:]))
+        frames = self.asked_model.manifest.sizes.frames
+        inputs = Inputs.of(_values(asked, parts, body[cut:]), frames)
         for _ in inputs.images[1:]:  # the first took its place in `prepare`
             self.take_place()
         try:

@@ -1,6 +1,7 @@
 """The Open Inference Protocol (KServe v2) for captions, shared by HTTP and gRPC.
 
-The input IMAGE holds one or several encoded images, each captioned by itself.
+The input IMAGE holds one or several encoded images, each captioned by itself; for a video model the
+frames of one or several clips.
 https://github.com/kserve/open-inference-protocol
 """
 
@@ -66,22 +67,32 @@ def check_outputs(names: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Inputs of a call: images, a prompt or None for each, and fields of SamplingParams."""
+    """Inputs of a call: images, or a clip's frames, of each request, a prompt or None for each, and
+    fields of SamplingParams.
+    """
 
-    images: list[bytes]
+    images: list[list[bytes]]
     prompts: list[str | None]
     sampling: dict[str, Any]
 
     @classmethod
-    def of(cls, tensors: dict[str, list[Any]]) -> "Inputs":
-        """Build from tensor values by name. Raises InvalidRequest."""
-        images = tensors.get("IMAGE", [])
-        if not 0 < len(images) <= MOST_IMAGES:
+    def of(cls, tensors: dict[str, list[Any]], frames: int | None) -> "Inputs":
+        """Build from tensor values by name. frames: of a clip, for a video model. Raises
+        InvalidRequest.
+        """
+        sent, each = tensors.get("IMAGE", []), frames or 1
+        if not 0 < len(sent) <= MOST_IMAGES:
             raise InvalidRequest(f"IMAGE must hold 1 to {MOST_IMAGES} encoded images")
+        if len(sent) % each:
+            raise InvalidRequest(
+                f"IMAGE holds {len(sent)} images, and this model takes {each} frames of a clip "
+                "each: send as many as encoded images, or the clip itself to POST /caption"
+            )
+        images = [sent[first : first + each] for first in range(0, len(sent), each)]
         prompts: list[str | None] = [_text(prompt) for prompt in tensors.get("PROMPT", [])]
         prompts = prompts or [None]
         if len(prompts) not in (1, len(images)):
-            raise InvalidRequest("PROMPT must hold one prompt, or one for each image")
+            raise InvalidRequest("PROMPT must hold one prompt, or one for each image or clip")
         asked = {}
         for name in ("MAX_NEW_TOKENS", "NUM_BEAMS"):
             if values := tensors.get(name):
@@ -101,7 +112,7 @@ class Inputs:
             await asyncio.sleep(0)  # tokenizing a prompt may take a while
         each = zip(requests, self.images, strict=True)
         return await gather_or_cancel(
-            service.caption(model, request, [image], client) for request, image in each
+            service.caption(model, request, images, client) for request, images in each
         )
 
 
