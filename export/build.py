@@ -179,6 +179,10 @@ def _check_replaceable(output: Path) -> None:
         raise ExportError("--output must name a folder of its own, such as engines/my-model")
     if not output.exists():
         return
+    if output.is_mount():
+        raise ExportError(
+            f"{output} is a mount, which can't be replaced: export into a folder of it"
+        )
     there = {path.name for path in output.iterdir()} if output.is_dir() else None
     files = _files_of(output)
     if there is None or (there and files is None):
@@ -207,7 +211,11 @@ def _move_into_place(partial: Path, output: Path) -> None:
         partial.rename(output)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.parent))
-    output.rename(old / output.name)
+    try:
+        output.rename(old / output.name)
+    except OSError as cause:
+        old.rmdir()
+        raise ExportError(f"{output} can't be replaced: {cause.strerror}") from cause
     try:
         partial.rename(output)
     except BaseException:  # an interrupt, too

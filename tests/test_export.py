@@ -340,3 +340,20 @@ def test_an_interrupt_as_the_engine_is_exchanged_leaves_the_old_one(tmp_path, mo
         building._move_into_place(partial, output)
     assert (output / "old").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"engine", ".engine-new"}
+
+
+def test_a_folder_that_can_not_be_moved_is_told_and_nothing_is_left(tmp_path, monkeypatch):
+    partial, output = tmp_path / "partial", tmp_path / "engine"
+    partial.mkdir()
+    output.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == output)
+    with pytest.raises(ExportError, match="is a mount"):
+        building._check_replaceable(output)
+
+    def refused(path, target):
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(ExportError, match="can't be replaced: Operation not permitted"):
+        building._move_into_place(partial, output)
+    assert sorted(tmp_path.iterdir()) == [output, partial]
