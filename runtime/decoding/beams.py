@@ -6,6 +6,7 @@ Scores are float32, as in transformers: the ranking of two beams may depend on r
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,13 +19,14 @@ from runtime.request import Completion, FinishReason, SamplingParams
 _NEVER = np.float32(-1e9)  # score of a beam that must not be chosen
 
 
-@dataclass(frozen=True, slots=True)
-class _Continued:
-    """A beam with one more token: row `parent`, and `place` among that row's candidates."""
+class _Continued(NamedTuple):
+    """A beam with one more token: row `parent`, and `place` among that row's candidates. score: a
+    float32.
+    """
 
     parent: int
     place: int
-    score: np.float32
+    score: float
     ends: bool
 
 
@@ -64,9 +66,9 @@ class Beams(Decoding):
         ending = np.array([each.ends for each in best])
         self._finish(best, rows)
         scores = np.array([each.score for each in best], np.float32) + ending * _NEVER
-        kept = np.argsort(-scores, kind="stable")[: self._sampling.num_beams]
+        kept = np.argsort(-scores, kind="stable")[: self._sampling.num_beams].tolist()
         self._texts = [self._grown(best[at], rows) for at in kept]
-        self._scores = scores[kept].astype(np.float32)
+        self._scores = scores[kept]
         self._can_improve = self._can_improve and self._may_improve()
         full = all(each.text is not None for each in self._finished)
         early = self._sampling.early_stopping is True and full
@@ -76,19 +78,23 @@ class Beams(Decoding):
 
     def _best(self, rows: Sequence[RowCandidates]) -> list[_Continued]:
         """The best `2 * num_beams` continuations over all rows, best first."""
-        sampling, found = self._sampling, []
-        last = self.steps_left == 1
-        for parent, (row, beam) in enumerate(zip(rows, self._texts, strict=True)):
-            scores, ids = np.array(row.logprobs, np.float32), np.array(row.ids)
-            if self._penalises:
-                before = beam.token_ids
-                scores = penalised(scores, ids, self._prompt, before, sampling, self._eos)
-            scores = scores + self._scores[parent]
-            for place in np.argsort(-scores, kind="stable")[: 2 * sampling.num_beams]:
-                stops = row.ids[place] == self._eos and not sampling.ignore_eos
-                found.append(_Continued(parent, int(place), scores[place], last or stops))
-        found.sort(key=lambda each: -each.score)
-        return found[: 2 * sampling.num_beams]
+        sampling, prompt, eos = self._sampling, self._prompt, self._eos
+        scores = np.array([row.logprobs for row in rows], np.float32)
+        if self._penalises:
+            for each, row, beam in zip(scores, rows, self._texts, strict=True):
+                each[:] = penalised(
+                    each, np.array(row.ids), prompt, beam.token_ids, sampling, eos
+                )  # fmt: skip
+        scores += self._scores[:, None]
+        # Of equal ones the first row's come first.
+        order = np.argsort(-scores, axis=None, kind="stable")[: 2 * sampling.num_beams]
+        width, last = scores.shape[1], self.steps_left == 1
+        stops = -1 if sampling.ignore_eos else eos
+        return [
+            _Continued(parent, place, score, last or rows[parent].ids[place] == stops)
+            for at, score in zip(order.tolist(), scores.reshape(-1)[order].tolist(), strict=True)
+            for parent, place in [divmod(at, width)]
+        ]
 
     def _grown(self, continued: _Continued, rows: Sequence[RowCandidates]) -> Hypothesis:
         text = self._texts[continued.parent].copy()
@@ -106,7 +112,7 @@ class Beams(Decoding):
                 text = self._grown(continued, rows)
                 stopped = text.token_ids[-1] == self._eos and not self._sampling.ignore_eos
                 text.finish_reason = FinishReason.STOP if stopped else FinishReason.LENGTH
-                self._finished.append(_Finished(text, np.float32(continued.score / length)))
+                self._finished.append(_Finished(text, np.float32(continued.score) / length))
         self._finished.sort(key=lambda each: -each.score)
         del self._finished[self._sampling.num_beams :]
 
