@@ -146,6 +146,7 @@ def _convert(source: Path, output: Path, largest: Largest) -> list[str]:
         if (hot & {*node.input, *node.output} and node.op_type not in _ALWAYS_HALF)
         or _squares_overflow(node, largest, widths)
     ]
+    drop_unused_sums(model.graph)
     # The converter needs types to insert casts, and shape inference stops at contrib nodes.
     own = {value.name for value in (*model.graph.input, *model.graph.output)}
     del model.graph.value_info[:]
@@ -155,6 +156,5 @@ def _convert(source: Path, output: Path, largest: Largest) -> list[str]:
     half = convert_float_to_float16(
         model, keep_io_types=False, disable_shape_infer=True, node_block_list=kept
     )
-    drop_unused_sums(half.graph)
     onnx.save_model(half, output)
     return kept

@@ -107,7 +107,7 @@ def add_and_normalise(
 
 class WideProduct(torch.autograd.Function):
     """A linear layer. In ONNX the bias is a row of the weights, which meets a column of ones: a
-    node for the sum would take as long as the product.
+    node for the sum would take as long as the product. PyTorch's own product adds it for nothing.
     """
 
     @staticmethod

@@ -181,6 +181,8 @@ class Engine:
         self._claim()
         sequence = self._sequences.pop(request_id, None)
         found = sequence is not None and self.scheduler.cancel(sequence)
+        if self.idle:
+            self._note_encoded()  # no step may follow
         self._let_go()
         self._report()  # a step may not follow
         return found
@@ -216,12 +218,13 @@ class Engine:
         return Scheduler(self.slots, self.encode_batch, self.config.refill, self._clock)
 
     def step(self) -> list[RequestOutput]:
-        """Admit and encode waiting sequences, then decode all running rows.
+        """Admit and encode waiting sequences, and feed all running rows one token, or on a device a
+        burst of tokens.
 
-        Each row is fed one token, or on a device a burst of tokens. There the next images are
-        queued behind the burst, so that the device encodes them while the host works on the
-        burst's results; their rows decode in the next step. Returns outputs of streams with new
-        tokens and of sequences that ended. Raises WrongThread.
+        On a processor sequences are admitted first. On a device they are queued behind the burst,
+        so that it encodes while the host works on the burst's results; their rows join the next
+        step. Returns outputs of streams with new tokens and of sequences that ended. Raises
+        WrongThread.
         """
         self._claim()
         self._stepping = True
@@ -236,9 +239,12 @@ class Engine:
         if not overlaps:
             admitted = self._encode_next()
             self._note_encoded()
-        if not (overlaps and self.scheduler.waiting):  # who will take the holes in this step
-            for source, target in self.scheduler.compact(self.runner.bucket):
-                self.runner.move(source, target)
+        # On a device, those that wait are not yet in the holes that they will probably fill.
+        coming = self.scheduler.waiting if overlaps else 0
+        for source, target in self.scheduler.compact(
+            lambda rows: self.runner.bucket(min(self.slots, rows + coming))
+        ):
+            self.runner.move(source, target)
         running = self.scheduler.running
         rows = sum(len(sequence.slots) for sequence in running)
         burst = self._start(running) if running else None
@@ -260,8 +266,8 @@ class Engine:
         self.observer.stepped(StepReport(encoded, rows, running, waiting))
 
     def _start(self, running: list[Sequence]) -> tuple[Pending, float, int]:
-        """Feed every running row. Returns the results, the time, and most text tokens in a cache
-        before.
+        """Feed every running row. Returns the pending results, when they were begun, and the most
+        text tokens that any cache held before.
         """
         bursting = all(sequence.decoding.can_burst for sequence in running)
         steps, rows = self._burst(running) if bursting else 1, self.scheduler.rows
@@ -273,6 +279,8 @@ class Engine:
             for step, fed_next in enumerate(sequence.tokens(steps)):
                 for slot, token in zip(sequence.slots, fed_next, strict=True):
                     tokens[step][slot] = token
+        if not bursting:  # the runner may wait for the step
+            self._note_encoded()
         now = self._clock()
         pending = self.runner.decode(tokens[0], fed, tokens[1:], candidates)
         return pending, now, max(fed)
@@ -299,8 +307,8 @@ class Engine:
             self.runner.reorder(moves, oldest + 1)
 
     def _took(self, started: float) -> float:
-        """Seconds that the runner, which does one thing after another, spent on what has just
-        ended.
+        """Seconds that the runner, which does one thing after another, spent on what has ended: at
+        most, if it ended before the host waited for it.
         """
         now = self._clock()
         seconds, self._last_end = now - max(started, self._last_end), now

@@ -20,6 +20,12 @@ class GraphsFailed(ProviderError):
     """The provider runs here, but its runs can't be captured as CUDA graphs."""
 
 
+class DeviceFailed(Exception):
+    """A call of CUDA failed, perhaps by an earlier kernel's fault; all later ones will. As no
+    request is to blame, it is no VignetteError.
+    """
+
+
 class InvalidRequest(VignetteError):
     """A request, or engine setting, that can never be served: out of range, or too large."""
 

@@ -138,7 +138,7 @@ def test_a_prompt_is_forced_within_a_burst(half):
 def test_graphs_that_cant_be_captured_are_done_without_and_it_is_said(half, monkeypatch, caplog):
     run = device._Launch.run
 
-    def failing(self, graph, wait=True):
+    def failing(self, graph, wait=False):
         if graph:
             raise RuntimeError("CUDA error 900: operation not permitted when stream is capturing")
         run(self, graph, wait)

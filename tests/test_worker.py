@@ -9,6 +9,7 @@ import pytest
 import zmq
 
 from runtime import engine
+from runtime.errors import DeviceFailed
 from runtime.planning.config import EngineConfig
 from runtime.request import FinishReason, GenerationRequest, SamplingParams
 from server.ipc.messages import (
@@ -119,6 +120,30 @@ def test_a_process_that_keeps_failing_is_left():
     assert made.worker.broken
     assert made.socket.failed == [1, 2, 3]
     assert made.stores[b"a"].started[0] == 3
+
+
+def test_a_process_whose_gpu_failed_is_left_at_once():
+    class Faulty(FakeRunner):
+        on_gpu = overlaps = True
+
+        def decode(self, tokens, fed, forced=(), candidates=1):
+            super().decode(tokens, fed, forced, candidates)
+            return self
+
+        def wait(self):
+            raise DeviceFailed("CUDA's cudaEventSynchronize says cudaErrorIllegalAddress (700)")
+
+    async def run():
+        made = Scene()
+        made.engine.runner = Faulty()
+        serving = asyncio.create_task(made.worker.run())
+        made.socket.ask(b"a", 1)
+        await asyncio.wait_for(serving, 20)
+        return made
+
+    made = asyncio.run(run())
+    assert made.worker.broken
+    assert made.socket.failed == [1]
 
 
 def test_a_process_that_can_take_no_requests_ends():

@@ -86,7 +86,7 @@ class _Timed:
     """A runner that times its calls, by images or rows, each from the end of the previous one."""
 
     def __init__(self, runner: Any) -> None:
-        self._runner = runner
+        self._runner, self.overlaps = runner, False
         self.last = time.perf_counter()
         self.encodes: dict[int, list[float]] = defaultdict(list)
         self.decodes: dict[int, list[float]] = defaultdict(list)

@@ -55,7 +55,8 @@ class ModelRunner(Protocol):
     """The operations by which an engine runs the graphs.
 
     Where `overlaps` is set, `encode` and `decode` queue their work and return while it runs, in
-    the order of the calls.
+    the order of the calls. Between `decode` and the wait for its result, `encode` may be called for
+    slots that have no sequence in that step.
     """
 
     plan: Plan
@@ -90,7 +91,8 @@ class ModelRunner(Protocol):
         tokens: the token to feed each row. fed: text tokens already in each row's cache. forced:
         tokens to feed at each further step; UNFORCED stands for the likeliest token of the step
         before. candidates: next tokens to return per row; more than 1 only for a single step. The
-        result is valid, and must have been waited for, until the next call.
+        result must be waited for before the next `decode`, `move` or `reorder`; it is valid until
+        then.
         """
 
     def reorder(self, moves: Sequence[tuple[int, int]], fed: int) -> None:

@@ -86,8 +86,6 @@ def _run_options(graph_id: int, wait: bool) -> Any:
 class DeviceRunner:
     """ModelRunner with its state on a device; `decode` runs a burst of steps."""
 
-    overlaps = True
-
     def __init__(self, folder: Path, manifest: Manifest, plan: Plan) -> None:
         self.sizes, self.plan, self.burst = manifest.sizes, plan, BURST
         self._device = device = "cpu" if plan.decoder_provider == "cpu" else "cuda"
@@ -150,6 +148,7 @@ class DeviceRunner:
         )
         # TensorRT has a stream of its own: before and after it, the host waits.
         self._encodes_apart = plan.encoder_provider == "tensorrt"
+        self.overlaps = not self._encodes_apart
         self.graphs = False  # until warm_up has captured them
         self._encodes: dict[int, _Launch] = {}
         self._inserts: dict[int, _Launch] = {}

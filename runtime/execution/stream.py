@@ -1,8 +1,7 @@
-"""The order of work on a device: everything that an engine does there follows in one stream.
+"""A queue of copies and graph runs on a device, which run in the order in which they were queued.
 
-Copies and graph runs are queued, and run in the order in which they were queued. So a buffer needs
-no lock on the device, and the host waits at two places only: before it overwrites memory that a
-copy may still read, and for results.
+An engine has one. So its buffers need no lock on the device; the host waits before it overwrites
+memory that a queued copy may still read, and for results.
 """
 
 import ctypes
@@ -10,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from runtime.errors import DeviceFailed, ProviderError
 from runtime.providers import cuda
 
 _NON_BLOCKING, _NO_TIMING, _TO_DEVICE = 1, 2, 1  # of cudaStream*, cudaEvent* and cudaMemcpy*
@@ -40,8 +40,11 @@ class Stream(Protocol):
 
 
 def open_stream(device: str) -> Stream:
-    """A stream of the device "cpu" or "cuda". Raises ProviderError if CUDA refuses it."""
-    return CudaStream() if device == "cuda" else HostStream()
+    """A stream of the device "cpu" or "cuda". Raises ProviderError."""
+    try:
+        return CudaStream() if device == "cuda" else HostStream()
+    except DeviceFailed as cause:
+        raise ProviderError(f"cuda can't run here: {cause}") from cause
 
 
 class HostStream:
@@ -51,7 +54,8 @@ class HostStream:
 
     def copy(self, array: np.ndarray, pointer: int) -> None:
         """See Stream."""
-        ctypes.memmove(pointer, np.ascontiguousarray(array).ctypes.data, array.nbytes)
+        source = np.ascontiguousarray(array)
+        ctypes.memmove(pointer, source.ctypes.data, source.nbytes)
 
     def mark(self) -> Mark:
         """See Stream."""
@@ -67,7 +71,7 @@ class _Reached:
 
 
 class CudaStream:
-    """A CUDA stream on the current GPU. Waits release Python's lock."""
+    """A CUDA stream on the current GPU. Its methods, and its marks', raise DeviceFailed."""
 
     def __init__(self) -> None:
         stream = ctypes.c_void_p()

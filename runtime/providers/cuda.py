@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from runtime.errors import ProviderError
+from runtime.errors import DeviceFailed, ProviderError
 
 log = logging.getLogger(__name__)
 
@@ -88,14 +88,15 @@ def settings(how: CudaOptions, exact: bool) -> dict[str, str]:
 
 
 def call(function: str, *args: object, waits: bool = False) -> None:
-    """Call a function of CUDA's runtime. Raises ProviderError if it fails, or a kernel before it.
+    """Call a function of CUDA's runtime. Raises DeviceFailed.
 
     waits: whether the function waits for the device, so that other threads should run meanwhile.
     Getting Python's lock back from a busy thread takes longer than queueing work.
     """
     runtime = _runtime(ctypes.CDLL if waits else ctypes.PyDLL)
     if code := getattr(runtime, function)(*args):
-        raise ProviderError(f"CUDA's {function} says {code}, {runtime.cudaGetErrorName(code)}")
+        name = runtime.cudaGetErrorName(code).decode()
+        raise DeviceFailed(f"CUDA's {function} says {name} ({code})")
 
 
 @cache
@@ -103,7 +104,7 @@ def _runtime(kind: type[ctypes.CDLL]) -> ctypes.CDLL:
     try:
         runtime = kind(f"libcudart.so.{major()}")
     except OSError as cause:
-        raise ProviderError(f"CUDA's runtime can't be loaded: {cause}") from cause
+        raise DeviceFailed(f"CUDA's runtime can't be loaded: {cause}") from cause
     runtime.cudaGetErrorName.restype = ctypes.c_char_p
     return runtime
 
@@ -114,11 +115,12 @@ def pin(array: np.ndarray) -> None:
     The array is never freed, because its address stays registered with CUDA. If pinning fails,
     copies still work, but more slowly; a warning is logged.
     """
-    _PINNED.append(array)
     try:
         call(
             "cudaHostRegister", ctypes.c_void_p(array.ctypes.data),
             ctypes.c_size_t(array.nbytes), ctypes.c_uint(0),
         )  # fmt: skip
-    except ProviderError as cause:
+    except DeviceFailed as cause:
         log.warning("pixels are copied from pageable memory: %s", cause)
+    else:
+        _PINNED.append(array)
