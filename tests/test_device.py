@@ -260,6 +260,34 @@ def test_a_slot_that_is_filled_while_a_burst_runs_loses_what_broke_down_and_not_
         assert not left[:, prefix:].any()
 
 
+def test_the_host_waits_before_it_overwrites_pixels_and_reads_results(half):
+    it = engine(half, DeviceRunner, FUSED)
+    runner, waits = it.runner, []
+
+    class Mark:
+        def __init__(self, name):
+            self.name = name
+
+        def set(self):
+            waits.append(f"set {self.name}")
+
+        def wait(self):
+            waits.append(f"wait {self.name}")
+            staged.append(runner._staging[0].copy())
+
+    runner._staged, runner._encoded, runner._decoded = map(Mark, ("staged", "encoded", "decoded"))
+    images = [generated(np.random.default_rng(n), it.manifest.sizes) for n in range(2)]
+    staged = []
+    for slot, image in enumerate(images):
+        runner.encode([image], [[slot]])
+    np.testing.assert_array_equal(staged[1], images[0])
+    runner.wait_encoded()
+    burst = runner.decode([it.manifest.tokens.bos] * 2, [0, 0])
+    burst.wait()
+    encode = ["wait staged", "set staged", "set encoded"]
+    assert waits == [*encode, *encode, "wait encoded", "set decoded", "wait decoded"]
+
+
 def test_a_slot_with_room_for_less_than_a_burst_is_warmed_up(half):
     it = engine(half, DeviceRunner, FUSED, text_tokens=2)
     image = generated(np.random.default_rng(0), it.manifest.sizes)

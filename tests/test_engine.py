@@ -14,7 +14,15 @@ from runtime.engine import Engine, Observer
 from runtime.errors import InvalidImage, InvalidRequest
 from runtime.planning.config import EngineConfig
 from runtime.request import FinishReason, GenerationRequest, SamplingParams
-from tests.fakes import EOS, FakeRunner, drained, fake_engine, image
+from tests.fakes import (
+    EOS,
+    MANIFEST,
+    FakeRunner,
+    FakeTokenizer,
+    drained,
+    fake_engine,
+    image,
+)
 
 REQUESTS = st.lists(
     st.tuples(
@@ -157,10 +165,71 @@ def test_the_next_images_are_encoded_while_the_host_works_on_a_burst():
     assert said[0] == said[1]
     order = " ".join(runner.calls)
     assert order.startswith("encode decode encoded encode results decode encoded encode results")
-    moves = [place for place, call in enumerate(runner.calls) if call == "move"]
-    last = len(runner.calls) - 1 - runner.calls[::-1].index("encode")
-    assert moves
-    assert min(moves) > last, "moved although a sequence waited for the hole"
+
+
+@pytest.mark.parametrize(("waiting", "moves"), [({}, False), ({"n": 8, "temperature": 1.0}, True)])
+def test_holes_are_left_to_those_who_wait_if_they_can_fill_them(waiting, moves):
+    engine = fake_engine(EngineConfig(slots=8, encode_batch=4, patience=0))
+    runner = engine.runner = Overlapping()
+    for number, most in enumerate([2] * 5 + [20] * 3):  # the last have the highest slots
+        engine.submit(engine.request(image(number), max_new_tokens=most, ignore_eos=True))
+    for number in range(1 if waiting else 4):
+        engine.submit(engine.request(image(number), max_new_tokens=4, **waiting))
+    while engine.scheduler.waiting:
+        engine.step()
+    assert ("move" in runner.calls) is moves
+    drained(engine)
+
+
+class OnADevice(FakeRunner):
+    """Encoder calls of 10 seconds and steps of 3, one after the other, beside the host."""
+
+    overlaps = True
+
+    def __init__(self):
+        super().__init__(burst=4)
+        self.now = self.free = self.encoded_at = 0.0
+
+    def _queue(self, seconds):
+        self.free = max(self.free, self.now) + seconds
+        return self.free
+
+    def _wait(self, moment):
+        self.now = max(self.now, moment)
+
+    def encode(self, pixels, slots):
+        super().encode(pixels, slots)
+        self.encoded_at = self._queue(10)
+
+    def wait_encoded(self):
+        self._wait(self.encoded_at)
+
+    def decode(self, tokens, fed, forced=(), candidates=1):
+        found, end = super().decode(tokens, fed, forced, candidates), self._queue(3)
+        if candidates > 1:
+            self._wait(end)
+        return SimpleNamespace(wait=lambda: self._wait(end) or found)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 1}])
+def test_each_call_on_a_device_is_booked_with_its_own_time(sampling):
+    runner, times = OnADevice(), {"encoded": [], "decoded": []}
+    config = EngineConfig(slots=8, encode_batch=4, patience=0.1)
+    engine = Engine(MANIFEST, FakeTokenizer(), runner, config, clock=lambda: runner.now)
+    for kind, seconds in times.items():
+        setattr(engine._pacing, kind, seconds.append)
+    engine._pacing.may_encode = lambda waiting, running: True
+    for number in range(24):
+        request = engine.request(image(number % 10), max_new_tokens=8, ignore_eos=True, **sampling)
+        engine.submit(request)
+    ended = []
+    while not engine.idle:
+        ended += engine.step()
+        runner.now += 2  # the host's
+    assert {*times["encoded"]} == {10}
+    assert {*times["decoded"]} == {3}
+    assert len(times["encoded"]) == 6
+    assert ended[0].timing.encode_s == 10
 
 
 def test_a_sequence_is_not_moved_where_that_saves_nothing():
