@@ -37,6 +37,7 @@ from export.verify import check_extent, verify
 from export.weights import pool
 from runtime.model.manifest import (
     COMPILED,
+    PARTIAL_PLAN,
     PLAN,
     TOKENIZER,
     WEIGHTS,
@@ -187,7 +188,7 @@ def _check_replaceable(output: Path) -> None:
     files = _files_of(output)
     if there is None or (there and files is None):
         raise ExportError(f"{output} exists and is no engine: choose another --output")
-    if others := there - {MANIFEST, PLAN, COMPILED, *(files or ())}:
+    if others := there - {MANIFEST, PLAN, PARTIAL_PLAN, COMPILED, *(files or ())}:
         raise ExportError(
             f"{output / min(others)} is no part of the engine that is replaced: move it elsewhere, "
             "or choose another --output"

@@ -1,5 +1,6 @@
 """What a body may hold, and what reading it costs others: bounded before it is parsed."""
 
+import json
 import os
 import socket
 
@@ -119,6 +120,15 @@ def test_many_images_of_any_size_fit_a_json_body(size, count):
         assert found.fields["prompt"] == prompt
         if at == "messages":
             assert found.fields["messages"][0]["content"][-1]["image_url"]["url"] == url
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-32"])
+def test_json_in_another_coding_than_utf_8_is_refused(coding):
+    for text in ("\0", "\0x", "\0" + "9" * 40, "é"):
+        for fields in ({text: 1}, {"image": text}, {"prompt": text}, {"images": [{"image": text}]}):
+            with pytest.raises(InvalidRequest, match="UTF-8"):
+                json_parts(json.dumps(fields, ensure_ascii=False).encode(coding))
+    assert json_parts(b"\xef\xbb\xbf" + as_json(prompt="x")).fields == {"prompt": "x"}
 
 
 def test_texts_of_a_json_body_are_bounded_beside_many_images():

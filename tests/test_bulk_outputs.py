@@ -125,6 +125,15 @@ def test_an_image_called_so_keeps_its_row_where_its_path_is_its_id(tmp_path, mon
         assert len(rows_of("rows.jsonl")) == 2
 
 
+def test_a_row_that_is_called_as_a_folder_before_it_stays(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    Path("list.txt").write_text("photos/1\n")
+    for failed, before in ((1, 0), (1, 0), (1, 0)):
+        job = run("rows.jsonl", "photos", "list.txt")
+        assert (job.counts.failed, job.counts.failed_before) == (failed, before)
+        assert len([row for row in rows_of("rows.jsonl") if row["id"] == "photos/1"]) == 1
+
+
 def test_a_folder_that_can_be_read_again_loses_its_error(photos, tmp_path, monkeypatch):
     closed, output, listed = photos / "1", f"{tmp_path}/rows.jsonl", Path.iterdir
 

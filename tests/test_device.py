@@ -260,6 +260,18 @@ def test_a_slot_that_is_filled_while_a_burst_runs_loses_what_broke_down_and_not_
         assert not left[:, prefix:].any()
 
 
+def test_a_slot_that_was_left_before_its_first_step_is_emptied_of_what_broke_down(half):
+    it = engine(half, DeviceRunner, FUSED)
+    runner = it.runner
+    runner.encode([generated(np.random.default_rng(0), it.manifest.sizes)], [[0]])
+    for cache in runner._arena:
+        values = cache.fetch()
+        values[1:] = np.nan
+        cache.upload(values, runner._stream)
+    runner.decode([it.manifest.tokens.bos] * 3, [0] * 3).wait()  # rows 0 to 3, in a bucket
+    assert not any(np.isnan(cache.fetch()[:4]).any() for cache in runner._arena)
+
+
 def test_the_host_waits_before_it_overwrites_pixels_and_reads_results(half):
     it = engine(half, DeviceRunner, FUSED)
     runner, waits = it.runner, []

@@ -221,12 +221,13 @@ class DeviceRunner:
         """Wait for the last `decode`; the tokens that it chose."""
         self._decoded.wait()
         logprobs, predicted = (
-            ring.fetch().reshape(self._ring)[1 : steps + 1, :rows, None]
+            ring.fetch().reshape(self._ring)[1 : steps + 1, :, None]
             for ring in (self._logprobs, self._tokens)
         )
-        for row in np.flatnonzero(np.isnan(logprobs).any(axis=(0, 2))):
+        # Also in padding rows, whose slots a sequence may have left before its first step.
+        for row in np.flatnonzero(np.isnan(logprobs[:, : self.bucket(rows)]).any(axis=(0, 2))):
             self._clear(int(row))
-        return Candidates(predicted, logprobs)
+        return Candidates(predicted[:, :rows], logprobs[:, :rows])
 
     def _likeliest(self, rows: int, candidates: int) -> Candidates:
         """The likeliest tokens, from the logits that the last step left on the device."""

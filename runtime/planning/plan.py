@@ -6,6 +6,7 @@ instruction set is used; both name only combinations that export has proven.
 
 import json
 import logging
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -161,12 +162,13 @@ def save(folder: Path, plan: Plan, machine: Machine, measured: list[dict[str, ob
         "plan": {name: value for name, value in asdict(plan).items() if name not in _FITTED},
         "measured": measured,
     }
-    path, partial = folder / FILE, folder / f".{FILE}.partial"
+    path, partial = folder / FILE, folder / manifests.PARTIAL_PLAN
     try:
         partial.write_text(json.dumps(content, indent=2) + "\n")
         partial.replace(path)
     except OSError as cause:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise EngineFolderError(f"{path} can't be written: {cause.strerror}") from cause
 
 

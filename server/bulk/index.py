@@ -96,11 +96,13 @@ class Index:
     def drop_error(self, item_id: str) -> None:
         """Drop the row of an item without an image if it is an error: what was wrong is right.
 
-        An image that is called so, and was met in this run, keeps its row.
+        An image that is called so, and was met in this run, keeps its row; one that is met later is
+        captioned anew.
         """
         with self._lock:
             found = self._table.execute(
-                "UPDATE t SET row = NULL, failed = 0 WHERE id = ? AND failed = ? AND NOT claimed",
+                "UPDATE t SET row = NULL, done = 0, failed = 0 "
+                "WHERE id = ? AND failed = ? AND NOT claimed",
                 (key(item_id), _NO_IMAGE),
             )
             self.replaced |= found.rowcount > 0

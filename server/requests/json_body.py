@@ -38,7 +38,7 @@ def json_parts(body: bytes) -> Parts:
     if len(outline) > _OUTLINE:
         raise _too_large()
     try:
-        fields = json.loads(outline)
+        fields = json.loads(outline.decode("utf-8-sig"))  # of bytes it would take UTF-16, too
     except (ValueError, RecursionError) as cause:
         raise InvalidRequest(f"the body is not JSON: {_NO_OBJECT}") from cause
     if not isinstance(fields, dict):
@@ -183,7 +183,7 @@ def _put_back(fields: dict[str, Any], long: list[bytes], room: int) -> None:
 def _read(written: bytes) -> Any:
     """The value of a string as written in JSON. Raises InvalidRequest."""
     try:
-        return json.loads(written)
+        return json.loads(written.decode())
     except ValueError as cause:
         raise InvalidRequest(f"the body is not JSON: {_NO_OBJECT}") from cause
 
@@ -197,7 +197,7 @@ def _from_base64(image: Any, long: list[bytes], name: str = "image") -> bytes:
             written = long[int(image[1:])]
             if written.count(b"\\") > len(written) // _UNESCAPED:
                 raise ValueError("it is mostly escapes")
-            image = json.loads(written) if b"\\" in written else written[1:-1].decode()
+            image = json.loads(written.decode()) if b"\\" in written else written[1:-1].decode()
         if image.startswith("data:"):
             image = image.partition(",")[2]
         if not image.isascii():
