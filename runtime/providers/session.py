@@ -1,7 +1,7 @@
 """Sessions that are checked to run on the requested provider."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +107,8 @@ def _open_tensorrt(path: Path, options: ort.SessionOptions, how: Placement) -> o
     folder = tensorrt.cache_folder(how.folder, name)
     chain = [
         (tensorrt.EP, tensorrt.options(folder, how.row, how.batch, how.half)),
-        # For nodes that TensorRT leaves over, such as a cast of the pixels.
-        (cuda.EP, cuda.settings(how.cuda, how.exact) | {"enable_cuda_graph": "0"}),
+        # For nodes that TensorRT leaves over, such as a cast of the pixels; in streams of ONNX
+        # Runtime's own, which follow TensorRT's.
+        (cuda.EP, cuda.settings(replace(how.cuda, graphs=False, stream=None), how.exact)),
     ]
     return tensorrt.open_cached(folder, lambda: _session(path, options, chain))
