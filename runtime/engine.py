@@ -10,7 +10,7 @@ import threading
 import time
 from collections import abc
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from queue import SimpleQueue
@@ -28,6 +28,7 @@ from runtime.limits import Limits
 from runtime.model.images import AnyImage, pixels_of
 from runtime.model.manifest import UNFORCED, Manifest
 from runtime.model.tokenizer import CaptionTokenizer
+from runtime.observer import Observer, StepReport
 from runtime.own_thread import OwnThread
 from runtime.pacing import Pacing
 from runtime.planning.config import SLOTS, EngineConfig
@@ -44,26 +45,6 @@ log = logging.getLogger(__name__)
 
 _BATCH_AXES = 4  # of an array of images
 _ENCODE_BATCH = 4  # for an engine built without a plan
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """Counts of a step: images encoded, rows fed, sequences running and waiting after it."""
-
-    encoded: int
-    rows: int
-    running: int
-    waiting: int
-
-
-class Observer:
-    """Callbacks for an engine's steps, on the stepping thread; they must not use the engine."""
-
-    def admitted(self, requests: list[GenerationRequest]) -> None:
-        """`requests` are about to be encoded."""
-
-    def stepped(self, report: StepReport) -> None:
-        """A step has ended, or a request was cancelled."""
 
 
 class Engine:

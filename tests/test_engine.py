@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from runtime.engine import Engine, Observer
+from runtime.engine import Engine
 from runtime.errors import InvalidImage, InvalidRequest
+from runtime.observer import Observer
 from runtime.planning.config import EngineConfig
 from runtime.request import FinishReason, GenerationRequest, SamplingParams
 from tests.fakes import (

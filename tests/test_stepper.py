@@ -14,8 +14,8 @@ import pytest
 from msgspec.structs import replace
 
 from runtime.async_engine import AsyncEngine
-from runtime.engine import Observer, StepReport
 from runtime.errors import ComputationFailed, InvalidRequest, WrongThread
+from runtime.observer import Observer, StepReport
 from runtime.planning.config import EngineConfig
 from tests.fakes import drained, fake_engine, gated, image
 from tests.live import until

@@ -16,8 +16,8 @@ import simpy
 from bench.load.costs import Costs
 from bench.load.replay import replayed
 from bench.scaling.cores import Cores
-from runtime.engine import Observer, StepReport
 from runtime.model import manifest as manifests
+from runtime.observer import Observer, StepReport
 from runtime.planning.config import EngineConfig
 
 # The system's scheduler gives niceness 0 three times the CPU time of niceness 5.

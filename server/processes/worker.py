@@ -18,8 +18,9 @@ import zmq.asyncio
 from msgspec.structs import replace
 
 from runtime.async_engine import AsyncEngine
-from runtime.engine import Engine, Observer, StepReport
+from runtime.engine import Engine
 from runtime.errors import VignetteError
+from runtime.observer import Observer, StepReport
 from runtime.request import Completion, FinishReason, GenerationRequest, RequestOutput, Timing
 from server.ipc.messages import (
     EngineVerified,
