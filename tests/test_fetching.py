@@ -97,6 +97,10 @@ class Site(tornado.web.RequestHandler):
             self.redirect("https://evil.example/x")
         elif what == "on":
             self.redirect("/image")
+        elif what == "padded":
+            self.set_status(302)
+            self.set_header("Location", "/image")
+            self.write(b"x" * 5000)
         elif what == "bytes":
             for _ in range(600):
                 self.write(b"x")
@@ -190,7 +194,10 @@ def test_a_real_server_is_asked_and_each_hop_checked(context):
     asyncio.run(run())
 
 
-def test_a_client_that_fetched_much_waits_for_its_next_and_others_do_not(context, monkeypatch):
+@pytest.mark.parametrize("path", ["large", "padded"])
+def test_a_client_that_fetched_much_waits_for_its_next_and_others_do_not(
+    path, context, monkeypatch
+):
     monkeypatch.setattr(fetch, "_BYTES", (2_000, 1_000))
     ended = []
 
@@ -201,7 +208,7 @@ def test_a_client_that_fetched_much_waits_for_its_next_and_others_do_not(context
                 await fetcher.fetch(f"https://ok.example/{path}", 5, client)
                 ended.append(client)
 
-            await ask("large", "much")
+            await ask(path, "much")
             much = asyncio.create_task(ask("image", "much"))
             await asyncio.sleep(0)
             for _ in range(3):

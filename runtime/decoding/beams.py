@@ -88,12 +88,11 @@ class Beams(Decoding):
         scores += self._scores[:, None]
         # Of equal ones the first row's come first.
         order = np.argsort(-scores, axis=None, kind="stable")[: 2 * sampling.num_beams]
-        width, last = scores.shape[1], self.steps_left == 1
-        stops = -1 if sampling.ignore_eos else eos
+        found = (*np.divmod(order, scores.shape[1]), scores.reshape(-1)[order])
+        last, stops = self.steps_left == 1, -1 if sampling.ignore_eos else eos
         return [
             _Continued(parent, place, score, last or rows[parent].ids[place] == stops)
-            for at, score in zip(order.tolist(), scores.reshape(-1)[order].tolist(), strict=True)
-            for parent, place in [divmod(at, width)]
+            for parent, place, score in zip(*(each.tolist() for each in found), strict=True)
         ]
 
     def _grown(self, continued: _Continued, rows: Sequence[RowCandidates]) -> Hypothesis:

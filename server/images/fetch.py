@@ -56,7 +56,7 @@ _MOVED = (301, 302, 303, 307, 308)
 @dataclass(eq=False, slots=True)
 class _Fetch:
     """A fetch under way, on the connections' thread. stream: the connection, once open. body:
-    received of the present answer, in so many pieces.
+    received of the present answer, in so many pieces. received: bytes of all answers' bodies.
     """
 
     client: str
@@ -64,6 +64,7 @@ class _Fetch:
     gave_way: bool = False
     late: bool = False
     body: bytearray = field(default_factory=bytearray)
+    received: int = 0
     pieces: int = 0
     chunked: bool = False
 
@@ -91,6 +92,7 @@ class _Fetch:
     def take(self, piece: bytes) -> None:
         """Add to the body; hang up on a server that sends single bytes, as each takes as long."""
         self.body += piece
+        self.received += len(piece)
         self.pieces += not self.chunked
         if self.drips and self.stream is not None:
             self.stream.close()
@@ -229,7 +231,7 @@ class Fetcher:
         for timer in timers:
             timer.cancel()
         self._slow.pop(fetch, None)
-        self._bytes.spend(fetch.client, len(fetch.body))
+        self._bytes.spend(fetch.client, fetch.received)
         self._turns.give(fetch.client, time.monotonic() - began, fetch.gave_way)
         retrieve_error(fetching)
 
