@@ -25,11 +25,12 @@ from export.graphs import (
     write_reordering,
 )
 from export.reference import Arrays, Case, caption
+from export.search_graph import write_search
 from export.variants import data_name, file_name, variant
 from runtime.model.manifest import Variant
 
 FUSED = "fp16-fused"  # each attention as one node, for CUDA; plain fp16 is for TensorRT
-HELPERS = ("insert", "reorder", "candidates")  # graphs without weights, for a device
+HELPERS = ("insert", "reorder", "candidates", "search")  # graphs without weights, for a device
 _CACHE = "float16"
 _LIMIT = 65_504 / 4  # margin for pictures that were not measured
 _MEASURED = 16  # pictures: every tensor is measured on each
@@ -71,6 +72,7 @@ def build_fp16(
     write_insertion(folder / file_name("insert", "fp16", _CACHE), sizes.layers)
     write_reordering(folder / file_name("reorder", "fp16", _CACHE), sizes.layers)
     write_candidates(folder / file_name("candidates", "fp16", _CACHE), sizes.vocabulary)
+    write_search(folder / file_name("search", "fp16", _CACHE), sizes)
     made = [variant("encoder", precision, _CACHE) for precision in encoders]
     made += [variant(graph, "fp16", _CACHE) for graph in ("decoder", *HELPERS)]
     return made, kept

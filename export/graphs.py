@@ -1,6 +1,8 @@
 """Edits of exported ONNX graphs, and small graphs for devices."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -182,7 +184,7 @@ def write_candidates(output: Path, vocabulary: int) -> None:
         info(logprobs, one, ["rows", "candidates"]),
         info(best, one, ["rows", 1]),
     ]
-    _write(output, "candidates", nodes, inputs, outputs)
+    write_graph(output, "candidates", nodes, inputs, outputs)
 
 
 def write_reordering(output: Path, layers: int) -> None:
@@ -204,18 +206,21 @@ def write_reordering(output: Path, layers: int) -> None:
         nodes.append(helper.make_node("ScatterND", [arena, "targets", read], [out]))
         inputs.append(info(arena, integer, ["A", PIECE]))
         outputs.append(info(out, integer, ["A", PIECE]))
-    _write(output, "reordering", nodes, inputs, outputs)
+    write_graph(output, "reordering", nodes, inputs, outputs)
 
 
-def _write(
+def write_graph(
     output: Path,
     name: str,
     nodes: list[NodeProto],
     inputs: list[ValueInfoProto],
     outputs: list[ValueInfoProto],
+    constants: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> None:
+    """Write a small graph of ONNX's own operators."""
+    held = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     opset = [helper.make_opsetid("", _OPSET)]
-    graph = helper.make_graph(nodes, name, inputs, outputs)
+    graph = helper.make_graph(nodes, name, inputs, outputs, held)
     onnx.save_model(helper.make_model(graph, opset_imports=opset, ir_version=_IR_VERSION), output)
 
 
@@ -243,7 +248,7 @@ def write_insertion(output: Path, layers: int) -> None:
         inputs.append(helper.make_tensor_value_info(image, integer, ["B", "N", PIECE]))
         inputs.append(helper.make_tensor_value_info(arena, integer, arena_shape))
         outputs.append(helper.make_tensor_value_info(out, integer, arena_shape))
-    _write(output, "insertion", nodes, inputs, outputs)
+    write_graph(output, "insertion", nodes, inputs, outputs)
 
 
 def _rename_output(graph: GraphProto, old: str, new: str) -> None:

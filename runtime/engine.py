@@ -10,7 +10,7 @@ import threading
 import time
 from collections import abc
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from queue import SimpleQueue
@@ -35,6 +35,7 @@ from runtime.planning.config import SLOTS, EngineConfig
 from runtime.request import Caption, FinishReason, GenerationRequest, RequestOutput
 from runtime.results import join_outputs, make_caption
 from runtime.scheduler import Scheduler
+from runtime.searching import Searching
 from runtime.sequence import Sequence
 from runtime.stepper import Stepper
 
@@ -42,6 +43,23 @@ if TYPE_CHECKING:
     from runtime.execution.loader import Prepared
 
 log = logging.getLogger(__name__)
+
+
+def _by_runner(sequence: Sequence, searching: bool) -> bool:
+    """Whether the runner chooses a sequence's tokens. searching: whether it searches for beams."""
+    return sequence.decoding.can_burst and (searching or len(sequence.slots) == 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """Decode steps on their way. `oldest`: most text tokens that any cache held before."""
+
+    pending: Pending
+    at: float
+    bursting: bool
+    searching: Searching
+    oldest: int
+
 
 _BATCH_AXES = 4  # of an array of images
 _ENCODE_BATCH = 4  # for an engine built without a plan
@@ -228,12 +246,12 @@ class Engine:
             self.runner.move(source, target)
         running = self.scheduler.running
         rows = sum(len(sequence.slots) for sequence in running)
-        burst = self._start(running) if running else None
+        begun = self._start(running) if running else None
         if overlaps:
             self._note_encoded()
             admitted = self._encode_next()
-        if burst:
-            self._finish(running, *burst)
+        if begun:
+            self._finish(running, begun)
         ended = expired + self.scheduler.release_finished()
         for sequence in ended:
             del self._sequences[sequence.request.id]
@@ -246,11 +264,9 @@ class Engine:
         running, waiting = len(self.scheduler.running), self.scheduler.waiting
         self.observer.stepped(StepReport(encoded, rows, running, waiting))
 
-    def _start(self, running: list[Sequence]) -> tuple[Pending, float, int]:
-        """Feed every running row. Returns the pending results, when they were begun, and the most
-        text tokens that any cache held before.
-        """
-        bursting = all(sequence.decoding.can_burst for sequence in running)
+    def _start(self, running: list[Sequence]) -> "_Begun":
+        """Feed every running row."""
+        bursting = all(_by_runner(sequence, self.runner.searches) for sequence in running)
         steps, rows = self._burst(running) if bursting else 1, self.scheduler.rows
         candidates = 1 if bursting else self._candidates(running)
         tokens, fed = [[0] * rows, *([UNFORCED] * rows for _ in range(1, steps))], [0] * rows
@@ -263,29 +279,31 @@ class Engine:
         if not bursting:  # the runner may wait for the step
             self._note_encoded()
         now = self._clock()
-        pending = self.runner.decode(tokens[0], fed, tokens[1:], candidates)
-        return pending, now, max(fed)
+        searching = Searching.among(running if bursting else ())
+        pending = self.runner.decode(tokens[0], fed, tokens[1:], candidates, searching.searches)
+        return _Begun(pending, now, bursting, searching, max(fed))
 
-    def _finish(
-        self, running: list[Sequence], pending: Pending, started: float, oldest: int
-    ) -> None:
+    def _finish(self, running: list[Sequence], begun: "_Begun") -> None:
         """Work on the results of `_start`; those of rows without a sequence are ignored."""
-        found = pending.wait()
-        self._pacing.decoded(self._took(started))
+        found = begun.pending.wait()
+        self._pacing.decoded(self._took(begun.at))
         likeliest, moves = found.likeliest(), list[Move]()
-        bursting = all(sequence.decoding.can_burst for sequence in running)
-        candidates = [] if bursting else found.rows()
+        candidates = [] if begun.bursting else found.rows()
+        searched = begun.searching.found(found)
         for sequence in running:
             try:
-                if sequence.decoding.can_burst:
-                    sequence.extend(*likeliest[sequence.slots[0]])
+                if _by_runner(sequence, begun.bursting):
+                    sequence.extend(
+                        [likeliest[slot] for slot in sequence.slots],
+                        searched.get(sequence.request.id, ()),
+                    )
                 else:
                     moves += sequence.advance([candidates[slot] for slot in sequence.slots])
             except Exception:  # an internal error ends that sequence only
                 log.exception("request %d failed as its tokens were chosen", sequence.request.id)
                 sequence.finish_reason = FinishReason.ERROR
         if moves:
-            self.runner.reorder(moves, oldest + 1)
+            self.runner.reorder(moves, begun.oldest + 1)
 
     def _took(self, started: float) -> float:
         """Seconds that the runner, which does one thing after another, spent on what has ended: at

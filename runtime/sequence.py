@@ -5,7 +5,7 @@ from collections import abc
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from runtime.decoding.candidates import Move, RowCandidates
+from runtime.decoding.candidates import Continuations, Move, RowCandidates
 from runtime.request import Completion, FinishReason, GenerationRequest, RequestOutput, Timing
 
 if TYPE_CHECKING:  # imports NumPy
@@ -47,10 +47,14 @@ class Sequence:
         return self.decoding.candidates if generates else 1
 
     @property
+    def prompted(self) -> int:
+        """Tokens of the prompt to feed after the next one."""
+        return max(0, len(self.request.prompt_ids) - self.fed - 1)
+
+    @property
     def max_burst(self) -> int:
         """Decode steps up to the latest possible end of a sequence that can burst."""
-        forced = max(0, len(self.request.prompt_ids) - self.fed - 1)  # after the next token
-        return forced + self.decoding.steps_left
+        return self.prompted + self.decoding.steps_left
 
     def advance(self, rows: abc.Sequence[RowCandidates]) -> list[Move]:
         """Consume a step's candidates; returns (source, target) slots of text K/V to copy."""
@@ -66,14 +70,24 @@ class Sequence:
             return []
         return [(self.slots[source], self.slots[target]) for source, target in moves]
 
-    def extend(self, ids: list[int], logprobs: list[float]) -> None:
-        """Consume the likeliest tokens of a burst of steps, up to the end of the sequence."""
-        prompted = max(0, len(self.request.prompt_ids) - self.fed - 1)
+    def extend(
+        self,
+        rows: abc.Sequence[tuple[list[int], list[float]]],
+        searched: abc.Sequence[Continuations] = (),
+    ) -> None:
+        """Consume a burst of steps, up to the end of the sequence.
+
+        rows: each row's likeliest tokens and their log-probabilities. searched: with beams, their
+        continuations, from the end of the prompt on.
+        """
+        [(ids, logprobs), *_], prompted = rows, self.prompted
         self.fed += len(ids)
         failed = None
-        if math.isnan(sum(logprobs)):
-            failed = next(step for step, value in enumerate(logprobs) if math.isnan(value))
-        self.decoding.extend(ids[prompted:failed], logprobs[prompted:failed])
+        sums = [sum(step) for step in zip(*(of_row for _, of_row in rows), strict=True)]
+        if math.isnan(sum(sums)):
+            failed = next(step for step, value in enumerate(sums) if math.isnan(value))
+        known = None if failed is None else max(0, failed - prompted)
+        self.decoding.extend(ids[prompted:failed], logprobs[prompted:failed], searched[:known])
         self.finish_reason = self.decoding.finish_reason
         if self.finish_reason is None and failed is not None:
             self.finish_reason = FinishReason.FAILED

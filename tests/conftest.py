@@ -14,7 +14,7 @@ from export.checkpoint import Checkpoint
 from export.random_weights import from_config
 from runtime.engine import Engine
 from runtime.planning.config import EngineConfig
-from tests.checkpoints import SHAPES
+from tests.checkpoints import SHAPES, shaken
 from tests.paths import DEMO
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
@@ -40,6 +40,15 @@ def small(tmp_path_factory) -> tuple[Checkpoint, Path]:
     folder = tmp_path_factory.mktemp("small") / "small"
     build(checkpoint, folder, Proof(images=2, new_tokens=4))
     return checkpoint, folder
+
+
+@pytest.fixture(scope="session", params=["base", "heads", "video"])
+def half(request, tmp_path_factory) -> Path:
+    """A small engine with fp16 variants for CUDA and TensorRT."""
+    folder = tmp_path_factory.mktemp("half") / request.param
+    checkpoint = shaken(from_config(request.param, SHAPES[request.param], seed=2))
+    build(checkpoint, folder, Proof(images=2, new_tokens=8, target="tensorrt"))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from runtime.engine import Engine
-from runtime.execution.base import Candidates
+from runtime.execution.base import Candidates, Search
 from runtime.model.manifest import (
     TOKENIZER,
     UNFORCED,
@@ -65,7 +65,7 @@ class FakeRunner:
     text_tokens = 32
     runs_on = "fake"
     plan = Plan(combination="fake", encoder_provider="fake")
-    on_gpu = graphs = overlaps = False
+    on_gpu = graphs = overlaps = searches = False
 
     def __init__(self, burst: int = 1) -> None:
         self.burst = burst
@@ -92,6 +92,7 @@ class FakeRunner:
         fed: Sequence[int],
         forced: Sequence[Sequence[int]] = (),
         candidates: int = 1,
+        searches: Sequence[Search] = (),
     ) -> Candidates:
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
@@ -135,7 +136,7 @@ class Gate(FakeRunner):
         self.open = threading.Event()
         self.open.set()
 
-    def decode(self, tokens, fed, forced=(), candidates=1):
+    def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
         assert self.open.wait(30)
         return super().decode(tokens, fed, forced, candidates)
 
@@ -176,7 +177,7 @@ class Allergic(FakeRunner):
         super().__init__()
         self.crashes, self.seconds = crashes, seconds
 
-    def decode(self, tokens, fed, forced=(), candidates=1):
+    def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
         time.sleep(self.seconds)
         if any(self.cache[row][0] == 3 * 16 * 7 for row in range(len(tokens))):
             if self.crashes:

@@ -9,11 +9,12 @@ from export.build import Proof, build
 from export.pictures import generated
 from export.random_weights import from_config
 from runtime.engine import Engine
-from runtime.execution import device
 from runtime.execution.base import Candidates, leading
-from runtime.execution.device import DeviceRunner, bucket, buckets
+from runtime.execution.buckets import bucket, buckets
+from runtime.execution.device import DeviceRunner
 from runtime.execution.device_buffer import DeviceBuffer
 from runtime.execution.host import HostRunner, _shared, _Step
+from runtime.execution.launch import Launch
 from runtime.execution.loader import Prepared
 from runtime.execution.stream import HostStream
 from runtime.model import manifest as manifests
@@ -22,19 +23,10 @@ from runtime.model.tokenizer import CaptionTokenizer
 from runtime.planning.config import EngineConfig
 from runtime.planning.machine import Machine
 from runtime.planning.plan import Plan, default
-from tests.checkpoints import SHAPES, shaken
+from tests.checkpoints import SHAPES
 from tests.fakes import drained
 
 FUSED, PLAIN = "fp16-fused/fp16/float16", "fp16/fp16/float16"
-
-
-@pytest.fixture(scope="module", params=["base", "heads", "video"])
-def half(request, tmp_path_factory):
-    """A small engine with fp16 variants for CUDA and TensorRT."""
-    folder = tmp_path_factory.mktemp("half") / request.param
-    checkpoint = shaken(from_config(request.param, SHAPES[request.param], seed=2))
-    build(checkpoint, folder, Proof(images=2, new_tokens=8, target="tensorrt"))
-    return folder
 
 
 class OnHost(HostRunner):
@@ -56,7 +48,7 @@ class OnHost(HostRunner):
                 binding.bind_ortvalue_output(present, _shared(array))
         return _Step(binding, None)
 
-    def decode(self, tokens, fed, forced=(), candidates=1):
+    def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
         super().decode(tokens, fed, forced, candidates)
         logits = self.logits.astype(np.float32)
         largest = logits.max(axis=-1, keepdims=True)
@@ -136,14 +128,14 @@ def test_a_prompt_is_forced_within_a_burst(half):
 
 
 def test_graphs_that_cant_be_captured_are_done_without_and_it_is_said(half, monkeypatch, caplog):
-    run = device._Launch.run
+    run = Launch.run
 
     def failing(self, graph, wait=False):
         if graph:
             raise RuntimeError("CUDA error 900: operation not permitted when stream is capturing")
         run(self, graph, wait)
 
-    monkeypatch.setattr(device._Launch, "run", failing)
+    monkeypatch.setattr(Launch, "run", failing)
     manifest, config = manifests.load(half), EngineConfig(encode_batch=4, patience=0)
     text = config.text_positions(manifest.sizes.text)
     plan = Plan(FUSED, "cpu", "cpu", encode_batch=4, slots=6, text_tokens=text)
@@ -228,14 +220,14 @@ def test_a_slot_whose_numbers_broke_down_is_emptied(half):
     sizes, rng = it.manifest.sizes, np.random.default_rng(0)
     runner, slots = it.runner, [0, 1]
     runner.encode([generated(rng, sizes) for _ in slots], leading(2))
-    broken = runner._arena[-1]
+    broken = list(runner.arena.caches.values())[-1]
     values = broken.fetch()
     values[1] = np.nan
     broken.upload(values, runner._stream)
     found = runner.decode([it.manifest.tokens.bos] * 2, [0, 0], [[UNFORCED] * 2] * 3).wait()
     assert not np.isnan(found.logprobs[:, 0]).any()
     assert np.isnan(found.logprobs[:, 1]).any()
-    for cache in runner._arena:
+    for cache in runner.arena.caches.values():
         left = cache.fetch()
         assert not left[1].any()
         assert left[0].any()
@@ -246,15 +238,15 @@ def test_a_slot_that_is_filled_while_a_burst_runs_loses_what_broke_down_and_not_
     [one, other], runner = [generated(np.random.default_rng(0), it.manifest.sizes)] * 2, it.runner
     runner.encode([one], [[0]])
     prefix = it.manifest.sizes.prefix
-    expected = [cache.fetch()[0, :, :prefix] for cache in runner._arena]
-    for cache in runner._arena:
+    expected = [cache.fetch()[0, :, :prefix] for cache in runner.arena.caches.values()]
+    for cache in runner.arena.caches.values():
         values = cache.fetch()
         values[1] = np.nan
         cache.upload(values, runner._stream)
     burst = runner.decode([it.manifest.tokens.bos] * 2, [0, 0])
     runner.encode([other], [[1]])
     assert np.isnan(burst.wait().logprobs[:, 1]).any()
-    for cache, values in zip(runner._arena, expected, strict=True):
+    for cache, values in zip(runner.arena.caches.values(), expected, strict=True):
         left = cache.fetch()[1]
         np.testing.assert_array_equal(left[:, :prefix], values)
         assert not left[:, prefix:].any()
@@ -264,12 +256,12 @@ def test_a_slot_that_was_left_before_its_first_step_is_emptied_of_what_broke_dow
     it = engine(half, DeviceRunner, FUSED)
     runner = it.runner
     runner.encode([generated(np.random.default_rng(0), it.manifest.sizes)], [[0]])
-    for cache in runner._arena:
+    for cache in runner.arena.caches.values():
         values = cache.fetch()
         values[1:] = np.nan
         cache.upload(values, runner._stream)
     runner.decode([it.manifest.tokens.bos] * 3, [0] * 3).wait()  # rows 0 to 3, in a bucket
-    assert not any(np.isnan(cache.fetch()[:4]).any() for cache in runner._arena)
+    assert not any(np.isnan(cache.fetch()[:4]).any() for cache in runner.arena.caches.values())
 
 
 def test_the_host_waits_before_it_overwrites_pixels_and_reads_results(half):

@@ -135,7 +135,7 @@ class Overlapping(Buckets):
     def wait_encoded(self):
         self.calls.append("encoded")
 
-    def decode(self, tokens, fed, forced=(), candidates=1):
+    def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
         self.calls.append("decode")
         found = super().decode(tokens, fed, forced, candidates)
 
@@ -205,7 +205,7 @@ class OnADevice(FakeRunner):
     def wait_encoded(self):
         self._wait(self.encoded_at)
 
-    def decode(self, tokens, fed, forced=(), candidates=1):
+    def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
         found, end = super().decode(tokens, fed, forced, candidates), self._queue(3)
         if candidates > 1:
             self._wait(end)

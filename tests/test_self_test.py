@@ -45,7 +45,7 @@ def test_a_picture_depends_on_its_seed_alone():
 def test_a_provider_that_computes_something_else_is_refused_when_it_is_named(monkeypatch):
     real = HostRunner.decode
 
-    def wrong(self, tokens, fed, forced=(), candidates=1):
+    def wrong(self, tokens, fed, forced=(), candidates=1, searches=()):
         found = real(self, tokens, fed, forced, candidates)
         return replace(found, ids=found.ids + (fed[0] == 2))
 

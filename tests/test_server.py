@@ -158,7 +158,7 @@ def test_a_step_that_fails_once_is_not_noticed():
 
 def test_an_image_whose_numbers_break_down_fails_alone():
     class Overflowing(Gate):
-        def decode(self, tokens, fed, forced=(), candidates=1):
+        def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
             found = super().decode(tokens, fed, forced, candidates)
             broken = [self.cache[row][0] == 3 * 16 * 66 for row in range(len(tokens))]
             found.logprobs[:, broken] = np.nan
@@ -181,7 +181,7 @@ def test_an_image_that_breaks_the_engine_harms_itself_alone():
     """It is tried again alone, answered, and refused from then on; its batch gets captions."""
 
     class Allergic(Gate):
-        def decode(self, tokens, fed, forced=(), candidates=1):
+        def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
             assert self.open.wait(30)
             if any(self.cache[row][0] == 3 * 16 * 66 for row in range(len(tokens))):
                 raise RuntimeError("secret detail")

@@ -57,7 +57,7 @@ def test_a_token_is_told_as_soon_as_it_is_there():
     class Stepwise(FakeRunner):
         steps_allowed = threading.Semaphore(0)
 
-        def decode(self, tokens, fed, forced=(), candidates=1):
+        def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
             assert self.steps_allowed.acquire(timeout=30)
             return super().decode(tokens, fed, forced, candidates)
 
@@ -113,7 +113,7 @@ def test_a_reader_who_takes_nothing_holds_no_place(live):
 
 def test_an_error_before_the_first_event_is_an_answer_and_later_an_event():
     class Breaking(Gate):
-        def decode(self, tokens, fed, forced=(), candidates=1):
+        def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
             found = super().decode(tokens, fed, forced, candidates)
             found.logprobs[:, [n >= 2 for n in fed]] = np.nan
             return found
@@ -168,7 +168,7 @@ def test_what_can_not_be_is_named(live, query, message):
 
 def test_a_request_for_more_rows_waits_for_them_and_the_others_go_on():
     class Counting(FakeRunner):
-        def decode(self, tokens, fed, forced=(), candidates=1):
+        def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
             assert len(tokens) <= 4
             return super().decode(tokens, fed, forced, candidates)
 

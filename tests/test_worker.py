@@ -101,7 +101,7 @@ def test_a_process_that_keeps_failing_is_left():
     """After three failed steps it is the process that is suspected, not the images."""
 
     class Broken(FakeRunner):
-        def decode(self, tokens, fed, forced=(), candidates=1):
+        def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
             raise RuntimeError("illegal memory access")
 
     async def run():
@@ -126,7 +126,7 @@ def test_a_process_whose_gpu_failed_is_left_at_once():
     class Faulty(FakeRunner):
         on_gpu = overlaps = True
 
-        def decode(self, tokens, fed, forced=(), candidates=1):
+        def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
             super().decode(tokens, fed, forced, candidates)
             return self
 
@@ -197,7 +197,7 @@ def test_what_waits_behind_a_suspect_can_be_taken_back():
         made.socket.say(b"a", Cancel(4))
 
     class Held(FakeRunner):
-        def decode(self, tokens, fed, forced=(), candidates=1):
+        def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
             time.sleep(0.005)
             return super().decode(tokens, fed, forced, candidates)
 
@@ -250,7 +250,7 @@ def test_who_waits_behind_a_request_that_is_taken_back_goes_on():
         made.socket.say(b"b", Cancel(2))
 
     class Slow(FakeRunner):
-        def decode(self, tokens, fed, forced=(), candidates=1):
+        def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
             time.sleep(0.01)
             return super().decode(tokens, fed, forced, candidates)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from bench.load.costs import Costs
 from runtime.engine import Engine
-from runtime.execution.base import Candidates
+from runtime.execution.base import Candidates, Search
 from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.planning.config import EngineConfig
@@ -46,6 +46,7 @@ class _Runner:
     graphs: bool = False
     on_gpu: bool = False
     overlaps: bool = False
+    searches: bool = False
     plan: Plan = _PLAN
     runs_on: str = "replay"
 
@@ -61,6 +62,7 @@ class _Runner:
         fed: Sequence[int],
         forced: Sequence[Sequence[int]] = (),
         candidates: int = 1,
+        searches: Sequence[Search] = (),
     ) -> Candidates:
         self.clock.pass_by(self.costs.decode_s[len(tokens) - 1])
         shape = (1, len(tokens), 1)

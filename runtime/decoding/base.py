@@ -3,8 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from runtime.decoding.candidates import Move, RowCandidates
-from runtime.decoding.hypothesis import Hypothesis
+from runtime.decoding.candidates import Continuations, Move, RowCandidates
 from runtime.decoding.penalties import penalises
 from runtime.request import Completion, FinishReason, SamplingParams
 
@@ -12,7 +11,8 @@ from runtime.request import Completion, FinishReason, SamplingParams
 class Decoding(ABC):
     """Consumes the candidates of each step and provides the token to feed each row next.
 
-    can_burst: greedy on a single row, independent of earlier tokens, so steps can run in bursts.
+    can_burst: the next token depends on a row's logits alone, or on the scores of beams, so that a
+    runner can choose it, and steps can run in bursts.
     """
 
     can_burst = False
@@ -21,7 +21,6 @@ class Decoding(ABC):
         """prompt: token ids. eos: id of the model's end token."""
         self._prompt, self._sampling, self._eos = prompt, sampling, eos
         self._penalises = penalises(sampling)
-        self._texts = [Hypothesis() for _ in range(sampling.rows)]
 
     @property
     def candidates(self) -> int:
@@ -31,7 +30,7 @@ class Decoding(ABC):
         """
         wanted = max(self._wanted, self._sampling.logprobs)
         if self._penalises:
-            wanted += 1 + max(len({*self._prompt, *text.token_ids}) for text in self._texts)
+            wanted += 1 + max(len({*self._prompt, *ids}) for ids in self._generated)
         return wanted
 
     @property
@@ -40,17 +39,22 @@ class Decoding(ABC):
         """`candidates` before penalties and requested log-probabilities."""
 
     @property
+    @abstractmethod
+    def _generated(self) -> list[list[int]]:
+        """Ids of the generated tokens of each row."""
+
+    @property
+    @abstractmethod
     def tokens(self) -> list[int]:
         """The token to feed each row next: the last generated one.
 
         The row of an ended text is fed its last token again; the result is ignored.
         """
-        return [text.token_ids[-1] for text in self._texts]
 
     @property
+    @abstractmethod
     def steps_left(self) -> int:
         """Most steps until decoding is over."""
-        return self._sampling.max_new_tokens - max([len(text.token_ids) for text in self._texts])
 
     @property
     @abstractmethod
@@ -61,9 +65,14 @@ class Decoding(ABC):
     def advance(self, rows: Sequence[RowCandidates]) -> list[Move]:
         """Choose each row's next token from its candidates; returns the text K/V moves of rows."""
 
-    def extend(self, ids: list[int], logprobs: list[float]) -> None:
-        """Append the likeliest tokens of a burst of steps, up to the end of the text."""
-        raise NotImplementedError(f"{type(self).__name__} chooses its tokens itself")
+    @abstractmethod
+    def extend(
+        self, ids: Sequence[int], logprobs: Sequence[float], searched: Sequence[Continuations]
+    ) -> None:
+        """Consume a burst of steps, up to the end of the texts.
+
+        ids, logprobs: the likeliest tokens of the first row. searched: those of beams.
+        """
 
     @abstractmethod
     def new_tokens(self, reported: int) -> Completion:

@@ -5,48 +5,41 @@ Scores are float32, as in transformers: the ranking of two beams may depend on r
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from runtime.decoding.base import Decoding
-from runtime.decoding.candidates import Move, RowCandidates
-from runtime.decoding.hypothesis import Hypothesis
+from runtime.decoding.candidates import Continuations, Move, RowCandidates
 from runtime.decoding.penalties import penalised
-from runtime.request import Completion, FinishReason, SamplingParams
+from runtime.request import Completion, FinishReason, SamplingParams, TopLogprobs
 
 _NEVER = np.float32(-1e9)  # score of a beam that must not be chosen
 
 
-class _Continued(NamedTuple):
-    """A beam with one more token: row `parent`, and `place` among that row's candidates. score: a
-    float32.
+class _Finished(NamedTuple):
+    """A finished text: the continuation `place` of a step; and its ranking score. `step` is None in
+    a place not yet filled.
     """
 
-    parent: int
-    place: int
-    score: float
-    ends: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Finished:
-    """A finished text and its ranking score; `text` is None in a place not yet filled."""
-
-    text: Hypothesis | None = None
+    step: int | None = None
+    place: int = 0
     score: float | np.float32 = -math.inf
 
 
 class Beams(Decoding):
-    """The `num_beams` best texts of one image, each in a row of its own."""
+    """The `num_beams` best texts of one image, each in a row of its own.
+
+    Steps are recorded as they were found; a text is read from the records, from its end backwards.
+    """
 
     def __init__(self, prompt: Sequence[int], sampling: SamplingParams, eos: int) -> None:
         """See Decoding."""
         super().__init__(prompt, sampling, eos)
-        # All rows are equal at first, so only row 0's candidates count.
-        self._scores = np.full(sampling.num_beams, _NEVER, np.float32)
-        self._scores[0] = 0
+        self.can_burst = not (self._penalises or sampling.logprobs)
+        self.stop = -1 if sampling.ignore_eos else eos
+        self._steps: list[Continuations] = []
+        self._tops: list[list[TopLogprobs]] = []  # of each step and row, if they were asked for
         self._finished = [_Finished()] * sampling.num_beams
         self._can_improve = True  # a text better than the finished ones is still possible
         self._ended = False
@@ -56,72 +49,135 @@ class Beams(Decoding):
         return 2 * self._sampling.num_beams  # up to `num_beams` of them may end
 
     @property
+    def tokens(self) -> list[int]:
+        """See Decoding."""
+        last = self._steps[-1]
+        return [last.ids[place] for place in last.kept]
+
+    @property
+    def steps_left(self) -> int:
+        """See Decoding."""
+        return self._sampling.max_new_tokens - len(self._steps)
+
+    @property
+    def scores(self) -> np.ndarray:
+        """The score of each row's text, float32 `[num_beams]`."""
+        if not self._steps:
+            # All rows are equal at first, so only row 0's candidates count.
+            found = np.full(self._sampling.num_beams, _NEVER, np.float32)
+            found[0] = 0
+            return found
+        last = self._steps[-1]
+        ending = [last.ids[place] == self.stop for place in last.kept]
+        found = np.array([last.scores[place] for place in last.kept], np.float32)
+        return found + np.array(ending) * _NEVER
+
+    @property
     def finish_reason(self) -> FinishReason | None:
         """See Decoding."""
-        return self.completions()[0].finish_reason if self._ended else None
+        return self._reason(self._finished[0]) if self._ended else None
 
     def advance(self, rows: Sequence[RowCandidates]) -> list[Move]:
         """See Decoding."""
-        best = self._best(rows)
-        ending = np.array([each.ends for each in best])
-        self._finish(best, rows)
-        scores = np.array([each.score for each in best], np.float32) + ending * _NEVER
-        kept = np.argsort(-scores, kind="stable")[: self._sampling.num_beams].tolist()
-        self._texts = [self._grown(best[at], rows) for at in kept]
-        self._scores = scores[kept]
-        self._can_improve = self._can_improve and self._may_improve()
-        full = all(each.text is not None for each in self._finished)
-        early = self._sampling.early_stopping is True and full
-        self._ended = not self._can_improve or early or bool(ending.all())
-        parents = [best[at].parent for at in kept]
+        if top := self._sampling.logprobs:
+            self._tops.append(
+                [tuple(zip(row.ids[:top], row.logprobs[:top], strict=True)) for row in rows]
+            )
+        step = self._best(rows)
+        self.extend((), (), [step])
+        parents = [step.parents[place] for place in step.kept]
         return [(parent, row) for row, parent in enumerate(parents) if parent != row]
 
-    def _best(self, rows: Sequence[RowCandidates]) -> list[_Continued]:
-        """The best `2 * num_beams` continuations over all rows, best first."""
-        sampling, prompt, eos = self._sampling, self._prompt, self._eos
+    def extend(
+        self, ids: Sequence[int], logprobs: Sequence[float], searched: Sequence[Continuations]
+    ) -> None:
+        """See Decoding."""
+        for step in searched:
+            if self._ended:
+                return
+            last = self.steps_left == 1
+            self._steps.append(step)
+            if last or self.stop in step.ids:
+                self._finish(step, last)
+            if self._full:
+                self._can_improve = self._can_improve and self._may_improve()
+                early = self._sampling.early_stopping is True
+                self._ended = last or early or not self._can_improve
+
+    def _best(self, rows: Sequence[RowCandidates]) -> Continuations:
+        """The best continuations over all rows."""
+        sampling = self._sampling
         scores = np.array([row.logprobs for row in rows], np.float32)
         if self._penalises:
-            for each, row, beam in zip(scores, rows, self._texts, strict=True):
+            for each, row, text in zip(scores, rows, self._generated, strict=True):
                 each[:] = penalised(
-                    each, np.array(row.ids), prompt, beam.token_ids, sampling, eos
+                    each, np.array(row.ids), self._prompt, text, sampling, self._eos
                 )  # fmt: skip
-        scores += self._scores[:, None]
+        scores += self.scores[:, None]
         # Of equal ones the first row's come first.
         order = np.argsort(-scores, axis=None, kind="stable")[: 2 * sampling.num_beams]
-        found = (*np.divmod(order, scores.shape[1]), scores.reshape(-1)[order])
-        last, stops = self.steps_left == 1, -1 if sampling.ignore_eos else eos
-        return [
-            _Continued(parent, place, score, last or rows[parent].ids[place] == stops)
-            for parent, place, score in zip(*(each.tolist() for each in found), strict=True)
-        ]
+        parents, places = (each.tolist() for each in np.divmod(order, scores.shape[1]))
+        ids = [rows[parent].ids[place] for parent, place in zip(parents, places, strict=True)]
+        logprobs = [rows[p].logprobs[place] for p, place in zip(parents, places, strict=True)]
+        best = scores.reshape(-1)[order]
+        going_on = best + (np.array(ids) == self.stop) * _NEVER
+        kept = np.argsort(-going_on, kind="stable")[: sampling.num_beams]
+        return Continuations(ids, parents, logprobs, best.tolist(), kept.tolist())
 
-    def _grown(self, continued: _Continued, rows: Sequence[RowCandidates]) -> Hypothesis:
-        text = self._texts[continued.parent].copy()
-        text.add(rows[continued.parent], continued.place, self._sampling.logprobs)
-        return text
+    @property
+    def _generated(self) -> list[list[int]]:
+        if not self._steps:
+            return [[]] * self._sampling.num_beams
+        last = len(self._steps) - 1
+        return [list(self._text(last, place).token_ids) for place in self._steps[last].kept]
 
-    def _finish(self, best: list[_Continued], rows: Sequence[RowCandidates]) -> None:
-        """Keep the best finished texts; of `best`, only the first `num_beams` may join them."""
-        full = all(each.text is not None for each in self._finished)
-        if (self._sampling.early_stopping is True and full) or not self._can_improve:
+    @property
+    def _full(self) -> bool:
+        return self._finished[-1].step is not None
+
+    def _finish(self, step: Continuations, last: bool) -> None:
+        """Keep the best finished texts; only the first `num_beams` continuations may join them.
+
+        last: all end here, because no more tokens are allowed.
+        """
+        early = self._sampling.early_stopping is True and self._full
+        if early or not self._can_improve:
             return
-        length = np.float32((len(self._texts[0].token_ids) + 1) ** self._sampling.length_penalty)
-        for continued in best[: self._sampling.num_beams]:
-            if continued.ends:
-                text = self._grown(continued, rows)
-                stopped = text.token_ids[-1] == self._eos and not self._sampling.ignore_eos
-                text.finish_reason = FinishReason.STOP if stopped else FinishReason.LENGTH
-                self._finished.append(_Finished(text, np.float32(continued.score) / length))
+        number, beams = len(self._steps) - 1, self._sampling.num_beams
+        length = np.float32(len(self._steps) ** self._sampling.length_penalty)
+        for place in range(beams):
+            if last or step.ids[place] == self.stop:
+                score = np.float32(step.scores[place]) / length
+                self._finished.append(_Finished(number, place, score))
         self._finished.sort(key=lambda each: -each.score)
-        del self._finished[self._sampling.num_beams :]
+        del self._finished[beams:]
 
     def _may_improve(self) -> bool:
         """Whether the best beam, by its current score, could still beat the worst finished text."""
-        sampling, length = self._sampling, len(self._texts[0].token_ids)
+        sampling, length = self._sampling, len(self._steps)
         if sampling.early_stopping == "never" and sampling.length_penalty > 0:
             length = sampling.max_new_tokens
-        possible = self._scores[0] / np.float32(length**sampling.length_penalty)
-        return bool(possible > min(each.score for each in self._finished))
+        possible = self.scores[0] / np.float32(length**sampling.length_penalty)
+        return bool(possible > self._finished[-1].score)
+
+    def _reason(self, finished: _Finished) -> FinishReason:
+        assert finished.step is not None
+        stopped = self._steps[finished.step].ids[finished.place] == self.stop
+        return FinishReason.STOP if stopped else FinishReason.LENGTH
+
+    def _text(self, number: int, place: int, reason: FinishReason | None = None) -> Completion:
+        """The text that ends with the continuation `place` of step `number`."""
+        ids, logprobs, tops = [], [], []
+        for at in range(number, -1, -1):
+            step = self._steps[at]
+            ids.append(step.ids[place])
+            logprobs.append(step.logprobs[place])
+            parent = step.parents[place]
+            if self._tops:
+                tops.append(self._tops[at][parent])
+            if at:
+                place = self._steps[at - 1].kept[parent]
+        return Completion(tuple(ids[::-1]), tuple(logprobs[::-1]), tuple(tops[::-1]), reason)
 
     def new_tokens(self, reported: int) -> Completion:
         """See Decoding; empty until the end, when the best text is known."""
@@ -129,5 +185,8 @@ class Beams(Decoding):
 
     def completions(self) -> list[Completion]:
         """See Decoding."""
-        texts = (each.text for each in self._finished[: self._sampling.n])
-        return [text.completion() for text in texts if text is not None]
+        return [
+            self._text(each.step, each.place, self._reason(each))
+            for each in self._finished[: self._sampling.n]
+            if each.step is not None
+        ]

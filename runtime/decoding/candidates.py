@@ -1,4 +1,4 @@
-"""Result of a decode step for one row of the batch."""
+"""What a decode step found for a row of the batch, or for an image with beams."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,3 +12,17 @@ class RowCandidates(NamedTuple):
     ids: Sequence[int]
     logprobs: Sequence[float]
     best_logit: float
+
+
+class Continuations(NamedTuple):
+    """The best `2 * num_beams` ways to continue an image's beams by one token, best first.
+
+    parents: the row of each one's beam. logprobs: of `ids`. scores: sums of a text's
+    log-probabilities, float32 values. kept: the indices of the `num_beams` that go on.
+    """
+
+    ids: list[int]
+    parents: list[int]
+    logprobs: list[float]
+    scores: list[float]
+    kept: list[int]

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from runtime.decoding.base import Decoding
-from runtime.decoding.candidates import Move, RowCandidates
+from runtime.decoding.candidates import Continuations, Move, RowCandidates
+from runtime.decoding.hypothesis import Hypothesis
 from runtime.decoding.penalties import penalised
 from runtime.request import Completion, FinishReason, SamplingParams
 
@@ -18,6 +19,7 @@ class Continuation(Decoding):
     def __init__(self, prompt: Sequence[int], sampling: SamplingParams, eos: int) -> None:
         """See Decoding."""
         super().__init__(prompt, sampling, eos)
+        self._texts = [Hypothesis() for _ in range(sampling.rows)]
         self.can_burst = sampling.n == 1 and not (
             self._penalises or sampling.temperature or sampling.logprobs
         )
@@ -25,6 +27,20 @@ class Continuation(Decoding):
     @property
     def _wanted(self) -> int:
         return self._sampling.top_k if self._sampling.temperature else 1
+
+    @property
+    def _generated(self) -> list[list[int]]:
+        return [text.token_ids for text in self._texts]
+
+    @property
+    def tokens(self) -> list[int]:
+        """See Decoding."""
+        return [ids[-1] for ids in self._generated]
+
+    @property
+    def steps_left(self) -> int:
+        """See Decoding."""
+        return self._sampling.max_new_tokens - max(map(len, self._generated))
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -44,8 +60,10 @@ class Continuation(Decoding):
                 text.finish_reason = FinishReason.LENGTH
         return []
 
-    def extend(self, ids: list[int], logprobs: list[float]) -> None:
-        """See Decoding."""
+    def extend(
+        self, ids: Sequence[int], logprobs: Sequence[float], searched: Sequence[Continuations]
+    ) -> None:
+        """See Decoding; of a single text."""
         [text], sampling = self._texts, self._sampling
         left = self.steps_left
         stop = not sampling.ignore_eos and self._eos in ids and ids.index(self._eos) < left

@@ -22,10 +22,6 @@ class Hypothesis:
         if top:
             self.top_logprobs.append(tuple(zip(row.ids[:top], row.logprobs[:top], strict=True)))
 
-    def copy(self) -> "Hypothesis":
-        """An independent copy, without finish reason."""
-        return Hypothesis([*self.token_ids], [*self.logprobs], [*self.top_logprobs])
-
     def completion(self) -> Completion:
         """The current state as a Completion."""
         return Completion(

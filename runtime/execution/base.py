@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from runtime.decoding.candidates import RowCandidates
+from runtime.decoding.candidates import Continuations, RowCandidates
 from runtime.planning.plan import Plan
 
 
@@ -16,11 +16,13 @@ class Candidates:
 
     ids int64 and logprobs float32 `[steps, rows, K]`; logprobs are NaN where a row's computation
     failed. best_logits float32 `[steps, rows]`: logit of the first token; may be None for K = 1.
+    searches: of each search and each of its images, the steps from the end of the prompt on.
     """
 
     ids: np.ndarray
     logprobs: np.ndarray
     best_logits: np.ndarray | None = None
+    searches: Sequence[Sequence[Sequence[Continuations]]] = ()
 
     def wait(self) -> "Candidates":
         """See Pending: these are there."""
@@ -37,6 +39,22 @@ class Candidates:
         [best] = np.zeros((1, len(ids))) if self.best_logits is None else self.best_logits
         fields = (values.tolist() for values in (ids, logprobs, best))
         return [RowCandidates(*row) for row in zip(*fields, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Images with equally many beams, which a runner chooses after each step of a burst.
+
+    slots: of each image's beams. scores: float32 `[images, beams]` before the burst. stops: of each
+    image, the token that ends a beam. wait: forced steps before the first choice. fed: most text
+    tokens in any of the caches.
+    """
+
+    slots: Sequence[Sequence[int]]
+    scores: np.ndarray
+    stops: Sequence[int]
+    wait: int
+    fed: int
 
 
 def leading(count: int) -> list[list[int]]:
@@ -64,6 +82,7 @@ class ModelRunner(Protocol):
     burst: int  # most decode steps per call
     graphs: bool  # whether runs are captured as CUDA graphs
     overlaps: bool
+    searches: bool  # whether `decode` takes searches
 
     @property
     def on_gpu(self) -> bool:
@@ -85,12 +104,15 @@ class ModelRunner(Protocol):
         fed: Sequence[int],
         forced: Sequence[Sequence[int]] = (),
         candidates: int = 1,
+        searches: Sequence[Search] = (),
     ) -> Pending:
         """Run one decode step over the leading rows, and one more for each item of `forced`.
 
         tokens: the token to feed each row. fed: text tokens already in each row's cache. forced:
         tokens to feed at each further step; UNFORCED stands for the likeliest token of the step
-        before. candidates: next tokens to return per row; more than 1 only for a single step. The
+        before. candidates: next tokens to return per row; more than 1 only for a single step.
+        searches: images whose next tokens are those of their best beams instead; the runner
+        reorders their text K/V, too. The
         result must be waited for before the next `decode`, `move` or `reorder`; it is valid until
         then.
         """

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from runtime.execution.base import Candidates, leading
+from runtime.execution.base import Candidates, Search, leading
 from runtime.execution.encoder import Encoder
 from runtime.model.manifest import EXACT, Manifest, kv_names
 from runtime.planning.plan import Plan
@@ -35,7 +35,7 @@ class HostRunner:
     burst = 1
     graphs = False
     on_gpu = False
-    overlaps = False
+    overlaps = searches = False
 
     def __init__(self, folder: Path, manifest: Manifest, plan: Plan) -> None:
         self.sizes, self.plan = manifest.sizes, plan
@@ -101,9 +101,12 @@ class HostRunner:
         fed: Sequence[int],
         forced: Sequence[Sequence[int]] = (),
         candidates: int = 1,
+        searches: Sequence[Search] = (),
     ) -> Candidates:
         """See ModelRunner; one step only."""
-        assert not forced, "tokens are in host memory at every step: bursts gain nothing"
+        assert not (forced or searches), (
+            "tokens are in host memory at every step: bursts gain nothing"
+        )
         rows = len(tokens)
         self._tokens[:rows, 0] = tokens
         np.add(fed, self.sizes.prefix, out=self._lengths[:rows], casting="unsafe")

@@ -26,8 +26,9 @@ class Mark(Protocol):
 
 
 class Stream(Protocol):
-    """A queue of work on a device. handle: CUDA's, None where sessions run on the host."""
+    """A queue of work on `device`, "cpu" or "cuda". handle: CUDA's, None on the host."""
 
+    device: str
     handle: int | None
 
     def copy(self, array: np.ndarray, pointer: int) -> None:
@@ -50,6 +51,7 @@ def open_stream(device: str) -> Stream:
 class HostStream:
     """Copies and runs of sessions on the host, which have ended when the call returns."""
 
+    device = "cpu"
     handle: int | None = None
 
     def copy(self, array: np.ndarray, pointer: int) -> None:
@@ -72,6 +74,8 @@ class _Reached:
 
 class CudaStream:
     """A CUDA stream on the current GPU. Its methods, and its marks', raise DeviceFailed."""
+
+    device = "cuda"
 
     def __init__(self) -> None:
         stream = ctypes.c_void_p()

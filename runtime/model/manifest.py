@@ -172,10 +172,18 @@ class Manifest:
         )
 
     def variant(self, graph: str, combination: Combination) -> Variant:
-        """The variant of `graph` that a combination uses."""
+        """The variant of `graph` that a combination uses. Raises EngineFolderError if an earlier
+        version, which had no such graph, exported the engine.
+        """
         precision = combination.encoder if graph == "encoder" else combination.decoder
         wanted = (graph, precision, combination.cache)
-        return next(v for v in self.variants if (v.graph, v.precision, v.cache) == wanted)
+        for variant in self.variants:
+            if (variant.graph, variant.precision, variant.cache) == wanted:
+                return variant
+        raise EngineFolderError(
+            f"the engine has no graph {graph!r} of {precision} with a {combination.cache} cache: "
+            "export it again"
+        )
 
     def save(self, folder: Path) -> None:
         """Write `folder`/manifest.json."""

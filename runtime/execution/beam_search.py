@@ -1,0 +1,165 @@
+"""Beam search within a burst: a device chooses the beams after each decode step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from runtime.decoding.candidates import Continuations
+from runtime.execution.arena import Arena
+from runtime.execution.base import Search
+from runtime.execution.buckets import bucket, buckets
+from runtime.execution.device_buffer import DeviceBuffer
+from runtime.execution.launch import Launch
+from runtime.execution.stream import Stream
+
+_POSITIONS = 8  # of text are copied at once: fewer bindings
+_MOST_BINDINGS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Rings:
+    """Buffers of a runner's decode steps. Tokens and log-probabilities have `slots + 1` values for
+    each of `burst` + 1 steps; logits are those of the last step.
+    """
+
+    burst: int
+    tokens: DeviceBuffer
+    logprobs: DeviceBuffer
+    logits: DeviceBuffer
+
+
+class BeamSearch:
+    """Queues the search behind the steps of a burst; one burst after another."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        session: ort.InferenceSession,
+        arena: Arena,
+        rings: Rings,
+    ) -> None:
+        self._stream, self._session, self._arena, self._rings = stream, session, arena, rings
+        places = arena.text_places
+        self._per_position, slots = places.shape[1], arena.slots
+
+        def buffer(kind: Any, *shape: int) -> DeviceBuffer:
+            return DeviceBuffer(stream.device, shape, kind)
+
+        # A group of images is rounded up to a bucket, which at most doubles it.
+        self._rows, self._targets = (buffer(np.int64, 2 * slots) for _ in range(2))
+        self._ends = buffer(np.int64, 2 * slots)
+        self._scores = buffer(np.float32, 2 * slots)
+        self._room, self._places = buffer(np.int64, 1), buffer(np.int64, places.size)
+        self._room.upload(np.array([arena.room]), stream)
+        self._places.upload(places.reshape(-1), stream)
+        self._step = 4 * slots  # values of each result in a step
+        self._best = {
+            name: buffer(kind, rings.burst * self._step)
+            for name, kind in (
+                ("best_ids", np.int64), ("best_parents", np.int64),
+                ("best_logprobs", np.float32), ("best_scores", np.float32), ("kept", np.int64),
+            )
+        }  # fmt: skip
+        self._launches: dict[tuple[int, ...], Launch] = {}
+        self._groups: list[_Group] = []
+
+    def begin(self, searches: Sequence[Search]) -> None:
+        """Upload the searches of a burst."""
+        self._groups.clear()
+        size = self._rows.shape[0]
+        rows, ends = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        targets = np.full(size, self._arena.slots)  # of padding: the sink
+        scores, first = np.zeros(size, np.float32), 0
+        for search in searches:
+            count, beams = search.scores.shape
+            images = bucket(count, buckets(self._arena.slots // beams))
+            self._groups.append(_Group(search, images, first))
+            of_group = slice(first, first + count * beams)
+            rows[of_group] = targets[of_group] = np.ravel(search.slots)
+            scores[of_group] = search.scores.reshape(-1)
+            ends[first : first + count] = search.stops
+            first += images * beams
+        for buffer, values in (
+            (self._rows, rows), (self._targets, targets), (self._ends, ends),
+            (self._scores, scores),
+        ):  # fmt: skip
+            buffer.upload(values, self._stream)
+
+    def step(self, step: int, rows: int) -> None:
+        """Queue the choice of beams behind decode step `step` of the burst, of `rows` rows."""
+        for group in self._groups:
+            if step >= group.search.wait:
+                positions = group.search.fed + step + 1
+                positions = -(-positions // _POSITIONS) * _POSITIONS
+                positions = min(positions, self._arena.text_tokens)
+                key = step, rows, group.images, group.beams, group.first, positions
+                if key not in self._launches:
+                    if len(self._launches) >= _MOST_BINDINGS:
+                        self._launches.clear()
+                    self._launches[key] = self._bind(*key)
+                self._launches[key].run(graph=False)
+
+    def results(self, steps: int) -> list[list[list[Continuations]]]:
+        """The steps of each image of each search of the burst; they must have ended."""
+        if not self._groups:
+            return []
+        found = [
+            (name, buffer.fetch().reshape(-1, self._step)) for name, buffer in self._best.items()
+        ]
+        return [group.results(found, steps) for group in self._groups]
+
+    def _bind(
+        self, step: int, rows: int, images: int, beams: int, first: int, positions: int
+    ) -> Launch:
+        rings, binding = self._rings, self._session.io_binding()
+        members, twice = images * beams, 2 * beams
+        ring = self._arena.slots + 1
+        rings.logits.rows(rows).as_input(binding, "logits")
+        rings.logprobs.rows(rows, (step + 1) * ring).as_input(binding, "logprobs")
+        binding.bind_cpu_input("candidates", np.array([twice], np.int64))
+        binding.bind_cpu_input("beams", np.array([beams], np.int64))
+        for name, buffer in (("rows", self._rows), ("slots", self._targets)):
+            buffer.rows(members, first).shaped(images, beams).as_input(binding, name)
+        self._ends.rows(images, first).shaped(images, 1).as_input(binding, "ends")
+        scores = self._scores.rows(members, first).shaped(images, beams)
+        tokens = rings.tokens.rows(ring, (step + 1) * ring)
+        for view, name in ((scores, "scores"), (tokens, "tokens")):
+            view.as_input(binding, name)
+            view.as_output(binding, f"next_{name}")
+        self._room.rows(1).as_input(binding, "room")
+        self._places.rows(positions * self._per_position).as_input(binding, "places")
+        for name, buffer in self._best.items():
+            wide = beams if name == "kept" else twice
+            found = buffer.rows(images * wide, step * self._step + 2 * first)
+            found.shaped(images, wide).as_output(binding, name)
+        self._arena.bind_pieces(binding, "reordered")
+        return Launch(self._session, binding)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A search with its padding to `images`; `first`: its place among the rows of all searches."""
+
+    search: Search
+    images: int
+    first: int
+
+    @property
+    def beams(self) -> int:
+        return self.search.scores.shape[1]
+
+    def results(self, found: list[tuple[str, np.ndarray]], steps: int) -> list[list[Continuations]]:
+        """Of each image, its steps."""
+        count, of_image = len(self.search.slots), []
+        for name, values in found:
+            wide = self.beams if name == "kept" else 2 * self.beams
+            first = 2 * self.first
+            of_group = values[self.search.wait : steps, first : first + count * wide]
+            of_image.append(of_group.reshape(-1, count, wide).swapaxes(0, 1).tolist())
+        return [
+            [Continuations(*step) for step in zip(*image, strict=True)]
+            for image in zip(*of_image, strict=True)
+        ]
