@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from transformers import GitForCausalLM
 from transformers.models.git.modeling_git import GitLayer
 
-from export.vision import FusedAttention, FusedVision, add_and_normalise
+from export.vision import FusedAttention, FusedVision, add_and_normalise, with_bias
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
@@ -49,7 +49,9 @@ class ImagePrefix(nn.Module):
         prefix: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(self.git.encoder.layer):
             attention = layer.attention.self
-            key, value = attention.key(hidden), attention.value(hidden)
+            key, value = (
+                self._projected(part, hidden) for part in (attention.key, attention.value)
+            )
             prefix[f"image.{index}.key"] = _split_heads(attention, key)
             prefix[f"image.{index}.value"] = _split_heads(attention, value)
             if index + 1 == len(self.git.encoder.layer):
@@ -62,9 +64,15 @@ class ImagePrefix(nn.Module):
     ) -> torch.Tensor:
         """Output of `layer`: attention is one node, each sum with its normalisation another."""
         own = layer.attention.self
-        context = FusedAttention.apply(own.query(hidden), key, value, own.num_attention_heads)
+        query = self._projected(own.query, hidden)
+        context = FusedAttention.apply(query, key, value, own.num_attention_heads)
         attended = _add_product(layer.attention.output, context, hidden)
         return _add_product(layer.output, layer.intermediate(attended), attended)
+
+    def _projected(self, part: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+        if self.vision is None:
+            return part(hidden)
+        return with_bias(linear(hidden, part.weight), part.bias)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Vision features of all frames of an image, `[B, P, vision width]`."""

@@ -86,7 +86,8 @@ class _Layer(nn.Module):
         others of zeros.
         """
         key, value = linear(normal, self.key), linear(normal, self.value)
-        context = FusedAttention.apply(self.query(normal), key, value, self.heads)
+        query = with_bias(linear(normal, self.query.weight), self.query.bias)
+        context = FusedAttention.apply(query, key, value, self.heads)
         attended = linear(context, self.output)
         normal, hidden = add_and_normalise(attended, hidden, self.output_bias, self.norm2)
         weight, bias = self.widened.weight, self.widened.bias
@@ -103,6 +104,13 @@ def add_and_normalise(
         added, hidden, norm.weight, norm.bias, bias, norm.eps
     )
     return found
+
+
+def with_bias(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`[N, P, W]` + `[W]`. With an axis behind that of the bias, CUDA's kernel for a value per
+    channel takes the sum; else the general one does, which is slower.
+    """
+    return (product.unsqueeze(-1) + bias.unsqueeze(-1)).squeeze(-1)
 
 
 class WideProduct(torch.autograd.Function):

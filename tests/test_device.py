@@ -279,16 +279,18 @@ def test_the_host_waits_before_it_overwrites_pixels_and_reads_results(half):
             waits.append(f"wait {self.name}")
             staged.append(runner._staging[0].copy())
 
-    runner._staged, runner._encoded, runner._decoded = map(Mark, ("staged", "encoded", "decoded"))
+    for name in ("staged", "taken", "encoded", "decoded"):
+        setattr(runner, f"_{name}", Mark(name))
     images = [generated(np.random.default_rng(n), it.manifest.sizes) for n in range(2)]
     staged = []
     for slot, image in enumerate(images):
         runner.encode([image], [[slot]])
-    np.testing.assert_array_equal(staged[1], images[0])
+    np.testing.assert_array_equal(staged[3], images[0])  # as the second call begins
     runner.wait_encoded()
     burst = runner.decode([it.manifest.tokens.bos] * 2, [0, 0])
     burst.wait()
-    encode = ["wait staged", "set staged", "set encoded"]
+    upload = ["wait staged", "wait taken", "set staged"]
+    encode = [*upload, "wait staged", "set taken", "set encoded"]
     assert waits == [*encode, *encode, "wait encoded", "set decoded", "wait decoded"]
 
 

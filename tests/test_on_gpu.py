@@ -17,6 +17,7 @@ from runtime.providers.gpu import require_gpu
 from tests.checkpoints import SHAPES
 from tests.paths import DEMO, SAMPLES
 from tests.test_device import FUSED, OnHost, captions, engine
+from tests.test_device_beams import WAYS, searched
 from tests.varied import agreement
 
 
@@ -74,6 +75,15 @@ def test_heads_of_64_say_the_same_as_on_the_processor(heads, graphs, xqa, monkey
     said, bursts = captions(on_gpu, heads)
     assert max(bursts) > 1
     assert sum(a == b for a, b in zip(said, expected, strict=True)) >= 18
+
+
+def test_beams_that_the_gpu_chooses_are_those_of_the_processor(heads):
+    on_gpu = Engine.open(heads, EngineConfig(provider="cuda", slots=12, encode_batch=4, patience=0))
+    found, bursts = searched(on_gpu, WAYS * 4)
+    expected, _ = searched(engine(heads, OnHost, FUSED, slots=12), WAYS * 4)
+    assert max(bursts) > 1
+    same = [a[0].token_ids == b[0].token_ids for a, b in zip(found, expected, strict=True)]
+    assert sum(same) >= 20
 
 
 def test_tensorrt_captions_the_samples_word_for_word(samples):

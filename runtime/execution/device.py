@@ -8,7 +8,7 @@ All buffers have fixed addresses, so that a step can be captured as a CUDA graph
   run without the host, which uploads the ring before the burst and fetches the results after it.
 * The encoder writes image K/V beside the arena; a small graph copies them into their slots, another
   copies text K/V between slots, a third finds more candidates than the likeliest token.
-* All graphs and copies are in one stream. So an encoder call can be queued while a burst runs: it
+* All graphs are in one stream. So an encoder call can be queued while a burst runs: it
   writes to slots without a sequence, whose rows in the burst are padding.
 
 The runner also works on the CPU provider, where it is tested without a GPU.
@@ -48,7 +48,9 @@ class DeviceRunner:
         self.sizes, self.plan, self.burst = manifest.sizes, plan, BURST
         self._device = device = "cpu" if plan.decoder_provider == "cpu" else "cuda"
         self._stream = stream = open_stream(device)
-        self._staged, self._encoded, self._decoded = (stream.mark() for _ in range(3))
+        self._taken, self._encoded, self._decoded = (stream.mark() for _ in range(3))
+        self._uploads = open_stream(device)  # of pixels, while graphs run
+        self._staged = self._uploads.mark()
         self._filled: set[int] = set()  # slots given to an encoder call since the last `decode`
         self.text_tokens = plan.text_tokens
         self._slots, self._batch = plan.slots, min(plan.encode_batch, plan.slots)
@@ -68,6 +70,7 @@ class DeviceRunner:
         self._host_lengths = np.zeros(self._ring, np.int32)
         capacity = np.array([self.sizes.prefix + self.text_tokens], np.int32)
         self._capacity = ort.OrtValue.ortvalue_from_numpy(capacity)
+        self._arrived = DeviceBuffer(device, (self._batch, *self.sizes.pixels), np.uint8)
         self._pixels = {
             rows: DeviceBuffer(device, (rows, *self.sizes.pixels), np.uint8)
             for rows in self._batches
@@ -120,11 +123,15 @@ class DeviceRunner:
         self._staged.wait()
         for row, image in zip(self._staging_rows, pixels, strict=False):
             row[:] = image.reshape(-1).data  # unlike NumPy's copy, it keeps Python's lock
-        self._pixels[rows].upload(self._staging[:rows], self._stream)
+        self._uploads.after(self._taken)
+        self._arrived.upload(self._staging[:rows], self._uploads)
         self._staged.set()
+        self._stream.after(self._staged)
+        self._pixels[rows].take(self._arrived, self._stream)
+        self._taken.set()
         encode = self._encodes.get(rows) or self._bind_encode(rows)
         if self._encodes_apart:
-            self._staged.wait()
+            self._taken.wait()
         encode.run(self.graphs, wait=self._encodes_apart)
         images = [image.rows(rows) for image in self._images.values()]
         # The first slot of each image, then the second of each image that has one, and so on.

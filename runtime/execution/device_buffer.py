@@ -52,9 +52,19 @@ class DeviceBuffer:
         return self.shape[0] * self._row_bytes
 
     def upload(self, array: np.ndarray, stream: Stream) -> None:
-        """Queue a copy of an array of the buffer's shape; see `Stream.copy`."""
-        assert (array.shape, array.dtype) == (self.shape, self.dtype)
+        """Queue a copy of an array into the leading rows; see `Stream.copy`."""
+        assert (array.shape[1:], array.dtype) == (self.shape[1:], self.dtype)
+        assert len(array) <= len(self)
         stream.copy(array, self._value.data_ptr())
+
+    def take(self, other: "DeviceBuffer", stream: Stream) -> None:
+        """Queue a copy of another buffer's leading rows, as many as there are here."""
+        source = other.rows(len(self))
+        assert source.shape == self.shape
+        stream.copy_within(source.pointer, self._value.data_ptr(), self.nbytes)
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
     def fetch(self) -> np.ndarray:
         """A copy in host memory."""

@@ -1,7 +1,8 @@
 """A queue of copies and graph runs on a device, which run in the order in which they were queued.
 
-An engine has one. So its buffers need no lock on the device; the host waits before it overwrites
-memory that a queued copy may still read, and for results.
+An engine has one for all its graphs, so that its buffers need no lock on the device, and another
+for images on their way there. The host waits before it overwrites memory that a queued copy may
+still read, and for results.
 """
 
 import ctypes
@@ -12,7 +13,8 @@ import numpy as np
 from runtime.errors import DeviceFailed, ProviderError
 from runtime.providers import cuda
 
-_NON_BLOCKING, _NO_TIMING, _TO_DEVICE = 1, 2, 1  # of cudaStream*, cudaEvent* and cudaMemcpy*
+_NON_BLOCKING, _NO_TIMING = 1, 2  # of cudaStream* and cudaEvent*
+_TO_DEVICE, _WITHIN_DEVICE = 1, 3  # of cudaMemcpy*
 
 
 class Mark(Protocol):
@@ -36,6 +38,12 @@ class Stream(Protocol):
         reached, other memory as soon as the call returns.
         """
 
+    def copy_within(self, source: int, target: int, nbytes: int) -> None:
+        """Queue a copy from one pointer on the device to another."""
+
+    def after(self, mark: "Mark") -> None:
+        """Queue a wait for a mark of another stream, as it is set now."""
+
     def mark(self) -> Mark:
         """A new mark."""
 
@@ -58,6 +66,14 @@ class HostStream:
         """See Stream."""
         source = np.ascontiguousarray(array)
         ctypes.memmove(pointer, source.ctypes.data, source.nbytes)
+
+    def copy_within(self, source: int, target: int, nbytes: int) -> None:
+        """See Stream."""
+        ctypes.memmove(target, source, nbytes)
+
+    def after(self, mark: Mark) -> None:
+        """See Stream."""
+        mark.wait()
 
     def mark(self) -> Mark:
         """See Stream."""
@@ -86,10 +102,22 @@ class CudaStream:
     def copy(self, array: np.ndarray, pointer: int) -> None:
         """See Stream."""
         source = np.ascontiguousarray(array)
+        self._copy(source.ctypes.data, pointer, source.nbytes, _TO_DEVICE)
+
+    def copy_within(self, source: int, target: int, nbytes: int) -> None:
+        """See Stream."""
+        self._copy(source, target, nbytes, _WITHIN_DEVICE)
+
+    def _copy(self, source: int, target: int, nbytes: int, kind: int) -> None:
         cuda.call(
-            "cudaMemcpyAsync", ctypes.c_void_p(pointer), ctypes.c_void_p(source.ctypes.data),
-            ctypes.c_size_t(source.nbytes), ctypes.c_int(_TO_DEVICE), self._stream,
+            "cudaMemcpyAsync", ctypes.c_void_p(target), ctypes.c_void_p(source),
+            ctypes.c_size_t(nbytes), ctypes.c_int(kind), self._stream,
         )  # fmt: skip
+
+    def after(self, mark: Mark) -> None:
+        """See Stream."""
+        assert isinstance(mark, _Event)
+        mark.hold(self._stream)
 
     def mark(self) -> Mark:
         """See Stream."""
@@ -106,3 +134,7 @@ class _Event:
 
     def wait(self) -> None:
         cuda.call("cudaEventSynchronize", self._event, waits=True)
+
+    def hold(self, stream: Any) -> None:
+        """Let another stream wait."""
+        cuda.call("cudaStreamWaitEvent", stream, self._event, ctypes.c_uint(0))
