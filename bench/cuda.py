@@ -39,7 +39,8 @@ from runtime.providers.gpu import require_gpu
 _ENGINE = Path("engines/random-git-base-cuda")
 _DEMO, _SAMPLES = Path("engines/demo"), Path("demo/samples")
 _GIB = 2**30
-_IN_A_ROW = 5  # encoder calls
+_IN_A_ROW = 20  # encoder calls: before the first one the GPU waits for pixels
+_BEAMS = 4
 _ONCE = "fp16 encoded-once"  # `bench.contestants.encoded_once`; the others are Hugging Face's
 
 
@@ -128,6 +129,7 @@ def measure(extent: Extent) -> Iterator[tuple[str, dict[str, Any]]]:
         ("encoder", partial(on_its_thread, partial(encoder, engine, extent))),
         ("decoder", partial(on_its_thread, partial(decoder, engine, extent))),
         ("offline", partial(offline, engine, extent)),
+        ("beams", partial(beams, engine, extent)),
         ("memory", partial(growth, engine, extent)),
         ("two_workers", partial(two_workers, extent)),
         ("samples", samples),
@@ -222,6 +224,17 @@ def offline(engine: Engine, extent: Extent) -> dict[str, Any]:
     }
 
 
+def beams(engine: Engine, extent: Extent) -> dict[str, float]:
+    """Images per second with beams and with greedy decoding, of as many images."""
+    images = pictures(16, engine.manifest.sizes.pixels) * (extent.images // 16 // _BEAMS)
+
+    def rate(**sampling: Any) -> float:
+        run = partial(engine.generate, images, max_new_tokens=TOKENS, ignore_eos=True, **sampling)
+        return len(images) / median_s(run, extent.repeats)
+
+    return {"greedy": rate(), "searched": rate(num_beams=_BEAMS)}
+
+
 def two_workers(extent: Extent) -> dict[str, float]:
     """Images per second of two engines that share the GPU, and of one in a process like theirs."""
     run = partial(images_per_second, _ENGINE, images=extent.images)
@@ -293,6 +306,7 @@ def verdicts(found: dict[str, Any]) -> list[Line]:
         for modes in _half_modes(found["torch"])
     )
     memory, said, pair = found["memory"], found["samples"], found["two_workers"]
+    slower = found["beams"]["greedy"] / found["beams"]["searched"]
     mib, taken_in = memory["grown"] / 2**20, found["front_ends"]
     return [
         Line("encoder, share of the measured fp16 product rate", ">= 45 %", f"{share:.0%}",
@@ -309,6 +323,8 @@ def verdicts(found: dict[str, Any]) -> list[Line]:
              f"{pair['two']:,.0f} against {pair['one']:,.0f}", None),
         Line("offline, against PyTorch fp16 that encodes once, compiled, at its best batch",
              ">= 3 x", *_ratio(rate, once, 3)),
+        Line(f"{_BEAMS} beams, time against greedy", "<= 1.6 x",
+             f"{slower:.1f} x ({found['beams']['searched']:,.0f} images a second)", slower <= 1.6),
         Line("one image alone", "<= 12 ms", f"{one * 1e3:.1f} ms", one <= 0.012),
         Line(f"memory grown over {memory['batches']:,} batches of mixed sizes", "none (< 8 MiB)",
              f"{mib:.0f} MiB", mib < 8),

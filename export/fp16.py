@@ -65,13 +65,14 @@ def build_fp16(
         for graph, half, source, measured in files:
             output = folder / file_name(graph, half, _CACHE)
             kept[output.name] = _convert(source, output, measured.largest)
+            if graph == "decoder":
+                for_bursts(output)
             share_weights(output, data_name(graph, half))
     fused.unlink()
-    for_bursts(folder / file_name("decoder", "fp16", _CACHE))
     sizes = checkpoint.sizes
     write_insertion(folder / file_name("insert", "fp16", _CACHE), sizes.layers)
     write_reordering(folder / file_name("reorder", "fp16", _CACHE), sizes.layers)
-    write_candidates(folder / file_name("candidates", "fp16", _CACHE), sizes.vocabulary)
+    write_candidates(folder / file_name("candidates", "fp16", _CACHE))
     write_search(folder / file_name("search", "fp16", _CACHE), sizes)
     made = [variant("encoder", precision, _CACHE) for precision in encoders]
     made += [variant(graph, "fp16", _CACHE) for graph in ("decoder", *HELPERS)]

@@ -103,33 +103,36 @@ def for_bursts(decoder: Path) -> None:
 
     Outputs in place of candidates: `next_ids` int64 `[B]`; `next_logprobs` float32 `[B, 1]`, NaN
     where a row's computation failed; `next_lengths` int32 `[B]`, equal to `lengths` + 1. Input
-    `forced` int64 `[B]`, optional: where it is not UNFORCED, `next_ids` is that token.
+    `forced` int64 `[B]`, optional: where it is not UNFORCED, `next_ids` is that token. `logits` are
+    `[B, 1, W]` then, with the vocabulary rounded up to W; see `_widen_head`.
 
     Only ArgMax has a fast kernel there; `write_candidates` makes a graph for more candidates.
     """
-    model = onnx.load(decoder, load_external_data=False)
+    model = onnx.load(decoder)
     graph = model.graph
+    _widen_head(graph)
     _keep_outputs(graph, [o.name for o in graph.output if o.name not in _CANDIDATES])
     del graph.input[[i.name for i in graph.input].index("candidates")]
-    one, free, none, best, row, wide, all_ = (
-        f"burst.{n}" for n in ("one", "free", "none", "best", "row", "wide", "logprobs")
-    )
+    names = "one", "free", "none", "best", "row", "wide", "logprobs", "found", "flat", "column"
+    one, free, none, best, row, wide, all_, found, flat, column = (f"burst.{n}" for n in names)
     graph.initializer.extend(
         numpy_helper.from_array(value, name)
         for name, value in (
             (one, np.ones(1, np.int32)), (none, np.zeros(1, np.int64)),
-            (f"{row}.axis", np.ones(1, np.int64)), ("forced", np.full(1, UNFORCED, np.int64)),
+            (flat, np.array([-1])), (column, np.array([-1, 1])),
+            ("forced", np.full(1, UNFORCED, np.int64)),
         )
     )  # fmt: skip
     graph.node.extend(
         [
-            helper.make_node("ArgMax", ["logits"], [best], axis=-1, keepdims=0),
+            helper.make_node("ArgMax", ["logits"], [row], axis=-1),
+            helper.make_node("Reshape", [row, flat], [best]),
             helper.make_node("Less", ["forced", none], [free]),
             helper.make_node("Where", [free, best, "forced"], ["next_ids"]),
             helper.make_node("Cast", ["logits"], [wide], to=TensorProto.FLOAT),
             helper.make_node("LogSoftmax", [wide], [all_], axis=-1),
-            helper.make_node("Unsqueeze", [best, f"{row}.axis"], [row]),
-            helper.make_node("GatherElements", [all_, row], ["next_logprobs"], axis=1),
+            helper.make_node("GatherElements", [all_, row], [found], axis=-1),
+            helper.make_node("Reshape", [found, column], ["next_logprobs"]),
             helper.make_node("Add", ["lengths", one], ["next_lengths"]),
         ]
     )
@@ -143,6 +146,42 @@ def for_bursts(decoder: Path) -> None:
         )
     )
     onnx.save_model(model, decoder)
+
+
+_HEAD_COLUMNS = 8  # fp16 products are fast for multiples of it
+_NO_TOKEN = -65_504.0  # fp16's lowest number: a logit that is never the largest
+
+
+def _widen_head(graph: GraphProto) -> None:
+    """Round the columns of the product with the vocabulary up, and take its bias from a node of its
+    own. CUDA's product of 30,522 columns takes 60 us and Gemm's bias 32, this one 23 and 12.
+
+    A head that stays in fp32 is left as it is.
+    """
+    made = {name: node for node in graph.node for name in node.output}
+    head = made["logits"]
+    if head.op_type != "Gemm":
+        return
+    taken, weight, bias = head.input
+    last = made[taken]  # the only position of each row
+    held = {tensor.name: tensor for tensor in graph.initializer}
+    columns = [numpy_helper.to_array(held[name]) for name in (weight, bias)]
+    missing = -len(columns[1]) % _HEAD_COLUMNS
+    wide = np.pad(columns[0], ((0, missing), (0, 0))).T
+    shifts = np.pad(columns[1], (0, missing), constant_values=_NO_TOKEN)
+    held[weight].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(wide), weight))
+    held[bias].CopyFrom(numpy_helper.from_array(shifts, bias))
+    graph.node.remove(head)
+    graph.node.remove(last)
+    graph.node.extend(
+        [
+            helper.make_node("MatMul", [last.input[0], weight], ["head.product"]),
+            helper.make_node("Add", ["head.product", bias], ["logits"]),
+        ]
+    )
+    [output] = (value for value in graph.output if value.name == "logits")
+    kind = output.type.tensor_type.elem_type
+    output.CopyFrom(helper.make_tensor_value_info("logits", kind, ["rows", 1, len(shifts)]))
 
 
 _CANDIDATES = ("candidate_ids", "candidate_logprobs", "best_logits")
@@ -162,10 +201,10 @@ def _keep_outputs(graph: GraphProto, wanted: list[str]) -> None:
     graph.node.extend(reversed(nodes))
 
 
-def write_candidates(output: Path, vocabulary: int) -> None:
+def write_candidates(output: Path) -> None:
     """Write a graph that finds the likeliest tokens in logits on a device.
 
-    `logits` float16 `[B, V]` and `candidates` (K) int64 `[1]` -> `candidate_ids` int64 `[B, K]`,
+    `logits` float16 `[B, W]` and `candidates` (K) int64 `[1]` -> `candidate_ids` int64 `[B, K]`,
     `candidate_logprobs` float32 `[B, K]` and `best_logits` float32 `[B, 1]`, as from the decoder
     on a CPU.
     """
@@ -176,15 +215,18 @@ def write_candidates(output: Path, vocabulary: int) -> None:
         helper.make_node("Cast", ["logits"], ["wide"], to=one),
         helper.make_node("LogSoftmax", ["wide"], ["all"], axis=-1),
         helper.make_node("TopK", ["all", "candidates"], [logprobs, ids], axis=-1),
-        helper.make_node("ReduceMax", ["wide"], [best], axes=[-1], keepdims=1),
+        # Not by ReduceMax, which takes 2.8 ms there.
+        helper.make_node("Gather", [ids, "first"], ["likeliest"], axis=1),
+        helper.make_node("GatherElements", ["wide", "likeliest"], [best], axis=1),
     ]
-    inputs = [info("logits", half, ["rows", vocabulary]), info("candidates", integer, [1])]
+    inputs = [info("logits", half, ["rows", "W"]), info("candidates", integer, [1])]
     outputs = [
         info(ids, integer, ["rows", "candidates"]),
         info(logprobs, one, ["rows", "candidates"]),
         info(best, one, ["rows", 1]),
     ]
-    write_graph(output, "candidates", nodes, inputs, outputs)
+    first = {"first": np.zeros(1, np.int64)}
+    write_graph(output, "candidates", nodes, inputs, outputs, first)
 
 
 def write_reordering(output: Path, layers: int) -> None:

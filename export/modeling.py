@@ -70,9 +70,7 @@ class ImagePrefix(nn.Module):
         return _add_product(layer.output, layer.intermediate(attended), attended)
 
     def _projected(self, part: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-        if self.vision is None:
-            return part(hidden)
-        return with_bias(linear(hidden, part.weight), part.bias)
+        return with_bias(hidden, part) if self.vision else part(hidden)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Vision features of all frames of an image, `[B, P, vision width]`."""

@@ -17,7 +17,7 @@ _FLOAT, _HALF, _INT = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
 def write_search(output: Path, sizes: Sizes) -> None:
     """Write a graph that chooses the next tokens of N images with B beams each.
 
-    Of the decode step before: `logits` float16 `[R, V]`, `logprobs` float32 `[R, 1]` of each row's
+    Of the decode step before: `logits` float16 `[R, W]`, `logprobs` float32 `[R, 1]` of each row's
     likeliest token. K = 2 B, of which B may end; `candidates` (K) and `beams` (B) are int64 `[1]`
     on the host. `rows` and `slots` int64 `[N, B]`: where an image's beams are in R, and in arena
     and `tokens` (they differ for padding images). `scores` float32 `[N, B]`; `ends` int64 `[N, 1]`,
@@ -34,7 +34,7 @@ def write_search(output: Path, sizes: Sizes) -> None:
     info = helper.make_tensor_value_info
     image, beam, best = "images", ["images", "width"], ["images", "twice"]
     inputs = [
-        info("logits", _HALF, ["R", sizes.vocabulary]), info("logprobs", _FLOAT, ["R", 1]),
+        info("logits", _HALF, ["R", "W"]), info("logprobs", _FLOAT, ["R", 1]),
         info("candidates", _INT, [1]), info("beams", _INT, [1]), info("rows", _INT, beam),
         info("slots", _INT, beam), info("scores", _FLOAT, beam), info("ends", _INT, [image, 1]),
         info("tokens", _INT, ["S"]), info("room", _INT, [1]), info("places", _INT, ["P"]),

@@ -20,6 +20,7 @@ class FusedVision(nn.Module):
     """A `GitVisionTransformer` with its weights: normalised images to vision features."""
 
     one: torch.Tensor
+    no_bias: torch.Tensor
 
     @torch.no_grad()
     def __init__(self, tower: Any) -> None:
@@ -28,7 +29,8 @@ class FusedVision(nn.Module):
         self.patch, self.patches = embeddings.patch_size, embeddings.num_patches
         self.embed = nn.Parameter(embeddings.patch_embedding.weight.flatten(1))  # [width, 3 p p]
         self.first = embeddings.class_embedding
-        self.positions = embeddings.position_embedding.weight
+        self.positions = nn.Parameter(embeddings.position_embedding.weight[None])  # [1, P, width]
+        self.register_buffer("no_bias", torch.zeros_like(self.first), persistent=False)
         self.before: nn.LayerNorm = tower.pre_layrnorm
         self.after: nn.LayerNorm = tower.post_layernorm
         self.register_buffer("one", torch.eye(_PADDING)[:1, None], persistent=False)  # 1, 0, 0, ...
@@ -41,7 +43,8 @@ class FusedVision(nn.Module):
         patches = images.view(-1, 3, grid, side, grid, side).permute(0, 2, 4, 1, 3, 5)
         rows = linear(patches.reshape(-1, self.patches, 3 * side * side), self.embed)
         first = self.first.expand(images.shape[0], 1, -1)
-        hidden = self.before(torch.cat([first, rows], dim=1) + self.positions)
+        embedded = torch.cat([first, rows], dim=1)
+        hidden, _ = add_and_normalise(embedded, self.positions, self.no_bias, self.before)
         ones = self.one.expand(images.shape[0], 1 + self.patches, -1)
         normal = self.layers[0].norm1(hidden)
         following = [layer.norm1 for layer in self.layers[1:]] + [self.after]
@@ -86,7 +89,7 @@ class _Layer(nn.Module):
         others of zeros.
         """
         key, value = linear(normal, self.key), linear(normal, self.value)
-        query = with_bias(linear(normal, self.query.weight), self.query.bias)
+        query = with_bias(normal, self.query)
         context = FusedAttention.apply(query, key, value, self.heads)
         attended = linear(context, self.output)
         normal, hidden = add_and_normalise(attended, hidden, self.output_bias, self.norm2)
@@ -106,11 +109,11 @@ def add_and_normalise(
     return found
 
 
-def with_bias(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`[N, P, W]` + `[W]`. With an axis behind that of the bias, CUDA's kernel for a value per
-    channel takes the sum; else the general one does, which is slower.
+def with_bias(taken: torch.Tensor, part: nn.Linear) -> torch.Tensor:
+    """`part(taken)`. The bias is the second operand of its sum, for which CUDA has a kernel of a
+    value per channel; as the first one it takes the general kernel, which is slower.
     """
-    return (product.unsqueeze(-1) + bias.unsqueeze(-1)).squeeze(-1)
+    return linear(taken, part.weight) + part.bias
 
 
 class WideProduct(torch.autograd.Function):
@@ -152,7 +155,10 @@ class SumAndNorm(torch.autograd.Function):
         bias: torch.Tensor,
         epsilon: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two `[N, P, W]`, three `[W]` -> normalised sum and sum of added, hidden and bias."""
+        """Two `[N, P, W]`, three `[W]` -> normalised sum and sum of added, hidden and bias.
+
+        hidden may be `[1, P, W]`, for all N.
+        """
         whole = added + bias + hidden
         return layer_norm(whole, whole.shape[-1:], weight, shift, epsilon), whole
 
@@ -166,7 +172,7 @@ class SumAndNorm(torch.autograd.Function):
             added, hidden, weight, shift, bias, epsilon_f=epsilon, outputs=4,
         )  # fmt: skip
         for value in (normal, whole):
-            value.setType(hidden.type())
+            value.setType(added.type())
         return normal, whole
 
 

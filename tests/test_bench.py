@@ -204,6 +204,7 @@ GPU = {
         "fp16 encoded-once compiled": {64: 0.0008},
         "bf16": {64: 0.0001},
     },
+    "beams": {"greedy": 4000.0, "searched": 2580.0},
     "two_workers": {"one": 3000.0, "two": 3900.0},
     "memory": {"batches": 10_000, "grown": 0},
     "samples": {"right": 12, "of": 12},
@@ -214,9 +215,9 @@ def test_the_bars_of_a_gpu_are_held_against_what_was_measured():
     lines = cuda.verdicts(GPU)
     assert [line.measured for line in lines] == [
         "50%", "2.5 x (0.50 ms)", "4,200", "3,600", "12.6 x", "3,900 against 3,000", "3.4 x",
-        "8.0 ms", "0 MiB", "1: 100", "12 of 12",
+        "1.6 x (2,580 images a second)", "8.0 ms", "0 MiB", "1: 100", "12 of 12",
     ]  # fmt: skip
-    assert [line.passed for line in lines].count(True) == 9
+    assert [line.passed for line in lines].count(True) == 10
     text = cuda.table(
         {"command": "c", "date": "d", "commit": "a", "gpu": "g", "machine": "m"}, lines
     )
@@ -232,6 +233,7 @@ def test_the_bars_of_a_gpu_are_held_against_what_was_measured():
         ("offline", {"per_second": 3900.0}),
         ("offline", {"uneven_per_second": 3400.0}),
         ("offline", {"one": 0.013}),
+        ("beams", {"searched": 2400.0}),
         ("torch", {"fp16": {64: 0.002}}),
         ("torch", {"fp16 encoded-once": {64: 0.0006}}),
         ("memory", {"grown": 9 << 20}),

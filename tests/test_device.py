@@ -39,7 +39,8 @@ class OnHost(HostRunner):
 
     def _bind(self, rows, candidates):
         binding = self._decoder.io_binding()
-        self.logits = np.zeros((rows, self.sizes.vocabulary), np.float16)
+        [shape] = (o.shape[1:] for o in self._decoder.get_outputs() if o.name == "logits")
+        self.logits = np.zeros((rows, *shape), np.float16)
         binding.bind_ortvalue_output("logits", _shared(self.logits))
         for name, array in self._inputs(rows, candidates).items():
             binding.bind_ortvalue_input(name, _shared(array))
@@ -50,7 +51,7 @@ class OnHost(HostRunner):
 
     def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
         super().decode(tokens, fed, forced, candidates)
-        logits = self.logits.astype(np.float32)
+        logits = self.logits.reshape(len(tokens), -1).astype(np.float32)
         largest = logits.max(axis=-1, keepdims=True)
         normaliser = np.log(np.exp(logits - largest).sum(axis=-1, keepdims=True))
         ids = np.argsort(-logits, axis=-1, kind="stable")[:, :candidates]

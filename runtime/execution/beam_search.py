@@ -15,7 +15,7 @@ from runtime.execution.device_buffer import DeviceBuffer
 from runtime.execution.launch import Launch
 from runtime.execution.stream import Stream
 
-_POSITIONS = 8  # of text are copied at once: fewer bindings
+_POSITIONS = 4  # of text are copied at once: fewer bindings
 _MOST_BINDINGS = 1024
 
 
@@ -117,7 +117,7 @@ class BeamSearch:
         rings, binding = self._rings, self._session.io_binding()
         members, twice = images * beams, 2 * beams
         ring = self._arena.slots + 1
-        rings.logits.rows(rows).as_input(binding, "logits")
+        rings.logits.rows(rows).shaped(rows, -1).as_input(binding, "logits")
         rings.logprobs.rows(rows, (step + 1) * ring).as_input(binding, "logprobs")
         binding.bind_cpu_input("candidates", np.array([twice], np.int64))
         binding.bind_cpu_input("beams", np.array([beams], np.int64))

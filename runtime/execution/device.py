@@ -65,7 +65,6 @@ class DeviceRunner:
         self._tokens = DeviceBuffer(device, (prod(self._ring),), np.int64)
         self._lengths = DeviceBuffer(device, (prod(self._ring),), np.int32)
         self._logprobs = DeviceBuffer(device, (prod(self._ring), 1), np.float32)
-        self._logits = DeviceBuffer(device, (self._slots, self.sizes.vocabulary), cache)
         self._host_tokens = np.zeros(self._ring, np.int64)
         self._host_lengths = np.zeros(self._ring, np.int32)
         capacity = np.array([self.sizes.prefix + self.text_tokens], np.int32)
@@ -87,6 +86,8 @@ class DeviceRunner:
         decode_on = Placement(plan.decoder_provider, plan.decoder_threads, cuda=captured)
         self._encoder = open_session(folder / graphs["encoder"].file, encode_on)
         self._decoder = open_session(folder / graphs["decoder"].file, decode_on)
+        [logits] = (o.shape[1:] for o in self._decoder.get_outputs() if o.name == "logits")
+        self._logits = DeviceBuffer(device, (self._slots, *logits), cache)
         beside = replace(decode_on, cuda=replace(captured, graphs=False))
         insert, reorder, candidates, search = (
             (folder / graphs[name].file, beside)
@@ -191,7 +192,7 @@ class DeviceRunner:
     def _likeliest(self, rows: int, candidates: int) -> Candidates:
         """The likeliest tokens, from the logits that the last step left on the device."""
         binding = self._candidates.io_binding()
-        self._logits.rows(rows).as_input(binding, "logits")
+        self._logits.rows(rows).shaped(rows, -1).as_input(binding, "logits")
         binding.bind_cpu_input("candidates", np.array([candidates], np.int64))
         for name in ("candidate_ids", "candidate_logprobs", "best_logits"):
             binding.bind_output(name, "cpu")
