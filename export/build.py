@@ -188,7 +188,8 @@ def _check_replaceable(output: Path) -> None:
     files = _files_of(output)
     if there is None or (there and files is None):
         raise ExportError(f"{output} exists and is no engine: choose another --output")
-    if others := there - {MANIFEST, PLAN, PARTIAL_PLAN, COMPILED, *(files or ())}:
+    ours = {MANIFEST, PLAN, COMPILED, *(files or ())}
+    if others := {name for name in there - ours if not name.startswith(PARTIAL_PLAN)}:
         raise ExportError(
             f"{output / min(others)} is no part of the engine that is replaced: move it elsewhere, "
             "or choose another --output"

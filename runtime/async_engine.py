@@ -8,6 +8,7 @@ from functools import partial
 from weakref import WeakKeyDictionary, ref
 
 from runtime.engine import Engine
+from runtime.errors import WrongThread
 from runtime.request import Caption, GenerationRequest, RequestOutput
 
 _News = RequestOutput | Exception
@@ -25,8 +26,11 @@ class AsyncEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request's outputs as they come; the last one has a finish reason.
 
-        Cancelling the task, or closing the iterator, cancels the request. Re-raises step errors.
+        Cancelling the task, or closing the iterator, cancels the request. Re-raises step errors,
+        and raises WrongThread in a callback of the engine.
         """
+        if self.engine.stepper.thread.is_current:
+            raise WrongThread("a callback of the engine can't wait for it: use another thread")
         mailbox = self._mailbox(asyncio.get_running_loop())
         news: asyncio.Queue[_News] = asyncio.Queue()
         stepper, ended = self.engine.stepper, False

@@ -187,14 +187,20 @@ class Engine:
         return found
 
     def abandon(self) -> None:
-        """Drop all requests after a step that raised: the state of the slots is unknown."""
+        """Drop all requests after a step that raised: the state of the slots is unknown. Raises
+        WrongThread within a step.
+        """
+        self._keep_out_observers()
         self._owner = self._encoding = None
         self._sequences.clear()
         self.scheduler = self._new_scheduler()
 
-    def _claim(self) -> None:
+    def _keep_out_observers(self) -> None:
         if self._stepping:
             raise WrongThread("an observer must not use the engine within a step: it is told only")
+
+    def _claim(self) -> None:
+        self._keep_out_observers()
         me = threading.get_ident()
         if self._owner not in (None, me):
             raise WrongThread(

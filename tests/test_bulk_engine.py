@@ -157,6 +157,33 @@ class _DiesAndStaysDead:
         return engine
 
 
+class _DiesAndChanges:
+    """Opens an engine whose process dies of its first image; the next one has another precision."""
+
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
+    def __call__(self):
+        engine = fake_engine()
+        if self._marker.exists():
+            engine.runner.plan = replace(engine.runner.plan, combination="another")
+        else:
+            self._marker.touch()
+            engine.runner = _Dying()
+        return engine
+
+
+def test_a_worker_of_another_precision_than_before_ends_the_run(folder, tmp_path, monkeypatch):
+    """The captions of both would stand beside each other, all under the precision of the first."""
+    monkeypatch.setattr("server.processes.supervisor._FIRST_PAUSE", 0.05)
+    opening = _DiesAndChanges(tmp_path / "died")
+    with closing(LocalCaptioner(setup(folder, opening), None, {}, 10**6)) as captioner:
+        with pytest.raises(RunFailed, match=r"would run .* another now, not .* fake"):
+            captioner.caption(png(), None)
+        with pytest.raises(RunFailed, match="another"):
+            captioner.caption(png((1, 2, 3)), None)
+
+
 def test_an_engine_that_can_not_be_opened_again_ends_the_run_and_fails_no_image(
     folder, tmp_path, monkeypatch
 ):

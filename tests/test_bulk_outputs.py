@@ -258,6 +258,26 @@ def test_names_that_no_output_can_take_fail_alone(output, photos, tmp_path):
         assert not any(name.startswith(("/", "..")) for name, _ in members(Path(output)))
 
 
+def test_ids_of_any_characters_have_their_texts(tmp_path):
+    for name in ("a", "b"):
+        Image.new("RGB", (2, 2), (ord(name), 0, 0)).save(tmp_path / f"{name}.png")
+    given, output = tmp_path / "list.jsonl", tmp_path / "texts"
+    ids = {"a.png": "x\0y", "b.png": "x"}
+    given.write_text(
+        "".join(json.dumps({"image": file, "name": name}) + "\n" for file, name in ids.items())
+    )
+    asked = {"columns": Columns(id="name")}
+    assert run(f"{output}/", str(given), **asked).counts.captioned == 2
+    texts = {file: file.read_bytes() for file in output.rglob("*.txt")}
+    assert sorted(texts.values()) == sorted(
+        said_of((tmp_path / file).read_bytes()).encode() for file in ids
+    )
+    for file in texts:
+        file.unlink()  # as if the run had been killed before it wrote them
+    assert run(f"{output}/", str(given), **asked).counts.before == 2
+    assert {file: file.read_bytes() for file in output.rglob("*.txt")} == texts
+
+
 def test_equal_images_share_a_row_s_caption_over_runs(photos, tmp_path):
     output = f"{tmp_path}/rows.jsonl"
     run(output, str(photos / "0"), once=True)

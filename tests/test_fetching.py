@@ -237,6 +237,58 @@ def test_connections_have_a_thread_of_their_own(context, monkeypatch):
     assert threads and threading.get_ident() not in threads
 
 
+def test_a_connection_with_always_something_to_read_lets_others_run():
+    """Reads that need not wait return at once, and nothing else would run between them."""
+
+    async def read(*_):
+        return b"x"
+
+    stream = SimpleNamespace(read_bytes=read, read_until=read)
+    fetch._Fetch("somebody").opened(stream)
+    turns = []
+
+    async def others():
+        while True:
+            turns.append(None)
+            await asyncio.sleep(0)
+
+    async def run():
+        other = asyncio.create_task(others())
+        for each in (stream.read_bytes, stream.read_until):
+            before = len(turns)
+            for _ in range(20):
+                await each(1)
+            assert len(turns) >= before + 19
+        other.cancel()
+
+    asyncio.run(run())
+
+
+def test_one_chunk_that_comes_in_single_bytes_is_hung_up_on(context):
+    def serve(listening):
+        connection, _ = listening.accept()
+        with context.wrap_socket(connection, server_side=True) as site:
+            site.recv(4096)
+            site.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1388\r\n")
+            with contextlib.suppress(OSError):  # it is hung up on
+                for _ in range(5000):
+                    site.send(b"x")
+                site.sendall(b"\r\n0\r\n\r\n")
+
+    async def run():
+        with (
+            socket.create_server(("127.0.0.1", 0)) as listening,
+            fetcher_of(listening.getsockname()[1], limit=10_000) as fetcher,
+        ):
+            site = threading.Thread(target=serve, args=[listening])
+            site.start()
+            with pytest.raises(FetchFailed, match="single bytes"):
+                await fetcher.fetch("https://ok.example/image", 10, "somebody")
+            site.join(10)
+
+    asyncio.run(run())
+
+
 def test_a_fetch_is_ended_from_outside_whatever_its_thread_does():
     ours, theirs = socket.socketpair()
     with ours, theirs:

@@ -67,6 +67,22 @@ def test_a_video_model_takes_the_frames_of_clips():
         assert [text.decode() for text in result.as_numpy("CAPTION")] == expected
         with pytest.raises(InferenceServerException, match="takes 3 frames of a clip each"):
             client.infer("fake", [tensor("IMAGE", frames[:4])])
+        by_clip = [[b64(frame) for frame in clip] for clip in clips]
+        flat = [frame for clip in by_clip for frame in clip]
+        for shape, data, wrong in (
+            ([2, 3], by_clip, None),
+            ([2, 3], flat, None),
+            ([6], flat, None),
+            ([3, 2], flat, "2 frames on its last axis, and this model takes 3"),
+            ([-2, -3], flat, "negative"),
+            ([2, 3], [by_clip[0][:2], [by_clip[0][2], *by_clip[1]]], "not as its shape tells"),
+        ):
+            given = {"name": "IMAGE", "datatype": "BYTES", "shape": shape, "data": data}
+            answer = live.request("POST", INFER, as_json(inputs=[given]), **JSON)
+            if wrong is None:
+                assert answer.json["outputs"][0]["data"] == expected
+            else:
+                assert answer.status == 400 and wrong in answer.json["error"]
         client.close()
 
 

@@ -180,6 +180,28 @@ def test_sessions_have_no_more_threads_than_they_may_use(monkeypatch, mask, core
     assert session_options(Placement("cpu")).intra_op_num_threads == threads
 
 
+def test_a_plan_that_is_a_mount_or_a_link_is_written_where_it_is(folder, tmp_path, monkeypatch):
+    machine = this_machine()
+    plan = default(manifests.load(folder), AUTO, "cpu", machine)
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text("before")
+    (folder / plans.FILE).unlink(missing_ok=True)
+    (folder / plans.FILE).symlink_to(elsewhere)
+    plans.save(folder, plan, machine, [])
+    assert (folder / plans.FILE).is_symlink()
+    whole = elsewhere.read_text()
+    assert json.loads(whole)["measured"] == []
+    elsewhere.write_text("before")
+
+    def busy(self, target):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "replace", busy)
+    plans.save(folder, plan, machine, [])
+    assert elsewhere.read_text() == whole
+    assert not list(tmp_path.glob(".plan*")) and not list(folder.glob(".plan*"))
+
+
 def test_a_plan_that_can_not_be_written_leaves_the_one_before(folder, monkeypatch):
     there = folder / plans.FILE
     there.write_text("before")

@@ -64,6 +64,8 @@ def test_a_caller_that_ends_its_thread_leaves_the_engine_to_others():
         lambda engine, request: engine.cancel(request.id),
         lambda engine, request: engine.generate([image(3)]),
         lambda engine, request: engine.step(),
+        lambda engine, request: engine.abandon(),
+        lambda engine, request: asyncio.run(AsyncEngine(engine).caption(engine.request(image(3)))),
     ],
 )
 def test_an_observer_that_uses_the_engine_is_told_and_nobody_hangs(use):

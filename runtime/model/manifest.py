@@ -17,7 +17,7 @@ from runtime.errors import EngineFolderError
 FORMAT = 5  # increment when a field's meaning changes; older engines are then refused
 FILE = "manifest.json"
 PLAN = "plan.json"  # of `make tune`
-PARTIAL_PLAN = f".{PLAN}.partial"  # one that is being written
+PARTIAL_PLAN = f".{PLAN}.partial"  # how the name begins of one that is being written
 COMPILED = "tensorrt"  # folder of graphs compiled for a GPU
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "weights.data"

@@ -4,8 +4,10 @@
 instruction set is used; both name only combinations that export has proven.
 """
 
+import errno
 import json
 import logging
+import secrets
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -162,10 +164,18 @@ def save(folder: Path, plan: Plan, machine: Machine, measured: list[dict[str, ob
         "plan": {name: value for name, value in asdict(plan).items() if name not in _FITTED},
         "measured": measured,
     }
-    path, partial = folder / FILE, folder / manifests.PARTIAL_PLAN
+    path = (folder / FILE).resolve()  # of a link, what it leads to is replaced
+    partial = path.with_name(f"{manifests.PARTIAL_PLAN}-{secrets.token_hex(4)}")
+    text = json.dumps(content, indent=2) + "\n"
     try:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        partial.replace(path)
+        partial.write_text(text)
+        try:
+            partial.replace(path)
+        except OSError as cause:
+            if cause.errno != errno.EBUSY:
+                raise
+            path.write_text(text)  # a mount, such as a container's: only its content can change
+            partial.unlink()
     except OSError as cause:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -52,7 +52,7 @@ class Texts(Output):
             if row.text is not None and row.error is None:
                 self._texts.keep(row.id, row.text.encode())
                 if (before := self._written.get(row.text)) is not None:
-                    self._before.keep(row.text, before.partition(b"\0")[2])
+                    self._before.keep(row.text, _parts(before)[1])
                 self._written.keep(row.text, _mark(row))
                 missing |= self._lacks(row.text)
             last = row.text
@@ -100,7 +100,7 @@ class Texts(Output):
 
     def _owner(self, text: str) -> str:
         """Id of the item whose caption is in a file; empty if there is none."""
-        return (self._written.get(text) or b"").partition(b"\0")[0].decode()
+        return _parts(self._written.get(text))[0]
 
     def _text_of(self, item_id: str) -> str | None:
         """The file of an item's last caption, if that is still its."""
@@ -110,7 +110,7 @@ class Texts(Output):
     def _forget(self, text: str) -> None:
         """Note that an error has replaced the caption in a file."""
         if written := self._written.get(text):
-            self._before.keep(text, written.partition(b"\0")[2])
+            self._before.keep(text, _parts(written)[1])
         self._written.keep(text, b"")
 
     def _remove(self, text: str) -> None:
@@ -141,7 +141,7 @@ class Texts(Output):
         target, before = self._folder / text, self._before.get(text)
         if not target.exists():
             return True
-        last = (self._written.get(text) or b"").partition(b"\0")[2]
+        _, last = _parts(self._written.get(text))
         if not target.is_file():
             return False
         if text == self._last:
@@ -161,7 +161,7 @@ class Texts(Output):
             target.parent.mkdir(parents=True, exist_ok=True)
             if (owner := self._owner(text)) not in ("", item_id):
                 raise NotWritten(f"{text} has the caption of {owner} already")
-            written = (self._written.get(text) or b"").partition(b"\0")[2]
+            _, written = _parts(self._written.get(text))
             ours = written, self._before.get(text)
             if not self._overwrite and target.exists() and target.read_bytes() not in ours:
                 raise NotWritten(f"{text} is there, and not written by this (see --overwrite)")
@@ -178,4 +178,12 @@ class Texts(Output):
 
 
 def _mark(row: ResultRow) -> bytes:
-    return f"{row.id}\0{row.caption}".encode()
+    """Id and caption of a row; the id's length comes first, because it may hold any character."""
+    owner = row.id.encode()
+    return b"%d\0%s%s" % (len(owner), owner, f"{row.caption}".encode())
+
+
+def _parts(mark: bytes | None) -> tuple[str, bytes]:
+    """Id and caption of a mark; both empty if there is none."""
+    length, _, rest = (mark or b"0").partition(b"\0")
+    return rest[: int(length)].decode(), rest[int(length) :]

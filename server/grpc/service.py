@@ -201,6 +201,7 @@ def _inputs(request: Any, model: Model) -> Inputs:
     if raw and len(raw) != len(request.inputs):
         raise InvalidRequest("raw_input_contents must hold all inputs, or none")
     values: dict[str, list[Any]] = {}
+    frames = model.manifest.sizes.frames
     for place, tensor in enumerate(request.inputs):
         kserve.check_input(tensor.name, tensor.datatype, values)
         if raw:
@@ -209,8 +210,8 @@ def _inputs(request: Any, model: Model) -> Inputs:
             contents = tensor.contents
             texts, numbers = contents.bytes_contents, contents.int_contents
             values[tensor.name] = list(texts if tensor.datatype == "BYTES" else numbers)
-        kserve.check_shape(tensor.name, tensor.shape, values[tensor.name])
-    return Inputs.of(values, model.manifest.sizes.frames)
+        kserve.check_shape(tensor.name, tensor.shape, values[tensor.name], frames)
+    return Inputs.of(values, frames)
 
 
 def _response(request: Any, model: Model, texts: list[str], scores: list[float]) -> Any:

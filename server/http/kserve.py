@@ -5,7 +5,9 @@ https://github.com/triton-inference-server/server/tree/main/docs/protocol
 """
 
 import json
+import math
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -157,7 +159,7 @@ class InferHandler(_Shape, IntakeHandler):
         self.hold(len(body) - cut)  # the images are copied out of it
         asked = checked(InferRequest, parts.fields)
         frames = self.asked_model.manifest.sizes.frames
-        inputs = Inputs.of(_values(asked, parts, body[cut:]), frames)
+        inputs = Inputs.of(_values(asked, parts, body[cut:], frames), frames)
         for _ in inputs.images[1:]:  # the first took its place in `prepare`
             self.take_place()
         try:
@@ -201,7 +203,9 @@ class InferHandler(_Shape, IntakeHandler):
         self.finish(b"".join([head, *binary]))
 
 
-def _values(asked: InferRequest, parts: Parts, binary: bytes) -> dict[str, list[Any]]:
+def _values(
+    asked: InferRequest, parts: Parts, binary: bytes, frames: int | None
+) -> dict[str, list[Any]]:
     """The values of each tensor, by name. Raises InvalidRequest."""
     check_outputs([output.name for output in asked.outputs or []])
     values: dict[str, list[Any]] = {}
@@ -210,14 +214,19 @@ def _values(asked: InferRequest, parts: Parts, binary: bytes) -> dict[str, list[
         check_input(tensor.name, tensor.datatype, values)
         size = tensor.parameters.get("binary_data_size")
         if size is None:
-            found = list(_flat(tensor.data or []))
+            data = tensor.data or []
+            found = list(_flat(data))
+            if any(isinstance(each, list) for each in data) and _ragged(data, tensor.shape):
+                raise InvalidRequest(
+                    f"the lists of {shown(tensor.name)} are not as its shape tells"
+                )
             values[tensor.name] = _images(found, parts) if tensor.name == "IMAGE" else found
         elif isinstance(size, int) and 0 <= size <= len(binary) - at:
             values[tensor.name] = unpacked(tensor.name, tensor.datatype, binary[at : at + size])
             at += size
         else:
             raise InvalidRequest(f"the data of {shown(tensor.name)} is not all there")
-        check_shape(tensor.name, tensor.shape, values[tensor.name])
+        check_shape(tensor.name, tensor.shape, values[tensor.name], frames)
     if at < len(binary):
         raise InvalidRequest(f"there are {len(binary) - at} bytes that no input holds")
     return values
@@ -226,6 +235,14 @@ def _values(asked: InferRequest, parts: Parts, binary: bytes) -> dict[str, list[
 def _images(places: list[Any], parts: Parts) -> list[bytes]:
     """The images that were sent in base64. places: their indices in `parts.images`."""
     return [parts.images[number] for number in places]
+
+
+def _ragged(data: list[Any], shape: Sequence[int]) -> bool:
+    """Whether nested lists differ from a shape."""
+    if not any(isinstance(each, list) for each in data):
+        return len(data) != math.prod(shape)
+    lists = all(isinstance(each, list) for each in data)
+    return not lists or [*shape[:1]] != [len(data)] or any(_ragged(e, shape[1:]) for e in data)
 
 
 def _flat(data: list[Any]) -> Any:

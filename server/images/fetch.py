@@ -12,7 +12,7 @@ import math
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -49,14 +49,17 @@ _GAVE_WAY = "image_url answers slowly, and others wait, too: try again later"
 _LOOKING_UP = 0.9
 _HEAD_BYTES = 16 * 1024
 _PIECES, _PIECE = 256, 512  # pieces allowed per body, and one more per so many bytes
+_PIECE_COST = 4096  # bytes that take as long as a piece does, beside its own
 _HOST, _LABEL = 253, 63  # characters (RFC 1035, 2.3.4); Python is slow to look up longer names
 _MOVED = (301, 302, 303, 307, 308)
 
 
 @dataclass(eq=False, slots=True)
 class _Fetch:
-    """A fetch under way, on the connections' thread. stream: the connection, once open. body:
-    received of the present answer, in so many pieces. received: bytes of all answers' bodies.
+    """A fetch under way, on the connections' thread. stream: the connection, once open.
+
+    body: received of the present answer, in so many pieces and chunks. cost: of all answers, bytes
+    and what their pieces take, as bytes.
     """
 
     client: str
@@ -64,43 +67,52 @@ class _Fetch:
     gave_way: bool = False
     late: bool = False
     body: bytearray = field(default_factory=bytearray)
-    received: int = 0
+    cost: int = 0
     pieces: int = 0
-    chunked: bool = False
+    chunks: int = 0
 
     def opened(self, stream: IOStream) -> None:
-        """Take the connection, and count the chunks of the body that it reads."""
-        self.stream, read_until = stream, stream.read_until
+        """Take the connection, and count the chunks of the body that it reads.
 
-        def next_chunk(*args: Any, **options: Any) -> Awaitable[bytes]:
-            self.chunked = True
-            self.pieces += 1
+        After each read others have their turn: Tornado reads on for as long as there is something
+        to read, and runs nothing else meanwhile.
+        """
+        self.stream, read_until, read_bytes = stream, stream.read_until, stream.read_bytes
+
+        async def next_chunk(*args: Any, **options: Any) -> bytes:
+            self.chunks += 1
             if self.drips:
                 raise StreamClosedError
-            return read_until(*args, **options)
+            await asyncio.sleep(0)
+            return await read_until(*args, **options)
+
+        async def next_piece(*args: Any, **options: Any) -> bytes:
+            await asyncio.sleep(0)
+            return await read_bytes(*args, **options)
 
         stream.read_until = next_chunk  # type: ignore[method-assign]
+        stream.read_bytes = next_piece  # type: ignore[method-assign]
         if self.gave_way or self.late:
             stream.close()
 
     def closed(self) -> None:
         """Let go of the connection, which refers to this."""
         if self.stream is not None:
-            del self.stream.read_until
+            del self.stream.read_until, self.stream.read_bytes
         self.stream = None
 
     def take(self, piece: bytes) -> None:
         """Add to the body; hang up on a server that sends single bytes, as each takes as long."""
         self.body += piece
-        self.received += len(piece)
-        self.pieces += not self.chunked
+        self.cost += len(piece) + _PIECE_COST
+        self.pieces += 1
         if self.drips and self.stream is not None:
             self.stream.close()
 
     @property
     def drips(self) -> bool:
         """Whether the body comes in too many pieces."""
-        return self.pieces > _PIECES + len(self.body) / _PIECE
+        return max(self.pieces, self.chunks) > _PIECES + len(self.body) / _PIECE
 
     def give_way(self) -> None:
         """End the fetch for another client's, on any thread."""
@@ -231,7 +243,7 @@ class Fetcher:
         for timer in timers:
             timer.cancel()
         self._slow.pop(fetch, None)
-        self._bytes.spend(fetch.client, fetch.received)
+        self._bytes.spend(fetch.client, fetch.cost)
         self._turns.give(fetch.client, time.monotonic() - began, fetch.gave_way)
         retrieve_error(fetching)
 
@@ -279,7 +291,7 @@ class Fetcher:
         assert self._http is not None
         connect = min(_CONNECT_SECONDS, seconds)
         looking_up.set((fetch.client, connect * _LOOKING_UP))
-        fetch.body, fetch.pieces, fetch.chunked = bytearray(), 0, False
+        fetch.body, fetch.pieces, fetch.chunks = bytearray(), 0, 0
         options = {k: v for k, v in self._client.items() if k != "port"}
         request = HTTPRequest(
             url, follow_redirects=False, connect_timeout=connect,

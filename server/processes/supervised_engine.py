@@ -54,6 +54,8 @@ class SupervisedEngine:
         [self._worker] = children = workers(settings, [model], folder.path, worker_main, [""])
         self._supervisor = Supervisor(settings, [model.name], folder, children, [])
         self._running: asyncio.Task[None] | None = None
+        self._identity: str | None = None  # of the first worker
+        self._differs: str | None = None
         self.lost = asyncio.Event()
 
     async def start(self) -> None:
@@ -90,6 +92,8 @@ class SupervisedEngine:
         """Why no worker will serve any more, or None."""
         if self._running is not None and self._running.done():
             return "the engine's supervisor has ended: see the log"
+        if self._differs is not None:
+            return self._differs
         if self._worker.failures >= _FAILED_STARTS:
             return "the engine's worker does not start any more: see the log"
         return None
@@ -122,6 +126,14 @@ class SupervisedEngine:
             for w in serving.workers
             if w.state == "ready" and w.facts is not None
         }
+        for identity in ready.values():
+            self._identity = self._identity or identity
+            if identity != self._identity:
+                self._differs = (
+                    f"the engine's worker was replaced and would run {identity} now, not "
+                    f"{self._identity}: has plan.json changed? start again"
+                )
+                ready = {}
         self._links.update(ready, {w.index: w.last_end for w in serving.workers})
         if self.failure is not None:
             self.lost.set()

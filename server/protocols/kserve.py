@@ -125,10 +125,21 @@ def _text(prompt: object) -> str:
         raise InvalidRequest("PROMPT is not UTF-8") from cause
 
 
-def check_shape(name: str, shape: Sequence[int], values: list[Any]) -> None:
-    """Raise InvalidRequest for a shape of too many axes, or of another number of values."""
+def check_shape(
+    name: str, shape: Sequence[int], values: list[Any], frames: int | None = None
+) -> None:
+    """Raise InvalidRequest for a shape of too many axes, of another number of values, or of clips
+    of another number of frames than a video model takes.
+    """
     if len(shape) > MOST_AXES:
         raise InvalidRequest(f"{shown(name)} has {len(shape)} axes: use one")
+    if any(length < 0 for length in shape):
+        raise InvalidRequest(f"{shown(name)} has an axis of negative length")
+    if name == "IMAGE" and frames and len(shape) > 1 and shape[-1] != frames:
+        raise InvalidRequest(
+            f"IMAGE has {shape[-1]} frames on its last axis, and this model takes {frames} of a "
+            f"clip: its shape is [N, {frames}], or one axis of all frames"
+        )
     if len(values) <= MOST_IMAGES and math.prod(shape) != len(values):  # more are refused later
         raise InvalidRequest(f"{shown(name)} has {len(values)} values, unlike its shape tells")
 
