@@ -15,14 +15,12 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from tqdm import tqdm
 
 from export.checkpoint import Checkpoint
+from export.device_graphs import write_candidates, write_insertion, write_reordering
 from export.graphs import (
     drop_statistics,
     drop_unused_sums,
     for_bursts,
     share_weights,
-    write_candidates,
-    write_insertion,
-    write_reordering,
 )
 from export.reference import Arrays, Case, caption
 from export.search_graph import write_search

@@ -1,16 +1,14 @@
-"""Edits of exported ONNX graphs, and small graphs for devices."""
+"""Edits of exported ONNX graphs."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import onnx
-from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from runtime.model.manifest import PIECE, UNFORCED, Sizes, kv_names
+from export.device_graphs import CANDIDATES
+from runtime.model.manifest import UNFORCED, Sizes
 
-_OPSET, _IR_VERSION = 17, 8  # as the exporter writes
 Scales = dict[str, np.ndarray]  # "{layer}.key" or "{layer}.value" -> float32 [H, D]
 
 
@@ -111,7 +109,7 @@ def for_bursts(decoder: Path) -> None:
     model = onnx.load(decoder)
     graph = model.graph
     _widen_head(graph)
-    _keep_outputs(graph, [o.name for o in graph.output if o.name not in _CANDIDATES])
+    _keep_outputs(graph, [o.name for o in graph.output if o.name not in CANDIDATES])
     del graph.input[[i.name for i in graph.input].index("candidates")]
     names = "one", "free", "none", "best", "row", "wide", "logprobs", "found", "flat", "column"
     one, free, none, best, row, wide, all_, found, flat, column = (f"burst.{n}" for n in names)
@@ -184,9 +182,6 @@ def _widen_head(graph: GraphProto) -> None:
     output.CopyFrom(helper.make_tensor_value_info("logits", kind, ["rows", 1, len(shifts)]))
 
 
-_CANDIDATES = ("candidate_ids", "candidate_logprobs", "best_logits")
-
-
 def _keep_outputs(graph: GraphProto, wanted: list[str]) -> None:
     """Drop all outputs but `wanted`, and the nodes that only those needed."""
     outputs = [output for output in graph.output if output.name in wanted]
@@ -199,98 +194,6 @@ def _keep_outputs(graph: GraphProto, wanted: list[str]) -> None:
             nodes.append(node)
     del graph.node[:]
     graph.node.extend(reversed(nodes))
-
-
-def write_candidates(output: Path) -> None:
-    """Write a graph that finds the likeliest tokens in logits on a device.
-
-    `logits` float16 `[B, W]` and `candidates` (K) int64 `[1]` -> `candidate_ids` int64 `[B, K]`,
-    `candidate_logprobs` float32 `[B, K]` and `best_logits` float32 `[B, 1]`, as from the decoder
-    on a CPU.
-    """
-    half, one, integer = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.INT64
-    ids, logprobs, best = _CANDIDATES
-    info = helper.make_tensor_value_info
-    nodes = [
-        helper.make_node("Cast", ["logits"], ["wide"], to=one),
-        helper.make_node("LogSoftmax", ["wide"], ["all"], axis=-1),
-        helper.make_node("TopK", ["all", "candidates"], [logprobs, ids], axis=-1),
-        # Not by ReduceMax, which takes 2.8 ms there.
-        helper.make_node("Gather", [ids, "first"], ["likeliest"], axis=1),
-        helper.make_node("GatherElements", ["wide", "likeliest"], [best], axis=1),
-    ]
-    inputs = [info("logits", half, ["rows", "W"]), info("candidates", integer, [1])]
-    outputs = [
-        info(ids, integer, ["rows", "candidates"]),
-        info(logprobs, one, ["rows", "candidates"]),
-        info(best, one, ["rows", 1]),
-    ]
-    first = {"first": np.zeros(1, np.int64)}
-    write_graph(output, "candidates", nodes, inputs, outputs, first)
-
-
-def write_reordering(output: Path, layers: int) -> None:
-    """Write a graph that copies pieces within the arena, to reorder beams.
-
-    `sources` int64 `[N]` and `targets` int64 `[N, 1]` are indices of pieces of PIECE int64; per
-    layer and kind, `arena.{i}.{kind}` `[pieces, PIECE]` -> `reordered.{i}.{kind}`. All sources are
-    read before any target is written, so an arena bound as both input and output is reordered in
-    place.
-    """
-    integer = TensorProto.INT64
-    info = helper.make_tensor_value_info
-    nodes: list[NodeProto] = []
-    inputs = [info("sources", integer, ["N"]), info("targets", integer, ["N", 1])]
-    outputs = []
-    for name in kv_names(layers):
-        arena, read, out = f"arena.{name}", f"read.{name}", f"reordered.{name}"
-        nodes.append(helper.make_node("Gather", [arena, "sources"], [read]))
-        nodes.append(helper.make_node("ScatterND", [arena, "targets", read], [out]))
-        inputs.append(info(arena, integer, ["A", PIECE]))
-        outputs.append(info(out, integer, ["A", PIECE]))
-    write_graph(output, "reordering", nodes, inputs, outputs)
-
-
-def write_graph(
-    output: Path,
-    name: str,
-    nodes: list[NodeProto],
-    inputs: list[ValueInfoProto],
-    outputs: list[ValueInfoProto],
-    constants: Mapping[str, np.ndarray] = MappingProxyType({}),
-) -> None:
-    """Write a small graph of ONNX's own operators."""
-    held = [numpy_helper.from_array(value, name) for name, value in constants.items()]
-    opset = [helper.make_opsetid("", _OPSET)]
-    graph = helper.make_graph(nodes, name, inputs, outputs, held)
-    onnx.save_model(helper.make_model(graph, opset_imports=opset, ir_version=_IR_VERSION), output)
-
-
-def write_insertion(output: Path, layers: int) -> None:
-    """Write a graph that copies image K/V into slots of the arena on the device.
-
-    It copies pieces of PIECE int64, whatever their dtype: on CUDA a thread copies one piece, and 16
-    bytes are the most that one instruction moves. `firsts` int64 `[B, 1, 1]` is the index of each
-    slot's first piece in the arena, `pieces` int64 `[1, N, 1]` the offset of each image piece from
-    there; per layer and kind, `image.{i}.{kind}` int64 `[B, N, PIECE]` and `arena.{i}.{kind}`
-    `[pieces, PIECE]` -> `inserted.{i}.{kind}`. With an arena bound as both input and output, only
-    these places are written.
-    """
-    integer = TensorProto.INT64
-    arena_shape: list[str | int | None] = ["A", PIECE]
-    nodes = [helper.make_node("Add", ["pieces", "firsts"], ["places"])]
-    inputs = [
-        helper.make_tensor_value_info("pieces", integer, [1, "N", 1]),
-        helper.make_tensor_value_info("firsts", integer, ["B", 1, 1]),
-    ]
-    outputs = []
-    for name in kv_names(layers):
-        image, arena, out = f"image.{name}", f"arena.{name}", f"inserted.{name}"
-        nodes.append(helper.make_node("ScatterND", [arena, "places", image], [out]))
-        inputs.append(helper.make_tensor_value_info(image, integer, ["B", "N", PIECE]))
-        inputs.append(helper.make_tensor_value_info(arena, integer, arena_shape))
-        outputs.append(helper.make_tensor_value_info(out, integer, arena_shape))
-    write_graph(output, "insertion", nodes, inputs, outputs)
 
 
 def _rename_output(graph: GraphProto, old: str, new: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from export.graphs import write_graph
+from export.device_graphs import write_graph
 from runtime.model.manifest import PIECE, Sizes, kv_names
 
 _NEVER = np.float32(-1e9)  # added to the score of an ended beam, as in transformers

@@ -30,7 +30,7 @@ class Arena:
         insert: tuple[Path, Placement],
         reorder: tuple[Path, Placement],
     ) -> None:
-        """insert, reorder: graphs that `export.graphs` writes, and where they run."""
+        """insert, reorder: graphs that `export.device_graphs` writes, and where they run."""
         self.slots, self.text_tokens, self._stream = slots, text_tokens, stream
         device = stream.device
         capacity = sizes.prefix + text_tokens
