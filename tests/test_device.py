@@ -1,5 +1,7 @@
 """State that stays on a device: its arithmetic, and its runner on the CPU provider in fp16."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -9,6 +11,7 @@ from export.build import Proof, build
 from export.pictures import generated
 from export.random_weights import from_config
 from runtime.engine import Engine
+from runtime.errors import EngineFolderError
 from runtime.execution.base import Candidates, leading
 from runtime.execution.buckets import bucket, buckets
 from runtime.execution.device import DeviceRunner
@@ -328,6 +331,26 @@ def test_fp16_is_for_gpus_alone_unless_it_is_asked_for(half):
     assert default(manifest, config, "cpu", old).combination == "fp32/fp32/float32"
     exact = EngineConfig(precision="fp32/fp32/float32")
     assert default(manifest, exact, "cuda", machine).decoder_provider == "cpu"
+
+
+def test_an_engine_of_an_earlier_export_is_told_to_be_exported_again(half):
+    manifest = manifests.load(half)
+    older = tuple(v for v in manifest.variants if v.graph != "search")
+    plan = Plan(FUSED, "cpu", "cpu", encode_batch=4, slots=6, text_tokens=8)
+    with pytest.raises(EngineFolderError, match=r"has no graph 'search' .* export it again"):
+        DeviceRunner(half, replace(manifest, variants=older), plan)
+
+
+def test_the_vocabulary_is_widened_by_tokens_that_are_never_chosen(half):
+    it = engine(half, DeviceRunner, FUSED)
+    size = it.manifest.sizes.vocabulary
+    [shape] = (o.shape for o in it.runner._decoder.get_outputs() if o.name == "logits")
+    assert shape[-1] % 8 == 0 and 0 < shape[-1] - size < 8
+    image = generated(np.random.default_rng(0), it.manifest.sizes)
+    drawn = {"temperature": 100.0, "top_k": 64, "ignore_eos": True, "max_new_tokens": 12}
+    for seed in range(20):
+        [caption] = it.generate([image], seed=seed, **drawn)
+        assert max(caption.token_ids) < size
 
 
 def test_only_what_a_target_takes_is_built(tmp_path):
