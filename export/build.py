@@ -24,7 +24,7 @@ from transformers import GitForCausalLM
 
 from export.checkpoint import Checkpoint
 from export.errors import ExportError
-from export.fp16 import HELPERS, build_fp16
+from export.fp16 import build_fp16
 from export.gate import exact, judge
 from export.graphs import share_weights
 from export.modeling import ImagePrefix, TextDecoder
@@ -37,6 +37,7 @@ from export.verify import check_extent, verify
 from export.weights import pool
 from runtime.model.manifest import (
     COMPILED,
+    HELPERS,
     PARTIAL_PLAN,
     PLAN,
     TOKENIZER,

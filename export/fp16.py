@@ -25,10 +25,9 @@ from export.graphs import (
 from export.reference import Arrays, Case, caption
 from export.search_graph import write_search
 from export.variants import data_name, file_name, variant
-from runtime.model.manifest import Variant
+from runtime.model.manifest import HELPERS, Variant
 
 FUSED = "fp16-fused"  # each attention as one node, for CUDA; plain fp16 is for TensorRT
-HELPERS = ("insert", "reorder", "candidates", "search")  # graphs without weights, for a device
 _CACHE = "float16"
 _LIMIT = 65_504 / 4  # margin for pictures that were not measured
 _MEASURED = 16  # pictures: every tensor is measured on each

@@ -102,7 +102,7 @@ def for_bursts(decoder: Path) -> None:
     Outputs in place of candidates: `next_ids` int64 `[B]`; `next_logprobs` float32 `[B, 1]`, NaN
     where a row's computation failed; `next_lengths` int32 `[B]`, equal to `lengths` + 1. Input
     `forced` int64 `[B]`, optional: where it is not UNFORCED, `next_ids` is that token. `logits` are
-    `[B, 1, W]` then, with the vocabulary rounded up to W; see `_widen_head`.
+    `[B, 1, W]` then, with the vocabulary rounded up to W, or as before; see `_widen_head`.
 
     Only ArgMax has a fast kernel there; `write_candidates` makes a graph for more candidates.
     """
@@ -160,23 +160,30 @@ def _widen_head(graph: GraphProto) -> None:
     head = made["logits"]
     if head.op_type != "Gemm":
         return
+    settings = {each.name: helper.get_attribute_value(each) for each in head.attribute}
+    assert settings == {"alpha": 1.0, "beta": 1.0, "transB": 1}
+    held = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     taken, weight, bias = head.input
-    last = made[taken]  # the only position of each row
-    held = {tensor.name: tensor for tensor in graph.initializer}
-    columns = [numpy_helper.to_array(held[name]) for name in (weight, bias)]
-    missing = -len(columns[1]) % _HEAD_COLUMNS
-    wide = np.pad(columns[0], ((0, missing), (0, 0))).T
-    shifts = np.pad(columns[1], (0, missing), constant_values=_NO_TOKEN)
-    held[weight].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(wide), weight))
-    held[bias].CopyFrom(numpy_helper.from_array(shifts, bias))
+    missing = -len(held[bias]) % _HEAD_COLUMNS
+    wide = np.ascontiguousarray(np.pad(held[weight], ((0, missing), (0, 0))).T)
+    shifts = np.pad(held[bias], (0, missing), constant_values=_NO_TOKEN)
+    hidden = made[taken].input[0]  # `taken` has the only position of each row, without an axis
+    graph.initializer.extend(
+        numpy_helper.from_array(value, name)
+        for name, value in (("head.wide", wide), ("head.shifts", shifts))
+    )
     graph.node.remove(head)
-    graph.node.remove(last)
     graph.node.extend(
         [
-            helper.make_node("MatMul", [last.input[0], weight], ["head.product"]),
-            helper.make_node("Add", ["head.product", bias], ["logits"]),
+            helper.make_node("MatMul", [hidden, "head.wide"], ["head.product"]),
+            helper.make_node("Add", ["head.product", "head.shifts"], ["logits"]),
         ]
     )
+    # The embedding may have the same weights.
+    _keep_outputs(graph, [output.name for output in graph.output])
+    used = {name for node in graph.node for name in node.input}
+    for tensor in [each for each in graph.initializer if each.name not in used]:
+        graph.initializer.remove(tensor)
     [output] = (value for value in graph.output if value.name == "logits")
     kind = output.type.tensor_type.elem_type
     output.CopyFrom(helper.make_tensor_value_info("logits", kind, ["rows", 1, len(shifts)]))

@@ -62,17 +62,18 @@ def _choosing() -> list[NodeProto]:
     node = helper.make_node
     return [
         # Log-probabilities differ as logits do, so that only the likeliest ones are computed.
-        node("TopK", ["logits", "candidates"], ["values", "found"], axis=-1),
+        node("Gather", ["logits", "rows"], ["beam_logits"], axis=0),
+        node("Gather", ["logprobs", "rows"], ["beam_logprobs"], axis=0),
+        node("TopK", ["beam_logits", "candidates"], ["values", "found"], axis=-1),
         node("Cast", ["values"], ["wide"], to=_FLOAT),
-        node("Gather", ["wide", "first"], ["largest"], axis=1),
+        node("Gather", ["wide", "first"], ["largest"], axis=2),
         node("Sub", ["wide", "largest"], ["below"]),
-        node("Add", ["below", "logprobs"], ["all"]),
+        node("Add", ["below", "beam_logprobs"], ["all"]),
         node("IsNaN", ["all"], ["failed"]),
-        node("Where", ["failed", "lowest", "all"], ["known"]),
-        node("Clip", ["found", "zero", "most"], ["ids"]),  # among NaN an index may be anything
+        node("Where", ["failed", "lowest", "all"], ["image_logprobs"]),
+        # Among NaN an index may be anything.
+        node("Clip", ["found", "zero", "most"], ["image_ids"]),
         # All continuations of an image's beams, and the best of them.
-        node("Gather", ["known", "rows"], ["image_logprobs"], axis=0),
-        node("Gather", ["ids", "rows"], ["image_ids"], axis=0),
         node("Unsqueeze", ["scores", "middle_axis"], ["before"]),
         node("Add", ["image_logprobs", "before"], ["after"]),
         node("Flatten", ["after"], ["ranked"], axis=1),

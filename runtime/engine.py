@@ -270,7 +270,7 @@ class Engine:
         running, waiting = len(self.scheduler.running), self.scheduler.waiting
         self.observer.stepped(StepReport(encoded, rows, running, waiting))
 
-    def _start(self, running: list[Sequence]) -> "_Begun":
+    def _start(self, running: list[Sequence]) -> _Begun:
         """Feed every running row."""
         bursting = all(_by_runner(sequence, self.runner.searches) for sequence in running)
         steps, rows = self._burst(running) if bursting else 1, self.scheduler.rows
@@ -289,7 +289,7 @@ class Engine:
         pending = self.runner.decode(tokens[0], fed, tokens[1:], candidates, searching.searches)
         return _Begun(pending, now, bursting, searching, max(fed))
 
-    def _finish(self, running: list[Sequence], begun: "_Begun") -> None:
+    def _finish(self, running: list[Sequence], begun: _Begun) -> None:
         """Work on the results of `_start`; those of rows without a sequence are ignored."""
         found = begun.pending.wait()
         self._pacing.decoded(self._took(begun.at))

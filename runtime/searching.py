@@ -13,7 +13,7 @@ from runtime.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Searching:
-    """The sequences with beams in a burst, each group with as many beams and prompt tokens left."""
+    """The sequences with beams in a burst, grouped by number of beams and of prompt tokens left."""
 
     groups: abc.Sequence[abc.Sequence[Sequence]]
 
@@ -24,7 +24,7 @@ class Searching:
         for sequence in running:
             if isinstance(sequence.decoding, Beams):
                 groups.setdefault((len(sequence.slots), sequence.prompted), []).append(sequence)
-        return cls(list(groups.values()))
+        return cls([groups[key] for key in sorted(groups)])
 
     @property
     def searches(self) -> list[Search]:

@@ -1,5 +1,6 @@
 """State that stays on a device: its arithmetic, and its runner on the CPU provider in fp16."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -26,7 +27,7 @@ from runtime.model.tokenizer import CaptionTokenizer
 from runtime.planning.config import EngineConfig
 from runtime.planning.machine import Machine
 from runtime.planning.plan import Plan, default
-from tests.checkpoints import SHAPES
+from tests.checkpoints import SHAPES, shaken
 from tests.fakes import drained
 
 FUSED, PLAIN = "fp16-fused/fp16/float16", "fp16/fp16/float16"
@@ -333,12 +334,12 @@ def test_fp16_is_for_gpus_alone_unless_it_is_asked_for(half):
     assert default(manifest, exact, "cuda", machine).decoder_provider == "cpu"
 
 
-def test_an_engine_of_an_earlier_export_is_told_to_be_exported_again(half):
+def test_an_engine_of_an_earlier_export_is_told_to_be_exported_again(half, tmp_path):
     manifest = manifests.load(half)
     older = tuple(v for v in manifest.variants if v.graph != "search")
-    plan = Plan(FUSED, "cpu", "cpu", encode_batch=4, slots=6, text_tokens=8)
-    with pytest.raises(EngineFolderError, match=r"has no graph 'search' .* export it again"):
-        DeviceRunner(half, replace(manifest, variants=older), plan)
+    replace(manifest, variants=older).save(tmp_path)
+    with pytest.raises(EngineFolderError, match=r"export it again .*has no graph 'search'"):
+        manifests.read(tmp_path)
 
 
 def test_the_vocabulary_is_widened_by_tokens_that_are_never_chosen(half):
@@ -351,6 +352,16 @@ def test_the_vocabulary_is_widened_by_tokens_that_are_never_chosen(half):
     for seed in range(20):
         [caption] = it.generate([image], seed=seed, **drawn)
         assert max(caption.token_ids) < size
+
+
+def test_an_embedding_that_is_the_head_s_weights_too_keeps_them(tmp_path):
+    shape = deepcopy(SHAPES["base"])
+    shape.tie_word_embeddings = True
+    checkpoint = shaken(from_config("tied", shape, seed=2))
+    build(checkpoint, tmp_path / "tied", Proof(images=2, new_tokens=8, target="cuda"))
+    said, _ = captions(engine(tmp_path / "tied", DeviceRunner, FUSED), tmp_path / "tied")
+    expected, _ = captions(engine(tmp_path / "tied", OnHost, FUSED), tmp_path / "tied")
+    assert sum(a == b for a, b in zip(said, expected, strict=True)) >= 18
 
 
 def test_only_what_a_target_takes_is_built(tmp_path):

@@ -1,11 +1,17 @@
 """Beams that a device chooses within a burst say what beams that the host chooses say."""
 
+from dataclasses import replace
+from typing import ClassVar
+
 import numpy as np
 import pytest
 
 from export.pictures import generated
+from runtime.decoding.candidates import Continuations
 from runtime.execution import beam_search
+from runtime.execution.base import Candidates
 from runtime.execution.device import DeviceRunner
+from runtime.model.manifest import UNFORCED
 from runtime.request import FinishReason
 from tests.fakes import drained
 from tests.test_device import FUSED, OnHost, engine
@@ -18,6 +24,98 @@ WAYS = [
     {"num_beams": 4, "ignore_eos": True},
     {"num_beams": 5, "length_penalty": -1.0},
 ]
+
+
+class Stepwise(DeviceRunner):
+    """Takes a burst with beams step by step, and has NumPy choose them: in the same batches.
+
+    groups: beams, images, and numbers of end tokens of each search.
+    """
+
+    groups: ClassVar[set[tuple[int, int, int]]] = set()
+
+    def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
+        if not searches:
+            return super().decode(tokens, fed, forced, candidates)
+        scores = [search.scores for search in searches]
+        steps = [[[] for _ in search.slots] for search in searches]
+        found = []
+        for step in range(1 + len(forced)):
+            ages = [age + step for age in fed]
+            last = super().decode(tokens, ages, (), 16)  # twice as many as there are beams
+            best = self._logprobs.fetch().reshape(self._ring)[1, : len(tokens), None]
+            logprobs = last.logprobs[0] - last.logprobs[0][:, :1] + best
+            found.append((last.ids[0], logprobs))
+            chosen = last.ids[0][:, 0].tolist()
+            if step < len(forced):
+                given = zip(chosen, forced[step], strict=True)
+                chosen = [own if token == UNFORCED else token for own, token in given]
+            moves = []
+            for number, search in enumerate(searches):
+                self.groups.add((search.scores.shape[1], len(search.slots), len({*search.stops})))
+                if step < search.wait:
+                    continue
+                following = []
+                for image, slots in enumerate(search.slots):
+                    rows = last.ids[0][slots], logprobs[slots]
+                    one = best_of(*rows, scores[number][image], search.stops[image])
+                    steps[number][image].append(one)
+                    ends = [one.ids[k] == search.stops[image] for k in one.kept]
+                    going_on = np.array([one.scores[k] for k in one.kept], np.float32)
+                    following.append(going_on + np.array(ends) * np.float32(-1e9))
+                    for slot, k in zip(slots, one.kept, strict=True):
+                        chosen[slot] = one.ids[k]
+                        moves.append((slots[one.parents[k]], slot))
+                scores[number] = np.array(following, np.float32)
+            if moves:
+                self.reorder(moves, max(ages) + 1)
+            tokens = chosen
+        ids, logprobs = (np.stack(each)[..., :1] for each in zip(*found, strict=True))
+        return Candidates(ids, logprobs, searches=steps)
+
+
+def best_of(ids, logprobs, scores, stop):
+    beams = len(scores)
+    totals = logprobs[:, : 2 * beams] + scores[:, None]
+    order = np.argsort(-totals, axis=None, kind="stable")[: 2 * beams]
+    parents, places = np.divmod(order, 2 * beams)
+    best, chosen = totals.reshape(-1)[order], ids[parents, places]
+    kept = np.argsort(-(best + (chosen == stop) * np.float32(-1e9)), kind="stable")[:beams]
+    taken = chosen, parents, logprobs[parents, places], best, kept
+    return Continuations(*(each.tolist() for each in taken))
+
+
+@pytest.mark.parametrize("text_tokens", [13, 40])
+def test_images_of_as_many_beams_are_searched_together(half, text_tokens):
+    """Groups that are padded, of images of unequal ages and ends; text room that is used up."""
+    said = []
+    for kind in (Stepwise, DeviceRunner):
+        it = engine(half, kind, FUSED, slots=20, text_tokens=text_tokens)
+        rng, waiting = np.random.default_rng(4), []
+        [usual] = it.generate([generated(rng, it.manifest.sizes)], max_new_tokens=9)
+        # Random weights hardly ever say the end token: take one that they do say.
+        often = replace(it.manifest.tokens, eos=usual.token_ids[4])
+        it.manifest = replace(it.manifest, tokens=often)
+        for n in range(26):
+            prompt = " ".join(["w7", "w9", "w3"][: (n // 5) % 4])
+            way = {"num_beams": 4 if n < 13 else 3, "ignore_eos": n % 2 == 0, "n": 1 + n % 3}
+            most = min(text_tokens - 4, 3 + n % 9)
+            image = generated(rng, it.manifest.sizes)
+            waiting.append(it.request(image, prompt, max_new_tokens=most, **way))
+        order, outputs = [request.id for request in waiting], {}
+        while waiting or not it.idle:
+            for request in waiting[: 1 + len(outputs) % 3]:
+                it.submit(request)
+                waiting.remove(request)
+            outputs |= {output.id: output for output in it.step()}
+        said.append([(outputs[n].completion, *outputs[n].others) for n in order])
+    assert {(4, 3, 2), (3, 3, 2)} <= Stepwise.groups  # in buckets of 4
+    assert {each.finish_reason for texts in said[0] for each in texts} > {FinishReason.STOP}
+    for ours, theirs in zip(*said, strict=True):
+        assert [each.token_ids for each in ours] == [each.token_ids for each in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.finish_reason == other.finish_reason
+            assert np.allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
 def searched(it, ways):

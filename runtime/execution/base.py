@@ -112,9 +112,10 @@ class ModelRunner(Protocol):
         tokens to feed at each further step; UNFORCED stands for the likeliest token of the step
         before. candidates: next tokens to return per row; more than 1 only for a single step.
         searches: images whose next tokens are those of their best beams instead; the runner
-        reorders their text K/V, too. The
-        result must be waited for before the next `decode`, `move` or `reorder`; it is valid until
-        then.
+        reorders their text K/V, too.
+
+        The result must be waited for before the next `decode`, `move` or `reorder`; it is valid
+        until then.
         """
 
     def reorder(self, moves: Sequence[tuple[int, int]], fed: int) -> None:

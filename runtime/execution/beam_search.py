@@ -69,6 +69,8 @@ class BeamSearch:
     def begin(self, searches: Sequence[Search]) -> None:
         """Upload the searches of a burst."""
         self._groups.clear()
+        if not searches:
+            return
         size = self._rows.shape[0]
         rows, ends = np.zeros(size, np.int64), np.zeros(size, np.int64)
         targets = np.full(size, self._arena.slots)  # of padding: the sink
@@ -88,17 +90,17 @@ class BeamSearch:
         ):  # fmt: skip
             buffer.upload(values, self._stream)
 
-    def step(self, step: int, rows: int) -> None:
-        """Queue the choice of beams behind decode step `step` of the burst, of `rows` rows."""
+    def step(self, step: int) -> None:
+        """Queue the choice of beams behind decode step `step` of the burst."""
         for group in self._groups:
             if step >= group.search.wait:
                 positions = group.search.fed + step + 1
                 positions = -(-positions // _POSITIONS) * _POSITIONS
                 positions = min(positions, self._arena.text_tokens)
-                key = step, rows, group.images, group.beams, group.first, positions
+                key = step, group.images, group.beams, group.first, positions
                 if key not in self._launches:
                     if len(self._launches) >= _MOST_BINDINGS:
-                        self._launches.clear()
+                        del self._launches[next(iter(self._launches))]  # the oldest
                     self._launches[key] = self._bind(*key)
                 self._launches[key].run(graph=False)
 
@@ -111,14 +113,13 @@ class BeamSearch:
         ]
         return [group.results(found, steps) for group in self._groups]
 
-    def _bind(
-        self, step: int, rows: int, images: int, beams: int, first: int, positions: int
-    ) -> Launch:
+    def _bind(self, step: int, images: int, beams: int, first: int, positions: int) -> Launch:
         rings, binding = self._rings, self._session.io_binding()
         members, twice = images * beams, 2 * beams
-        ring = self._arena.slots + 1
-        rings.logits.rows(rows).shaped(rows, -1).as_input(binding, "logits")
-        rings.logprobs.rows(rows, (step + 1) * ring).as_input(binding, "logprobs")
+        slots = self._arena.slots
+        ring = slots + 1
+        rings.logits.rows(slots).shaped(slots, -1).as_input(binding, "logits")
+        rings.logprobs.rows(slots, (step + 1) * ring).as_input(binding, "logprobs")
         binding.bind_cpu_input("candidates", np.array([twice], np.int64))
         binding.bind_cpu_input("beams", np.array([beams], np.int64))
         for name, buffer in (("rows", self._rows), ("slots", self._targets)):

@@ -7,9 +7,11 @@ All buffers have fixed addresses, so that a step can be captured as a CUDA graph
 * Step j of a burst reads row j of a ring of tokens and lengths and writes row j + 1, so the steps
   run without the host, which uploads the ring before the burst and fetches the results after it.
 * The encoder writes image K/V beside the arena; a small graph copies them into their slots, another
-  copies text K/V between slots, a third finds more candidates than the likeliest token.
-* All graphs are in one stream. So an encoder call can be queued while a burst runs: it
-  writes to slots without a sequence, whose rows in the burst are padding.
+  copies text K/V between slots, a third finds more candidates than the likeliest token, and a
+  fourth chooses beams behind a step.
+* All graphs are in one stream; a second one has the pixels that are on their way. So an encoder
+  call can be queued while a burst runs: it writes to slots without a sequence, whose rows in the
+  burst are padding.
 
 The runner also works on the CPU provider, where it is tested without a GPU.
 """
@@ -31,14 +33,14 @@ from runtime.execution.buckets import bucket, buckets
 from runtime.execution.device_buffer import DeviceBuffer
 from runtime.execution.launch import Launch
 from runtime.execution.stream import open_stream
-from runtime.model.manifest import UNFORCED, Manifest, kv_names
+from runtime.model.manifest import HELPERS, UNFORCED, Manifest, kv_names
 from runtime.planning.plan import Plan
 from runtime.providers.cuda import CudaOptions, pin
 from runtime.providers.session import Placement, open_session
 
 BURST = 4  # most steps between two fetches: a row ending in the first wastes three
 _RUNS_BEFORE_CAPTURE = 2
-_GRAPHS = ("encoder", "decoder", "insert", "reorder", "candidates", "search")
+_GRAPHS = ("encoder", "decoder", *HELPERS)
 
 
 class DeviceRunner:
@@ -168,7 +170,7 @@ class DeviceRunner:
         for step in range(steps):
             launch = self._steps.get((size, step)) or self._bind_step(size, step)
             launch.run(self.graphs)
-            self._search.step(step, size)
+            self._search.step(step)
         self._decoded.set()
         burst = _Burst(self, rows, steps)
         if candidates == 1:

@@ -22,6 +22,7 @@ COMPILED = "tensorrt"  # folder of graphs compiled for a GPU
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "weights.data"
 UNFORCED = -1  # stands for the likeliest token of the step before
+HELPERS = ("insert", "reorder", "candidates", "search")  # graphs without weights, for a device
 PIECE = 2  # int64 values that the insertion graph copies at once
 
 
@@ -172,18 +173,10 @@ class Manifest:
         )
 
     def variant(self, graph: str, combination: Combination) -> Variant:
-        """The variant of `graph` that a combination uses. Raises EngineFolderError if an earlier
-        version, which had no such graph, exported the engine.
-        """
+        """The variant of `graph` that a combination uses."""
         precision = combination.encoder if graph == "encoder" else combination.decoder
         wanted = (graph, precision, combination.cache)
-        for variant in self.variants:
-            if (variant.graph, variant.precision, variant.cache) == wanted:
-                return variant
-        raise EngineFolderError(
-            f"the engine has no graph {graph!r} of {precision} with a {combination.cache} cache: "
-            "export it again"
-        )
+        return next(v for v in self.variants if (v.graph, v.precision, v.cache) == wanted)
 
     def save(self, folder: Path) -> None:
         """Write `folder`/manifest.json."""
@@ -244,8 +237,10 @@ def _check_named(manifest: Manifest) -> None:
     there = {(v.graph, v.precision, v.cache) for v in manifest.variants}
     for each in manifest.combinations:
         wanted = {(graph, getattr(each, graph), each.cache) for graph in ("encoder", "decoder")}
-        if not wanted <= there:
-            raise ValueError(f"it has no graphs of {each.name}")
+        if each.cache == "float16":
+            wanted |= {(graph, each.decoder, each.cache) for graph in HELPERS}
+        if missing := sorted(graph for graph, *_ in wanted - there):
+            raise ValueError(f"it has no graph {missing[0]!r} of {each.name}")
     sizes, tokens = manifest.sizes, manifest.tokens
     if not 0 <= min(tokens.bos, tokens.eos) <= max(tokens.bos, tokens.eos) < sizes.vocabulary:
         raise ValueError(f"its tokens are not of a vocabulary of {sizes.vocabulary}")
