@@ -247,7 +247,7 @@ class Engine:
         # On a device, those that wait are not yet in the holes that they will probably fill.
         coming = self.scheduler.waiting if overlaps else 0
         for source, target in self.scheduler.compact(
-            lambda rows: self.runner.bucket(min(self.slots, rows + coming))
+            lambda rows: self.runner.bucket(min(self.slots, rows + coming)), self.runner.move_cost
         ):
             self.runner.move(source, target)
         running = self.scheduler.running

@@ -110,21 +110,30 @@ class Scheduler:
             admitted.append(sequence)
         return admitted
 
-    def compact(self, bucket: Callable[[int], int]) -> list[tuple[int, int]]:
-        """Close holes as long as that makes a step smaller. Returns the (source, target) slots that
+    def compact(self, bucket: Callable[[int], int], cost: int = 1) -> list[tuple[int, int]]:
+        """Close holes if that makes steps enough smaller. Returns the (source, target) slots that
         the caller must copy caches between.
 
-        bucket: maps a number of leading rows to the rows that a step works on.
+        bucket: maps a number of leading rows to the rows that a step works on. cost: rows that a
+        step must be smaller by for each slot that is moved.
         """
-        moves = []
-        while self._running and bucket(max(self._running) + 1) > bucket(len(self._running)):
-            source = max(self._running)
-            target = heapq.heapreplace(self._free, source)
+        if self.rows == len(self._running):
+            return []
+        highest = sorted(self._running, reverse=True)
+        holes = [slot for slot in sorted(self._free) if slot < len(highest)]
+        # Where the rows end after so many moves: the highest slots go into the lowest holes.
+        ends = [*highest[: len(holes)], len(highest) - 1]
+        now, worthwhile = bucket(ends[0] + 1), 0
+        for moves, end in enumerate(ends):
+            if moves and now - bucket(end + 1) >= moves * cost:
+                worthwhile = moves
+        moved = list(zip(highest[:worthwhile], holes, strict=False))
+        for source, target in moved:
             sequence = self._running.pop(source)
             sequence.slots[sequence.slots.index(source)] = target
             self._running[target] = sequence
-            moves.append((source, target))
-        return moves
+        self._free = sorted({*self._free, *highest[:worthwhile]} - {*holes[:worthwhile]})
+        return moved
 
     def release_finished(self) -> list[Sequence]:
         """Free the slots of ended sequences; returns these sequences."""

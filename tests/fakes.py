@@ -66,6 +66,7 @@ class FakeRunner:
     runs_on = "fake"
     plan = Plan(combination="fake", encoder_provider="fake")
     on_gpu = graphs = overlaps = searches = False
+    move_cost = 1
 
     def __init__(self, burst: int = 1) -> None:
         self.burst = burst

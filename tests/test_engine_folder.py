@@ -54,7 +54,7 @@ def test_what_is_wrong_with_a_folder_is_named(folder, tmp_path):
     broken("can't be read", edit(sizes={}))
     broken(r"can't be read.*Expected `int`.*tokens\.bos", edit(tokens={"bos": "x"}))
     broken(r"can't be read.*Expected `array`.*variants", edit(variants=7))
-    broken(r"can't be read.*no graphs of fp32/fp32/float32", edit(variants=[]))
+    broken(r"can't be read.*no graph .decoder. of fp32/fp32/float32", edit(variants=[]))
     broken("has no combination fp32/fp32/float32", edit(combinations=[]))
     manifest = json.loads((folder / "manifest.json").read_text())
     for part, changed in (

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from runtime.decoding.continuation import Continuation
 from runtime.request import FinishReason, GenerationRequest, SamplingParams
 from runtime.scheduler import Scheduler
@@ -88,6 +90,32 @@ def test_holes_are_closed_from_the_top():
     assert scheduler.compact(int) == [(3, 0)]
     assert (d.slots, b.slots) == ([0], [1])
     assert scheduler.running == [d, b]
+
+
+@pytest.mark.parametrize(
+    ("left", "cost", "moved"),
+    [
+        ({0, 1, 7}, 1, [(7, 2)]),  # a step of 4 rows in place of 8
+        ({0, 1, 7}, 4, [(7, 2)]),
+        ({0, 1, 7}, 5, []),
+        ({6, 7}, 3, [(7, 0), (6, 1)]),  # 2 in place of 8
+        ({6, 7}, 4, []),
+        ({2, 3, 7}, 4, [(7, 0)]),  # the others would save nothing more
+        ({1, 3, 5, 6, 7}, 1, []),  # 8 rows whatever is moved
+    ],
+)
+def test_slots_are_moved_if_that_makes_steps_enough_smaller(left, cost, moved):
+    scheduler = Scheduler(slots=8, encode_batch=8)
+    sequences = [added(scheduler) for _ in range(8)]
+    scheduler.admit()
+    for slot in {*range(8)} - left:
+        scheduler.cancel(sequences[slot])
+    assert scheduler.compact(lambda rows: 1 << (rows - 1).bit_length(), cost) == moved
+    after = {slot for sequence in scheduler.running for slot in sequence.slots}
+    assert after == (left - {a for a, _ in moved}) | {b for _, b in moved}
+    next_one = added(scheduler)
+    assert scheduler.admit() == [next_one]
+    assert next_one.slots == [min({*range(8)} - after)]  # the lowest that is free
 
 
 def test_without_refill_a_batch_ends_before_the_next_begins():

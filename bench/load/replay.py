@@ -47,6 +47,7 @@ class _Runner:
     on_gpu: bool = False
     overlaps: bool = False
     searches: bool = False
+    move_cost: int = 1
     plan: Plan = _PLAN
     runs_on: str = "replay"
 

@@ -83,6 +83,7 @@ class ModelRunner(Protocol):
     graphs: bool  # whether runs are captured as CUDA graphs
     overlaps: bool
     searches: bool  # whether `decode` takes searches
+    move_cost: int  # rows that a step must be smaller by for a `move` to pay
 
     @property
     def on_gpu(self) -> bool:

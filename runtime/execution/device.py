@@ -40,6 +40,8 @@ from runtime.providers.session import Placement, open_session
 
 BURST = 4  # most steps between two fetches: a row ending in the first wastes three
 _RUNS_BEFORE_CAPTURE = 2
+# Rows. On an H200 a move takes the host 0.4 ms, and 32 rows fewer save 0.05 ms of each step.
+_MOVE_COST = 32
 _GRAPHS = ("encoder", "decoder", *HELPERS)
 
 
@@ -104,7 +106,7 @@ class DeviceRunner:
         # TensorRT has a stream of its own: before and after it, the host waits.
         self._encodes_apart = plan.encoder_provider == "tensorrt"
         self.overlaps = not self._encodes_apart
-        self.searches = True
+        self.searches, self.move_cost = True, _MOVE_COST
         self.graphs = False  # until warm_up has captured them
         self._encodes: dict[int, Launch] = {}
         self._steps: dict[tuple[int, int], Launch] = {}

@@ -36,6 +36,7 @@ class HostRunner:
     graphs = False
     on_gpu = False
     overlaps = searches = False
+    move_cost = 1
 
     def __init__(self, folder: Path, manifest: Manifest, plan: Plan) -> None:
         self.sizes, self.plan = manifest.sizes, plan
