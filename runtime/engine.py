@@ -188,9 +188,11 @@ class Engine:
 
     def abandon(self) -> None:
         """Drop all requests after a step that raised: the state of the slots is unknown. Raises
-        WrongThread within a step.
+        WrongThread within a step, and while callers wait for requests.
         """
         self._keep_out_observers()
+        if self.stepper.busy:
+            raise WrongThread("others wait for requests of this engine: cancel your own instead")
         self._owner = self._encoding = None
         self._sequences.clear()
         self.scheduler = self._new_scheduler()

@@ -73,6 +73,11 @@ class Stepper:
             del self._sinks[request_id]
             self._engine.cancel(request_id)
 
+    @property
+    def busy(self) -> bool:
+        """Whether somebody waits for a request that has been begun."""
+        return bool(self._sinks)
+
     def _run(self) -> None:
         while self._take():
             if self._sinks:  # else the engine may run another thread's requests
@@ -98,8 +103,8 @@ class Stepper:
     def _fail(self, cause: BaseException) -> None:
         """End all requests with an error."""
         error = cause if isinstance(cause, Exception) else ComputationFailed(f"{cause!r} in a step")
-        self._engine.abandon()
         sinks, self._sinks = self._sinks, {}
+        self._engine.abandon()
         for sink in sinks.values():
             _tell(sink, error)
 

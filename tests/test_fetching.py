@@ -237,13 +237,14 @@ def test_connections_have_a_thread_of_their_own(context, monkeypatch):
     assert threads and threading.get_ident() not in threads
 
 
-def test_a_connection_with_always_something_to_read_lets_others_run():
+def test_a_connection_with_always_something_to_read_lets_others_run(monkeypatch):
     """Reads that need not wait return at once, and nothing else would run between them."""
+    monkeypatch.setattr(fetch, "_TURN_SECONDS", 0.0)
 
     async def read(*_):
         return b"x"
 
-    stream = SimpleNamespace(read_bytes=read, read_until=read)
+    stream = SimpleNamespace(read_bytes=read, read_until=read, read_from_fd=len)
     fetch._Fetch("somebody").opened(stream)
     turns = []
 
@@ -264,16 +265,26 @@ def test_a_connection_with_always_something_to_read_lets_others_run():
     asyncio.run(run())
 
 
-def test_one_chunk_that_comes_in_single_bytes_is_hung_up_on(context):
+@pytest.mark.parametrize(
+    ("head", "single", "end"),
+    [
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1388\r\n", 5000, b"\r\n0\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n", 5000, b""),
+        (b"HTTP/1.1 200 OK\r\nX-Long: ", 5000, b"\r\nContent-Length: 0\r\n\r\n"),
+    ],
+)
+def test_answers_that_come_in_single_bytes_are_hung_up_on(head, single, end, context):
+    """However they are framed: a TLS record takes as long to read with a byte as with many."""
+
     def serve(listening):
         connection, _ = listening.accept()
         with context.wrap_socket(connection, server_side=True) as site:
             site.recv(4096)
-            site.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1388\r\n")
+            site.sendall(head)
             with contextlib.suppress(OSError):  # it is hung up on
-                for _ in range(5000):
+                for _ in range(single):
                     site.send(b"x")
-                site.sendall(b"\r\n0\r\n\r\n")
+                site.sendall(end)
 
     async def run():
         with (

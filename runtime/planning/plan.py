@@ -7,6 +7,7 @@ instruction set is used; both name only combinations that export has proven.
 import errno
 import json
 import logging
+import os
 import secrets
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -164,7 +165,7 @@ def save(folder: Path, plan: Plan, machine: Machine, measured: list[dict[str, ob
         "plan": {name: value for name, value in asdict(plan).items() if name not in _FITTED},
         "measured": measured,
     }
-    path = (folder / FILE).resolve()  # of a link, what it leads to is replaced
+    path = Path(os.path.realpath(folder / FILE))  # of a link, what it leads to is replaced
     partial = path.with_name(f"{manifests.PARTIAL_PLAN}-{secrets.token_hex(4)}")
     text = json.dumps(content, indent=2) + "\n"
     try:

@@ -8,11 +8,12 @@ takes, by large numbers in its handshake or by many session tickets.
 """
 
 import asyncio
+import errno
 import math
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -48,8 +49,9 @@ _GAVE_WAY = "image_url answers slowly, and others wait, too: try again later"
 # Fraction of the connection's seconds: Tornado logs errors that come after its own time-out.
 _LOOKING_UP = 0.9
 _HEAD_BYTES = 16 * 1024
-_PIECES, _PIECE = 256, 512  # pieces allowed per body, and one more per so many bytes
-_PIECE_COST = 4096  # bytes that take as long as a piece does, beside its own
+_PIECES, _PIECE = 256, 512  # reads and chunks allowed per answer, and one more per so many bytes
+_PIECE_COST = 2048  # bytes that take as long as a read or a chunk does, beside its own
+_TURN_SECONDS = 0.002  # that a fetch may go on for while others have something to read
 _HOST, _LABEL = 253, 63  # characters (RFC 1035, 2.3.4); Python is slow to look up longer names
 _MOVED = (301, 302, 303, 307, 308)
 
@@ -58,8 +60,9 @@ _MOVED = (301, 302, 303, 307, 308)
 class _Fetch:
     """A fetch under way, on the connections' thread. stream: the connection, once open.
 
-    body: received of the present answer, in so many pieces and chunks. cost: of all answers, bytes
-    and what their pieces take, as bytes.
+    Of the present answer, body: received so far; received: bytes, heads included; reads: of the
+    connection, at most a TLS record each; chunks: of the body. cost: of all answers, bytes and what
+    reads and chunks take, as bytes.
     """
 
     client: str
@@ -67,52 +70,70 @@ class _Fetch:
     gave_way: bool = False
     late: bool = False
     body: bytearray = field(default_factory=bytearray)
-    cost: int = 0
-    pieces: int = 0
+    received: int = 0
+    reads: int = 0
     chunks: int = 0
+    cost: int = 0
+    turn_ends: float = 0.0
 
     def opened(self, stream: IOStream) -> None:
-        """Take the connection, and count the chunks of the body that it reads.
+        """Take the connection, count what it reads, and let others have their turns.
 
-        After each read others have their turn: Tornado reads on for as long as there is something
-        to read, and runs nothing else meanwhile.
+        Tornado reads on for as long as there is something to read, and runs nothing else meanwhile.
         """
-        self.stream, read_until, read_bytes = stream, stream.read_until, stream.read_bytes
+        self.stream, read_from_fd = stream, stream.read_from_fd
+        read_until, read_bytes = stream.read_until, stream.read_bytes
 
-        async def next_chunk(*args: Any, **options: Any) -> bytes:
+        def read(buffer: bytearray | memoryview) -> int | None:
+            count = read_from_fd(buffer)
+            if count:
+                self.received += count
+                self.reads += 1
+                self.cost += count + _PIECE_COST
+                if self.drips:
+                    raise ConnectionResetError(errno.ECONNRESET, "it comes in single bytes")
+            return count
+
+        def next_chunk(*args: Any, **options: Any) -> Awaitable[bytes]:
             self.chunks += 1
+            self.cost += _PIECE_COST
             if self.drips:
                 raise StreamClosedError
-            await asyncio.sleep(0)
-            return await read_until(*args, **options)
+            return self._in_turn(read_until(*args, **options))
 
-        async def next_piece(*args: Any, **options: Any) -> bytes:
-            await asyncio.sleep(0)
-            return await read_bytes(*args, **options)
+        def next_piece(*args: Any, **options: Any) -> Awaitable[bytes]:
+            return self._in_turn(read_bytes(*args, **options))
 
+        stream.read_from_fd = read  # type: ignore[method-assign, assignment]
         stream.read_until = next_chunk  # type: ignore[method-assign]
         stream.read_bytes = next_piece  # type: ignore[method-assign]
         if self.gave_way or self.late:
             stream.close()
 
+    def _in_turn(self, reading: Awaitable[bytes]) -> Awaitable[bytes]:
+        """The read, after others have run if this fetch's turn is over."""
+        return reading if time.monotonic() < self.turn_ends else self._after_others(reading)
+
+    async def _after_others(self, reading: Awaitable[bytes]) -> bytes:
+        await asyncio.sleep(0)
+        self.turn_ends = time.monotonic() + _TURN_SECONDS
+        return await reading
+
     def closed(self) -> None:
         """Let go of the connection, which refers to this."""
         if self.stream is not None:
-            del self.stream.read_until, self.stream.read_bytes
+            del self.stream.read_from_fd, self.stream.read_until, self.stream.read_bytes
         self.stream = None
 
     def take(self, piece: bytes) -> None:
-        """Add to the body; hang up on a server that sends single bytes, as each takes as long."""
+        """Add to the body."""
         self.body += piece
-        self.cost += len(piece) + _PIECE_COST
-        self.pieces += 1
-        if self.drips and self.stream is not None:
-            self.stream.close()
 
     @property
     def drips(self) -> bool:
-        """Whether the body comes in too many pieces."""
-        return max(self.pieces, self.chunks) > _PIECES + len(self.body) / _PIECE
+        """Whether the answer comes in too many pieces, as each takes as long as a large one."""
+        few, many = self.received // _PIECE, len(self.body) // _PIECE
+        return self.reads > _PIECES + few or self.chunks > _PIECES + many
 
     def give_way(self) -> None:
         """End the fetch for another client's, on any thread."""
@@ -291,7 +312,7 @@ class Fetcher:
         assert self._http is not None
         connect = min(_CONNECT_SECONDS, seconds)
         looking_up.set((fetch.client, connect * _LOOKING_UP))
-        fetch.body, fetch.pieces, fetch.chunks = bytearray(), 0, 0
+        fetch.body, fetch.received, fetch.reads, fetch.chunks = bytearray(), 0, 0, 0
         options = {k: v for k, v in self._client.items() if k != "port"}
         request = HTTPRequest(
             url, follow_redirects=False, connect_timeout=connect,

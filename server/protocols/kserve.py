@@ -135,9 +135,10 @@ def check_shape(
         raise InvalidRequest(f"{shown(name)} has {len(shape)} axes: use one")
     if any(length < 0 for length in shape):
         raise InvalidRequest(f"{shown(name)} has an axis of negative length")
-    if name == "IMAGE" and frames and len(shape) > 1 and shape[-1] != frames:
+    longer = [length for length in shape if length != 1]
+    if name == "IMAGE" and frames and len(longer) > 1 and longer[-1] != frames:
         raise InvalidRequest(
-            f"IMAGE has {shape[-1]} frames on its last axis, and this model takes {frames} of a "
+            f"IMAGE has {longer[-1]} frames on its last axis, and this model takes {frames} of a "
             f"clip: its shape is [N, {frames}], or one axis of all frames"
         )
     if len(values) <= MOST_IMAGES and math.prod(shape) != len(values):  # more are refused later
