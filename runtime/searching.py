@@ -44,7 +44,7 @@ def _search(group: abc.Sequence[Sequence]) -> Search:
     beams = [s.decoding for s in group if isinstance(s.decoding, Beams)]
     return Search(
         slots=[sequence.slots for sequence in group],
-        scores=np.array([each.scores for each in beams]),
+        scores=np.array([each.scores for each in beams], np.float32),
         stops=[each.stop for each in beams],
         wait=group[0].prompted,
         fed=max(sequence.fed for sequence in group),

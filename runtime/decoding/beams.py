@@ -60,17 +60,18 @@ class Beams(Decoding):
         return self._sampling.max_new_tokens - len(self._steps)
 
     @property
-    def scores(self) -> np.ndarray:
-        """The score of each row's text, float32 `[num_beams]`."""
+    def scores(self) -> list[float]:
+        """The score of each row's text, a float32 value."""
         if not self._steps:
             # All rows are equal at first, so only row 0's candidates count.
-            found = np.full(self._sampling.num_beams, _NEVER, np.float32)
-            found[0] = 0
-            return found
+            return [0.0] + [float(_NEVER)] * (self._sampling.num_beams - 1)
         last = self._steps[-1]
-        ending = [last.ids[place] == self.stop for place in last.kept]
-        found = np.array([last.scores[place] for place in last.kept], np.float32)
-        return found + np.array(ending) * _NEVER
+        found = [last.scores[place] for place in last.kept]
+        if self.stop in last.ids:
+            for row, place in enumerate(last.kept):
+                if last.ids[place] == self.stop:
+                    found[row] = float(np.float32(found[row]) + _NEVER)
+        return found
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -113,7 +114,7 @@ class Beams(Decoding):
                 each[:] = penalised(
                     each, np.array(row.ids), self._prompt, text, sampling, self._eos
                 )  # fmt: skip
-        scores += self.scores[:, None]
+        scores += np.array(self.scores, np.float32)[:, None]
         # Of equal ones the first row's come first.
         order = np.argsort(-scores, axis=None, kind="stable")[: 2 * sampling.num_beams]
         parents, places = (each.tolist() for each in np.divmod(order, scores.shape[1]))
@@ -157,7 +158,7 @@ class Beams(Decoding):
         sampling, length = self._sampling, len(self._steps)
         if sampling.early_stopping == "never" and sampling.length_penalty > 0:
             length = sampling.max_new_tokens
-        possible = self.scores[0] / np.float32(length**sampling.length_penalty)
+        possible = np.float32(self.scores[0]) / np.float32(length**sampling.length_penalty)
         return bool(possible > self._finished[-1].score)
 
     def _reason(self, finished: _Finished) -> FinishReason:

@@ -161,6 +161,6 @@ class _Group:
             of_group = values[self.search.wait : steps, first : first + count * wide]
             of_image.append(of_group.reshape(-1, count, wide).swapaxes(0, 1).tolist())
         return [
-            [Continuations(*step) for step in zip(*image, strict=True)]
+            [*map(Continuations._make, zip(*image, strict=True))]
             for image in zip(*of_image, strict=True)
         ]
