@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import select
 import shutil
 import socket
 import ssl
@@ -13,6 +14,7 @@ import pytest
 import tornado.httpserver
 import tornado.netutil
 import tornado.web
+from tornado.iostream import SSLIOStream
 from tornado.netutil import Resolver
 
 from server.images import fetch
@@ -296,6 +298,40 @@ def test_answers_that_come_in_single_bytes_are_hung_up_on(head, single, end, con
             with pytest.raises(FetchFailed, match="single bytes"):
                 await fetcher.fetch("https://ok.example/image", 10, "somebody")
             site.join(10)
+
+    asyncio.run(run())
+
+
+def test_a_site_that_holds_a_single_read_up_is_hung_up_on(context, monkeypatch):
+    """As with session tickets without end, which OpenSSL reads within one call."""
+    read = SSLIOStream.read_from_fd
+
+    def held(stream, buffer):
+        return stuck(stream) if stream in hostile else read(stream, buffer)
+
+    def stuck(stream):
+        hung_up = select.poll()
+        hung_up.register(stream.socket, 0)
+        hung_up.poll(30_000)
+        return 0
+
+    hostile = []
+    monkeypatch.setattr(SSLIOStream, "read_from_fd", held)
+    monkeypatch.setattr(fetch, "_HELD_SECONDS", 0.05)
+    opened = fetch._Fetch.opened
+
+    def noted(self, stream):
+        if self.client == "hostile":
+            hostile.append(stream)
+        opened(self, stream)
+
+    monkeypatch.setattr(fetch._Fetch, "opened", noted)
+
+    async def run():
+        with site(context) as (port, _), fetcher_of(port) as fetcher:
+            with pytest.raises(FetchFailed, match="no answer"):
+                await fetcher.fetch("https://ok.example/image", 15, "hostile")
+            assert await fetcher.fetch("https://ok.example/image", 15, "honest") == b"the image"
 
     asyncio.run(run())
 

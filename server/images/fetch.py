@@ -8,7 +8,6 @@ takes, by large numbers in its handshake or by many session tickets.
 """
 
 import asyncio
-import errno
 import math
 import socket
 import ssl
@@ -51,6 +50,7 @@ _LOOKING_UP = 0.9
 _HEAD_BYTES = 16 * 1024
 _PIECES, _PIECE = 256, 512  # reads and chunks allowed per answer, and one more per so many bytes
 _PIECE_COST = 2048  # bytes that take as long as a read or a chunk does, beside its own
+_HELD_SECONDS, _HELD_COST = 0.2, 100 * 2**20  # of a single read, and bytes that it counts as then
 _TURN_SECONDS = 0.002  # that a fetch may go on for while others have something to read
 _HOST, _LABEL = 253, 63  # characters (RFC 1035, 2.3.4); Python is slow to look up longer names
 _MOVED = (301, 302, 303, 307, 308)
@@ -75,6 +75,9 @@ class _Fetch:
     chunks: int = 0
     cost: int = 0
     turn_ends: float = 0.0
+    reading_since: float | None = None
+    held: bool = False
+    watch: asyncio.TimerHandle | None = None
 
     def opened(self, stream: IOStream) -> None:
         """Take the connection, count what it reads, and let others have their turns.
@@ -85,14 +88,18 @@ class _Fetch:
         read_until, read_bytes = stream.read_until, stream.read_bytes
 
         def read(buffer: bytearray | memoryview) -> int | None:
-            count = read_from_fd(buffer)
+            self.reading_since = time.monotonic()
+            try:
+                count = read_from_fd(buffer)
+            except ssl.SSLError:
+                return 0  # the end: of other errors Tornado's client tells nobody
+            finally:
+                self.reading_since = None
             if count:
                 self.received += count
                 self.reads += 1
                 self.cost += count + _PIECE_COST
-                if self.drips:
-                    raise ConnectionResetError(errno.ECONNRESET, "it comes in single bytes")
-            return count
+            return 0 if self.drips else count
 
         def next_chunk(*args: Any, **options: Any) -> Awaitable[bytes]:
             self.chunks += 1
@@ -134,6 +141,20 @@ class _Fetch:
         """Whether the answer comes in too many pieces, as each takes as long as a large one."""
         few, many = self.received // _PIECE, len(self.body) // _PIECE
         return self.reads > _PIECES + few or self.chunks > _PIECES + many
+
+    def end_if_held(self) -> bool:
+        """End the fetch if a single read takes long, on any thread; whether it did.
+
+        OpenSSL reads on for as long as a site sends session tickets, or requests to begin the
+        handshake anew, and the connections' thread does nothing else meanwhile.
+        """
+        since = self.reading_since
+        if since is None or time.monotonic() - since < _HELD_SECONDS:
+            return False
+        self.held = True
+        self.cost += _HELD_COST
+        self._end()
+        return True
 
     def give_way(self) -> None:
         """End the fetch for another client's, on any thread."""
@@ -237,6 +258,7 @@ class Fetcher:
         self._thread = self._thread or LoopThread("fetch")
         work = self._thread.start(self._follow(url, began + seconds, fetch))
         fetching = asyncio.wrap_future(work)
+        self._watch(fetch)
         timers = (
             loop.call_later(_SLOW_SECONDS, self._is_slow, fetch),
             loop.call_later(seconds + _LATE_SECONDS, fetch.expire),
@@ -244,6 +266,11 @@ class Fetcher:
         fetching.add_done_callback(partial(self._ended, fetch, began, timers))
         # If cancelled, Tornado would log the outcome all the same; a fetch ends by its deadline.
         return await asyncio.shield(fetching)
+
+    def _watch(self, fetch: _Fetch) -> None:
+        if not fetch.end_if_held():
+            loop = asyncio.get_running_loop()
+            fetch.watch = loop.call_later(_HELD_SECONDS / 4, self._watch, fetch)
 
     def _is_slow(self, fetch: _Fetch) -> None:
         self._slow[fetch] = None
@@ -261,8 +288,9 @@ class Fetcher:
         timers: Iterable[asyncio.TimerHandle],
         fetching: "asyncio.Future[bytes]",
     ) -> None:
-        for timer in timers:
-            timer.cancel()
+        for timer in (*timers, fetch.watch):
+            if timer is not None:
+                timer.cancel()
         self._slow.pop(fetch, None)
         self._bytes.spend(fetch.client, fetch.cost)
         self._turns.give(fetch.client, time.monotonic() - began, fetch.gave_way)
@@ -299,6 +327,8 @@ class Fetcher:
                     raise QueueFull(_GAVE_WAY, math.ceil(_SLOW_SECONDS)) from cause
                 if fetch.drips:
                     raise FetchFailed("image_url comes in single bytes") from cause
+                if fetch.held:
+                    raise FetchFailed("image_url sends what is no answer") from cause
                 raise
             if answer.code not in _MOVED:
                 return bytes(fetch.body)
