@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_BATCH_AXES = 4  # of an array of images
+_ENCODE_BATCH = 4  # for an engine built without a plan
+
 
 def _by_runner(sequence: Sequence, searching: bool) -> bool:
     """Whether the runner chooses a sequence's tokens. searching: whether it searches for beams."""
@@ -59,10 +62,6 @@ class _Begun:
     bursting: bool
     searching: Searching
     oldest: int
-
-
-_BATCH_AXES = 4  # of an array of images
-_ENCODE_BATCH = 4  # for an engine built without a plan
 
 
 class Engine:

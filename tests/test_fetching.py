@@ -272,6 +272,7 @@ def test_a_connection_with_always_something_to_read_lets_others_run(monkeypatch)
     [
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1388\r\n", 5000, b"\r\n0\r\n\r\n"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n", 5000, b""),
+        (b"HTTP/1.0 200 OK\r\n\r\n", 5000, b""),  # what has come looks like all
         (b"HTTP/1.1 200 OK\r\nX-Long: ", 5000, b"\r\nContent-Length: 0\r\n\r\n"),
     ],
 )

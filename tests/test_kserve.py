@@ -75,7 +75,7 @@ def test_a_video_model_takes_the_frames_of_clips():
             ([6], flat, None),
             ([6, 1], flat, None),
             ([1, 6], flat, None),
-            ([3, 2], flat, "2 frames on its last axis, and this model takes 3"),
+            ([3, 2], flat, "last axis does not hold the 3 frames"),
             ([-2, -3], flat, "negative"),
             ([2, 3], [by_clip[0][:2], [by_clip[0][2], *by_clip[1]]], "not as its shape tells"),
         ):

@@ -216,10 +216,6 @@ def _values(
         if size is None:
             data = tensor.data or []
             found = list(_flat(data))
-            if any(isinstance(each, list) for each in data) and _ragged(data, tensor.shape):
-                raise InvalidRequest(
-                    f"the lists of {shown(tensor.name)} are not as its shape tells"
-                )
             values[tensor.name] = _images(found, parts) if tensor.name == "IMAGE" else found
         elif isinstance(size, int) and 0 <= size <= len(binary) - at:
             values[tensor.name] = unpacked(tensor.name, tensor.datatype, binary[at : at + size])
@@ -227,6 +223,8 @@ def _values(
         else:
             raise InvalidRequest(f"the data of {shown(tensor.name)} is not all there")
         check_shape(tensor.name, tensor.shape, values[tensor.name], frames)
+        if size is None and found != data and _ragged(data, tensor.shape):
+            raise InvalidRequest(f"the lists of {shown(tensor.name)} are not as its shape tells")
     if at < len(binary):
         raise InvalidRequest(f"there are {len(binary) - at} bytes that no input holds")
     return values

@@ -45,6 +45,7 @@ _LATE_SECONDS = 1.0  # after its end, when a fetch is ended from outside
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"  # of TLS 1.2: without numbers of the site's own length
 _SLOW_SECONDS = 2.0  # after which a fetch gives way to a client that has fewer
 _GAVE_WAY = "image_url answers slowly, and others wait, too: try again later"
+_LATE = "image_url did not answer in time"
 # Fraction of the connection's seconds: Tornado logs errors that come after its own time-out.
 _LOOKING_UP = 0.9
 _HEAD_BYTES = 16 * 1024
@@ -62,7 +63,8 @@ class _Fetch:
 
     Of the present answer, body: received so far; received: bytes, heads included; reads: of the
     connection, at most a TLS record each; chunks: of the body. cost: of all answers, bytes and what
-    reads and chunks take, as bytes.
+    reads and chunks take, as bytes. refused: why this side ended the connection. What has come by
+    then may look like a whole answer, if that has no length.
     """
 
     client: str
@@ -76,7 +78,7 @@ class _Fetch:
     cost: int = 0
     turn_ends: float = 0.0
     reading_since: float | None = None
-    held: bool = False
+    refused: str | None = None
     watch: asyncio.TimerHandle | None = None
 
     def opened(self, stream: IOStream) -> None:
@@ -92,6 +94,7 @@ class _Fetch:
             try:
                 count = read_from_fd(buffer)
             except ssl.SSLError:
+                self.refused = "sends broken TLS"
                 return 0  # the end: of other errors Tornado's client tells nobody
             finally:
                 self.reading_since = None
@@ -99,12 +102,12 @@ class _Fetch:
                 self.received += count
                 self.reads += 1
                 self.cost += count + _PIECE_COST
-            return 0 if self.drips else count
+            return 0 if self._drips() else count
 
         def next_chunk(*args: Any, **options: Any) -> Awaitable[bytes]:
             self.chunks += 1
             self.cost += _PIECE_COST
-            if self.drips:
+            if self._drips():
                 raise StreamClosedError
             return self._in_turn(read_until(*args, **options))
 
@@ -136,11 +139,12 @@ class _Fetch:
         """Add to the body."""
         self.body += piece
 
-    @property
-    def drips(self) -> bool:
-        """Whether the answer comes in too many pieces, as each takes as long as a large one."""
-        few, many = self.received // _PIECE, len(self.body) // _PIECE
-        return self.reads > _PIECES + few or self.chunks > _PIECES + many
+    def _drips(self) -> bool:
+        """Refuse an answer that comes in too many pieces, as each takes as long as a large one."""
+        most_reads, most_chunks = self.received // _PIECE, len(self.body) // _PIECE
+        if self.reads > _PIECES + most_reads or self.chunks > _PIECES + most_chunks:
+            self.refused = "comes in single bytes"
+        return self.refused is not None
 
     def end_if_held(self) -> bool:
         """End the fetch if a single read takes long, on any thread; whether it did.
@@ -151,10 +155,19 @@ class _Fetch:
         since = self.reading_since
         if since is None or time.monotonic() - since < _HELD_SECONDS:
             return False
-        self.held = True
-        self.cost += _HELD_COST
+        self.refused = "sends what is no answer"
+        self.cost += _HELD_COST  # the other thread is within the read
         self._end()
         return True
+
+    def raise_why_ended(self) -> None:
+        """Raise QueueFull or FetchFailed if this side ended the connection."""
+        if self.gave_way:
+            raise QueueFull(_GAVE_WAY, math.ceil(_SLOW_SECONDS))
+        if self.refused is not None:
+            raise FetchFailed(f"image_url {self.refused}")
+        if self.late:
+            raise FetchFailed(_LATE)
 
     def give_way(self) -> None:
         """End the fetch for another client's, on any thread."""
@@ -322,14 +335,8 @@ class Fetcher:
             self.check(url)
             try:
                 answer = await self._ask(url, end - time.monotonic(), fetch)
-            except FetchFailed as cause:
-                if fetch.gave_way:
-                    raise QueueFull(_GAVE_WAY, math.ceil(_SLOW_SECONDS)) from cause
-                if fetch.drips:
-                    raise FetchFailed("image_url comes in single bytes") from cause
-                if fetch.held:
-                    raise FetchFailed("image_url sends what is no answer") from cause
-                raise
+            finally:
+                fetch.raise_why_ended()
             if answer.code not in _MOVED:
                 return bytes(fetch.body)
             try:
@@ -352,7 +359,7 @@ class Fetcher:
         try:
             answer = await self._http.fetch(request, raise_error=False)
         except HTTPTimeoutError as cause:
-            raise FetchFailed("image_url did not answer in time") from cause
+            raise FetchFailed(_LATE) from cause
         except (OSError, HTTPClientError, UnsatisfiableReadError, ValueError) as cause:
             raise FetchFailed(f"image_url can't be fetched: {shown(cause)}") from cause
         finally:

@@ -138,8 +138,8 @@ def check_shape(
     longer = [length for length in shape if length != 1]
     if name == "IMAGE" and frames and len(longer) > 1 and longer[-1] != frames:
         raise InvalidRequest(
-            f"IMAGE has {longer[-1]} frames on its last axis, and this model takes {frames} of a "
-            f"clip: its shape is [N, {frames}], or one axis of all frames"
+            f"IMAGE's last axis does not hold the {frames} frames that this model takes of a clip: "
+            f"its shape is [N, {frames}], or one axis of all frames"
         )
     if len(values) <= MOST_IMAGES and math.prod(shape) != len(values):  # more are refused later
         raise InvalidRequest(f"{shown(name)} has {len(values)} values, unlike its shape tells")
