@@ -9,7 +9,7 @@ import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from export.onnx_config import OPSET
-from runtime.model.manifest import PIECE, kv_names
+from runtime.model.manifest import PIECE
 
 CANDIDATES = ("candidate_ids", "candidate_logprobs", "best_logits")
 _IR_VERSION = 8  # as the exporter writes
@@ -43,26 +43,71 @@ def write_candidates(output: Path) -> None:
     write_graph(output, "candidates", nodes, inputs, outputs, first)
 
 
-def write_reordering(output: Path, layers: int) -> None:
-    """Write a graph that copies pieces within the arena, to reorder beams.
-
-    `sources` int64 `[N]` and `targets` int64 `[N, 1]` are indices of pieces of PIECE int64; per
-    layer and kind, `arena.{i}.{kind}` `[pieces, PIECE]` -> `reordered.{i}.{kind}`. All sources are
-    read before any target is written, so an arena bound as both input and output is reordered in
-    place.
+def write_insertion(output: Path) -> None:
+    """Write a graph that copies image K/V into slots of the arena: `slots` int64 `[B]`, `images`
+    int64 `[A, B, N, PIECE]` -> `inserted`; see `pieces` for the rest.
     """
-    integer = TensorProto.INT64
-    info = helper.make_tensor_value_info
-    nodes: list[NodeProto] = []
-    inputs = [info("sources", integer, ["N"]), info("targets", integer, ["N", 1])]
-    outputs = []
-    for name in kv_names(layers):
-        arena, read, out = f"arena.{name}", f"read.{name}", f"reordered.{name}"
-        nodes.append(helper.make_node("Gather", [arena, "sources"], [read]))
-        nodes.append(helper.make_node("ScatterND", [arena, "targets", read], [out]))
-        inputs.append(info(arena, integer, ["A", PIECE]))
-        outputs.append(info(out, integer, ["A", PIECE]))
-    write_graph(output, "reordering", nodes, inputs, outputs)
+    nodes = [
+        *pieces("slots", "targets"),
+        helper.make_node("ScatterND", ["arena", "targets", "images"], ["inserted"]),
+    ]
+    info, integer = helper.make_tensor_value_info, TensorProto.INT64
+    given = [info("slots", integer, ["B"]), info("images", integer, ["A", "B", "N", PIECE])]
+    inputs, result = arena("inserted")
+    write_graph(output, "insertion", nodes, [*given, *inputs], [result], PIECES)
+
+
+def write_reordering(output: Path) -> None:
+    """Write a graph that copies between slots of the arena: `from` and `to` int64 `[B]` ->
+    `reordered`; see `pieces` for the rest.
+    """
+    info, integer = helper.make_tensor_value_info, TensorProto.INT64
+    given = [info(name, integer, ["B"]) for name in ("from", "to")]
+    inputs, result = arena("reordered")
+    write_graph(output, "reordering", moving(), [*given, *inputs], [result], PIECES)
+
+
+def moving() -> list[NodeProto]:
+    """Nodes that copy in all arrays: all slots `from` are read before any slot `to` is written."""
+    return [
+        *pieces("from", "sources"),
+        *pieces("to", "targets"),
+        helper.make_node("Squeeze", ["sources", "last_axis"], ["read_at"]),
+        helper.make_node("Gather", ["arena", "read_at"], ["read"], axis=0),
+        helper.make_node("ScatterND", ["arena", "targets", "read"], ["reordered"]),
+    ]
+
+
+def pieces(slots: str, output: str) -> list[NodeProto]:
+    """Nodes that find pieces of slots in the arena, int64 `[pieces, PIECE]`, whatever its dtype.
+
+    On CUDA a thread copies one piece. `slots` int64 `[B]`; of the arena `room` int64 `[1]`, the
+    pieces of a slot, `arrays` int64 `[A, 1, 1, 1]`, the first piece of each array, and `places`
+    int64 `[N, 1]`, pieces of a slot by their distance from its first one -> `output` int64
+    `[A, B, N, 1]`. With an arena bound as both input and output, only these are written.
+    """
+    node = helper.make_node
+    return [
+        node("Mul", [slots, "room"], [f"{output}.slots"]),
+        node("Unsqueeze", [f"{output}.slots", "two_axes"], [f"{output}.rows"]),
+        node("Add", ["arrays", f"{output}.rows"], [f"{output}.first"]),
+        node("Add", [f"{output}.first", "places"], [output]),
+    ]
+
+
+PIECES: Mapping[str, np.ndarray] = MappingProxyType(
+    {"two_axes": np.array([1, 2]), "last_axis": np.array([3])}
+)
+
+
+def arena(output: str) -> tuple[list[ValueInfoProto], ValueInfoProto]:
+    """Inputs that `pieces` takes besides the slots, with the arena; and the arena as output."""
+    info, integer = helper.make_tensor_value_info, TensorProto.INT64
+    inputs = [
+        info("arena", integer, ["P", PIECE]), info("room", integer, [1]),
+        info("arrays", integer, ["A", 1, 1, 1]), info("places", integer, ["N", 1]),
+    ]  # fmt: skip
+    return inputs, info(output, integer, ["P", PIECE])
 
 
 def write_graph(
@@ -78,30 +123,3 @@ def write_graph(
     opset = [helper.make_opsetid("", OPSET)]
     graph = helper.make_graph(nodes, name, inputs, outputs, held)
     onnx.save_model(helper.make_model(graph, opset_imports=opset, ir_version=_IR_VERSION), output)
-
-
-def write_insertion(output: Path, layers: int) -> None:
-    """Write a graph that copies image K/V into slots of the arena on the device.
-
-    It copies pieces of PIECE int64, whatever their dtype: on CUDA a thread copies one piece, and 16
-    bytes are the most that one instruction moves. `firsts` int64 `[B, 1, 1]` is the index of each
-    slot's first piece in the arena, `pieces` int64 `[1, N, 1]` the offset of each image piece from
-    there; per layer and kind, `image.{i}.{kind}` int64 `[B, N, PIECE]` and `arena.{i}.{kind}`
-    `[pieces, PIECE]` -> `inserted.{i}.{kind}`. With an arena bound as both input and output, only
-    these places are written.
-    """
-    integer = TensorProto.INT64
-    arena_shape: list[str | int | None] = ["A", PIECE]
-    nodes = [helper.make_node("Add", ["pieces", "firsts"], ["places"])]
-    inputs = [
-        helper.make_tensor_value_info("pieces", integer, [1, "N", 1]),
-        helper.make_tensor_value_info("firsts", integer, ["B", 1, 1]),
-    ]
-    outputs = []
-    for name in kv_names(layers):
-        image, arena, out = f"image.{name}", f"arena.{name}", f"inserted.{name}"
-        nodes.append(helper.make_node("ScatterND", [arena, "places", image], [out]))
-        inputs.append(helper.make_tensor_value_info(image, integer, ["B", "N", PIECE]))
-        inputs.append(helper.make_tensor_value_info(arena, integer, arena_shape))
-        outputs.append(helper.make_tensor_value_info(out, integer, arena_shape))
-    write_graph(output, "insertion", nodes, inputs, outputs)

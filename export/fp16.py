@@ -67,8 +67,8 @@ def build_fp16(
             share_weights(output, data_name(graph, half))
     fused.unlink()
     sizes = checkpoint.sizes
-    write_insertion(folder / file_name("insert", "fp16", _CACHE), sizes.layers)
-    write_reordering(folder / file_name("reorder", "fp16", _CACHE), sizes.layers)
+    write_insertion(folder / file_name("insert", "fp16", _CACHE))
+    write_reordering(folder / file_name("reorder", "fp16", _CACHE))
     write_candidates(folder / file_name("candidates", "fp16", _CACHE))
     write_search(folder / file_name("search", "fp16", _CACHE), sizes)
     made = [variant("encoder", precision, _CACHE) for precision in encoders]

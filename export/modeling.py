@@ -6,6 +6,7 @@ they were the beginning of the text. Both call the checkpoint's own modules
 (`transformers.models.git.modeling_git`), so that each weight keeps its one meaning.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -38,7 +39,10 @@ class ImagePrefix(nn.Module):
         super().__init__()
         self.config = model.config
         self.git = model.git
-        self.vision = FusedVision(model.git.image_encoder.vision_model) if fused else None
+        self.layers: Any = nn.ModuleList(_without_shifts(each) for each in model.git.encoder.layer)
+        self.vision = (
+            FusedVision(model.git.image_encoder.vision_model, rescale, mean, std) if fused else None
+        )
         self.rescale = rescale
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -47,14 +51,12 @@ class ImagePrefix(nn.Module):
         """uint8 `[B, 3, S, S]`, or `[B, F, 3, S, S]` -> `image.{i}.key/value`, `[B, H, P, D]`."""
         hidden = self.git.visual_projection(self._features(pixels))
         prefix: dict[str, torch.Tensor] = {}
-        for index, layer in enumerate(self.git.encoder.layer):
+        for index, layer in enumerate(self.layers):
             attention = layer.attention.self
-            key, value = (
-                self._projected(part, hidden) for part in (attention.key, attention.value)
-            )
+            key, value = attention.key(hidden), attention.value(hidden)
             prefix[f"image.{index}.key"] = _split_heads(attention, key)
             prefix[f"image.{index}.value"] = _split_heads(attention, value)
-            if index + 1 == len(self.git.encoder.layer):
+            if index + 1 == len(self.layers):
                 break  # the last layer's output is unused
             hidden = self._fused(layer, hidden, key, value) if self.vision else layer(hidden)[0]
         return prefix
@@ -64,13 +66,10 @@ class ImagePrefix(nn.Module):
     ) -> torch.Tensor:
         """Output of `layer`: attention is one node, each sum with its normalisation another."""
         own = layer.attention.self
-        query = self._projected(own.query, hidden)
+        query = with_bias(hidden, own.query)
         context = FusedAttention.apply(query, key, value, own.num_attention_heads)
         attended = _add_product(layer.attention.output, context, hidden)
         return _add_product(layer.output, layer.intermediate(attended), attended)
-
-    def _projected(self, part: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-        return with_bias(hidden, part) if self.vision else part(hidden)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Vision features of all frames of an image, `[B, P, vision width]`."""
@@ -78,10 +77,10 @@ class ImagePrefix(nn.Module):
         # of rows.
         frames = self.config.num_image_with_embedding
         images = pixels.flatten(0, 1) if frames else pixels
-        images = (images.to(self.mean.dtype) * self.rescale - self.mean) / self.std
         if self.vision is not None:
             features = self.vision(images)
         else:
+            images = (images.to(self.mean.dtype) * self.rescale - self.mean) / self.std
             features = self.git.image_encoder(images).last_hidden_state
         if not frames:
             return features
@@ -100,7 +99,7 @@ class TextDecoder(nn.Module):
         self.config = model.config
         self.prefix = prefix
         self.embeddings = model.git.embeddings
-        self.layers = model.git.encoder.layer
+        self.layers: Any = nn.ModuleList(_without_shifts(each) for each in model.git.encoder.layer)
         self.head = model.output
         self.qkv = nn.ModuleList(_packed_projection(layer) for layer in self.layers)
 
@@ -230,11 +229,28 @@ def _split_heads(attention: nn.Module, projected: torch.Tensor) -> torch.Tensor:
     return projected.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
 
 
+@torch.no_grad()
+def _without_shifts(layer: GitLayer) -> GitLayer:
+    """A copy of a layer that says the same, but whose keys and values have no bias.
+
+    A key's bias adds the same number to all scores of a query, which softmax cancels. A value's
+    passes through attention unchanged, because the weights of a query sum to one, and so becomes a
+    part of the output's. An image's keys and values are in the same cache as the text's: both
+    graphs leave the bias out.
+    """
+    own = copy.deepcopy(layer)
+    attention, output = own.attention.self, own.attention.output.dense
+    output.bias += output.weight @ attention.value.bias
+    attention.key.bias = attention.value.bias = None
+    return own
+
+
 def _packed_projection(layer: GitLayer) -> nn.Linear:
     """Query, key and value projections as one: a large product is faster than three small ones."""
     parts = [getattr(layer.attention.self, name) for name in ("query", "key", "value")]
     width = parts[0].in_features
     packed = nn.Linear(width, 3 * width).to(parts[0].weight.dtype)
     packed.weight.data = torch.cat([part.weight.data for part in parts])
-    packed.bias.data = torch.cat([part.bias.data for part in parts])
+    biases = (torch.zeros(width) if part.bias is None else part.bias.data for part in parts)
+    packed.bias.data = torch.cat([*biases]).to(packed.weight.dtype)
     return packed

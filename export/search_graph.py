@@ -1,13 +1,12 @@
 """The graph of a step of beam search on a device, which follows a decode step there."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from export.device_graphs import write_graph
-from runtime.model.manifest import PIECE, Sizes, kv_names
+from export.device_graphs import PIECES, arena, moving, write_graph
+from runtime.model.manifest import Sizes
 
 _NEVER = np.float32(-1e9)  # added to the score of an ended beam, as in transformers
 _LOWEST = np.finfo(np.float32).min  # log-probability where a row's computation failed
@@ -21,39 +20,36 @@ def write_search(output: Path, sizes: Sizes) -> None:
     likeliest token. K = 2 B, of which B may end; `candidates` (K) and `beams` (B) are int64 `[1]`
     on the host. `rows` and `slots` int64 `[N, B]`: where an image's beams are in R, and in arena
     and `tokens` (they differ for padding images). `scores` float32 `[N, B]`; `ends` int64 `[N, 1]`,
-    the token that ends a beam. `tokens` int64 `[S]` of the next step. `room` int64 `[1]`, pieces of
-    a slot; `places` int64 `[P]`, the pieces of a slot's text, from its first piece on.
+    the token that ends a beam. `tokens` int64 `[S]` of the next step. `arena` and what belongs to
+    it: see `device_graphs.pieces`.
 
     Outputs, best first: `best_ids`, `best_parents` int64 and `best_logprobs`, `best_scores` float32
     `[N, K]`, the best continuations; `kept` int64 `[N, B]`, those that go on; `next_scores`
-    float32 `[N, B]`; `next_tokens` `[S]` and, per layer and kind, `arena.{i}.{kind}` `[pieces,
-    PIECE]` -> `reordered.{i}.{kind}`. `scores`, `tokens` and arena may be bound as both input and
-    output.
+    float32 `[N, B]`; `next_tokens` `[S]`; `reordered`, the arena with their text. `scores`,
+    `tokens` and arena may be bound as both input and output.
     """
-    nodes = [*_choosing(), *_moving(sizes.layers)]
     info = helper.make_tensor_value_info
     image, beam, best = "images", ["images", "width"], ["images", "twice"]
+    of_arena, reordered = arena("reordered")
     inputs = [
         info("logits", _HALF, ["R", "W"]), info("logprobs", _FLOAT, ["R", 1]),
         info("candidates", _INT, [1]), info("beams", _INT, [1]), info("rows", _INT, beam),
         info("slots", _INT, beam), info("scores", _FLOAT, beam), info("ends", _INT, [image, 1]),
-        info("tokens", _INT, ["S"]), info("room", _INT, [1]), info("places", _INT, ["P"]),
+        info("tokens", _INT, ["S"]), *of_arena,
     ]  # fmt: skip
     outputs = [
         info("best_ids", _INT, best), info("best_parents", _INT, best),
         info("best_logprobs", _FLOAT, best), info("best_scores", _FLOAT, best),
         info("kept", _INT, beam), info("next_scores", _FLOAT, beam),
-        info("next_tokens", _INT, ["S"]),
+        info("next_tokens", _INT, ["S"]), reordered,
     ]  # fmt: skip
-    for name in kv_names(sizes.layers):
-        inputs.append(info(f"arena.{name}", _INT, ["A", PIECE]))
-        outputs.append(info(f"reordered.{name}", _INT, ["A", PIECE]))
     whole = {
         "first": [0], "middle_axis": [2], "zero": 0, "most": sizes.vocabulary - 1, "flat": [-1],
         "column": [-1, 1],
     }  # fmt: skip
     constants: dict[str, np.ndarray] = {k: np.array(v, np.int64) for k, v in whole.items()}
-    constants |= {"lowest": _LOWEST.reshape(1), "never": _NEVER.reshape(1)}
+    constants |= {"lowest": _LOWEST.reshape(1), "never": _NEVER.reshape(1), **PIECES}
+    nodes = [*_choosing(), *moving()]
     write_graph(output, "search", nodes, inputs, outputs, constants)
 
 
@@ -91,22 +87,11 @@ def _choosing() -> list[NodeProto]:
         node("TopK", ["going_on", "beams"], ["next_scores", "kept"], axis=-1),
         node("GatherElements", ["best_ids", "kept"], ["next_ids"], axis=1),
         node("Reshape", ["next_ids", "flat"], ["updates"]),
+        node("Reshape", ["slots", "flat"], ["to"]),
         node("Reshape", ["slots", "column"], ["updated"]),
         node("ScatterND", ["tokens", "updated", "updates"], ["next_tokens"]),
+        # Where the text of those is that go on.
+        node("GatherElements", ["best_parents", "kept"], ["parents"], axis=1),
+        node("GatherElements", ["slots", "parents"], ["taken"], axis=1),
+        node("Reshape", ["taken", "flat"], ["from"]),
     ]
-
-
-def _moving(layers: int) -> Iterator[NodeProto]:
-    """Text K/V of those that go on. All sources of an array are read before a target is written."""
-    node = helper.make_node
-    yield node("GatherElements", ["best_parents", "kept"], ["parents"], axis=1)
-    yield node("GatherElements", ["slots", "parents"], ["from"], axis=1)
-    for name, slots, shape in (("sources", "from", "flat"), ("targets", "slots", "column")):
-        yield node("Mul", [slots, "room"], [f"{name}.first"])
-        yield node("Unsqueeze", [f"{name}.first", "middle_axis"], [f"{name}.slot"])
-        yield node("Add", [f"{name}.slot", "places"], [f"{name}.piece"])
-        yield node("Reshape", [f"{name}.piece", shape], [name])
-    for name in kv_names(layers):
-        arena, read, out = f"arena.{name}", f"read.{name}", f"reordered.{name}"
-        yield node("Gather", [arena, "sources"], [read], axis=0)
-        yield node("ScatterND", [arena, "targets", read], [out])

@@ -17,19 +17,31 @@ _PADDING = 8  # columns, as fp16 products are fast for multiples of 8
 
 
 class FusedVision(nn.Module):
-    """A `GitVisionTransformer` with its weights: normalised images to vision features."""
+    """A `GitVisionTransformer` with its weights: pixels to vision features.
+
+    Pixels are integers, which fp16 holds, and stay so: a whole number near the mean is subtracted.
+    The rest of their normalisation is in the weights, and in the positions that are added next.
+    """
 
     one: torch.Tensor
+    middle: torch.Tensor
     no_bias: torch.Tensor
 
     @torch.no_grad()
-    def __init__(self, tower: Any) -> None:
+    def __init__(self, tower: Any, rescale: float, mean: list[float], std: list[float]) -> None:
+        """rescale, mean, std: of a pixel, 0 to 255, and of each channel of the rescaled ones."""
         super().__init__()
         embeddings = tower.embeddings
         self.patch, self.patches = embeddings.patch_size, embeddings.num_patches
-        self.embed = nn.Parameter(embeddings.patch_embedding.weight.flatten(1))  # [width, 3 p p]
+        means, scales = torch.tensor(mean) / rescale, rescale / torch.tensor(std)
+        middle = means.round()
+        weight = embeddings.patch_embedding.weight * scales.view(1, 3, 1, 1)
+        self.embed = nn.Parameter(weight.flatten(1))  # [width, 3 p p]
+        self.register_buffer("middle", middle.repeat_interleave(self.patch**2), persistent=False)
         self.first = embeddings.class_embedding
-        self.positions = nn.Parameter(embeddings.position_embedding.weight[None])  # [1, P, width]
+        positions = embeddings.position_embedding.weight[None].clone()  # [1, P, width]
+        positions[:, 1:] -= weight.sum((2, 3)) @ (means - middle)
+        self.positions = nn.Parameter(positions)
         self.register_buffer("no_bias", torch.zeros_like(self.first), persistent=False)
         self.before: nn.LayerNorm = tower.pre_layrnorm
         self.after: nn.LayerNorm = tower.post_layernorm
@@ -37,11 +49,12 @@ class FusedVision(nn.Module):
         self.layers: Any = nn.ModuleList(_Layer(layer) for layer in tower.encoder.layers)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """`[N, 3, S, S]` -> `[N, 1 + patches, width]`."""
+        """uint8 `[N, 3, S, S]` -> `[N, 1 + patches, width]`."""
         # Sizes of reshaped tensors would fix the graph's number of rows.
         side, grid = self.patch, math.isqrt(self.patches)
         patches = images.view(-1, 3, grid, side, grid, side).permute(0, 2, 4, 1, 3, 5)
-        rows = linear(patches.reshape(-1, self.patches, 3 * side * side), self.embed)
+        patches = patches.reshape(-1, self.patches, 3 * side * side).to(self.middle.dtype)
+        rows = linear(patches - self.middle, self.embed)
         first = self.first.expand(images.shape[0], 1, -1)
         embedded = torch.cat([first, rows], dim=1)
         hidden, _ = add_and_normalise(embedded, self.positions, self.no_bias, self.before)

@@ -63,6 +63,17 @@ class OnHost(HostRunner):
         return Candidates(ids[None], logprobs[None], largest.T)
 
 
+def caches(it):
+    """K/V of all slots, the sink and the blank slot: `[arrays, slots + 2, heads, C, D]`."""
+    values = it.runner.arena._buffer.fetch()
+    return values.reshape(-1, it.slots + 2, *values.shape[1:])
+
+
+def put_caches(it, values):
+    buffer = it.runner.arena._buffer
+    buffer.upload(values.reshape(buffer.shape), it.runner._stream)
+
+
 def engine(folder, kind, combination, slots=6, **config):
     settings = EngineConfig(slots=slots, encode_batch=4, patience=0, **config)
     manifest = manifests.load(folder)
@@ -75,7 +86,7 @@ def engine(folder, kind, combination, slots=6, **config):
 
 def captions(it, folder):
     """Captions of uneven lengths and prompts, so that slots are freed, refilled and moved."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(6)
     sizes = it.manifest.sizes
     waiting = [
         it.request(
@@ -225,15 +236,13 @@ def test_a_slot_whose_numbers_broke_down_is_emptied(half):
     sizes, rng = it.manifest.sizes, np.random.default_rng(0)
     runner, slots = it.runner, [0, 1]
     runner.encode([generated(rng, sizes) for _ in slots], leading(2))
-    broken = list(runner.arena.caches.values())[-1]
-    values = broken.fetch()
-    values[1] = np.nan
-    broken.upload(values, runner._stream)
+    values = caches(it)
+    values[-1, 1] = np.nan
+    put_caches(it, values)
     found = runner.decode([it.manifest.tokens.bos] * 2, [0, 0], [[UNFORCED] * 2] * 3).wait()
     assert not np.isnan(found.logprobs[:, 0]).any()
     assert np.isnan(found.logprobs[:, 1]).any()
-    for cache in runner.arena.caches.values():
-        left = cache.fetch()
+    for left in caches(it):
         assert not left[1].any()
         assert left[0].any()
 
@@ -243,30 +252,27 @@ def test_a_slot_that_is_filled_while_a_burst_runs_loses_what_broke_down_and_not_
     [one, other], runner = [generated(np.random.default_rng(0), it.manifest.sizes)] * 2, it.runner
     runner.encode([one], [[0]])
     prefix = it.manifest.sizes.prefix
-    expected = [cache.fetch()[0, :, :prefix] for cache in runner.arena.caches.values()]
-    for cache in runner.arena.caches.values():
-        values = cache.fetch()
-        values[1] = np.nan
-        cache.upload(values, runner._stream)
+    values = caches(it)
+    expected = values[:, 0, :, :prefix].copy()
+    values[:, 1] = np.nan
+    put_caches(it, values)
     burst = runner.decode([it.manifest.tokens.bos] * 2, [0, 0])
     runner.encode([other], [[1]])
     assert np.isnan(burst.wait().logprobs[:, 1]).any()
-    for cache, values in zip(runner.arena.caches.values(), expected, strict=True):
-        left = cache.fetch()[1]
-        np.testing.assert_array_equal(left[:, :prefix], values)
-        assert not left[:, prefix:].any()
+    left = caches(it)[:, 1]
+    np.testing.assert_array_equal(left[:, :, :prefix], expected)
+    assert not left[:, :, prefix:].any()
 
 
 def test_a_slot_that_was_left_before_its_first_step_is_emptied_of_what_broke_down(half):
     it = engine(half, DeviceRunner, FUSED)
     runner = it.runner
     runner.encode([generated(np.random.default_rng(0), it.manifest.sizes)], [[0]])
-    for cache in runner.arena.caches.values():
-        values = cache.fetch()
-        values[1:] = np.nan
-        cache.upload(values, runner._stream)
+    values = caches(it)
+    values[:, 1 : it.slots + 1] = np.nan  # all but the blank one
+    put_caches(it, values)
     runner.decode([it.manifest.tokens.bos] * 3, [0] * 3).wait()  # rows 0 to 3, in a bucket
-    assert not any(np.isnan(cache.fetch()[:4]).any() for cache in runner.arena.caches.values())
+    assert not np.isnan(caches(it)[:, :4]).any()
 
 
 def test_the_host_waits_before_it_overwrites_pixels_and_reads_results(half):

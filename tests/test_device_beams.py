@@ -14,7 +14,7 @@ from runtime.execution.device import DeviceRunner
 from runtime.model.manifest import UNFORCED
 from runtime.request import FinishReason
 from tests.fakes import drained
-from tests.test_device import FUSED, OnHost, engine
+from tests.test_device import FUSED, OnHost, caches, engine, put_caches
 
 WAYS = [
     {"num_beams": 4},
@@ -179,10 +179,9 @@ def test_beams_whose_numbers_break_down_fail_alone(half):
     it.submit(whole)
     it.step()  # queues the images
     [slot, *_] = it.scheduler.running[0].slots
-    for cache in it.runner.arena.caches.values():
-        values = cache.fetch()
-        values[slot, :, 0] = np.nan
-        cache.upload(values, it.runner._stream)
+    values = caches(it)
+    values[:, slot, :, 0] = np.nan
+    put_caches(it, values)
     said = {}
     while not it.idle:
         said |= {output.id: output for output in it.step()}

@@ -1,7 +1,8 @@
-"""K/V of all slots on a device: for each layer a key and a value array `[slots + 1, heads, C, D]`.
+"""K/V of all slots on a device: a key and a value array per layer, `[slots + 2, heads, C, D]` each.
 
-C = prefix + text positions, D is the head size. The last slot is a sink for padding rows. Graphs
-that copy see an array as pieces of PIECE int64, whatever its dtype.
+C = prefix + text positions, D is the head size. The last two slots are a sink, for padding rows,
+and a blank one, which is never written. All arrays are one buffer, which graphs that copy see as
+pieces of PIECE int64, whatever its dtype: so a copy in all layers is one node.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from runtime.providers.session import Placement, open_session
 
 
 class Arena:
-    """The arrays, and copies into them and within. Copies are queued, but for `reorder`."""
+    """The arrays, and copies into them and within. Copies are queued."""
 
     def __init__(
         self,
@@ -31,92 +32,101 @@ class Arena:
         reorder: tuple[Path, Placement],
     ) -> None:
         """insert, reorder: graphs that `export.device_graphs` writes, and where they run."""
-        self.slots, self.text_tokens, self._stream = slots, text_tokens, stream
-        device = stream.device
+        self.text_tokens, self._stream = text_tokens, stream
+        self.sink, self.blank = slots, slots + 1
+        self._names = kv_names(sizes.layers)
         capacity = sizes.prefix + text_tokens
         slot = sizes.heads, capacity, sizes.head
-        self.caches = {
-            name: DeviceBuffer(device, (slots + 1, *slot), dtype) for name in kv_names(sizes.layers)
-        }
-        self._blank = DeviceBuffer(device, (1, *slot), dtype)
+        self._in_array = slots + 2
+        rows = len(self._names) * self._in_array
+        self._buffer = DeviceBuffer(stream.device, (rows, *slot), dtype)
         vector = sizes.head * np.dtype(dtype).itemsize // (PIECE * 8)  # pieces of a K/V vector
-        self.room = sizes.heads * capacity * vector  # pieces of a slot
-        places = np.arange(self.room).reshape(sizes.heads, capacity, vector)
+        room = sizes.heads * capacity * vector  # pieces of a slot
+        places = np.arange(room).reshape(sizes.heads, capacity, vector)
         # int64 [text positions, pieces]: where a slot's text is, by position.
-        of_text = places[:, sizes.prefix :].transpose(1, 0, 2)
-        self.text_places = np.ascontiguousarray(of_text).reshape(text_tokens, -1)
-        self._image_places, self._slot_places = (
-            _uploaded(stream, part.reshape(1, -1, 1))
-            for part in (places[:, : sizes.prefix], places)
+        of_text = places[:, sizes.prefix :].transpose(1, 0, 2).reshape(text_tokens, -1)
+        self._text, self._image, self._whole = (
+            _uploaded(stream, part.reshape(-1, 1))
+            for part in (of_text, places[:, : sizes.prefix], places)
         )
-        self._firsts = DeviceBuffer(device, (slots + 1, 1, 1), np.int64)
+        self._at_position = of_text.shape[1]
+        self._room = _uploaded(stream, np.array([room]))
+        arrays = np.arange(len(self._names)) * self._in_array * room
+        self._arrays = _uploaded(stream, arrays.reshape(-1, 1, 1, 1))
+        self._sources, self._targets = (
+            DeviceBuffer(stream.device, (slots + 2,), np.int64) for _ in range(2)
+        )
         self._insert, self._reorder = open_session(*insert), open_session(*reorder)
         self._inserts: dict[int, Launch] = {}
 
     @property
     def nbytes(self) -> int:
         """Size on the device."""
-        return sum(cache.nbytes for cache in self.caches.values())
+        return self._buffer.nbytes
+
+    def caches(self, rows: int, first: int = 0) -> dict[str, View]:
+        """Slots of each array, by its name."""
+        return {
+            name: self._buffer.rows(rows, array * self._in_array + first)
+            for array, name in enumerate(self._names)
+        }
 
     def bind(self, binding: Any, rows: int) -> None:
         """Bind the leading rows as the decoder's past and present."""
-        for name, cache in self.caches.items():
-            cache.rows(rows).as_input(binding, f"past_key_values.{name}")
-            cache.rows(rows).as_output(binding, f"present.{name}")
+        for name, cache in self.caches(rows).items():
+            cache.as_input(binding, f"past_key_values.{name}")
+            cache.as_output(binding, f"present.{name}")
 
-    def bind_pieces(self, binding: Any, output: str) -> None:
-        """Bind the whole arena as a copying graph's `arena` and, in place, as `output`."""
-        for name, cache in self.caches.items():
-            pieces = cache.rows(self.slots + 1).shaped(-1, PIECE, dtype=np.int64)
-            pieces.as_input(binding, f"arena.{name}")
-            pieces.as_output(binding, f"{output}.{name}")
+    def bind_text(self, binding: Any, positions: int) -> None:
+        """Bind what a graph takes that reorders the leading text positions."""
+        self._bind(binding, self._text.rows(positions * self._at_position), "reordered")
 
-    def insert(self, images: Sequence[View], slots: Sequence[int]) -> None:
-        """Copy image K/V, one view per array, to slots; images without a slot go to the sink."""
-        rows = images[0].shape[0]
+    def insert(self, images: View, slots: Sequence[int]) -> None:
+        """Copy image K/V, `[arrays, B, heads, prefix, D]`, to B slots; images without a slot go to
+        the sink.
+        """
+        rows = images.shape[1]
         if rows not in self._inserts:
-            self._inserts[rows] = self._bind_copy(images, self._image_places)
-        self._copy_to([*slots, *[self.slots] * (rows - len(slots))], self._inserts[rows])
+            binding = self._insert.io_binding()
+            self._targets.rows(rows).as_input(binding, "slots")
+            pieces = images.shaped(len(self._names), rows, len(self._image), PIECE, dtype=np.int64)
+            pieces.as_input(binding, "images")
+            self._bind(binding, self._image.rows(len(self._image)), "inserted")
+            self._inserts[rows] = Launch(self._insert, binding)
+        targets = [*slots, *[self.sink] * (rows - len(slots))]
+        self._targets.upload(np.array(targets), self._stream)
+        self._inserts[rows].run(graph=False)
 
     def move(self, source: int, target: int) -> None:
         """Copy a slot to another one."""
-        sources = [cache.rows(1, source) for cache in self.caches.values()]
-        self._copy_to([target], self._bind_copy(sources, self._slot_places))
+        self._copy([(source, target)], self._whole.rows(len(self._whole)))
 
     def clear(self, slot: int) -> None:
         """Zero a slot."""
-        blank = [self._blank.rows(1)] * len(self.caches)
-        self._copy_to([slot], self._bind_copy(blank, self._slot_places))
+        self.move(self.blank, slot)
 
     def reorder(self, moves: Sequence[tuple[int, int]], fed: int) -> None:
-        """See ModelRunner. It waits: `sources` and `targets` are freed."""
-        places = self.text_places[:fed].reshape(-1)
-        sources, targets = (
-            np.add.outer(np.array(slots) * self.room, places).reshape(-1)
-            for slots in zip(*moves, strict=True)
-        )
+        """See ModelRunner; at most one move per slot."""
+        self._copy(moves, self._text.rows(fed * self._at_position))
+
+    def _copy(self, moves: Sequence[tuple[int, int]], places: View) -> None:
         binding = self._reorder.io_binding()
-        binding.bind_cpu_input("sources", sources)
-        binding.bind_cpu_input("targets", targets[:, None])
-        self.bind_pieces(binding, "reordered")
-        self._reorder.run_with_iobinding(binding)
+        for name, buffer, slots in zip(
+            ("from", "to"), (self._sources, self._targets), zip(*moves, strict=True), strict=True
+        ):
+            buffer.upload(np.array(slots), self._stream)
+            buffer.rows(len(moves)).as_input(binding, name)
+        self._bind(binding, places, "reordered")
+        Launch(self._reorder, binding).run(graph=False)
 
-    def _bind_copy(self, sources: Sequence[View], places: DeviceBuffer) -> Launch:
-        """Bind a copy of `sources` to `places` in the slots that `_firsts` names."""
-        binding = self._insert.io_binding()
-        count, rows = places.shape[1], sources[0].shape[0]
-        places.rows(1).as_input(binding, "pieces")
-        self._firsts.rows(rows).as_input(binding, "firsts")
-        for name, source in zip(self.caches, sources, strict=True):
-            source.shaped(rows, count, PIECE, dtype=np.int64).as_input(binding, f"image.{name}")
-        self.bind_pieces(binding, "inserted")
-        return Launch(self._insert, binding)
-
-    def _copy_to(self, slots: Sequence[int], launch: Launch) -> None:
-        firsts = np.zeros(self._firsts.shape, np.int64)
-        firsts[: len(slots), 0, 0] = slots
-        self._firsts.upload(firsts * self.room, self._stream)
-        launch.run(graph=False)
+    def _bind(self, binding: Any, places: View, output: str) -> None:
+        """Bind the whole arena, in place, and the places to copy in each slot and array."""
+        pieces = self._buffer.rows(len(self._buffer)).shaped(-1, PIECE, dtype=np.int64)
+        pieces.as_input(binding, "arena")
+        pieces.as_output(binding, output)
+        self._room.rows(1).as_input(binding, "room")
+        self._arrays.rows(len(self._names)).as_input(binding, "arrays")
+        places.as_input(binding, "places")
 
 
 def _uploaded(stream: Stream, array: np.ndarray) -> DeviceBuffer:

@@ -11,7 +11,7 @@ from runtime.decoding.candidates import Continuations
 from runtime.execution.arena import Arena
 from runtime.execution.base import Search
 from runtime.execution.buckets import bucket, buckets
-from runtime.execution.device_buffer import DeviceBuffer
+from runtime.execution.device_buffer import DeviceBuffer, pinned
 from runtime.execution.launch import Launch
 from runtime.execution.stream import Stream
 
@@ -42,8 +42,7 @@ class BeamSearch:
         rings: Rings,
     ) -> None:
         self._stream, self._session, self._arena, self._rings = stream, session, arena, rings
-        places = arena.text_places
-        self._per_position, slots = places.shape[1], arena.slots
+        self._slots = slots = rings.logits.shape[0]
 
         def buffer(kind: Any, *shape: int) -> DeviceBuffer:
             return DeviceBuffer(stream.device, shape, kind)
@@ -52,9 +51,6 @@ class BeamSearch:
         self._rows, self._targets = (buffer(np.int64, 2 * slots) for _ in range(2))
         self._ends = buffer(np.int64, 2 * slots)
         self._scores = buffer(np.float32, 2 * slots)
-        self._room, self._places = buffer(np.int64, 1), buffer(np.int64, places.size)
-        self._room.upload(np.array([arena.room]), stream)
-        self._places.upload(places.reshape(-1), stream)
         self._step = 4 * slots  # values of each result in a step
         self._best = {
             name: buffer(kind, rings.burst * self._step)
@@ -63,6 +59,10 @@ class BeamSearch:
                 ("best_logprobs", np.float32), ("best_scores", np.float32), ("kept", np.int64),
             )
         }  # fmt: skip
+        self._found = {
+            name: pinned(stream.device, (rings.burst, self._step), buffer.dtype)
+            for name, buffer in self._best.items()
+        }
         self._launches: dict[tuple[int, ...], Launch] = {}
         self._groups: list[_Group] = []
 
@@ -73,11 +73,11 @@ class BeamSearch:
             return
         size = self._rows.shape[0]
         rows, ends = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        targets = np.full(size, self._arena.slots)  # of padding: the sink
+        targets = np.full(size, self._arena.sink)  # of padding
         scores, first = np.zeros(size, np.float32), 0
         for search in searches:
             count, beams = search.scores.shape
-            images = bucket(count, buckets(self._arena.slots // beams))
+            images = bucket(count, buckets(self._slots // beams))
             self._groups.append(_Group(search, images, first))
             of_group = slice(first, first + count * beams)
             rows[of_group] = targets[of_group] = np.ravel(search.slots)
@@ -104,22 +104,22 @@ class BeamSearch:
                     self._launches[key] = self._bind(*key)
                 self._launches[key].run(graph=False)
 
+    def end(self) -> None:
+        """Queue the copies of what the burst finds."""
+        if self._groups:
+            for name, buffer in self._best.items():
+                buffer.download(self._found[name], self._stream)
+
     def results(self, steps: int) -> list[list[list[Continuations]]]:
         """The steps of each image of each search of the burst; they must have ended."""
-        if not self._groups:
-            return []
-        found = [
-            (name, buffer.fetch().reshape(-1, self._step)) for name, buffer in self._best.items()
-        ]
-        return [group.results(found, steps) for group in self._groups]
+        return [group.results(self._found, steps) for group in self._groups]
 
     def _bind(self, step: int, images: int, beams: int, first: int, positions: int) -> Launch:
         rings, binding = self._rings, self._session.io_binding()
         members, twice = images * beams, 2 * beams
-        slots = self._arena.slots
-        ring = slots + 1
-        rings.logits.rows(slots).shaped(slots, -1).as_input(binding, "logits")
-        rings.logprobs.rows(slots, (step + 1) * ring).as_input(binding, "logprobs")
+        ring = self._slots + 1
+        rings.logits.rows(self._slots).shaped(self._slots, -1).as_input(binding, "logits")
+        rings.logprobs.rows(self._slots, (step + 1) * ring).as_input(binding, "logprobs")
         binding.bind_cpu_input("candidates", np.array([twice], np.int64))
         binding.bind_cpu_input("beams", np.array([beams], np.int64))
         for name, buffer in (("rows", self._rows), ("slots", self._targets)):
@@ -130,13 +130,11 @@ class BeamSearch:
         for view, name in ((scores, "scores"), (tokens, "tokens")):
             view.as_input(binding, name)
             view.as_output(binding, f"next_{name}")
-        self._room.rows(1).as_input(binding, "room")
-        self._places.rows(positions * self._per_position).as_input(binding, "places")
         for name, buffer in self._best.items():
             wide = beams if name == "kept" else twice
             found = buffer.rows(images * wide, step * self._step + 2 * first)
             found.shaped(images, wide).as_output(binding, name)
-        self._arena.bind_pieces(binding, "reordered")
+        self._arena.bind_text(binding, positions)
         return Launch(self._session, binding)
 
 
@@ -152,10 +150,10 @@ class _Group:
     def beams(self) -> int:
         return self.search.scores.shape[1]
 
-    def results(self, found: list[tuple[str, np.ndarray]], steps: int) -> list[list[Continuations]]:
+    def results(self, found: dict[str, np.ndarray], steps: int) -> list[list[Continuations]]:
         """Of each image, its steps."""
         count, of_image = len(self.search.slots), []
-        for name, values in found:
+        for name, values in found.items():
             wide = self.beams if name == "kept" else 2 * self.beams
             first = 2 * self.first
             of_group = values[self.search.wait : steps, first : first + count * wide]

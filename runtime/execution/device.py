@@ -30,12 +30,12 @@ from runtime.execution.arena import Arena
 from runtime.execution.base import Candidates, Pending, Search, leading
 from runtime.execution.beam_search import BeamSearch, Rings
 from runtime.execution.buckets import bucket, buckets
-from runtime.execution.device_buffer import DeviceBuffer
+from runtime.execution.device_buffer import DeviceBuffer, pinned
 from runtime.execution.launch import Launch
 from runtime.execution.stream import open_stream
 from runtime.model.manifest import HELPERS, UNFORCED, Manifest, kv_names
 from runtime.planning.plan import Plan
-from runtime.providers.cuda import CudaOptions, pin
+from runtime.providers.cuda import CudaOptions
 from runtime.providers.session import Placement, open_session
 
 BURST = 4  # most steps between two fetches: a row ending in the first wastes three
@@ -63,14 +63,18 @@ class DeviceRunner:
         graphs = {graph: manifest.variant(graph, combination) for graph in _GRAPHS}
         cache = np.dtype(graphs["decoder"].cache)
         image = self.sizes.heads, self.sizes.prefix, self.sizes.head
-        names = kv_names(self.sizes.layers)
-        self._images = {name: DeviceBuffer(device, (self._batch, *image), cache) for name in names}
+        self._names = kv_names(self.sizes.layers)
+        self._images = DeviceBuffer(device, (len(self._names) * self._batch, *image), cache)
         self._ring = BURST + 1, self._slots + 1
         self._tokens = DeviceBuffer(device, (prod(self._ring),), np.int64)
         self._lengths = DeviceBuffer(device, (prod(self._ring),), np.int32)
         self._logprobs = DeviceBuffer(device, (prod(self._ring), 1), np.float32)
         self._host_tokens = np.zeros(self._ring, np.int64)
         self._host_lengths = np.zeros(self._ring, np.int32)
+        self._found = {  # what the last burst left in the rings
+            buffer: pinned(device, self._ring, buffer.dtype)
+            for buffer in (self._logprobs, self._tokens)
+        }
         capacity = np.array([self.sizes.prefix + self.text_tokens], np.int32)
         self._capacity = ort.OrtValue.ortvalue_from_numpy(capacity)
         self._arrived = DeviceBuffer(device, (self._batch, *self.sizes.pixels), np.uint8)
@@ -78,10 +82,8 @@ class DeviceRunner:
             rows: DeviceBuffer(device, (rows, *self.sizes.pixels), np.uint8)
             for rows in self._batches
         }
-        self._staging = np.zeros((self._batch, *self.sizes.pixels), np.uint8)
+        self._staging = pinned(device, (self._batch, *self.sizes.pixels), np.uint8)
         self._staging_rows = [row.data for row in self._staging.reshape(self._batch, -1)]
-        if device == "cuda":
-            pin(self._staging)
         captured = CudaOptions(plan.memory_limit, plan.cuda_graphs, stream.handle)
         encode_on = Placement(
             plan.encoder_provider, plan.encoder_threads, folder, half=True, cuda=captured,
@@ -138,9 +140,10 @@ class DeviceRunner:
         if self._encodes_apart:
             self._taken.wait()
         encode.run(self.graphs, wait=self._encodes_apart)
-        images = [image.rows(rows) for image in self._images.values()]
+        images = self._images.rows(len(self._names) * rows)
+        images = images.shaped(len(self._names), rows, *images.shape[1:])
         # The first slot of each image, then the second of each image that has one, and so on.
-        for targets in zip_longest(*slots, fillvalue=self._slots):
+        for targets in zip_longest(*slots, fillvalue=self.arena.sink):
             self.arena.insert(images, targets)
         self._filled.update(*slots)
         self._encoded.set()
@@ -173,6 +176,9 @@ class DeviceRunner:
             launch = self._steps.get((size, step)) or self._bind_step(size, step)
             launch.run(self.graphs)
             self._search.step(step)
+        for ring, found in self._found.items():
+            ring.download(found, self._stream)
+        self._search.end()
         self._decoded.set()
         burst = _Burst(self, rows, steps)
         if candidates == 1:
@@ -184,8 +190,7 @@ class DeviceRunner:
         """Wait for the last `decode`; the tokens that it chose."""
         self._decoded.wait()
         logprobs, predicted = (
-            ring.fetch().reshape(self._ring)[1 : steps + 1, :, None]
-            for ring in (self._logprobs, self._tokens)
+            found[1 : steps + 1, :, None].copy() for found in self._found.values()
         )
         # Also in padding rows, whose slots a sequence may have left before its first step.
         for row in np.flatnonzero(np.isnan(logprobs[:, : self.bucket(rows)]).any(axis=(0, 2))):
@@ -203,7 +208,7 @@ class DeviceRunner:
         self._candidates.run_with_iobinding(binding)
         ids, logprobs, best = (value.numpy() for value in binding.get_outputs())
         # Among equally likely tokens the decoder's choice comes first, as without candidates.
-        chosen = self._tokens.fetch().reshape(self._ring)[1, :rows]
+        chosen = self._found[self._tokens][1, :rows]
         for row in np.flatnonzero(ids[:, 0] != chosen):
             for place in np.flatnonzero(ids[row] == chosen[row]):
                 ids[row, [0, place]] = ids[row, [place, 0]]
@@ -214,7 +219,7 @@ class DeviceRunner:
         NaN is NaN for the next sequence in the slot. If that one's image is there, it stays.
         """
         if slot in self._filled:
-            self.reorder([(self._slots, slot)], self.text_tokens)  # the spare slot has no text
+            self.reorder([(self.arena.blank, slot)], self.text_tokens)
             return
         self.arena.clear(slot)
 
@@ -273,8 +278,8 @@ class DeviceRunner:
     def _bind_encode(self, rows: int) -> Launch:
         binding = self._encoder.io_binding()
         self._pixels[rows].rows(rows).as_input(binding, "pixels")
-        for name, image in self._images.items():
-            image.rows(rows).as_output(binding, f"image.{name}")
+        for array, name in enumerate(self._names):
+            self._images.rows(rows, array * rows).as_output(binding, f"image.{name}")
         launch = Launch(self._encoder, binding, self._batches.index(rows) + 1)
         self._encodes[rows] = launch
         return launch

@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime as ort
 
 from runtime.execution.stream import Stream
+from runtime.providers import cuda
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,12 @@ class DeviceBuffer:
         assert len(array) <= len(self)
         stream.copy(array, self._value.data_ptr())
 
+    def download(self, array: np.ndarray, stream: Stream) -> None:
+        """Queue a copy of all of it to an array of its size; see `Stream.copy_back`."""
+        assert (array.nbytes, array.dtype) == (self.nbytes, self.dtype)
+        assert array.flags.c_contiguous
+        stream.copy_back(self._value.data_ptr(), array)
+
     def take(self, other: "DeviceBuffer", stream: Stream) -> None:
         """Queue a copy of another buffer's leading rows, as many as there are here."""
         source = other.rows(len(self))
@@ -67,10 +74,18 @@ class DeviceBuffer:
         return self.shape[0]
 
     def fetch(self) -> np.ndarray:
-        """A copy in host memory."""
+        """A copy in host memory, once the device has ended what is queued before."""
         return np.array(self._value.numpy())
 
     def rows(self, count: int, first: int = 0) -> View:
         """View of `count` rows, from row `first` on."""
         pointer = self._value.data_ptr() + first * self._row_bytes
         return View(self._device, self.dtype, (count, *self.shape[1:]), pointer)
+
+
+def pinned(device: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros in host memory that copies to and from the device access directly."""
+    array = np.zeros(shape, dtype)
+    if device == "cuda":
+        cuda.pin(array)
+    return array

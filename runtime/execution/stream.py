@@ -14,7 +14,7 @@ from runtime.errors import DeviceFailed, ProviderError
 from runtime.providers import cuda
 
 _NON_BLOCKING, _NO_TIMING = 1, 2  # of cudaStream* and cudaEvent*
-_TO_DEVICE, _WITHIN_DEVICE = 1, 3  # of cudaMemcpy*
+_TO_DEVICE, _TO_HOST, _WITHIN_DEVICE = 1, 2, 3  # of cudaMemcpy*
 
 
 class Mark(Protocol):
@@ -36,6 +36,11 @@ class Stream(Protocol):
     def copy(self, array: np.ndarray, pointer: int) -> None:
         """Queue a copy from the host. Pinned memory may change once a mark behind the copy is
         reached, other memory as soon as the call returns.
+        """
+
+    def copy_back(self, pointer: int, array: np.ndarray) -> None:
+        """Queue a copy to the host, which has ended once a mark behind it is reached. Into memory
+        that is not pinned, the call itself waits.
         """
 
     def copy_within(self, source: int, target: int, nbytes: int) -> None:
@@ -66,6 +71,10 @@ class HostStream:
         """See Stream."""
         source = np.ascontiguousarray(array)
         ctypes.memmove(pointer, source.ctypes.data, source.nbytes)
+
+    def copy_back(self, pointer: int, array: np.ndarray) -> None:
+        """See Stream."""
+        ctypes.memmove(array.ctypes.data, pointer, array.nbytes)
 
     def copy_within(self, source: int, target: int, nbytes: int) -> None:
         """See Stream."""
@@ -103,6 +112,10 @@ class CudaStream:
         """See Stream."""
         source = np.ascontiguousarray(array)
         self._copy(source.ctypes.data, pointer, source.nbytes, _TO_DEVICE)
+
+    def copy_back(self, pointer: int, array: np.ndarray) -> None:
+        """See Stream."""
+        self._copy(pointer, array.ctypes.data, array.nbytes, _TO_HOST)
 
     def copy_within(self, source: int, target: int, nbytes: int) -> None:
         """See Stream."""

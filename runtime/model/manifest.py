@@ -14,7 +14,7 @@ from msgspec import Meta, convert
 
 from runtime.errors import EngineFolderError
 
-FORMAT = 5  # increment when a field's meaning changes; older engines are then refused
+FORMAT = 6  # increment when a field's meaning changes; older engines are then refused
 FILE = "manifest.json"
 PLAN = "plan.json"  # of `make tune`
 PARTIAL_PLAN = f".{PLAN}.partial"  # how the name begins of one that is being written
@@ -23,7 +23,7 @@ TOKENIZER = "tokenizer.json"
 WEIGHTS = "weights.data"
 UNFORCED = -1  # stands for the likeliest token of the step before
 HELPERS = ("insert", "reorder", "candidates", "search")  # graphs without weights, for a device
-PIECE = 2  # int64 values that the insertion graph copies at once
+PIECE = 4  # int64 values that the insertion graph copies at once
 
 
 Count = Annotated[int, Meta(gt=0)]
