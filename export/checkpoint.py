@@ -3,6 +3,8 @@
 import errno
 import json
 import math
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from export.errors import ExportError, first_line
 from export.tokenizer import tokenizer_json
 from runtime.model.manifest import Preprocessing, Sizes, SpecialTokens
+
+_OF_LAYER = re.compile(r"\.layers?\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,8 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
         raise ExportError(f"{model} can't be loaded as a checkpoint: it has no config.json")
     try:
         _check_objects(Path(model))
-        config = AutoConfig.from_pretrained(model, revision=revision)
+        _check_code(Path(model))
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
         if not isinstance(config, GitConfig):
             raise ExportError(
                 f"{model} is a {config.model_type} model, not GIT: name a checkpoint of the GIT "
@@ -88,6 +93,7 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
         weights, found = GitForCausalLM.from_pretrained(
             model,
             revision=revision,
+            trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
@@ -97,7 +103,9 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
         _check_tokens(model, config, weights.generation_config)
         tokenizer = tokenizer_json(model, revision, config.vocab_size)
         processor, _ = ImageProcessingMixin.get_image_processor_dict(model, revision=revision)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
+    # transformers computes with what a configuration says before it is checked
+    except (OSError, ValueError, RuntimeError, SafetensorError, TypeError, AttributeError,
+            LookupError, ArithmeticError, ImportError) as cause:  # fmt: skip
         raise ExportError(_why_not(model, cause)) from cause
     return Checkpoint(
         name=Path(model).resolve().name if Path(model).is_dir() else model,
@@ -115,6 +123,18 @@ def _check_objects(folder: Path) -> None:
         path = folder / name
         if path.is_file() and not isinstance(json.loads(path.read_bytes()), dict):
             raise ExportError(f"{path} is no JSON object: take it from the checkpoint again")
+
+
+def _check_code(folder: Path) -> None:
+    """Raise ExportError for a checkpoint with a `generate` of its own: transformers would run that
+    code, from a folder without asking.
+    """
+    code = folder / "custom_generate"
+    if os.path.lexists(code):
+        raise ExportError(
+            f"{code} is code, which an export does not run: delete it to export the weights for "
+            "decoding as usual"
+        )
 
 
 def _only_tokens(config: GenerationConfig | None) -> GenerationConfig:
@@ -160,6 +180,11 @@ def _check_whole(model: str, weights: GitForCausalLM, found: dict[str, Any]) -> 
         raise ExportError(
             f"{model} lacks {len(lacking)} of GIT's weights, such as {lacking[0]}, which would "
             "be made up at random: give a whole GitForCausalLM checkpoint"
+        )
+    if surplus := sorted(name for name in found["unexpected_keys"] if _OF_LAYER.search(name)):
+        raise ExportError(
+            f"{model} has {len(surplus)} weights of layers that config.json does not ask for, such "
+            f"as {surplus[0]}: take both from the same checkpoint"
         )
     for name, values in weights.named_parameters():
         if not torch.isfinite(values).all():

@@ -118,8 +118,9 @@ def write_graph(
     outputs: list[ValueInfoProto],
     constants: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> None:
-    """Write a small graph of ONNX's own operators."""
-    held = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    """Write a small graph of ONNX's own operators, with those of `constants` that it takes."""
+    taken = {name for node in nodes for name in node.input}
+    held = [numpy_helper.from_array(v, name) for name, v in constants.items() if name in taken]
     opset = [helper.make_opsetid("", OPSET)]
     graph = helper.make_graph(nodes, name, inputs, outputs, held)
     onnx.save_model(helper.make_model(graph, opset_imports=opset, ir_version=_IR_VERSION), output)

@@ -17,7 +17,7 @@ _CLEANED = (
 def tokenizer_json(model: str, revision: str | None, vocabulary: int) -> str:
     """tokenizer.json of a checkpoint. Raises ExportError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
         written = tokenizer.backend_tokenizer.to_str()
     # transformers raises exceptions of any type for missing or broken files
     except Exception as cause:

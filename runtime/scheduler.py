@@ -74,12 +74,12 @@ class Scheduler:
         """Remove and return waiting sequences whose deadline has passed; they are never run."""
         expired: list[Sequence] = []
         for waiting in (self._interactive, self._batch):
-            late = [s for s in waiting if (s.request.scheduling.deadline or now) < now]
-            for sequence in late:
+            deadlines = ((s, s.request.scheduling.deadline) for s in waiting)
+            for sequence in [s for s, at in deadlines if at is not None and at < now]:
                 waiting.remove(sequence)
                 sequence.finish_reason = FinishReason.EXPIRED
                 sequence.finished = now
-            expired += late
+                expired.append(sequence)
         return expired
 
     def admit(self) -> list[Sequence]:

@@ -93,6 +93,44 @@ def test_a_folder_that_can_not_be_read_fails_alone(here, monkeypatch):
     assert Files(str(here)).count(Event()) == 3
 
 
+@pytest.mark.parametrize("pattern", ["*/*.png", "clo*d/*.png", "closed/*/c.png"])
+def test_a_pattern_does_not_leave_out_what_can_not_be_read(pattern, here, monkeypatch):
+    listed = os.listdir
+
+    def listdir(folder):
+        if Path(folder).name == "closed":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    (here / "closed").mkdir()
+    monkeypatch.setattr(os, "listdir", listdir)
+    closed = next(item for item in read(pattern) if item.id == "closed")
+    assert "Permission denied" in closed.wrong
+
+
+@pytest.mark.parametrize("pattern", ["", "*/*.png", "**/*.png"])
+def test_a_folder_by_url_that_can_not_be_read_is_told(pattern, here, monkeypatch):
+    listed = os.scandir
+
+    def scandir(folder):
+        if Path(folder).name == "closed":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    url = f"file://{here}/{pattern}"
+    (here / "closed").mkdir()
+    (here / ".hidden").mkdir()
+    whole = []
+    pictures = ["sub/b.png"] if pattern == "*/*.png" else ["a.png", "sub/b.png"]
+    found = [item.id for item in Files(url).items(whole.append)]
+    assert found == [f"file://{here}/{name}" for name in pictures]
+    assert {f"file://{here}", f"file://{here}/closed"} <= set(whole)
+    assert [item.id for item in Files(url.replace("sub", "s?b")).items()] == found
+    monkeypatch.setattr(os, "scandir", scandir)
+    [told] = [item for item in Files(url).items() if item.wrong]
+    assert told.id == f"file://{here}/closed" and "Permission denied" in told.wrong
+
+
 def test_a_folder_may_be_as_deep_as_the_system_lets_it(here):
     depth = sys.getrecursionlimit() + 100
     for _ in range(depth):

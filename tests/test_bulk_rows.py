@@ -59,6 +59,14 @@ def test_a_csv_row_of_too_many_lines_fails_alone_and_is_not_held(tmp_path, monke
     assert "this row has over" in found[1].wrong
 
 
+def test_a_quote_that_is_never_closed_does_not_swallow_rows_unseen(tmp_path):
+    text = 'image,by\na.png,"so, closed"\nb.png,"not closed\nc.png,x\nd.png,y\n'
+    (tmp_path / "list.csv").write_text(text)
+    found = read(tmp_path / "list.csv")
+    assert names(found) == ["a", None]
+    assert "a quote in it is never closed" in found[1].wrong
+
+
 def test_a_url_or_path_that_is_none_fails_alone(tmp_path):
     path = tmp_path / "list.txt"
     path.write_text(f"a.png\nhttp://[::1\n{'x' * 70_000}\n..\nb.png\n")

@@ -38,12 +38,26 @@ SIX = [f"{n}.png" for n in range(6)]
     + whole[2 * MEMBER + 6 :],
     lambda whole: whole[: 2 * MEMBER],
     lambda whole: whole[: 2 * MEMBER + 100],
-], ids=["bit flipped in a head", "cut between members", "cut in a head"])  # fmt: skip
+    lambda whole: whole[: 2 * MEMBER] + bytes(512) + whole[2 * MEMBER + 512 :],
+    lambda whole: whole[: 2 * MEMBER] + bytes(1024) + whole,
+], ids=["bit flipped", "cut between members", "cut in a head", "head lost", "joined"])  # fmt: skip
 def test_an_archive_that_breaks_off_is_not_taken_for_a_shorter_one(content, tmp_path):
     path = tmp_path / "shard.tar"
     path.write_bytes(content(archived(path, SIX)))
     *good, bad = read(path)
     assert [item.key for item in good] == ["0"]  # of the second, more might follow
+    assert "no whole tar archive" in bad.wrong
+
+
+@pytest.mark.parametrize("damage", [
+    lambda packed: packed[:-6] + bytes([packed[-6] ^ 1]) + packed[-5:], lambda packed: packed[:-8],
+], ids=["sum", "cut off behind the archive"])  # fmt: skip
+def test_the_sums_of_a_packed_archive_are_checked(damage, tmp_path):
+    path = tmp_path / "shard.tar.gz"
+    path.write_bytes(gzip.compress(archived(tmp_path / "plain.tar", SIX)))
+    assert [item.key for item in read(path)] == [f"{n}" for n in range(6)]
+    path.write_bytes(damage(path.read_bytes()))
+    *_, bad = read(path)
     assert "no whole tar archive" in bad.wrong
 
 

@@ -44,6 +44,30 @@ def _small_vocabulary(folder, weights):
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
+def _own_code(folder, weights):
+    code = folder / "custom_generate" / "generate.py"
+    code.parent.mkdir()
+    code.write_text("raise SystemExit('the code was run')")
+
+
+def _more_layers(folder, weights):
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _no_activation(folder, weights):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "none such"}))
+
+
+def _own_tokenizer(folder, weights):
+    _no_tokenizer(folder, weights)
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    (folder / "own.py").write_text("raise SystemExit('the code was run')")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -51,6 +75,10 @@ def _small_vocabulary(folder, weights):
         (_other_shape, "visual_projection.* has another shape than config.json"),
         (_not_a_number, "visual_projection.* are no numbers"),
         (_small_vocabulary, "its tokenizer knows .* tokens, and the model"),
+        (_own_code, "custom_generate is code, which an export does not run"),
+        (_own_tokenizer, "has no tokenizer that can be read"),
+        (_more_layers, "weights of layers that config.json does not ask for"),
+        (_no_activation, "can't be loaded as a checkpoint: .*none such"),
     ],
 )
 def test_what_is_wrong_with_a_checkpoint_is_named(change, message, tmp_path):

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import select
 import shutil
 import socket
 import ssl
@@ -14,7 +13,6 @@ import pytest
 import tornado.httpserver
 import tornado.netutil
 import tornado.web
-from tornado.iostream import SSLIOStream
 from tornado.netutil import Resolver
 
 from server.images import fetch
@@ -201,6 +199,7 @@ def test_a_client_that_fetched_much_waits_for_its_next_and_others_do_not(
     path, context, monkeypatch
 ):
     monkeypatch.setattr(fetch, "_BYTES", (2_000, 1_000))
+    monkeypatch.setattr(fetch, "_SECOND_COST", 0)
     ended = []
 
     async def run():
@@ -303,44 +302,98 @@ def test_answers_that_come_in_single_bytes_are_hung_up_on(head, single, end, con
     asyncio.run(run())
 
 
-def test_a_site_that_holds_a_single_read_up_is_hung_up_on(context, monkeypatch):
-    """As with session tickets without end, which OpenSSL reads within one call."""
-    read = SSLIOStream.read_from_fd
-
-    def held(stream, buffer):
-        return stuck(stream) if stream in hostile else read(stream, buffer)
-
-    def stuck(stream):
-        hung_up = select.poll()
-        hung_up.register(stream.socket, 0)
-        hung_up.poll(30_000)
-        return 0
-
-    hostile = []
-    monkeypatch.setattr(SSLIOStream, "read_from_fd", held)
-    monkeypatch.setattr(fetch, "_HELD_SECONDS", 0.05)
-    opened = fetch._Fetch.opened
-
-    def noted(self, stream):
-        if self.client == "hostile":
-            hostile.append(stream)
-        opened(self, stream)
-
-    monkeypatch.setattr(fetch._Fetch, "opened", noted)
+def test_what_is_no_answer_does_not_hold_the_fetches_up(context):
+    """Session tickets, of which OpenSSL reads any number on a socket of its own."""
 
     async def run():
         with site(context) as (port, _), fetcher_of(port) as fetcher:
+            assert await fetcher.fetch("https://ok.example/image", 15, "honest") == b"the image"
+            context.num_tickets = 1000
             with pytest.raises(FetchFailed, match="no answer"):
                 await fetcher.fetch("https://ok.example/image", 15, "hostile")
-            assert await fetcher.fetch("https://ok.example/image", 15, "honest") == b"the image"
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "piece", [bytes.fromhex("160303000400000000"), bytes.fromhex("16030300010b")],
+    ids=["requests to begin", "single bytes"],
+)  # fmt: skip
+def test_a_handshake_without_end_is_ended(piece, context):
+    def serve(listening):
+        connection, _ = listening.accept()
+        with connection, contextlib.suppress(OSError):  # it is hung up on
+            while True:
+                connection.sendall(piece * 100)
+
+    async def run():
+        with (
+            socket.create_server(("127.0.0.1", 0)) as listening,
+            site(context) as (port, _),
+            fetcher_of(listening.getsockname()[1]) as fetcher,
+        ):
+            site_ = threading.Thread(target=serve, args=[listening])
+            site_.start()
+            with pytest.raises(FetchFailed, match="can't be fetched"):
+                await fetcher.fetch("https://ok.example/image", 10, "hostile")
+            site_.join(10)
+            fetcher._resolver._port = port
+            assert await fetcher.fetch("https://ok.example/image", 5, "honest") == b"the image"
+
+    asyncio.run(run())
+
+
+def test_what_a_handshake_computes_holds_only_its_own_fetch_up(context, monkeypatch):
+    """The site decides how long that is. Its client's place is taken until then."""
+    shake, over, computing = ssl.SSLObject.do_handshake, threading.Event(), threading.Event()
+
+    def do_handshake(tls):
+        if tls.server_hostname.startswith("slow"):
+            computing.set()
+            over.wait(20)
+        shake(tls)
+
+    monkeypatch.setattr(ssl.SSLObject, "do_handshake", do_handshake)
+    monkeypatch.setattr(fetch, "_CONNECT_SECONDS", 0.5)
+
+    async def run():
+        with site(context) as (port, _), fetcher_of(port) as fetcher:
+            fetcher._domains = (".ok.example", "ok.example")
+            slow = asyncio.ensure_future(
+                fetcher.fetch("https://slow.ok.example/image", 15, "hostile")
+            )
+            await asyncio.to_thread(computing.wait)
+            for _ in range(5):
+                image = fetcher.fetch("https://ok.example/image", 5, "honest")
+                assert await asyncio.wait_for(image, 5) == b"the image"
+            await asyncio.sleep(0.7)
+            assert not slow.done()
+            over.set()
+            with pytest.raises(FetchFailed, match="in time"):
+                await slow
+
+    asyncio.run(run())
+
+
+def test_of_a_name_with_many_addresses_some_are_tried():
+    addresses = [(socket.AF_INET6, (f"2606:2800::{n:x}", 443)) for n in range(1, 900)]
+    addresses.append((socket.AF_INET, ("93.184.216.34", 443)))
+
+    class Many(Resolver):
+        async def resolve(self, host, port, family=0):
+            return addresses
+
+    found = asyncio.run(PublicResolver(inner=Many()).resolve("ok.example", 443))
+    assert found == [*addresses[:4], addresses[-1]]
+    addresses.append((socket.AF_INET6, ("::1", 443)))
+    with pytest.raises(ForbiddenUrl):
+        asyncio.run(PublicResolver(inner=Many()).resolve("ok.example", 443))
 
 
 def test_a_fetch_is_ended_from_outside_whatever_its_thread_does():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        under_way = fetch._Fetch("somebody", stream=SimpleNamespace(socket=ours))
+        under_way = fetch._Fetch("somebody", connection=ours)
         under_way.expire()
         assert theirs.recv(1) == b""
         under_way.give_way()  # it has ended already

@@ -1,14 +1,15 @@
 """Image files: single ones, those in folders, those that match a pattern."""
 
-import glob
+import fnmatch
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from threading import Event
+from typing import Any
 from urllib.parse import urlsplit
 
 from runtime.model.preprocess import SUFFIXES
@@ -143,10 +144,13 @@ def _matching(pattern: str) -> Iterator[Found]:
     """
     parts = Path(pattern).parts
     any_depth = parts.index("**") if "**" in parts else len(parts)
-    for path in map(Path, sorted(glob.iglob(str(Path(*parts[:any_depth]))))):  # noqa: PTH207
-        if any_depth == len(parts):
+    for base in _expanded(Path(), parts[:any_depth]):
+        path = Path(base.location)
+        if base.wrong is not None:
+            yield base
+        elif any_depth == len(parts):
             if not path.is_dir():
-                yield Found(str(path), str(path))
+                yield base
         else:
             for found in _walk(path):
                 if (
@@ -157,13 +161,42 @@ def _matching(pattern: str) -> Iterator[Found]:
                     yield found
 
 
+def _expanded(folder: Path, parts: tuple[str, ...]) -> Iterator[Found]:
+    """What a pattern's parts lead to in a folder; as in a shell, no wildcard matches a leading dot.
+
+    Unlike `glob`, this does not leave out a folder that can't be read.
+    """
+    literal = list(takewhile(lambda part: not _has_wildcards(part), parts))
+    folder = folder.joinpath(*literal)
+    if len(literal) == len(parts):
+        if os.path.lexists(folder):
+            yield Found(str(folder), str(folder))
+        return
+    first, *rest = parts[len(literal) :]
+    try:
+        names = sorted(fnmatch.filter(os.listdir(folder), first))  # noqa: PTH208
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        yield Found(str(folder), str(folder), wrong=str(error))
+        return
+    for name in names:
+        if first.startswith(".") or not name.startswith("."):
+            yield from _expanded(folder / name, (*rest,))
+
+
 def _fits(names: tuple[str, ...], parts: tuple[str, ...]) -> bool:
     """Whether a path's names match a pattern's parts."""
+    return len(parts) in _places(names, parts)
+
+
+def _places(names: tuple[str, ...], parts: tuple[str, ...]) -> set[int]:
+    """Numbers of the parts that a path's names may match."""
     places = _next({0}, parts)
     for name in names:
-        fit = {p for p in places if p < len(parts) and fnmatchcase(name, parts[p])}
+        fit = {p for p in places if p < len(parts) and fnmatch.fnmatchcase(name, parts[p])}
         places = _next({place if parts[place] == "**" else place + 1 for place in fit}, parts)
-    return len(parts) in places
+    return places
 
 
 def _next(places: set[int], parts: tuple[str, ...]) -> set[int]:
@@ -198,15 +231,62 @@ def _shown(folder: Path) -> Iterator[Path]:
 def _remote(url: str) -> Iterator[Found]:
     """Like `_local`, through fsspec."""
     system, path = file_system(url)
-    if is_pattern(url):
-        found = sorted(system.glob(path))
-    elif PurePosixPath(path).suffix.lower() in SUFFIXES or not system.isdir(path):
+    pattern = _has_wildcards(path.replace("?", "") if url.startswith("http") else path)
+    if not pattern and (PurePosixPath(path).suffix.lower() in SUFFIXES or not system.isdir(path)):
         yield Found(url, url, itself=True)
         return
-    else:
-        found = system.find(path)
-    root = path.rstrip("/") + "/"
-    for each in found:
-        name = each.removeprefix(root)
+    root, parts = path.rstrip("/"), tuple[str, ...](["**"])
+    if pattern:
+        whole = path.split("/")
+        root = "/".join(takewhile(lambda part: not _has_wildcards(part), whole))
+        parts = tuple(whole[root.count("/") + 1 :])
+    for found in _listed(system, root, parts) if _has_folders(system) else _found(system, path):
+        name = found.location.removeprefix((path if not pattern else "").rstrip("/") + "/")
         if not any(part.startswith(".") for part in PurePosixPath(name).parts):
-            yield Found(system.unstrip_protocol(each), name)
+            yield replace(found, location=system.unstrip_protocol(found.location), name=name)
+
+
+def _found(system: Any, path: str) -> Iterator[Found]:
+    """Files of an object store, which knows no folders."""
+    for each in sorted(system.glob(path)) if _has_wildcards(path) else system.find(path):
+        yield Found(each, each)
+
+
+def _listed(system: Any, top: str, parts: tuple[str, ...]) -> Iterator[Found]:
+    """Files in a folder that match a pattern's parts. fsspec's own walk leaves out what it can't
+    read.
+    """
+    left = [top]
+    while left:
+        folder = left.pop()
+        below = folder.removeprefix(top).strip("/")
+        names = tuple(below.split("/")) if below else ()
+        try:
+            entries = sorted(system.ls(folder or "/", detail=True), key=lambda entry: entry["name"])
+        except OSError as error:
+            yield Found(folder, folder, wrong=str(error))
+            continue
+        yield Found(folder, folder, listed=True)
+        folders = []
+        for entry in entries:
+            location = entry["name"].rstrip("/")
+            name = location.rpartition("/")[2]
+            if not location.startswith(f"{folder}/") or name.startswith("."):
+                continue  # a page may link to itself, or upwards
+            places = _places((*names, name), parts)
+            if entry["type"] != "directory":
+                if len(parts) in places:
+                    yield Found(location, location)
+            elif any(place < len(parts) for place in places):
+                folders.append(location)
+        left += reversed(folders)
+
+
+def _has_folders(system: Any) -> bool:
+    """Whether a file system lists files by fsspec's own walk through its folders."""
+    from fsspec.asyn import AsyncFileSystem
+    from fsspec.spec import AbstractFileSystem
+
+    if isinstance(system, AsyncFileSystem):
+        return type(system)._find is AsyncFileSystem._find
+    return type(system).find is AbstractFileSystem.find

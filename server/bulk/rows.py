@@ -61,7 +61,8 @@ def csv_rows(stream: Any, check: Check) -> Rows:
         return text
 
     with io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as text:
-        reader = csv.DictReader(map(counted, _bounded(text)))
+        # Else the end of the file within quotes would be the end of a row.
+        reader = csv.DictReader(map(counted, _bounded(text)), strict=True)
         check(reader.fieldnames or ())
         number, ended = 0, False
         while not ended:
@@ -71,7 +72,8 @@ def csv_rows(stream: Any, check: Check) -> Rows:
             except StopIteration:
                 ended = True
             except (csv.Error, BrokenRow) as error:
-                yield number, BrokenRow(str(error))
+                open_ = "a quote in it is never closed" if "end of data" in str(error) else error
+                yield number, BrokenRow(str(open_))
 
 
 def parquet_rows(

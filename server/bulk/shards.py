@@ -102,6 +102,18 @@ def _unpacked(stream: Any) -> Any:
     return GzipFile(fileobj=whole, mode="rb") if first.startswith(_GZIP) else whole
 
 
+def _check_end(stream: Any) -> None:
+    """Read what follows the archive's end, which checks a gzip's sums, too. Raises ReadError if it
+    is more than zeros: tarfile takes a single block of zeros for the end.
+    """
+    while piece := stream.read(_PIECE):
+        if any(piece):
+            raise tarfile.ReadError(
+                "there is more behind a block of zeros: a member's head was lost, or these are "
+                "several archives, which can't be joined by cat"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """An archive. columns: extensions of a sample's image (by default its first) and prompt."""
@@ -149,6 +161,7 @@ class Shard:
             members[extension] = _LINK if link else self._content(archive, member, members)
             if len(members) > _MEMBERS:
                 raise tarfile.ReadError(f"{key} has over {_MEMBERS} members")
+        _check_end(archive.fileobj)
         if members:
             yield str(last), members
 

@@ -83,7 +83,13 @@ class ClientStream(IOStream):
         return 1
 
     async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
-        """Read up to a pattern: Tornado's server reads a request's head with this."""
+        """Read up to a pattern: Tornado's server reads a request's head with this.
+
+        Raises StreamClosedError also if the client has gone: of requests that it sent ahead,
+        thousands may be in the buffer, and Tornado would answer them all.
+        """
+        if self.closed():
+            raise StreamClosedError
         self._pieces = self._searched = 0
         try:
             head = await super().read_until_regex(regex, max_bytes)

@@ -3,8 +3,8 @@
 Each name is looked up once and the connection goes to the very address that was checked, so DNS
 rebinding has no effect. Every redirect is checked like the first URL.
 
-Connections have an event loop on a thread of its own: a site decides how long a single call of TLS
-takes, by large numbers in its handshake or by many session tickets.
+Connections have an event loop on a thread of its own, and handshakes threads beside it: see
+`server.images.tls`.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from runtime.errors import VignetteError
 from server.fairness.fair_queue import FairQueue
 from server.fairness.token_buckets import TokenBuckets
 from server.images.hosts import ForbiddenUrl, PublicResolver, looking_up
+from server.images.tls import Handshake, NoAnswer, TlsStream, handshake_threads
 from server.loop_thread import LoopThread
 from server.refusals import QueueFull
 from server.requests.parts import shown
@@ -51,7 +53,7 @@ _LOOKING_UP = 0.9
 _HEAD_BYTES = 16 * 1024
 _PIECES, _PIECE = 256, 512  # reads and chunks allowed per answer, and one more per so many bytes
 _PIECE_COST = 2048  # bytes that take as long as a read or a chunk does, beside its own
-_HELD_SECONDS, _HELD_COST = 0.2, 100 * 2**20  # of a single read, and bytes that it counts as then
+_SECOND_COST = 200e6  # bytes that a second of TLS counts as
 _TURN_SECONDS = 0.002  # that a fetch may go on for while others have something to read
 _HOST, _LABEL = 253, 63  # characters (RFC 1035, 2.3.4); Python is slow to look up longer names
 _MOVED = (301, 302, 303, 307, 308)
@@ -59,7 +61,8 @@ _MOVED = (301, 302, 303, 307, 308)
 
 @dataclass(eq=False, slots=True)
 class _Fetch:
-    """A fetch under way, on the connections' thread. stream: the connection, once open.
+    """A fetch under way, on the connections' thread. connection: from when it is open; stream: from
+    when hands have been shaken on it.
 
     Of the present answer, body: received so far; received: bytes, heads included; reads: of the
     connection, at most a TLS record each; chunks: of the body. cost: of all answers, bytes and what
@@ -68,6 +71,8 @@ class _Fetch:
     """
 
     client: str
+    connection: socket.socket | None = None
+    handshake: Handshake | None = None
     stream: IOStream | None = None
     gave_way: bool = False
     late: bool = False
@@ -77,9 +82,7 @@ class _Fetch:
     chunks: int = 0
     cost: int = 0
     turn_ends: float = 0.0
-    reading_since: float | None = None
     refused: str | None = None
-    watch: asyncio.TimerHandle | None = None
 
     def opened(self, stream: IOStream) -> None:
         """Take the connection, count what it reads, and let others have their turns.
@@ -90,14 +93,17 @@ class _Fetch:
         read_until, read_bytes = stream.read_until, stream.read_bytes
 
         def read(buffer: bytearray | memoryview) -> int | None:
-            self.reading_since = time.monotonic()
+            began = time.thread_time()
             try:
                 count = read_from_fd(buffer)
+            except NoAnswer:
+                self.refused = "sends what is no answer"
+                return 0
             except ssl.SSLError:
                 self.refused = "sends broken TLS"
                 return 0  # the end: of other errors Tornado's client tells nobody
             finally:
-                self.reading_since = None
+                self.spend(time.thread_time() - began)
             if count:
                 self.received += count
                 self.reads += 1
@@ -120,6 +126,10 @@ class _Fetch:
         if self.gave_way or self.late:
             stream.close()
 
+    def spend(self, seconds: float) -> None:
+        """Charge computation."""
+        self.cost += round(seconds * _SECOND_COST)
+
     def _in_turn(self, reading: Awaitable[bytes]) -> Awaitable[bytes]:
         """The read, after others have run if this fetch's turn is over."""
         return reading if time.monotonic() < self.turn_ends else self._after_others(reading)
@@ -129,11 +139,14 @@ class _Fetch:
         self.turn_ends = time.monotonic() + _TURN_SECONDS
         return await reading
 
-    def closed(self) -> None:
-        """Let go of the connection, which refers to this."""
+    async def closed(self) -> None:
+        """Let go of the connection, which refers to this, after what it still computes."""
         if self.stream is not None:
             del self.stream.read_from_fd, self.stream.read_until, self.stream.read_bytes
-        self.stream = None
+        if self.handshake is not None and self.handshake.computing is not None:
+            await asyncio.wait([self.handshake.computing])
+            retrieve_error(self.handshake.computing)
+        self.connection = self.handshake = self.stream = None
 
     def take(self, piece: bytes) -> None:
         """Add to the body."""
@@ -145,20 +158,6 @@ class _Fetch:
         if self.reads > _PIECES + most_reads or self.chunks > _PIECES + most_chunks:
             self.refused = "comes in single bytes"
         return self.refused is not None
-
-    def end_if_held(self) -> bool:
-        """End the fetch if a single read takes long, on any thread; whether it did.
-
-        OpenSSL reads on for as long as a site sends session tickets, or requests to begin the
-        handshake anew, and the connections' thread does nothing else meanwhile.
-        """
-        since = self.reading_since
-        if since is None or time.monotonic() - since < _HELD_SECONDS:
-            return False
-        self.refused = "sends what is no answer"
-        self.cost += _HELD_COST  # the other thread is within the read
-        self._end()
-        return True
 
     def raise_why_ended(self) -> None:
         """Raise QueueFull or FetchFailed if this side ended the connection."""
@@ -181,10 +180,9 @@ class _Fetch:
 
     def _end(self) -> None:
         """End the connection, now or once it is open, even if the thread is busy with it."""
-        opened = None if self.stream is None else self.stream.socket  # None once it is closed
-        if opened is not None:
+        if (opened := self.connection) is not None:
             with suppress(OSError):  # it has ended
-                socket.socket.shutdown(opened, socket.SHUT_RDWR)
+                opened.shutdown(socket.SHUT_RDWR)
 
 
 _current: ContextVar[_Fetch] = ContextVar("the fetch of this task")
@@ -197,10 +195,30 @@ class FetchFailed(VignetteError):
 class _Connections(TCPClient):
     """Opens connections, and lets the fetch of each know it."""
 
-    async def connect(self, *args: Any, **options: Any) -> IOStream:
-        """The connection; closed already if its fetch was to give way meanwhile."""
-        stream = await super().connect(*args, **options)
-        _current.get().opened(stream)
+    def __init__(self, resolver: Resolver, threads: ThreadPoolExecutor) -> None:
+        """threads: for handshakes."""
+        super().__init__(resolver)
+        self._threads = threads
+
+    async def connect(self, host: str, *args: Any, **options: Any) -> IOStream:
+        """The connection; closed already if its fetch was to give way meanwhile. Raises OSError,
+        TimeoutError among them.
+        """
+        tls, buffer = options.pop("ssl_options"), options.get("max_buffer_size")
+        end = asyncio.get_running_loop().time() + options["timeout"]
+        plain = await super().connect(host, *args, **options)
+        connection, fetch = plain.socket, _current.get()
+        plain.io_loop.remove_handler(connection)
+        plain.socket = None  # type: ignore[assignment]  # as Tornado's own change to TLS does
+        fetch.connection, fetch.handshake = connection, Handshake(tls, host)
+        try:
+            async with asyncio.timeout_at(end):
+                await fetch.handshake.shake(connection, self._threads, fetch.spend)
+        except BaseException:
+            connection.close()
+            raise
+        stream = TlsStream(connection, fetch.handshake, max_buffer_size=buffer)
+        fetch.opened(stream)
         return stream
 
 
@@ -222,6 +240,7 @@ class Fetcher:
         self._slow: dict[_Fetch, None] = {}  # the oldest first
         self._client = {"ssl_options": _tls(), **client}
         self._thread: LoopThread | None = None  # started by the first fetch
+        self._handshakes = handshake_threads(_FETCHES)
         self._http: SimpleAsyncHTTPClient | None = None
 
     def check(self, url: str) -> None:
@@ -271,7 +290,6 @@ class Fetcher:
         self._thread = self._thread or LoopThread("fetch")
         work = self._thread.start(self._follow(url, began + seconds, fetch))
         fetching = asyncio.wrap_future(work)
-        self._watch(fetch)
         timers = (
             loop.call_later(_SLOW_SECONDS, self._is_slow, fetch),
             loop.call_later(seconds + _LATE_SECONDS, fetch.expire),
@@ -279,11 +297,6 @@ class Fetcher:
         fetching.add_done_callback(partial(self._ended, fetch, began, timers))
         # If cancelled, Tornado would log the outcome all the same; a fetch ends by its deadline.
         return await asyncio.shield(fetching)
-
-    def _watch(self, fetch: _Fetch) -> None:
-        if not fetch.end_if_held():
-            loop = asyncio.get_running_loop()
-            fetch.watch = loop.call_later(_HELD_SECONDS / 4, self._watch, fetch)
 
     def _is_slow(self, fetch: _Fetch) -> None:
         self._slow[fetch] = None
@@ -301,9 +314,8 @@ class Fetcher:
         timers: Iterable[asyncio.TimerHandle],
         fetching: "asyncio.Future[bytes]",
     ) -> None:
-        for timer in (*timers, fetch.watch):
-            if timer is not None:
-                timer.cancel()
+        for timer in timers:
+            timer.cancel()
         self._slow.pop(fetch, None)
         self._bytes.spend(fetch.client, fetch.cost)
         self._turns.give(fetch.client, time.monotonic() - began, fetch.gave_way)
@@ -313,6 +325,7 @@ class Fetcher:
         """End the connections' thread; no fetch may be under way."""
         if self._thread is not None:
             self._thread.close()
+        self._handshakes.shutdown(wait=False)
 
     def _new_client(self) -> SimpleAsyncHTTPClient:
         """A client for the event loop that runs."""
@@ -324,7 +337,7 @@ class Fetcher:
             max_buffer_size=self._limit + 64 * 1024,
             max_clients=_FETCHES,
         )
-        made.tcp_client = _Connections(self._resolver)
+        made.tcp_client = _Connections(self._resolver, self._handshakes)
         return made
 
     async def _follow(self, url: str, end: float, fetch: _Fetch) -> bytes:
@@ -363,7 +376,7 @@ class Fetcher:
         except (OSError, HTTPClientError, UnsatisfiableReadError, ValueError) as cause:
             raise FetchFailed(f"image_url can't be fetched: {shown(cause)}") from cause
         finally:
-            fetch.closed()
+            await fetch.closed()
         if answer.code != 200 and answer.code not in _MOVED:
             raise FetchFailed(f"image_url answered {answer.code}")
         return answer

@@ -15,6 +15,7 @@ from server.fairness.fair_queue import FairQueue
 from server.tasks import retrieve_error
 
 _LOOKUPS = 8  # at a time
+_ADDRESSES = 4  # of a kind that are tried
 # Missing from Python's own list, or until lately: local NAT64, deprecated site-local addresses,
 # IPv4-compatible IPv6, IPv4 translated to IPv6 (RFC 2765).
 _NOT_PUBLIC = tuple(
@@ -75,12 +76,17 @@ class PublicResolver(Resolver):
     async def resolve(
         self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[tuple[int, Any]]:
-        """Addresses of `host`. Raises ForbiddenUrl if any of them is not public."""
+        """The first addresses of `host`. Raises ForbiddenUrl if any of its addresses is not public.
+
+        Tornado tries them all, and calls itself for each that fails at once.
+        """
         found = await self._inner.resolve(host, port, family)
-        for _, address in found:
+        first: dict[int, list[Any]] = {}
+        for kind, address in found:
             if not is_public(address[0]):
                 raise ForbiddenUrl(f"{host} is not a public address: image_url may not lead there")
-        return found
+            first.setdefault(kind, []).append(address)
+        return [(kind, each) for kind, all_ in first.items() for each in all_[:_ADDRESSES]]
 
 
 def is_public(address: str) -> bool:
