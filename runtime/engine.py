@@ -55,13 +55,18 @@ def _by_runner(sequence: Sequence, searching: bool) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """Decode steps on their way. `oldest`: most text tokens that any cache held before."""
+    """Decode steps on their way, of the sequences `running` in so many `rows`. `oldest`: most text
+    tokens that any cache held before.
+    """
 
     pending: Pending
     at: float
     bursting: bool
     searching: Searching
     oldest: int
+    running: list[Sequence]
+    rows: int
+    steps: int
 
 
 class Engine:
@@ -98,6 +103,7 @@ class Engine:
         self._owner: int | None = None  # the thread that steps
         self._stepping = False
         self._encoding: tuple[list[Sequence], float] | None = None  # since when
+        self._begun: _Begun | None = None  # what the next step finishes
         self._last_end = 0.0  # when the runner was last seen to end something
 
     @classmethod
@@ -192,7 +198,7 @@ class Engine:
         self._keep_out_observers()
         if self.stepper.busy:
             raise WrongThread("others wait for requests of this engine: cancel your own instead")
-        self._owner = self._encoding = None
+        self._owner = self._encoding = self._begun = None
         self._sequences.clear()
         self.scheduler = self._new_scheduler()
 
@@ -228,9 +234,9 @@ class Engine:
         burst of tokens.
 
         On a processor sequences are admitted first. On a device they are queued behind the burst,
-        so that it encodes while the host works on the burst's results; their rows join the next
-        step. Returns outputs of streams with new tokens and of sequences that ended. Raises
-        WrongThread.
+        whose results the next step takes: so the device works on the next burst, or encodes, while
+        the host works on those. Returns outputs of streams with new tokens and of sequences that
+        ended. Raises WrongThread.
         """
         self._claim()
         self._stepping = True
@@ -240,26 +246,31 @@ class Engine:
             self._stepping = False
 
     def _step(self) -> list[RequestOutput]:
-        expired = self.scheduler.expire(self._clock())
+        ended = self.scheduler.expire(self._clock())
         overlaps, admitted = self.runner.overlaps, list[Sequence]()
-        if not overlaps:
-            admitted = self._encode_next()
-            self._note_encoded()
-        # On a device, those that wait are not yet in the holes that they will probably fill.
-        coming = self.scheduler.waiting if overlaps else 0
-        for source, target in self.scheduler.compact(
-            lambda rows: self.runner.bucket(min(self.slots, rows + coming)), self.runner.move_cost
-        ):
-            self.runner.move(source, target)
-        running = self.scheduler.running
-        rows = sum(len(sequence.slots) for sequence in running)
-        begun = self._start(running) if running else None
+        before, self._begun = self._begun, None
+        begun = self._proceed(before) if before else None
+        if not begun:
+            if before:
+                self._finish(before)
+                ended += self.scheduler.release_finished()
+            if not overlaps:
+                admitted = self._encode_next()
+                self._note_encoded()
+            self._compact()
+            begun = self._start(self.scheduler.running) if self.scheduler.running else None
+            before = None
         if overlaps:
             self._note_encoded()
             admitted = self._encode_next()
-        if begun:
-            self._finish(running, begun)
-        ended = expired + self.scheduler.release_finished()
+        if begun and overlaps and begun.bursting:
+            self._begun = begun
+        else:  # the runner has waited
+            before = begun
+        if before:
+            self._finish(before)
+        ended += self.scheduler.release_finished()
+        rows = begun.rows if begun else 0
         for sequence in ended:
             del self._sequences[sequence.request.id]
         self._let_go()
@@ -270,6 +281,37 @@ class Engine:
     def _report(self, encoded: int = 0, rows: int = 0) -> None:
         running, waiting = len(self.scheduler.running), self.scheduler.waiting
         self.observer.stepped(StepReport(encoded, rows, running, waiting))
+
+    def _compact(self) -> None:
+        # On a device, those that wait are not yet in the holes that they will probably fill.
+        coming = self.scheduler.waiting if self.runner.overlaps else 0
+        for source, target in self.scheduler.compact(
+            lambda rows: self.runner.bucket(min(self.slots, rows + coming)), self.runner.move_cost
+        ):
+            self.runner.move(source, target)
+
+    def _proceed(self, before: _Begun) -> _Begun | None:
+        """Begin the steps that follow on those of `before`, whose results are not known: of
+        sequences that will have ended then, the further tokens are dropped.
+
+        None if the host must work on them first, for new sequences, a smaller bucket or a prompt.
+        """
+        running, runner = self.scheduler.running, self.runner
+        left = sorted(n for s in running if (n := s.max_burst - before.steps) > 0)
+        if (
+            not (before.bursting and left)
+            or not {*running} <= {*before.running}
+            or any(s.prompted >= before.steps for s in running)
+            or runner.bucket(sum(len(s.slots) for s in running)) < runner.bucket(before.rows)
+        ):
+            return None
+        oldest = before.oldest + before.steps
+        steps = min(runner.burst, runner.text_tokens - oldest, left[len(left) // 4])
+        if steps < 1:
+            return None
+        now = self._clock()
+        pending = runner.proceed(steps)
+        return replace(before, pending=pending, at=now, oldest=oldest, steps=steps)
 
     def _start(self, running: list[Sequence]) -> _Begun:
         """Feed every running row."""
@@ -288,16 +330,18 @@ class Engine:
         now = self._clock()
         searching = Searching.among(running if bursting else ())
         pending = self.runner.decode(tokens[0], fed, tokens[1:], candidates, searching.searches)
-        return _Begun(pending, now, bursting, searching, max(fed))
+        return _Begun(pending, now, bursting, searching, max(fed), running, rows, steps)
 
-    def _finish(self, running: list[Sequence], begun: _Begun) -> None:
-        """Work on the results of `_start`; those of rows without a sequence are ignored."""
+    def _finish(self, begun: _Begun) -> None:
+        """Work on results; those of rows without a sequence, or whose has ended, are ignored."""
         found = begun.pending.wait()
         self._pacing.decoded(self._took(begun.at))
         likeliest, moves = found.likeliest(), list[Move]()
         candidates = [] if begun.bursting else found.rows()
         searched = begun.searching.found(found)
-        for sequence in running:
+        for sequence in begun.running:
+            if sequence.finish_reason is not None:
+                continue
             try:
                 if _by_runner(sequence, begun.bursting):
                     sequence.extend(

@@ -99,15 +99,24 @@ class FakeRunner:
             error, self.fail_next = self.fail_next, None
             raise error
         self.steps.append(len(tokens))
+        self.last_fed = [n + 1 + len(forced) for n in fed]
         ids: list[list[list[int]]] = []
         for step, chosen in enumerate([*forced, [UNFORCED] * len(tokens)]):
             given = zip(tokens, fed, strict=True)
             said = [self._next(slot, t, n + step) for slot, (t, n) in enumerate(given)]
             tokens = [s if c == UNFORCED else c for s, c in zip(said, chosen, strict=True)]
             ids.append([[(t + k) % VOCABULARY for k in range(candidates)] for t in tokens])
+        self.last = tokens
         found = np.array(ids)
         logprobs = np.broadcast_to(-0.5 - np.arange(candidates, dtype=np.float32), found.shape)
         return Candidates(found, logprobs.copy(), np.ones(found.shape[:2], np.float32))
+
+    def proceed(self, steps: int) -> Candidates:
+        going_on = [[UNFORCED] * len(self.last)] * (steps - 1)
+        # Of a row whose sequence has left, the slot may be another's by now.
+        there = [len(self.cache[slot][1]) >= n for slot, n in enumerate(self.last_fed)]
+        fed = [n if is_there else 0 for n, is_there in zip(self.last_fed, there, strict=True)]
+        return self.decode(self.last, fed, going_on)
 
     def reorder(self, moves: Sequence[tuple[int, int]], fed: int) -> None:
         texts = {target: list(self.cache[source][1][:fed]) for source, target in moves}

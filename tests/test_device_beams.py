@@ -35,6 +35,7 @@ class Stepwise(DeviceRunner):
     groups: ClassVar[set[tuple[int, int, int]]] = set()
 
     def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
+        self.left = None
         if not searches:
             return super().decode(tokens, fed, forced, candidates)
         scores = [search.scores for search in searches]
@@ -70,8 +71,21 @@ class Stepwise(DeviceRunner):
             if moves:
                 self.reorder(moves, max(ages) + 1)
             tokens = chosen
+        taken = 1 + len(forced)
+        going_on = [
+            replace(search, scores=after, wait=0, fed=search.fed + taken)
+            for search, after in zip(searches, scores, strict=True)
+        ]
+        self.left = tokens, [age + taken for age in fed], going_on
         ids, logprobs = (np.stack(each)[..., :1] for each in zip(*found, strict=True))
         return Candidates(ids, logprobs, searches=steps)
+
+    def proceed(self, steps):
+        if self.left is None:
+            return super().proceed(steps)
+        tokens, fed, searches = self.left
+        forced = [[UNFORCED] * len(tokens)] * (steps - 1)
+        return self.decode(tokens, fed, forced, searches=searches)
 
 
 def best_of(ids, logprobs, scores, stop):

@@ -145,9 +145,29 @@ class Overlapping(Buckets):
 
         return SimpleNamespace(wait=wait)
 
+    def proceed(self, steps):
+        pending = super().proceed(steps)
+        self.calls[-1] = "proceed"
+        return pending
+
     def move(self, source, target):
         self.calls.append("move")
         super().move(source, target)
+
+
+def test_a_burst_follows_the_last_before_the_host_has_the_results_of_that():
+    engine = fake_engine(EngineConfig(slots=8, encode_batch=4, patience=0))
+    runner = engine.runner = Overlapping()
+    requests = [
+        engine.request(image(number), max_new_tokens=most, ignore_eos=True)
+        for number, most in enumerate([12, 12, 12, 13])
+    ]
+    for request in requests:
+        engine.submit(request)
+    texts = drained(engine)
+    assert [len(texts[request.id]) for request in requests] == [12, 12, 12, 13]
+    order = " ".join(runner.calls)
+    assert order == "encode decode encoded" + 3 * " proceed results" + " results"
 
 
 def test_the_next_images_are_encoded_while_the_host_works_on_a_burst():

@@ -69,6 +69,10 @@ class _Runner:
         shape = (1, len(tokens), 1)
         return Candidates(np.zeros(shape, np.int64), np.zeros(shape, np.float32))
 
+    def proceed(self, steps: int) -> Candidates:
+        """Not for a runner that does not overlap."""
+        raise NotImplementedError
+
     def bucket(self, rows: int) -> int:
         """Steps are not padded: as many rows as there are."""
         return rows

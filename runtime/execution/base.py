@@ -73,8 +73,8 @@ class ModelRunner(Protocol):
     """The operations by which an engine runs the graphs.
 
     Where `overlaps` is set, `encode` and `decode` queue their work and return while it runs, in
-    the order of the calls. Between `decode` and the wait for its result, `encode` may be called for
-    slots that have no sequence in that step.
+    the order of the calls, and there is `proceed`. Between `decode` and the wait for its result,
+    `encode` may be called for slots that have no sequence in that step.
     """
 
     plan: Plan
@@ -117,6 +117,13 @@ class ModelRunner(Protocol):
 
         The result must be waited for before the next `decode`, `move` or `reorder`; it is valid
         until then.
+        """
+
+    def proceed(self, steps: int) -> Pending:
+        """Run more steps over the rows of the last burst, from where it ends, with its searches.
+
+        All its prompts are fed by then. Results are waited for in the order of the calls, at most
+        two of them at a time.
         """
 
     def reorder(self, moves: Sequence[tuple[int, int]], fed: int) -> None:

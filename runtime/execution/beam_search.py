@@ -1,7 +1,7 @@
 """Beam search within a burst: a device chooses the beams after each decode step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from runtime.decoding.candidates import Continuations
 from runtime.execution.arena import Arena
 from runtime.execution.base import Search
 from runtime.execution.buckets import bucket, buckets
-from runtime.execution.device_buffer import DeviceBuffer, pinned
+from runtime.execution.device_buffer import DeviceBuffer
 from runtime.execution.launch import Launch
 from runtime.execution.stream import Stream
 
@@ -52,25 +52,21 @@ class BeamSearch:
         self._ends = buffer(np.int64, 2 * slots)
         self._scores = buffer(np.float32, 2 * slots)
         self._step = 4 * slots  # values of each result in a step
-        self._best = {
+        self.shape = rings.burst, self._step
+        self.best = {
             name: buffer(kind, rings.burst * self._step)
             for name, kind in (
                 ("best_ids", np.int64), ("best_parents", np.int64),
                 ("best_logprobs", np.float32), ("best_scores", np.float32), ("kept", np.int64),
             )
         }  # fmt: skip
-        self._found = {
-            name: pinned(stream.device, (rings.burst, self._step), buffer.dtype)
-            for name, buffer in self._best.items()
-        }
         self._launches: dict[tuple[int, ...], Launch] = {}
-        self._groups: list[_Group] = []
 
-    def begin(self, searches: Sequence[Search]) -> None:
+    def groups(self, searches: Sequence[Search]) -> list["Group"]:
         """Upload the searches of a burst."""
-        self._groups.clear()
+        groups: list[Group] = []
         if not searches:
-            return
+            return groups
         size = self._rows.shape[0]
         rows, ends = np.zeros(size, np.int64), np.zeros(size, np.int64)
         targets = np.full(size, self._arena.sink)  # of padding
@@ -78,7 +74,7 @@ class BeamSearch:
         for search in searches:
             count, beams = search.scores.shape
             images = bucket(count, buckets(self._slots // beams))
-            self._groups.append(_Group(search, images, first))
+            groups.append(Group(search, images, first, search.wait, search.fed))
             of_group = slice(first, first + count * beams)
             rows[of_group] = targets[of_group] = np.ravel(search.slots)
             scores[of_group] = search.scores.reshape(-1)
@@ -89,12 +85,13 @@ class BeamSearch:
             (self._scores, scores),
         ):  # fmt: skip
             buffer.upload(values, self._stream)
+        return groups
 
-    def step(self, step: int) -> None:
+    def step(self, step: int, groups: Sequence["Group"]) -> None:
         """Queue the choice of beams behind decode step `step` of the burst."""
-        for group in self._groups:
-            if step >= group.search.wait:
-                positions = group.search.fed + step + 1
+        for group in groups:
+            if step >= group.wait:
+                positions = group.fed + step + 1
                 positions = -(-positions // _POSITIONS) * _POSITIONS
                 positions = min(positions, self._arena.text_tokens)
                 key = step, group.images, group.beams, group.first, positions
@@ -103,16 +100,6 @@ class BeamSearch:
                         del self._launches[next(iter(self._launches))]  # the oldest
                     self._launches[key] = self._bind(*key)
                 self._launches[key].run(graph=False)
-
-    def end(self) -> None:
-        """Queue the copies of what the burst finds."""
-        if self._groups:
-            for name, buffer in self._best.items():
-                buffer.download(self._found[name], self._stream)
-
-    def results(self, steps: int) -> list[list[list[Continuations]]]:
-        """The steps of each image of each search of the burst; they must have ended."""
-        return [group.results(self._found, steps) for group in self._groups]
 
     def _bind(self, step: int, images: int, beams: int, first: int, positions: int) -> Launch:
         rings, binding = self._rings, self._session.io_binding()
@@ -130,7 +117,7 @@ class BeamSearch:
         for view, name in ((scores, "scores"), (tokens, "tokens")):
             view.as_input(binding, name)
             view.as_output(binding, f"next_{name}")
-        for name, buffer in self._best.items():
+        for name, buffer in self.best.items():
             wide = beams if name == "kept" else twice
             found = buffer.rows(images * wide, step * self._step + 2 * first)
             found.shaped(images, wide).as_output(binding, name)
@@ -139,15 +126,24 @@ class BeamSearch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
-    """A search with its padding to `images`; `first`: its place among the rows of all searches."""
+class Group:
+    """A search with its padding to `images`; `first`: its place among the rows of all searches.
+    wait, fed: as in Search, of the present burst.
+    """
 
     search: Search
     images: int
     first: int
+    wait: int
+    fed: int
+
+    def after(self, steps: int) -> "Group":
+        """The search in a burst that follows on so many steps."""
+        return replace(self, wait=0, fed=self.fed + steps)
 
     @property
     def beams(self) -> int:
+        """Of each image."""
         return self.search.scores.shape[1]
 
     def results(self, found: dict[str, np.ndarray], steps: int) -> list[list[Continuations]]:
@@ -156,7 +152,7 @@ class _Group:
         for name, values in found.items():
             wide = self.beams if name == "kept" else 2 * self.beams
             first = 2 * self.first
-            of_group = values[self.search.wait : steps, first : first + count * wide]
+            of_group = values[self.wait : steps, first : first + count * wide]
             of_image.append(of_group.reshape(-1, count, wide).swapaxes(0, 1).tolist())
         return [
             [*map(Continuations._make, zip(*image, strict=True))]

@@ -28,11 +28,11 @@ import onnxruntime as ort
 from runtime.errors import GraphsFailed
 from runtime.execution.arena import Arena
 from runtime.execution.base import Candidates, Pending, Search, leading
-from runtime.execution.beam_search import BeamSearch, Rings
+from runtime.execution.beam_search import BeamSearch, Group, Rings
 from runtime.execution.buckets import bucket, buckets
 from runtime.execution.device_buffer import DeviceBuffer, pinned
 from runtime.execution.launch import Launch
-from runtime.execution.stream import open_stream
+from runtime.execution.stream import Stream, open_stream
 from runtime.model.manifest import HELPERS, UNFORCED, Manifest, kv_names
 from runtime.planning.plan import Plan
 from runtime.providers.cuda import CudaOptions
@@ -52,7 +52,7 @@ class DeviceRunner:
         self.sizes, self.plan, self.burst = manifest.sizes, plan, BURST
         self._device = device = "cpu" if plan.decoder_provider == "cpu" else "cuda"
         self._stream = stream = open_stream(device)
-        self._taken, self._encoded, self._decoded = (stream.mark() for _ in range(3))
+        self._taken, self._encoded = stream.mark(), stream.mark()
         self._uploads = open_stream(device)  # of pixels, while graphs run
         self._staged = self._uploads.mark()
         self._filled: set[int] = set()  # slots given to an encoder call since the last `decode`
@@ -71,10 +71,6 @@ class DeviceRunner:
         self._logprobs = DeviceBuffer(device, (prod(self._ring), 1), np.float32)
         self._host_tokens = np.zeros(self._ring, np.int64)
         self._host_lengths = np.zeros(self._ring, np.int32)
-        self._found = {  # what the last burst left in the rings
-            buffer: pinned(device, self._ring, buffer.dtype)
-            for buffer in (self._logprobs, self._tokens)
-        }
         capacity = np.array([self.sizes.prefix + self.text_tokens], np.int32)
         self._capacity = ort.OrtValue.ortvalue_from_numpy(capacity)
         self._arrived = DeviceBuffer(device, (self._batch, *self.sizes.pixels), np.uint8)
@@ -105,6 +101,8 @@ class DeviceRunner:
         )
         rings = Rings(BURST, self._tokens, self._logprobs, self._logits)
         self._search = BeamSearch(stream, open_session(*search), self.arena, rings)
+        # Of the last burst and the one before it.
+        self._last, self._before = _Results(self, stream), _Results(self, stream)
         # TensorRT has a stream of its own: before and after it, the host waits.
         self._encodes_apart = plan.encoder_provider == "tensorrt"
         self.overlaps = not self._encodes_apart
@@ -162,7 +160,6 @@ class DeviceRunner:
     ) -> Pending:
         """See ModelRunner."""
         rows, steps = len(tokens), 1 + len(forced)
-        size = bucket(rows, self._buckets)
         # Rows 1, 2, ... hold forced tokens until the step before overwrites them with its choice.
         self._host_tokens[1:] = UNFORCED
         self._host_tokens[:steps, :rows] = [tokens, *forced]
@@ -170,33 +167,45 @@ class DeviceRunner:
         self._host_lengths[0, rows:] = self.sizes.prefix  # padding rows
         self._tokens.upload(self._host_tokens.reshape(-1), self._stream)
         self._lengths.upload(self._host_lengths.reshape(-1), self._stream)
-        self._filled.clear()
-        self._search.begin(searches)
-        for step in range(steps):
-            launch = self._steps.get((size, step)) or self._bind_step(size, step)
-            launch.run(self.graphs)
-            self._search.step(step)
-        for ring, found in self._found.items():
-            ring.download(found, self._stream)
-        self._search.end()
-        self._decoded.set()
-        burst = _Burst(self, rows, steps)
+        burst = self._run_steps(rows, steps, self._search.groups(searches))
         if candidates == 1:
             return burst
         burst.wait()
         return self._likeliest(rows, candidates)
 
-    def results(self, rows: int, steps: int) -> Candidates:
-        """Wait for the last `decode`; the tokens that it chose."""
-        self._decoded.wait()
+    def proceed(self, steps: int) -> Pending:
+        """See ModelRunner."""
+        last, width = self._last, self._ring[1]
+        for ring in (self._tokens, self._lengths):
+            ring.repeat(last.steps * width, width, self._stream)
+        self._host_tokens[1:] = UNFORCED
+        self._tokens.upload(self._host_tokens[1:].reshape(-1), self._stream, width)
+        return self._run_steps(last.rows, steps, [group.after(last.steps) for group in last.groups])
+
+    def _run_steps(self, rows: int, steps: int, groups: Sequence[Group]) -> "_Results":
+        size = bucket(rows, self._buckets)
+        self._filled.clear()
+        for step in range(steps):
+            launch = self._steps.get((size, step)) or self._bind_step(size, step)
+            launch.run(self.graphs)
+            self._search.step(step, groups)
+        self._before, self._last = self._last, self._before
+        self._last.fetch(rows, steps, groups)
+        return self._last
+
+    def results(self, found: "_Results") -> Candidates:
+        """Of steps that have ended, the tokens that they chose."""
+        chosen = slice(1, found.steps + 1)
         logprobs, predicted = (
-            found[1 : steps + 1, :, None].copy() for found in self._found.values()
+            ring[chosen, :, None].copy() for ring in (found.logprobs, found.tokens)
         )
         # Also in padding rows, whose slots a sequence may have left before its first step.
-        for row in np.flatnonzero(np.isnan(logprobs[:, : self.bucket(rows)]).any(axis=(0, 2))):
+        failed = np.isnan(logprobs[:, : self.bucket(found.rows)]).any(axis=(0, 2))
+        for row in np.flatnonzero(failed):
             self._clear(int(row))
-        searches = self._search.results(steps)
-        return Candidates(predicted[:, :rows], logprobs[:, :rows], searches=searches)
+        searches = [group.results(found.best, found.steps) for group in found.groups]
+        rows = slice(found.rows)
+        return Candidates(predicted[:, rows], logprobs[:, rows], searches=searches)
 
     def _likeliest(self, rows: int, candidates: int) -> Candidates:
         """The likeliest tokens, from the logits that the last step left on the device."""
@@ -208,7 +217,7 @@ class DeviceRunner:
         self._candidates.run_with_iobinding(binding)
         ids, logprobs, best = (value.numpy() for value in binding.get_outputs())
         # Among equally likely tokens the decoder's choice comes first, as without candidates.
-        chosen = self._found[self._tokens][1, :rows]
+        chosen = self._last.tokens[1, :rows]
         for row in np.flatnonzero(ids[:, 0] != chosen):
             for place in np.flatnonzero(ids[row] == chosen[row]):
                 ids[row, [0, place]] = ids[row, [place, 0]]
@@ -305,11 +314,32 @@ class DeviceRunner:
         return launch
 
 
-class _Burst:
-    """Decode steps that are queued or have run."""
+class _Results:
+    """Host memory for the results of a burst that is queued or has run."""
 
-    def __init__(self, runner: DeviceRunner, rows: int, steps: int) -> None:
-        self._runner, self._rows, self._steps = runner, rows, steps
+    def __init__(self, runner: DeviceRunner, stream: Stream) -> None:
+        self._runner, self._stream, self._ended = runner, stream, stream.mark()
+        self.rows = self.steps = 0
+        self.groups: Sequence[Group] = ()
+        rings = {"logprobs": runner._logprobs, "tokens": runner._tokens}
+        self.logprobs, self.tokens = (
+            pinned(stream.device, runner._ring, ring.dtype) for ring in rings.values()
+        )
+        self.best = {
+            name: pinned(stream.device, runner._search.shape, buffer.dtype)
+            for name, buffer in runner._search.best.items()
+        }
+
+    def fetch(self, rows: int, steps: int, groups: Sequence[Group]) -> None:
+        """Queue the copies of what the burst finds."""
+        self.rows, self.steps, self.groups = rows, steps, groups
+        self._runner._logprobs.download(self.logprobs, self._stream)
+        self._runner._tokens.download(self.tokens, self._stream)
+        if groups:
+            for name, buffer in self._runner._search.best.items():
+                buffer.download(self.best[name], self._stream)
+        self._ended.set()
 
     def wait(self) -> Candidates:
-        return self._runner.results(self._rows, self._steps)
+        self._ended.wait()
+        return self._runner.results(self)

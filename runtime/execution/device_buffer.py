@@ -52,11 +52,16 @@ class DeviceBuffer:
         """Size on the device."""
         return self.shape[0] * self._row_bytes
 
-    def upload(self, array: np.ndarray, stream: Stream) -> None:
-        """Queue a copy of an array into the leading rows; see `Stream.copy`."""
+    def upload(self, array: np.ndarray, stream: Stream, first: int = 0) -> None:
+        """Queue a copy of an array into as many rows, from row `first` on; see `Stream.copy`."""
         assert (array.shape[1:], array.dtype) == (self.shape[1:], self.dtype)
-        assert len(array) <= len(self)
-        stream.copy(array, self._value.data_ptr())
+        assert first + len(array) <= len(self)
+        stream.copy(array, self._value.data_ptr() + first * self._row_bytes)
+
+    def repeat(self, first: int, count: int, stream: Stream) -> None:
+        """Queue a copy of `count` rows, from row `first` on, into the leading ones."""
+        source = self.rows(count, first)
+        stream.copy_within(source.pointer, self._value.data_ptr(), count * self._row_bytes)
 
     def download(self, array: np.ndarray, stream: Stream) -> None:
         """Queue a copy of all of it to an array of its size; see `Stream.copy_back`."""

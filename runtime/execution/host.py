@@ -116,6 +116,10 @@ class HostRunner:
         self._decoder.run_with_iobinding(step.binding)
         return step.found
 
+    def proceed(self, steps: int) -> Candidates:
+        """See ModelRunner: not for one that waits."""
+        raise NotImplementedError
+
     def bucket(self, rows: int) -> int:
         """See ModelRunner; a step works on exactly `rows` rows."""
         return rows
