@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from transformers import GitForCausalLM
 from transformers.models.git.modeling_git import GitLayer
 
-from export.vision import FusedAttention, FusedVision, add_and_normalise, with_bias
+from export.vision import FusedAttention, FusedVision, add_and_normalise, normalised, with_bias
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
@@ -48,14 +48,23 @@ class ImagePrefix(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """uint8 `[B, 3, S, S]`, or `[B, F, 3, S, S]` -> `image.{i}.key/value`, `[B, H, P, D]`."""
-        hidden = self.git.visual_projection(self._features(pixels))
+        """uint8 `[B, 3, S, S]`, or `[B, F, 3, S, S]` -> `image.{i}.key/value`, `[B, H, P, D]`; if
+        fused, `[B, P, H, D]`, as they are copied on the device anyway.
+        """
+        features = self._features(pixels)
+        if self.vision:
+            product, norm = self.git.visual_projection.visual_projection
+            hidden = normalised(linear(features, product.weight), product.bias, norm)
+        else:
+            hidden = self.git.visual_projection(features)
         prefix: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(self.layers):
             attention = layer.attention.self
             key, value = attention.key(hidden), attention.value(hidden)
-            prefix[f"image.{index}.key"] = _split_heads(attention, key)
-            prefix[f"image.{index}.value"] = _split_heads(attention, value)
+            for kind, each in (("key", key), ("value", value)):
+                split = each.unflatten(-1, (attention.num_attention_heads, -1))
+                whole = split if self.vision else split.transpose(1, 2).contiguous()
+                prefix[f"image.{index}.{kind}"] = whole
             if index + 1 == len(self.layers):
                 break  # the last layer's output is unused
             hidden = self._fused(layer, hidden, key, value) if self.vision else layer(hidden)[0]
@@ -221,12 +230,6 @@ def _add_product(output: Any, taken: torch.Tensor, hidden: torch.Tensor) -> torc
     """`output(taken, hidden)` of a layer's part: product, sum and normalisation."""
     added = linear(taken, output.dense.weight)
     return add_and_normalise(added, hidden, output.dense.bias, output.LayerNorm)[0]
-
-
-def _split_heads(attention: nn.Module, projected: torch.Tensor) -> torch.Tensor:
-    """`[B, P, H D]` -> `[B, H, P, D]`."""
-    heads = attention.num_attention_heads
-    return projected.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
 
 
 @torch.no_grad()

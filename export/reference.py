@@ -49,7 +49,7 @@ class Graphs(Protocol):
     """Both graphs, with inputs and outputs by name (ARCHITECTURE.md, "Graphs")."""
 
     def encode(self, pixels: np.ndarray) -> Arrays:
-        """`pixels` of all rows -> `image.{i}.key/value`."""
+        """`pixels` of all rows -> `image.{i}.key/value`, `[B, H, P, D]` or `[B, P, H, D]`."""
 
     def decode(self, feeds: Arrays) -> Arrays:
         """All decoder inputs -> all decoder outputs."""
@@ -150,7 +150,7 @@ def _batch(
     starts = np.arange(len(batch)) % stagger
     steps = max(len(case.prompt) for case in batch) + new_tokens - 1 + int(starts.max())
     images = graphs.encode(np.stack([case.pixels for case in batch]))
-    caches = _caches(images, capacity=sizes.prefix + steps)
+    caches = _caches(images, sizes, capacity=sizes.prefix + steps)
     texts = [list(case.prompt) for case in batch]
     chosen_from: list[list[tuple[np.ndarray, np.float32]]] = [[] for _ in batch]
     for step in range(steps):
@@ -178,7 +178,7 @@ def best_of_beams(
     """Best tokens by the runtime's beam search; the caches are reordered here."""
     decoding = Beams(case.prompt, SamplingParams(new_tokens, num_beams=beams), eos)
     images = graphs.encode(case.pixels[None])
-    caches = _caches(images, capacity=sizes.prefix + len(case.prompt) + new_tokens)
+    caches = _caches(images, sizes, capacity=sizes.prefix + len(case.prompt) + new_tokens)
     caches = {name: np.repeat(cache, beams, axis=0) for name, cache in caches.items()}
     fed = 0
     while decoding.finish_reason is None:
@@ -214,9 +214,10 @@ def _step(
     return outputs, {name: outputs[name.replace("past_key_values", "present")] for name in caches}
 
 
-def _caches(images: Arrays, capacity: int) -> Arrays:
+def _caches(images: Arrays, sizes: Sizes, capacity: int) -> Arrays:
     caches: Arrays = {}
-    for name, image in images.items():
+    for name, given in images.items():
+        image = given if given.shape[1] == sizes.heads else given.swapaxes(1, 2)
         rows, heads, prefix, head = image.shape
         # Positions beyond a row's length are undefined: the filler would show if it were used.
         filler = 127 if image.dtype == np.int8 else 1e4

@@ -59,7 +59,7 @@ class FusedVision(nn.Module):
         embedded = torch.cat([first, rows], dim=1)
         hidden, _ = add_and_normalise(embedded, self.positions, self.no_bias, self.before)
         ones = self.one.expand(images.shape[0], 1 + self.patches, -1)
-        normal = self.layers[0].norm1(hidden)
+        normal = normalised(hidden, self.no_bias, self.layers[0].norm1)
         following = [layer.norm1 for layer in self.layers[1:]] + [self.after]
         for layer, norm in zip(self.layers, following, strict=True):
             normal, hidden = layer(normal, hidden, norm, ones)
@@ -120,6 +120,14 @@ def add_and_normalise(
         added, hidden, norm.weight, norm.bias, bias, norm.eps
     )
     return found
+
+
+def normalised(product: torch.Tensor, bias: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    """The normalised sum of a product and its bias, by a node that is faster than that for plain
+    normalisation.
+    """
+    nothing = torch.zeros_like(bias).expand(1, product.shape[1], -1).contiguous()
+    return add_and_normalise(product, nothing, bias, norm)[0]
 
 
 def with_bias(taken: torch.Tensor, part: nn.Linear) -> torch.Tensor:

@@ -53,6 +53,21 @@ class OnHost(HostRunner):
                 binding.bind_ortvalue_output(present, _shared(array))
         return _Step(binding, None)
 
+    def encode(self, pixels, slots):
+        whole = self._encoder.encode
+
+        def encode(pixels, put):
+            heads = self.sizes.heads
+            whole(pixels, lambda n, image: put(n, [
+                each if len(each) == heads else each.swapaxes(0, 1) for each in image
+            ]))  # fmt: skip
+
+        self._encoder.encode = encode
+        try:
+            super().encode(pixels, slots)
+        finally:
+            self._encoder.encode = whole
+
     def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
         super().decode(tokens, fed, forced, candidates)
         logits = self.logits.reshape(len(tokens), -1).astype(np.float32)

@@ -6,16 +6,15 @@ pieces of PIECE int64, whatever its dtype: so a copy in all layers is one node.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 
 from runtime.execution.device_buffer import DeviceBuffer, View
 from runtime.execution.launch import Launch
 from runtime.execution.stream import Stream
 from runtime.model.manifest import PIECE, Sizes, kv_names
-from runtime.providers.session import Placement, open_session
 
 
 class Arena:
@@ -28,10 +27,13 @@ class Arena:
         slots: int,
         text_tokens: int,
         dtype: Any,
-        insert: tuple[Path, Placement],
-        reorder: tuple[Path, Placement],
+        graphs: Sequence[ort.InferenceSession],
+        positions_first: bool,
     ) -> None:
-        """insert, reorder: graphs that `export.device_graphs` writes, and where they run."""
+        """graphs: for insertion and reordering, as `export.device_graphs` writes them.
+
+        positions_first: whether image K/V are `[prefix, heads, D]`, not `[heads, prefix, D]`.
+        """
         self.text_tokens, self._stream = text_tokens, stream
         self.sink, self.blank = slots, slots + 1
         self._names = kv_names(sizes.layers)
@@ -45,9 +47,11 @@ class Arena:
         places = np.arange(room).reshape(sizes.heads, capacity, vector)
         # int64 [text positions, pieces]: where a slot's text is, by position.
         of_text = places[:, sizes.prefix :].transpose(1, 0, 2).reshape(text_tokens, -1)
+        of_image = places[:, : sizes.prefix]
+        if positions_first:
+            of_image = of_image.swapaxes(0, 1)
         self._text, self._image, self._whole = (
-            _uploaded(stream, part.reshape(-1, 1))
-            for part in (of_text, places[:, : sizes.prefix], places)
+            _uploaded(stream, part.reshape(-1, 1)) for part in (of_text, of_image, places)
         )
         self._at_position = of_text.shape[1]
         self._room = _uploaded(stream, np.array([room]))
@@ -56,7 +60,7 @@ class Arena:
         self._sources, self._targets = (
             DeviceBuffer(stream.device, (slots + 2,), np.int64) for _ in range(2)
         )
-        self._insert, self._reorder = open_session(*insert), open_session(*reorder)
+        self._insert, self._reorder = graphs
         self._inserts: dict[int, Launch] = {}
 
     @property
@@ -82,7 +86,7 @@ class Arena:
         self._bind(binding, self._text.rows(positions * self._at_position), "reordered")
 
     def insert(self, images: View, slots: Sequence[int]) -> None:
-        """Copy image K/V, `[arrays, B, heads, prefix, D]`, to B slots; images without a slot go to
+        """Copy image K/V, `[arrays, B, ...]`, to B slots; images without a slot go to
         the sink.
         """
         rows = images.shape[1]

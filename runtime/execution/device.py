@@ -62,9 +62,7 @@ class DeviceRunner:
         combination = manifest.combination(plan.combination)
         graphs = {graph: manifest.variant(graph, combination) for graph in _GRAPHS}
         cache = np.dtype(graphs["decoder"].cache)
-        image = self.sizes.heads, self.sizes.prefix, self.sizes.head
         self._names = kv_names(self.sizes.layers)
-        self._images = DeviceBuffer(device, (len(self._names) * self._batch, *image), cache)
         self._ring = BURST + 1, self._slots + 1
         self._tokens = DeviceBuffer(device, (prod(self._ring),), np.int64)
         self._lengths = DeviceBuffer(device, (prod(self._ring),), np.int32)
@@ -91,16 +89,16 @@ class DeviceRunner:
         [logits] = (o.shape[1:] for o in self._decoder.get_outputs() if o.name == "logits")
         self._logits = DeviceBuffer(device, (self._slots, *logits), cache)
         beside = replace(decode_on, cuda=replace(captured, graphs=False))
-        insert, reorder, candidates, search = (
-            (folder / graphs[name].file, beside)
-            for name in ("insert", "reorder", "candidates", "search")
+        *copying, self._candidates, searching = (
+            open_session(folder / graphs[name].file, beside) for name in HELPERS
         )
-        self._candidates = open_session(*candidates)
-        self.arena = Arena(
-            stream, self.sizes, self._slots, self.text_tokens, cache, insert, reorder
-        )
+        _, *image = self._encoder.get_outputs()[0].shape
+        self._images = DeviceBuffer(device, (len(self._names) * self._batch, *image), cache)
+        # Encoders for CUDA leave heads where the products have put them.
+        apart = image[0] != self.sizes.heads
+        self.arena = Arena(stream, self.sizes, self._slots, self.text_tokens, cache, copying, apart)
         rings = Rings(BURST, self._tokens, self._logprobs, self._logits)
-        self._search = BeamSearch(stream, open_session(*search), self.arena, rings)
+        self._search = BeamSearch(stream, searching, self.arena, rings)
         # Of the last burst and the one before it.
         self._last, self._before = _Results(self, stream), _Results(self, stream)
         # TensorRT has a stream of its own: before and after it, the host waits.
