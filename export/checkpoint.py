@@ -19,7 +19,8 @@ from export.errors import ExportError, first_line
 from export.tokenizer import tokenizer_json
 from runtime.model.manifest import Preprocessing, Sizes, SpecialTokens
 
-_OF_LAYER = re.compile(r"\.layers?\.\d+\.")
+_OF_LAYER = re.compile(r"\.(layers?)\.(\d+)\.")  # of text, of images
+_ATTENTION = (None, "eager", "sdpa")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,12 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
                 f"{model} is a {config.model_type} model, not GIT: name a checkpoint of the GIT "
                 "family, such as microsoft/git-base-textcaps"
             )
+        for each in (config, config.vision_config):
+            if each._attn_implementation not in _ATTENTION:
+                raise ExportError(
+                    f"{model}: config.json asks for attention by {each._attn_implementation}, "
+                    "which may be code from elsewhere: delete _attn_implementation there"
+                )
         weights, found = GitForCausalLM.from_pretrained(
             model,
             revision=revision,
@@ -181,7 +188,14 @@ def _check_whole(model: str, weights: GitForCausalLM, found: dict[str, Any]) -> 
             f"{model} lacks {len(lacking)} of GIT's weights, such as {lacking[0]}, which would "
             "be made up at random: give a whole GitForCausalLM checkpoint"
         )
-    if surplus := sorted(name for name in found["unexpected_keys"] if _OF_LAYER.search(name)):
+    config = weights.config
+    layers = {"layer": config.num_hidden_layers, "layers": config.vision_config.num_hidden_layers}
+    surplus = [
+        name
+        for name in sorted(found["unexpected_keys"])
+        if (layer := _OF_LAYER.search(name)) and int(layer[2]) >= layers[layer[1]]
+    ]
+    if surplus:
         raise ExportError(
             f"{model} has {len(surplus)} weights of layers that config.json does not ask for, such "
             f"as {surplus[0]}: take both from the same checkpoint"

@@ -56,6 +56,12 @@ def _more_layers(folder, weights):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def _own_attention(folder, weights):
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["_attn_implementation"] = "somebody/kernel"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def _no_activation(folder, weights):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "none such"}))
@@ -76,6 +82,7 @@ def _own_tokenizer(folder, weights):
         (_not_a_number, "visual_projection.* are no numbers"),
         (_small_vocabulary, "its tokenizer knows .* tokens, and the model"),
         (_own_code, "custom_generate is code, which an export does not run"),
+        (_own_attention, "attention by somebody/kernel"),
         (_own_tokenizer, "has no tokenizer that can be read"),
         (_more_layers, "weights of layers that config.json does not ask for"),
         (_no_activation, "can't be loaded as a checkpoint: .*none such"),

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import select
 import socket
+import struct
 import threading
 import time
 
@@ -134,15 +135,45 @@ def test_a_server_without_files_left_pauses_and_says_so_once(monkeypatch, caplog
     assert caplog.text.count("Too many open files") == 1
 
 
-def test_a_client_that_says_no_more_still_gets_its_answer():
+@pytest.mark.parametrize("pause", [0.0, 0.1])
+def test_a_client_that_says_no_more_still_gets_its_answer(pause):
+    """Also if the end comes along with the body."""
     with serve(fake_engine) as live:
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", live.port)) as client:
+                head = f"Host: x\r\nConnection: close\r\nContent-Length: {len(png())}\r\n\r\n"
+                client.sendall(b"POST /caption HTTP/1.1\r\n" + head.encode())
+                time.sleep(pause)
+                client.sendall(png())
+                client.shutdown(socket.SHUT_WR)
+                client.settimeout(10)
+                assert client.recv(100).startswith(b"HTTP/1.1 200")
         with socket.create_connection(("127.0.0.1", live.port)) as client:
-            head = f"Host: x\r\nConnection: close\r\nContent-Length: {len(png())}\r\n\r\n"
-            client.sendall(b"POST /caption HTTP/1.1\r\n" + head.encode() + png())
+            client.sendall(b"POST /caption HTTP/1.1\r\n" + head.encode() + png()[:-1])
             client.shutdown(socket.SHUT_WR)
             client.settimeout(10)
-            assert client.recv(100).startswith(b"HTTP/1.1 200")
+            assert client.recv(100) == b"", "a part of a body is none"
         assert fetch(live.port, "GET", "/health/live").status == 200
+
+
+def test_requests_sent_ahead_are_not_answered_once_their_client_has_gone(monkeypatch):
+    """Thousands fit into what has been read."""
+    refused, refuse = [], handler.Handler.send_error
+
+    def send_error(self, *args, **options):
+        refused.append(args)
+        refuse(self, *args, **options)
+
+    monkeypatch.setattr(handler.Handler, "send_error", send_error)
+    with serve(fake_engine) as live:
+        client = socket.create_connection(("127.0.0.1", live.port))
+        client.sendall(b"PROPFIND / HTTP/1.1\r\nHost: x\r\n\r\n" * 5000)
+        assert client.recv(1000)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        for _ in range(20):
+            assert fetch(live.port, "GET", "/health/live").status == 200
+    assert 0 < len(refused) < 1000
 
 
 def test_connections_that_wait_for_a_refusal_make_room():

@@ -315,6 +315,37 @@ def test_what_is_no_answer_does_not_hold_the_fetches_up(context):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("size", [16_300, 16_384, 18_000, 100_000])
+def test_an_answer_has_come_once_its_last_record_has(size, version, context):
+    """Of a site that does not hang up; TLS is given a record in pieces."""
+    context.minimum_version = context.maximum_version = version
+
+    def serve(listening):
+        connection, _ = listening.accept()
+        with context.wrap_socket(connection, server_side=True) as site:
+            site.recv(4096)
+            site.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
+            over.wait(20)
+
+    async def run():
+        with (
+            socket.create_server(("127.0.0.1", 0)) as listening,
+            fetcher_of(listening.getsockname()[1], limit=200_000) as fetcher,
+        ):
+            site = threading.Thread(target=serve, args=[listening])
+            site.start()
+            try:
+                found = await fetcher.fetch("https://ok.example/image", 8, "somebody")
+            finally:
+                over.set()
+            assert found == bytes(size)
+            site.join(10)
+
+    over = threading.Event()
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     "piece", [bytes.fromhex("160303000400000000"), bytes.fromhex("16030300010b")],
     ids=["requests to begin", "single bytes"],

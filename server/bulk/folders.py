@@ -231,25 +231,28 @@ def _shown(folder: Path) -> Iterator[Path]:
 def _remote(url: str) -> Iterator[Found]:
     """Like `_local`, through fsspec."""
     system, path = file_system(url)
-    pattern = _has_wildcards(path.replace("?", "") if url.startswith("http") else path)
-    if not pattern and (PurePosixPath(path).suffix.lower() in SUFFIXES or not system.isdir(path)):
+    asks = url.startswith("http") and "?" in url
+    pattern = _has_wildcards(path) and not asks
+    if not pattern and (
+        asks or PurePosixPath(path).suffix.lower() in SUFFIXES or not system.isdir(path)
+    ):
         yield Found(url, url, itself=True)
         return
     root, parts = path.rstrip("/"), tuple[str, ...](["**"])
     if pattern:
         whole = path.split("/")
-        root = "/".join(takewhile(lambda part: not _has_wildcards(part), whole))
-        parts = tuple(whole[root.count("/") + 1 :])
+        literal = list(takewhile(lambda part: not _has_wildcards(part), whole))
+        root, parts = "/".join(literal), tuple(whole[len(literal) :])
     for found in _listed(system, root, parts) if _has_folders(system) else _found(system, path):
-        name = found.location.removeprefix((path if not pattern else "").rstrip("/") + "/")
-        if not any(part.startswith(".") for part in PurePosixPath(name).parts):
-            yield replace(found, location=system.unstrip_protocol(found.location), name=name)
+        name = found.location.removeprefix(path.rstrip("/") + "/")
+        yield replace(found, location=system.unstrip_protocol(found.location), name=name)
 
 
 def _found(system: Any, path: str) -> Iterator[Found]:
     """Files of an object store, which knows no folders."""
     for each in sorted(system.glob(path)) if _has_wildcards(path) else system.find(path):
-        yield Found(each, each)
+        if not any(part.startswith(".") for part in PurePosixPath(each).parts):
+            yield Found(each, each)
 
 
 def _listed(system: Any, top: str, parts: tuple[str, ...]) -> Iterator[Found]:
@@ -271,7 +274,8 @@ def _listed(system: Any, top: str, parts: tuple[str, ...]) -> Iterator[Found]:
         for entry in entries:
             location = entry["name"].rstrip("/")
             name = location.rpartition("/")[2]
-            if not location.startswith(f"{folder}/") or name.startswith("."):
+            above = location.removesuffix(name).rstrip("/")
+            if above != folder or name.startswith("."):
                 continue  # a page may link to itself, or upwards
             places = _places((*names, name), parts)
             if entry["type"] != "directory":

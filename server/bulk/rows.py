@@ -5,6 +5,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from runtime.errors import VignetteError
@@ -49,6 +50,7 @@ def json_rows(stream: Any) -> Rows:
 def csv_rows(stream: Any, check: Check) -> Rows:
     """Rows of CSV. Raises csv.Error and BrokenRow for an unreadable header."""
     read = 0  # characters since the last row: a row may have many lines
+    over = False
 
     def counted(numbered: tuple[int, str | BrokenRow]) -> str:
         nonlocal read
@@ -60,20 +62,25 @@ def csv_rows(stream: Any, check: Check) -> Rows:
             raise BrokenRow(f"this row has over {_LONGEST_LINE // 2**20} MiB")
         return text
 
+    def end() -> Iterator[str]:
+        nonlocal over
+        over = True
+        yield from ()
+
     with io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as text:
-        # Else the end of the file within quotes would be the end of a row.
-        reader = csv.DictReader(map(counted, _bounded(text)), strict=True)
+        reader = csv.DictReader(chain(map(counted, _bounded(text)), end()))
         check(reader.fieldnames or ())
         number, ended = 0, False
         while not ended:
             number, read = number + 1, 0
             try:
-                yield number, next(reader)
+                row = next(reader)
+                # The reader asks for more within quotes only, and takes the end for that of a row.
+                yield number, BrokenRow("a quote in it is never closed") if over else row
             except StopIteration:
                 ended = True
             except (csv.Error, BrokenRow) as error:
-                open_ = "a quote in it is never closed" if "end of data" in str(error) else error
-                yield number, BrokenRow(str(open_))
+                yield number, BrokenRow(str(error))
 
 
 def parquet_rows(

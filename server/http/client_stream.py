@@ -43,7 +43,8 @@ class ClientStream(IOStream):
     them takes as long to handle as a large one.
 
     last: the client has announced its last request (Connection: close), and that is complete. The
-    end of the input is expected then; otherwise it means that the client has gone. head: cost in
+    end of the input is expected then, and once all of that request has come; otherwise it means
+    that the client has gone. head: cost in
     pages of parsing the last request's. refused: the last head is no request's.
     """
 
@@ -51,6 +52,8 @@ class ClientStream(IOStream):
     head = 0.0
     _ended = False
     _received = _chunks = 0
+    _awaited: int | None = None  # bytes of the last request
+    _unjudged = False  # whether a head has come of which is not known yet if it is the last's
     _pieces: int | None = None  # read so far of the current head
     _searched = 0  # bytes of the head
 
@@ -69,11 +72,13 @@ class ClientStream(IOStream):
         """Bytes read; None if there are none now, 0 at the end of the input."""
         count = super().read_from_fd(buf)
         self._received += count or 0
+        if self._awaited is not None:
+            self._awaited -= count or 0
         if count and self._pieces is not None:
             self._pieces += 1
             if self._pieces > _PIECES + len(self._read_buffer) / _PIECE:
                 return 0  # as if the client had gone
-        if count != 0 or not self.last:
+        if count != 0 or not (self.last or self._unjudged or self._awaited == 0):
             return count
         if self._ended:
             return None
@@ -81,6 +86,16 @@ class ClientStream(IOStream):
         self._ended = True
         buf[:1] = b"\n"
         return 1
+
+    def judge(self, last: bool, body: int | None) -> None:
+        """Take what a head says: whether it is the last request's, and the bytes of its body. If
+        the input has ended before the request has, the client has gone.
+        """
+        self._unjudged = False
+        if last and body is not None:
+            self._awaited = max(0, body - (self._read_buffer_size - self._ended))
+        if self._ended and self._awaited != 0:
+            self.close()
 
     async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
         """Read up to a pattern: Tornado's server reads a request's head with this.
@@ -98,6 +113,7 @@ class ClientStream(IOStream):
             raise
         finally:
             self._pieces = None
+        self._unjudged = True
         self.head, self.refused = head.count(b"\n") / _LINES + len(head) / _BYTES, True
         if _takes_long(head):
             await self._hang_up(_TOO_LARGE)

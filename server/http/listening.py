@@ -203,6 +203,9 @@ class _Watched(HTTPMessageDelegate):
         taken = self._delegate.headers_received(start_line, headers)  # raises for a wrong Host
         self._stream.refused = False
         self._last = headers.get("Connection", "").lower() == "close"
+        body = headers.get("Content-Length", "0")
+        known = body.isdecimal() and "Transfer-Encoding" not in headers
+        self._stream.judge(self._last, int(body[:20]) if known else None)
         return taken
 
     def data_received(self, chunk: bytes) -> Any:

@@ -41,11 +41,12 @@ class TlsStream(IOStream):
 
     def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
         """Bytes read; None if there are none now, 0 at the end. Raises SSLError and NoAnswer."""
-        for _ in range(_AT_ONCE):
+        for left in reversed(range(_AT_ONCE + 1)):
             try:
                 count: int = self._tls.read(len(buf), buf)  # type: ignore[assignment]
             except ssl.SSLWantReadError:
-                pass
+                if not left:
+                    return None
             except ssl.SSLEOFError:
                 return 0
             else:
