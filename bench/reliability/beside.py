@@ -101,9 +101,11 @@ def _short(names: list[str], long: bool) -> Verdict:
 
 
 def content_types(long: bool) -> Verdict:
-    """17: heads, boundaries and forms that are slow to parse, and pages by the dozen."""
+    """17: heads, boundaries and forms that are slow to parse, pages by the dozen, requests sent
+    ahead by the thousand.
+    """
     names = ["boundary", "parameters", "form", "tiny chunks", "accept", "slow heads", "pages"]
-    return _short([*names, "queries", "trickled", "heads"], long)
+    return _short([*names, "ahead", "queries", "trickled", "heads"], long)
 
 
 def large_json(long: bool) -> Verdict:

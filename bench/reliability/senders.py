@@ -199,6 +199,14 @@ def _pages(port: int) -> None:
             pass
 
 
+def _ahead(port: int) -> None:
+    """Refused requests by the thousand, from a client that leaves after the first answer."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as client:
+        client.settimeout(60)
+        client.sendall(b"PROPFIND / HTTP/1.1\r\nHost: x\r\n\r\n" * 3000)
+        client.recv(100)
+
+
 @cache
 def _many_keys() -> bytes:
     return b"{%s}" % b",".join(b'"%d":1' % n for n in range(900_000))
@@ -242,6 +250,7 @@ _BY_HAND: dict[str, Callable[[int], object]] = {
     "slow clips": _slow_clip,
     "broken giants": _broken_giant,
     "pages": _pages,
+    "ahead": _ahead,
     "resets": _resets,
     "crowd": _crowd,
     "trickled": _trickled,
