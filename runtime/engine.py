@@ -10,7 +10,7 @@ import threading
 import time
 from collections import abc
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,23 +19,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL.Image import Image
 
+from runtime.burst import Burst, can_burst
 from runtime.decoding.beams import Beams
-from runtime.decoding.candidates import Move
 from runtime.decoding.continuation import Continuation
 from runtime.errors import InvalidRequest, WrongThread
-from runtime.execution.base import ModelRunner, Pending
+from runtime.execution.base import ModelRunner
 from runtime.limits import Limits
 from runtime.model.images import AnyImage, pixels_of
-from runtime.model.manifest import UNFORCED, Manifest
+from runtime.model.manifest import Manifest
 from runtime.model.tokenizer import CaptionTokenizer
 from runtime.observer import Observer, StepReport
 from runtime.own_thread import OwnThread
 from runtime.pacing import Pacing
 from runtime.planning.config import SLOTS, EngineConfig
-from runtime.request import Caption, FinishReason, GenerationRequest, RequestOutput
+from runtime.request import Caption, GenerationRequest, RequestOutput
 from runtime.results import join_outputs, make_caption
 from runtime.scheduler import Scheduler
-from runtime.searching import Searching
 from runtime.sequence import Sequence
 from runtime.stepper import Stepper
 
@@ -46,27 +45,6 @@ log = logging.getLogger(__name__)
 
 _BATCH_AXES = 4  # of an array of images
 _ENCODE_BATCH = 4  # for an engine built without a plan
-
-
-def _by_runner(sequence: Sequence, searching: bool) -> bool:
-    """Whether the runner chooses a sequence's tokens. searching: whether it searches for beams."""
-    return sequence.decoding.can_burst and (searching or len(sequence.slots) == 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """Decode steps on their way, of the sequences `running` in so many `rows`. `oldest`: most text
-    tokens that any cache held before.
-    """
-
-    pending: Pending
-    at: float
-    bursting: bool
-    searching: Searching
-    oldest: int
-    running: list[Sequence]
-    rows: int
-    steps: int
 
 
 class Engine:
@@ -103,7 +81,7 @@ class Engine:
         self._owner: int | None = None  # the thread that steps
         self._stepping = False
         self._encoding: tuple[list[Sequence], float] | None = None  # since when
-        self._begun: _Begun | None = None  # what the next step finishes
+        self._begun: Burst | None = None  # what the next step finishes
         self._last_end = 0.0  # when the runner was last seen to end something
 
     @classmethod
@@ -249,26 +227,27 @@ class Engine:
         ended = self.scheduler.expire(self._clock())
         overlaps, admitted = self.runner.overlaps, list[Sequence]()
         before, self._begun = self._begun, None
-        begun = self._proceed(before) if before else None
+        running, now = self.scheduler.running, self._clock()
+        begun = before.proceed(self.runner, running, now) if before else None
         if not begun:
             if before:
-                self._finish(before)
+                self._take(before)
                 ended += self.scheduler.release_finished()
             if not overlaps:
                 admitted = self._encode_next()
                 self._note_encoded()
             self._compact()
-            begun = self._start(self.scheduler.running) if self.scheduler.running else None
+            begun = self._start()
             before = None
         if overlaps:
             self._note_encoded()
             admitted = self._encode_next()
         if begun and overlaps and begun.bursting:
             self._begun = begun
-        else:  # the runner has waited
-            before = begun
+        elif begun:
+            self._take(begun)  # the runner has waited
         if before:
-            self._finish(before)
+            self._take(before)
         ended += self.scheduler.release_finished()
         rows = begun.rows if begun else 0
         for sequence in ended:
@@ -290,71 +269,18 @@ class Engine:
         ):
             self.runner.move(source, target)
 
-    def _proceed(self, before: _Begun) -> _Begun | None:
-        """Begin the steps that follow on those of `before`, whose results are not known: of
-        sequences that will have ended then, the further tokens are dropped.
-
-        None if the host must work on them first, for new sequences, a smaller bucket or a prompt.
-        """
-        running, runner = self.scheduler.running, self.runner
-        left = sorted(n for s in running if (n := s.max_burst - before.steps) > 0)
-        if (
-            not (before.bursting and left)
-            or not {*running} <= {*before.running}
-            or any(s.prompted >= before.steps for s in running)
-            or runner.bucket(sum(len(s.slots) for s in running)) < runner.bucket(before.rows)
-        ):
+    def _start(self) -> Burst | None:
+        running, rows = self.scheduler.running, self.scheduler.rows
+        if not running:
             return None
-        oldest = before.oldest + before.steps
-        steps = min(runner.burst, runner.text_tokens - oldest, left[len(left) // 4])
-        if steps < 1:
-            return None
-        now = self._clock()
-        pending = runner.proceed(steps)
-        return replace(before, pending=pending, at=now, oldest=oldest, steps=steps)
-
-    def _start(self, running: list[Sequence]) -> _Begun:
-        """Feed every running row."""
-        bursting = all(_by_runner(sequence, self.runner.searches) for sequence in running)
-        steps, rows = self._burst(running) if bursting else 1, self.scheduler.rows
-        candidates = 1 if bursting else self._candidates(running)
-        tokens, fed = [[0] * rows, *([UNFORCED] * rows for _ in range(1, steps))], [0] * rows
-        for sequence in running:
-            for slot in sequence.slots:
-                fed[slot] = sequence.fed
-            for step, fed_next in enumerate(sequence.tokens(steps)):
-                for slot, token in zip(sequence.slots, fed_next, strict=True):
-                    tokens[step][slot] = token
-        if not bursting:  # the runner may wait for the step
+        if not can_burst(running, self.runner):  # the runner may wait for the step
             self._note_encoded()
-        now = self._clock()
-        searching = Searching.among(running if bursting else ())
-        pending = self.runner.decode(tokens[0], fed, tokens[1:], candidates, searching.searches)
-        return _Begun(pending, now, bursting, searching, max(fed), running, rows, steps)
+        vocabulary = self.manifest.sizes.vocabulary
+        return Burst.start(self.runner, running, rows, vocabulary, self._clock())
 
-    def _finish(self, begun: _Begun) -> None:
-        """Work on results; those of rows without a sequence, or whose has ended, are ignored."""
-        found = begun.pending.wait()
-        self._pacing.decoded(self._took(begun.at))
-        likeliest, moves = found.likeliest(), list[Move]()
-        candidates = [] if begun.bursting else found.rows()
-        searched = begun.searching.found(found)
-        for sequence in begun.running:
-            if sequence.finish_reason is not None:
-                continue
-            try:
-                if _by_runner(sequence, begun.bursting):
-                    sequence.extend(
-                        [likeliest[slot] for slot in sequence.slots],
-                        searched.get(sequence.request.id, ()),
-                    )
-                else:
-                    moves += sequence.advance([candidates[slot] for slot in sequence.slots])
-            except Exception:  # an internal error ends that sequence only
-                log.exception("request %d failed as its tokens were chosen", sequence.request.id)
-                sequence.finish_reason = FinishReason.ERROR
-        if moves:
-            self.runner.reorder(moves, begun.oldest + 1)
+    def _take(self, begun: Burst) -> None:
+        """Work on the results."""
+        begun.finish(self.runner, lambda: self._pacing.decoded(self._took(begun.at)))
 
     def _took(self, started: float) -> float:
         """Seconds that the runner, which does one thing after another, spent on what has ended: at
@@ -363,20 +289,6 @@ class Engine:
         now = self._clock()
         seconds, self._last_end = now - max(started, self._last_end), now
         return seconds
-
-    def _candidates(self, running: list[Sequence]) -> int:
-        """Candidates per row: a power of two, so that few distinct values occur."""
-        wanted = max(sequence.candidates for sequence in running)
-        return min(1 << (wanted - 1).bit_length(), self.manifest.sizes.vocabulary)
-
-    def _burst(self, running: list[Sequence]) -> int:
-        """Decode steps without host input: as many as all sequences have cache positions for and,
-        lest a step works for few, three quarters of them can use."""
-        if self.runner.burst == 1:
-            return 1
-        room = self.runner.text_tokens - max(s.fed for s in running)
-        lasting = sorted(s.max_burst for s in running)[len(running) // 4]
-        return min(self.runner.burst, room, lasting)
 
     def _admit(self) -> list[Sequence]:
         """Sequences to encode now: none while running sequences still have their turn."""
