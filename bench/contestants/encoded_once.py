@@ -47,7 +47,7 @@ class EncodedOnce:
         caches = self._caches.get(rows) or self._new_caches(rows, prefix["image.0.key"])
         for layer, pair in enumerate(caches):
             for cache, kind in zip(pair, ("key", "value"), strict=True):
-                cache[:, :, :positions] = prefix[f"image.{layer}.{kind}"]
+                cache[:, :, :positions] = prefix[f"image.{layer}.{kind}"].transpose(1, 2)
         ids = torch.full((rows,), self._bos, device=self._device)
         said = []
         for age in self._ages.split(1):
