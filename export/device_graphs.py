@@ -9,7 +9,6 @@ import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from export.onnx_config import OPSET
-from runtime.model.manifest import PIECE
 
 CANDIDATES = ("candidate_ids", "candidate_logprobs", "best_logits")
 _IR_VERSION = 8  # as the exporter writes
@@ -45,14 +44,14 @@ def write_candidates(output: Path) -> None:
 
 def write_insertion(output: Path) -> None:
     """Write a graph that copies image K/V into slots of the arena: `slots` int64 `[B]`, `images`
-    int64 `[A, B, N, PIECE]` -> `inserted`; see `pieces` for the rest.
+    int64 `[A, B, N, L]` -> `inserted`; see `pieces` for the rest.
     """
     nodes = [
         *pieces("slots", "targets"),
         helper.make_node("ScatterND", ["arena", "targets", "images"], ["inserted"]),
     ]
     info, integer = helper.make_tensor_value_info, TensorProto.INT64
-    given = [info("slots", integer, ["B"]), info("images", integer, ["A", "B", "N", PIECE])]
+    given = [info("slots", integer, ["B"]), info("images", integer, ["A", "B", "N", "L"])]
     inputs, result = arena("inserted")
     write_graph(output, "insertion", nodes, [*given, *inputs], [result], PIECES)
 
@@ -79,7 +78,7 @@ def moving() -> list[NodeProto]:
 
 
 def pieces(slots: str, output: str) -> list[NodeProto]:
-    """Nodes that find pieces of slots in the arena, int64 `[pieces, PIECE]`, whatever its dtype.
+    """Nodes that find pieces of slots in the arena, int64 `[pieces, L]`, whatever its dtype.
 
     On CUDA a thread copies one piece. `slots` int64 `[B]`; of the arena `room` int64 `[1]`, the
     pieces of a slot, `arrays` int64 `[A, 1, 1, 1]`, the first piece of each array, and `places`
@@ -104,10 +103,10 @@ def arena(output: str) -> tuple[list[ValueInfoProto], ValueInfoProto]:
     """Inputs that `pieces` takes besides the slots, with the arena; and the arena as output."""
     info, integer = helper.make_tensor_value_info, TensorProto.INT64
     inputs = [
-        info("arena", integer, ["P", PIECE]), info("room", integer, [1]),
+        info("arena", integer, ["P", "L"]), info("room", integer, [1]),
         info("arrays", integer, ["A", 1, 1, 1]), info("places", integer, ["N", 1]),
     ]  # fmt: skip
-    return inputs, info(output, integer, ["P", PIECE])
+    return inputs, info(output, integer, ["P", "L"])
 
 
 def write_graph(

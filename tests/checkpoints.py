@@ -35,7 +35,7 @@ SHAPES = {
     "vqa": _small({"image_size": 480, "num_hidden_layers": 1}),
     # Heads of 64, as the real ones have: CUDA picks another attention kernel for them.
     "heads": _small(num_attention_heads=2, hidden_size=128),
-    "video": _small(num_image_with_embedding=6),
+    "video": _small(num_image_with_embedding=6, hidden_size=96),  # and heads of 24
 }
 PREFIXES = {"base": 5, "large": 10, "vqa": 901, "heads": 5, "video": 30}
 

@@ -99,6 +99,7 @@ class FakeRunner:
             error, self.fail_next = self.fail_next, None
             raise error
         self.steps.append(len(tokens))
+        assert max(fed) + 1 + len(forced) <= self.text_tokens, "a cache has no more room"
         self.last_fed = [n + 1 + len(forced) for n in fed]
         ids: list[list[list[int]]] = []
         for step, chosen in enumerate([*forced, [UNFORCED] * len(tokens)]):

@@ -135,6 +135,21 @@ def test_a_server_without_files_left_pauses_and_says_so_once(monkeypatch, caplog
     assert caplog.text.count("Too many open files") == 1
 
 
+def test_a_client_that_says_no_more_after_its_last_chunk_still_gets_its_answer():
+    with serve(fake_engine) as live:
+        head = b"POST /caption HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        whole = head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n"
+        whole %= len(png()), png()
+        for last in (1, 2, 4, 5, 7, 100):
+            with socket.create_connection(("127.0.0.1", live.port)) as client:
+                client.sendall(whole[:-last])
+                time.sleep(0.05)
+                client.sendall(whole[-last:])
+                client.shutdown(socket.SHUT_WR)
+                client.settimeout(10)
+                assert client.recv(100).startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize("pause", [0.0, 0.1])
 def test_a_client_that_says_no_more_still_gets_its_answer(pause):
     """Also if the end comes along with the body."""

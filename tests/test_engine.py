@@ -155,6 +155,17 @@ class Overlapping(Buckets):
         super().move(source, target)
 
 
+def test_bursts_that_follow_one_another_end_where_a_cache_does():
+    """That of the oldest, which goes on while it ends; the others need several more."""
+    engine = fake_engine(EngineConfig(slots=8, encode_batch=1, patience=0))
+    runner = engine.runner = Overlapping()
+    most = runner.text_tokens
+    for number, tokens in enumerate([most, most - 1, most - 2, most - 3, 20, 20, 20, 20]):
+        engine.submit(engine.request(image(number), max_new_tokens=tokens, ignore_eos=True))
+    lengths = sorted(map(len, drained(engine).values()))
+    assert lengths == [20] * 4 + [most - n for n in (3, 2, 1, 0)]
+
+
 def test_a_burst_follows_the_last_before_the_host_has_the_results_of_that():
     engine = fake_engine(EngineConfig(slots=8, encode_batch=4, patience=0))
     runner = engine.runner = Overlapping()

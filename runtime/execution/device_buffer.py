@@ -26,6 +26,7 @@ class View:
         elements = prod(self.shape) * self.dtype.itemsize // dtype.itemsize
         known = -prod(shape) if -1 in shape else 1
         whole = tuple(elements // known if n == -1 else n for n in shape)
+        assert prod(whole) == elements
         return View(self.device, dtype, whole, self.pointer)
 
     def as_input(self, binding: Any, name: str) -> None:

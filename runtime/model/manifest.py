@@ -23,7 +23,6 @@ TOKENIZER = "tokenizer.json"
 WEIGHTS = "weights.data"
 UNFORCED = -1  # stands for the likeliest token of the step before
 HELPERS = ("insert", "reorder", "candidates", "search")  # graphs without weights, for a device
-PIECE = 4  # int64 values that the insertion graph copies at once
 
 
 Count = Annotated[int, Meta(gt=0)]

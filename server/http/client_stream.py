@@ -33,6 +33,7 @@ _CHUNKS, _CHUNK = 256, 512  # chunks allowed per connection, and one more per so
 _PIECES, _PIECE = 64, 512  # pieces allowed per head, and one more per so many bytes
 _END = 4  # bytes of the longest end of a head
 _HANG_UP_SECONDS = 2.0
+_LAST_CHUNK = b"0\r\n\r\n"
 _LINES, _BYTES = 20.0, 16384.0  # of a head, whose parsing costs as much as a page
 
 
@@ -53,6 +54,7 @@ class ClientStream(IOStream):
     _ended = False
     _received = _chunks = 0
     _awaited: int | None = None  # bytes of the last request
+    _tail: bytes | None = None  # what came last, of a last request in chunks
     _unjudged = False  # whether a head has come of which is not known yet if it is the last's
     _pieces: int | None = None  # read so far of the current head
     _searched = 0  # bytes of the head
@@ -78,7 +80,10 @@ class ClientStream(IOStream):
             self._pieces += 1
             if self._pieces > _PIECES + len(self._read_buffer) / _PIECE:
                 return 0  # as if the client had gone
-        if count != 0 or not (self.last or self._unjudged or self._awaited == 0):
+        if count and self._tail is not None:
+            self._tail = _end(self._tail + bytes(buf[max(0, count - len(_LAST_CHUNK)) : count]))
+        whole = self._awaited == 0 or self._tail == _LAST_CHUNK
+        if count != 0 or not (self.last or self._unjudged or whole):
             return count
         if self._ended:
             return None
@@ -88,13 +93,15 @@ class ClientStream(IOStream):
         return 1
 
     def judge(self, last: bool, body: int | None) -> None:
-        """Take what a head says: whether it is the last request's, and the bytes of its body. If
-        the input has ended before the request has, the client has gone.
+        """Take what a head says: whether it is the last request's, and the bytes of its body, None
+        if it comes in chunks. If the input has ended before the request has, the client has gone.
         """
         self._unjudged = False
         if last and body is not None:
             self._awaited = max(0, body - (self._read_buffer_size - self._ended))
-        if self._ended and self._awaited != 0:
+        elif last:
+            self._tail = _end(self._read_buffer[: self._read_buffer_size - self._ended])
+        if self._ended and self._awaited != 0 and self._tail != _LAST_CHUNK:
             self.close()
 
     async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
@@ -158,3 +165,7 @@ def _takes_long(head: bytes) -> bool:
         or len(head) - len(query) > _HEAD
         or sum(len(host) for host in _HOSTS.findall(head)) > _HOST
     )
+
+
+def _end(received: bytes | bytearray) -> bytes:
+    return bytes(received[-len(_LAST_CHUNK) :])
