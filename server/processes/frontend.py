@@ -1,6 +1,7 @@
 """A front-end process: serves HTTP on the shared port, or gRPC, and learns which workers serve."""
 
 import asyncio
+import gc
 import logging
 import multiprocessing
 import resource
@@ -39,7 +40,6 @@ from server.ipc.messages import (
     process_name,
 )
 from server.models import ServedModel
-from server.processes.garbage import settle_garbage
 from server.processes.ports import Ports
 from server.service.parts import make_service
 from server.service.service import Service
@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 
 _READ_BYTES = 64 * 1024  # of a body at a time
 _OTHER_BODY_BYTES = 64 * 1024  # of requests that do not caption
+_COLLECTIONS = 5_000, 20, 50  # gc: objects per young one, young per middle, middle per full
 _GRPC_MEMORY = 4 * 2**30  # bytes of address space: incoming messages are not counted
 _OTHER_FILES = 256  # files besides connections: sockets to other processes, libraries
 
@@ -108,7 +109,7 @@ async def _serve(make: Callable[[], Service], folder: Path, ports: Ports, name: 
     control.connect(control_address(folder))
     for model in service.models.values():
         model.links.dispatcher.on_refused = partial(_tell_refused, control, model.name)
-    settle_garbage()
+    _settle_garbage()
     await control.send(packed(FrontEndReady()))
     beat = asyncio.create_task(_beat(control))
     hear = asyncio.create_task(_hear(control, service, grpc))
@@ -129,6 +130,15 @@ async def _serve(make: Callable[[], Service], folder: Path, ports: Ports, name: 
         for model in service.models.values():
             await model.links.close()
         control.close(linger=1000)
+
+
+def _settle_garbage() -> None:
+    """Exclude present objects from garbage collection and make full ones rare: they visit every
+    object while the event loop waits, a quarter of a second with thousands of connections.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_COLLECTIONS)
 
 
 def listen(service: Service, app: Application, sockets: list[socket.socket]) -> Server:

@@ -35,7 +35,6 @@ from server.ipc.messages import (
 from server.ipc.receiver import Owner, Receiver, RequestTask
 from server.models import ServedModel
 from server.processes.engine_files import EngineFiles
-from server.processes.garbage import settle_garbage
 from server.processes.heartbeat import Heartbeat
 from server.settings import Settings
 from server.system import follow_parent, give_way
@@ -179,7 +178,6 @@ def main(settings: Settings, model: ServedModel, folder: Path, index: int, epoch
         notify_supervisor(folder, process_name("worker", index, epoch), EngineVerified(model.name))
         engine = Engine.start(prepared)
         files.watch(prepared.manifest.files)
-        settle_garbage()
         return engine
 
     sys.exit(serve(open_engine, model.name, folder, index, epoch, files.check))
