@@ -91,12 +91,7 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
                 f"{model} is a {config.model_type} model, not GIT: name a checkpoint of the GIT "
                 "family, such as microsoft/git-base-textcaps"
             )
-        for each in (config, config.vision_config):
-            if each._attn_implementation not in _ATTENTION:
-                raise ExportError(
-                    f"{model}: config.json asks for attention by {each._attn_implementation}, "
-                    "which may be code from elsewhere: delete _attn_implementation there"
-                )
+        _check_attention(model, config)
         weights, found = GitForCausalLM.from_pretrained(
             model,
             revision=revision,
@@ -142,6 +137,16 @@ def _check_code(folder: Path) -> None:
             f"{code} is code, which an export does not run: delete it to export the weights for "
             "decoding as usual"
         )
+
+
+def _check_attention(model: str, config: GitConfig) -> None:
+    """Raise ExportError for attention that is not PyTorch's: transformers would fetch its code."""
+    for each in (config, config.vision_config):
+        if each._attn_implementation not in _ATTENTION:
+            raise ExportError(
+                f"{model}: config.json asks for attention by {each._attn_implementation}, which "
+                "may be code from elsewhere: delete _attn_implementation there"
+            )
 
 
 def _only_tokens(config: GenerationConfig | None) -> GenerationConfig:

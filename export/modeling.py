@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 from transformers import GitForCausalLM
 from transformers.models.git.modeling_git import GitLayer
 
-from export.vision import FusedAttention, FusedVision, add_and_normalise, normalised, with_bias
+from export.vision import FusedAttention, FusedVision, add_and_normalise, with_bias
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
@@ -26,6 +26,7 @@ class ImagePrefix(nn.Module):
 
     mean: torch.Tensor
     std: torch.Tensor
+    nothing: torch.Tensor  # as in FusedVision, of the projection
 
     def __init__(
         self,
@@ -46,6 +47,10 @@ class ImagePrefix(nn.Module):
         self.rescale = rescale
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        positions = model.git.image_encoder.vision_model.embeddings.num_positions
+        prefix = positions * (model.config.num_image_with_embedding or 1)
+        nothing = torch.zeros(1, prefix, model.config.hidden_size)
+        self.register_buffer("nothing", nothing, persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """uint8 `[B, 3, S, S]`, or `[B, F, 3, S, S]` -> `image.{i}.key/value`, `[B, H, P, D]`; if
@@ -54,7 +59,8 @@ class ImagePrefix(nn.Module):
         features = self._features(pixels)
         if self.vision:
             product, norm = self.git.visual_projection.visual_projection
-            hidden = normalised(linear(features, product.weight), product.bias, norm)
+            projected = linear(features, product.weight)
+            hidden, _ = add_and_normalise(projected, self.nothing, product.bias, norm)
         else:
             hidden = self.git.visual_projection(features)
         prefix: dict[str, torch.Tensor] = {}
@@ -234,12 +240,8 @@ def _add_product(output: Any, taken: torch.Tensor, hidden: torch.Tensor) -> torc
 
 @torch.no_grad()
 def _without_shifts(layer: GitLayer) -> GitLayer:
-    """A copy of a layer that says the same, but whose keys and values have no bias.
-
-    A key's bias adds the same number to all scores of a query, which softmax cancels. A value's
-    passes through attention unchanged, because the weights of a query sum to one, and so becomes a
-    part of the output's. An image's keys and values are in the same cache as the text's: both
-    graphs leave the bias out.
+    """A copy of a layer that says the same, but whose keys and values have no bias, for the reasons
+    in `export.vision`. Images and text share a cache, so both graphs leave it out.
     """
     own = copy.deepcopy(layer)
     attention, output = own.attention.self, own.attention.output.dense
@@ -254,6 +256,5 @@ def _packed_projection(layer: GitLayer) -> nn.Linear:
     width = parts[0].in_features
     packed = nn.Linear(width, 3 * width).to(parts[0].weight.dtype)
     packed.weight.data = torch.cat([part.weight.data for part in parts])
-    biases = (torch.zeros(width) if part.bias is None else part.bias.data for part in parts)
-    packed.bias.data = torch.cat([*biases]).to(packed.weight.dtype)
+    packed.bias.data = pad(parts[0].bias.data, (0, 2 * width))  # keys and values have none
     return packed

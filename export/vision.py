@@ -26,6 +26,7 @@ class FusedVision(nn.Module):
     one: torch.Tensor
     middle: torch.Tensor
     no_bias: torch.Tensor
+    nothing: torch.Tensor  # added where only the node's normalisation is wanted: it is the faster
 
     @torch.no_grad()
     def __init__(self, tower: Any, rescale: float, mean: list[float], std: list[float]) -> None:
@@ -43,6 +44,7 @@ class FusedVision(nn.Module):
         positions[:, 1:] -= weight.sum((2, 3)) @ (means - middle)
         self.positions = nn.Parameter(positions)
         self.register_buffer("no_bias", torch.zeros_like(self.first), persistent=False)
+        self.register_buffer("nothing", torch.zeros_like(positions), persistent=False)
         self.before: nn.LayerNorm = tower.pre_layrnorm
         self.after: nn.LayerNorm = tower.post_layernorm
         self.register_buffer("one", torch.eye(_PADDING)[:1, None], persistent=False)  # 1, 0, 0, ...
@@ -59,7 +61,7 @@ class FusedVision(nn.Module):
         embedded = torch.cat([first, rows], dim=1)
         hidden, _ = add_and_normalise(embedded, self.positions, self.no_bias, self.before)
         ones = self.one.expand(images.shape[0], 1 + self.patches, -1)
-        normal = normalised(hidden, self.no_bias, self.layers[0].norm1)
+        normal, _ = add_and_normalise(hidden, self.nothing, self.no_bias, self.layers[0].norm1)
         following = [layer.norm1 for layer in self.layers[1:]] + [self.after]
         for layer, norm in zip(self.layers, following, strict=True):
             normal, hidden = layer(normal, hidden, norm, ones)
@@ -120,14 +122,6 @@ def add_and_normalise(
         added, hidden, norm.weight, norm.bias, bias, norm.eps
     )
     return found
-
-
-def normalised(product: torch.Tensor, bias: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
-    """The normalised sum of a product and its bias, by a node that is faster than that for plain
-    normalisation.
-    """
-    nothing = torch.zeros_like(bias).expand(1, product.shape[1], -1).contiguous()
-    return add_and_normalise(product, nothing, bias, norm)[0]
 
 
 def with_bias(taken: torch.Tensor, part: nn.Linear) -> torch.Tensor:

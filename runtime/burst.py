@@ -44,10 +44,15 @@ class Burst:
 
     @classmethod
     def start(
-        cls, runner: ModelRunner, running: Items[Sequence], rows: int, vocabulary: int, now: float
+        cls,
+        runner: ModelRunner,
+        running: Items[Sequence],
+        rows: int,
+        bursting: bool,
+        vocabulary: int,
+        now: float,
     ) -> "Burst":
-        """Feed every running row; `rows` leading ones hold them all."""
-        bursting = can_burst(running, runner)
+        """Feed every running row; `rows` leading ones hold them all. bursting: see `can_burst`."""
         steps = _steps(runner, running) if bursting else 1
         candidates = 1 if bursting else _candidates(running, vocabulary)
         tokens, fed = [[0] * rows, *([UNFORCED] * rows for _ in range(1, steps))], [0] * rows

@@ -239,6 +239,7 @@ class Engine:
             self._compact()
             begun = self._start()
             before = None
+        rows = sum(len(sequence.slots) for sequence in begun.running) if begun else 0
         if overlaps:
             self._note_encoded()
             admitted = self._encode_next()
@@ -249,7 +250,6 @@ class Engine:
         if before:
             self._take(before)
         ended += self.scheduler.release_finished()
-        rows = begun.rows if begun else 0
         for sequence in ended:
             del self._sequences[sequence.request.id]
         self._let_go()
@@ -273,10 +273,11 @@ class Engine:
         running, rows = self.scheduler.running, self.scheduler.rows
         if not running:
             return None
-        if not can_burst(running, self.runner):  # the runner may wait for the step
+        bursting = can_burst(running, self.runner)
+        if not bursting:  # the runner may wait for the step
             self._note_encoded()
         vocabulary = self.manifest.sizes.vocabulary
-        return Burst.start(self.runner, running, rows, vocabulary, self._clock())
+        return Burst.start(self.runner, running, rows, bursting, vocabulary, self._clock())
 
     def _take(self, begun: Burst) -> None:
         """Work on the results."""

@@ -1,7 +1,10 @@
-"""Engines that several test files share."""
+"""Engines and certificates that several test files share."""
 
 import os
+import shutil
 import signal
+import ssl
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,18 @@ def half(request, tmp_path_factory) -> Path:
 def demo() -> Engine:
     """The committed demo engine on the CPU provider."""
     return Engine.open(DEMO, EngineConfig(provider="cpu"))
+
+
+@pytest.fixture
+def context(tmp_path):
+    """TLS of a server, with a certificate of its own for ok.example."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj",
+         "/CN=ok.example", "-keyout", tmp_path / "key", "-out", tmp_path / "certificate"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    return context

@@ -76,16 +76,21 @@ def test_a_pattern_for_any_depth_does_not_go_in_circles(pattern, found, here):
     assert Files(str(here / pattern)).count(Event()) == len(found)
 
 
-def test_a_folder_that_can_not_be_read_fails_alone(here, monkeypatch):
-    listed = Path.iterdir
+def close(here, monkeypatch, owner, listing):
+    """Make a folder whose listing is forbidden, also to root."""
+    listed = getattr(owner, listing)
 
-    def iterdir(folder):
-        if folder.name == "closed":
+    def forbidden(folder):
+        if Path(folder).name == "closed":
             raise PermissionError(13, "Permission denied", str(folder))
         return listed(folder)
 
-    (here / "closed").mkdir()
-    monkeypatch.setattr(Path, "iterdir", iterdir)
+    (here / "closed").mkdir(exist_ok=True)
+    monkeypatch.setattr(owner, listing, forbidden)
+
+
+def test_a_folder_that_can_not_be_read_fails_alone(here, monkeypatch):
+    close(here, monkeypatch, Path, "iterdir")
     found = read(here)
     assert [item.name for item in found] == ["a", "", "sub/b"]
     assert found[1].id == str(here / "closed")
@@ -95,28 +100,13 @@ def test_a_folder_that_can_not_be_read_fails_alone(here, monkeypatch):
 
 @pytest.mark.parametrize("pattern", ["*/*.png", "clo*d/*.png", "closed/*/c.png"])
 def test_a_pattern_does_not_leave_out_what_can_not_be_read(pattern, here, monkeypatch):
-    listed = os.listdir
-
-    def listdir(folder):
-        if Path(folder).name == "closed":
-            raise PermissionError(13, "Permission denied", str(folder))
-        return listed(folder)
-
-    (here / "closed").mkdir()
-    monkeypatch.setattr(os, "listdir", listdir)
+    close(here, monkeypatch, os, "listdir")
     closed = next(item for item in read(pattern) if item.id == "closed")
     assert "Permission denied" in closed.wrong
 
 
 @pytest.mark.parametrize("pattern", ["", "*/*.png", "**/*.png"])
 def test_a_folder_by_url_that_can_not_be_read_is_told(pattern, here, monkeypatch):
-    listed = os.scandir
-
-    def scandir(folder):
-        if Path(folder).name == "closed":
-            raise PermissionError(13, "Permission denied", str(folder))
-        return listed(folder)
-
     url = f"file://{here}/{pattern}"
     (here / "closed").mkdir()
     (here / ".hidden").mkdir()
@@ -126,7 +116,7 @@ def test_a_folder_by_url_that_can_not_be_read_is_told(pattern, here, monkeypatch
     assert found == [f"file://{here}/{name}" for name in pictures]
     assert {f"file://{here}", f"file://{here}/closed"} <= set(whole)
     assert [item.id for item in Files(url.replace("sub", "s?b")).items()] == found
-    monkeypatch.setattr(os, "scandir", scandir)
+    close(here, monkeypatch, os, "scandir")
     [told] = [item for item in Files(url).items() if item.wrong]
     assert told.id == f"file://{here}/closed" and "Permission denied" in told.wrong
 

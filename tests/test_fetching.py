@@ -1,24 +1,18 @@
 """image_url leads to public addresses of allowed domains, or nowhere."""
 
 import asyncio
-import contextlib
-import shutil
 import socket
-import ssl
-import subprocess
 import threading
 from types import SimpleNamespace
 
 import pytest
-import tornado.httpserver
-import tornado.netutil
-import tornado.web
 from tornado.netutil import Resolver
 
 from server.images import fetch
 from server.images.fetch import Fetcher, FetchFailed
 from server.images.hosts import ForbiddenUrl, PublicResolver, is_public
 from server.refusals import QueueFull
+from tests.sites import Local, Names, fetcher_of, site
 
 
 @pytest.mark.parametrize(
@@ -36,19 +30,6 @@ from server.refusals import QueueFull
 )  # fmt: skip
 def test_public_addresses_are_told_from_all_others(address, public):
     assert is_public(address) is public
-
-
-class Names(Resolver):
-    """A resolver that gives its next answer at each query, the last one forever."""
-
-    def initialize(self, answers):
-        self.answers = list(answers)
-        self.asked = []
-
-    async def resolve(self, host, port, family=0):
-        self.asked.append(host)
-        address = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        return [(socket.AF_INET, (address, port))]
 
 
 @pytest.mark.parametrize(
@@ -85,85 +66,6 @@ def test_an_allowed_name_that_leads_to_a_private_address_is_refused():
         fetcher.close()
 
     asyncio.run(run())
-
-
-class Site(tornado.web.RequestHandler):
-    async def get(self, what):
-        if what == "image":
-            self.write(b"the image")
-        elif what == "large":
-            self.write(b"x" * 5000)
-        elif what == "away":
-            self.redirect("https://evil.example/x")
-        elif what == "on":
-            self.redirect("/image")
-        elif what == "padded":
-            self.set_status(302)
-            self.set_header("Location", "/image")
-            self.write(b"x" * 5000)
-        elif what == "bytes":
-            for _ in range(600):
-                self.write(b"x")
-                await self.flush()
-        elif what == "slow":
-            await self.settings["over"].wait()
-        elif what == "around":
-            self.redirect("/around")
-        elif what == "inward":
-            self.redirect("https://127.0.0.1/secret")
-        else:
-            raise tornado.web.HTTPError(404)
-
-
-class Local(PublicResolver):
-    """Checks addresses as always, then connects to the test's own server."""
-
-    def initialize(self, inner, port):
-        super().initialize(inner=inner)
-        self._port = port
-
-    async def resolve(self, host, port, family=0):
-        await super().resolve(host, port, family)
-        return [(socket.AF_INET, ("127.0.0.1", self._port))]
-
-
-@pytest.fixture
-def context(tmp_path):
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the certificate")
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj",
-         "/CN=ok.example", "-keyout", tmp_path / "key", "-out", tmp_path / "certificate"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
-    return context
-
-
-@contextlib.contextmanager
-def site(context):
-    """Port of a server of `Site`, and the event after which its slow answers come."""
-    over = asyncio.Event()
-    app = tornado.web.Application([(r"/(\w+)", Site)], over=over)
-    server = tornado.httpserver.HTTPServer(app, ssl_options=context)
-    sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
-    server.add_sockets(sockets)
-    try:
-        yield sockets[0].getsockname()[1], over
-    finally:
-        over.set()
-        server.stop()
-
-
-@contextlib.contextmanager
-def fetcher_of(port, *answers, limit=1000):
-    names = Names(answers=answers or ["93.184.216.34"])
-    fetcher = Fetcher(("ok.example",), limit, Local(names, port))
-    tls = fetcher._client["ssl_options"]  # the site's certificate is its own
-    tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
-    with contextlib.closing(fetcher):
-        yield fetcher
 
 
 def test_a_real_server_is_asked_and_each_hop_checked(context):
@@ -266,146 +168,6 @@ def test_a_connection_with_always_something_to_read_lets_others_run(monkeypatch)
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(
-    ("head", "single", "end"),
-    [
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1388\r\n", 5000, b"\r\n0\r\n\r\n"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n", 5000, b""),
-        (b"HTTP/1.0 200 OK\r\n\r\n", 5000, b""),  # what has come looks like all
-        (b"HTTP/1.1 200 OK\r\nX-Long: ", 5000, b"\r\nContent-Length: 0\r\n\r\n"),
-    ],
-)
-def test_answers_that_come_in_single_bytes_are_hung_up_on(head, single, end, context):
-    """However they are framed: a TLS record takes as long to read with a byte as with many."""
-
-    def serve(listening):
-        connection, _ = listening.accept()
-        with context.wrap_socket(connection, server_side=True) as site:
-            site.recv(4096)
-            site.sendall(head)
-            with contextlib.suppress(OSError):  # it is hung up on
-                for _ in range(single):
-                    site.send(b"x")
-                site.sendall(end)
-
-    async def run():
-        with (
-            socket.create_server(("127.0.0.1", 0)) as listening,
-            fetcher_of(listening.getsockname()[1], limit=10_000) as fetcher,
-        ):
-            site = threading.Thread(target=serve, args=[listening])
-            site.start()
-            with pytest.raises(FetchFailed, match="single bytes"):
-                await fetcher.fetch("https://ok.example/image", 10, "somebody")
-            site.join(10)
-
-    asyncio.run(run())
-
-
-def test_what_is_no_answer_does_not_hold_the_fetches_up(context):
-    """Session tickets, of which OpenSSL reads any number on a socket of its own."""
-
-    async def run():
-        with site(context) as (port, _), fetcher_of(port) as fetcher:
-            assert await fetcher.fetch("https://ok.example/image", 15, "honest") == b"the image"
-            context.num_tickets = 1000
-            with pytest.raises(FetchFailed, match="no answer"):
-                await fetcher.fetch("https://ok.example/image", 15, "hostile")
-
-    asyncio.run(run())
-
-
-@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-@pytest.mark.parametrize("size", [16_300, 16_384, 18_000, 100_000])
-def test_an_answer_has_come_once_its_last_record_has(size, version, context):
-    """Of a site that does not hang up; TLS is given a record in pieces."""
-    context.minimum_version = context.maximum_version = version
-
-    def serve(listening):
-        connection, _ = listening.accept()
-        with context.wrap_socket(connection, server_side=True) as site:
-            site.recv(4096)
-            site.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
-            over.wait(20)
-
-    async def run():
-        with (
-            socket.create_server(("127.0.0.1", 0)) as listening,
-            fetcher_of(listening.getsockname()[1], limit=200_000) as fetcher,
-        ):
-            site = threading.Thread(target=serve, args=[listening])
-            site.start()
-            try:
-                found = await fetcher.fetch("https://ok.example/image", 8, "somebody")
-            finally:
-                over.set()
-            assert found == bytes(size)
-            site.join(10)
-
-    over = threading.Event()
-    asyncio.run(run())
-
-
-@pytest.mark.parametrize(
-    "piece", [bytes.fromhex("160303000400000000"), bytes.fromhex("16030300010b")],
-    ids=["requests to begin", "single bytes"],
-)  # fmt: skip
-def test_a_handshake_without_end_is_ended(piece, context):
-    def serve(listening):
-        connection, _ = listening.accept()
-        with connection, contextlib.suppress(OSError):  # it is hung up on
-            while True:
-                connection.sendall(piece * 100)
-
-    async def run():
-        with (
-            socket.create_server(("127.0.0.1", 0)) as listening,
-            site(context) as (port, _),
-            fetcher_of(listening.getsockname()[1]) as fetcher,
-        ):
-            site_ = threading.Thread(target=serve, args=[listening])
-            site_.start()
-            with pytest.raises(FetchFailed, match="can't be fetched"):
-                await fetcher.fetch("https://ok.example/image", 10, "hostile")
-            site_.join(10)
-            fetcher._resolver._port = port
-            assert await fetcher.fetch("https://ok.example/image", 5, "honest") == b"the image"
-
-    asyncio.run(run())
-
-
-def test_what_a_handshake_computes_holds_only_its_own_fetch_up(context, monkeypatch):
-    """The site decides how long that is. Its client's place is taken until then."""
-    shake, over, computing = ssl.SSLObject.do_handshake, threading.Event(), threading.Event()
-
-    def do_handshake(tls):
-        if tls.server_hostname.startswith("slow"):
-            computing.set()
-            over.wait(20)
-        shake(tls)
-
-    monkeypatch.setattr(ssl.SSLObject, "do_handshake", do_handshake)
-    monkeypatch.setattr(fetch, "_CONNECT_SECONDS", 0.5)
-
-    async def run():
-        with site(context) as (port, _), fetcher_of(port) as fetcher:
-            fetcher._domains = (".ok.example", "ok.example")
-            slow = asyncio.ensure_future(
-                fetcher.fetch("https://slow.ok.example/image", 15, "hostile")
-            )
-            await asyncio.to_thread(computing.wait)
-            for _ in range(5):
-                image = fetcher.fetch("https://ok.example/image", 5, "honest")
-                assert await asyncio.wait_for(image, 5) == b"the image"
-            await asyncio.sleep(0.7)
-            assert not slow.done()
-            over.set()
-            with pytest.raises(FetchFailed, match="in time"):
-                await slow
-
-    asyncio.run(run())
-
-
 def test_of_a_name_with_many_addresses_some_are_tried():
     addresses = [(socket.AF_INET6, (f"2606:2800::{n:x}", 443)) for n in range(1, 900)]
     addresses.append((socket.AF_INET, ("93.184.216.34", 443)))
@@ -428,30 +190,6 @@ def test_a_fetch_is_ended_from_outside_whatever_its_thread_does():
         under_way.expire()
         assert theirs.recv(1) == b""
         under_way.give_way()  # it has ended already
-
-
-def test_numbers_of_the_sites_own_length_are_not_computed_with(context, tmp_path):
-    """A Diffie-Hellman key of 9,999 bits takes most of a second."""
-    parameters = tmp_path / "dh.pem"
-    subprocess.run(
-        ["openssl", "genpkey", "-genparam", "-algorithm", "DH", "-pkeyopt", "group:ffdhe2048",
-         "-out", parameters], check=True, capture_output=True,
-    )  # fmt: skip
-    context.load_dh_params(parameters)
-    context.maximum_version = ssl.TLSVersion.TLSv1_2
-    plain = ssl.create_default_context()
-    plain.check_hostname, plain.verify_mode = False, ssl.CERT_NONE
-
-    async def run():
-        with site(context) as (port, _), fetcher_of(port) as fetcher:
-            _, talk = await asyncio.open_connection("127.0.0.1", port, ssl=plain)
-            assert talk.get_extra_info("cipher")[0].startswith("DHE"), "others take it"
-            talk.close()
-            with pytest.raises(FetchFailed, match="can't be fetched"):
-                await fetcher.fetch("https://ok.example/image", 5, "somebody")
-
-    context.set_ciphers("DHE+AESGCM")
-    asyncio.run(run())
 
 
 @pytest.mark.parametrize("clients", [2, 9], ids=lambda clients: f"of-{clients}-clients")

@@ -75,16 +75,10 @@ class Arena:
         """Size on the device."""
         return self._buffer.nbytes
 
-    def caches(self, rows: int, first: int = 0) -> dict[str, View]:
-        """Slots of each array, by its name."""
-        return {
-            name: self._buffer.rows(rows, array * self._in_array + first)
-            for array, name in enumerate(self._names)
-        }
-
     def bind(self, binding: Any, rows: int) -> None:
         """Bind the leading rows as the decoder's past and present."""
-        for name, cache in self.caches(rows).items():
+        for array, name in enumerate(self._names):
+            cache = self._buffer.rows(rows, array * self._in_array)
             cache.as_input(binding, f"past_key_values.{name}")
             cache.as_output(binding, f"present.{name}")
 
@@ -93,9 +87,7 @@ class Arena:
         self._bind(binding, self._text.rows(positions * self._at_position), "reordered")
 
     def insert(self, images: View, slots: Sequence[int]) -> None:
-        """Copy image K/V, `[arrays, B, ...]`, to B slots; images without a slot go to
-        the sink.
-        """
+        """Copy image K/V, `[arrays, B, ...]`, to B slots; images without a slot go to the sink."""
         rows = images.shape[1]
         if rows not in self._inserts:
             binding = self._insert.io_binding()

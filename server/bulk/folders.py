@@ -231,19 +231,19 @@ def _shown(folder: Path) -> Iterator[Path]:
 def _remote(url: str) -> Iterator[Found]:
     """Like `_local`, through fsspec."""
     system, path = file_system(url)
-    asks = url.startswith("http") and "?" in url
-    pattern = _has_wildcards(path) and not asks
-    if not pattern and (
-        asks or PurePosixPath(path).suffix.lower() in SUFFIXES or not system.isdir(path)
-    ):
+    has_query = url.startswith("http") and "?" in url
+    is_image = PurePosixPath(path).suffix.lower() in SUFFIXES
+    if has_query or (not _has_wildcards(path) and (is_image or not system.isdir(path))):
         yield Found(url, url, itself=True)
         return
-    root, parts = path.rstrip("/"), tuple[str, ...](["**"])
-    if pattern:
+    root, parts = path.rstrip("/"), ["**"]
+    if _has_wildcards(path):
         whole = path.split("/")
         literal = list(takewhile(lambda part: not _has_wildcards(part), whole))
-        root, parts = "/".join(literal), tuple(whole[len(literal) :])
-    for found in _listed(system, root, parts) if _has_folders(system) else _found(system, path):
+        root, parts = "/".join(literal), whole[len(literal) :]
+    for found in (
+        _listed(system, root, tuple(parts)) if _has_folders(system) else _found(system, path)
+    ):
         name = found.location.removeprefix(path.rstrip("/") + "/")
         yield replace(found, location=system.unstrip_protocol(found.location), name=name)
 

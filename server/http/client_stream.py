@@ -45,8 +45,8 @@ class ClientStream(IOStream):
 
     last: the client has announced its last request (Connection: close), and that is complete. The
     end of the input is expected then, and once all of that request has come; otherwise it means
-    that the client has gone. head: cost in
-    pages of parsing the last request's. refused: the last head is no request's.
+    that the client has gone. head: cost in pages of parsing the last request's. refused: the last
+    head is no request's.
     """
 
     last = refused = False
@@ -81,7 +81,8 @@ class ClientStream(IOStream):
             if self._pieces > _PIECES + len(self._read_buffer) / _PIECE:
                 return 0  # as if the client had gone
         if count and self._tail is not None:
-            self._tail = _end(self._tail + bytes(buf[max(0, count - len(_LAST_CHUNK)) : count]))
+            last = bytes(buf[max(0, count - len(_LAST_CHUNK)) : count])
+            self._tail = (self._tail + last)[-len(_LAST_CHUNK) :]
         whole = self._awaited == 0 or self._tail == _LAST_CHUNK
         if count != 0 or not (self.last or self._unjudged or whole):
             return count
@@ -97,10 +98,11 @@ class ClientStream(IOStream):
         if it comes in chunks. If the input has ended before the request has, the client has gone.
         """
         self._unjudged = False
+        come = self._read_buffer_size - self._ended
         if last and body is not None:
-            self._awaited = max(0, body - (self._read_buffer_size - self._ended))
+            self._awaited = max(0, body - come)
         elif last:
-            self._tail = _end(self._read_buffer[: self._read_buffer_size - self._ended])
+            self._tail = bytes(self._read_buffer[max(0, come - len(_LAST_CHUNK)) : come])
         if self._ended and self._awaited != 0 and self._tail != _LAST_CHUNK:
             self.close()
 
@@ -165,7 +167,3 @@ def _takes_long(head: bytes) -> bool:
         or len(head) - len(query) > _HEAD
         or sum(len(host) for host in _HOSTS.findall(head)) > _HOST
     )
-
-
-def _end(received: bytes | bytearray) -> bytes:
-    return bytes(received[-len(_LAST_CHUNK) :])

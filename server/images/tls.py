@@ -41,11 +41,12 @@ class TlsStream(IOStream):
 
     def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
         """Bytes read; None if there are none now, 0 at the end. Raises SSLError and NoAnswer."""
-        for left in reversed(range(_AT_ONCE + 1)):
+        pieces = 0
+        while True:
             try:
                 count: int = self._tls.read(len(buf), buf)  # type: ignore[assignment]
             except ssl.SSLWantReadError:
-                if not left:
+                if pieces == _AT_ONCE:
                     return None
             except ssl.SSLEOFError:
                 return 0
@@ -63,7 +64,7 @@ class TlsStream(IOStream):
             if self._received > 2 * self._answered + _BESIDE:
                 raise NoAnswer("it sends what is no answer")
             self._incoming.write(piece)
-        return None
+            pieces += 1
 
     def write_to_fd(self, data: memoryview) -> int:
         """Bytes written: all, as a request is shorter than what a connection holds. Raises OSError
