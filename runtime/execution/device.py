@@ -319,9 +319,9 @@ class _Results:
         self._runner, self._stream, self._ended = runner, stream, stream.mark()
         self.rows = self.steps = 0
         self.groups: Sequence[Group] = ()
-        rings = {"logprobs": runner._logprobs, "tokens": runner._tokens}
         self.logprobs, self.tokens = (
-            pinned(stream.device, runner._ring, ring.dtype) for ring in rings.values()
+            pinned(stream.device, runner._ring, ring.dtype)
+            for ring in (runner._logprobs, runner._tokens)
         )
         self.best = {
             name: pinned(stream.device, runner._search.shape, buffer.dtype)

@@ -53,7 +53,7 @@ class TlsStream(IOStream):
             else:
                 self._answered += count
                 return count
-            send(self.socket, self._outgoing)
+            _send(self.socket, self._outgoing)
             try:
                 piece = self.socket.recv(_PIECE)
             except BlockingIOError:
@@ -74,11 +74,11 @@ class TlsStream(IOStream):
             count = self._tls.write(data)
         finally:
             del data  # Tornado resizes the buffer
-        send(self.socket, self._outgoing)
+        _send(self.socket, self._outgoing)
         return count
 
 
-def send(connection: socket.socket, outgoing: ssl.MemoryBIO) -> None:
+def _send(connection: socket.socket, outgoing: ssl.MemoryBIO) -> None:
     """Send what TLS has to say. Raises OSError if the connection does not take all of it at once:
     the site asks without reading.
     """
@@ -126,7 +126,7 @@ class Handshake:
                 done = True
             except ssl.SSLWantReadError:
                 pass
-            send(connection, self.outgoing)
+            _send(connection, self.outgoing)
             if done:
                 return
             piece = await loop.sock_recv(connection, _PIECE)
