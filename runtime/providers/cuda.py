@@ -121,6 +121,6 @@ def pin(array: np.ndarray) -> None:
             ctypes.c_size_t(array.nbytes), ctypes.c_uint(0),
         )  # fmt: skip
     except DeviceFailed as cause:
-        log.warning("copies to and from the GPU are slow, as memory can't be pinned: %s", cause)
+        log.warning("copies to and from the GPU take pageable memory, which is slower: %s", cause)
     else:
         _PINNED.append(array)
