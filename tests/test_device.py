@@ -1,5 +1,7 @@
 """State that stays on a device: its arithmetic, and its runner on the CPU provider in fp16."""
 
+import gc
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 
@@ -13,6 +15,7 @@ from export.pictures import generated
 from export.random_weights import from_config
 from runtime.engine import Engine
 from runtime.errors import EngineFolderError
+from runtime.execution import loader
 from runtime.execution.base import Candidates, leading
 from runtime.execution.buckets import bucket, buckets
 from runtime.execution.device import DeviceRunner
@@ -159,18 +162,30 @@ def test_a_prompt_is_forced_within_a_burst(half):
 
 
 def test_graphs_that_cant_be_captured_are_done_without_and_it_is_said(half, monkeypatch, caplog):
-    run = Launch.run
+    run, opened, left = Launch.run, [], []
 
-    def failing(self, graph, wait=False):
+    class Watched(DeviceRunner):
+        def __init__(self, *args):
+            left.append(sum(runner() is not None for runner in opened))
+            opened.append(weakref.ref(self))
+            super().__init__(*args)
+
+    def failing(self, graph=False):
         if graph:
             raise RuntimeError("CUDA error 900: operation not permitted when stream is capturing")
-        run(self, graph, wait)
+        run(self)
 
     monkeypatch.setattr(Launch, "run", failing)
+    monkeypatch.setattr(loader, "DeviceRunner", Watched)
     manifest, config = manifests.load(half), EngineConfig(encode_batch=4, patience=0)
     text = config.text_positions(manifest.sizes.text)
     plan = Plan(FUSED, "cpu", "cpu", encode_batch=4, slots=6, text_tokens=text)
-    it = Engine.start(Prepared(half, manifest, config, (plan,)))
+    gc.disable()
+    try:
+        it = Engine.start(Prepared(half, manifest, config, (plan,)))
+    finally:
+        gc.enable()
+    assert left == [0, 0], "the first runner holds its memory while the second is opened"
     assert "without CUDA graphs" in it.runs_on
     assert not it.runner.graphs
     assert "error 900" in caplog.text
@@ -303,10 +318,10 @@ def test_the_host_waits_before_it_overwrites_pixels_and_reads_results(half):
 
         def wait(self):
             waits.append(f"wait {self.name}")
-            staged.append(runner._staging[0].copy())
+            staged.append(runner._pixels._staging[0].copy())
 
-    for name in ("staged", "taken", "encoded"):
-        setattr(runner, f"_{name}", Mark(name))
+    runner._pixels._staged, runner._pixels._taken = Mark("staged"), Mark("taken")
+    runner._encoded = Mark("encoded")
     runner._last._ended = runner._before._ended = Mark("decoded")
     images = [generated(np.random.default_rng(n), it.manifest.sizes) for n in range(2)]
     staged = []

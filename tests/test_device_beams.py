@@ -44,7 +44,7 @@ class Stepwise(DeviceRunner):
         for step in range(1 + len(forced)):
             ages = [age + step for age in fed]
             last = super().decode(tokens, ages, (), 16)  # twice as many as there are beams
-            best = self._logprobs.fetch().reshape(self._ring)[1, : len(tokens), None]
+            best = self._rings.logprobs.fetch().reshape(self._rings.shape)[1, : len(tokens), None]
             logprobs = last.logprobs[0] - last.logprobs[0][:, :1] + best
             found.append((last.ids[0], logprobs))
             chosen = last.ids[0][:, 0].tolist()

@@ -99,7 +99,7 @@ class Arena:
             self._inserts[rows] = Launch(self._insert, binding)
         targets = [*slots, *[self.sink] * (rows - len(slots))]
         self._targets.upload(np.array(targets), self._stream)
-        self._inserts[rows].run(graph=False)
+        self._inserts[rows].run()
 
     def move(self, source: int, target: int) -> None:
         """Copy a slot to another one."""
@@ -121,7 +121,7 @@ class Arena:
             buffer.upload(np.array(slots), self._stream)
             buffer.rows(len(moves)).as_input(binding, name)
         self._bind(binding, places, "reordered")
-        Launch(self._reorder, binding).run(graph=False)
+        Launch(self._reorder, binding).run()
 
     def _bind(self, binding: Any, places: View, output: str) -> None:
         """Bind the whole arena, in place, and the places to copy in each slot and array."""

@@ -13,22 +13,11 @@ from runtime.execution.base import Search
 from runtime.execution.buckets import bucket, buckets
 from runtime.execution.device_buffer import DeviceBuffer
 from runtime.execution.launch import Launch
+from runtime.execution.rings import Rings
 from runtime.execution.stream import Stream
 
 _POSITIONS = 4  # of text are copied at once: fewer bindings
 _MOST_BINDINGS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Rings:
-    """Buffers of a runner's decode steps. Tokens and log-probabilities have `slots + 1` values for
-    each of `burst` + 1 steps; logits are those of the last step.
-    """
-
-    burst: int
-    tokens: DeviceBuffer
-    logprobs: DeviceBuffer
-    logits: DeviceBuffer
 
 
 class BeamSearch:
@@ -40,9 +29,12 @@ class BeamSearch:
         session: ort.InferenceSession,
         arena: Arena,
         rings: Rings,
+        logits: DeviceBuffer,
     ) -> None:
+        """logits: `[slots, ...]`, of the last step."""
         self._stream, self._session, self._arena, self._rings = stream, session, arena, rings
-        self._slots = slots = rings.logits.shape[0]
+        self._logits, self._slots = logits, len(logits)
+        slots = self._slots
 
         def buffer(kind: Any, *shape: int) -> DeviceBuffer:
             return DeviceBuffer(stream.device, shape, kind)
@@ -99,21 +91,20 @@ class BeamSearch:
                     if len(self._launches) >= _MOST_BINDINGS:
                         del self._launches[next(iter(self._launches))]  # the oldest
                     self._launches[key] = self._bind(*key)
-                self._launches[key].run(graph=False)
+                self._launches[key].run()
 
     def _bind(self, step: int, images: int, beams: int, first: int, positions: int) -> Launch:
         rings, binding = self._rings, self._session.io_binding()
         members, twice = images * beams, 2 * beams
-        ring = self._slots + 1
-        rings.logits.rows(self._slots).shaped(self._slots, -1).as_input(binding, "logits")
-        rings.logprobs.rows(self._slots, (step + 1) * ring).as_input(binding, "logprobs")
+        self._logits.rows(self._slots).shaped(self._slots, -1).as_input(binding, "logits")
+        rings.row(rings.logprobs, step + 1, self._slots).as_input(binding, "logprobs")
         binding.bind_cpu_input("candidates", np.array([twice], np.int64))
         binding.bind_cpu_input("beams", np.array([beams], np.int64))
         for name, buffer in (("rows", self._rows), ("slots", self._targets)):
             buffer.rows(members, first).shaped(images, beams).as_input(binding, name)
         self._ends.rows(images, first).shaped(images, 1).as_input(binding, "ends")
         scores = self._scores.rows(members, first).shaped(images, beams)
-        tokens = rings.tokens.rows(ring, (step + 1) * ring)
+        tokens = rings.row(rings.tokens, step + 1)
         for view, name in ((scores, "scores"), (tokens, "tokens")):
             view.as_input(binding, name)
             view.as_output(binding, f"next_{name}")

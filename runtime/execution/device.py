@@ -4,12 +4,11 @@ All buffers have fixed addresses, so that a step can be captured as a CUDA graph
 
 * Rows come in buckets (1, 2, 4, ... slots). A step works on a whole bucket; K/V written to a row
   without a sequence is overwritten when a sequence takes the row.
-* Step j of a burst reads row j of a ring of tokens and lengths and writes row j + 1, so the steps
-  run without the host, which uploads the ring before the burst and fetches the results after it.
+* A burst of steps runs without the host: see `runtime.execution.rings`.
 * The encoder writes image K/V beside the arena; a small graph copies them into their slots, another
   copies text K/V between slots, a third finds more candidates than the likeliest token, and a
   fourth chooses beams behind a step.
-* All graphs are in one stream; a second one has the pixels that are on their way. So an encoder
+* All graphs are in one stream; pixels come in another. So an encoder
   call can be queued while a burst runs: it writes to slots without a sequence, whose rows in the
   burst are padding.
 
@@ -17,9 +16,8 @@ The runner also works on the CPU provider, where it is tested without a GPU.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +26,14 @@ import onnxruntime as ort
 from runtime.errors import GraphsFailed
 from runtime.execution.arena import Arena
 from runtime.execution.base import Candidates, Pending, Search, leading
-from runtime.execution.beam_search import BeamSearch, Group, Rings
+from runtime.execution.beam_search import BeamSearch, Group
 from runtime.execution.buckets import bucket, buckets
-from runtime.execution.device_buffer import DeviceBuffer, pinned
+from runtime.execution.burst_results import BurstResults
+from runtime.execution.device_buffer import DeviceBuffer
 from runtime.execution.launch import Launch
-from runtime.execution.stream import Stream, open_stream
+from runtime.execution.pixel_upload import PixelUpload
+from runtime.execution.rings import Rings
+from runtime.execution.stream import open_stream
 from runtime.model.manifest import HELPERS, UNFORCED, Manifest, kv_names
 from runtime.planning.plan import Plan
 from runtime.providers.cuda import CudaOptions
@@ -52,9 +53,7 @@ class DeviceRunner:
         self.sizes, self.plan, self.burst = manifest.sizes, plan, BURST
         self._device = device = "cpu" if plan.decoder_provider == "cpu" else "cuda"
         self._stream = stream = open_stream(device)
-        self._taken, self._encoded = stream.mark(), stream.mark()
-        self._uploads = open_stream(device)  # of pixels, while graphs run
-        self._staged = self._uploads.mark()
+        self._encoded = stream.mark()
         self._filled: set[int] = set()  # slots given to an encoder call since the last `decode`
         self.text_tokens = plan.text_tokens
         self._slots, self._batch = plan.slots, min(plan.encode_batch, plan.slots)
@@ -63,21 +62,10 @@ class DeviceRunner:
         graphs = {graph: manifest.variant(graph, combination) for graph in _GRAPHS}
         cache = np.dtype(graphs["decoder"].cache)
         self._names = kv_names(self.sizes.layers)
-        self._ring = BURST + 1, self._slots + 1
-        self._tokens = DeviceBuffer(device, (prod(self._ring),), np.int64)
-        self._lengths = DeviceBuffer(device, (prod(self._ring),), np.int32)
-        self._logprobs = DeviceBuffer(device, (prod(self._ring), 1), np.float32)
-        self._host_tokens = np.zeros(self._ring, np.int64)
-        self._host_lengths = np.zeros(self._ring, np.int32)
+        self._rings = Rings(stream, BURST, self._slots)
+        self._pixels = PixelUpload(stream, self._batches, self.sizes.pixels)
         capacity = np.array([self.sizes.prefix + self.text_tokens], np.int32)
         self._capacity = ort.OrtValue.ortvalue_from_numpy(capacity)
-        self._arrived = DeviceBuffer(device, (self._batch, *self.sizes.pixels), np.uint8)
-        self._pixels = {
-            rows: DeviceBuffer(device, (rows, *self.sizes.pixels), np.uint8)
-            for rows in self._batches
-        }
-        self._staging = pinned(device, (self._batch, *self.sizes.pixels), np.uint8)
-        self._staging_rows = [row.data for row in self._staging.reshape(self._batch, -1)]
         captured = CudaOptions(plan.memory_limit, plan.cuda_graphs, stream.handle)
         encode_on = Placement(
             plan.encoder_provider, plan.encoder_threads, folder, half=True, cuda=captured,
@@ -97,10 +85,11 @@ class DeviceRunner:
         # Encoders for CUDA leave heads where the products have put them.
         apart = image[0] != self.sizes.heads
         self.arena = Arena(stream, self.sizes, self._slots, self.text_tokens, cache, copying, apart)
-        rings = Rings(BURST, self._tokens, self._logprobs, self._logits)
-        self._search = BeamSearch(stream, searching, self.arena, rings)
+        self._search = BeamSearch(stream, searching, self.arena, self._rings, self._logits)
         # Of the last burst and the one before it.
-        self._last, self._before = _Results(self, stream), _Results(self, stream)
+        self._last, self._before = (
+            BurstResults(stream, self._rings, self._search) for _ in range(2)
+        )
         # TensorRT has a stream of its own: before and after it, the host waits.
         self._encodes_apart = plan.encoder_provider == "tensorrt"
         self.overlaps = not self._encodes_apart
@@ -122,20 +111,11 @@ class DeviceRunner:
 
     def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:
         """See ModelRunner. pixels: uint8, at most the plan's encode batch of images."""
-        rows = bucket(len(pixels), self._batches)
-        self._staged.wait()
-        for row, image in zip(self._staging_rows, pixels, strict=False):
-            row[:] = image.reshape(-1).data  # unlike NumPy's copy, it keeps Python's lock
-        self._uploads.after(self._taken)
-        self._arrived.upload(self._staging[:rows], self._uploads)
-        self._staged.set()
-        self._stream.after(self._staged)
-        self._pixels[rows].take(self._arrived, self._stream)
-        self._taken.set()
+        rows = self._pixels.put(pixels)
         encode = self._encodes.get(rows) or self._bind_encode(rows)
         if self._encodes_apart:
-            self._taken.wait()
-        encode.run(self.graphs, wait=self._encodes_apart)
+            self._pixels.wait()
+        encode.run(self.graphs)
         images = self._images.rows(len(self._names) * rows)
         images = images.shaped(len(self._names), rows, *images.shape[1:])
         # The first slot of each image, then the second of each image that has one, and so on.
@@ -157,15 +137,9 @@ class DeviceRunner:
         searches: Sequence[Search] = (),
     ) -> Pending:
         """See ModelRunner."""
-        rows, steps = len(tokens), 1 + len(forced)
-        # Rows 1, 2, ... hold forced tokens until the step before overwrites them with its choice.
-        self._host_tokens[1:] = UNFORCED
-        self._host_tokens[:steps, :rows] = [tokens, *forced]
-        self._host_lengths[0, :rows] = np.add(fed, self.sizes.prefix)
-        self._host_lengths[0, rows:] = self.sizes.prefix  # padding rows
-        self._tokens.upload(self._host_tokens.reshape(-1), self._stream)
-        self._lengths.upload(self._host_lengths.reshape(-1), self._stream)
-        burst = self._run_steps(rows, steps, self._search.groups(searches))
+        rows, prefix = len(tokens), self.sizes.prefix
+        self._rings.begin([tokens, *forced], np.add(fed, prefix), padding=prefix)
+        burst = self._run_steps(rows, 1 + len(forced), self._search.groups(searches))
         if candidates == 1:
             return burst
         burst.wait()
@@ -173,14 +147,11 @@ class DeviceRunner:
 
     def proceed(self, steps: int) -> Pending:
         """See ModelRunner."""
-        last, width = self._last, self._ring[1]
-        for ring in (self._tokens, self._lengths):
-            ring.repeat(last.steps * width, width, self._stream)
-        self._host_tokens[1:] = UNFORCED
-        self._tokens.upload(self._host_tokens[1:].reshape(-1), self._stream, width)
+        last = self._last
+        self._rings.go_on(last.steps)
         return self._run_steps(last.rows, steps, [group.after(last.steps) for group in last.groups])
 
-    def _run_steps(self, rows: int, steps: int, groups: Sequence[Group]) -> "_Results":
+    def _run_steps(self, rows: int, steps: int, groups: Sequence[Group]) -> "_Burst":
         size = bucket(rows, self._buckets)
         self._filled.clear()
         for step in range(steps):
@@ -189,21 +160,7 @@ class DeviceRunner:
             self._search.step(step, groups)
         self._before, self._last = self._last, self._before
         self._last.fetch(rows, steps, groups)
-        return self._last
-
-    def results(self, found: "_Results") -> Candidates:
-        """Of steps that have ended, the tokens that they chose."""
-        chosen = slice(1, found.steps + 1)
-        logprobs, predicted = (
-            ring[chosen, :, None].copy() for ring in (found.logprobs, found.tokens)
-        )
-        # Also in padding rows, whose slots a sequence may have left before its first step.
-        failed = np.isnan(logprobs[:, : self.bucket(found.rows)]).any(axis=(0, 2))
-        for row in np.flatnonzero(failed):
-            self._clear(int(row))
-        searches = [group.results(found.best, found.steps) for group in found.groups]
-        rows = slice(found.rows)
-        return Candidates(predicted[:, rows], logprobs[:, rows], searches=searches)
+        return _Burst(self, self._last)
 
     def _likeliest(self, rows: int, candidates: int) -> Candidates:
         """The likeliest tokens, from the logits that the last step left on the device."""
@@ -221,7 +178,7 @@ class DeviceRunner:
                 ids[row, [0, place]] = ids[row, [place, 0]]
         return Candidates(ids[None], logprobs[None], best.T)
 
-    def _clear(self, slot: int) -> None:
+    def clear(self, slot: int) -> None:
         """Zero a slot that may hold NaN: a kernel may mask by multiplying with zero, and zero times
         NaN is NaN for the next sequence in the slot. If that one's image is there, it stays.
         """
@@ -284,24 +241,24 @@ class DeviceRunner:
 
     def _bind_encode(self, rows: int) -> Launch:
         binding = self._encoder.io_binding()
-        self._pixels[rows].rows(rows).as_input(binding, "pixels")
+        self._pixels.buffers[rows].rows(rows).as_input(binding, "pixels")
         for array, name in enumerate(self._names):
             self._images.rows(rows, array * rows).as_output(binding, f"image.{name}")
-        launch = Launch(self._encoder, binding, self._batches.index(rows) + 1)
+        number = self._batches.index(rows) + 1
+        launch = Launch(self._encoder, binding, number, wait=self._encodes_apart)
         self._encodes[rows] = launch
         return launch
 
     def _bind_step(self, rows: int, step: int) -> Launch:
-        binding = self._decoder.io_binding()
-        _, width = self._ring
-        now, then = step * width, (step + 1) * width
-        self._tokens.rows(rows, now).shaped(rows, 1).as_input(binding, "token_ids")
-        self._lengths.rows(rows, now).as_input(binding, "lengths")
-        self._tokens.rows(rows, then).as_input(binding, "forced")
-        self._tokens.rows(rows, then).as_output(binding, "next_ids")
-        self._logprobs.rows(rows, then).as_output(binding, "next_logprobs")
+        binding, rings = self._decoder.io_binding(), self._rings
+        then = step + 1
+        rings.row(rings.tokens, step, rows).shaped(rows, 1).as_input(binding, "token_ids")
+        rings.row(rings.lengths, step, rows).as_input(binding, "lengths")
+        rings.row(rings.tokens, then, rows).as_input(binding, "forced")
+        rings.row(rings.tokens, then, rows).as_output(binding, "next_ids")
+        rings.row(rings.logprobs, then, rows).as_output(binding, "next_logprobs")
+        rings.row(rings.lengths, then, rows).as_output(binding, "next_lengths")
         self._logits.rows(rows).as_output(binding, "logits")
-        self._lengths.rows(rows, then).as_output(binding, "next_lengths")
         # A captured graph fixes the value; kernels use each row's own length.
         binding.bind_ortvalue_input("total_length", self._capacity)
         self.arena.bind(binding, rows)
@@ -312,32 +269,17 @@ class DeviceRunner:
         return launch
 
 
-class _Results:
-    """Host memory for the results of a burst that is queued or has run."""
+@dataclass(frozen=True, slots=True)
+class _Burst:
+    """A burst that is queued or has run. The runner does not refer to it: a runner that is dropped
+    is freed at once, and its memory on the device with it.
+    """
 
-    def __init__(self, runner: DeviceRunner, stream: Stream) -> None:
-        self._runner, self._stream, self._ended = runner, stream, stream.mark()
-        self.rows = self.steps = 0
-        self.groups: Sequence[Group] = ()
-        self.logprobs, self.tokens = (
-            pinned(stream.device, runner._ring, ring.dtype)
-            for ring in (runner._logprobs, runner._tokens)
-        )
-        self.best = {
-            name: pinned(stream.device, runner._search.shape, buffer.dtype)
-            for name, buffer in runner._search.best.items()
-        }
-
-    def fetch(self, rows: int, steps: int, groups: Sequence[Group]) -> None:
-        """Queue the copies of what the burst finds."""
-        self.rows, self.steps, self.groups = rows, steps, groups
-        self._runner._logprobs.download(self.logprobs, self._stream)
-        self._runner._tokens.download(self.tokens, self._stream)
-        if groups:
-            for name, buffer in self._runner._search.best.items():
-                buffer.download(self.best[name], self._stream)
-        self._ended.set()
+    runner: DeviceRunner
+    results: BurstResults
 
     def wait(self) -> Candidates:
-        self._ended.wait()
-        return self._runner.results(self)
+        found, failed = self.results.wait(self.runner.bucket(self.results.rows))
+        for row in failed:
+            self.runner.clear(row)
+        return found

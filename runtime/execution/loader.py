@@ -117,8 +117,13 @@ def open_runner(engine: Prepared) -> tuple[AnyRunner, float]:
         try:
             return _opened(engine, plan)
         except ProviderError as cause:
-            log.warning("auto: %s was tried and left out: %s", plan.encoder_provider, cause)
+            _note("auto: %s was tried and left out: %s", plan.encoder_provider, cause)
     return _opened(engine, last)
+
+
+def _note(message: str, *what: object) -> None:
+    """Log a warning, without keeping an exception: its frames keep a runner, with its memory."""
+    log.warning(message, *map(str, what))
 
 
 def _opened(engine: Prepared, plan: Plan) -> tuple[AnyRunner, float]:
@@ -141,7 +146,7 @@ def _warm_runner(engine: Prepared, plan: Plan) -> AnyRunner | None:
     try:
         runner.warm_up()
     except GraphsFailed as cause:
-        log.warning("%s: it goes on without CUDA graphs, and slower", cause)
+        _note("%s: it goes on without CUDA graphs, and slower", cause)
         return None
     except Exception as cause:  # ONNX Runtime has one exception class per status code
         raise ProviderError(f"{plan.encoder_provider} can't run this: {cause}") from cause
