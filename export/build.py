@@ -35,11 +35,13 @@ from export.self_test import choose
 from export.variants import build_variants, data_name, file_name, variant
 from export.verify import check_extent, verify
 from export.weights import pool
+from runtime.model.manifest import FILE as MANIFEST
 from runtime.model.manifest import (
-    COMPILED,
     HELPERS,
+    OPENVINO_CACHE,
     PARTIAL_PLAN,
     PLAN,
+    TENSORRT_CACHE,
     TOKENIZER,
     WEIGHTS,
     Combination,
@@ -48,7 +50,6 @@ from runtime.model.manifest import (
     read,
     sha256,
 )
-from runtime.model.manifest import FILE as MANIFEST
 
 _TASK = "image-to-text"
 _FP32 = ("fp32", "float32")
@@ -189,7 +190,7 @@ def _check_replaceable(output: Path) -> None:
     files = _files_of(output)
     if there is None or (there and files is None):
         raise ExportError(f"{output} exists and is no engine: choose another --output")
-    ours = {MANIFEST, PLAN, COMPILED, *(files or ())}
+    ours = {MANIFEST, PLAN, TENSORRT_CACHE, OPENVINO_CACHE, *(files or ())}
     if others := {name for name in there - ours if not name.startswith(PARTIAL_PLAN)}:
         raise ExportError(
             f"{output / min(others)} is no part of the engine that is replaced: move it elsewhere, "

@@ -15,6 +15,7 @@ import onnxruntime as ort
 import torch
 
 from export.checkpoint import Checkpoint
+from export.errors import ExportError
 from export.modeling import ImagePrefix, TextDecoder
 from runtime.decoding.beams import Beams
 from runtime.decoding.candidates import RowCandidates
@@ -59,13 +60,16 @@ class OnnxGraphs:
     """Two graph files on ONNX Runtime's CPU or CUDA provider."""
 
     def __init__(self, encoder: Path, decoder: Path, *, cuda: bool = False) -> None:
+        """Raises ExportError if CUDA can't be used."""
         options = ort.SessionOptions()
         options.log_severity_level = 3  # omits warnings about initialisers shared by two graphs
-        providers = ["CUDAExecutionProvider" if cuda else "CPUExecutionProvider"]
+        provider = "CUDAExecutionProvider" if cuda else "CPUExecutionProvider"
         self._encoder, self._decoder = (
-            ort.InferenceSession(path, options, providers=providers, enable_fallback=False)
+            ort.InferenceSession(path, options, providers=[provider], enable_fallback=False)
             for path in (encoder, decoder)
         )
+        if provider not in self._encoder.get_providers():  # it goes on with the CPU's
+            raise ExportError("ONNX Runtime can't use the GPU that is here: see its messages above")
 
     @property
     def for_bursts(self) -> bool:

@@ -182,6 +182,8 @@ def test_what_is_no_part_of_an_engine_is_not_replaced_with_it(tmp_path):
     photo = engine / "photos" / "cat.jpg"
     photo.parent.mkdir()
     photo.write_bytes(b"precious")
+    for cache in ("tensorrt", "compiled"):  # of providers
+        (engine / cache).mkdir()
     with pytest.raises(ExportError, match=r"engine/photos is no part of the engine"):
         build(from_config("x", SHAPES["base"]), engine)
     assert photo.read_bytes() == b"precious"

@@ -8,7 +8,6 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-import server.__main__
 from runtime.errors import ProviderError
 from runtime.execution import loader
 from runtime.model import manifest as manifests
@@ -17,7 +16,11 @@ from runtime.planning.plan import Plan
 from runtime.providers import cuda, openvino, registry, tensorrt
 from runtime.providers.gpu import Gpu, require_gpu, visible
 from runtime.providers.gpu_memory import Memory
+from server.models import ServedModel
+from server.processes import devices
+from server.processes.supervised_engine import SupervisedEngine
 from server.settings import Settings
+from tests.fakes import fake_folder, fake_worker
 from tests.paths import DEMO
 
 MIB = 2**20
@@ -115,6 +118,19 @@ def test_an_empty_list_of_visible_devices_hides_all(monkeypatch):
         require_gpu(13)
 
 
+def test_an_engine_for_bulk_captioning_has_one_gpu_and_its_time_to_compile(monkeypatch, tmp_path):
+    nvml(monkeypatch, count=2)
+    settings = Settings(_env_file=None, provider="tensorrt")
+    model = ServedModel("fake", fake_folder(tmp_path / "engine"), 1.0, "")
+    engine = SupervisedEngine(settings, model, fake_worker, places=1)
+    child = engine._worker
+    child.process, child.heard_at = SimpleNamespace(is_alive=lambda: True, pid=1), 0.0
+    assert child.health_problem(now=3600.0, step_seconds=1.0) is None
+    assert child.worker_state().device == "0"
+    engine._supervisor._control.close()
+    engine._supervisor._run.remove()
+
+
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(ProviderError, match="nvidia-ml-py is missing: install the gpu extra"):
@@ -137,7 +153,7 @@ def test_visible_devices_are_read_as_cuda_reads_them(wanted, left):
 
 
 @pytest.mark.parametrize(
-    ("variable", "settings", "devices"),
+    ("variable", "settings", "expected"),
     [
         (None, {"provider": "cuda"}, ["0", "1", "2"]),
         (None, {"provider": "auto"}, ["0", "1", "2"]),
@@ -150,17 +166,20 @@ def test_visible_devices_are_read_as_cuda_reads_them(wanted, left):
         (None, {"provider": "cpu", "workers": 2}, ["", ""]),
     ],
 )
-def test_each_visible_gpu_gets_a_worker(monkeypatch, variable, settings, devices):
+def test_each_visible_gpu_gets_a_worker(monkeypatch, variable, settings, expected):
     nvml(monkeypatch, count=3)
-    monkeypatch.setattr(server.__main__, "serves_gpus", lambda: True)
+    monkeypatch.setattr(devices, "serves_gpus", lambda: True)
     if variable is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
-    assert server.__main__._devices(Settings(_env_file=None, **settings)) == devices
+    assert devices.devices_of_workers(Settings(_env_file=None, **settings)) == expected
 
 
 def test_each_instance_of_a_split_gpu_counts_as_one(monkeypatch):
     nvml(monkeypatch, count=2, split=(1,))
-    assert server.__main__._devices(Settings(_env_file=None, provider="cuda")) == ["0", *INSTANCES]
+    assert devices.devices_of_workers(Settings(_env_file=None, provider="cuda")) == [
+        "0",
+        *INSTANCES,
+    ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", INSTANCES[1])
     found = require_gpu(13)
     assert (found.uuid, found.total, found.compute) == (INSTANCES[1], 10 << 30, (9, 0))
@@ -168,14 +187,14 @@ def test_each_instance_of_a_split_gpu_counts_as_one(monkeypatch):
 
 def test_auto_asks_for_no_gpu_without_the_gpu_extra(monkeypatch):
     nvml(monkeypatch)
-    monkeypatch.setattr(server.__main__, "serves_gpus", lambda: False)
-    assert server.__main__._devices(Settings(_env_file=None)) == [""]
+    monkeypatch.setattr(devices, "serves_gpus", lambda: False)
+    assert devices.devices_of_workers(Settings(_env_file=None)) == [""]
 
 
 def test_auto_without_a_driver_is_left_to_the_worker(monkeypatch):
     nvml(monkeypatch, broken="Driver Not Loaded")
-    monkeypatch.setattr(server.__main__, "serves_gpus", lambda: True)
-    assert server.__main__._devices(Settings(_env_file=None)) == [""]
+    monkeypatch.setattr(devices, "serves_gpus", lambda: True)
+    assert devices.devices_of_workers(Settings(_env_file=None)) == [""]
 
 
 def test_slots_fill_the_memory_up_to_a_bound():

@@ -159,7 +159,10 @@ def test_what_a_proxy_refuses_fails_alone_and_at_once(tmp_path):
     class Proxy(BaseHTTPRequestHandler):
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_error(413)  # in HTML
+            self.send_response(413)
+            self.send_header("Retry-After", "Fri, 31 Dec 1999 23:59:59 GMT")
+            self.end_headers()
+            self.wfile.write(b"<html>")
 
         def log_message(self, *_):
             pass

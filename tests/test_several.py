@@ -116,3 +116,10 @@ def test_urls_are_a_list_too(live):
     assert ["switched off" in e["error"]["message"] for e in reply.json["results"]] == [True, True]
     for wrong in ([], [1], ["https://example.org/a.png"] * 65):
         assert ask(live, image_url=wrong).error == "invalid_request"
+
+
+def test_urls_have_a_prompt_each(live):
+    urls = ["https://example.org/a.png", "https://example.org/b.png"]
+    reply = ask(live, image_url=urls, prompt=["5", "6"])
+    assert ["switched off" in e["error"]["message"] for e in reply.json["results"]] == [True, True]
+    assert "3 prompts and 2 images" in ask(live, image_url=urls, prompt=["5"] * 3).body.decode()

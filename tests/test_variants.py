@@ -13,6 +13,7 @@ from export import gate
 from export import variants as building
 from export.build import Proof, build
 from export.checkpoint import load
+from export.errors import ExportError
 from export.pictures import generated
 from export.reference import Case, OnnxGraphs, caption
 from export.weights import pool
@@ -141,6 +142,14 @@ def test_random_weights_are_never_called_proven(small):
     combinations = manifests.load(small[1]).combinations
     assert len(combinations) == 12
     assert [c.agreement for c in combinations] == [1.0] + [None] * 11
+
+
+def test_the_gate_does_not_judge_a_gpu_by_the_processor(small):
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("ONNX Runtime has CUDA here")
+    refused = pytest.raises(ExportError, match="can't use the GPU")
+    with refused, pytest.warns(UserWarning, match="not in available provider names"):
+        OnnxGraphs(small[1] / "encoder.onnx", small[1] / "decoder.onnx", cuda=True)
 
 
 def test_calibration_covers_image_and_text(small, tmp_path):

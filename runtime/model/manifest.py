@@ -18,7 +18,8 @@ FORMAT = 6  # increment when a field's meaning changes; older engines are then r
 FILE = "manifest.json"
 PLAN = "plan.json"  # of `make tune`
 PARTIAL_PLAN = f".{PLAN}.partial"  # how the name begins of one that is being written
-COMPILED = "tensorrt"  # folder of graphs compiled for a GPU
+# Folders of graphs that providers compiled for a machine.
+TENSORRT_CACHE, OPENVINO_CACHE = "tensorrt", "compiled"
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "weights.data"
 UNFORCED = -1  # stands for the likeliest token of the step before

@@ -12,13 +12,13 @@ from types import ModuleType
 import onnxruntime as ort
 
 from runtime.errors import ProviderError
+from runtime.model.manifest import OPENVINO_CACHE
 
 log = logging.getLogger(__name__)
 
 EP = "OpenVINOExecutionProvider"
 _PACKAGE = "onnxruntime_ep_openvino"
 REMEDY = f"install {_PACKAGE.replace('_', '-')}; it serves Intel processors only"
-_COMPILED = "compiled"  # a subfolder of an engine
 
 
 def add_to(options: ort.SessionOptions, threads: int, folder: Path | None, exact: bool) -> None:
@@ -27,7 +27,7 @@ def add_to(options: ort.SessionOptions, threads: int, folder: Path | None, exact
     if threads:  # ONNX Runtime's setting does not reach OpenVINO's own threads
         config["INFERENCE_NUM_THREADS"] = threads
     if folder is not None and os.access(folder, os.W_OK):
-        config["CACHE_DIR"] = str(folder / _COMPILED)
+        config["CACHE_DIR"] = str(folder / OPENVINO_CACHE)
     elif folder is not None:
         log.info("%s can't be written to: the graph is compiled at every start", folder)
     options.add_provider_for_devices(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from runtime.errors import ProviderError
-from runtime.model.manifest import COMPILED
+from runtime.model.manifest import TENSORRT_CACHE
 from runtime.providers.gpu import Gpu
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ REMEDY = "install TensorRT 10 (`pip install -e '.[gpu,tensorrt]'`), or use --pro
 _LIBRARY = "libnvinfer.so.10"  # the version onnxruntime-gpu is linked to, like its parser
 _PARSER = "libnvonnxparser.so.10"
 _PACKAGE = "tensorrt_libs"  # where NVIDIA's wheels put both
-_COMPILED = "*.engine"
+_COMPILED_GRAPHS = "*.engine"
 Session = TypeVar("Session")
 
 
@@ -64,8 +64,8 @@ def key(gpu: Gpu, tensorrt: str, graph_sha256: str) -> str:
 
 def cache_folder(engine: Path, name: str) -> Path:
     """Folder for compiled graphs; a temporary one, with a warning in the log, if unwritable."""
-    folder = engine / COMPILED / name
-    if any(folder.glob(_COMPILED)) and not os.access(folder, os.W_OK):
+    folder = engine / TENSORRT_CACHE / name
+    if any(folder.glob(_COMPILED_GRAPHS)) and not os.access(folder, os.W_OK):
         return folder  # read-only, with a compiled graph: nothing is written
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def open_cached(folder: Path, open_session: Callable[[], Session]) -> Session:
 
     A truncated or foreign cache is thus rebuilt before anything is served.
     """
-    had = any(folder.glob(_COMPILED))
+    had = any(folder.glob(_COMPILED_GRAPHS))
     if not had:
         log.info("TensorRT compiles the encoder into %s; this takes minutes, once", folder)
     try:

@@ -16,6 +16,7 @@ from runtime.request import Priority
 from server.fairness.client_clocks import ClientClocks
 from server.fairness.present_clients import PresentClients
 
+_SOON_SECONDS = 0.1  # events within this are looked at again together
 _ELSEWHERE_SECONDS = 0.02  # until slots that clients hold in other front-ends are counted again
 _AHEAD = 2  # requests that may wait in an engine of few slots
 _LEARNING = 0.1  # weight of a new value in the usual cost of a request
@@ -70,6 +71,7 @@ class SlotShares:
         self._down: set[str] = set()  # models without a worker
         self._numbers = itertools.count()
         self._looking = False
+        self._looked_at = 0.0  # events until then are followed by `_admit`, in seconds of the loop
         self._usual = 0.0  # slots times seconds of a request
 
     @asynccontextmanager
@@ -165,8 +167,10 @@ class SlotShares:
 
     def _look_again(self) -> None:
         """Admit again after `linger` seconds, when a waiting client may be alone."""
-        if self._waiting:
-            asyncio.get_running_loop().call_later(self._clients.linger, self._admit)
+        loop = asyncio.get_running_loop()
+        if self._waiting and loop.time() >= self._looked_at:
+            self._looked_at = loop.time() + _SOON_SECONDS
+            loop.call_at(self._looked_at + self._clients.linger, self._admit)
 
     def _look_elsewhere(self) -> None:
         """Admit again: other front-ends don't tell when a client's slots are freed there."""

@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -129,7 +130,7 @@ class Connection:
                 raise
             answer = {"error": {"message": f"{response.status} {response.reason}"}}
         shortest, longest = _RETRY_SECONDS
-        wait = float(response.headers.get("Retry-After", 1))
+        wait = _seconds(response.headers.get("Retry-After", "1"))
         return response.status, min(longest, max(shortest, wait)), answer
 
     def abort(self) -> None:
@@ -142,3 +143,15 @@ class Connection:
     def close(self) -> None:
         """Close the connection; the next request opens a new one."""
         self._http.close()
+
+
+def _seconds(retry_after: str) -> float:
+    """Seconds of a Retry-After header, which may be a date (RFC 9110, 10.2.3); else 1."""
+    try:
+        return float(retry_after)
+    except ValueError:
+        pass
+    try:
+        return parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except ValueError:
+        return 1.0

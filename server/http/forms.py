@@ -79,15 +79,16 @@ def parsed(parts: Parts, query: dict[str, Any]) -> ParsedRequest:
         raise InvalidRequest(f"image_url must be a string, or a list of {MOST_IMAGES} at most")
     if url is not None and (parts.images or not urls):
         raise InvalidRequest("send either image or image_url")
+    count = len(urls) + len(parts.images)
     prompts = None if entries is None else _prompts(entries, len(parts.images))
     if isinstance(fields.get("prompt"), list):
         prompts = fields.pop("prompt")
         if not all(isinstance(prompt, str | None) for prompt in prompts):
             raise InvalidRequest("the field prompt must be a string, or a list of them")
-        if len(prompts) != len(parts.images):
+        if len(prompts) != count:
             raise InvalidRequest(
-                f"{len(prompts)} prompts and {len(parts.images)} images were sent: send one prompt "
-                "for all, or one for each"
+                f"{len(prompts)} prompts and {count} images were sent: send one prompt for all, or "
+                "one for each"
             )
     wanted = checked(CaptionFields, fields)
     if parts.video is not None:

@@ -111,6 +111,8 @@ class Handler(tornado.web.RequestHandler):
 
     def finish(self, chunk: str | bytes | dict | None = None) -> "asyncio.Future[None]":
         """Answer; unread bytes count against the client until it reads them or is cut off."""
+        if isinstance(chunk, str):
+            chunk = chunk.encode()
         written = super().finish(chunk)
         stream = self.request.connection.stream  # type: ignore[union-attr]
         if stream.writing():

@@ -22,6 +22,7 @@ from server.ipc.shared import PixelStore, RunFolder
 from server.ipc.transport import WorkerLinks
 from server.models import ServedModel
 from server.processes.children import workers
+from server.processes.devices import devices_of_workers
 from server.processes.supervisor import CannotStart, Supervisor
 from server.settings import Settings
 
@@ -40,8 +41,10 @@ class SupervisedEngine:
         """worker_main: entry point of the worker, such as `worker.main`. places: most requests
         inside at once; further ones wait.
 
-        Raises EngineFolderError and NoSharedMemory.
+        Raises EngineFolderError, NoSharedMemory, and ProviderError if there is no GPU that is
+        asked for.
         """
+        devices = devices_of_workers(settings)[:1]
         shape = manifests.read(model.engine).sizes.pixels
         folder, name = RunFolder(), process_name("front", 0, 1)
         try:
@@ -51,7 +54,7 @@ class SupervisedEngine:
             raise
         self._free, self._numbers = asyncio.Semaphore(places), itertools.count(1)
         self._links = WorkerLinks(folder.path, self._store, name)
-        [self._worker] = children = workers(settings, [model], folder.path, worker_main, [""])
+        [self._worker] = children = workers(settings, [model], folder.path, worker_main, devices)
         self._supervisor = Supervisor(settings, [model.name], folder, children, [])
         self._running: asyncio.Task[None] | None = None
         self._identity: str | None = None  # of the first worker
