@@ -66,6 +66,11 @@ class Burst:
         pending = runner.decode(tokens[0], fed, tokens[1:], candidates, searching.searches)
         return cls(pending, now, bursting, searching, max(fed), running, rows, steps)
 
+    @property
+    def slots(self) -> int:
+        """Slots of the sequences now; those that have ended have none."""
+        return sum(len(sequence.slots) for sequence in self.running)
+
     def proceed(self, runner: ModelRunner, running: Items[Sequence], now: float) -> "Burst | None":
         """Begin the steps that follow, before the results are known: of sequences that will have
         ended by then, the further tokens are dropped.

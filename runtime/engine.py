@@ -225,37 +225,48 @@ class Engine:
 
     def _step(self) -> list[RequestOutput]:
         ended = self.scheduler.expire(self._clock())
-        overlaps, admitted = self.runner.overlaps, list[Sequence]()
-        before, self._begun = self._begun, None
-        running, now = self.scheduler.running, self._clock()
-        begun = before.proceed(self.runner, running, now) if before else None
-        if not begun:
-            if before:
-                self._take(before)
-                ended += self.scheduler.release_finished()
-            if not overlaps:
-                admitted = self._encode_next()
-                self._note_encoded()
-            self._compact()
-            begun = self._start()
-            before = None
-        rows = sum(len(sequence.slots) for sequence in begun.running) if begun else 0
-        if overlaps:
-            self._note_encoded()
-            admitted = self._encode_next()
-        if begun and overlaps and begun.bursting:
-            self._begun = begun
-        elif begun:
-            self._take(begun)  # the runner has waited
-        if before:
-            self._take(before)
-        ended += self.scheduler.release_finished()
+        work = self._queue_ahead if self.runner.overlaps else self._one_after_another
+        encoded, rows = work(ended)
         for sequence in ended:
             del self._sequences[sequence.request.id]
         self._let_go()
-        self._report(len(admitted), rows)
+        self._report(encoded, rows)
         news = (sequence.output() for sequence in (*ended, *self.scheduler.running))
         return [output for output in news if output is not None]
+
+    def _one_after_another(self, ended: list[Sequence]) -> tuple[int, int]:
+        """The step of a processor. Adds the sequences that ended to `ended`; returns the numbers of
+        images encoded and of rows fed.
+        """
+        admitted = self._encode_next()
+        self._note_encoded()
+        self._compact()
+        burst = self._start()
+        rows = burst.slots if burst else 0
+        if burst:
+            ended += self._take(burst)
+        return len(admitted), rows
+
+    def _queue_ahead(self, ended: list[Sequence]) -> tuple[int, int]:
+        """The step of a device, which works through a queue; see `_one_after_another`."""
+        before, self._begun = self._begun, None
+        burst = before and before.proceed(self.runner, self.scheduler.running, self._clock())
+        if not burst:
+            if before:
+                ended += self._take(before)
+            before = None
+            self._compact()
+            burst = self._start()
+        rows = burst.slots if burst else 0
+        self._note_encoded()
+        admitted = self._encode_next()
+        if burst and burst.bursting:
+            self._begun = burst
+        elif burst:  # the runner has waited
+            ended += self._take(burst)
+        if before:
+            ended += self._take(before)
+        return len(admitted), rows
 
     def _report(self, encoded: int = 0, rows: int = 0) -> None:
         running, waiting = len(self.scheduler.running), self.scheduler.waiting
@@ -279,9 +290,10 @@ class Engine:
         vocabulary = self.manifest.sizes.vocabulary
         return Burst.start(self.runner, running, rows, bursting, vocabulary, self._clock())
 
-    def _take(self, begun: Burst) -> None:
-        """Work on the results."""
-        begun.finish(self.runner, lambda: self._pacing.decoded(self._took(begun.at)))
+    def _take(self, burst: Burst) -> list[Sequence]:
+        """Work on the results; returns the sequences that ended, whose slots are free again."""
+        burst.finish(self.runner, lambda: self._pacing.decoded(self._took(burst.at)))
+        return self.scheduler.release_finished()
 
     def _took(self, started: float) -> float:
         """Seconds that the runner, which does one thing after another, spent on what has ended: at
