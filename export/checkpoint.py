@@ -1,9 +1,6 @@
 """Load checkpoints from a folder or the model hub (`export.random_weights` makes others)."""
 
 import errno
-import json
-import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +14,11 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from export.errors import ExportError, first_line
 from export.tokenizer import tokenizer_json
-from runtime.model.manifest import Preprocessing, Sizes, SpecialTokens
+from export.untrusted import check_config, check_folder, check_tokenizer
+from runtime.model.manifest import MOST_PIXELS, Preprocessing, Sizes, SpecialTokens
 
+_MOST = 1e6  # in a normalisation, which is computed in fp32
 _OF_LAYER = re.compile(r"\.(layers?)\.(\d+)\.")  # of text, of images
-_ATTENTION = (None, "eager", "sdpa")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +81,17 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise ExportError(f"{model} can't be loaded as a checkpoint: it has no config.json")
     try:
-        _check_objects(Path(model))
-        _check_code(Path(model))
+        check_folder(Path(model))
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
         if not isinstance(config, GitConfig):
             raise ExportError(
                 f"{model} is a {config.model_type} model, not GIT: name a checkpoint of the GIT "
                 "family, such as microsoft/git-base-textcaps"
             )
-        _check_attention(model, config)
+        check_config(model, config)
         weights, found = GitForCausalLM.from_pretrained(
             model,
+            config=config,
             revision=revision,
             trust_remote_code=False,
             dtype=torch.float32,
@@ -103,6 +101,7 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
         _check_whole(model, weights, found)
         weights.generation_config = _only_tokens(weights.generation_config)
         _check_tokens(model, config, weights.generation_config)
+        check_tokenizer(model, revision)
         tokenizer = tokenizer_json(model, revision, config.vocab_size)
         processor, _ = ImageProcessingMixin.get_image_processor_dict(model, revision=revision)
     # transformers computes with what a configuration says before it is checked
@@ -117,36 +116,6 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
         preprocessing=_preprocessing(model, processor, config.vision_config.image_size),
         normalisation=_normalisation(model, processor),
     )
-
-
-def _check_objects(folder: Path) -> None:
-    """Raise ExportError for a configuration that is JSON, but no object."""
-    for name in ("config.json", "preprocessor_config.json", "generation_config.json"):
-        path = folder / name
-        if path.is_file() and not isinstance(json.loads(path.read_bytes()), dict):
-            raise ExportError(f"{path} is no JSON object: take it from the checkpoint again")
-
-
-def _check_code(folder: Path) -> None:
-    """Raise ExportError for a checkpoint with a `generate` of its own: transformers would run that
-    code, from a folder without asking.
-    """
-    code = folder / "custom_generate"
-    if os.path.lexists(code):
-        raise ExportError(
-            f"{code} is code, which an export does not run: delete it to export the weights for "
-            "decoding as usual"
-        )
-
-
-def _check_attention(model: str, config: GitConfig) -> None:
-    """Raise ExportError for attention that is not PyTorch's: transformers would fetch its code."""
-    for each in (config, config.vision_config):
-        if each._attn_implementation not in _ATTENTION:
-            raise ExportError(
-                f"{model}: config.json asks for attention by {each._attn_implementation}, which "
-                "may be code from elsewhere: delete _attn_implementation there"
-            )
 
 
 def _only_tokens(config: GenerationConfig | None) -> GenerationConfig:
@@ -266,7 +235,13 @@ def _preprocessing(model: str, processor: dict, image_size: int) -> Preprocessin
             f"{kinds}"
         )
     assert size is not None
-    return Preprocessing(size["shortest_edge"], image_size, int(processor["resample"]))
+    edge = size["shortest_edge"]
+    if not isinstance(edge, int) or not image_size <= edge <= MOST_PIXELS:
+        raise ExportError(
+            f"{model}: shortest_edge in preprocessor_config.json is {edge!r}: it must be a number "
+            f"of pixels, from the crop's {image_size} to {MOST_PIXELS}"
+        )
+    return Preprocessing(edge, image_size, int(processor["resample"]))
 
 
 def _normalisation(model: str, processor: dict[str, Any]) -> Normalisation:
@@ -274,10 +249,11 @@ def _normalisation(model: str, processor: dict[str, Any]) -> Normalisation:
     rescale, mean, std = (processor[n] for n in ("rescale_factor", "image_mean", "image_std"))
     channels = [each if isinstance(each, list) else [] for each in (mean, std)]
     numbers = [rescale, *channels[0], *channels[1]]
-    usable = all(isinstance(each, int | float) and math.isfinite(each) for each in numbers)
-    if not usable or [len(each) for each in channels] != [3, 3] or min(std) <= 0:
+    usable = all(isinstance(each, int | float) and abs(each) <= _MOST for each in numbers)
+    if not usable or [len(each) for each in channels] != [3, 3] or min(std) < 1 / _MOST:
         raise ExportError(
             f"{model}: preprocessor_config.json needs a number for rescale_factor ({rescale}), and "
-            f"three for image_mean ({mean}) and image_std ({std}, above 0)"
+            f"three for image_mean ({mean}) and image_std ({std}), none above {_MOST:g} and those "
+            f"not below {1 / _MOST:g}"
         )
     return Normalisation(rescale, mean, std)

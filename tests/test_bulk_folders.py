@@ -1,8 +1,10 @@
 """Folders and patterns: which files they mean, and what those are called in the output."""
 
+import errno
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from threading import Event
 
@@ -32,7 +34,7 @@ def here(tmp_path, monkeypatch):
 def test_of_a_folder_or_pattern_only_images_are_meant(given, here):
     files = Files(given)
     assert "README.md" not in [item.id for item in files.items()]
-    assert files.skipped == {".md": 1}
+    assert files.skipped == Counter({".md": 1, "folders": given == "*"})
     assert [item.id for item in Files("README.md").items()] == ["README.md"]
 
 
@@ -103,6 +105,22 @@ def test_a_pattern_does_not_leave_out_what_can_not_be_read(pattern, here, monkey
     close(here, monkeypatch, os, "listdir")
     closed = next(item for item in read(pattern) if item.id == "closed")
     assert "Permission denied" in closed.wrong
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("given", ["", "*", "a.png"])
+def test_a_file_whose_kind_can_not_be_told_fails_alone(given, number, here, monkeypatch):
+    there = Path.stat
+
+    def stat(path, **how):
+        if path.name == "a.png":
+            raise OSError(number, os.strerror(number), str(path))
+        return there(path, **how)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    wrong = [item for item in read(str(here / given)) if item.wrong is not None]
+    assert [Path(item.id).name for item in wrong] == ["a.png"]
+    assert os.strerror(number) in wrong[0].wrong
 
 
 @pytest.mark.parametrize("pattern", ["", "*/*.png", "**/*.png"])

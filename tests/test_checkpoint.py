@@ -62,9 +62,29 @@ def _own_attention(folder, weights):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def _no_activation(folder, weights):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "none such"}))
+def _with(file="config.json", **changes):
+    def change(folder, weights):
+        path = folder / file
+        content = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(content | changes))
+
+    return change
+
+
+def _named_vocabulary(folder, weights):
+    _no_tokenizer(folder, weights)
+    _with("tokenizer_config.json", tokenizer_class="BertTokenizer", vocab_file=__file__)(folder, {})
+
+
+def _linked_vocabulary(folder, weights):
+    _no_tokenizer(folder, weights)
+    _with("tokenizer_config.json", tokenizer_class="BertTokenizer")(folder, {})
+    (folder / "vocab.txt").symlink_to(__file__)
+
+
+def _shard_elsewhere(folder, weights):
+    shards = {"weight_map": dict.fromkeys(weights, "../model.safetensors")}
+    _with("model.safetensors.index.json", **shards)(folder, weights)
 
 
 def _own_tokenizer(folder, weights):
@@ -85,7 +105,16 @@ def _own_tokenizer(folder, weights):
         (_own_attention, "attention by somebody/kernel"),
         (_own_tokenizer, "has no tokenizer that can be read"),
         (_more_layers, "weights of layers that config.json does not ask for"),
-        (_no_activation, "can't be loaded as a checkpoint: .*none such"),
+        (_with(hidden_act="none such"), "can't be loaded as a checkpoint: .*none such"),
+        (_with(hidden_act=["gelu"]), r"hidden_act in config.json is \['gelu'\]"),
+        (_with(layer_norm_eps=float("nan")), "layer_norm_eps in config.json is nan"),
+        (_with(num_image_with_embedding=-1), "num_image_with_embedding in config.json is -1"),
+        (_with(quantization_config={"quant_method": "gptq", "bits": 4}), "has quantised weights"),
+        (_with(transformers_weights="../x.safetensors"), "config.json names weights outside"),
+        (_shard_elsewhere, "index.json names a shard outside the checkpoint"),
+        (_named_vocabulary, "vocab_file in tokenizer_config.json names a file"),
+        (_with("tokenizer_config.json", init_inputs=[__file__]), "init_inputs in tokenizer_conf"),
+        (_linked_vocabulary, "vocab.txt is a link to .*test_checkpoint.py"),
     ],
 )
 def test_what_is_wrong_with_a_checkpoint_is_named(change, message, tmp_path):
@@ -96,6 +125,18 @@ def test_what_is_wrong_with_a_checkpoint_is_named(change, message, tmp_path):
     save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ExportError, match=message):
         load(str(saved))
+
+
+def test_a_snapshot_in_the_hub_s_cache_links_to_its_blobs(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123abcd"
+    shutil.copytree(ROOT / "demo" / "model", blobs)
+    snapshot.mkdir(parents=True)
+    for blob in blobs.iterdir():
+        (snapshot / blob.name).symlink_to(blob)
+    switches = {"torchscript": True, "chunk_size_feed_forward": 2, "is_encoder_decoder": True}
+    _with(**switches)(blobs, {})
+    config = load(str(snapshot)).model.config
+    assert not any(getattr(config, name) for name in switches)
 
 
 def test_generation_parameters_of_a_checkpoint_are_told_and_left_to_requests(tmp_path, capsys):
@@ -133,7 +174,8 @@ def test_processors_that_the_runtime_cannot_repeat_are_refused(tmp_path):
     ("file", "change", "message"),
     [
         ("preprocessor_config.json", {"resample": 9}, "resample .* is 9: Pillow has"),
-        ("preprocessor_config.json", {"image_std": [0, 0, 0]}, r"image_std \(\[0, 0, 0\], above 0"),
+        ("preprocessor_config.json", {"image_std": [0, 0, 0]}, r"image_std \(\[0, 0, 0\]\), none"),
+        ("preprocessor_config.json", {"image_mean": [1e39, 0, 0]}, "none above 1e"),
         ("preprocessor_config.json", {"image_mean": [0.5, 0.5]}, "three for image_mean"),
         ("preprocessor_config.json", {"image_mean": ["a", 0, 0]}, "three for image_mean"),
         ("preprocessor_config.json", {"rescale_factor": "x"}, "a number for rescale_factor"),

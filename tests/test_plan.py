@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -114,6 +115,7 @@ def test_a_plan_for_something_else_is_refused_with_the_remedy(folder):
     refused("can't be read", machine=None)
     refused("can't be read.*Expected `int` >= 1", plan=asdict(plan) | {"encode_batch": 0})
     refused("can't be read.*Expected `int`", plan=asdict(plan) | {"encoder_streams": "two"})
+    refused("can't be read.*`int` <= 1024", plan=asdict(plan) | {"decoder_threads": 100_000})
     refused(
         "wants tensorrt, which is gone", plan=asdict(replace(plan, encoder_provider="tensorrt"))
     )
@@ -200,6 +202,32 @@ def test_a_plan_that_is_a_mount_or_a_link_is_written_where_it_is(folder, tmp_pat
     plans.save(folder, plan, machine, [])
     assert elsewhere.read_text() == whole
     assert not list(tmp_path.glob(".plan*")) and not list(folder.glob(".plan*"))
+
+
+def test_a_plan_can_be_read_by_who_reads_the_engine_and_else_is_refused(folder, monkeypatch):
+    manifest, machine = manifests.load(folder), this_machine()
+    before = os.umask(0o077)
+    try:
+        plans.save(folder, default(manifest, AUTO, "cpu", machine), machine, [])
+    finally:
+        os.umask(before)
+    path = folder / plans.FILE
+    assert path.stat().st_mode == (folder / "manifest.json").stat().st_mode
+    path.write_text("[" * 100_000)
+    with pytest.raises(EngineFolderError, match=r"plan\.json can't be read.*make tune"):
+        plans.load(folder, manifest, machine, ("cpu",))
+    read = Path.read_text
+
+    def forbidden(self):
+        if self.name in ("plan.json", "manifest.json"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_text", forbidden)
+    with pytest.raises(EngineFolderError, match=r"plan\.json can't be read \(Permission denied"):
+        plans.load(folder, manifest, machine, ("cpu",))
+    with pytest.raises(EngineFolderError, match=r"manifest\.json can't be read: Permission denied"):
+        manifests.load(folder)
 
 
 def test_a_plan_that_can_not_be_written_leaves_the_one_before(folder, monkeypatch):

@@ -176,6 +176,35 @@ def test_what_a_proxy_refuses_fails_alone_and_at_once(tmp_path):
     assert all("413 Request Entity Too Large" in outcome for outcome in outcomes.values())
 
 
+def test_an_answer_to_nothing_is_not_taken_for_the_next_request_s():
+    twice = threading.Event()
+
+    class Stuttering(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            said = json.dumps(self.rfile.read(1).decode()).encode()
+            answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(said), said)
+            self.wfile.write(answer)
+            first.wait(10)
+            self.wfile.write(answer)
+            twice.set()
+
+        def log_message(self, *_):
+            pass
+
+    first = threading.Event()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stuttering) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with client.Connection(f"http://127.0.0.1:{server.server_port}", None) as connection:
+            said = [connection.ask("POST", "/", b"a")[2]]
+            first.set()
+            assert twice.wait(10)
+            said.append(connection.ask("POST", "/", b"b")[2])
+        server.shutdown()
+    assert said == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("headers", "body"),
     [

@@ -34,7 +34,7 @@ def kv_names(layers: int) -> list[str]:
     return [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
 
 
-_MOST_PIXELS, _MOST = 4096, 2**20  # of an image's side; of positions and tokens
+MOST_PIXELS, _MOST = 4096, 2**20  # of an image's side; of positions and tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +200,8 @@ def read(folder: Path) -> Manifest:
             )
         manifest = convert(content, Manifest)
         _check_named(manifest)
+    except OSError as cause:
+        raise EngineFolderError(f"{path} can't be read: {cause.strerror}") from cause
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
         raise EngineFolderError(f"{path} can't be read: export it again ({cause!r})") from cause
     return manifest
@@ -244,10 +246,11 @@ def _check_named(manifest: Manifest) -> None:
     sizes, tokens = manifest.sizes, manifest.tokens
     if not 0 <= min(tokens.bos, tokens.eos) <= max(tokens.bos, tokens.eos) < sizes.vocabulary:
         raise ValueError(f"its tokens are not of a vocabulary of {sizes.vocabulary}")
-    if sizes.image > _MOST_PIXELS or max(sizes.prefix, sizes.vocabulary, sizes.text) > _MOST:
+    if sizes.image > MOST_PIXELS or max(sizes.prefix, sizes.vocabulary, sizes.text) > _MOST:
         raise ValueError("its sizes are those of no checkpoint")
-    if manifest.preprocessing.crop != sizes.image:
-        raise ValueError(f"its images are cropped to {manifest.preprocessing.crop} pixels")
+    prepared = manifest.preprocessing
+    if prepared.crop != sizes.image or not prepared.crop <= prepared.shortest_edge <= MOST_PIXELS:
+        raise ValueError(f"its images are resized or cropped to other sizes ({prepared})")
     if (test := manifest.self_test) and len(test.seeds) != len(test.tokens):
         raise ValueError("its self-test has not as many captions as pictures")
 
@@ -256,5 +259,9 @@ def check_whole(path: Path, expected: str) -> None:
     """Raise EngineFolderError unless a file has the expected sha256."""
     if not path.is_file():
         raise EngineFolderError(f"{path} is missing: export the engine again")
-    if sha256(path) != expected:
+    try:
+        found = sha256(path)
+    except OSError as cause:
+        raise EngineFolderError(f"{path} can't be read: {cause.strerror}") from cause
+    if found != expected:
         raise EngineFolderError(f"{path} is damaged (its sha256 differs): export the engine again")

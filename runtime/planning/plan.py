@@ -9,11 +9,13 @@ import json
 import logging
 import os
 import secrets
+import stat
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
-from msgspec import convert
+from msgspec import Meta, convert
 
 from runtime.errors import EngineFolderError
 from runtime.model import manifest as manifests
@@ -33,6 +35,7 @@ _FUSED_HALF = ("fp16-fused/fp16/float16",)  # all state on the GPU
 _PLAIN_HALF = ("fp16/fp16/float16",)  # plain ONNX, for TensorRT
 _CALIBRATED_ENCODER = ("int8-static/int8/int8", "int8-static/int8/float32")  # OpenVINO's form
 _ENCODE_BATCH = {"openvino": 4, "cuda": 64, "tensorrt": 16}
+Threads = Annotated[int, Meta(ge=0, le=1024)]
 _FITTED = ("slots", "text_tokens", "memory_limit", "cuda_graphs")
 _MOST_STREAMS = 16  # as many as the default slots
 
@@ -49,8 +52,8 @@ class Plan:
     combination: str
     encoder_provider: str
     decoder_provider: str = "cpu"
-    encoder_threads: int = 0
-    decoder_threads: int = 0
+    encoder_threads: Threads = 0
+    decoder_threads: Threads = 0
     encode_batch: Count = 1
     encoder_streams: Count = 1
     origin: str = "default"
@@ -170,6 +173,8 @@ def save(folder: Path, plan: Plan, machine: Machine, measured: list[dict[str, ob
     text = json.dumps(content, indent=2) + "\n"
     try:
         partial.write_text(text)
+        # For the service's user, too, whatever the umask of who tunes.
+        partial.chmod(stat.S_IMODE((folder / manifests.FILE).stat().st_mode))
         try:
             partial.replace(path)
         except OSError as cause:
@@ -193,7 +198,9 @@ def load(folder: Path, manifest: Manifest, machine: Machine, available: tuple[st
             raise EngineFolderError(f"{path} was written by another version: {again}")
         made_on, engine = convert(content["machine"], Machine), content["engine"]
         plan = convert(content["plan"], Plan)
-    except (ValueError, KeyError, TypeError) as cause:
+    except OSError as cause:
+        raise EngineFolderError(f"{path} can't be read ({cause.strerror}): {again}") from cause
+    except (ValueError, KeyError, TypeError, RecursionError) as cause:
         raise EngineFolderError(f"{path} can't be read ({cause!r}): {again}") from cause
     if made_on != machine:
         raise EngineFolderError(f"{path} was made on {made_on}, this is {machine}: {again}")

@@ -1,8 +1,10 @@
 """Image files: single ones, those in folders, those that match a pattern."""
 
+import errno
 import fnmatch
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -16,13 +18,15 @@ from runtime.model.preprocess import SUFFIXES
 from server.bulk.fetching import file_system, is_url
 from server.bulk.items import Item
 
+_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _ESCAPED = re.compile(r"\\[xu\\]")
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """A file. name: relative to the argument. itself: the file is the argument. wrong: why it, or
-    a folder, can't be read. listed: it is a folder, whose entries follow.
+    a folder, can't be read. listed: it is a folder, whose entries follow; folder: one that a
+    pattern matches, whose entries do not.
     """
 
     location: str
@@ -30,12 +34,13 @@ class Found:
     itself: bool = False
     wrong: str | None = None
     listed: bool = False
+    folder: bool = False
 
     @property
     def meant(self) -> bool:
         """Whether the file gets a row: one that is named explicitly does, whatever its suffix."""
         named = self.itself or self.wrong is not None or self.suffix in SUFFIXES
-        return named and not self.listed
+        return named and not self.listed and not self.folder
 
     @property
     def suffix(self) -> str:
@@ -67,7 +72,7 @@ class Files:
             elif found.meant:
                 yield Item(plain(found.location), found.location, _stem(found.name))
             else:
-                self.skipped[found.suffix or found.name] += 1
+                self.skipped["folders" if found.folder else found.suffix or found.name] += 1
 
     def count(self, over: Event) -> int | None:
         """The number of images; None for a URL, where listing twice takes long."""
@@ -132,10 +137,13 @@ def _local(path: str) -> Iterator[Found]:
         for found in _matching(path):
             file = Path(found.location)
             yield replace(found, name=file.name if file.is_absolute() else str(file))
-    elif Path(path).is_dir():
-        yield from _walk(Path(path))
     else:
-        yield Found(path, path, itself=True)
+        try:
+            folder = stat.S_ISDIR(_mode(Path(path)))
+        except OSError as error:
+            yield Found(path, path, wrong=str(error))
+        else:
+            yield from _walk(Path(path)) if folder else [Found(path, path, itself=True)]
 
 
 def _matching(pattern: str) -> Iterator[Found]:
@@ -149,8 +157,10 @@ def _matching(pattern: str) -> Iterator[Found]:
         if base.wrong is not None:
             yield base
         elif any_depth == len(parts):
-            if not path.is_dir():
-                yield base
+            try:
+                yield replace(base, folder=stat.S_ISDIR(_mode(path)))
+            except OSError as error:
+                yield replace(base, wrong=str(error))
         else:
             for found in _walk(path):
                 if (
@@ -214,14 +224,31 @@ def _walk(top: Path) -> Iterator[Found]:
         entry = left.pop()
         found = Found(str(entry), str(entry.relative_to(top)))
         try:
-            if entry.is_dir():
+            mode = _mode(entry)
+            if stat.S_ISDIR(mode):
                 if entry == top or not entry.is_symlink():
                     left += sorted(_shown(entry), reverse=True)
                     yield replace(found, listed=True)
-            elif entry.is_file() or entry.is_symlink():
+            elif stat.S_ISREG(mode) or stat.S_ISLNK(mode):
                 yield found
         except OSError as error:
             yield replace(found, wrong=str(error))
+
+
+def _mode(path: Path) -> int:
+    """The mode of what a path leads to, of the link if that leads nowhere, and 0 if it has gone.
+
+    Raises OSError: since Python 3.14 `Path.is_dir` and its kin are False of what can't be read.
+    """
+    try:
+        return path.stat().st_mode
+    except OSError as error:
+        if error.errno not in _NOWHERE:
+            raise
+    try:
+        return path.lstat().st_mode
+    except FileNotFoundError:
+        return 0
 
 
 def _shown(folder: Path) -> Iterator[Path]:

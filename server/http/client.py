@@ -3,11 +3,13 @@
 import http.client
 import json
 import socket
+import ssl
 import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from multiprocessing.connection import wait
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -110,6 +112,8 @@ class Connection:
         A refusal of a proxy, which is no JSON, becomes an error as a service answers them. Raises
         OSError, HTTPException and ValueError, also for an answer without end.
         """
+        if self._http.sock is not None and _has_input(self._http.sock):
+            self.close()  # the end, or an answer to nothing, which would be taken for the next one
         if self._http.sock is None:
             self._http.connect()
         self._http.sock.settimeout(_SECONDS)
@@ -143,6 +147,12 @@ class Connection:
     def close(self) -> None:
         """Close the connection; the next request opens a new one."""
         self._http.close()
+
+
+def _has_input(sock: socket.socket) -> bool:
+    """Whether something can be read without waiting."""
+    decrypted = isinstance(sock, ssl.SSLSocket) and sock.pending()
+    return bool(decrypted or wait([sock], 0))
 
 
 def _seconds(retry_after: str) -> float:

@@ -1,0 +1,104 @@
+"""Checks of a checkpoint that somebody else made, before transformers acts on what it says.
+
+transformers runs code that it finds, opens the paths that a configuration names, and follows links:
+an engine would hold the content of another file, and give it away in captions.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import GitConfig
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from export.errors import ExportError
+
+_ATTENTION = (None, "eager", "sdpa")
+_WEIGHTS = (".safetensors", ".bin")
+_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# What the graphs are made with, whatever a configuration asks for: none of it changes a number.
+_SWITCHES = {
+    "return_dict": True, "torchscript": False, "output_attentions": False,
+    "output_hidden_states": False, "chunk_size_feed_forward": 0, "is_encoder_decoder": False,
+}  # fmt: skip
+
+
+def check_folder(folder: Path) -> None:
+    """Check a local checkpoint's files. Raises ExportError for code, links to files elsewhere, and
+    JSON that is no object; OSError and ValueError for what can't be read.
+    """
+    code = folder / "custom_generate"
+    if os.path.lexists(code):
+        raise ExportError(
+            f"{code} is code, which an export does not run: delete it to export the weights for "
+            "decoding as usual"
+        )
+    own = [folder.resolve()]
+    if own[0].parent.name == "snapshots":  # of the hub's cache, which links files to its blobs
+        own.append(own[0].parent.with_name("blobs"))
+    for path in folder.iterdir() if folder.is_dir() else ():
+        target = path.resolve()
+        if path.suffix not in _WEIGHTS and not any(target.is_relative_to(each) for each in own):
+            raise ExportError(f"{path} is a link to {target}: put a copy there if that is meant")
+    for name in ("config.json", "preprocessor_config.json", "generation_config.json", *_INDICES):
+        path = folder / name
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+        if not isinstance(content, dict):
+            raise ExportError(f"{path} is no JSON object: take it from the checkpoint again")
+        shards = content.get("weight_map") if name in _INDICES else None
+        for shard in shards.values() if isinstance(shards, dict) else ():
+            _check_name(path, "a shard", shard)
+
+
+def check_config(model: str, config: GitConfig) -> None:
+    """Check a configuration, and set its switches. Raises ExportError for code from elsewhere,
+    quantised weights, and values that GIT can't be computed with.
+    """
+    if getattr(config, "quantization_config", None):
+        raise ExportError(
+            f"{model} has quantised weights (quantization_config in config.json): export the "
+            "checkpoint that they were made from"
+        )
+    _check_name(f"{model}: config.json", "weights", getattr(config, "transformers_weights", None))
+    frames = config.num_image_with_embedding
+    if frames is not None and (not isinstance(frames, int) or frames < 1):
+        raise ExportError(
+            f"{model}: num_image_with_embedding in config.json is {frames}: it must be null, or a "
+            "number of images"
+        )
+    for part in (config, config.vision_config):
+        if part._attn_implementation not in _ATTENTION:
+            raise ExportError(
+                f"{model}: config.json asks for attention by {part._attn_implementation}, which "
+                "may be code from elsewhere: delete _attn_implementation there"
+            )
+        for name, kind, usable in (
+            ("layer_norm_eps", int | float, lambda eps: math.isfinite(eps) and eps >= 0),
+            ("hidden_act", str, bool),
+        ):
+            value = getattr(part, name)
+            if not isinstance(value, kind) or not usable(value):
+                raise ExportError(f"{model}: {name} in config.json is {value!r}, which is none")
+        for name, value in _SWITCHES.items():
+            setattr(part, name, value)
+
+
+def check_tokenizer(model: str, revision: str | None) -> None:
+    """Raise ExportError for a tokenizer_config.json that names other files than its own."""
+    asked: dict[str, Any] = get_tokenizer_config(model, revision=revision)
+    named = [name for name, value in asked.items() if name.endswith("_file") and value]
+    named += [name for name in ("init_inputs",) if asked.get(name)]
+    if named:
+        raise ExportError(
+            f"{model}: {named[0]} in tokenizer_config.json names a file to read in place of the "
+            "checkpoint's own: delete it there"
+        )
+    for name in asked.get("fast_tokenizer_files") or ():
+        _check_name(f"{model}: tokenizer_config.json", "a tokenizer", name)
+
+
+def _check_name(where: object, what: str, name: object) -> None:
+    if name is not None and (not isinstance(name, str) or Path(name).name != name):
+        raise ExportError(f"{where} names {what} outside the checkpoint ({name!r})")
