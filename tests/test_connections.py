@@ -171,6 +171,27 @@ def test_a_client_that_says_no_more_still_gets_its_answer(pause):
         assert fetch(live.port, "GET", "/health/live").status == 200
 
 
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize(
+    "announced",
+    [
+        b"HTTP/1.0\r\n",
+        b"HTTP/1.1\r\nConnection: Close, TE\r\n",
+        b"HTTP/1.1\r\nConnection: TE\r\nConnection: close\r\n",
+    ],
+)
+def test_a_last_request_is_announced_in_several_ways(announced, ends):
+    """The connection ends after it, and a client that says no more gets its answer."""
+    length = b"Host: x\r\nContent-Length: %d\r\n\r\n" % len(png())
+    with serve(fake_engine) as live, socket.create_connection(("127.0.0.1", live.port)) as client:
+        client.settimeout(10)
+        client.sendall(b"POST /caption " + announced + length + png())
+        if ends:
+            client.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"}\n")
+
+
 def test_requests_sent_ahead_are_not_answered_once_their_client_has_gone(monkeypatch):
     """Thousands fit into what has been read."""
     refused, refuse = [], handler.Handler.send_error

@@ -3,14 +3,16 @@
 import asyncio
 import socket
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 from tornado.netutil import Resolver
 
-from server.images import fetch
-from server.images.fetch import Fetcher, FetchFailed
+from server.images import fetch, under_way
+from server.images.fetch import Fetcher
 from server.images.hosts import ForbiddenUrl, PublicResolver, is_public
+from server.images.under_way import FetchFailed, FetchUnderWay
 from server.refusals import QueueFull
 from tests.sites import Local, Names, fetcher_of, site
 
@@ -101,7 +103,6 @@ def test_a_client_that_fetched_much_waits_for_its_next_and_others_do_not(
     path, context, monkeypatch
 ):
     monkeypatch.setattr(fetch, "_BYTES", (2_000, 1_000))
-    monkeypatch.setattr(fetch, "_SECOND_COST", 0)
     ended = []
 
     async def run():
@@ -142,13 +143,15 @@ def test_connections_have_a_thread_of_their_own(context, monkeypatch):
 
 def test_a_connection_with_always_something_to_read_lets_others_run(monkeypatch):
     """Reads that need not wait return at once, and nothing else would run between them."""
-    monkeypatch.setattr(fetch, "_TURN_SECONDS", 0.0)
+    monkeypatch.setattr(under_way, "_TURN_SECONDS", 0.0)
 
     async def read(*_):
         return b"x"
 
-    stream = SimpleNamespace(read_bytes=read, read_until=read, read_from_fd=len)
-    fetch._Fetch("somebody").opened(stream)
+    stream = SimpleNamespace(
+        read_bytes=read, read_until=read, read_until_regex=read, read_from_fd=len
+    )
+    FetchUnderWay("somebody", lambda *_: 0.0).opened(stream)
     turns = []
 
     async def others():
@@ -166,6 +169,46 @@ def test_a_connection_with_always_something_to_read_lets_others_run(monkeypatch)
         other.cancel()
 
     asyncio.run(run())
+
+
+def test_what_an_answer_takes_to_read_is_charged_as_it_comes(monkeypatch):
+    """A site decides how much that is: by small records, or small chunks."""
+    charged, pauses, passed = [], [], asyncio.sleep
+
+    def charge(client, seconds):
+        charged.append((client, seconds))
+        return 0.2 if len(charged) == 1 else 9.0
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+        await passed(0)
+
+    async def read(*_):
+        stream.read_from_fd(b"")
+        return b"x"
+
+    def work(_):
+        began = time.thread_time()
+        while time.thread_time() < began + 0.01:
+            pass
+        return 1
+
+    reads = ("read_bytes", "read_until", "read_until_regex")
+    stream = SimpleNamespace(**dict.fromkeys(reads, read), read_from_fd=work)
+
+    async def run():
+        fetching.opened(stream)
+        for each in reads:
+            await getattr(stream, each)(1)  # takes 10 ms
+            work(b"")  # and so does what Tornado makes of it
+        await fetching.closed()
+
+    fetching = FetchUnderWay("somebody", charge)
+    monkeypatch.setattr(under_way.asyncio, "sleep", sleep)
+    asyncio.run(run())
+    assert {client for client, _ in charged} == {"somebody"}
+    assert sum(seconds for _, seconds in charged) >= 0.05  # all but the last piece of work
+    assert pauses == [0.2, 0.25, 0.25]
 
 
 def test_of_a_name_with_many_addresses_some_are_tried():
@@ -186,17 +229,17 @@ def test_of_a_name_with_many_addresses_some_are_tried():
 def test_a_fetch_is_ended_from_outside_whatever_its_thread_does():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        under_way = fetch._Fetch("somebody", connection=ours)
-        under_way.expire()
+        fetching = FetchUnderWay("somebody", lambda *_: 0.0, ours)
+        fetching.expire()
         assert theirs.recv(1) == b""
-        under_way.give_way()  # it has ended already
+        fetching.give_way()  # it has ended already
 
 
 @pytest.mark.parametrize("clients", [2, 9], ids=lambda clients: f"of-{clients}-clients")
 def test_slow_fetches_give_way_to_a_client_that_has_fewer(context, monkeypatch, clients):
     """Also those that are not slow yet when it comes."""
     monkeypatch.setattr(fetch, "_FETCHES", 8)
-    monkeypatch.setattr(fetch, "_SLOW_SECONDS", 1.0)
+    monkeypatch.setattr(fetch, "SLOW_SECONDS", 1.0)
 
     async def run():
         with site(context) as (port, over), fetcher_of(port) as fetcher:

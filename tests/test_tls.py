@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from server.images import fetch
-from server.images.fetch import FetchFailed
+from server.images.under_way import FetchFailed
 from tests.sites import answering, fetcher_of, site
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from tornado.http1connection import HTTP1ServerConnection
+from tornado.http1connection import HTTP1Connection, HTTP1ServerConnection
 from tornado.httpserver import HTTPServer
 from tornado.httputil import (
     HTTPConnection,
@@ -145,7 +145,8 @@ class Server(HTTPServer):
         self._open.add(server_conn)
         self._idle.setdefault(_address(server_conn), {})[server_conn] = None
         delegate = super().start_request(server_conn, request_conn)
-        return _Watched(delegate, stream, lambda: self._busy(server_conn))
+        assert isinstance(request_conn, HTTP1Connection)
+        return _Watched(delegate, request_conn, stream, lambda: self._busy(server_conn))
 
     def on_close(self, server_conn: object) -> None:
         """Forget a closed connection."""
@@ -186,23 +187,37 @@ def _peer(connection: HTTP1ServerConnection) -> str:
     return str(getattr(connection.context, "remote_ip", ""))
 
 
+def _is_last(start_line: RequestStartLine, headers: HTTPHeaders) -> bool:
+    """Whether the client announces that it sends no further request (RFC 9112, 9.3)."""
+    options = {option.strip().lower() for option in headers.get("Connection", "").split(",")}
+    keeps = start_line.version != "HTTP/1.0" or "keep-alive" in options
+    return "close" in options or not keeps
+
+
 class _Watched(HTTPMessageDelegate):
     """Calls `whole` when a request is complete."""
 
     def __init__(
-        self, delegate: HTTPMessageDelegate, stream: ClientStream, whole: Callable[[], None]
+        self,
+        delegate: HTTPMessageDelegate,
+        connection: HTTP1Connection,
+        stream: ClientStream,
+        whole: Callable[[], None],
     ) -> None:
-        self._delegate, self._stream, self._whole = delegate, stream, whole
+        self._delegate, self._connection = delegate, connection
+        self._stream, self._whole = stream, whole
         self._last = False
 
     def headers_received(
         self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
     ) -> Any:
-        if isinstance(start_line, RequestStartLine):
-            start_line = start_line._replace(path=_origin_form(start_line.path))
+        assert isinstance(start_line, RequestStartLine)
+        start_line = start_line._replace(path=_origin_form(start_line.path))
         taken = self._delegate.headers_received(start_line, headers)  # raises for a wrong Host
         self._stream.refused = False
-        self._last = headers.get("Connection", "").lower() == "close"
+        self._last = _is_last(start_line, headers)
+        if self._last:  # Tornado sees it in fewer forms
+            self._connection._disconnect_on_finish = True
         body = headers.get("Content-Length", "0")
         known = body.isdecimal() and "Transfer-Encoding" not in headers
         self._stream.judge(self._last, int(body[:20]) if known else None)

@@ -13,9 +13,9 @@ from runtime.errors import (
 )
 from server.images.clips import NoVideo
 from server.images.cost import TooHard
-from server.images.fetch import FetchFailed
 from server.images.hosts import ForbiddenUrl
 from server.images.lane import NoDecoder
+from server.images.under_way import FetchFailed
 from server.ipc.dispatcher import EngineFailed, EngineLost, Expired
 from server.refusals import QueueFull, TooFast
 from server.service.admission import NotServing
