@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.errors import InvalidRequest
 from server.refusals import TooFast
 from server.service.keys import InvalidKeys, Keys, Unauthorised, main, read
 from tests.fakes import fake_engine
@@ -53,6 +54,32 @@ def test_a_key_has_a_rate_and_a_number_at_once(tmp_path):
         with pytest.raises(TooFast, match="1 requests at once"), keys.enter("b"):
             pass
     with keys.enter("b"), pytest.raises(Unauthorised), keys.enter("c"):
+        pass
+
+
+def test_the_images_of_a_request_have_places_all_or_none(tmp_path):
+    path = keys_file(tmp_path, line("slow", "a", "5"), line("narrow", "b", "0", "2"))
+    keys = Keys.open(path, tmp_path)
+    with (
+        pytest.raises(InvalidRequest, match="11 images .* may send 10 at once"),
+        keys.enter("a", 10, held=1),
+    ):
+        pass
+    with keys.enter("a"), keys.enter("a", 4, held=1):  # five of ten are left
+        pass
+    with keys.enter("a"), pytest.raises(TooFast) as said, keys.enter("a", 9, held=1):
+        pass
+    assert said.value.retry_after == 2, "six more, as the first image takes its place again"
+    with keys.enter("a"), keys.enter("a", 3, held=1):
+        pass
+    with (
+        pytest.raises(InvalidRequest, match="3 images .* may send 2 at once"),
+        keys.enter("b", 2, held=1),
+    ):
+        pass
+    with keys.enter("b"), keys.enter("b", 1, held=1):
+        pass
+    with keys.enter("b", 2):
         pass
 
 

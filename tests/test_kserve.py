@@ -157,7 +157,7 @@ def test_each_image_counts_for_the_limits_of_its_key(tmp_path, capsys):
     (tmp_path / "keys").write_text(made.out)
     key = {"X_API_Key": made.err.split()[-1]}
     with serve(fake_engine, api_keys=tmp_path / "keys") as live:
-        for count, status in ((2, 200), (3, 429), (2, 200)):
+        for count, status in ((2, 200), (3, 400), (2, 200)):
             body = as_json(inputs=[image(data=list(map(b64, IMAGES[:count])))])
             assert live.request("POST", INFER, body, **JSON, **key).status == status
 

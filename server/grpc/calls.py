@@ -93,10 +93,14 @@ class Call:
         self.model = model.name
         return model
 
-    def enter(self, held: ExitStack) -> None:
-        """Count a caption against its API key. Raises Unauthorised or TooFast."""
+    def enter(self, held: ExitStack, count: int = 1, before: int = 0) -> None:
+        """Count captions against their API key. before: those of the call that count already.
+
+        Raises as `Keys.enter`.
+        """
         if self.service.keys is not None:
-            self.key = held.enter_context(self.service.keys.enter(sent(self._metadata)))
+            entered = self.service.keys.enter(sent(self._metadata), count, before)
+            self.key = held.enter_context(entered)
 
     @contextmanager
     def held(self, size: int) -> Iterator[ExitStack]:

@@ -162,8 +162,7 @@ class InferenceService:
             model = call.asks(request)
             inputs = _inputs(request, model)
             call.images = len(inputs.images)
-            for _ in inputs.images[1:]:
-                call.enter(held)
+            call.enter(held, call.images - 1, before=1)
             captions = await inputs.captions(self._service, model, call.client, call.timeout_ms)
             call.timing = captions[0].timing
             scores = [caption.score or 0.0 for caption in captions]

@@ -86,8 +86,7 @@ class CaptionHandler(IntakeHandler):
             raise InvalidRequest(
                 f"images times n times logprobs is {told}: {_MOST_LOGPROBS} at most are told"
             )
-        for _ in wanted.images[1:]:
-            self.take_place()
+        self.take_places(len(wanted.images) - 1)  # the first took its place in `prepare`
         prompts = wanted.prompts or [None] * len(wanted.images)
         results = await gather_or_cancel(
             self._one(model, wanted.fields, image, prompt, started)

@@ -76,7 +76,7 @@ class IntakeHandler(Handler):
         try:
             if not _WHOLE.fullmatch(declared):
                 raise InvalidRequest(f"Content-Length {shown(declared)} is no number")
-            self.take_place()
+            self.take_places(1)
             self._payer = self.client
             self.check_head()
             encoding = self.request.headers.get("Content-Encoding", "identity")
@@ -93,15 +93,15 @@ class IntakeHandler(Handler):
             else:
                 self._refused = strip_error(error)
 
-    def take_place(self) -> None:
-        """Count a caption, against its API key if there are keys, until the answer is over.
+    def take_places(self, count: int) -> None:
+        """Count captions, against the API key if there are keys, until the answer is over.
 
-        Raises Unauthorised or TooFast.
+        Raises as `Keys.enter`.
         """
-        self._images += 1
+        held, self._images = self._images, self._images + count
         if self.service.keys is not None:
             key = sent(self.request.headers)  # header names match in any case
-            self.key = self._place.enter_context(self.service.keys.enter(key))
+            self.key = self._place.enter_context(self.service.keys.enter(key, count, held))
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         """Collect the body, checking its size: a chunked body does not declare one."""

@@ -160,8 +160,7 @@ class InferHandler(_Shape, IntakeHandler):
         asked = checked(InferRequest, parts.fields)
         frames = self.asked_model.manifest.sizes.frames
         inputs = Inputs.of(_values(asked, parts, body[cut:], frames), frames)
-        for _ in inputs.images[1:]:  # the first took its place in `prepare`
-            self.take_place()
+        self.take_places(len(inputs.images) - 1)  # the first took its place in `prepare`
         try:
             captions = await inputs.captions(self.service, self.asked_model, self.client)
         except VignetteError:

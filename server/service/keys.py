@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import VignetteError
+from runtime.errors import InvalidRequest, VignetteError
 from server.refusals import TooFast
 from server.service.usage import KeyUsage
 
@@ -41,6 +41,16 @@ class Client:
     digest: bytes
     rate: float
     at_once: int
+
+    @property
+    def burst(self) -> float:
+        """Requests that may come at once after a pause."""
+        return max(1.0, self.rate * _BURST_SECONDS) if self.rate else math.inf
+
+    @property
+    def most_together(self) -> float:
+        """Images that one request may have."""
+        return min(self.burst, self.at_once or math.inf)
 
 
 class Keys:
@@ -69,32 +79,38 @@ class Keys:
         self._usage.remove()
 
     @contextmanager
-    def enter(self, key: str | None) -> Iterator[str]:
-        """Hold a place for the owner of `key`; yields the owner's name.
+    def enter(self, key: str | None, count: int = 1, held: int = 0) -> Iterator[str]:
+        """Hold places for the owner of `key`, all or none; yields the owner's name.
 
-        Raises Unauthorised, or TooFast.
+        held: places that the same request has already. Raises Unauthorised, TooFast, or
+        InvalidRequest if so many in one request are never allowed.
         """
         index = self._find(key)
         with self._usage.held():
-            self._admit(index, time.monotonic())
+            self._admit(index, count, held, time.monotonic())
         try:
             yield self._clients[index].name
         finally:
             with self._usage.held():
-                self._usage.count(index, -1)
+                self._usage.count(index, -count)
 
-    def _admit(self, index: int, now: float) -> None:
-        client, usage = self._clients[index], self._usage
-        if client.at_once and usage.inside(index) >= client.at_once:
+    def _admit(self, index: int, count: int, held: int, now: float) -> None:
+        client, usage, together = self._clients[index], self._usage, count + held
+        most = client.most_together
+        if together > most:
+            raise InvalidRequest(
+                f"{together} images are as many requests, of which this key may send "
+                f"{math.floor(most)} at once: send at most so many images together"
+            )
+        if client.at_once and usage.inside(index) + count > client.at_once:
             raise TooFast(f"this key may have {client.at_once} requests at once", 1)
         if client.rate:
-            most = max(1.0, client.rate * _BURST_SECONDS)
-            tokens = usage.refill(index, client.rate, most, now)
-            if tokens < 1:
-                wait = math.ceil((1 - tokens) / client.rate)
+            tokens = usage.refill(index, client.rate, client.burst, now)
+            if tokens < count:  # the whole request comes again
+                wait = math.ceil((together - tokens) / client.rate)
                 raise TooFast(f"this key may send {client.rate:g} requests a second", wait)
-            usage.spend(index)
-        usage.count(index, 1)
+            usage.spend(index, count)
+        usage.count(index, count)
 
     def _find(self, key: str | None) -> int:
         if not key:

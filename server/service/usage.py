@@ -63,6 +63,6 @@ class KeyUsage:
         record["tokens"], record["filled_at"] = min(most, record["tokens"] + gained), now
         return float(record["tokens"])
 
-    def spend(self, key: int) -> None:
-        """Take a token from a key's bucket."""
-        self._records["tokens"][key] -= 1
+    def spend(self, key: int, tokens: int) -> None:
+        """Take tokens from a key's bucket."""
+        self._records["tokens"][key] -= tokens
