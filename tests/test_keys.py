@@ -61,7 +61,7 @@ def test_the_images_of_a_request_have_places_all_or_none(tmp_path):
     path = keys_file(tmp_path, line("slow", "a", "5"), line("narrow", "b", "0", "2"))
     keys = Keys.open(path, tmp_path)
     with (
-        pytest.raises(InvalidRequest, match="11 images .* may send 10 at once"),
+        pytest.raises(InvalidRequest, match="may send 10 at once"),
         keys.enter("a", 10, held=1),
     ):
         pass
@@ -73,7 +73,7 @@ def test_the_images_of_a_request_have_places_all_or_none(tmp_path):
     with keys.enter("a"), keys.enter("a", 3, held=1):
         pass
     with (
-        pytest.raises(InvalidRequest, match="3 images .* may send 2 at once"),
+        pytest.raises(InvalidRequest, match="may send 2 at once"),
         keys.enter("b", 2, held=1),
     ):
         pass
