@@ -9,7 +9,7 @@ from runtime.decoding.candidates import Move
 from runtime.execution.base import ModelRunner, Pending
 from runtime.model.manifest import UNFORCED
 from runtime.request import FinishReason
-from runtime.searching import Searching
+from runtime.searching import Groups, grouped, search_of, steps_of
 from runtime.sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -29,15 +29,15 @@ def _by_runner(sequence: Sequence, searching: bool) -> bool:
 class Burst:
     """Decode steps on their way, of the sequences `running` in so many `rows`.
 
-    at: when they were begun. bursting: whether the runner chooses the tokens. oldest: most text
-    tokens that any cache held before.
+    at: when they were begun. bursting: whether the runner chooses the tokens, of the groups in
+    `searched` by beams. most_fed: most text tokens that any cache held before.
     """
 
     pending: Pending
     at: float
     bursting: bool
-    searching: Searching
-    oldest: int
+    searched: Groups
+    most_fed: int
     running: Items[Sequence]
     rows: int
     steps: int
@@ -62,9 +62,10 @@ class Burst:
             for step, fed_next in enumerate(sequence.tokens(steps)):
                 for slot, token in zip(sequence.slots, fed_next, strict=True):
                     tokens[step][slot] = token
-        searching = Searching.among(running if bursting else ())
-        pending = runner.decode(tokens[0], fed, tokens[1:], candidates, searching.searches)
-        return cls(pending, now, bursting, searching, max(fed), running, rows, steps)
+        searched = grouped(running) if bursting else ()
+        searches = [search_of(group) for group in searched]
+        pending = runner.decode(tokens[0], fed, tokens[1:], candidates, searches)
+        return cls(pending, now, bursting, searched, max(fed), running, rows, steps)
 
     @property
     def slots(self) -> int:
@@ -86,11 +87,11 @@ class Burst:
             or runner.bucket(sum(len(s.slots) for s in running)) < runner.bucket(self.rows)
         ):
             return None
-        oldest = self.oldest + self.steps
-        steps = min(runner.burst, runner.text_tokens - oldest, _lasting(left))
+        most_fed = self.most_fed + self.steps
+        steps = min(runner.burst, runner.text_tokens - most_fed, _lasting(left))
         if steps < 1:
             return None
-        return replace(self, pending=runner.proceed(steps), at=now, oldest=oldest, steps=steps)
+        return replace(self, pending=runner.proceed(steps), at=now, most_fed=most_fed, steps=steps)
 
     def finish(self, runner: ModelRunner, ended: Callable[[], object]) -> None:
         """Wait for the results, and have the sequences take them that have not ended meanwhile.
@@ -101,7 +102,7 @@ class Burst:
         ended()
         likeliest, moves = found.likeliest(), list[Move]()
         candidates = [] if self.bursting else found.rows()
-        searched = self.searching.found(found)
+        searched = steps_of(self.searched, found)
         for sequence in self.running:
             if sequence.finish_reason is not None:
                 continue
@@ -117,7 +118,7 @@ class Burst:
                 log.exception("request %d failed as its tokens were chosen", sequence.request.id)
                 sequence.finish_reason = FinishReason.ERROR
         if moves:
-            runner.reorder(moves, self.oldest + 1)
+            runner.reorder(moves, self.most_fed + 1)
 
 
 def _steps(runner: ModelRunner, running: Items[Sequence]) -> int:

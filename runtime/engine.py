@@ -269,8 +269,8 @@ class Engine:
         return len(admitted), rows
 
     def _report(self, encoded: int = 0, rows: int = 0) -> None:
-        running, waiting = len(self.scheduler.running), self.scheduler.waiting
-        self.observer.stepped(StepReport(encoded, rows, running, waiting))
+        report = StepReport(encoded, rows, self.scheduler.count, self.scheduler.waiting)
+        self.observer.stepped(report)
 
     def _compact(self) -> None:
         # On a device, those that wait are not yet in the holes that they will probably fill.
@@ -306,7 +306,7 @@ class Engine:
     def _admit(self) -> list[Sequence]:
         """Sequences to encode now: none while running sequences still have their turn."""
         scheduler = self.scheduler
-        running = len(scheduler.running)
+        running = scheduler.count
         if running and not self._pacing.may_encode(scheduler.waiting, running):
             return []
         return scheduler.admit()

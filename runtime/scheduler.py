@@ -36,7 +36,8 @@ class Scheduler:
         self._slots_worth_refilling = max(1, slots // _REFILL_DIVISOR)
         self._interactive: deque[Sequence] = deque()
         self._batch: deque[Sequence] = deque()
-        self._running: dict[int, Sequence] = {}
+        self._slots: dict[int, Sequence] = {}  # those with a sequence
+        self._running: set[Sequence] = set()
         self._free = list(range(slots))  # a heap: the lowest comes first
 
     @property
@@ -47,12 +48,17 @@ class Scheduler:
     @property
     def running(self) -> list[Sequence]:
         """Sequences with slots, ordered by their lowest slot."""
-        return list(dict.fromkeys(self._running[slot] for slot in sorted(self._running)))
+        return sorted(self._running, key=lambda sequence: min(sequence.slots))
+
+    @property
+    def count(self) -> int:
+        """Number of running sequences."""
+        return len(self._running)
 
     @property
     def rows(self) -> int:
         """Leading rows that cover all running sequences."""
-        return max(self._running, default=-1) + 1
+        return max(self._slots, default=-1) + 1
 
     @property
     def idle(self) -> bool:
@@ -92,7 +98,7 @@ class Scheduler:
         the sequences behind it until then.
         """
         room = min(self.waiting, self._encode_batch, self._slots_worth_refilling)
-        if self._running and (not self._refill or len(self._free) < room):
+        if self._slots and (not self._refill or len(self._free) < room):
             return []
         most = self._encode_batch if self._refill else len(self._free)
         admitted: list[Sequence] = []
@@ -105,8 +111,9 @@ class Scheduler:
             for _ in range(sequence.request.sampling.rows):
                 slot = heapq.heappop(self._free)
                 sequence.slots.append(slot)
-                self._running[slot] = sequence
+                self._slots[slot] = sequence
             sequence.admitted = self._clock()
+            self._running.add(sequence)
             admitted.append(sequence)
         return admitted
 
@@ -117,9 +124,9 @@ class Scheduler:
         bucket: maps a number of leading rows to the rows that a step works on. cost: rows that a
         step must be smaller by for each slot that is moved.
         """
-        if self.rows == len(self._running):
+        if self.rows == len(self._slots):
             return []
-        highest = sorted(self._running, reverse=True)
+        highest = sorted(self._slots, reverse=True)
         holes = [slot for slot in sorted(self._free) if slot < len(highest)]
         # Where the rows end after so many moves: the highest slots go into the lowest holes.
         ends = [*highest[: len(holes)], len(highest) - 1]
@@ -129,9 +136,9 @@ class Scheduler:
                 worthwhile = moves
         moved = list(zip(highest[:worthwhile], holes, strict=False))
         for source, target in moved:
-            sequence = self._running.pop(source)
+            sequence = self._slots.pop(source)
             sequence.slots[sequence.slots.index(source)] = target
-            self._running[target] = sequence
+            self._slots[target] = sequence
         self._free = sorted({*self._free, *highest[:worthwhile]} - {*holes[:worthwhile]})
         return moved
 
@@ -154,8 +161,9 @@ class Scheduler:
         return True
 
     def _release(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
         for slot in sequence.slots:
-            del self._running[slot]
+            del self._slots[slot]
             heapq.heappush(self._free, slot)
         sequence.slots = []
         sequence.finished = self._clock()

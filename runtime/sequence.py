@@ -5,7 +5,7 @@ from collections import abc
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from runtime.decoding.candidates import Continuations, Move, RowCandidates
+from runtime.decoding.candidates import BeamStep, Move, RowCandidates
 from runtime.request import Completion, FinishReason, GenerationRequest, RequestOutput, Timing
 
 if TYPE_CHECKING:  # imports NumPy
@@ -73,23 +73,23 @@ class Sequence:
     def extend(
         self,
         rows: abc.Sequence[tuple[list[int], list[float]]],
-        searched: abc.Sequence[Continuations] = (),
+        searched: abc.Sequence[BeamStep] = (),
     ) -> None:
         """Consume a burst of steps, up to the end of the sequence.
 
         rows: each row's likeliest tokens and their log-probabilities. searched: with beams, their
         continuations, from the end of the prompt on.
         """
-        [(ids, logprobs), *_], prompted = rows, self.prompted
-        self.fed += len(ids)
-        failed = None
-        sums = [sum(step) for step in zip(*(of_row for _, of_row in rows), strict=True)]
-        if math.isnan(sum(sums)):
-            failed = next(step for step, value in enumerate(sums) if math.isnan(value))
-        known = None if failed is None else max(0, failed - prompted)
-        self.decoding.extend(ids[prompted:failed], logprobs[prompted:failed], searched[:known])
+        ids, logprobs = rows[0]
+        prompted, steps = self.prompted, len(ids)
+        sums = map(sum, zip(*(of_row for _, of_row in rows), strict=True))
+        whole = next((step for step, value in enumerate(sums) if math.isnan(value)), steps)
+        self.fed += steps
+        self.decoding.extend(
+            ids[prompted:whole], logprobs[prompted:whole], searched[: max(0, whole - prompted)]
+        )
         self.finish_reason = self.decoding.finish_reason
-        if self.finish_reason is None and failed is not None:
+        if self.finish_reason is None and whole < steps:
             self.finish_reason = FinishReason.FAILED
 
     def output(self) -> RequestOutput | None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from export.pictures import generated
-from runtime.decoding.candidates import Continuations
+from runtime.decoding.candidates import BeamStep
 from runtime.execution import beam_search
 from runtime.execution.base import Candidates
 from runtime.execution.device import DeviceRunner
@@ -54,7 +54,7 @@ class Stepwise(DeviceRunner):
             moves = []
             for number, search in enumerate(searches):
                 self.groups.add((search.scores.shape[1], len(search.slots), len({*search.stops})))
-                if step < search.wait:
+                if step < search.forced:
                     continue
                 following = []
                 for image, slots in enumerate(search.slots):
@@ -73,7 +73,7 @@ class Stepwise(DeviceRunner):
             tokens = chosen
         taken = 1 + len(forced)
         going_on = [
-            replace(search, scores=after, wait=0, fed=search.fed + taken)
+            replace(search, scores=after, forced=0, fed=search.fed + taken)
             for search, after in zip(searches, scores, strict=True)
         ]
         self.left = tokens, [age + taken for age in fed], going_on
@@ -96,7 +96,7 @@ def best_of(ids, logprobs, scores, stop):
     best, chosen = totals.reshape(-1)[order], ids[parents, places]
     kept = np.argsort(-(best + (chosen == stop) * np.float32(-1e9)), kind="stable")[:beams]
     taken = chosen, parents, logprobs[parents, places], best, kept
-    return Continuations(*(each.tolist() for each in taken))
+    return BeamStep(*(each.tolist() for each in taken))
 
 
 @pytest.mark.parametrize("text_tokens", [13, 40])

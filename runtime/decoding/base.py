@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from runtime.decoding.candidates import Continuations, Move, RowCandidates
+from runtime.decoding.candidates import BeamStep, Move, RowCandidates
 from runtime.decoding.penalties import penalises
 from runtime.request import Completion, FinishReason, SamplingParams
 
@@ -67,7 +67,7 @@ class Decoding(ABC):
 
     @abstractmethod
     def extend(
-        self, ids: Sequence[int], logprobs: Sequence[float], searched: Sequence[Continuations]
+        self, ids: Sequence[int], logprobs: Sequence[float], searched: Sequence[BeamStep]
     ) -> None:
         """Consume a burst of steps, up to the end of the texts.
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.decoding.base import Decoding
-from runtime.decoding.candidates import Continuations, Move, RowCandidates
+from runtime.decoding.candidates import BeamStep, Move, RowCandidates
 from runtime.decoding.penalties import penalised
 from runtime.request import Completion, FinishReason, SamplingParams, TopLogprobs
 
@@ -38,7 +38,7 @@ class Beams(Decoding):
         super().__init__(prompt, sampling, eos)
         self.can_burst = not (self._penalises or sampling.logprobs)
         self.stop = -1 if sampling.ignore_eos else eos
-        self._steps: list[Continuations] = []
+        self._steps: list[BeamStep] = []
         self._tops: list[list[TopLogprobs]] = []  # of each step and row, if they were asked for
         self._finished = [_Finished()] * sampling.num_beams
         self._can_improve = True  # a text better than the finished ones is still possible
@@ -90,7 +90,7 @@ class Beams(Decoding):
         return [(parent, row) for row, parent in enumerate(parents) if parent != row]
 
     def extend(
-        self, ids: Sequence[int], logprobs: Sequence[float], searched: Sequence[Continuations]
+        self, ids: Sequence[int], logprobs: Sequence[float], searched: Sequence[BeamStep]
     ) -> None:
         """See Decoding."""
         for step in searched:
@@ -105,7 +105,7 @@ class Beams(Decoding):
                 early = self._sampling.early_stopping is True
                 self._ended = last or early or not self._can_improve
 
-    def _best(self, rows: Sequence[RowCandidates]) -> Continuations:
+    def _best(self, rows: Sequence[RowCandidates]) -> BeamStep:
         """The best continuations over all rows."""
         sampling = self._sampling
         scores = np.array([row.logprobs for row in rows], np.float32)
@@ -123,7 +123,7 @@ class Beams(Decoding):
         best = scores.reshape(-1)[order]
         going_on = best + (np.array(ids) == self.stop) * _NEVER
         kept = np.argsort(-going_on, kind="stable")[: sampling.num_beams]
-        return Continuations(ids, parents, logprobs, best.tolist(), kept.tolist())
+        return BeamStep(ids, parents, logprobs, best.tolist(), kept.tolist())
 
     @property
     def _generated(self) -> list[list[int]]:
@@ -136,7 +136,7 @@ class Beams(Decoding):
     def _full(self) -> bool:
         return self._finished[-1].step is not None
 
-    def _finish(self, step: Continuations, last: bool) -> None:
+    def _finish(self, step: BeamStep, last: bool) -> None:
         """Keep the best finished texts; only the first `num_beams` continuations may join them.
 
         last: all end here, because no more tokens are allowed.

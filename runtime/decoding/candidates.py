@@ -14,8 +14,9 @@ class RowCandidates(NamedTuple):
     best_logit: float
 
 
-class Continuations(NamedTuple):
-    """The best `2 * num_beams` ways to continue an image's beams by one token, best first.
+class BeamStep(NamedTuple):
+    """A step of beam search: the best `2 * num_beams` ways to continue an image's beams by one
+    token, best first.
 
     parents: the row of each one's beam. logprobs: of `ids`. scores: sums of a text's
     log-probabilities, float32 values. kept: the indices of the `num_beams` that go on.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from runtime.decoding.base import Decoding
-from runtime.decoding.candidates import Continuations, Move, RowCandidates
+from runtime.decoding.candidates import BeamStep, Move, RowCandidates
 from runtime.decoding.hypothesis import Hypothesis
 from runtime.decoding.penalties import penalised
 from runtime.request import Completion, FinishReason, SamplingParams
@@ -61,7 +61,7 @@ class Continuation(Decoding):
         return []
 
     def extend(
-        self, ids: Sequence[int], logprobs: Sequence[float], searched: Sequence[Continuations]
+        self, ids: Sequence[int], logprobs: Sequence[float], searched: Sequence[BeamStep]
     ) -> None:
         """See Decoding; of a single text."""
         [text], sampling = self._texts, self._sampling

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from runtime.decoding.candidates import Continuations, RowCandidates
+from runtime.decoding.candidates import BeamStep, RowCandidates
 from runtime.planning.plan import Plan
 
 
@@ -22,7 +22,7 @@ class Candidates:
     ids: np.ndarray
     logprobs: np.ndarray
     best_logits: np.ndarray | None = None
-    searches: Sequence[Sequence[Sequence[Continuations]]] = ()
+    searches: Sequence[Sequence[Sequence[BeamStep]]] = ()
 
     def wait(self) -> "Candidates":
         """See Pending: these are there."""
@@ -46,14 +46,14 @@ class Search:
     """Images with equally many beams, which a runner chooses after each step of a burst.
 
     slots: of each image's beams. scores: float32 `[images, beams]` before the burst. stops: of each
-    image, the token that ends a beam. wait: forced steps before the first choice. fed: most text
-    tokens in any of the caches.
+    image, the token that ends a beam. forced: steps with tokens of the prompt before the first
+    choice. fed: most text tokens in any of the caches.
     """
 
     slots: Sequence[Sequence[int]]
     scores: np.ndarray
     stops: Sequence[int]
-    wait: int
+    forced: int
     fed: int
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from runtime.decoding.candidates import Continuations
+from runtime.decoding.candidates import BeamStep
 from runtime.execution.arena import Arena
 from runtime.execution.base import Search
 from runtime.execution.buckets import bucket, buckets
@@ -66,7 +66,7 @@ class BeamSearch:
         for search in searches:
             count, beams = search.scores.shape
             images = bucket(count, buckets(self._slots // beams))
-            groups.append(Group(search, images, first, search.wait, search.fed))
+            groups.append(Group(search, images, first, search.forced, search.fed))
             of_group = slice(first, first + count * beams)
             rows[of_group] = targets[of_group] = np.ravel(search.slots)
             scores[of_group] = search.scores.reshape(-1)
@@ -82,7 +82,7 @@ class BeamSearch:
     def step(self, step: int, groups: Sequence["Group"]) -> None:
         """Queue the choice of beams behind decode step `step` of the burst."""
         for group in groups:
-            if step >= group.wait:
+            if step >= group.forced:
                 positions = group.fed + step + 1
                 positions = -(-positions // _POSITIONS) * _POSITIONS
                 positions = min(positions, self._arena.text_tokens)
@@ -119,33 +119,33 @@ class BeamSearch:
 @dataclass(frozen=True, slots=True)
 class Group:
     """A search with its padding to `images`; `first`: its place among the rows of all searches.
-    wait, fed: as in Search, of the present burst.
+    forced, fed: as in Search, of the present burst.
     """
 
     search: Search
     images: int
     first: int
-    wait: int
+    forced: int
     fed: int
 
     def after(self, steps: int) -> "Group":
         """The search in a burst that follows on so many steps."""
-        return replace(self, wait=0, fed=self.fed + steps)
+        return replace(self, forced=0, fed=self.fed + steps)
 
     @property
     def beams(self) -> int:
         """Of each image."""
         return self.search.scores.shape[1]
 
-    def results(self, found: dict[str, np.ndarray], steps: int) -> list[list[Continuations]]:
+    def results(self, found: dict[str, np.ndarray], steps: int) -> list[list[BeamStep]]:
         """Of each image, its steps."""
         count, of_image = len(self.search.slots), []
         for name, values in found.items():
             wide = self.beams if name == "kept" else 2 * self.beams
             first = 2 * self.first
-            of_group = values[self.wait : steps, first : first + count * wide]
+            of_group = values[self.forced : steps, first : first + count * wide]
             of_image.append(of_group.reshape(-1, count, wide).swapaxes(0, 1).tolist())
         return [
-            [*map(Continuations._make, zip(*image, strict=True))]
+            [*map(BeamStep._make, zip(*image, strict=True))]
             for image in zip(*of_image, strict=True)
         ]
