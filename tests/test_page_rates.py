@@ -8,9 +8,8 @@ from unittest.mock import Mock
 import pytest
 from tornado.httputil import HTTPHeaders
 
-from server.http import held_connections
+from server.http import held_connections, pages
 from server.http.app import make_ops_app
-from server.service import service as services
 from tests.fakes import fake_engine
 from tests.live import fetch, png, serve, until
 
@@ -138,7 +137,7 @@ def test_another_port_for_operators_has_page_rates_of_its_own():
 
 
 def test_large_pages_are_refused_to_who_asks_for_too_many_of_them(monkeypatch):
-    monkeypatch.setattr(services, "_PAGES_SECONDS", 0.5)
+    monkeypatch.setattr(pages, "_PAGES_SECONDS", 0.5)
     asked = b"GET /static/swagger-ui/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
     with serve(fake_engine) as live, contextlib.ExitStack() as held:
         clients = [

@@ -87,8 +87,7 @@ class InferenceService:
         model = await self._model(request, context)
         if self._service.settings.ops_port is not None:  # then statistics are not public
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "statistics are served by /metrics")
-        counted = (await self._service.metrics.rendered()).decode()
-        done = kserve.captioned_so_far(counted, model.name)
+        done = await self._service.metrics.captioned(model.name)
         found = pb.ModelStatistics(name=model.name, version=kserve.VERSION, inference_count=done)
         return pb.ModelStatisticsResponse(model_stats=[found])
 

@@ -1,5 +1,6 @@
 """Connections of an application that others must not wait for."""
 
+import asyncio
 from dataclasses import dataclass, field
 
 from tornado.iostream import IOStream
@@ -19,3 +20,9 @@ class Connections:
     pages: TokenBuckets
     late: dict[IOStream, None] = field(default_factory=dict)
     unread: dict[IOStream, None] = field(default_factory=dict)
+    _turns: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def turn(self) -> None:
+        """Wait for a turn of the event loop that no other caller has."""
+        async with self._turns:
+            await asyncio.sleep(0)

@@ -16,6 +16,7 @@ from msgspec import to_builtins
 
 from server.addresses import address_of, group_of, networks
 from server.http.answers import ErrorAnswer, ErrorDetail
+from server.http.client_stream import ClientStream
 from server.http.connections import Connections
 from server.http.origins import PREFLIGHT, cors_headers
 from server.protocols.errors import INTERNAL, ErrorStatus, answer_to
@@ -78,6 +79,13 @@ class Handler(tornado.web.RequestHandler):
         """The client for fairness and rate limits: its API key's name, or its address group."""
         return self.key or group_of(self.address)
 
+    @property
+    def stream(self) -> ClientStream:
+        """The client's connection."""
+        stream = self.request.connection.stream  # type: ignore[union-attr]
+        assert isinstance(stream, ClientStream)
+        return stream
+
     def _set_common_headers(self) -> None:
         """Set headers of every answer; again for errors, as Tornado clears all headers then."""
         if self.request_id:
@@ -114,7 +122,7 @@ class Handler(tornado.web.RequestHandler):
         if isinstance(chunk, str):
             chunk = chunk.encode()
         written = super().finish(chunk)
-        stream = self.request.connection.stream  # type: ignore[union-attr]
+        stream = self.stream
         if stream.writing():
             loop, budget = asyncio.get_running_loop(), self.service.budget
             size = len(chunk or b"") + self.streamed
@@ -152,14 +160,13 @@ class Handler(tornado.web.RequestHandler):
         if self._headers_written:  # mid-stream, no error status can be sent any more
             error = kwargs.get("exc_info", (None, None, None))[1]
             self.outcome(answer_to(error, status_code).code)
-            self.request.connection.stream.close()  # type: ignore[union-attr]
+            self.stream.close()
             self.on_finish()  # Tornado calls it only for finished answers
             return
         self._refusing = True
         self._spend(group_of(self.address))
         cost = 1 + len(self.request.query) / _QUERY_COST
-        gone = self.request.connection.stream.closed()  # type: ignore[union-attr]
-        wait = 0.0 if gone else self.service.rates.refusals.spend(self.client, cost)
+        wait = 0.0 if self.stream.closed() else self.service.rates.refusals.spend(self.client, cost)
         if not wait:
             super().send_error(status_code, **kwargs)
             return
@@ -175,12 +182,11 @@ class Handler(tornado.web.RequestHandler):
 
     def _spend(self, client: str, pages: float = 1) -> float:
         """Charge pages, and the parsing of the head; returns the seconds that the client owes."""
-        stream = self.request.connection.stream  # type: ignore[union-attr]
-        return self.connections.pages.spend(client, pages + stream.head)
+        return self.connections.pages.spend(client, pages + self.stream.head)
 
     async def held_back(self, wait: float) -> None:
         """Wait so many seconds; close the connection if too many are held back already."""
-        stream, late = self.request.connection.stream, self.connections.late  # type: ignore[union-attr]
+        stream, late = self.stream, self.connections.late
         if not wait:
             return
         if len(late) >= _LATE:
@@ -190,7 +196,7 @@ class Handler(tornado.web.RequestHandler):
         late[stream] = None  # may be closed for a new connection
         try:
             await asyncio.sleep(wait)
-            await self.service.turn()
+            await self.connections.turn()
         finally:
             late.pop(stream, None)
 

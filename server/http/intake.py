@@ -142,7 +142,7 @@ class IntakeHandler(Handler):
     def _make_room(self) -> None:
         """Close the connection of a client that has all but stopped sending."""
         self._drop_body()
-        self.request.connection.stream.close()  # type: ignore[union-attr]
+        self.stream.close()
 
     def _drop_body(self) -> None:
         self._came()
@@ -185,7 +185,7 @@ class IntakeHandler(Handler):
         await self.held_back(self.service.rates.owed(self.client))
         self.service.check_room(self.client)
         if len(self._body) > _LARGE:  # several may be complete at once, and are copied
-            await self.service.turn()
+            await self.connections.turn()
         body = bytes(self._body)
         self._body = bytearray()
         await self.serve(body)

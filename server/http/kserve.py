@@ -24,7 +24,6 @@ from server.protocols.kserve import (
     SERVER,
     VERSION,
     Inputs,
-    captioned_so_far,
     check_input,
     check_outputs,
     check_shape,
@@ -114,12 +113,8 @@ class ModelHandler(_Shape, Handler):
                 self.set_status(200 if model.serves else 503)
                 self.write_json({"name": name, "ready": model.serves})
             case "stats" if self.service.settings.ops_port is None:  # else they are private
-                counted = (await self.service.metrics.rendered()).decode()
-                stats = {
-                    "name": name,
-                    "version": VERSION,
-                    "inference_count": captioned_so_far(counted, name),
-                }
+                done = await self.service.metrics.captioned(name)
+                stats = {"name": name, "version": VERSION, "inference_count": done}
                 self.write_json({"model_stats": [stats]})
             case _:
                 raise HTTPError(404)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from functools import cache
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import tornado.web
 
 from server.http.handler import Handler
 from server.http.openapi import document
+from server.refusals import TooFast
 
 _STATIC = Path(__file__).with_name("static")
 _SAMPLES = Path(__file__).parents[2] / "demo" / "samples"
 _DEMO = "vignette-demo"
 _ASKED = "vqa"  # in the names of checkpoints that were trained to answer questions
 _PAGE = 32 * 1024  # bytes of a file charged as another page
+_PAGES_SECONDS = 4.0  # of debt for pages, above which large ones are refused
 _TYPES = {
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -74,7 +77,7 @@ class StaticHandler(Handler):
         known = name in _files()
         pages = 1 + (len(_read(name)) // _PAGE if known else 0)
         if pages > 1:  # the file may stay unread
-            self.service.check_page(self.client)
+            self._check_page()
         await self.paced(pages)
         if not known:
             raise tornado.web.HTTPError(404)
@@ -82,6 +85,12 @@ class StaticHandler(Handler):
         self.set_header("Content-Type", _TYPES[Path(name).suffix])
         self.set_header("Cache-Control", "no-cache")  # revalidated each time, answered 304
         self.finish(_read(name))
+
+    def _check_page(self) -> None:
+        """Raise TooFast or QueueFull if a client, or all together, have too many large pages."""
+        if (wait := self.service.rates.pages.owed(self.client)) >= _PAGES_SECONDS:
+            raise TooFast("too many pages are asked for: ask for fewer", math.ceil(wait))
+        self.service.budget.check_unread()
 
     def compute_etag(self) -> str | None:
         """The cached hash: hashing the largest file takes milliseconds."""

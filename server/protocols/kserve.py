@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 
 from runtime import __version__
 from runtime.errors import InvalidRequest
@@ -216,15 +215,3 @@ def config(model: Model) -> dict[str, Any]:
         "input": tensors(INPUTS, optional=True),
         "output": tensors(OUTPUTS),
     }
-
-
-def captioned_so_far(metrics: str, model: str) -> int:
-    """Number of a model's requests that were captioned. metrics: in Prometheus' text format."""
-    wanted = {"model": model, "outcome": "ok"}
-    lines = (line for line in metrics.splitlines() if line.startswith("vignette_requests_total"))
-    return sum(
-        int(sample.value)
-        for family in text_string_to_metric_families("\n".join(lines) + "\n")
-        for sample in family.samples
-        if sample.name == "vignette_requests_total" and sample.labels == wanted
-    )

@@ -24,7 +24,6 @@ from server.images.fetch import Fetcher
 from server.images.pool import ImageDecoders, Origin
 from server.ipc.dispatcher import until
 from server.ipc.messages import WorkerState
-from server.refusals import TooFast
 from server.service.admission import Admission, State
 from server.service.cache import OutputCache
 from server.service.client_rates import ClientRates
@@ -37,7 +36,6 @@ from server.telemetry.tracing import Tracer
 log = logging.getLogger(__name__)
 
 _LARGE = 256 * 1024  # bytes above which images are hashed on a thread: a third of a millisecond
-_PAGES_SECONDS = 4.0  # of debt for pages, above which large ones are refused
 Images = list[bytes] | str  # encoded, one or one per frame; or the URL of one
 
 
@@ -63,7 +61,6 @@ class Service:
     keys_read: int = field(default=0, init=False)  # how often the file was read again
     keys_reader: asyncio.Task[None] | None = field(default=None, init=False)
     rates: ClientRates = field(default_factory=ClientRates)
-    _turns: asyncio.Lock = field(default_factory=asyncio.Lock)
     workers: tuple[WorkerState, ...] = ()
     shares: dict[str, SlotShares] = field(default_factory=dict)  # by device
     present: np.ndarray | None = None  # clients of all front-ends, by model (`PresentClients`)
@@ -164,17 +161,6 @@ class Service:
             output = join_outputs([each async for each in outputs])
         return make_caption(request, output, model.tokenizer)
 
-    def check_page(self, client: str) -> None:
-        """Raise TooFast or QueueFull if a client, or all together, have too many large pages."""
-        if (wait := self.rates.pages.owed(client)) >= _PAGES_SECONDS:
-            raise TooFast("too many pages are asked for: ask for fewer", math.ceil(wait))
-        self.budget.check_unread()
-
-    async def turn(self) -> None:
-        """Wait for a turn of the event loop that no other caller has."""
-        async with self._turns:
-            await asyncio.sleep(0)
-
     def count(self, model: str, key: str | None, code: str) -> None:
         """Count how a request ended. model: "" if it was refused before the model was known. code:
         ok, cancelled, or the code of its error.
@@ -197,7 +183,10 @@ class Service:
         inside = self.metrics.inside.labels(model.name)
         with model.admission.enter(client), inside.track_inprogress():
             model.admission.check_in_time(deadline - started, client)
-            async with self._outputs(model, request, images, client) as outputs:
+            async with (
+                self._fetched(model.admission, images, deadline, client) as encoded,
+                aclosing(await self._outputs(model, request, encoded, client)) as outputs,
+            ):
                 async for output in outputs:
                     if output.timing is not None:
                         self._measure(model, output.timing, time.perf_counter() - started)
@@ -208,26 +197,22 @@ class Service:
             if value:  # 0: the caption was cached, so no time was spent here
                 self.metrics.stage.labels(model.name, stage).observe(value)
 
-    @asynccontextmanager
     async def _outputs(
-        self, model: Model, request: GenerationRequest, images: Images, client: str
-    ) -> AsyncIterator[AsyncGenerator[RequestOutput, None]]:
-        """Fetch and hash the images of an admitted request, refuse those that are known to crash
-        engines, and run the request or find its caption in the cache.
+        self, model: Model, request: GenerationRequest, encoded: list[bytes], client: str
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Hash the images of an admitted request, refuse those that are known to crash engines, and
+        run the request or find its caption in the cache.
         """
         deadline = request.scheduling.deadline or math.inf
-        async with self._fetched(model.admission, images, deadline, client) as encoded:
-            async with until(deadline):
-                large = sum(map(len, encoded)) > _LARGE
-                digest = await asyncio.to_thread(_digest, encoded) if large else _digest(encoded)
-            model.links.dispatcher.check(digest)
-            origin = Origin(client, digest, deadline)
-            found = model.run(request, encoded, origin)
-            drawn = request.sampling.temperature > 0  # sampled outputs are not cached
-            if self.cache is not None and not request.stream and not drawn:
-                found = self._known_or_run(self.cache, model, request, encoded, origin)
-            async with aclosing(found) as outputs:
-                yield outputs
+        async with until(deadline):
+            large = sum(map(len, encoded)) > _LARGE
+            digest = await asyncio.to_thread(_digest, encoded) if large else _digest(encoded)
+        model.links.dispatcher.check(digest)
+        origin = Origin(client, digest, deadline)
+        drawn = request.sampling.temperature > 0  # sampled outputs are not cached
+        if self.cache is not None and not request.stream and not drawn:
+            return self._known_or_run(self.cache, model, request, encoded, origin)
+        return model.run(request, encoded, origin)
 
     async def _known_or_run(
         self,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.parser import text_string_to_metric_families
 
 from server.ipc.shared import reserve
 
@@ -123,6 +124,18 @@ class Metrics:
             self._render_at = math.inf
             self._rendering = asyncio.create_task(self._render())
         return await asyncio.shield(self._rendering)
+
+    async def captioned(self, model: str) -> int:
+        """Number of a model's requests that were captioned, by all processes."""
+        wanted, name = {"model": model, "outcome": "ok"}, "vignette_requests_total"
+        lines = (await self.rendered()).decode().splitlines()
+        text = "\n".join(line for line in lines if line.startswith(name))
+        return sum(
+            int(sample.value)
+            for family in text_string_to_metric_families(f"{text}\n")
+            for sample in family.samples
+            if sample.name == name and sample.labels == wanted
+        )
 
     async def _render(self) -> bytes:
         started = time.monotonic()
