@@ -94,13 +94,13 @@ def _export(args: argparse.Namespace) -> None:
     if args.target == "tensorrt":
         registry.require("tensorrt")  # before a long export whose result can't be compiled
     proof = Proof(
-        args.verify_images,
-        args.verify_tokens,
-        tuple(pixels),
-        not args.fp32_only,
-        not args.no_int8,
-        args.target,
-        args.target != "cpu" and "cuda" in registry.available(),
+        images=args.verify_images,
+        new_tokens=args.verify_tokens,
+        pixels=tuple(pixels),
+        fast=not args.fp32_only,
+        int8=not args.no_int8,
+        target=args.target,
+        cuda=args.target != "cpu" and "cuda" in registry.available(),
     )
     manifest = build(source, args.output, proof)
     if args.target == "tensorrt":

@@ -1,16 +1,7 @@
-"""Checkpoint to engine folder: export, verify, describe; all or nothing.
+"""Checkpoint to engine folder: export, verify, describe; all or nothing."""
 
-The engine is built in a folder beside its destination and moved there once proven, so that a failed
-export leaves the previous engine in place.
-"""
-
-import errno
-import json
-import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
@@ -23,25 +14,20 @@ from optimum.exporters.onnx import onnx_export_from_model
 from transformers import GitForCausalLM
 
 from export.checkpoint import Checkpoint
-from export.errors import ExportError
 from export.fp16 import build_fp16
 from export.gate import exact, judge
 from export.graphs import share_weights
 from export.modeling import ImagePrefix, TextDecoder
 from export.onnx_config import OPSET, GitDecoderOnnxConfig, GitEncoderOnnxConfig
+from export.output_folder import replacing
 from export.pictures import LEAST_PICTURES, rows
 from export.reference import Case
 from export.self_test import choose
 from export.variants import build_variants, data_name, file_name, variant
 from export.verify import check_extent, verify
 from export.weights import pool
-from runtime.model.manifest import FILE as MANIFEST
 from runtime.model.manifest import (
     HELPERS,
-    OPENVINO_CACHE,
-    PARTIAL_PLAN,
-    PLAN,
-    TENSORRT_CACHE,
     TOKENIZER,
     WEIGHTS,
     Combination,
@@ -87,7 +73,7 @@ def build(checkpoint: Checkpoint, output: Path, proof: Proof | None = None) -> M
     """
     proof = proof or Proof()
     check_extent(checkpoint, proof.images, proof.new_tokens)
-    with _beside(output) as folder:
+    with replacing(output) as folder:
         print(f"exporting {checkpoint.name} to ONNX", flush=True)
         _write_graphs(checkpoint, folder, fused=proof.fast and proof.target != "cpu")
         for graph in ("encoder", "decoder"):
@@ -143,91 +129,6 @@ def _faster_variants(
     judged = cases[calibrating:]
     kept = judge(checkpoint, folder, variants, judged, proof.new_tokens, proof.cuda)
     return kept, fp32_nodes
-
-
-@contextmanager
-def _beside(output: Path) -> Iterator[Path]:
-    """A new folder beside `output` that replaces it at the end, or is deleted on an error."""
-    _check_replaceable(output)
-    output = output.resolve()  # of a link, what it leads to is replaced
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    except OSError as cause:
-        raise ExportError(f"can't write to {output.parent}: {cause.strerror}") from cause
-    try:
-        yield partial
-        # Temporary folders and onnx's data files are private; the service's user must read them.
-        for path in (partial, *partial.iterdir()):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        _check_replaceable(output)  # again: exporting takes long
-        _move_into_place(partial, output)
-    except (OSError, RuntimeError) as cause:
-        # The exporter writes in C++ and raises RuntimeError with the system's message only.
-        full = getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in str(cause)
-        if not full:
-            raise
-        raise ExportError(
-            f"the disk that holds {output.parent} is full: free some space and export again"
-        ) from cause
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _check_replaceable(output: Path) -> None:
-    """Raise ExportError unless `output` is absent, an empty folder, or an engine to replace, with
-    nothing else in its folder.
-    """
-    if output.name in ("", ".."):
-        raise ExportError("--output must name a folder of its own, such as engines/my-model")
-    if not output.exists():
-        return
-    if output.is_mount():
-        raise ExportError(
-            f"{output} is a mount, which can't be replaced: export into a folder of it"
-        )
-    there = {path.name for path in output.iterdir()} if output.is_dir() else None
-    files = _files_of(output)
-    if there is None or (there and files is None):
-        raise ExportError(f"{output} exists and is no engine: choose another --output")
-    ours = {MANIFEST, PLAN, TENSORRT_CACHE, OPENVINO_CACHE, *(files or ())}
-    if others := {name for name in there - ours if not name.startswith(PARTIAL_PLAN)}:
-        raise ExportError(
-            f"{output / min(others)} is no part of the engine that is replaced: move it elsewhere, "
-            "or choose another --output"
-        )
-
-
-def _files_of(folder: Path) -> list[str] | None:
-    """Files of an engine of any format; None if there is none, but perhaps another tool's
-    manifest.json.
-    """
-    try:
-        content = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return None
-    ours = isinstance(content, dict) and {"format", "sizes", "files"} <= content.keys()
-    return list(content["files"]) if ours and isinstance(content["files"], dict) else None
-
-
-def _move_into_place(partial: Path, output: Path) -> None:
-    if not output.exists():
-        partial.rename(output)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.parent))
-    try:
-        output.rename(old / output.name)
-    except OSError as cause:
-        old.rmdir()
-        raise ExportError(f"{output} can't be replaced: {cause.strerror}") from cause
-    try:
-        partial.rename(output)
-    except BaseException:  # an interrupt, too
-        (old / output.name).rename(output)
-        raise
-    finally:
-        if output.exists():
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_graphs(checkpoint: Checkpoint, folder: Path, fused: bool) -> None:

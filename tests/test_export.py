@@ -13,6 +13,7 @@ import torch
 
 from export import __main__ as command
 from export import build as building
+from export import output_folder
 from export.build import Proof, build
 from export.checkpoint import load
 from export.errors import ExportError, Mismatch
@@ -339,7 +340,7 @@ def test_an_interrupt_as_the_engine_is_exchanged_leaves_the_old_one(tmp_path, mo
 
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        building._move_into_place(partial, output)
+        output_folder._move_into_place(partial, output)
     assert (output / "old").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"engine", ".engine-new"}
 
@@ -350,12 +351,12 @@ def test_a_folder_that_can_not_be_moved_is_told_and_nothing_is_left(tmp_path, mo
     output.mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda path: path == output)
     with pytest.raises(ExportError, match="is a mount"):
-        building._check_replaceable(output)
+        output_folder._check_replaceable(output)
 
     def refused(path, target):
         raise PermissionError(1, "Operation not permitted", str(path))
 
     monkeypatch.setattr(Path, "rename", refused)
     with pytest.raises(ExportError, match="can't be replaced: Operation not permitted"):
-        building._move_into_place(partial, output)
+        output_folder._move_into_place(partial, output)
     assert sorted(tmp_path.iterdir()) == [output, partial]
