@@ -26,7 +26,7 @@ class ImagePrefix(nn.Module):
 
     mean: torch.Tensor
     std: torch.Tensor
-    nothing: torch.Tensor  # as in FusedVision, of the projection
+    nothing: torch.Tensor  # zeros, as in FusedVision, in the projection's shape
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ class FusedVision(nn.Module):
     one: torch.Tensor
     middle: torch.Tensor
     no_bias: torch.Tensor
-    nothing: torch.Tensor  # added where only the node's normalisation is wanted: it is the faster
+    nothing: torch.Tensor  # zeros: SkipLayerNormalization of them is faster than LayerNormalization
 
     @torch.no_grad()
     def __init__(self, tower: Any, rescale: float, mean: list[float], std: list[float]) -> None:

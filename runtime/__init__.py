@@ -1,8 +1,6 @@
 """Run an exported GIT model: a batched decode loop over ONNX Runtime.
 
-Reading order: `model/` (the contents of an engine folder) -> `planning/` -> `providers/` ->
-`execution/` -> `request`, `limits` -> `decoding/` -> `sequence`, `scheduler`, `pacing` -> `engine`
--> `stepper`, `async_engine`.
+ARCHITECTURE.md says what its files are and in which order to read them.
 """
 
 import os

@@ -188,8 +188,8 @@ class RequestOutput(Struct, frozen=True):
 class Caption(Struct, frozen=True):
     """The result of a request. Token counts exclude the start and end tokens.
 
-    score: mean log-probability of the tokens, including the end token; None where it is not
-    reported. others: all captions but the first.
+    score: mean log-probability of the tokens, including the end token; None without tokens.
+    others: all captions but the first.
     """
 
     text: str

@@ -3,6 +3,6 @@
 Reading order, along a request: `__main__` and `settings` -> `processes/supervisor` ->
 `processes/frontend` -> `http/app` (routes), `http/caption`, `http/intake` -> `service/service`,
 `service/model` -> `images/pool` -> `ipc/dispatcher`, `ipc/messages` -> `processes/worker`; then
-`errors` (errors to responses), `metrics`, `logs`, `tracing`. `bulk/` captions files, `grpc/`
-speaks KServe's protocol, `cluster/` runs all of it on Ray.
+`protocols/errors` (errors to responses), `telemetry/`. `bulk/` captions files, `grpc/` speaks
+KServe's protocol, `cluster/` runs all of it on Ray.
 """

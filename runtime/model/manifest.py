@@ -80,7 +80,8 @@ class Variant:
     """One graph in one precision, for one type of K/V cache.
 
     graph: "encoder" or "decoder"; on a device, and without weights, "insert" copies image K/V into
-        slots, "reorder" copies text K/V between slots, "candidates" finds the likeliest tokens.
+        slots, "reorder" copies text K/V between slots, "candidates" finds the likeliest tokens,
+        "search" chooses beams.
     precision: fp32, int8 (activations quantised dynamically), int8-static (an encoder with
         activation scales from calibration, for OpenVINO), fp16, fp16-fused (an encoder with
         attention in one node, for CUDA).
