@@ -15,6 +15,7 @@ from transformers import GitForCausalLM
 
 from export.checkpoint import Checkpoint
 from export.fp16 import build_fp16
+from export.fused_prefix import FusedImagePrefix
 from export.gate import exact, judge
 from export.graphs import share_weights
 from export.modeling import ImagePrefix, TextDecoder
@@ -150,7 +151,7 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path, fused: bool) -> None:
         modules = {
             "encoder": ImagePrefix(*normalised),
             "decoder": TextDecoder(model, sizes.prefix),
-            "encoder.fused": ImagePrefix(*normalised, fused=True),
+            "encoder.fused": FusedImagePrefix(*normalised),
         }
         return {name: modules[name] for name in configs}
 

@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 from transformers import GitForCausalLM
 from transformers.models.git.modeling_git import GitLayer
-
-from export.vision import FusedAttention, FusedVision, add_and_normalise, with_bias
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
@@ -26,77 +24,61 @@ class ImagePrefix(nn.Module):
 
     mean: torch.Tensor
     std: torch.Tensor
-    nothing: torch.Tensor  # zeros, as in FusedVision, in the projection's shape
 
     def __init__(
-        self,
-        model: GitForCausalLM,
-        rescale: float,
-        mean: list[float],
-        std: list[float],
-        fused: bool = False,
-    ):
-        """fused: with nodes for which CUDA has kernels; else plain ONNX."""
+        self, model: GitForCausalLM, rescale: float, mean: list[float], std: list[float]
+    ) -> None:
+        """rescale, mean, std: of a pixel, 0 to 255, and of each channel of the rescaled ones."""
         super().__init__()
         self.config = model.config
         self.git = model.git
         self.layers: Any = nn.ModuleList(_without_shifts(each) for each in model.git.encoder.layer)
-        self.vision = (
-            FusedVision(model.git.image_encoder.vision_model, rescale, mean, std) if fused else None
-        )
         self.rescale = rescale
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        positions = model.git.image_encoder.vision_model.embeddings.num_positions
-        prefix = positions * (model.config.num_image_with_embedding or 1)
-        nothing = torch.zeros(1, prefix, model.config.hidden_size)
-        self.register_buffer("nothing", nothing, persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """uint8 `[B, 3, S, S]`, or `[B, F, 3, S, S]` -> `image.{i}.key/value`, `[B, H, P, D]`; if
-        fused, `[B, P, H, D]`, as they are copied on the device anyway.
-        """
-        features = self._features(pixels)
-        if self.vision:
-            product, norm = self.git.visual_projection.visual_projection
-            projected = linear(features, product.weight)
-            hidden, _ = add_and_normalise(projected, self.nothing, product.bias, norm)
-        else:
-            hidden = self.git.visual_projection(features)
+        """uint8 `[B, 3, S, S]`, or `[B, F, 3, S, S]` -> `image.{i}.key/value`, `[B, H, P, D]`."""
+        hidden = self._projected(self._features(pixels))
         prefix: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(self.layers):
             attention = layer.attention.self
             key, value = attention.key(hidden), attention.value(hidden)
             for kind, each in (("key", key), ("value", value)):
                 split = each.unflatten(-1, (attention.num_attention_heads, -1))
-                whole = split if self.vision else split.transpose(1, 2).contiguous()
-                prefix[f"image.{index}.{kind}"] = whole
+                prefix[f"image.{index}.{kind}"] = self._placed(split)
             if index + 1 == len(self.layers):
                 break  # the last layer's output is unused
-            hidden = self._fused(layer, hidden, key, value) if self.vision else layer(hidden)[0]
+            hidden = self._output(layer, hidden, key, value)
         return prefix
 
-    def _fused(
+    def _placed(self, split: torch.Tensor) -> torch.Tensor:
+        """Keys or values `[B, P, H, D]`, as the graph's output."""
+        return split.transpose(1, 2).contiguous()
+
+    def _output(
         self, layer: GitLayer, hidden: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Output of `layer`: attention is one node, each sum with its normalisation another."""
-        own = layer.attention.self
-        query = with_bias(hidden, own.query)
-        context = FusedAttention.apply(query, key, value, own.num_attention_heads)
-        attended = _add_product(layer.attention.output, context, hidden)
-        return _add_product(layer.output, layer.intermediate(attended), attended)
+        """Output of a layer, which computes its keys and values itself."""
+        output: torch.Tensor = layer(hidden)[0]
+        return output
+
+    def _projected(self, features: torch.Tensor) -> torch.Tensor:
+        projected: torch.Tensor = self.git.visual_projection(features)
+        return projected
+
+    def _encoded(self, images: torch.Tensor) -> torch.Tensor:
+        """Features of images uint8 `[N, 3, S, S]`."""
+        images = (images.to(self.mean.dtype) * self.rescale - self.mean) / self.std
+        encoded: torch.Tensor = self.git.image_encoder(images).last_hidden_state
+        return encoded
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Vision features of all frames of an image, `[B, P, vision width]`."""
         # Sizes come from the configuration: sizes of a traced tensor would fix the graph's number
         # of rows.
         frames = self.config.num_image_with_embedding
-        images = pixels.flatten(0, 1) if frames else pixels
-        if self.vision is not None:
-            features = self.vision(images)
-        else:
-            images = (images.to(self.mean.dtype) * self.rescale - self.mean) / self.std
-            features = self.git.image_encoder(images).last_hidden_state
+        features = self._encoded(pixels.flatten(0, 1) if frames else pixels)
         if not frames:
             return features
         # One vision call for all frames, then each frame's own embedding, then one long prefix.
@@ -230,12 +212,6 @@ class CachedAttention(torch.autograd.Function):
         key.setType(past_key.type())
         value.setType(past_value.type())
         return context, key, value
-
-
-def _add_product(output: Any, taken: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """`output(taken, hidden)` of a layer's part: product, sum and normalisation."""
-    added = linear(taken, output.dense.weight)
-    return add_and_normalise(added, hidden, output.dense.bias, output.LayerNorm)[0]
 
 
 @torch.no_grad()

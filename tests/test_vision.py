@@ -2,6 +2,7 @@
 
 import torch
 
+from export.fused_prefix import FusedImagePrefix
 from export.modeling import ImagePrefix
 from export.random_weights import from_config
 from tests.checkpoints import SHAPES, shaken
@@ -13,8 +14,8 @@ def test_the_fused_encoder_says_the_same():
     pixels = torch.randint(0, 256, (3, *checkpoint.sizes.pixels), dtype=torch.uint8)
     with torch.inference_mode():
         plain, fused = (
-            ImagePrefix(model, how.rescale, how.mean, how.std, fused=fused)(pixels)
-            for fused in (False, True)
+            kind(model, how.rescale, how.mean, how.std)(pixels)
+            for kind in (ImagePrefix, FusedImagePrefix)
         )
     for name, expected in plain.items():
         torch.testing.assert_close(fused[name].transpose(1, 2), expected, atol=1e-4, rtol=1e-4)

@@ -141,12 +141,12 @@ def encoder_work() -> dict[str, float]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from export.modeling import ImagePrefix
+    from export.fused_prefix import FusedImagePrefix
     from export.random_weights import random_weights
 
     checkpoint = random_weights(SHAPE)
     how, size = checkpoint.normalisation, checkpoint.sizes.image
-    encoder = ImagePrefix(checkpoint.model, how.rescale, how.mean, how.std, fused=True)
+    encoder = FusedImagePrefix(checkpoint.model, how.rescale, how.mean, how.std)
     with (
         sdpa_kernel(SDPBackend.MATH),  # the only backend that the counter supports on a CPU
         FlopCounterMode(display=False) as counter,

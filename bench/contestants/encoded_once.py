@@ -13,7 +13,8 @@ from torch._inductor import config as inductor
 
 from bench.common.settings import SHAPE, TOKENS
 from bench.contestants.model import DTYPES
-from export.modeling import ImagePrefix, TextDecoder
+from export.fused_prefix import FusedImagePrefix
+from export.modeling import TextDecoder
 from export.random_weights import random_weights
 
 
@@ -27,7 +28,7 @@ class EncodedOnce:
         self._bos, self._sizes, self._device = checkpoint.tokens.bos, checkpoint.sizes, device
         normalised = checkpoint.model, how.rescale, how.mean, how.std
         # With PyTorch's fused attention.
-        encoder = ImagePrefix(*normalised, fused=True).to(device, dtype)
+        encoder = FusedImagePrefix(*normalised).to(device, dtype)
         decoder = TextDecoder(checkpoint.model, checkpoint.sizes.prefix)
         self._decoder = decoder.to(device, dtype)
         self._ages = torch.arange(TOKENS, device=device)
