@@ -69,6 +69,7 @@ class FetchUnderWay:
         Between two waits of Tornado's client for the stream the thread does this fetch's work.
         """
         self.stream, read_from_fd, read_until = stream, stream.read_from_fd, stream.read_until
+        self._resumed = math.inf  # a redirect's connection begins with nothing done
 
         def read(buffer: bytearray | memoryview) -> int | None:
             began = time.thread_time()
