@@ -36,7 +36,7 @@ COMMANDS = {
     ),
     "bench": Command(
         "measure Vignette against PyTorch, side by side", "bench.__main__",
-        ("onnxruntime", "torch", "matplotlib"), "bench,export,cpu", "benchmark",
+        ("onnxruntime", "torch", "matplotlib", "grpc"), "bench,export,grpc,cpu", "benchmark",
     ),
     "keys": Command("make an API key", "server.service.keys", ()),
 }  # fmt: skip

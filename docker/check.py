@@ -135,7 +135,10 @@ def fetch_base() -> None:
         raise SystemExit(2)
     mirror = output("apt-get", "indextargets", "--format", "$(SITE) $(RELEASE) $(COMPONENT)",
                     "Created-By: Packages")  # fmt: skip
-    site = next(line.split()[0] for line in mirror.splitlines() if " bookworm main" in line)
+    site = next((line.split()[0] for line in mirror.splitlines() if " bookworm main" in line), None)
+    if site is None:
+        print(f"{BASE} can't be pulled, and this is no Debian 12 to make it from", file=sys.stderr)
+        raise SystemExit(2)
     with tempfile.TemporaryDirectory() as root:
         run("debootstrap", "--variant=minbase", "bookworm", root, site, quiet=True)
         for part in (

@@ -56,6 +56,14 @@ def test_a_form_is_read_in_pieces_and_has_few_parts():
         (b'{"image": "%s"}' % (b'\\"' * 20_000), "too large without its image"),
         (b'{"prompt": "%s"}' % (b"\\\\" * 20_000), "more than 16 KiB"),
         (b'{"image": "%s' % (b"x" * 20_000), "too large without its image"),
+        *(
+            (b'{"a": "%s", %s}' % (b'\\"' * 1030, mark), "too large without its image")
+            for mark in (
+                b'"prompt": "\\u00005"',
+                b'"prompt": "\\u0000abc"',
+                b'"messages": [{"content": [{"image_url": {"url": "\\u00007"}}]}]',
+            )
+        ),
     ],
 )
 def test_json_is_bounded_before_it_is_built(body, message):

@@ -106,9 +106,9 @@ def opened(settings: Settings, models: tuple[str, ...]) -> Application:
 def config_digest(settings: Settings, models: tuple[str, ...]) -> bytes:
     """Digest of settings, models and API keys; if it differs, ingresses are opened anew.
 
-    Ingresses know neither engine folders nor the number of engines: those settings are left out.
+    Ingresses do not know the engines, but have room for so many: other settings are left out.
     """
-    engines = {"engine", "ray", "ray_replicas", "ray_cores", "ray_detach", "provider", "precision"}
+    engines = {"engine", "ray", "ray_cores", "ray_detach", "provider", "precision"}
     keys = settings.api_keys.read_bytes() if settings.api_keys else b""
     known = settings.model_dump_json(exclude=engines).encode() + repr(models).encode()
     return hashlib.sha256(known + keys).digest()

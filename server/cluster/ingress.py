@@ -143,9 +143,9 @@ class Ingress:
             ServedModel(name, each.write(run.path / "models" / str(index)), 1.0)
             for index, (name, each) in enumerate(files.items())
         ]
-        # Their stores have places for their part of what the engines take at once, within bounds.
-        each = -(-settings.replicas[1] // settings.front_end_processes)
-        several = settings.model_copy(update={"workers": min(_ENGINES, each)})
+        # Their stores together have places for what the engines take at once, within bounds.
+        engines = min(_ENGINES * settings.front_end_processes, settings.replicas[1])
+        several = settings.model_copy(update={"workers": engines})
         children = front_ends(several, served, run.path, ports)
         self._supervisor = Supervisor(settings, list(models), run, [], children, ports)
         self._stale: str | None = None

@@ -122,7 +122,9 @@ def _outline(body: bytes, longest: int) -> tuple[bytes, list[bytes]]:
             before, close = close, body.find(b'"', close + 1)
             if close < 0 or not _ends_escaping(body[before + 1 : close]):
                 break
-        if outside > MOST_TEXT or quotes == _QUOTES or close < 0:
+        if outside > MOST_TEXT or quotes == _QUOTES:
+            raise _too_large()
+        if close < 0:  # the string does not end, which parsing will say
             break
         pieces.append(body[end:start])
         end = close + 1
