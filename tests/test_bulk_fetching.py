@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import itertools
 import os
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -105,3 +106,9 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path):
     for name in ("pipe.jpg", "link.jpg", "."):
         with pytest.raises(UnfitItem, match="is no regular file"):
             fetching.fetch(str(tmp_path / name), 10**6)
+
+
+def test_packages_that_are_missing_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tenacity", None)
+    with pytest.raises(fetching.NoWay, match=r"install the extra \[bulk\]"):
+        fetching.fetch("https://example.org/a.png", 1000)

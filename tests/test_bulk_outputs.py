@@ -13,8 +13,10 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from server.bulk.fetching import NoWay
 from server.bulk.lists import Columns
 from server.bulk.output import OutputConflict
+from server.bulk.outputs import open_output
 from server.bulk.tables import TableOutput
 from tests.bulk_job import check, members, rows_of, run, said_of
 
@@ -295,3 +297,9 @@ def test_a_run_that_is_killed_goes_on_with_no_row_lost_or_doubled(output, photos
     assert done.stdout == f"{KILLS} killed\n"
     run(output, str(photos))
     check(output, photos)
+
+
+def test_a_missing_package_is_told_before_anything_is_captioned(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(NoWay, match=r"install vignette with the extra \[bulk\]"):
+        open_output(str(tmp_path / "captions.parquet"), overwrite=False)

@@ -81,15 +81,17 @@ def fetch(location: str, limit: int, over: threading.Event | None = None) -> byt
 
 
 def _fetched(url: str, limit: int, over: threading.Event) -> bytes:
-    from tenacity import (
-        Retrying,
-        retry_if_exception_type,
-        sleep_using_event,
-        stop_after_attempt,
-        stop_when_event_set,
-    )
-    from tenacity import wait_random_exponential as growing
-
+    try:
+        from tenacity import (
+            Retrying,
+            retry_if_exception_type,
+            sleep_using_event,
+            stop_after_attempt,
+            stop_when_event_set,
+        )
+        from tenacity import wait_random_exponential as growing
+    except ImportError as cause:
+        raise NoWay("images by URL need more packages: install the extra [bulk]") from cause
     attempts = Retrying(
         stop=stop_after_attempt(_ATTEMPTS) | stop_when_event_set(over),
         sleep=sleep_using_event(over),

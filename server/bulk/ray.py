@@ -10,7 +10,7 @@ import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, ClassVar
@@ -76,7 +76,7 @@ class RayCaptioning:
 
     def __init__(self, cluster: ClusterOptions, setup: TaskSetup) -> None:
         """Join the cluster and open an engine there once. Raises CannotStart if the cluster
-        has no room for one, and what BulkEngine raises.
+        has no room for one, and RunFailed if none opens.
         """
         try:
             check_listens(cluster.address)  # Ray itself would try without end
@@ -96,7 +96,8 @@ class RayCaptioning:
         threads = 0 if self._gpus else cluster.cores
         self._setup = replace(setup, engine=replace(setup.engine, threads=threads))
         tried = ray.remote(**self._each)(_tried).remote(self._setup)
-        self.identity, runs_on = ray.get(tried)
+        with _told():
+            self.identity, runs_on = ray.get(tried)
         self._setup = replace(self._setup, identity=self.identity)
         self.where = f"up to {self._most} engines on Ray, {runs_on}"
 
@@ -142,7 +143,7 @@ class RayCaptioning:
                 **self._each,
             )
         )
-        try:
+        with _told():
             for batch in outcomes.iter_batches(batch_size=None, batch_format="numpy"):
                 for packed in batch["outcome"]:
                     found = pickle.loads(packed)
@@ -151,13 +152,20 @@ class RayCaptioning:
                         continue
                     for item_id, asked in found:
                         index.claim(item_id, asked, again)
-        except ray.exceptions.RayError as error:
-            ours = _OUR_ERROR.search(str(error))
-            raise RunFailed(f"the cluster could not go on: {ours[1] if ours else error}") from error
 
     def close(self) -> None:
         """Leave the cluster."""
         ray.shutdown()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Raise RunFailed with the error behind one of Ray's, which holds a whole traceback."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        ours = _OUR_ERROR.search(str(error))
+        raise RunFailed(f"the cluster could not go on: {ours[1] if ours else error}") from error
 
 
 def _tried(setup: TaskSetup) -> tuple[dict[str, str], str]:

@@ -130,6 +130,11 @@ class Csv(TableOutput):
 class Parquet(TableOutput):
     """Parquet in row groups of 10,000; `settings` is JSON."""
 
+    def __init__(self, path: Path) -> None:
+        """Raises NoWay without pyarrow: at once, not when the table is written in the end."""
+        parquet()
+        super().__init__(path)
+
     @override
     def read(self) -> Iterable[dict[str, Any]]:
         file = parquet().ParquetFile(self.path)
