@@ -1,4 +1,4 @@
-"""The committed sample scenes, which the README shows and tests caption; and pictures in bulk."""
+"""The committed sample scenes, which the page shows and tests caption; and pictures in bulk."""
 
 import json
 import random

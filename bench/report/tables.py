@@ -306,7 +306,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "scaling": ("Many machines, on paper", "A simulation with the engine's own loop and the times "
                 "that were measured here. It is checked first: the same clients on this machine, "
                 "measured and simulated in turns, of which the medians are told. GPUs are targets, "
-                "and nobody has measured one yet. Prices are stated in bench/sections/scaling.py; "
+                "which one H200 has met since (bench/results/h200). Prices are stated in bench/sections/scaling.py; "
                 "'bound by' is what works most, and how much of what it could.",
                 _scaling),
     "front_ends": ("Taking images in", "JPEGs of 640x480 over HTTP, 64 clients, on the demo "
