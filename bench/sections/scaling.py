@@ -46,9 +46,9 @@ _WANTED = 1e6, 1e9  # captions a day
 _LARGE = 4000, 3000  # pixels of a phone's photograph
 # Assumed prices of renting such a host for an hour; not looked up.
 _CPU_DOLLARS, _GPU_DOLLARS = 0.10, 4.00
-# Targets, set before a GPU was measured: 0.15 ms of the encoder for an image, 0.5 ms for a step of 64
-# rows. With nothing else to wait for that would be 4,000 captions a second. One H200 has met them
-# since (bench/results/h200): 0.15 ms, and 0.67 ms for a step of 256 rows.
+# Targets, set before a GPU was measured: 0.15 ms of the encoder for an image, 0.5 ms for a step of
+# 64 rows. With nothing else to wait for that would be 4,000 captions a second. One H200 has met
+# them since (bench/results/h200): 0.15 ms, and 0.67 ms for a step of 256 rows.
 _GPU_CORES, _GPU_ENCODE_S, _GPU_STEP_S, _GPU_SLOTS = 16, 0.15e-3, 0.5e-3, 64
 
 
