@@ -307,7 +307,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
                 "that were measured here. It is checked first: the same clients on this machine, "
                 "measured and simulated in turns, of which the medians are told. GPUs are targets, "
                 "which one H200 has met since (bench/results/h200). Prices are stated in "
-                "bench/sections/scaling.py; 'bound by' is what works most, and how much of what it could.",
+                "bench/sections/scaling.py; 'bound by' is what works most, and how much of what it "
+                "could.",
                 _scaling),
     "front_ends": ("Taking images in", "JPEGs of 640x480 over HTTP, 64 clients, on the demo "
                    "engine, whose captions cost little.", _front_ends),
