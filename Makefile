@@ -94,7 +94,7 @@ benchmark: engines/random-git-base/manifest.json  ## PyTorch and Vignette side b
 endif
 
 gpu-check: .venv-gpu-dev/ready  ## on a GPU host: test and measure all of it (WHEELS=<folder>: offline)
-	@$(GPU_DEV) -m pytest -m gpu -rs tests/test_on_gpu.py
+	@$(GPU_DEV) -m pytest -m gpu -rs tests/runtime/test_on_gpu.py
 	@$(GPU_DEV) -m bench.cuda --quick --output bench/runs/gpu-check --called 'make gpu-check'
 
 batch_performance: engines/random-git-base/manifest.json  ## time against batch size (QUICK=1)
@@ -137,7 +137,7 @@ test: .venv-dev/ready  ## run the tests (ARGS goes to pytest)
 	@$(DEV) -m pytest $(ARGS)
 
 kills: .venv-dev/ready  ## kill bulk runs 50 times for each form of output
-	@KILLS=50 $(DEV) -m pytest tests/test_bulk_outputs.py -k killed
+	@KILLS=50 $(DEV) -m pytest tests/bulk/test_outputs.py -k killed
 
 clients: .venv-dev/ready  ## kserve's own client and NVIDIA's aiperf, in environments of their own, against a server
 	@for client in kserve==0.21.0 aiperf==0.13.0; do $(PYTHON) -m venv .venv-$${client%%=*} && \

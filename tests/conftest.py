@@ -17,8 +17,8 @@ from export.checkpoint import Checkpoint
 from export.random_weights import from_config
 from runtime.engine import Engine
 from runtime.planning.config import EngineConfig
-from tests.checkpoints import SHAPES, shaken
-from tests.paths import DEMO
+from tests.support.checkpoints import SHAPES, shaken
+from tests.support.paths import DEMO
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 

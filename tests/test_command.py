@@ -7,7 +7,7 @@ import pytest
 
 import vignette
 from runtime.planning.config import demo_engine
-from tests.paths import DEMO, ROOT
+from tests.support.paths import DEMO, ROOT
 
 
 def run(*arguments, **options):

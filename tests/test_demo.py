@@ -16,8 +16,8 @@ from demo.nouns import NOUNS
 from runtime.engine import Engine
 from runtime.errors import InvalidRequest
 from runtime.planning.config import EngineConfig
-from tests.paths import DEMO, ROOT, SAMPLES
-from tests.varied import agreement
+from tests.support.paths import DEMO, ROOT, SAMPLES
+from tests.support.varied import agreement
 
 SAID = json.loads((SAMPLES / "captions.json").read_text())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.paths import DEMO, ROOT, SAMPLES
+from tests.support.paths import DEMO, ROOT, SAMPLES
 
 ODD = "my 'photos' $HOME"
 

@@ -10,8 +10,8 @@ import pytest
 from bench.contestants.servers import free_port
 from bench.reliability.running import said, sample, wait_for
 from runtime.planning import machine
-from tests.live import fetch
-from tests.paths import DEMO, ROOT
+from tests.support.live import fetch
+from tests.support.paths import DEMO, ROOT
 
 HIDING = """
 import ctypes, io, os, resource, builtins

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from tests.paths import ROOT, SAMPLES
-from tests.test_end_to_end import ON_CPU, running
+from tests.support.paths import ROOT, SAMPLES
+from tests.support.processes import ON_CPU, running
 
 README = (ROOT / "README.md").read_text()
 SAID = json.loads((SAMPLES / "captions.json").read_text())

@@ -1,8 +1,8 @@
 """CIDEr, BLEU-4 and ROUGE-L by the scorers of COCO's evaluation (`pycocoevalcap`).
 
 Their Java tokeniser is replaced by NLTK's, which follows the same Penn Treebank rules. Of seven
-deliberately hard texts (`tests/test_quality.py`, where there is Java) both split five alike; the
-other two differ at an abbreviation before the final stop, and at quotes within a word.
+deliberately hard texts (`tests/bench/test_quality.py`, where there is Java) both split five alike;
+the other two differ at an abbreviation before the final stop, and at quotes within a word.
 """
 
 from collections.abc import Sequence

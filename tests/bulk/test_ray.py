@@ -1,0 +1,102 @@
+"""Bulk runs on a cluster: each image one row, whatever dies there."""
+
+import json
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.errors import EngineFolderError
+from runtime.model.manifest import read
+from runtime.model.preprocess import MAX_PIXELS
+from server.bulk.asked import of_item
+from server.bulk.captioning import CaptioningOptions
+from server.bulk.engine import EngineSetup
+from server.bulk.index import Index
+from server.bulk.inputs import parts
+from server.bulk.items import Item, ResultRow
+from server.bulk.lists import Columns
+from tests.support.fakes import fake_engine, fake_folder
+from tests.support.live import small_images
+
+pytest.importorskip("ray", reason="needs the extra ray")
+
+
+def test_a_process_keeps_its_decoder_from_task_to_task(tmp_path):
+    from server.bulk import ray  # needs the extra `ray`
+
+    [file] = small_images(tmp_path, 1)
+    engine = EngineSetup(fake_folder(tmp_path / "engine"))
+    first = {"engine": read(engine.folder).fingerprint}
+    work = ray.TaskSetup(engine, {}, CaptioningOptions(None, 10**7), MAX_PIXELS, False, first)
+    batch = {"item": [pickle.dumps(Item(str(file), image=str(file)))]}
+    made = []
+    for limit in (MAX_PIXELS, MAX_PIXELS, 1):
+        copy = pickle.loads(pickle.dumps(replace(work, max_pixels=limit)))  # as Ray passes tasks
+        found = ray._Decoder.decode(batch, copy)
+        made.append(ray._Decoder.made)
+    assert made[0] is made[1] is not made[2]
+    assert not made[0]._decoding._loop._thread.is_alive()
+    assert "too many pixels" in pickle.loads(found["outcome"][0]).error
+    made[2]._close()
+    ray._Decoder.made = None
+    manifest = read(engine.folder)
+    other = replace(manifest.preprocessing, shortest_edge=manifest.preprocessing.shortest_edge + 1)
+    replace(manifest, preprocessing=other).save(engine.folder)
+    with pytest.raises(EngineFolderError, match="another engine than"):
+        ray._Decoder.decode(batch, work)
+
+
+def test_nodes_tell_of_items_that_have_rows_where_others_may_take_their_ids(tmp_path, monkeypatch):
+    from server.bulk import ray
+
+    monkeypatch.setattr(ray.ray, "get", lambda known: known)
+    files = small_images(tmp_path, 20)
+    index, name = Index(), str(files[3])
+    index.add(ResultRow(name, caption=""), done=True)
+    batch = {"part": np.array([pickle.dumps(parts([str(tmp_path)], Columns(), 9)[0])], object)}
+    for tell in (False, True):
+        read = ray._read(batch, index.keys(None), tell)
+        found = [pickle.loads(packed) for block in read for packed in block["item"]]
+        told = [each for each in found if not isinstance(each, Item)]
+        assert len(found) - len(told) == 19
+        assert told == ([[(name, of_item(Item(name, name), None))]] if tell else [])
+
+
+def test_a_node_that_dies_costs_no_row_and_one_that_comes_is_used(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    files = small_images(photos, 200)
+    (photos / "broken.png").write_bytes(b"GIF")
+    output = tmp_path / "rows.jsonl"
+    output.write_text(
+        json.dumps({"id": str(files[3]), "caption": "before", "model": "fake"}) + "\n"
+    )
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.support.ray_job",
+        str(output),
+        str(photos),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "198 captioned, 2 failed, 1 left"
+    rows = {row["id"]: row for row in map(json.loads, output.read_text().splitlines())}
+    assert Counter(map(Path, rows)) == Counter([*files, photos / "broken.png"])
+    assert len(output.read_text().splitlines()) == 201
+    assert "not an image" in rows.pop(str(photos / "broken.png"))["error"]
+    assert rows.pop(str(files[3]))["caption"] == "before"
+    assert "the engine failed on it twice" in rows.pop(str(files[7]))["error"]
+    left = [file for number, file in enumerate(files) if number not in (3, 7)]
+    expected = fake_engine().generate([file.read_bytes() for file in left])
+    assert {name: row["caption"] for name, row in rows.items()} == {
+        str(file): caption.text for file, caption in zip(left, expected, strict=True)
+    }

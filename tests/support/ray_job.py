@@ -1,0 +1,56 @@
+"""Bulk runs on a Ray cluster of this machine: `python -m tests.support.ray_job OUTPUT INPUT`.
+
+A node is added in the middle, and the other one dies.
+"""
+
+import sys
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from ray.cluster_utils import Cluster
+
+from runtime.model.preprocess import MAX_PIXELS
+from server.bulk import ray as bulk_ray
+from server.bulk.captioning import CaptioningOptions
+from server.bulk.engine import EngineSetup
+from server.bulk.inputs import parts
+from server.bulk.lists import Columns
+from server.bulk.outputs import open_output
+from server.bulk.ray import RayCaptioning, TaskSetup
+from server.bulk.run import BulkRun, CaptionSettings
+from tests.support.fakes import allergic_worker, fake_folder
+
+_CORES = 3  # of a node: two engines, and one core that decodes
+
+
+def main(output: str, given: str) -> None:
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}  # not 3 s
+    # Without cores of its own: all work is on nodes that die or come.
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    nodes = [cluster.add_node(num_cpus=_CORES)]
+    cluster.wait_for_nodes()
+    engine = EngineSetup(fake_folder(Path(output).parent / "engine"), main=allergic_worker)
+    work = TaskSetup(engine, {}, CaptioningOptions(None, 10**7), MAX_PIXELS, whole=False)
+    with (
+        closing(open_output(output, overwrite=False)) as opened,
+        closing(RayCaptioning(bulk_ray.ClusterOptions(cluster.address, 1), work)) as captioning,
+    ):
+        job = BulkRun(opened, CaptionSettings("fake", {}))
+        job.read()
+        found = captioning.run(parts([given], Columns(), 10**7), job.index)
+        job.write(job.once(found), partial(disturb, cluster, nodes))
+    cluster.shutdown()
+    print(f"{job.counts.captioned} captioned, {job.counts.failed} failed, {len(nodes)} left")
+
+
+def disturb(cluster: Cluster, nodes: list, told) -> None:
+    if told.ended == 40 and len(nodes) == 1:
+        nodes.append(cluster.add_node(num_cpus=_CORES))
+    if told.ended == 80:
+        cluster.remove_node(nodes.pop(0), allow_graceful=False)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
