@@ -71,6 +71,7 @@ class Call:
         self.timing: Timing | None = None  # of the caption, once there is one
         self.key: str | None = None
         self._address = address_in(service, context)
+        self._keys = service.keys  # as they were when the call came
 
     @property
     def client(self) -> str:
@@ -98,8 +99,8 @@ class Call:
 
         Raises as `Keys.enter`.
         """
-        if self.service.keys is not None:
-            entered = self.service.keys.enter(sent(self._metadata), count, before)
+        if self._keys is not None and count:
+            entered = self._keys.enter(sent(self._metadata), count, before)
             self.key = held.enter_context(entered)
 
     @contextmanager

@@ -58,6 +58,7 @@ def make_app(service: Service) -> Application:
         (rf"/v2/models/{_MODEL}/infer", kserve.InferHandler),
         (rf"/v2/models/{_MODEL}(?:/(ready|config|stats))?", kserve.ModelHandler),
         (r"/v1/models", openai.ModelsHandler),
+        (r"/v1/models/(.+)", openai.ModelHandler),
         (r"/v1/chat/completions", openai.ChatHandler),
     ]
     routes += [] if service.settings.ops_port is not None else _OPS

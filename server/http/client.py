@@ -163,5 +163,5 @@ def _seconds(retry_after: str) -> float:
         pass
     try:
         return parsedate_to_datetime(retry_after).timestamp() - time.time()
-    except ValueError:
+    except (ValueError, OverflowError):
         return 1.0

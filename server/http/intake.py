@@ -50,6 +50,7 @@ class IntakeHandler(Handler):
         self._payer = self.client  # the client charged for the body's bytes
         self._incoming: Incoming | None = None
         self._refused: VignetteError | None = None  # without its frames, which refer to this
+        self._keys = service.keys  # as they were when the request came
         self._place = ExitStack()  # among the requests of the API key
 
     def check_head(self) -> None:
@@ -99,9 +100,9 @@ class IntakeHandler(Handler):
         Raises as `Keys.enter`.
         """
         held, self._images = self._images, self._images + count
-        if self.service.keys is not None:
+        if self._keys is not None and count:
             key = sent(self.request.headers)  # header names match in any case
-            self.key = self._place.enter_context(self.service.keys.enter(key, count, held))
+            self.key = self._place.enter_context(self._keys.enter(key, count, held))
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         """Collect the body, checking its size: a chunked body does not declare one."""
@@ -203,6 +204,8 @@ class IntakeHandler(Handler):
         event += f"data: {as_json(content)}\n\n"
         if not self.streams:
             self.streams = True
+            if self.request.version == "HTTP/1.0":  # which has no chunks: its end is the end
+                self.request.connection._disconnect_on_finish = True  # type: ignore[union-attr]
             self.set_header("Content-Type", EVENTS)
             self.set_header("X-Accel-Buffering", "no")  # else nginx buffers the stream
         self.streamed += len(event)

@@ -188,10 +188,14 @@ def _peer(connection: HTTP1ServerConnection) -> str:
 
 
 def _is_last(start_line: RequestStartLine, headers: HTTPHeaders) -> bool:
-    """Whether the client announces that it sends no further request (RFC 9112, 9.3)."""
-    options = {option.strip().lower() for option in headers.get("Connection", "").split(",")}
-    keeps = start_line.version != "HTTP/1.0" or "keep-alive" in options
-    return "close" in options or not keeps
+    """Whether the client announces that it sends no further request (RFC 9112, 9.3).
+
+    In HTTP/1.0 Tornado keeps a connection open for this very value alone.
+    """
+    said = headers.get("Connection", "").lower()
+    if start_line.version == "HTTP/1.0":
+        return said != "keep-alive"
+    return "close" in {option.strip() for option in said.split(",")}
 
 
 class _Watched(HTTPMessageDelegate):

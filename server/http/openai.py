@@ -154,6 +154,15 @@ class ModelsHandler(Handler):
         self.write_json(ModelsAnswer([ModelAnswer.of(m) for m in self.service.models.values()]))
 
 
+class ModelHandler(Handler):
+    """GET /v1/models/NAME: one of them."""
+
+    async def get(self, name: str) -> None:
+        """An entry of OpenAI's list. Raises UnknownModel."""
+        await self.paced()
+        self.write_json(ModelAnswer.of(self.service.model(name)))
+
+
 class ChatHandler(IntakeHandler):
     """POST /v1/chat/completions: an image, and perhaps a question about it."""
 

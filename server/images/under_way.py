@@ -106,7 +106,7 @@ class FetchUnderWay:
         """The method, whose result comes after others have run if this fetch's turn is over."""
 
         async def wait(*args: Any, **options: Any) -> bytes:
-            self.computed(max(0.0, time.thread_time() - self._resumed))
+            self._pause()
             try:
                 if time.monotonic() >= self._turn_ends:
                     await asyncio.sleep(min(_PAUSE_SECONDS, self.pay()))
@@ -116,6 +116,11 @@ class FetchUnderWay:
                 self._resumed = time.thread_time()
 
         return wait
+
+    def _pause(self) -> None:
+        """Note what was computed since the fetch was given something."""
+        self.computed(max(0.0, time.thread_time() - self._resumed))
+        self._resumed = math.inf
 
     def computed(self, seconds: float) -> None:
         """Note computation, to be charged."""
@@ -137,8 +142,9 @@ class FetchUnderWay:
         self.pay()
 
     def take(self, piece: bytes) -> None:
-        """Add to the body."""
+        """Add to the body. Tornado's client may let others run after it."""
         self.body += piece
+        self._pause()
 
     def _drips(self) -> bool:
         """Refuse an answer that comes in too many pieces, as each takes as long as a large one."""

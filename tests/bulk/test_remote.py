@@ -1,6 +1,7 @@
 """Captions of files by a service elsewhere: all of them, through refusals and restarts."""
 
 import contextlib
+import itertools
 import json
 import sys
 import threading
@@ -155,11 +156,13 @@ def test_an_image_that_is_put_off_for_good_fails_alone(tmp_path, monkeypatch):
 
 
 def test_what_a_proxy_refuses_fails_alone_and_at_once(tmp_path):
+    dates = itertools.cycle(["Fri, 31 Dec 1999 23:59:59 GMT", "Sun, 06 Nov 2022 9999999999:49 GMT"])
+
     class Proxy(BaseHTTPRequestHandler):
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
             self.send_response(413)
-            self.send_header("Retry-After", "Fri, 31 Dec 1999 23:59:59 GMT")
+            self.send_header("Retry-After", next(dates))
             self.end_headers()
             self.wfile.write(b"<html>")
 

@@ -38,6 +38,9 @@ def message(text: str | None = None, url: str = URL) -> list[dict]:
 
 def test_openai_lists_models_and_captions(live):
     assert [model.id for model in client(live).models.list()] == ["fake"]
+    assert client(live).models.retrieve("fake").id == "fake"
+    with pytest.raises(openai.NotFoundError, match="name one of fake"):
+        client(live).models.retrieve("other")
     expected = live.caption(IMAGE, "?prompt=3+4&max_new_tokens=5").json
     for limit in ("max_tokens", "max_completion_tokens"):
         said = client(live).chat.completions.create(

@@ -192,6 +192,15 @@ def test_a_last_request_is_announced_in_several_ways(announced, ends):
     assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"}\n")
 
 
+def test_a_stream_to_a_client_that_knows_no_chunks_has_an_end():
+    head = b"POST /caption?stream=true HTTP/1.0\r\nConnection: keep-alive\r\n"
+    head += b"Content-Length: %d\r\n\r\n"
+    with serve(fake_engine) as live, socket.create_connection(("127.0.0.1", live.port)) as client:
+        client.settimeout(10)
+        client.sendall(head % len(png()) + png())
+        assert b"caption" in b"".join(iter(lambda: client.recv(65536), b""))
+
+
 def test_requests_sent_ahead_are_not_answered_once_their_client_has_gone(monkeypatch):
     """Thousands fit into what has been read."""
     refused, refuse = [], handler.Handler.send_error

@@ -207,6 +207,11 @@ def test_what_an_answer_takes_to_read_is_charged_as_it_comes(monkeypatch):
         vars(stream).update(dict.fromkeys(reads, passed), read_from_fd=len)
         fetching.opened(stream)
         await stream.read_until_regex(0)
+        fetching.take(b"")
+        before = fetching._computed
+        work(b"")  # of others
+        fetching.take(b"")
+        assert fetching._computed == before
 
     fetching = FetchUnderWay("somebody", charge)
     monkeypatch.setattr(under_way.asyncio, "sleep", sleep)

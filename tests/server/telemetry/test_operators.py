@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from server.service.keys import Keys
 from server.settings import InvalidSettings, from_command_line
 from server.telemetry.logs import _Json
 from tests.support.fakes import fake_engine, gated
-from tests.support.live import JSON, as_json, b64, fetch, png, serve
+from tests.support.live import JSON, as_json, b64, fetch, png, serve, until
 
 ORIGIN = "https://example.org"
 
@@ -59,16 +60,17 @@ def test_an_empty_variable_is_no_value(monkeypatch):
 # --- Keys -----------------------------------------------------------------------------------------
 
 
+def read_again(live, reading):
+    async def read():
+        live.service.read_keys(reading)
+        await live.service.keys_reader
+
+    asyncio.run_coroutine_threadsafe(read(), live.loop).result(30)
+
+
 def test_keys_are_read_again_and_a_wrong_file_changes_nothing(tmp_path, caplog):
     file = tmp_path / "keys"
     file.write_text(line("one", "a"))
-
-    def read_again(live, reading):
-        async def read():
-            live.service.read_keys(reading)
-            await live.service.keys_reader
-
-        asyncio.run_coroutine_threadsafe(read(), live.loop).result(30)
 
     with serve(fake_engine, api_keys=file) as live:
         assert live.caption(png(), X_API_Key="a").status == 200
@@ -82,6 +84,25 @@ def test_keys_are_read_again_and_a_wrong_file_changes_nothing(tmp_path, caplog):
         assert "stay as they were" in caplog.text
         assert live.metric('vignette_key_requests_total{key="two",outcome="ok"}') == 2
     assert isinstance(live.service.keys, Keys)
+
+
+def test_a_request_that_has_begun_is_judged_by_the_keys_of_then(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text(line("one", "a"))
+    body = as_json(images=[b64(png())] * 2)
+    head = "POST /caption HTTP/1.1\r\nHost: x\r\nX-API-Key: a\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with (
+        serve(fake_engine, api_keys=file) as live,
+        socket.create_connection(("127.0.0.1", live.port)) as client,
+    ):
+        client.sendall(head.encode() + body[:10])
+        until(lambda: live.service.budget.held)
+        file.write_text(line("two", "b"))
+        read_again(live, 1)
+        client.sendall(body[10:])
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 200") and answer.count(b'"caption"') == 2
 
 
 def test_sighup_reads_the_keys_and_loses_no_request(tmp_path):
