@@ -17,6 +17,7 @@ from export.errors import ExportError
 
 _ATTENTION = (None, "eager", "sdpa")
 _WEIGHTS = (".safetensors", ".bin")
+_UNREAD = ("special_tokens_map_file", "added_tokens_file")  # by transformers
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # What the graphs are made with, whatever a configuration asks for: none of it changes a number.
 _SWITCHES = {
@@ -86,10 +87,17 @@ def check_config(model: str, config: GitConfig) -> None:
 
 
 def check_tokenizer(model: str, revision: str | None) -> None:
-    """Raise ExportError for a tokenizer_config.json that names other files than its own."""
+    """Raise ExportError for a tokenizer_config.json that names files of this machine.
+
+    Paths of the machine on which it was saved, which lead nowhere here, are usual.
+    """
     asked: dict[str, Any] = get_tokenizer_config(model, revision=revision)
-    named = [name for name, value in asked.items() if name.endswith("_file") and value]
-    named += [name for name in ("init_inputs",) if asked.get(name)]
+    named = [
+        name
+        for name, value in asked.items()
+        if (name.endswith("_file") and name not in _UNREAD and os.path.exists(str(value)))  # noqa: PTH110
+        or (name == "init_inputs" and value)
+    ]
     if named:
         raise ExportError(
             f"{model}: {named[0]} in tokenizer_config.json names a file to read in place of the "

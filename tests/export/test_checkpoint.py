@@ -133,6 +133,7 @@ def test_a_snapshot_in_the_hub_s_cache_links_to_its_blobs(tmp_path):
     snapshot.mkdir(parents=True)
     for blob in blobs.iterdir():
         (snapshot / blob.name).symlink_to(blob)
+    _with("tokenizer_config.json", special_tokens_map_file=__file__)(blobs, {})
     switches = {"torchscript": True, "chunk_size_feed_forward": 2, "is_encoder_decoder": True}
     _with(**switches)(blobs, {})
     config = load(str(snapshot)).model.config
