@@ -85,5 +85,9 @@ def deadline_in_the_queue(long: bool) -> Verdict:
         time.sleep(0.5)
         executed = it.metric("vignette_encode_batch_images_sum") - encoded
         found = counts(answers)
-        return Verdict(f"{found.get(504, 0)} of 4 answered 504, {executed:.0f} executed",
-                       found == {504: 4} and executed == 0)  # fmt: skip
+        others = {status: number for status, number in found.items() if status != 504}
+        return Verdict(
+            f"{found.get(504, 0)} of 4 answered 504, {executed:.0f} executed"
+            + (f"; other answers: {others}" if others else ""),
+            found == {504: 4} and executed == 0,
+        )
