@@ -48,7 +48,7 @@ class Scheduler:
     @property
     def running(self) -> list[Sequence]:
         """Sequences with slots, ordered by their lowest slot."""
-        return sorted(self._running, key=lambda sequence: min(sequence.slots))
+        return sorted(self._running, key=_lowest_slot)
 
     @property
     def count(self) -> int:
@@ -144,7 +144,8 @@ class Scheduler:
 
     def release_finished(self) -> list[Sequence]:
         """Free the slots of ended sequences; returns these sequences."""
-        finished = [s for s in self.running if s.finish_reason is not None]
+        ended = (s for s in self._running if s.finish_reason is not None)
+        finished = sorted(ended, key=_lowest_slot)
         for sequence in finished:
             self._release(sequence)
         return finished
@@ -167,3 +168,7 @@ class Scheduler:
             heapq.heappush(self._free, slot)
         sequence.slots = []
         sequence.finished = self._clock()
+
+
+def _lowest_slot(sequence: Sequence) -> int:
+    return min(sequence.slots)

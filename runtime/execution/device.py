@@ -8,9 +8,8 @@ All buffers have fixed addresses, so that a step can be captured as a CUDA graph
 * The encoder writes image K/V beside the arena; a small graph copies them into their slots, another
   copies text K/V between slots, a third finds more candidates than the likeliest token, and a
   fourth chooses beams behind a step.
-* All graphs are in one stream; pixels come in another. So an encoder
-  call can be queued while a burst runs: it writes to slots without a sequence, whose rows in the
-  burst are padding.
+* All graphs are in one stream; pixels come in another. So an encoder call can be queued while a
+  burst runs: it writes to slots without a sequence, whose rows in the burst are padding.
 
 The runner also works on the CPU provider, where it is tested without a GPU.
 """

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from threading import Event
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from runtime.model.preprocess import SUFFIXES
@@ -24,23 +24,23 @@ _ESCAPED = re.compile(r"\\[xu\\]")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A file. name: relative to the argument. itself: the file is the argument. wrong: why it, or
-    a folder, can't be read. listed: it is a folder, whose entries follow; folder: one that a
-    pattern matches, whose entries do not.
+    """A file or folder. name: relative to the argument. wrong: why it can't be read.
+
+    kind: "named" for a file that is the argument, "listed" for a folder whose entries follow,
+    "passed" for one whose entries do not, because a pattern matches it alone.
     """
 
     location: str
     name: str
-    itself: bool = False
+    kind: Literal["file", "named", "listed", "passed"] = "file"
     wrong: str | None = None
-    listed: bool = False
-    folder: bool = False
 
     @property
     def meant(self) -> bool:
         """Whether the file gets a row: one that is named explicitly does, whatever its suffix."""
-        named = self.itself or self.wrong is not None or self.suffix in SUFFIXES
-        return named and not self.listed and not self.folder
+        if self.kind == "file":
+            return self.wrong is not None or self.suffix in SUFFIXES
+        return self.kind == "named"
 
     @property
     def suffix(self) -> str:
@@ -65,14 +65,15 @@ class Files:
         whole: called with a folder's id, under which it has a row if it can't be read, when it can.
         """
         for found in matches(self.path):
-            if found.listed:
+            if found.kind == "listed":
                 whole(plain(found.location))
             elif found.wrong is not None:
                 yield Item(plain(found.location), wrong=found.wrong)
             elif found.meant:
                 yield Item(plain(found.location), found.location, _stem(found.name))
             else:
-                self.skipped["folders" if found.folder else found.suffix or found.name] += 1
+                kind = found.suffix or found.name
+                self.skipped["folders" if found.kind == "passed" else kind] += 1
 
     def count(self, over: Event) -> int | None:
         """The number of images; None for a URL, where listing twice takes long."""
@@ -143,7 +144,7 @@ def _local(path: str) -> Iterator[Found]:
         except OSError as error:
             yield Found(path, path, wrong=str(error))
         else:
-            yield from _walk(Path(path)) if folder else [Found(path, path, itself=True)]
+            yield from _walk(Path(path)) if folder else [Found(path, path, "named")]
 
 
 def _matching(pattern: str) -> Iterator[Found]:
@@ -158,13 +159,13 @@ def _matching(pattern: str) -> Iterator[Found]:
             yield base
         elif any_depth == len(parts):
             try:
-                yield replace(base, folder=stat.S_ISDIR(_mode(path)))
+                yield replace(base, kind="passed") if stat.S_ISDIR(_mode(path)) else base
             except OSError as error:
                 yield replace(base, wrong=str(error))
         else:
             for found in _walk(path):
                 if (
-                    found.listed
+                    found.kind == "listed"
                     or found.wrong is not None
                     or _fits(Path(found.name).parts, parts[any_depth:])
                 ):
@@ -228,7 +229,7 @@ def _walk(top: Path) -> Iterator[Found]:
             if stat.S_ISDIR(mode):
                 if entry == top or not entry.is_symlink():
                     left += sorted(_shown(entry), reverse=True)
-                    yield replace(found, listed=True)
+                    yield replace(found, kind="listed")
             elif stat.S_ISREG(mode) or stat.S_ISLNK(mode):
                 yield found
         except OSError as error:
@@ -261,7 +262,7 @@ def _remote(url: str) -> Iterator[Found]:
     has_query = url.startswith("http") and "?" in url
     is_image = PurePosixPath(path).suffix.lower() in SUFFIXES
     if has_query or (not _has_wildcards(path) and (is_image or not system.isdir(path))):
-        yield Found(url, url, itself=True)
+        yield Found(url, url, "named")
         return
     root, parts = path.rstrip("/"), ["**"]
     if _has_wildcards(path):
@@ -296,7 +297,7 @@ def _listed(system: Any, top: str, parts: tuple[str, ...]) -> Iterator[Found]:
         except OSError as error:
             yield Found(folder, folder, wrong=str(error))
             continue
-        yield Found(folder, folder, listed=True)
+        yield Found(folder, folder, "listed")
         folders = []
         for entry in entries:
             location = entry["name"].rstrip("/")

@@ -57,7 +57,7 @@ def _expanded(path: str, output: str) -> list[str]:
     if not is_pattern(path) or not path.lower().endswith(_LISTS):
         return [path]
     made = (output, f"{output}.rows.jsonl")
-    found = [each.location for each in matches(path) if not (each.listed or each.folder)]
+    found = [each.location for each in matches(path) if each.kind in ("file", "named")]
     found = [each for each in found if not any(_same(each, one) for one in made)]
     if not found:
         raise NoImages(f"nothing is called like {path}")

@@ -96,7 +96,7 @@ class RayCaptioning:
         threads = 0 if self._gpus else cluster.cores
         self._setup = replace(setup, engine=replace(setup.engine, threads=threads))
         tried = ray.remote(**self._each)(_tried).remote(self._setup)
-        with _told():
+        with _ending_the_run():
             self.identity, runs_on = ray.get(tried)
         self._setup = replace(self._setup, identity=self.identity)
         self.where = f"up to {self._most} engines on Ray, {runs_on}"
@@ -143,7 +143,7 @@ class RayCaptioning:
                 **self._each,
             )
         )
-        with _told():
+        with _ending_the_run():
             for batch in outcomes.iter_batches(batch_size=None, batch_format="numpy"):
                 for packed in batch["outcome"]:
                     found = pickle.loads(packed)
@@ -159,7 +159,7 @@ class RayCaptioning:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _ending_the_run() -> Iterator[None]:
     """Raise RunFailed with the error behind one of Ray's, which holds a whole traceback."""
     try:
         yield

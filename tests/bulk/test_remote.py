@@ -44,6 +44,16 @@ def outcomes_of(service, files, prompt=None, **sampling) -> dict:
     return {file: outcomes[str(file)] for file in files}
 
 
+@contextlib.contextmanager
+def served(kind):
+    """A service of that kind; yields its URL."""
+    quiet = type("Quiet", (kind,), {"log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 def test_each_file_gets_its_caption(tmp_path):
     files = small_images(tmp_path, 40)
     files[7].write_bytes(b"GIF")
@@ -107,9 +117,6 @@ def test_a_service_of_another_kind_is_told(answer):
             self.end_headers()
             self.wfile.write(body.encode())
 
-        def log_message(self, *_):
-            pass
-
     with HTTPServer(("127.0.0.1", 0), Other) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         with pytest.raises(ServiceFailed, match="does not answer as a Vignette service"):
@@ -143,14 +150,8 @@ def test_an_image_that_is_put_off_for_good_fails_alone(tmp_path, monkeypatch):
             self.end_headers()
             self.wfile.write(said)
 
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with served(Service) as url:
         outcomes = outcomes_of(RemoteService(url, None, FAKE, 2), files)
-        server.shutdown()
     assert "gave no caption for too long: busy" in outcomes.pop(files[0])
     assert set(outcomes.values()) == {"a dog"}
 
@@ -166,15 +167,9 @@ def test_what_a_proxy_refuses_fails_alone_and_at_once(tmp_path):
             self.end_headers()
             self.wfile.write(b"<html>")
 
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with served(Proxy) as url:
         files = small_images(tmp_path, 2)
         outcomes = outcomes_of(RemoteService(url, None, FAKE, 2), files)
-        server.shutdown()
     assert all("413 Request Entity Too Large" in outcome for outcome in outcomes.values())
 
 
@@ -192,18 +187,12 @@ def test_an_answer_to_nothing_is_not_taken_for_the_next_request_s():
             self.wfile.write(answer)
             twice.set()
 
-        def log_message(self, *_):
-            pass
-
     first = threading.Event()
-    with ThreadingHTTPServer(("127.0.0.1", 0), Stuttering) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with client.Connection(f"http://127.0.0.1:{server.server_port}", None) as connection:
-            said = [connection.ask("POST", "/", b"a")[2]]
-            first.set()
-            assert twice.wait(10)
-            said.append(connection.ask("POST", "/", b"b")[2])
-        server.shutdown()
+    with served(Stuttering) as url, client.Connection(url, None) as connection:
+        said = [connection.ask("POST", "/", b"a")[2]]
+        first.set()
+        assert twice.wait(10)
+        said.append(connection.ask("POST", "/", b"b")[2])
     assert said == ["a", "b"]
 
 
@@ -232,15 +221,8 @@ def test_a_service_that_answers_nonsense_ends_the_run(headers, body, tmp_path, m
                 for _ in range(1 if len(body) < 2**20 else 8):
                     self.wfile.write(body)
 
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        with pytest.raises(RunFailed, match="gave no caption for too long"):
-            outcomes_of(RemoteService(url, None, FAKE, 2), small_images(tmp_path, 3))
-        server.shutdown()
+    with served(Service) as url, pytest.raises(RunFailed, match="gave no caption for too long"):
+        outcomes_of(RemoteService(url, None, FAKE, 2), small_images(tmp_path, 3))
 
 
 def test_the_command_line_takes_a_service_and_its_key(tmp_path, monkeypatch, capsys):
@@ -277,23 +259,16 @@ class _Slow(BaseHTTPRequestHandler):
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         with contextlib.suppress(OSError):
-            while not self.server.over.wait(self.pause):
+            while not self.over.wait(self.pause):
                 self.wfile.write(b"H")
-
-    def log_message(self, *_):
-        pass
 
 
 @contextlib.contextmanager
 def slow(pause):
-    kind = type("Slow", (_Slow,), {"pause": pause})
-    with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
-        server.over = threading.Event()
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    over = threading.Event()
+    with served(type("Slow", (_Slow,), {"pause": pause, "over": over})) as url:
         yield RemoteService(url, None, FAKE, 2)
-        server.over.set()
-        server.shutdown()
+        over.set()
 
 
 def test_an_answer_in_single_bytes_ends_in_time(tmp_path, monkeypatch):
