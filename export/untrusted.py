@@ -82,7 +82,7 @@ def check_config(model: str, config: GitConfig) -> None:
             value = getattr(part, name)
             if not isinstance(value, kind) or not usable(value):
                 raise ExportError(
-                    f"{model}: {name} in config.json is {repr(value)[:100]}: GIT can't be computed so"
+                    f"{model}: {name} in config.json is {repr(value)[:99]}: GIT can't use that"
                 )
         for name, value in _SWITCHES.items():
             setattr(part, name, value)
