@@ -6,6 +6,7 @@ import numpy as np
 
 from runtime.model.manifest import Manifest
 from server.bulk.captioning import RunFailed
+from server.fairness.fair_queue import FairQueue
 from server.images.decoder import PIXELS, PixelSlot, Setup, Target
 from server.images.lane import DecodeTask, Lane, NoDecoder
 from server.ipc.shared import PixelStore, RunFolder
@@ -59,7 +60,7 @@ class BulkDecoders:
 
     async def _start(self, setup: Setup, count: int) -> Lane:
         """Runs on the loop's thread: processes die with the thread that started them."""
-        return Lane(setup, count)
+        return Lane(setup, FairQueue(count))
 
     async def _decode(self, image: bytes) -> np.ndarray:
         async with self._free:

@@ -24,7 +24,7 @@ from tornado.netutil import Resolver
 from tornado.simple_httpclient import HTTPTimeoutError, SimpleAsyncHTTPClient
 from tornado.tcpclient import TCPClient
 
-from server.fairness.fair_queue import FairQueue
+from server.fairness.equal_shares import EqualShares
 from server.fairness.token_buckets import TokenBuckets
 from server.images.hosts import ForbiddenUrl, PublicResolver, looking_up
 from server.images.tls import Handshake, TlsStream, handshake_threads
@@ -95,7 +95,7 @@ class Fetcher:
         """domains: `name`, or `.name` to include subdomains. limit: most bytes of an image."""
         self._domains, self._limit = tuple(d.lower() for d in domains), limit
         self._resolver = resolver or PublicResolver()
-        self._turns = FairQueue(_FETCHES, spare=True)
+        self._turns = EqualShares(_FETCHES)
         self._bytes = TokenBuckets(*_BYTES, total=_BYTES[0], least=_MUCH)
         self._seconds = TokenBuckets(
             *_COMPUTING, longest=_LONGEST_SECONDS, total=_COMPUTING[0], least=_LONG

@@ -11,7 +11,7 @@ from typing import Any
 from tornado.netutil import Resolver
 
 from runtime.errors import InvalidRequest
-from server.fairness.fair_queue import FairQueue
+from server.fairness.equal_shares import EqualShares
 from server.tasks import retrieve_error
 
 _LOOKUPS = 8  # at a time
@@ -41,7 +41,7 @@ class Lookups(Resolver):
     def initialize(self) -> None:
         """Create the thread pool; threads start when needed."""
         self._threads = ThreadPoolExecutor(_LOOKUPS, "lookup")
-        self._turns = FairQueue(_LOOKUPS, spare=True)
+        self._turns = EqualShares(_LOOKUPS)
 
     async def resolve(
         self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC

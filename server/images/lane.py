@@ -72,10 +72,9 @@ class DecodeTask:
 class Lane:
     """Decoder processes of one niceness, and the tasks that wait for them."""
 
-    def __init__(self, setup: Setup, count: int, patience: float = 0.0) -> None:
-        """patience: see FairQueue."""
-        self._setup = setup
-        self._turns = FairQueue(count, beside=max(1, count // 2), patience=patience)
+    def __init__(self, setup: Setup, turns: FairQueue) -> None:
+        """turns: with a place for each process."""
+        self._setup, self._turns = setup, turns
         self._idle: deque[Decoder] = deque()
         self._seldom = RateLimitedLog(log)
         self._all: set[Decoder] = set()

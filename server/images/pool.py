@@ -17,6 +17,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
+from server.fairness.fair_queue import FairQueue
+from server.fairness.patient_queue import PatientQueue
 from server.fairness.token_buckets import TokenBuckets
 from server.images.clips import Clip
 from server.images.cost import TooHard
@@ -88,8 +90,10 @@ class ImageDecoders:
         self._seconds = seconds
         self._wall = 2 * seconds + 1  # elapsed, after which an image is tried once more
         quick = replace(setup, memory=min(setup.memory, _QUICK_MEMORY))
-        self._quick = Lane(quick, count).start(count)
-        self._slow = Lane(replace(setup, niceness=setup.niceness + _LOWER), 1, _PATIENCE)
+        half = FairQueue(count, beside=max(1, count // 2))
+        self._quick = Lane(quick, half).start(count)
+        slow = replace(setup, niceness=setup.niceness + _LOWER)
+        self._slow = Lane(slow, PatientQueue(_PATIENCE))
         self._too_hard = Remembered(_REMEMBERED_SECONDS)
         self._queued: Counter[str] = Counter()  # estimated ms in the slow lane, by client
         self._misjudged = TokenBuckets(*_MISJUDGED, longest=_MISJUDGED_SECONDS)

@@ -7,7 +7,9 @@ from unittest.mock import Mock
 
 import pytest
 
+from server.fairness.equal_shares import EqualShares
 from server.fairness.fair_queue import FairQueue
+from server.fairness.patient_queue import PatientQueue
 
 
 def taken(costs: dict[str, float], turns: int) -> dict[str, int]:
@@ -44,7 +46,7 @@ def test_who_sends_one_by_one_has_equal_time_beside_who_sends_several_that_take_
     had = {"heavy": 0.0, "one by one": 0.0}
 
     async def run() -> float:
-        places = FairQueue(1, patience=0.3)
+        places = PatientQueue(0.3)
 
         async def client(name: str, cost: float, times: int) -> None:
             for _ in range(times):
@@ -72,7 +74,7 @@ def test_the_time_for_which_a_place_is_kept_counts():
     had = Counter()
 
     async def run() -> None:
-        places = FairQueue(1, patience=0.1)
+        places = PatientQueue(0.1)
 
         async def client(name: str, cost: float, pause: float) -> None:
             while True:
@@ -96,7 +98,7 @@ def test_the_time_for_which_a_place_is_kept_counts():
 
 def test_a_client_that_gave_up_is_not_expected():
     async def run() -> None:
-        places = FairQueue(1, patience=60)
+        places = PatientQueue(60)
         for name in ("hasty", "heavy"):
             await places.take(name)
             places.give(name, 1.0)
@@ -194,7 +196,7 @@ def test_who_is_new_all_the_time_does_not_go_before_those_who_were_there():
 
 def test_one_share_of_the_places_is_left_to_the_next_client_where_that_is_wished():
     async def run() -> list[str]:
-        turns, taken = FairQueue(8, spare=True), []
+        turns, taken = EqualShares(8), []
 
         async def take(client: str) -> None:
             await turns.take(client)
@@ -221,7 +223,7 @@ def test_hundreds_of_clients_that_wait_are_looked_through_once():
     """Not once for each of them, on the event loop."""
 
     async def run() -> int:
-        turns = FairQueue(32, spare=True)
+        turns = EqualShares(32)
         tasks = [asyncio.create_task(turns.take(str(n))) for n in range(300)]
         await asyncio.sleep(0)
         turns._share = counted = Mock(wraps=turns._share)
