@@ -163,7 +163,8 @@ def listen(service: Service, app: Application, sockets: list[socket.socket]) -> 
 def update(service: Service, serving: Serving) -> None:
     """Apply the supervisor's state of workers, refused images and API keys."""
     service.workers = serving.workers
-    service.read_keys(serving.reading)
+    if service.key_reader is not None:
+        service.key_reader.read(serving.reading)
     for worker in serving.workers:
         service.metrics.restarts.labels(worker.model, worker.index).set(worker.restarts)
     for name, model in service.models.items():

@@ -1,6 +1,7 @@
 """Assembles the parts of one front-end."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from runtime.limits import Limits
@@ -18,6 +19,7 @@ from server.ipc.transport import WorkerLinks
 from server.service.admission import ASIDE, Admission
 from server.service.cache import OutputCache
 from server.service.client_rates import ClientRates
+from server.service.key_reader import KeyReader
 from server.service.keys import Keys
 from server.service.model import Model
 from server.service.service import Service
@@ -68,17 +70,17 @@ def make_service(settings: Settings, known: Known, folder: Path, index: int, epo
         for number, (called, (manifest, tokenizer)) in enumerate(known.items())
     }
     keys, domains = settings.api_keys, settings.image_url_domains
+    front_end = settings.front_end_processes, index
     return Service(
         settings=settings,
         models=models,
         budget=ByteBudget(_bytes_each(settings)),
         metrics=Metrics(),
         decoders=decoders,
-        keys=Keys.open(keys, folder, settings.front_end_processes, index) if keys else None,
+        key_reader=KeyReader(partial(Keys.open, keys, folder, *front_end)) if keys else None,
         cache=OutputCache(settings.cache_mb * 2**20) if settings.cache_mb else None,
         fetcher=Fetcher(domains, settings.max_body_bytes) if domains else None,
         tracer=Tracer(settings.traces) if settings.traces else None,
-        folder=folder,
         index=index,
         rates=ClientRates(settings.front_end_share),
         present=shared(folder / "clients", settings.front_end_processes, len(models)),

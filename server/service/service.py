@@ -2,14 +2,12 @@
 
 import asyncio
 import hashlib
-import logging
 import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -27,13 +25,12 @@ from server.ipc.messages import WorkerState
 from server.service.admission import Admission, State
 from server.service.cache import OutputCache
 from server.service.client_rates import ClientRates
+from server.service.key_reader import KeyReader
 from server.service.keys import Keys
 from server.service.model import Model
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracer
-
-log = logging.getLogger(__name__)
 
 _LARGE = 256 * 1024  # bytes above which images are hashed on a thread: a third of a millisecond
 Images = list[bytes] | str  # encoded, one or one per frame; or the URL of one
@@ -52,18 +49,20 @@ class Service:
     budget: ByteBudget
     metrics: Metrics
     decoders: ImageDecoders
-    keys: Keys | None
+    key_reader: KeyReader | None
     cache: OutputCache | None
     fetcher: Fetcher | None
     tracer: Tracer | None
-    folder: Path
     index: int
-    keys_read: int = field(default=0, init=False)  # how often the file was read again
-    keys_reader: asyncio.Task[None] | None = field(default=None, init=False)
     rates: ClientRates = field(default_factory=ClientRates)
     workers: tuple[WorkerState, ...] = ()
     shares: dict[str, SlotShares] = field(default_factory=dict)  # by device
     present: np.ndarray | None = None  # clients of all front-ends, by model (`PresentClients`)
+
+    @property
+    def keys(self) -> Keys | None:
+        """Those who may send requests; None: everybody."""
+        return None if self.key_reader is None else self.key_reader.keys
 
     @property
     def state(self) -> State:
@@ -106,30 +105,6 @@ class Service:
         """Stop admitting requests."""
         for model in self.models.values():
             model.admission.state = State.DRAINING
-
-    def read_keys(self, reading: int) -> None:
-        """Reload the key file; an invalid file is logged. Requests inside go on."""
-        if self.keys is not None and self.keys_read != reading:
-            self.keys_read = reading
-            if self.keys_reader is None or self.keys_reader.done():
-                self.keys_reader = asyncio.create_task(self._read_keys(self.keys))
-
-    async def _read_keys(self, keys: Keys) -> None:
-        """Reload the checked copy on a thread, as many keys take long; once more if asked to
-        meanwhile.
-        """
-        path, reading = self.settings.api_keys, -1
-        assert path is not None
-        while reading != self.keys_read:
-            reading = self.keys_read
-            ours = self.settings.front_end_processes, self.index, reading
-            try:
-                fresh = await asyncio.to_thread(Keys.open, path, self.folder, *ours)
-            except VignetteError as error:
-                log.error("the API keys stay as they were: %s", error)
-            else:
-                keys.close()
-                self.keys = keys = fresh
 
     def model(self, name: str | None = None) -> Model:
         """The model of that name, or the default. Raises UnknownModel."""

@@ -158,12 +158,12 @@ def test_of_two_readings_at_once_the_later_one_counts(tmp_path, monkeypatch):
         monkeypatch.setattr(Keys, "open", slow_once)
         for reading, key in enumerate("bc", 1):
             keys_file(tmp_path, line("web", key))
-            live.loop.call_soon_threadsafe(live.service.read_keys, reading)
-            until(lambda reading=reading: live.service.keys_read == reading)
+            live.loop.call_soon_threadsafe(live.service.key_reader.read, reading)
+            until(lambda reading=reading: live.service.key_reader.reading == reading)
         read_slowly.set()
         until(lambda: live.caption(png(), X_API_Key="c").status == 200)
         assert live.caption(png(), X_API_Key="b").status == 401
-        assert len(list(live.service.folder.glob("usage-*"))) == 1
+        assert len(list(live.service.model().store.path.parent.glob("usage-*"))) == 1
 
 
 def test_a_front_end_that_finds_another_file_counts_for_itself(tmp_path):

@@ -62,8 +62,8 @@ def test_an_empty_variable_is_no_value(monkeypatch):
 
 def read_again(live, reading):
     async def read():
-        live.service.read_keys(reading)
-        await live.service.keys_reader
+        live.service.key_reader.read(reading)
+        await live.service.key_reader.task
 
     asyncio.run_coroutine_threadsafe(read(), live.loop).result(30)
 
