@@ -22,7 +22,7 @@ from runtime.request import GenerationRequest, RequestOutput
 from runtime.results import join_outputs, make_caption
 from server.bulk.captioning import RunFailed
 from server.bulk.items import ScoredCaption, UnfitItem, scored
-from server.ipc.dispatcher import EngineFailed, PoisonedImage
+from server.ipc.failures import EngineFailed, PoisonedImage
 from server.loop_thread import LoopThread
 from server.models import ServedModel
 from server.processes import worker

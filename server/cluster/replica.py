@@ -19,7 +19,8 @@ from ray.exceptions import RayError
 
 from runtime.request import GenerationRequest, RequestOutput
 from server.cluster.registry import REPORT_SECONDS, ReplicaReport, registry
-from server.ipc.dispatcher import EngineFailed, Expired, PoisonedImage
+from server.ipc.deadline import Expired
+from server.ipc.failures import EngineFailed, reason_of
 from server.ipc.messages import FailureReason
 from server.model_files import ModelFiles
 from server.models import ServedModel
@@ -120,12 +121,8 @@ class Replica:
             async with aclosing(self._engine.generate(request, asked.digest, values)) as outputs:
                 async for output in outputs:
                     yield ReplicaOutput(identity, output)
-        except PoisonedImage:
-            yield ReplicaOutput(identity, None, FailureReason.POISONED)
-        except EngineFailed:
-            yield ReplicaOutput(identity, None, FailureReason.LOST)
-        except Expired:
-            yield ReplicaOutput(identity, None, FailureReason.EXPIRED)
+        except (EngineFailed, Expired) as error:
+            yield ReplicaOutput(identity, None, reason_of(error))
 
     async def _report(self) -> None:
         """Report this replica every other second."""

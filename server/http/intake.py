@@ -14,7 +14,7 @@ from runtime.request import Timing
 from server.fairness.byte_budget import Incoming
 from server.http.connections import Connections
 from server.http.handler import Handler, as_json
-from server.ipc.dispatcher import Expired
+from server.ipc.deadline import Expired
 from server.protocols.errors import BodyTooLarge, UnsupportedMediaType, answer_to
 from server.requests.json_body import json_parts
 from server.requests.multipart_body import PIECE

@@ -19,11 +19,8 @@ import asyncio
 import bisect
 import itertools
 import logging
-import math
-import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,6 +28,8 @@ import numpy as np
 
 from runtime.errors import VignetteError
 from runtime.request import FinishReason, GenerationRequest, RequestOutput
+from server.ipc.deadline import until
+from server.ipc.failures import PoisonedImage, error_for
 from server.ipc.messages import (
     Cancel,
     FailureReason,
@@ -43,47 +42,12 @@ from server.ipc.messages import (
 )
 from server.ipc.remembered import Remembered
 from server.ipc.replay_filter import ReplayFilter
-from server.refusals import QueueFull
 
 log = logging.getLogger(__name__)
 
 QUARANTINE_SECONDS = 600.0
 BLAMED = ("crashed", "stuck")  # ends of a worker caused by itself or by a request
 _CRASHES, _LOSSES = 2, 4  # of workers with a request inside, before the request is given up
-_POISONED = "the engine failed on this image twice: it is not tried again for ten minutes"
-_LOST = "the engine was killed several times with this request: try again later"
-_FULL = "the queue of the cluster is full: try again later"
-_RETRY_SECONDS = 1
-_REPLACED = "the model was replaced by another meanwhile: try again"
-_LATE = "the deadline passed while it was queued"
-_NO_PIXELS = "the engine's process can't open the shared memory that images are in: see its log"
-
-
-class EngineFailed(VignetteError):
-    """The engine failed on this request several times; other requests go on."""
-
-
-class EngineLost(EngineFailed):
-    """The engine went away several times, for reasons outside: the request may be sent again."""
-
-
-class PoisonedImage(EngineFailed):
-    """The engine failed twice because of this request's image."""
-
-
-class Expired(VignetteError):
-    """The request's deadline passed."""
-
-
-@asynccontextmanager
-async def until(deadline: float | None) -> AsyncIterator[None]:
-    """Raise Expired if the block runs past the deadline, a time of `time.perf_counter()`."""
-    left = None if deadline in (None, math.inf) else max(0.0, deadline - time.perf_counter())
-    try:
-        async with asyncio.timeout(left):
-            yield
-    except TimeoutError:
-        raise Expired("the deadline passed before the caption was there") from None
 
 
 @dataclass(slots=True, eq=False)
@@ -116,7 +80,7 @@ class RequestInFlight:
         """Deliver the new tokens of a worker's output."""
         output = self.replayed.fresh(output)
         if output.finish_reason is FinishReason.EXPIRED:
-            self.end(Expired(_LATE))
+            self.end(error_for(FailureReason.EXPIRED))
         elif output.finish_reason is not None:
             self.end(output)
         elif output.token_ids:
@@ -178,7 +142,7 @@ class Dispatcher:
     def check(self, digest: str) -> None:
         """Raise PoisonedImage for an image that crashed workers twice."""
         if digest in self._quarantine:
-            raise PoisonedImage(_POISONED)
+            raise PoisonedImage()
 
     def refuse(self, digest: str, until: float | None = None) -> float:
         """Refuse images with this digest until then (default: ten minutes); return that time."""
@@ -281,23 +245,14 @@ class Dispatcher:
                 "the engine failed twice on an image, which is refused for %.0f minutes: sha256 %s",
                 QUARANTINE_SECONDS / 60, entry.digest,
             )  # fmt: skip
-        entry.end(
-            {
-                FailureReason.POISONED: PoisonedImage(_POISONED),
-                FailureReason.LOST: EngineLost(_LOST),
-                FailureReason.EXPIRED: Expired(_LATE),
-                FailureReason.FULL: QueueFull(_FULL, _RETRY_SECONDS),
-                FailureReason.REPLACED: EngineLost(_REPLACED),
-                FailureReason.NO_PIXELS: EngineFailed(_NO_PIXELS),
-            }[reason]
-        )
+        entry.end(error_for(reason))
 
     def _pump(self) -> None:
         """Send waiting requests to free workers; refuse those whose image is poisoned."""
         for queue in (self._pending, self._suspects) if self._quarantine else ():
             for entry in [w for w in queue if w.digest in self._quarantine]:
                 queue.remove(entry)
-                entry.end(PoisonedImage(_POISONED))
+                entry.end(PoisonedImage())
         while (self._suspects or self._pending) and self._links:
             link = min(self._links.values(), key=lambda link: len(link.inside))
             if self._suspects and not link.inside:

@@ -16,7 +16,8 @@ from server.images.cost import TooHard
 from server.images.hosts import ForbiddenUrl
 from server.images.lane import NoDecoder
 from server.images.under_way import FetchFailed
-from server.ipc.dispatcher import EngineFailed, EngineLost, Expired
+from server.ipc.deadline import Expired
+from server.ipc.failures import EngineFailed, EngineLost
 from server.refusals import QueueFull, TooFast
 from server.service.admission import NotServing
 from server.service.keys import Unauthorised

@@ -18,7 +18,7 @@ from server.fairness.slot_shares import SlotShares
 from server.images.clips import Clip
 from server.images.decoder import PixelSlot
 from server.images.pool import ImageDecoders, ImageJob, Origin
-from server.ipc.dispatcher import until
+from server.ipc.deadline import until
 from server.ipc.messages import WorkerFacts, WorkerState
 from server.ipc.shared import PixelStore
 from server.ipc.transport import WorkerLinks

@@ -20,7 +20,7 @@ from server.fairness.slot_shares import SlotShares
 from server.images.clips import Clip
 from server.images.fetch import Fetcher
 from server.images.pool import ImageDecoders, Origin
-from server.ipc.dispatcher import until
+from server.ipc.deadline import until
 from server.ipc.messages import WorkerState
 from server.service.admission import Admission, State
 from server.service.cache import OutputCache

@@ -16,7 +16,9 @@ from runtime.request import (
     SchedulingParams,
 )
 from runtime.results import join_outputs
-from server.ipc.dispatcher import Dispatcher, EngineFailed, EngineLost, Expired
+from server.ipc.deadline import Expired
+from server.ipc.dispatcher import Dispatcher
+from server.ipc.failures import EngineFailed, EngineLost
 from server.ipc.messages import TO_WORKER, Cancel, Generate, Hello, Output, StepFailed
 from tests.support.live import requests_in
 
