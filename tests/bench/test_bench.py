@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench import cuda
 from bench.common.arithmetic import affordable, highest, knee, percentile, rate
 from bench.common.isolated import Failed, isolated
 from bench.common.settings import TOKENS, Settings
 from bench.contestants import encoded_once
 from bench.contestants import servers as contestants
+from bench.cuda.verdicts import table, verdicts
 from bench.load import apache
 from bench.report.page import write
 from bench.sections import offline, open_loop
@@ -212,15 +212,13 @@ GPU = {
 
 
 def test_the_bars_of_a_gpu_are_held_against_what_was_measured():
-    lines = cuda.verdicts(GPU)
+    lines = verdicts(GPU)
     assert [line.measured for line in lines] == [
         "50%", "2.5 x (0.50 ms)", "4,200", "3,600", "12.6 x", "3,900 against 3,000", "3.4 x",
         "1.6 x (2,580 images a second)", "8.0 ms", "0 MiB", "1: 100", "12 of 12",
     ]  # fmt: skip
     assert [line.passed for line in lines].count(True) == 10
-    text = cuda.table(
-        {"command": "c", "date": "d", "commit": "a", "gpu": "g", "machine": "m"}, lines
-    )
+    text = table({"command": "c", "date": "d", "commit": "a", "gpu": "g", "machine": "m"}, lines)
     assert "| offline, images a second, 16 tokens each | >= 4,000 | 4,200 | pass |" in text
     assert "| the same, as uneven as COCO's (11.4 tokens) | >= 3,500 | 3,600 | pass |" in text
 
@@ -241,7 +239,7 @@ def test_the_bars_of_a_gpu_are_held_against_what_was_measured():
     ],
 )
 def test_each_missed_bar_of_a_gpu_is_told(part, worse):
-    lines = cuda.verdicts(GPU | {part: {**GPU[part], **worse}})
+    lines = verdicts(GPU | {part: {**GPU[part], **worse}})
     assert sum(line.passed is False for line in lines) == 1
 
 
