@@ -70,7 +70,7 @@ def _run(captioner: LocalCaptioner, photos: Path, output: str) -> None:
     with closing(open_output(output, overwrite=False)) as opened:
         job = BulkRun(opened, CaptionSettings("bench", captioner.identity))
         job.read()
-        found = Captioning(captioner, CaptioningOptions(None, _LIMIT), Kept()).run(
+        found = Captioning(captioner, CaptioningOptions(_LIMIT), Kept()).run(
             job.left(items(parts([str(photos)], Columns(), _LIMIT)))
         )
         told = job.write(found, lambda told: None)

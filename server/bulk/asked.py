@@ -37,13 +37,12 @@ def key(*texts: str) -> bytes:
     ).digest()
 
 
-def of_item(item: Item, prompt: str | None, digest: str | None = None) -> bytes:
+def of_item(item: Item, digest: str | None = None) -> bytes:
     """The key by which a row of the item is known; empty for an item without an image.
 
-    prompt: the run's, for items without one. digest: SHA-256 of an image that the input holds, in
-    place of the image.
+    digest: SHA-256 of an image that the input holds, in place of the image.
     """
-    said = item.prompt or prompt or ""
+    said = item.prompt or ""
     if item.wrong is not None:
         return b""
     if isinstance(item.image, bytes):

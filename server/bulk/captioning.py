@@ -48,7 +48,6 @@ class Captioner(Protocol):
 class CaptioningOptions:
     """How items are captioned. limit: bytes of an image. once: caption equal images once."""
 
-    prompt: str | None
     limit: int
     ordered: bool = False
     once: bool = False
@@ -114,12 +113,11 @@ class Captioning:
         try:
             image = image_of(item, self._options.limit, self._over)
             outcome = replace(outcome, image=image)
-            prompt = item.prompt or self._options.prompt
             if not self._options.once:
-                return replace(outcome, captions=self._ask(image, prompt))
+                return replace(outcome, captions=self._ask(image, item.prompt))
             digest = outcome.sha256 or sha256(image).hexdigest()
             outcome = replace(outcome, sha256=digest)
-            captions = self._once(same(digest, prompt), image, prompt)
+            captions = self._once(same(digest, item.prompt), image, item.prompt)
             return replace(outcome, captions=captions)
         except (VignetteError, OSError) as error:
             return replace(outcome, error=message_of(error))

@@ -30,8 +30,8 @@ from server.bulk.outputs import open_output
 from server.bulk.progress import Progress
 from server.bulk.remote import RemoteCaptioner
 from server.bulk.run import BulkRun, CaptionSettings, Counts
+from server.bulk.service_client import RemoteService
 from server.bulk.tar import Tar
-from server.http.client import RemoteService
 from server.requests.fields import CaptionFields, checked
 
 _SKIPPED = 5  # kinds of skipped files that are listed
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     columns = Columns(args.column, args.prompt_column, args.id_column)
     try:
         given = parts(args.images, columns, limit, args.output)
-        options = CaptioningOptions(args.prompt, limit, args.ordered, args.dedupe)
+        options = CaptioningOptions(limit, args.ordered, args.dedupe)
         inputs = [part.path for part in given]
         with closing(open_output(args.output, args.overwrite, inputs)) as output:
             run = _on_ray if args.ray else _here
@@ -101,7 +101,7 @@ def _here(
     with closing(_remote(args) if args.url else _local(args)) as captioner:
         bulk_run = _bulk_run(args, output, captioner.identity)
         print(captioner.where, file=sys.stderr)
-        left = bulk_run.left(items(given, bulk_run.index.drop_error))
+        left = bulk_run.left(items(given, bulk_run.index.drop_error, args.prompt))
         outcomes = Captioning(captioner, options, bulk_run.kept).run(left)
         with closing(outcomes), Progress(given) as progress:
             return bulk_run.write(outcomes, progress.show)
@@ -113,7 +113,7 @@ def _on_ray(
     from server.bulk.ray import ClusterOptions, RayCaptioning, TaskSetup
 
     whole = isinstance(output, Tar)
-    setup = TaskSetup(_setup(args), args.sampling, options, args.max_pixels, whole)
+    setup = TaskSetup(_setup(args), args.prompt, args.sampling, options, args.max_pixels, whole)
     with closing(RayCaptioning(ClusterOptions(args.ray, args.ray_cores), setup)) as captioning:
         bulk_run = _bulk_run(args, output, captioning.identity)
         bulk_run.counts.before = bulk_run.index.done

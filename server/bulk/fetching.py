@@ -12,7 +12,7 @@ from urllib.parse import urljoin
 
 from runtime.errors import VignetteError
 from server.bulk.items import UnfitItem
-from server.http.timed import Attempt, TimedResponse, current
+from server.bulk.timed import Attempt, TimedResponse, current
 
 _ATTEMPTS, _LONGEST_WAIT = 4, 20  # per image over HTTP; seconds between attempts
 _CONNECT_SECONDS, _READ_SECONDS, _SECONDS = 10, 30, 120  # of one attempt

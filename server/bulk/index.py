@@ -119,11 +119,11 @@ class Index:
         [[count]] = self._table.execute("SELECT count(*) FROM t WHERE done")
         return int(count)
 
-    def keys(self, prompt: str | None) -> "FinishedItems":
-        """The items that are not to be captioned again, for other processes. prompt: the run's."""
+    def keys(self) -> "FinishedItems":
+        """The items that are not to be captioned again, for other processes."""
         rows = self._table.execute("SELECT id, failed, asked FROM t WHERE done")
         keys = (key for item, *about in rows for key in _finished(item, *about))
-        return FinishedItems(np.unique(np.fromiter(keys, f"S{KEY_BYTES}")), prompt)
+        return FinishedItems(np.unique(np.fromiter(keys, f"S{KEY_BYTES}")))
 
     @property
     def rows(self) -> int:
@@ -141,10 +141,9 @@ class FinishedItems:
     """Items that are done, by their keys; those that failed by their ids. sorted: S16 [keys]."""
 
     sorted: np.ndarray
-    prompt: str | None
 
     def __contains__(self, item: Item) -> bool:
-        return self._has(of_item(item, self.prompt)) or self._has(key(item.id))
+        return self._has(of_item(item)) or self._has(key(item.id))
 
     def _has(self, key: bytes) -> bool:
         found = np.bytes_(key)

@@ -75,8 +75,12 @@ def split(parts: Iterable[Part]) -> list[Part]:
     ]
 
 
-def _written(item: Item) -> Item:
-    """The item with texts that can be written as UTF-8, whatever bytes its list or shard had."""
+def _written(item: Item, prompt: str | None) -> Item:
+    """The item with its prompt, or the run's, and with texts that can be written as UTF-8, whatever
+    bytes its list or shard had.
+    """
+    if prompt and not item.prompt:
+        item = structs.replace(item, prompt=prompt)
     texts = {"id": item.id, "name": item.name, "key": item.key, "prompt": item.prompt}
     try:
         for text in texts.values():
@@ -92,24 +96,27 @@ def _end(part: Part) -> str:
 
 
 def items(
-    parts: Iterable[Part], whole: Callable[[str], object] = lambda item_id: None
+    parts: Iterable[Part],
+    whole: Callable[[str], object] = lambda item_id: None,
+    prompt: str | None = None,
 ) -> Iterator[Item]:
     """The items of all parts, in order. A part that breaks off yields an item with the error.
 
     whole: called with that item's id once a list or shard was read to its end, or a folder listed.
+    prompt: of items that have none.
 
     Raises NoColumn and NoWay.
     """
     for part in parts:
         try:
             if isinstance(part, Files):
-                yield from map(_written, part.items(whole))
+                yield from (_written(item, prompt) for item in part.items(whole))
             else:
-                yield from map(_written, part.items())
+                yield from (_written(item, prompt) for item in part.items())
                 whole(_end(part))
         except (NoColumn, NoWay):
             raise
         except Exception as error:
             if not (isinstance(error, _BROKEN) or is_url(part.path)):
                 raise  # local files raise only these; each fsspec file system has its own
-            yield Item(_end(part), wrong=f"it can't be read to its end: {error}")
+            yield Item(_end(part), prompt=prompt, wrong=f"it can't be read to its end: {error}")

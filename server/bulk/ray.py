@@ -24,6 +24,7 @@ from server.bulk.asked import of_item
 from server.bulk.captioning import CaptioningOptions, RunFailed, begun, image_of, message_of
 from server.bulk.decoding import BulkDecoders
 from server.bulk.engine import BulkEngine, EngineSetup
+from server.bulk.folders import Files
 from server.bulk.index import FinishedItems, Index
 from server.bulk.inputs import Part, items, split
 from server.bulk.items import Item, Outcome
@@ -44,6 +45,7 @@ _LEFT = 0.75  # of the cluster's cores, at most, for engines; the others decode
 _OUR_ERROR = re.compile(r"^\s*(?:runtime|server)\.[\w.]+: (.+)$", re.MULTILINE)
 Batch = Mapping[str, np.ndarray]
 Done = list[tuple[str, bytes]]  # ids of items that have rows, and their keys (`of_item`)
+Told = Files | Done
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +61,12 @@ class ClusterOptions:
 
 @dataclass(frozen=True, slots=True)
 class TaskSetup:
-    """Parameters of all tasks. whole: outcomes include the images, and the other members of their
-    samples.
+    """Parameters of all tasks. prompt: of items that have none. whole: outcomes include the images,
+    and the other members of their samples.
     """
 
     engine: EngineSetup
+    prompt: str | None
     sampling: dict[str, Any]
     options: CaptioningOptions
     max_pixels: int
@@ -105,6 +108,7 @@ class RayCaptioning:
         """Outcomes of items not done in `index`; an item may come twice if a node dies.
 
         again: other images may take the ids of those that are done, which are claimed therefore.
+        Files that were skipped are counted in `parts`.
         Raises SameId if one took the id of another input.
         """
         apart = split(parts)
@@ -119,7 +123,8 @@ class RayCaptioning:
                 batch_size=1,
                 num_cpus=_READING,
                 fn_kwargs={
-                    "known": ray.put(index.keys(self._setup.options.prompt)),
+                    "known": ray.put(index.keys()),
+                    "prompt": self._setup.prompt,
                     "tell": again,
                 },
             )
@@ -146,12 +151,16 @@ class RayCaptioning:
         with _ending_the_run():
             for batch in outcomes.iter_batches(batch_size=None, batch_format="numpy"):
                 for packed in batch["outcome"]:
-                    found = pickle.loads(packed)
-                    if isinstance(found, Outcome):
-                        yield found
-                        continue
-                    for item_id, asked in found:
-                        index.claim(item_id, asked, again)
+                    match pickle.loads(packed):
+                        case Outcome() as outcome:
+                            yield outcome
+                        case Files() as listed:
+                            [known] = [p for p in parts if isinstance(p, Files) and p == listed]
+                            known.skipped.clear()  # a node that died may have told it, too
+                            known.skipped.update(listed.skipped)
+                        case done:
+                            for item_id, asked in done:
+                                index.claim(item_id, asked, again)
 
     def close(self) -> None:
         """Leave the cluster."""
@@ -170,19 +179,24 @@ def _ending_the_run() -> Iterator[None]:
 
 def _tried(setup: TaskSetup) -> tuple[dict[str, str], str]:
     """Identity of an engine, and what it runs on."""
-    with closing(BulkEngine(setup.engine, setup.options.prompt, setup.sampling)) as engine:
+    with closing(BulkEngine(setup.engine, setup.prompt, setup.sampling)) as engine:
         return engine.identity, engine.facts.runs_on
 
 
-def _read(batch: Batch, known: "ray.ObjectRef[FinishedItems]", tell: bool) -> Iterator[Batch]:
-    """The items of a part that are still to be captioned. tell: and, of those that are not, lists
-    of ids and keys (`of_item`).
+def _read(
+    batch: Batch, known: "ray.ObjectRef[FinishedItems]", prompt: str | None, tell: bool
+) -> Iterator[Batch]:
+    """The items of parts that are still to be captioned, and folders in which files were skipped.
+    tell: and, of items that are not, lists of ids and keys (`of_item`).
     """
-    done, found = ray.get(known), items(map(pickle.loads, batch["part"]))
+    given = [pickle.loads(part) for part in batch["part"]]
+    done, found = ray.get(known), items(given, prompt=prompt)
     while some := list(islice(found, _ROWS)):
         left = [item for item in some if item not in done]
-        told = [(item.id, of_item(item, done.prompt)) for item in some if tell and item in done]
+        told = [(item.id, of_item(item)) for item in some if tell and item in done]
         yield {"item": _packed([*left, told] if told else left)}
+    if listed := [part for part in given if isinstance(part, Files) and part.skipped]:
+        yield {"item": _packed(listed)}
 
 
 class _Decoder:
@@ -214,7 +228,7 @@ class _Decoder:
         self._threads.shutdown()
         self._decoding.close()
 
-    def _decoded(self, packed: bytes) -> tuple[Outcome | Done, bytes]:
+    def _decoded(self, packed: bytes) -> tuple[Outcome | Told, bytes]:
         item, pixels = pickle.loads(packed), b""
         if not isinstance(item, Item):
             return item, pixels
@@ -237,7 +251,7 @@ class _Engine:
 
     def __init__(self, setup: TaskSetup) -> None:
         self._setup = setup
-        self._engine = BulkEngine(setup.engine, setup.options.prompt, setup.sampling)
+        self._engine = BulkEngine(setup.engine, setup.prompt, setup.sampling)
         _check_same(self._engine.identity, setup.identity)
         self._threads = ThreadPoolExecutor(_AT_ONCE * _ROWS, "caption")
 
@@ -247,14 +261,14 @@ class _Engine:
             "outcome": _packed(self._threads.map(self._said, batch["outcome"], batch["pixels"]))
         }
 
-    def _said(self, packed: bytes, pixels: bytes) -> Outcome | Done:
+    def _said(self, packed: bytes, pixels: bytes) -> Outcome | Told:
         outcome = pickle.loads(packed)
         if not isinstance(outcome, Outcome) or outcome.error is not None:
             return outcome
         image = np.frombuffer(pixels, np.uint8)
         try:
-            prompt = outcome.item.prompt or self._setup.options.prompt
-            return structs.replace(outcome, captions=self._engine.caption(image, prompt))
+            captions = self._engine.caption(image, outcome.item.prompt)
+            return structs.replace(outcome, captions=captions)
         except VignetteError as cause:
             return structs.replace(outcome, error=message_of(cause))
 
@@ -265,5 +279,5 @@ def _check_same(found: object, expected: object) -> None:
         raise CannotStart(f"this node's engine is {found}, and that of the run {expected}")
 
 
-def _packed(values: Iterable[Item | Outcome | Done]) -> np.ndarray:
+def _packed(values: Iterable[Item | Outcome | Told]) -> np.ndarray:
     return np.array([pickle.dumps(value) for value in values], object)

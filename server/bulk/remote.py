@@ -10,7 +10,7 @@ from msgspec import Struct, convert
 
 from server.bulk.captioning import RunFailed
 from server.bulk.items import ScoredCaption, UnfitItem, rounded
-from server.http.client import LATER, Connection, RemoteService
+from server.bulk.service_client import LATER, Connection, RemoteService
 
 _PATIENCE = 300.0  # seconds without a useful answer, before the run fails
 _WRONG_SERVICE = (401, 403, 404, 405, 407)  # answers that every request would get

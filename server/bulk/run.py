@@ -86,7 +86,7 @@ class BulkRun:
     def left(self, items: Iterable[Item]) -> Iterator[Item]:
         """Items that have no row yet; each is marked as done when it is taken. Raises SameId."""
         for item in items:
-            if self.index.claim(item.id, of_item(item, self.made_with.prompt), self.again):
+            if self.index.claim(item.id, of_item(item), self.again):
                 yield item
             else:
                 self.counts.before += 1
@@ -110,7 +110,7 @@ class BulkRun:
         """Outcomes without repeats: a cluster may send an item's outcome twice. Raises SameId."""
         for outcome in outcomes:
             item = outcome.item
-            asked = of_item(item, self.made_with.prompt, outcome.sha256)
+            asked = of_item(item, outcome.sha256)
             if self.index.claim(item.id, asked, self.again):
                 yield outcome
 
@@ -138,7 +138,7 @@ class BulkRun:
             finish_reason=best.finish_reason if best else None,
             error=outcome.error,
             model=made_with.model,
-            prompt=item.prompt or made_with.prompt,
+            prompt=item.prompt,
             settings=made_with.settings,
             size=outcome.size,
             modified=outcome.modified,

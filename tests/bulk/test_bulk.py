@@ -231,7 +231,7 @@ def local(open_engine, folder: Path) -> LocalCaptioner:
 def captioned(open_engine, given: list[Path], folder: Path, **options) -> dict[str, object]:
     """An engine's caption of each file, or what was wrong with it."""
     with closing(local(open_engine, folder)) as captioner:
-        captioning = Captioning(captioner, CaptioningOptions(None, 10**8, **options), Kept())
+        captioning = Captioning(captioner, CaptioningOptions(10**8, **options), Kept())
         outcomes = captioning.run(items(parts(map(str, given), Columns(), 10**8)))
         return {each.item.id: each.error or each.captions[0].caption for each in outcomes}
 
@@ -265,8 +265,9 @@ def test_equal_images_are_captioned_once(tmp_path):
         files.append(tmp_path / f"copy{copy}.png")
         shutil.copy(files[copy % 4], files[-1])
     captioner = Counting()
-    captioning = Captioning(captioner, CaptioningOptions("x", 10**8, once=True), Kept())
-    outcomes = list(captioning.run(items(parts(map(str, files), Columns(), 10**8))))
+    captioning = Captioning(captioner, CaptioningOptions(10**8, once=True), Kept())
+    found = items(parts(map(str, files), Columns(), 10**8), prompt="x")
+    outcomes = list(captioning.run(found))
     assert (len(outcomes), captioner.asked) == (14, 4)
     for outcome in outcomes:
         assert outcome.captions[0].caption == f"{Path(outcome.item.id).stat().st_size} x"
@@ -339,7 +340,7 @@ def test_only_as_many_are_held_as_keep_the_engine_busy(tmp_path):
     files, taken = small_images(tmp_path, 300), []
     captioner = local(FOUR_SLOTS, tmp_path)
     found = items(parts(map(str, files), Columns(), 10**8))
-    outcomes = Captioning(captioner, CaptioningOptions(None, 10**8), Kept()).run(
+    outcomes = Captioning(captioner, CaptioningOptions(10**8), Kept()).run(
         taken.append(item) or item for item in found
     )
     for ended, _ in enumerate(outcomes, 1):
@@ -351,7 +352,7 @@ def test_only_as_many_are_held_as_keep_the_engine_busy(tmp_path):
 def test_a_caller_that_has_enough_is_let_go(tmp_path):
     captioner, taken = Counting(), []
     found = items(parts(map(str, small_images(tmp_path, 300)), Columns(), 10**8))
-    outcomes = Captioning(captioner, CaptioningOptions(None, 10**8), Kept()).run(
+    outcomes = Captioning(captioner, CaptioningOptions(10**8), Kept()).run(
         taken.append(item) or item for item in found
     )
     next(outcomes)
@@ -375,6 +376,6 @@ def test_large_files_are_not_read_many_at_a_time(tmp_path, monkeypatch):
     for number, file in enumerate(files):
         file.write_bytes(file.read_bytes() + bytes(400_000) + b"%03d" % number)
     found = items(parts(map(str, files), Columns(), 10**8))
-    outcomes = Captioning(Holding(), CaptioningOptions(None, 10**8), Kept()).run(found)
+    outcomes = Captioning(Holding(), CaptioningOptions(10**8), Kept()).run(found)
     assert len(list(outcomes)) == 12
     assert max(most) <= 3, "of 400 KB, for a megabyte"

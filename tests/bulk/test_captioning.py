@@ -26,7 +26,7 @@ def test_large_items_are_held_a_few_at_a_time(ordered, monkeypatch):
         taken.append(n) or Item(str(n), b"x", members={"png": b"x" * 300, "txt": b"y" * 100})
         for n in range(50)
     )
-    options = CaptioningOptions(None, 10**6, ordered)
+    options = CaptioningOptions(10**6, ordered)
     for ended, _ in enumerate(Captioning(Silent(), options, Kept()).run(given), 1):
         # The third is the first above the bound, and one is read ahead.
         assert len(taken) - ended <= 4
@@ -40,7 +40,7 @@ def test_what_is_done_is_known_to_other_processes_whatever_its_digest():
     )  # some digests end in 0
     for name in names:
         index.add(ResultRow(name, caption=""), done=True)
-    done = index.keys(None)
+    done = index.keys()
     assert all(Item(name, name) in done for name in names)
     assert Item("another.png", "another.png") not in done
     assert Item("1.png", "elsewhere/1.png") not in done, "another image of the name"

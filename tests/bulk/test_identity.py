@@ -113,7 +113,7 @@ def test_a_list_is_known_again_from_another_folder_and_through_a_link(tmp_path, 
 )
 def test_a_signature_of_a_url_is_not_what_it_names(signed):
     first, again, other = (
-        of_item(Item("sku", signed.format(*parts)), None) for parts in ("a1", "a2", "b1")
+        of_item(Item("sku", signed.format(*parts))) for parts in ("a1", "a2", "b1")
     )
     assert first == again != other
 
@@ -129,7 +129,7 @@ def test_a_signature_of_a_url_is_not_what_it_names(signed):
     ],
 )
 def test_a_parameter_without_a_signature_names_another_image(url):
-    assert of_item(Item("sku", url.format(1)), None) != of_item(Item("sku", url.format(2)), None)
+    assert of_item(Item("sku", url.format(1))) != of_item(Item("sku", url.format(2)))
 
 
 @pytest.mark.parametrize("sku", ["https://[", "a\0/b.png"])
@@ -139,7 +139,7 @@ def test_an_id_may_look_like_a_location_that_is_none(sku, tmp_path):
     run(output, given, columns=columns)
     assert run(output, given, columns=columns).counts.before == 1
     bare = [Item(sku, sku), Item(sku, b"x")]
-    assert len({of_item(each, None) for each in bare}) == 2
+    assert len({of_item(each) for each in bare}) == 2
 
 
 def test_an_error_row_is_left_until_it_is_retried(tmp_path):

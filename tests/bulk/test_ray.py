@@ -33,7 +33,7 @@ def test_a_process_keeps_its_decoder_from_task_to_task(tmp_path):
     [file] = small_images(tmp_path, 1)
     engine = EngineSetup(fake_folder(tmp_path / "engine"))
     first = {"engine": read(engine.folder).fingerprint}
-    work = ray.TaskSetup(engine, {}, CaptioningOptions(None, 10**7), MAX_PIXELS, False, first)
+    work = ray.TaskSetup(engine, None, {}, CaptioningOptions(10**7), MAX_PIXELS, False, first)
     batch = {"item": [pickle.dumps(Item(str(file), image=str(file)))]}
     made = []
     for limit in (MAX_PIXELS, MAX_PIXELS, 1):
@@ -61,11 +61,11 @@ def test_nodes_tell_of_items_that_have_rows_where_others_may_take_their_ids(tmp_
     index.add(ResultRow(name, caption=""), done=True)
     batch = {"part": np.array([pickle.dumps(parts([str(tmp_path)], Columns(), 9)[0])], object)}
     for tell in (False, True):
-        read = ray._read(batch, index.keys(None), tell)
+        read = ray._read(batch, index.keys(), None, tell)
         found = [pickle.loads(packed) for block in read for packed in block["item"]]
         told = [each for each in found if not isinstance(each, Item)]
         assert len(found) - len(told) == 19
-        assert told == ([[(name, of_item(Item(name, name), None))]] if tell else [])
+        assert told == ([[(name, of_item(Item(name, name)))]] if tell else [])
 
 
 def test_a_node_that_dies_costs_no_row_and_one_that_comes_is_used(tmp_path):
@@ -73,6 +73,7 @@ def test_a_node_that_dies_costs_no_row_and_one_that_comes_is_used(tmp_path):
     photos.mkdir()
     files = small_images(photos, 200)
     (photos / "broken.png").write_bytes(b"GIF")
+    (photos / "notes.txt").write_text("no image")
     output = tmp_path / "rows.jsonl"
     output.write_text(
         json.dumps({"id": str(files[3]), "caption": "before", "model": "fake"}) + "\n"
@@ -88,7 +89,8 @@ def test_a_node_that_dies_costs_no_row_and_one_that_comes_is_used(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "198 captioned, 2 failed, 1 left"
+    told = done.stdout.splitlines()[-2:]
+    assert told == ["198 captioned, 2 failed, 1 skipped", "1 nodes left"]
     rows = {row["id"]: row for row in map(json.loads, output.read_text().splitlines())}
     assert Counter(map(Path, rows)) == Counter([*files, photos / "broken.png"])
     assert len(output.read_text().splitlines()) == 201

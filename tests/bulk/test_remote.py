@@ -12,15 +12,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 import pytest
 
 from runtime.planning.config import EngineConfig
-from server.bulk import remote
+from server.bulk import remote, service_client
 from server.bulk.captioning import Captioning, CaptioningOptions, RunFailed
 from server.bulk.command import main
 from server.bulk.index import Kept
 from server.bulk.inputs import items, parts
 from server.bulk.lists import Columns
 from server.bulk.remote import RemoteCaptioner
-from server.http import client
-from server.http.client import RemoteService, ServiceFailed
+from server.bulk.service_client import RemoteService, ServiceFailed
 from server.service import keys
 from tests.support.fakes import fake_engine, gated
 from tests.support.live import serve, small_images, until
@@ -37,8 +36,8 @@ def said(files, prompt=None) -> dict:
 def outcomes_of(service, files, prompt=None, **sampling) -> dict:
     """By file: its caption, or why there is none."""
     with contextlib.closing(RemoteCaptioner(service, sampling)) as captioner:
-        found = Captioning(captioner, CaptioningOptions(prompt, 10**8), Kept()).run(
-            items(parts(map(str, files), Columns(), 10**8))
+        found = Captioning(captioner, CaptioningOptions(10**8), Kept()).run(
+            items(parts(map(str, files), Columns(), 10**8), prompt=prompt)
         )
         outcomes = {each.item.id: each.error or each.captions[0].caption for each in found}
     return {file: outcomes[str(file)] for file in files}
@@ -188,7 +187,7 @@ def test_an_answer_to_nothing_is_not_taken_for_the_next_request_s():
             twice.set()
 
     first = threading.Event()
-    with served(Stuttering) as url, client.Connection(url, None) as connection:
+    with served(Stuttering) as url, service_client.Connection(url, None) as connection:
         said = [connection.ask("POST", "/", b"a")[2]]
         first.set()
         assert twice.wait(10)
@@ -211,7 +210,7 @@ def test_an_answer_to_nothing_is_not_taken_for_the_next_request_s():
 )
 def test_a_service_that_answers_nonsense_ends_the_run(headers, body, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "_PATIENCE", 0.3)
-    monkeypatch.setattr(client, "_MOST_BYTES", 2**21)
+    monkeypatch.setattr(service_client, "_MOST_BYTES", 2**21)
 
     class Service(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -273,7 +272,7 @@ def slow(pause):
 
 def test_an_answer_in_single_bytes_ends_in_time(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "_PATIENCE", 0.5)
-    monkeypatch.setattr(client, "_SECONDS", 0.5)
+    monkeypatch.setattr(service_client, "_SECONDS", 0.5)
     with slow(0.05) as service, pytest.raises(RunFailed, match=r"for too long.*Timeout"):
         outcomes_of(service, small_images(tmp_path, 2))
 

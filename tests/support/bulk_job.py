@@ -59,7 +59,7 @@ def run(
     try:
         job.read()
         begun()
-        captioning = Captioning(Words(), CaptioningOptions(None, 10**7, **how), job.kept)
+        captioning = Captioning(Words(), CaptioningOptions(10**7, **how), job.kept)
         found = items(parts(inputs, columns, 10**7), job.index.drop_error)
         given = chain(found, (Item(w, wrong=w) for w in wrong))
         job.write(captioning.run(job.left(given)), lambda told: None)

@@ -32,17 +32,21 @@ def main(output: str, given: str) -> None:
     nodes = [cluster.add_node(num_cpus=_CORES)]
     cluster.wait_for_nodes()
     engine = EngineSetup(fake_folder(Path(output).parent / "engine"), main=allergic_worker)
-    work = TaskSetup(engine, {}, CaptioningOptions(None, 10**7), MAX_PIXELS, whole=False)
+    work = TaskSetup(engine, None, {}, CaptioningOptions(10**7), MAX_PIXELS, whole=False)
+    inputs = parts([given], Columns(), 10**7)
     with (
         closing(open_output(output, overwrite=False)) as opened,
         closing(RayCaptioning(bulk_ray.ClusterOptions(cluster.address, 1), work)) as captioning,
     ):
         job = BulkRun(opened, CaptionSettings("fake", {}))
         job.read()
-        found = captioning.run(parts([given], Columns(), 10**7), job.index)
+        found = captioning.run(inputs, job.index)
         job.write(job.once(found), partial(disturb, cluster, nodes))
     cluster.shutdown()
-    print(f"{job.counts.captioned} captioned, {job.counts.failed} failed, {len(nodes)} left")
+    skipped = sum(part.skipped.total() for part in inputs)
+    counts = job.counts
+    print(f"{counts.captioned} captioned, {counts.failed} failed, {skipped} skipped")
+    print(f"{len(nodes)} nodes left")
 
 
 def disturb(cluster: Cluster, nodes: list, told) -> None:

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 from msgspec import convert
 
 from runtime.errors import VignetteError
+from server.bulk.timed import Attempt, TimedResponse, current
 from server.http.answers import ModelsAnswer
-from server.http.timed import Attempt, TimedResponse, current
 
 _MOST_CONNECTIONS = 256
 _CONNECT_SECONDS = 10.0
