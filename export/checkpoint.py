@@ -14,7 +14,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from export.errors import ExportError, first_line
 from export.tokenizer import tokenizer_json
-from export.untrusted import check_config, check_folder, check_tokenizer
+from export.untrusted import check_config, check_folder, check_size, check_tokenizer
 from runtime.model.manifest import MOST_PIXELS, Preprocessing, Sizes, SpecialTokens
 
 _MOST = 1e6  # in a normalisation, which is computed in fp32
@@ -89,6 +89,7 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
                 "family, such as microsoft/git-base-textcaps"
             )
         check_config(model, config)
+        check_size(model, config)
         weights, found = GitForCausalLM.from_pretrained(
             model,
             config=config,
@@ -212,7 +213,18 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 def _preprocessing(model: str, processor: dict, image_size: int) -> Preprocessing:
     """Preprocessing that runtime/ can reproduce: shortest edge, square crop; else ExportError."""
+    if not isinstance(processor, dict):  # of a preprocessor_config.json with an image_processor
+        raise ExportError(
+            f"{model}: image_processor in preprocessor_config.json is {processor!r}: it must be an "
+            "object"
+        )
     kinds = [kind.value for kind in Image.Resampling]
+    for name in ("size", "crop_size"):
+        if not isinstance(processor.get(name), dict | int | None):
+            raise ExportError(
+                f"{model}: {name} in preprocessor_config.json is {processor[name]!r}: it must be a "
+                "number of pixels, or an object of such"
+            )
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
     fields = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
     missing = [f for f in fields if f not in processor]

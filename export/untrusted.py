@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import GitConfig
+import torch
+from transformers import GitConfig, GitForCausalLM
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from export.errors import ExportError
@@ -19,6 +20,8 @@ _ATTENTION = (None, "eager", "sdpa")
 _WEIGHTS = (".safetensors", ".bin")
 _UNREAD = ("special_tokens_map_file", "added_tokens_file")  # by transformers
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_MOST_LABELS, _MOST_FRAMES = 10_000, 1000
+_MOST_LAYERS, _MOST_PARAMETERS = 500, 4 * 10**9  # the largest GIT has 24, and 4 * 10**8
 # What the graphs are made with, whatever a configuration asks for: none of it changes a number.
 _SWITCHES = {
     "return_dict": True, "torchscript": False, "output_attentions": False,
@@ -48,6 +51,10 @@ def check_folder(folder: Path) -> None:
         content = json.loads(path.read_bytes()) if path.is_file() else {}
         if not isinstance(content, dict):
             raise ExportError(f"{path} is no JSON object: take it from the checkpoint again")
+        for part in (content, content.get("vision_config")):
+            labels = part.get("num_labels") if isinstance(part, dict) else None
+            if isinstance(labels, int) and labels > _MOST_LABELS:  # transformers names each
+                raise ExportError(f"{path}: num_labels is {labels}: GIT has none, delete it there")
         shards = content.get("weight_map") if name in _INDICES else None
         for shard in shards.values() if isinstance(shards, dict) else ():
             _check_name(path, "a shard", shard)
@@ -64,10 +71,10 @@ def check_config(model: str, config: GitConfig) -> None:
         )
     _check_name(f"{model}: config.json", "weights", getattr(config, "transformers_weights", None))
     frames = config.num_image_with_embedding
-    if frames is not None and (not isinstance(frames, int) or frames < 1):
+    if frames is not None and not (isinstance(frames, int) and 1 <= frames <= _MOST_FRAMES):
         raise ExportError(
             f"{model}: num_image_with_embedding in config.json is {frames}: it must be null, or a "
-            "number of images"
+            f"number of images, {_MOST_FRAMES} at most"
         )
     for part in (config, config.vision_config):
         if part._attn_implementation not in _ATTENTION:
@@ -86,6 +93,28 @@ def check_config(model: str, config: GitConfig) -> None:
                 )
         for name, value in _SWITCHES.items():
             setattr(part, name, value)
+
+
+def check_size(model: str, config: GitConfig) -> None:
+    """Raise ExportError for a configuration of far more than the weights hold, before transformers
+    takes memory for all that it names, and ValueError and the like for one of which no model can be
+    built.
+    """
+    layers = max(config.num_hidden_layers, config.vision_config.num_hidden_layers)
+    if layers > _MOST_LAYERS:
+        raise ExportError(
+            f"{model}: config.json asks for {layers} layers, and an export takes {_MOST_LAYERS}"
+        )
+    with torch.device("meta"):  # which has shapes alone
+        wanted = GitForCausalLM(config).num_parameters()
+    files = [path for path in Path(model).glob("*") if path.suffix in _WEIGHTS]
+    held = sum(path.stat().st_size for path in files)
+    if wanted > (min(held, _MOST_PARAMETERS) if files else _MOST_PARAMETERS):
+        there = f"the files of weights have {held:,} bytes" if files else "GIT has fewer"
+        raise ExportError(
+            f"{model}: config.json asks for {wanted:,} parameters, and {there}: take both from the "
+            "same checkpoint"
+        )
 
 
 def check_tokenizer(model: str, revision: str | None) -> None:

@@ -247,7 +247,10 @@ def _check_named(manifest: Manifest) -> None:
     sizes, tokens = manifest.sizes, manifest.tokens
     if not 0 <= min(tokens.bos, tokens.eos) <= max(tokens.bos, tokens.eos) < sizes.vocabulary:
         raise ValueError(f"its tokens are not of a vocabulary of {sizes.vocabulary}")
-    if sizes.image > MOST_PIXELS or max(sizes.prefix, sizes.vocabulary, sizes.text) > _MOST:
+    if (
+        sizes.image > MOST_PIXELS
+        or max(sizes.prefix, sizes.vocabulary, sizes.text, sizes.frames or 1) > _MOST
+    ):
         raise ValueError("its sizes are those of no checkpoint")
     prepared = manifest.preprocessing
     if prepared.crop != sizes.image or not prepared.crop <= prepared.shortest_edge <= MOST_PIXELS:

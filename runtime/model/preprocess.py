@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 from PIL import AvifImagePlugin, ExifTags, Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from runtime.errors import InvalidImage, TooManyPixels
 from runtime.model.manifest import Preprocessing
@@ -89,11 +90,20 @@ def _upright(image: Image.Image, least_edge: int | None) -> Image.Image:
         # fails if it can't.
         turned = image.getexif().get(ExifTags.Base.Orientation) if _is_short(image) else None
         how = _UPRIGHT.get(turned) if isinstance(turned, int) else None
+        if image.mode == "I;16" and _white_is_zero(image):  # which Pillow heeds of 8 bits alone
+            image = Image.fromarray(65535 - np.asarray(image))
         return to_rgb(image if how is None else image.transpose(how))
     except DAMAGE as cause:
         raise InvalidImage(
             f"a damaged {image.format} image: its end is missing, or bytes were changed"
         ) from cause
+
+
+def _white_is_zero(image: Image.Image) -> bool:
+    return (
+        isinstance(image, TiffImageFile)
+        and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0
+    )
 
 
 def _is_short(image: Image.Image) -> bool:
@@ -122,7 +132,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         )
     if image.mode.startswith("I;16"):
         deep = np.asarray(image, dtype=np.uint16)
-        return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
+        grey = (deep >> 8).astype(np.uint8)
+        if isinstance(clear := image.info.get("transparency"), int):
+            grey[deep == clear] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.mode == "I":  # 32-bit integers, holding 16-bit values in PNG, and mostly in TIFF
         deep = np.clip(np.asarray(image), 0, 65535)
         return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")

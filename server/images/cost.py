@@ -16,8 +16,10 @@ _BYTES = 20  # per pixel while it is decoded and converted: the codec's, Pillow'
 _SCANS = 100  # most of a JPEG; cameras and programs write about ten, libjpeg itself takes 500
 _SCAN = 0.6  # ns per pixel and scan: each scan visits the coefficients again
 _RESIZED, _RESIZED_BYTES = 6, 4  # ns and bytes per pixel of the resized image, before cropping
+_STRIPS, _TILES = 273, 324  # tags of a TIFF
 _TILE_SIDES, _LARGE_TILE = (322, 323), 2**20  # tags; pixels of a tile that any image may have
 _SLOW_DECODER, _SLOW_BYTE = "bmp_rle", 1000  # Pillow has it in Python; ns per byte
+_PART = 15_000  # ns for a strip or tile of a TIFF
 _PLAIN_SCANS = 6  # most of a non-progressive JPEG: four colours at most, and thumbnails
 _DEEP, _INTERLACED, _LZMA = 2.7, 2.7, 3.5  # factors on the usual time per pixel
 _START_OF_SCAN = b"\xff\xda"
@@ -83,11 +85,24 @@ def estimate(image: Image.Image, data: bytes, how: Preprocessing) -> Cost:
     spent += width * height * _RESIZED
     if any(tile[0] == _SLOW_DECODER for tile in getattr(image, "tile", ())):
         spent += len(data) * _SLOW_BYTE
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        spent += _strips(image, data)
     if image.format in _JPEG:
         scans = scans_of(data)
         if "progressive" in image.info or scans > _PLAIN_SCANS:
             spent += pixels * scans * _SCAN
     return Cost(spent / 1e9, pixels * _BYTES + width * height * _RESIZED_BYTES)
+
+
+def _strips(image: TiffImagePlugin.TiffImageFile, data: bytes) -> float:
+    """Nanoseconds for the strips or tiles of a TIFF, and for the scans of its JPEGs."""
+    places = image.tag_v2.get(_TILES) or image.tag_v2.get(_STRIPS) or 0
+    places = (places,) if isinstance(places, int) else places
+    spent = float(len(places) * _PART)
+    if image.info.get("compression") == "jpeg":
+        apart = len(places) if len(set(places)) == len(places) else 1  # all may be the longest
+        spent += image.width * image.height * data.count(_START_OF_SCAN) / max(1, apart) * _SCAN
+    return spent
 
 
 def _slower(image: Image.Image) -> float:

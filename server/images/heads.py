@@ -14,6 +14,10 @@ _PACKED, _MOST_PACKED = (b"iCCP", b"zTXt", b"iTXt"), 32  # chunks that unpack to
 _PADDING = 64  # most bytes of 0xFF before a JPEG's marker
 _JPEG, _PNG, _GIF = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", (b"GIF87a", b"GIF89a")
 _TIFF, _BIG_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), 43
+_TIFF_STRIPS, _STRIPS = (273, 279, 324, 325), 2**15  # tags; most strips or tiles: a row each
+# Bytes of a value, by its type; types that Pillow makes objects of.
+_TIFF_BYTES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), 1)) | {16: 8}
+_FRACTIONS = (5, 10)
 _SCAN, _END, _ALONE = 0xDA, 0xD9, (0x01, *range(0xD0, 0xD9))  # markers of JPEG
 
 
@@ -73,12 +77,24 @@ def _check_png(data: bytes) -> None:
 
 
 def _check_tiff(data: bytes) -> None:
-    """TIFF 6.0, 2: a directory of tags; BigTIFF counts in eight bytes."""
+    """TIFF 6.0, 2: a directory of tags, each with a type, a count, and that many values; BigTIFF
+    counts in eight bytes.
+    """
     order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
     big = int.from_bytes(data[2:4], order) == _BIG_TIFF
     first = int.from_bytes(data[8:16] if big else data[4:8], order)
-    count = int.from_bytes(data[first : first + (8 if big else 2)], order)
-    if count > _PARTS:
+    digits, length = (8, 20) if big else (2, 12)  # bytes of the number of tags, and of a tag
+    tags = int.from_bytes(data[first : first + digits], order)
+    if tags > _PARTS:
+        raise _too_many()
+    size = 0
+    for place in range(first + digits, first + digits + tags * length, length):
+        tag, kind = (int.from_bytes(data[at : at + 2], order) for at in (place, place + 2))
+        count = int.from_bytes(data[place + 4 : place + (12 if big else 8)], order)
+        size += count * _TIFF_BYTES.get(kind, 0)
+        if count > (_STRIPS if tag in _TIFF_STRIPS else _PARTS if kind in _FRACTIONS else count):
+            raise _too_many()
+    if size > 2 * len(data) + _PIECE:  # values that lie over each other
         raise _too_many()
 
 

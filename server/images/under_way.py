@@ -25,6 +25,7 @@ SLOW_SECONDS = 2.0  # after which a fetch gives way to a client that has fewer
 LATE = "image_url did not answer in time"
 _GAVE_WAY = "image_url answers slowly, and others wait, too: try again later"
 _PIECES, _PIECE = 256, 512  # reads and chunks allowed per answer, and one more per so many bytes
+_HEAD_PIECES, _LINES = 64, 200  # reads allowed before a body; lines of a head
 _TURN_SECONDS = 0.002  # that a fetch may go on for while others have something to read
 _PAUSE_SECONDS = 0.25  # between turns, at most, for a client that owes computation
 
@@ -68,7 +69,8 @@ class FetchUnderWay:
 
         Between two waits of Tornado's client for the stream the thread does this fetch's work.
         """
-        self.stream, read_from_fd, read_until = stream, stream.read_from_fd, stream.read_until
+        self.stream, read_from_fd, end = stream, stream.read_from_fd, stream.close
+        read_until, read_until_regex = stream.read_until, stream.read_until_regex
         self._resumed = math.inf  # a redirect's connection begins with nothing done
 
         def read(buffer: bytearray | memoryview) -> int | None:
@@ -89,6 +91,17 @@ class FetchUnderWay:
                 self.reads += 1
             return 0 if self._drips() else count
 
+        async def head(*args: Any, **options: Any) -> bytes:
+            lines = await read_until_regex(*args, **options)
+            if lines.count(b"\n") > _LINES:  # which Tornado takes apart in one piece
+                self.refused = "sends a head of hundreds of lines"
+                raise StreamClosedError
+            return lines
+
+        def close(*args: Any, **options: Any) -> None:
+            self._pause()  # an answer without a body ends here
+            end(*args, **options)
+
         def next_chunk(*args: Any, **options: Any) -> Awaitable[bytes]:
             self.chunks += 1
             if self._drips():
@@ -97,8 +110,9 @@ class FetchUnderWay:
 
         stream.read_from_fd = read  # type: ignore[method-assign, assignment]
         stream.read_until = self._in_turns(next_chunk)  # type: ignore[method-assign]
-        stream.read_until_regex = self._in_turns(stream.read_until_regex)  # type: ignore[method-assign]
+        stream.read_until_regex = self._in_turns(head)  # type: ignore[method-assign]
         stream.read_bytes = self._in_turns(stream.read_bytes)  # type: ignore[method-assign]
+        stream.close = close  # type: ignore[method-assign]
         if self.gave_way or self.late:
             stream.close()
 
@@ -135,6 +149,7 @@ class FetchUnderWay:
         """Let go of the connection, which refers to this, after what it still computes."""
         if (stream := self.stream) is not None:
             del stream.read_from_fd, stream.read_until, stream.read_until_regex, stream.read_bytes
+            del stream.close
         if self.handshake is not None and self.handshake.computing is not None:
             await asyncio.wait([self.handshake.computing])
             retrieve_error(self.handshake.computing)
@@ -148,8 +163,9 @@ class FetchUnderWay:
 
     def _drips(self) -> bool:
         """Refuse an answer that comes in too many pieces, as each takes as long as a large one."""
+        reads = _PIECES if self.body else _HEAD_PIECES  # each time all of the head is searched
         most_reads, most_chunks = self.received // _PIECE, len(self.body) // _PIECE
-        if self.reads > _PIECES + most_reads or self.chunks > _PIECES + most_chunks:
+        if self.reads > reads + most_reads or self.chunks > _PIECES + most_chunks:
             self.refused = "comes in single bytes"
         return self.refused is not None
 

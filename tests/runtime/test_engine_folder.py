@@ -63,6 +63,7 @@ def test_what_is_wrong_with_a_folder_is_named(folder, tmp_path):
         ("sizes", {"vocabulary": 2}),
         ("sizes", {"image": 10**9}),
         ("sizes", {"prefix": 2**40}),
+        ("sizes", {"frames": 10**9}),
         ("preprocessing", {"crop": 7}),
     ):
         broken("can't be read", edit(**{part: manifest[part] | changed}))

@@ -107,6 +107,15 @@ def test_sixteen_bits_are_scaled_not_clipped():
     expected = theirs(Image.fromarray((ramp >> 8).astype(np.uint8)).convert("RGB"))
     for kind in ("PNG", "TIFF"):
         assert np.array_equal(preprocess(encoded(Image.fromarray(ramp), kind), HOW), expected)
+    inverted = encoded(Image.fromarray(65535 - ramp), "TIFF", tiffinfo={262: 0})
+    assert np.array_equal(preprocess(inverted, HOW), expected)
+
+
+def test_sixteen_bits_may_have_a_transparent_value():
+    ramp = np.linspace(0, 65535, 300 * 260).reshape(260, 300).astype(np.uint16)
+    seen = np.where(ramp == 0, 255, ramp >> 8).astype(np.uint8)
+    clear = encoded(Image.fromarray(ramp), "PNG", transparency=0)
+    assert np.array_equal(preprocess(clear, HOW), theirs(Image.fromarray(seen).convert("RGB")))
 
 
 @pytest.mark.parametrize("kind", range(14))

@@ -28,16 +28,20 @@ class Names(Resolver):
         return [(socket.AF_INET, (address, port))]
 
 
+MOVED = {
+    "away": "https://evil.example/x",
+    "on": "/image",
+    "around": "/around",
+    "inward": "https://127.0.0.1/secret",
+}
+
+
 class Site(tornado.web.RequestHandler):
     async def get(self, what):
         if what == "image":
             self.write(b"the image")
         elif what == "large":
             self.write(b"x" * 5000)
-        elif what == "away":
-            self.redirect("https://evil.example/x")
-        elif what == "on":
-            self.redirect("/image")
         elif what == "padded":
             self.set_status(302)
             self.set_header("Location", "/image")
@@ -46,12 +50,13 @@ class Site(tornado.web.RequestHandler):
             for _ in range(600):
                 self.write(b"x")
                 await self.flush()
+        elif what == "lines":
+            for number in range(300):
+                self.set_header(f"X-{number}", "y")
         elif what == "slow":
             await self.settings["over"].wait()
-        elif what == "around":
-            self.redirect("/around")
-        elif what == "inward":
-            self.redirect("https://127.0.0.1/secret")
+        elif what in MOVED:
+            self.redirect(MOVED[what])
         else:
             raise tornado.web.HTTPError(404)
 

@@ -23,6 +23,30 @@ def _saved(kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
+def _tiff(*tags: tuple[int, int, int, bytes], data: bytes = b"") -> bytes:
+    """A TIFF of 300 x 200. tags: number, type, count, values; data: behind them."""
+    usual = ((256, 300), (257, 200), (259, 1), (262, 2), (277, 3), (278, 1))
+    given = {tag: (tag, 4, 1, struct.pack("<I", value)) for tag, value in usual}
+    given |= {tag[0]: tag for tag in tags}
+    head = b"II*\0" + struct.pack("<IH", 8, len(given))
+    place = len(head) + 12 * len(given) + 4
+    values = b""
+    for tag, kind, count, value in sorted(given.values()):
+        head += struct.pack("<HHI", tag, kind, count)
+        if len(value) <= 4:
+            head += value.ljust(4, b"\0")
+        else:
+            head += struct.pack("<I", place + len(values))
+            values += value
+    return head + bytes(4) + values + data
+
+
+def _strips(count: int, *tags: tuple[int, int, int, bytes], data: bytes = b"") -> bytes:
+    """A TIFF whose strips are all the same bytes."""
+    depth = 258, 3, 3, struct.pack("<HHH", 8, 8, 8)
+    return _tiff(depth, (273, 4, count, struct.pack("<I", 8) * count), *tags, data=data)
+
+
 JPEG, PNG, GIF = _saved("JPEG"), _saved("PNG"), _saved("GIF")
 
 
@@ -42,6 +66,9 @@ CHUNK = struct.pack(">I", 0) + b"abCd" + struct.pack(">I", zlib.crc32(b"abCd"))
         GIF[:TABLE] + b"\x21\xfe" + b"\x01a" * 50_000 + b"\x00" + GIF[TABLE:],
         b"II*\0" + struct.pack("<IH", 8, 20_000) + bytes(12) * 20_000,
         b"MM\0+" + struct.pack(">HHQQ", 8, 0, 16, 20_000) + bytes(20) * 20_000,
+        _strips(200_000),
+        _strips(200, (282, 5, 100_000, bytes(800_000))),
+        _strips(200, *((tag, 7, 100_000, b"lies") for tag in range(40_000, 40_100))),
     ],
 )
 def test_an_image_of_thousands_of_parts_is_refused_unopened(image):
@@ -96,6 +123,15 @@ def test_what_takes_longer_than_usual_in_its_format_is_estimated_so(kind, mode, 
         return estimate(image, buffer.getvalue(), how).seconds
 
     assert estimated(mode, **options) > 1.5 * estimated("RGB")
+
+
+def test_the_strips_of_a_tiff_and_the_scans_of_their_jpegs_are_estimated():
+    def seconds(image: bytes) -> float:
+        return estimate(Image.open(io.BytesIO(image)), image, HOW).seconds
+
+    assert seconds(_strips(20_000)) > 0.15 > seconds(_strips(200))
+    jpeg, scans = (259, 3, 1, b"\7"), b"\xff\xda" * 90
+    assert seconds(_strips(2, jpeg, data=scans)) > 2 * seconds(_strips(2, jpeg))
 
 
 def test_what_an_image_costs_is_seen_in_its_head():
