@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import NamedTuple
 
 from runtime.request import Priority
 from server.fairness.client_clocks import ClientClocks
@@ -38,6 +39,17 @@ class _Claim:
     turn: asyncio.Event = field(default_factory=asyncio.Event)
     began: float = 0.0
     took: float = 0.0
+
+
+class _Bounds(NamedTuple):
+    """slots: that this front-end may use. ahead: requests beyond them that may wait in the engine.
+    share: most slots of one client in all front-ends. alone: whether there is only one.
+    """
+
+    slots: int
+    ahead: int
+    share: int
+    alone: bool
 
 
 class SlotShares:
@@ -181,24 +193,15 @@ class SlotShares:
         """Admit requests whose turn it is; those of one client and priority keep their order."""
         if not self._wanted:
             return
-        # Not all clients are published, if there are many.
-        clients = max(self._clients.count(), len(self._present))
-        elsewhere = self._clients.elsewhere()
-        front_ends = self._clients.front_ends
-        slots = front_ends * self.slots
-        all_ = slots + front_ends * max(_AHEAD, self.slots // 2)
-        mine = slots // self._clients.active  # those of front-ends without clients are lent
-        ahead = max(_AHEAD, mine // 2)
-        share = (all_ if self.models == 1 else slots) // clients
-        most = all_ if clients == 1 else max(1, min(slots // 2, share))
+        bounds, elsewhere = self._bounds(), self._clients.elsewhere()
         if not self._looking and any(client in elsewhere for client, _, _ in self._wanted):
             self._looking = True
             asyncio.get_running_loop().call_later(_ELSEWHERE_SECONDS, self._look_elsewhere)
-        while (next_ := self._next(most, elsewhere)) is not None:
+        while (next_ := self._next(bounds.share, elsewhere)) is not None:
             # The engine lets interactive requests pass: for them, batch requests don't count.
             taken = self._taken.total() - (0 if next_.batch else self._batch.total())
-            room = mine + (ahead if next_.rows == 1 or clients == 1 else 0)
-            if taken and taken + next_.rows > room:
+            ahead = bounds.ahead if next_.rows == 1 or bounds.alone else 0
+            if taken and taken + next_.rows > bounds.slots + ahead:
                 return
             self._forget(next_)
             self._holding[next_] = None
@@ -206,7 +209,18 @@ class SlotShares:
             self._clocks.begin(next_.client)
             next_.turn.set()
 
-    def _next(self, most: int, elsewhere: Counter[str]) -> _Claim | None:
+    def _bounds(self) -> _Bounds:
+        # Not all clients are published, if there are many.
+        clients = max(self._clients.count(), len(self._present))
+        front_ends = self._clients.front_ends
+        slots = front_ends * self.slots
+        all_ = slots + front_ends * max(_AHEAD, self.slots // 2)
+        share = max(1, min(slots // 2, (all_ if self.models == 1 else slots) // clients))
+        lent = slots // self._clients.active  # by front-ends without clients
+        alone = clients == 1
+        return _Bounds(lent, max(_AHEAD, lent // 2), all_ if alone else share, alone)
+
+    def _next(self, share: int, elsewhere: Counter[str]) -> _Claim | None:
         """The next request among those that fit their clients' shares, or None."""
         first: dict[str, _Claim] = {}  # of each client
         for line in self._wanted.values():
@@ -214,17 +228,19 @@ class SlotShares:
             if other is None or (line[0].batch, line[0].number) < (other.batch, other.number):
                 first[line[0].client] = line[0]
         fits = (
-            each for each in first.values() if self._fits(each, most - elsewhere[each.client], most)
+            each
+            for each in first.values()
+            if self._fits(each, share - elsewhere[each.client], share)
         )
         return min(fits, key=self._turn, default=None)
 
-    def _fits(self, each: _Claim, left: int, most: int) -> bool:
+    def _fits(self, each: _Claim, left: int, share: int) -> bool:
         """left: of the client's share, slots that it holds in no other front-end.
 
         Whatever it holds there, it has one slot here: those who wait here would starve.
         """
         mine = self._taken[each.client] - (0 if each.batch else self._batch[each.client])
-        return mine + each.rows <= left or (not mine and (left == most or each.rows == 1))
+        return mine + each.rows <= left or (not mine and (left == share or each.rows == 1))
 
     def _turn(self, each: _Claim) -> tuple[bool, float, int]:
         """Order: interactive first, then by clock plus the usual cost of slots held now."""
