@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from PIL import Image
 
 from bench.common.arithmetic import percentile
+from bench.reliability.attacks import ATTACKS
 from bench.reliability.load import Answer, Clients, after
 from bench.reliability.running import Service, Verdict, said, sample, service
-from bench.reliability.senders import ATTACKS, assault
+from bench.reliability.senders import assault
 
 _HONEST = 8
 _GROWN = 1200  # MiB of all processes: one image of 50 Mpx being decoded, and bodies being received
@@ -122,7 +123,7 @@ def unread_answers(long: bool) -> Verdict:
 
 def expensive_images(long: bool) -> Verdict:
     """20: images of a few bytes that take seconds and a gigabyte to decode."""
-    return _short(["700 scans", "90 scans", "unpacking", "tags", "clips"], long)
+    return _short(["700 scans", "90 scans", "unpacking", "tags", "strips", "clips"], long)
 
 
 def large_photographs(long: bool) -> Verdict:

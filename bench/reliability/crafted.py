@@ -67,6 +67,15 @@ def tags() -> bytes:
     return b"II*\x00\x08\x00\x00\x00\xff\xff" + entry * 65_535 + bytes(4)
 
 
+@cache
+def strips(count: int = 500_000) -> bytes:
+    """A TIFF of 300 x 200 and so many strips, all of the same bytes."""
+    tags = ((256, 1, 300), (257, 1, 200), (262, 1, 1), (273, count, 86), (278, 1, 1))
+    entries = b"".join(struct.pack("<HHII", tag, 4, length, value) for tag, length, value in tags)
+    head = b"II*\x00" + struct.pack("<IH", 8, len(tags)) + entries
+    return head.ljust(86, b"\0") + struct.pack("<I", 8) * count
+
+
 def broken_giant() -> bytes:
     """A PNG of 25 megapixels by its head, and no more; another one each time."""
     size = struct.pack(">2I5B", 5000, 5000, 8, 2, 0, 0, 0)

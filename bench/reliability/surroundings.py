@@ -17,6 +17,7 @@ import numpy as np
 
 from bench.common.processes import command_line, family, runs_engine
 from bench.contestants.servers import free_port
+from bench.reliability.attacks import post
 from bench.reliability.crafted import tags
 from bench.reliability.images import ambiguous
 from bench.reliability.load import Clients, after, one_caption
@@ -30,7 +31,6 @@ from bench.reliability.running import (
     service,
     wait_for,
 )
-from bench.reliability.senders import post
 
 _IDLE = 1100
 _OWN_ROOM = ("unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--mount-proc")
