@@ -10,7 +10,7 @@ for its predecessor do not reach it.
 | worker | front-end | Output, StepFailed, Unserved: lists of them |
 | worker, front-end | supervisor | Beat, FailedToStart |
 | worker | supervisor | EngineVerified, WorkerReady |
-| front-end | supervisor | FrontEndReady, Refused, Drained |
+| front-end | supervisor | FrontEndReady, FrontEndServes, Refused, Drained |
 | supervisor | front-end | Serving, Drain |
 | supervisor | worker | FrontEndLost, Stop |
 """
@@ -138,7 +138,11 @@ class WorkerReady(Message, frozen=True):
 
 
 class FrontEndReady(Message, frozen=True):
-    """A front-end serves."""
+    """A front-end listens, and waits for the state of the workers."""
+
+
+class FrontEndServes(Message, frozen=True):
+    """A front-end has heard that all models serve: it refuses no request for that any more."""
 
 
 class Refused(Message, frozen=True):
@@ -198,8 +202,9 @@ class Stop(Message, frozen=True):
 TO_WORKER = msgpack.Decoder(Hello | Generate | Cancel)
 TO_FRONT_END = msgpack.Decoder(list[Output | StepFailed | Unserved])  # of a step
 TO_SUPERVISOR = msgpack.Decoder(
-    Beat | EngineVerified | FailedToStart | WorkerReady | FrontEndReady | Refused | Drained
-)
+    Beat | EngineVerified | FailedToStart | WorkerReady
+    | FrontEndReady | FrontEndServes | Refused | Drained
+)  # fmt: skip
 FROM_SUPERVISOR = msgpack.Decoder(Serving | Drain | FrontEndLost | Stop)
 packed = msgpack.encode
 

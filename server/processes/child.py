@@ -43,6 +43,7 @@ class Child:
     epoch: int = 0
     process: BaseProcess | None = None
     state: Literal["starting", "ready", "down", "over"] = "starting"
+    serves: bool = False  # of a front-end: it has heard that all models serve
     heard_at: float = 0.0
     step_since: float | None = None
     start_at: float = 0.0
@@ -53,7 +54,7 @@ class Child:
     def start(self) -> None:
         """Start the process in its next epoch."""
         self.epoch += 1
-        self.state, self.step_since = "starting", None
+        self.state, self.serves, self.step_since = "starting", False, None
         self.heard_at = time.monotonic()
         process = _CONTEXT.Process(target=self.main, args=(self.index, self.epoch), name=self.name)
         with environment(self.environment):

@@ -32,6 +32,7 @@ from server.ipc.messages import (
     Drained,
     FailedToStart,
     FrontEndReady,
+    FrontEndServes,
     Refused,
     Serving,
     control_address,
@@ -41,6 +42,7 @@ from server.ipc.messages import (
 )
 from server.models import ServedModel
 from server.processes.ports import Ports
+from server.service.admission import State
 from server.service.parts import make_service
 from server.service.service import Service
 from server.settings import Settings
@@ -177,6 +179,7 @@ def update(service: Service, serving: Serving) -> None:
 
 async def _hear(control: zmq.asyncio.Socket, service: Service, grpc: GrpcServer | None) -> None:
     """Apply the supervisor's messages until told to drain."""
+    told = False
     while True:
         match FROM_SUPERVISOR.decode(await control.recv()):
             case Drain():
@@ -185,6 +188,9 @@ async def _hear(control: zmq.asyncio.Socket, service: Service, grpc: GrpcServer 
                 update(service, serving)
                 if grpc is not None:
                     grpc.tell(service.serves)
+                if service.state is State.READY and not told:
+                    told = True
+                    await control.send(packed(FrontEndServes()))
 
 
 def _tell_refused(

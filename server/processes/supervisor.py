@@ -24,6 +24,7 @@ from server.ipc.messages import (
     FailedToStart,
     FrontEndLost,
     FrontEndReady,
+    FrontEndServes,
     Message,
     Refused,
     Serving,
@@ -254,6 +255,9 @@ class Supervisor:
                     child.kill()  # it would take requests that nobody drains
                 case FrontEndReady() if child is not None:
                     await self._is_ready(child)
+                case FrontEndServes() if child is not None:
+                    child.serves = True
+                    self._announce()
                 case WorkerReady(facts) if child is not None:
                     await self._take_worker(child, facts)
                 case Beat(step_since) if child is not None:
@@ -314,7 +318,7 @@ class Supervisor:
     def _announce(self) -> None:
         children = [child.worker_state() for child in self._workers]
         ready = [state for state in (*children, *self.elsewhere) if state.state == "ready"]
-        up = all(child.state == "ready" for child in self._all_front_ends)
+        up = all(child.serves for child in self._all_front_ends)
         if self._announced or {state.model for state in ready} != set(self.refused) or not up:
             return
         self._announced = True

@@ -19,7 +19,21 @@ from msgspec.structs import replace
 
 from runtime.engine import Engine
 from runtime.planning.plan import Plan
-from server.ipc.messages import TO_SUPERVISOR, WorkerFacts, control_address
+from server.ipc.messages import (
+    FROM_SUPERVISOR,
+    TO_SUPERVISOR,
+    Drain,
+    Drained,
+    EngineVerified,
+    FrontEndReady,
+    FrontEndServes,
+    Serving,
+    WorkerFacts,
+    control_address,
+    notify_supervisor,
+    packed,
+    process_name,
+)
 from server.ipc.shared import RunFolder
 from server.models import ServedModel
 from server.processes import frontend
@@ -119,6 +133,43 @@ def test_a_process_that_can_not_be_started_for_now_is_started_later(tmp_path, mo
 
     asyncio.run(asyncio.wait_for(serve(), 60))
     assert not refused
+
+
+def verified_worker(
+    settings: Settings, model: ServedModel, folder: Path, index: int, epoch: int
+) -> None:
+    notify_supervisor(folder, process_name("worker", index, epoch), EngineVerified(model.name))
+    fake_worker(fake_engine, settings, model, folder, index, epoch)
+
+
+def late_front_end(heard: Path, folder: Path, index: int, epoch: int) -> None:
+    """It takes its time to hear what serves."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as control:
+        control.identity = process_name("front", index, epoch).encode()
+        control.connect(control_address(folder))
+        control.send(packed(FrontEndReady()))
+        while not isinstance(message := FROM_SUPERVISOR.decode(control.recv()), Drain):
+            if isinstance(message, Serving) and message.workers[0].state == "ready":
+                time.sleep(0.5)
+                heard.touch()
+                control.send(packed(FrontEndServes()))
+        control.send(packed(Drained()))
+
+
+def test_a_service_is_ready_once_its_front_ends_know(tmp_path):
+    run, model, heard = RunFolder(), ServedModel("m", tmp_path, 1.0), tmp_path / "heard"
+    settings = Settings.model_construct(log_level="ERROR", step_seconds=60.0, drain_seconds=1.0)
+    engines = workers(settings, [model], run.path, verified_worker, [""])
+    front_end = Child("front", 0, partial(late_front_end, heard, run.path))
+
+    async def serve() -> bool:
+        stop, known = asyncio.Event(), []
+        supervisor = Supervisor(settings, ["m"], run, engines, [front_end])
+        supervisor.on_ready = lambda: (known.append(heard.exists()), stop.set())
+        await supervisor.run(stop)
+        return known == [True]
+
+    assert asyncio.run(asyncio.wait_for(serve(), 60))
 
 
 def lost_worker(
