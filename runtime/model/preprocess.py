@@ -35,6 +35,7 @@ _UPRIGHT = {
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+_SEPARATE = 2  # PlanarConfiguration of a TIFF: a plane for each colour
 _EXIF_ENTRIES, _EXIF_BYTES = 500, 2**18  # larger EXIF data is ignored
 _NOT_AN_IMAGE = f"not an image: it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
 
@@ -82,6 +83,11 @@ def _upright(image: Image.Image, least_edge: int | None) -> Image.Image:
 
     least_edge: shortest edge in pixels that a scaled-down JPEG must keep; None decodes full size.
     """
+    if _in_deep_planes(image):
+        raise InvalidImage(
+            "a TIFF of uncompressed planes of 16 bits can't be read here: save it with 8 bits, or "
+            "compressed"
+        )
     try:
         if least_edge is not None:
             image.draft(None, (least_edge, least_edge))  # has no effect on other formats than JPEG
@@ -99,10 +105,19 @@ def _upright(image: Image.Image, least_edge: int | None) -> Image.Image:
         ) from cause
 
 
+def _in_deep_planes(image: Image.Image) -> bool:
+    """Whether Pillow would take a plane's bytes for pixels of 8 bits."""
+    if not isinstance(image, TiffImageFile) or image.info.get("compression") != "raw":
+        return False
+    bits = image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,))
+    planes = image.tag_v2.get(ExifTags.Base.PlanarConfiguration, 1)
+    return planes == _SEPARATE and len(bits) > 1 and max(bits) > 8
+
+
 def _white_is_zero(image: Image.Image) -> bool:
     return (
         isinstance(image, TiffImageFile)
-        and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0
+        and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation, 0) == 0
     )
 
 
@@ -139,6 +154,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I":  # 32-bit integers, holding 16-bit values in PNG, and mostly in TIFF
         deep = np.clip(np.asarray(image), 0, 65535)
         return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
+    clear = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
     if image.has_transparency_data:
         seen = image.convert("RGBA")
         white = Image.new("RGBA", seen.size, "white")

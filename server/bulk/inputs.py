@@ -79,15 +79,19 @@ def _written(item: Item, prompt: str | None) -> Item:
     """The item with its prompt, or the run's, and with texts that can be written as UTF-8, whatever
     bytes its list or shard had.
     """
-    if prompt and not item.prompt:
-        item = structs.replace(item, prompt=prompt)
     texts = {"id": item.id, "name": item.name, "key": item.key, "prompt": item.prompt}
+    changed = {name: plain(text) for name, text in texts.items() if text and not _is_utf8(text)}
+    if prompt and not item.prompt:
+        changed["prompt"] = prompt
+    return structs.replace(item, **changed) if changed else item
+
+
+def _is_utf8(text: str) -> bool:
     try:
-        for text in texts.values():
-            (text or "").encode()
+        text.encode()
     except UnicodeEncodeError:
-        return structs.replace(item, **{name: t and plain(t) for name, t in texts.items()})
-    return item
+        return False
+    return True
 
 
 def _end(part: Part) -> str:

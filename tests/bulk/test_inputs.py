@@ -91,6 +91,12 @@ def table(request, tmp_path):
     return path
 
 
+def test_a_name_that_is_not_utf_8_changes_no_prompt(tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"b\xff.png\na.png\n")
+    found = items(parts([str(tmp_path / "list.txt")], Columns(), 10), prompt=r"what \x is")
+    assert {item.prompt for item in found} == {r"what \x is"}
+
+
 def test_a_table_has_columns_of_images_prompts_and_ids(table):
     first, second, third = read(table, image="image", prompt="q", called="key")
     assert (first.id, first.prompt) == ("one", "how many?")

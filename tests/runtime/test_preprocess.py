@@ -10,7 +10,8 @@ from transformers import CLIPImageProcessor, VideoMAEImageProcessor
 
 from runtime.errors import InvalidImage, TooManyPixels
 from runtime.model.manifest import Preprocessing
-from runtime.model.preprocess import FORMATS, decode, preprocess
+from runtime.model.preprocess import FORMATS, decode, preprocess, to_rgb
+from tests.support.tiffs import tiff
 
 HOW = Preprocessing(shortest_edge=224, crop=224, resample=3)
 RNG = np.random.default_rng(0)
@@ -109,6 +110,19 @@ def test_sixteen_bits_are_scaled_not_clipped():
         assert np.array_equal(preprocess(encoded(Image.fromarray(ramp), kind), HOW), expected)
     inverted = encoded(Image.fromarray(65535 - ramp), "TIFF", tiffinfo={262: 0})
     assert np.array_equal(preprocess(inverted, HOW), expected)
+
+
+def test_planes_of_sixteen_bits_are_refused_and_not_taken_for_pixels():
+    depth, planes = (258, 3, 3, struct.pack("<HHH", 16, 16, 16)), (284, 3, 1, b"\2")
+    offsets = 273, 4, 3, struct.pack("<III", 8, 8, 8)
+    with pytest.raises(InvalidImage, match="planes of 16 bits can't be read"):
+        preprocess(tiff(depth, offsets, planes, data=bytes(300 * 200 * 6)), HOW)
+
+
+def test_a_transparent_colour_may_have_sixteen_bits():
+    image = Image.new("RGB", (300, 200), (1, 2, 3))
+    image.info["transparency"] = (1 << 8, 2 << 8 | 9, 3 << 8)
+    assert to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_sixteen_bits_may_have_a_transparent_value():
