@@ -231,7 +231,7 @@ class Fetcher:
         assert self._http is not None
         connect = min(_CONNECT_SECONDS, seconds)
         looking_up.set((fetch.client, connect * _LOOKING_UP))
-        fetch.body, fetch.received, fetch.reads, fetch.chunks = bytearray(), 0, 0, 0
+        fetch.begin()
         options = {k: v for k, v in self._client.items() if k != "port"}
         request = HTTPRequest(
             url, follow_redirects=False, connect_timeout=connect,

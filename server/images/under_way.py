@@ -25,7 +25,7 @@ SLOW_SECONDS = 2.0  # after which a fetch gives way to a client that has fewer
 LATE = "image_url did not answer in time"
 _GAVE_WAY = "image_url answers slowly, and others wait, too: try again later"
 _PIECES, _PIECE = 256, 512  # reads and chunks allowed per answer, and one more per so many bytes
-_HEAD_PIECES, _LINES = 64, 200  # reads allowed before a body; lines of a head
+_SEARCHED, _LINES = 256 * 1024, 200  # bytes searched for a head's end; lines of a head
 _TURN_SECONDS = 0.002  # that a fetch may go on for while others have something to read
 _PAUSE_SECONDS = 0.25  # between turns, at most, for a client that owes computation
 
@@ -42,9 +42,9 @@ class FetchUnderWay:
     charge: takes seconds of computation from the client; returns those in which it has none.
 
     Of the present answer, body: received so far; received: bytes, heads included; reads: of the
-    connection, at most a TLS record each; chunks: of the body. cost: bytes of all answers. refused:
-    why this side ended the connection. What has come by then may look like a whole answer, if that
-    has no length.
+    connection, at most a TLS record each; searched: bytes of the head, again with each read;
+    chunks: of the body. cost: bytes of all answers. refused: why this side ended the connection.
+    What has come by then may look like a whole answer, if that has no length.
     """
 
     client: str
@@ -57,12 +57,17 @@ class FetchUnderWay:
     body: bytearray = field(default_factory=bytearray)
     received: int = 0
     reads: int = 0
+    searched: int = 0
     chunks: int = 0
     cost: int = 0
     refused: str | None = None
     _computed: float = 0.0  # seconds that are not charged yet
     _resumed: float = math.inf  # the thread's time as the fetch was last given something
     _turn_ends: float = 0.0
+
+    def begin(self) -> None:
+        """Begin with an answer."""
+        self.body, self.received, self.reads, self.searched, self.chunks = bytearray(), 0, 0, 0, 0
 
     def opened(self, stream: IOStream) -> None:
         """Take the connection, count what it reads and computes, and let others have their turns.
@@ -71,6 +76,7 @@ class FetchUnderWay:
         """
         self.stream, read_from_fd, end = stream, stream.read_from_fd, stream.close
         read_until, read_until_regex = stream.read_until, stream.read_until_regex
+        find = stream._find_read_pos
         self._resumed = math.inf  # a redirect's connection begins with nothing done
 
         def read(buffer: bytearray | memoryview) -> int | None:
@@ -89,6 +95,7 @@ class FetchUnderWay:
                 self.received += count
                 self.cost += count
                 self.reads += 1
+                self.searched += 0 if self.body else self.received
             return 0 if self._drips() else count
 
         async def head(*args: Any, **options: Any) -> bytes:
@@ -102,6 +109,13 @@ class FetchUnderWay:
             self._pause()  # an answer without a body ends here
             end(*args, **options)
 
+        def search() -> int | None:
+            began = time.thread_time()
+            try:
+                return find()
+            finally:
+                self.computed(time.thread_time() - began)
+
         def next_chunk(*args: Any, **options: Any) -> Awaitable[bytes]:
             self.chunks += 1
             if self._drips():
@@ -113,6 +127,7 @@ class FetchUnderWay:
         stream.read_until_regex = self._in_turns(head)  # type: ignore[method-assign]
         stream.read_bytes = self._in_turns(stream.read_bytes)  # type: ignore[method-assign]
         stream.close = close  # type: ignore[method-assign]
+        stream._find_read_pos = search  # type: ignore[method-assign]
         if self.gave_way or self.late:
             stream.close()
 
@@ -149,7 +164,7 @@ class FetchUnderWay:
         """Let go of the connection, which refers to this, after what it still computes."""
         if (stream := self.stream) is not None:
             del stream.read_from_fd, stream.read_until, stream.read_until_regex, stream.read_bytes
-            del stream.close
+            del stream.close, stream._find_read_pos
         if self.handshake is not None and self.handshake.computing is not None:
             await asyncio.wait([self.handshake.computing])
             retrieve_error(self.handshake.computing)
@@ -163,9 +178,9 @@ class FetchUnderWay:
 
     def _drips(self) -> bool:
         """Refuse an answer that comes in too many pieces, as each takes as long as a large one."""
-        reads = _PIECES if self.body else _HEAD_PIECES  # each time all of the head is searched
         most_reads, most_chunks = self.received // _PIECE, len(self.body) // _PIECE
-        if self.reads > reads + most_reads or self.chunks > _PIECES + most_chunks:
+        many = self.reads > _PIECES + most_reads or self.chunks > _PIECES + most_chunks
+        if many or self.searched > _SEARCHED:
             self.refused = "comes in single bytes"
         return self.refused is not None
 
