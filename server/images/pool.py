@@ -90,8 +90,8 @@ class ImageDecoders:
         self._seconds = seconds
         self._wall = 2 * seconds + 1  # elapsed, after which an image is tried once more
         quick = replace(setup, memory=min(setup.memory, _QUICK_MEMORY))
-        half = FairQueue(count, beside=max(1, count // 2))
-        self._quick = Lane(quick, half).start(count)
+        turns = FairQueue(count, beside=max(1, count // 2))
+        self._quick = Lane(quick, turns).start(count)
         slow = replace(setup, niceness=setup.niceness + _LOWER)
         self._slow = Lane(slow, PatientQueue(_PATIENCE))
         self._too_hard = Remembered(_REMEMBERED_SECONDS)
