@@ -105,6 +105,7 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
         check_tokenizer(model, revision)
         tokenizer = tokenizer_json(model, revision, config.vocab_size)
         processor, _ = ImageProcessingMixin.get_image_processor_dict(model, revision=revision)
+        _check_processor(model, processor)
     # transformers computes with what a configuration says before it is checked
     except (OSError, ValueError, RuntimeError, SafetensorError, TypeError, AttributeError,
             LookupError, ArithmeticError, ImportError) as cause:  # fmt: skip
@@ -211,20 +212,24 @@ def _chain(error: BaseException | None) -> list[BaseException]:
     return found
 
 
-def _preprocessing(model: str, processor: dict, image_size: int) -> Preprocessing:
-    """Preprocessing that runtime/ can reproduce: shortest edge, square crop; else ExportError."""
-    if not isinstance(processor, dict):  # of a preprocessor_config.json with an image_processor
+def _check_processor(model: str, processor: Any) -> None:
+    """Raise ExportError unless a preprocessor_config.json has values of the kinds that it needs."""
+    if not isinstance(processor, dict):  # transformers takes its image_processor for the whole
         raise ExportError(
-            f"{model}: image_processor in preprocessor_config.json is {processor!r}: it must be an "
-            "object"
+            f"{model}: image_processor in preprocessor_config.json is {repr(processor)[:99]}: it "
+            "must be an object"
         )
-    kinds = [kind.value for kind in Image.Resampling]
     for name in ("size", "crop_size"):
         if not isinstance(processor.get(name), dict | int | None):
             raise ExportError(
-                f"{model}: {name} in preprocessor_config.json is {processor[name]!r}: it must be a "
-                "number of pixels, or an object of such"
+                f"{model}: {name} in preprocessor_config.json is {repr(processor[name])[:99]}: it "
+                "must be a number of pixels, or an object of such"
             )
+
+
+def _preprocessing(model: str, processor: dict, image_size: int) -> Preprocessing:
+    """Preprocessing that runtime/ can reproduce: shortest edge, square crop; else ExportError."""
+    kinds = [kind.value for kind in Image.Resampling]
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
     fields = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
     missing = [f for f in fields if f not in processor]

@@ -109,11 +109,15 @@ def check_size(model: str, config: GitConfig) -> None:
         wanted = GitForCausalLM(config).num_parameters()
     files = [path for path in Path(model).glob("*") if path.suffix in _WEIGHTS]
     held = sum(path.stat().st_size for path in files)
-    if wanted > (min(held, _MOST_PARAMETERS) if files else _MOST_PARAMETERS):
-        there = f"the files of weights have {held:,} bytes" if files else "GIT has fewer"
+    if files and wanted > held:
         raise ExportError(
-            f"{model}: config.json asks for {wanted:,} parameters, and {there}: take both from the "
-            "same checkpoint"
+            f"{model}: config.json asks for {wanted:,} parameters, and the files of weights have "
+            f"{held:,} bytes: take both from the same checkpoint"
+        )
+    if wanted > _MOST_PARAMETERS:
+        raise ExportError(
+            f"{model}: config.json asks for {wanted:,} parameters, and an export takes "
+            f"{_MOST_PARAMETERS:,}"
         )
 
 

@@ -96,8 +96,7 @@ def estimate(image: Image.Image, data: bytes, how: Preprocessing) -> Cost:
 
 def _strips(image: TiffImagePlugin.TiffImageFile, data: bytes) -> float:
     """Nanoseconds for the strips or tiles of a TIFF, and for the scans of its JPEGs."""
-    places = image.tag_v2.get(_TILES) or image.tag_v2.get(_STRIPS) or 0
-    places = (places,) if isinstance(places, int) else places
+    places = image.tag_v2.get(_TILES) or image.tag_v2.get(_STRIPS) or ()
     spent = float(len(places) * _PART)
     if image.info.get("compression") == "jpeg":
         apart = len(places) if len(set(places)) == len(places) else 1  # all may be the longest

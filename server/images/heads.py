@@ -92,7 +92,8 @@ def _check_tiff(data: bytes) -> None:
         tag, kind = (int.from_bytes(data[at : at + 2], order) for at in (place, place + 2))
         count = int.from_bytes(data[place + 4 : place + (12 if big else 8)], order)
         size += count * _TIFF_BYTES.get(kind, 0)
-        if count > (_STRIPS if tag in _TIFF_STRIPS else _PARTS if kind in _FRACTIONS else count):
+        many_strips = tag in _TIFF_STRIPS and count > _STRIPS
+        if many_strips or (kind in _FRACTIONS and count > _PARTS):
             raise _too_many()
     if size > 2 * len(data) + _PIECE:  # values that lie over each other
         raise _too_many()

@@ -9,8 +9,8 @@ import math
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,17 +80,15 @@ class FetchUnderWay:
         self._resumed = math.inf  # a redirect's connection begins with nothing done
 
         def read(buffer: bytearray | memoryview) -> int | None:
-            began = time.thread_time()
             try:
-                count = read_from_fd(buffer)
+                with self._computing():
+                    count = read_from_fd(buffer)
             except NoAnswer:
                 self.refused = "sends what is no answer"
                 return 0
             except ssl.SSLError:
                 self.refused = "sends broken TLS"
                 return 0  # the end: of other errors Tornado's client tells nobody
-            finally:
-                self.computed(time.thread_time() - began)
             if count:
                 self.received += count
                 self.cost += count
@@ -110,11 +108,8 @@ class FetchUnderWay:
             end(*args, **options)
 
         def search() -> int | None:
-            began = time.thread_time()
-            try:
+            with self._computing():
                 return find()
-            finally:
-                self.computed(time.thread_time() - began)
 
         def next_chunk(*args: Any, **options: Any) -> Awaitable[bytes]:
             self.chunks += 1
@@ -150,6 +145,15 @@ class FetchUnderWay:
         """Note what was computed since the fetch was given something."""
         self.computed(max(0.0, time.thread_time() - self._resumed))
         self._resumed = math.inf
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Note what the block computes, which is not between two waits."""
+        began = time.thread_time()
+        try:
+            yield
+        finally:
+            self.computed(time.thread_time() - began)
 
     def computed(self, seconds: float) -> None:
         """Note computation, to be charged."""

@@ -156,6 +156,18 @@ def test_a_step_that_fails_once_is_not_noticed():
         assert live.caption(png()).json["caption"] == expected
 
 
+def beside_a_bad_one(live, engine, pool, count):
+    """The answer to an image that the runner can't bear, whose batch gets captions as alone."""
+    expected = [live.caption(png((i, i, i))).json["caption"] for i in range(count)]
+    engine.runner.open.clear()
+    good = [pool.submit(live.caption, png((i, i, i))) for i in range(count)]
+    bad = pool.submit(live.caption, png((66, 66, 66)))
+    until(lambda: live.model.admission.inside == count + 1)
+    engine.runner.open.set()
+    assert [f.result().json["caption"] for f in good] == expected
+    return bad.result()
+
+
 def test_an_image_whose_numbers_break_down_fails_alone():
     class Overflowing(Gate):
         def decode(self, tokens, fed, forced=(), candidates=1, searches=()):
@@ -167,14 +179,8 @@ def test_an_image_whose_numbers_break_down_fails_alone():
     engine = fake_engine(EngineConfig(slots=4, patience=0))
     engine.runner = Overflowing()
     with serve(lambda: engine, slots=4) as live, ThreadPoolExecutor(4) as pool:
-        expected = [live.caption(png((i, i, i))).json["caption"] for i in range(3)]
-        engine.runner.open.clear()
-        good = [pool.submit(live.caption, png((i, i, i))) for i in range(3)]
-        bad = pool.submit(live.caption, png((66, 66, 66)))
-        until(lambda: live.model.admission.inside == 4)
-        engine.runner.open.set()
-        assert (bad.result().status, bad.result().error) == (500, "engine_failed")
-        assert [f.result().json["caption"] for f in good] == expected
+        bad = beside_a_bad_one(live, engine, pool, 3)
+        assert (bad.status, bad.error) == (500, "engine_failed")
 
 
 def test_an_image_that_breaks_the_engine_harms_itself_alone():
@@ -190,16 +196,9 @@ def test_an_image_that_breaks_the_engine_harms_itself_alone():
     engine = fake_engine(EngineConfig(slots=8, patience=0))
     engine.runner = Allergic()
     with serve(lambda: engine, slots=8) as live, ThreadPoolExecutor(8) as pool:
-        expected = [live.caption(png((i, i, i))).json["caption"] for i in range(6)]
-        engine.runner.open.clear()
-        good = [pool.submit(live.caption, png((i, i, i))) for i in range(6)]
-        bad = pool.submit(live.caption, png((66, 66, 66)))
-        until(lambda: live.model.admission.inside == 7)
-        engine.runner.open.set()
-        reply = bad.result()
+        reply = beside_a_bad_one(live, engine, pool, 6)
         assert (reply.status, reply.error) == (500, "engine_failed")
         assert b"secret" not in reply.body
-        assert [f.result().json["caption"] for f in good] == expected
         again = live.caption(png((66, 66, 66)))
         assert (again.status, again.error) == (500, "engine_failed")
         assert "not tried again" in again.json["error"]["message"]
