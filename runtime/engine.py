@@ -10,7 +10,6 @@ import threading
 import time
 from collections import abc
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from queue import SimpleQueue
@@ -31,7 +30,7 @@ from runtime.model.tokenizer import CaptionTokenizer
 from runtime.observer import Observer, StepReport
 from runtime.own_thread import OwnThread
 from runtime.pacing import Pacing
-from runtime.planning.config import SLOTS, EngineConfig
+from runtime.planning.config import EngineConfig
 from runtime.request import Caption, GenerationRequest, RequestOutput
 from runtime.results import join_outputs, make_caption
 from runtime.scheduler import Scheduler
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BATCH_AXES = 4  # of an array of images
-_ENCODE_BATCH = 4  # for an engine built without a plan
 
 
 class Engine:
@@ -60,18 +58,19 @@ class Engine:
         self_test_seconds: float | None = None,
         thread: OwnThread | None = None,
     ) -> None:
-        """clock: seconds, in the time base in which the runner's calls take time.
+        """config: patience and refill; the runner's plan holds all else.
 
-        self_test_seconds: for each caption; None if no self-test was run. thread: on which the
-        runner was opened, if that matters to it.
+        clock: seconds, in the time base in which the runner's calls take time. self_test_seconds:
+        for each caption; None if no self-test was run. thread: on which the runner was opened, if
+        that matters to it.
         """
         self._clock, self.self_test_seconds = clock, self_test_seconds
         self.manifest = manifest
         self.config = config
         self.tokenizer = tokenizer
         self.runner = runner
-        self.slots = config.slots or SLOTS
-        self.encode_batch = config.encode_batch or _ENCODE_BATCH
+        self.slots = runner.plan.slots
+        self.encode_batch = min(runner.plan.encode_batch, self.slots)
         self.limits = Limits(tokenizer, runner.text_tokens, self.slots)
         self._pacing = Pacing(config.patience)
         self.scheduler = self._new_scheduler()
@@ -102,12 +101,9 @@ class Engine:
 
         thread = OwnThread("engine")
         runner, seconds = thread.call(lambda: open_runner(prepared))
-        slots = runner.plan.slots
-        batch = min(runner.plan.encode_batch, slots)
-        config = replace(prepared.config, encode_batch=batch, slots=slots)
         tokenizer = CaptionTokenizer(prepared.folder, prepared.manifest)
         return cls(
-            prepared.manifest, tokenizer, runner, config,
+            prepared.manifest, tokenizer, runner, prepared.config,
             self_test_seconds=seconds, thread=thread,
         )  # fmt: skip
 

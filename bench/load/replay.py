@@ -34,21 +34,18 @@ class Clock:
         self.now += seconds
 
 
-_PLAN = Plan(combination="replay", encoder_provider="replay")
-
-
 @dataclass(slots=True)
 class _Runner:
     costs: Costs
     clock: Clock
     text_tokens: int
+    plan: Plan
     burst: int = 1
     graphs: bool = False
     on_gpu: bool = False
     overlaps: bool = False
     searches: bool = False
     move_cost: int = 1
-    plan: Plan = _PLAN
     runs_on: str = "replay"
 
     def encode(self, pixels: Sequence[np.ndarray], slots: Sequence[Sequence[int]]) -> None:
@@ -87,7 +84,13 @@ class _Runner:
 def replayed(
     folder: Path, manifest: Manifest, costs: Costs, config: EngineConfig
 ) -> tuple[Engine, Clock]:
-    """An engine that replays `costs`, and its clock. Jobs must ignore the end token."""
+    """An engine that replays `costs`, and its clock. Jobs must ignore the end token.
+
+    config: without slots or encode_batch, as many as `costs` has.
+    """
     clock = Clock()
-    runner = _Runner(costs, clock, manifest.sizes.text)
+    batch = config.encode_batch or len(costs.encode_s)
+    slots = config.slots or len(costs.decode_s)
+    plan = Plan("replay", "replay", encode_batch=batch, slots=slots)
+    runner = _Runner(costs, clock, manifest.sizes.text, plan)
     return Engine(manifest, CaptionTokenizer(folder, manifest), runner, config, clock), clock

@@ -71,9 +71,8 @@ class Host:
         self._cores = Cores(env, kind.cores)
         self._decoders = simpy.Resource(env, kind.cores)
         self._network = simpy.Resource(env, 1)
-        config = EngineConfig(slots=kind.slots, encode_batch=len(kind.engine.encode_s))
         manifest = manifests.read(folder)
-        self._engine, self._clock = replayed(folder, manifest, kind.engine, config)
+        self._engine, self._clock = replayed(folder, manifest, kind.engine, EngineConfig())
         self._work = self._engine.observer = _Work(kind.engine)
         self._pixels = np.zeros(manifest.sizes.pixels, np.uint8)
         self._waiting: dict[int, simpy.Event] = {}

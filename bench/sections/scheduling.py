@@ -99,7 +99,7 @@ def _open(engine: Engine, clock: Clock, work: list[arrivals.Job], rate: float) -
 
 
 def _replayed(settings: Settings, costs: Costs, policy: Policy, load: Load) -> dict[str, float]:
-    config = EngineConfig(slots=len(costs.decode_s), encode_batch=policy[0], patience=policy[1])
+    config = EngineConfig(encode_batch=policy[0], patience=policy[1])
     manifest = manifests.read(settings.engine)
     engine, clock = replayed(settings.engine, manifest, costs, config)
     waits = load(engine, clock)

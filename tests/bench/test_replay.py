@@ -13,8 +13,7 @@ DEMO = ROOT / "engines" / "demo"
 
 
 def engine(costs, **config):
-    config = EngineConfig(slots=len(costs.decode_s), encode_batch=1, **config)
-    return replayed(DEMO, manifests.load(DEMO), costs, config)
+    return replayed(DEMO, manifests.load(DEMO), costs, EngineConfig(**config))
 
 
 def jobs(count, tokens):

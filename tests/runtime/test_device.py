@@ -93,7 +93,7 @@ def put_caches(it, values):
 
 
 def engine(folder, kind, combination, slots=6, **config):
-    settings = EngineConfig(slots=slots, encode_batch=4, patience=0, **config)
+    settings = EngineConfig(patience=0, **config)
     manifest = manifests.load(folder)
     text = settings.text_positions(manifest.sizes.text)
     plan = Plan(combination, "cpu", "cpu", encode_batch=4, slots=slots, text_tokens=text)

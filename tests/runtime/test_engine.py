@@ -219,7 +219,7 @@ class OnADevice(FakeRunner):
     overlaps = True
 
     def __init__(self):
-        super().__init__(burst=4)
+        super().__init__(burst=4, slots=8)
         self.now = self.free = self.encoded_at = 0.0
 
     def _queue(self, seconds):
@@ -246,8 +246,7 @@ class OnADevice(FakeRunner):
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 1}])
 def test_each_call_on_a_device_is_booked_with_its_own_time(sampling):
     runner, times = OnADevice(), {"encoded": [], "decoded": []}
-    config = EngineConfig(slots=8, encode_batch=4, patience=0.1)
-    engine = Engine(MANIFEST, FakeTokenizer(), runner, config, clock=lambda: runner.now)
+    engine = Engine(MANIFEST, FakeTokenizer(), runner, EngineConfig(), clock=lambda: runner.now)
     for kind, seconds in times.items():
         setattr(engine._pacing, kind, seconds.append)
     engine._pacing.may_encode = lambda waiting, running: True

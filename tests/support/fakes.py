@@ -64,12 +64,12 @@ class FakeRunner:
 
     text_tokens = 32
     runs_on = "fake"
-    plan = Plan(combination="fake", encoder_provider="fake")
     on_gpu = graphs = overlaps = searches = False
     move_cost = 1
 
-    def __init__(self, burst: int = 1) -> None:
+    def __init__(self, burst: int = 1, slots: int = 16, encode_batch: int = 4) -> None:
         self.burst = burst
+        self.plan = Plan("fake", "fake", encode_batch=encode_batch, slots=slots)
         self.cache: dict[int, tuple[int, list[int]]] = {}
         self.steps: list[int] = []  # rows of each decode step
         self.encoded: list[int] = []  # images of each encoder call
@@ -153,9 +153,9 @@ class Gate(FakeRunner):
 
 
 def fake_engine(config: EngineConfig | None = None, burst: int = 1) -> Engine:
-    return Engine(
-        MANIFEST, FakeTokenizer(), FakeRunner(burst), config or EngineConfig(slots=3, patience=0)
-    )  # type: ignore[arg-type]
+    config = config or EngineConfig(slots=3, patience=0)
+    runner = FakeRunner(burst, config.slots or 16, config.encode_batch or 4)
+    return Engine(MANIFEST, FakeTokenizer(), runner, config)  # type: ignore[arg-type]
 
 
 def gated(slots: int = 2) -> Engine:

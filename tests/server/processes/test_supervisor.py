@@ -1,6 +1,7 @@
 """What the supervisor accepts of its processes."""
 
 import asyncio
+import dataclasses
 import multiprocessing
 import os
 import shutil
@@ -18,7 +19,6 @@ import zmq
 from msgspec.structs import replace
 
 from runtime.engine import Engine
-from runtime.planning.plan import Plan
 from server.ipc.messages import (
     FROM_SUPERVISOR,
     TO_SUPERVISOR,
@@ -43,15 +43,13 @@ from server.processes.ports import Ports
 from server.processes.supervisor import CannotStart, Supervisor
 from server.service import keys
 from server.settings import Settings
-from tests.support.fakes import FakeRunner, fake_engine, fake_worker
+from tests.support.fakes import fake_engine, fake_worker
 from tests.support.paths import DEMO
 
 
 def engine_of(precision: str) -> Engine:
     engine = fake_engine()
-    runner = FakeRunner()
-    runner.plan = Plan(combination=precision, encoder_provider="fake")
-    engine.runner = runner
+    engine.runner.plan = dataclasses.replace(engine.runner.plan, combination=precision)
     return engine
 
 
