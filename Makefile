@@ -117,13 +117,13 @@ test_container:  ## build the CPU image and see it work (docker, or podman and b
 	@$(PYTHON) docker/check.py $(if $(GPU_IMAGE),gpu)
 
 chaos: $(if $(QUICK),.venv-dev/ready,engines/random-git-base/manifest.json)  ## kill, stop, overload and fuzz a running server (half an hour; QUICK=1)
-	@$(DEV) -m bench.reliability $(if $(QUICK),--short) $(ARGS) --without 16 30 $(if $(QUICK),15 32 34)
+	@$(DEV) -m bench.reliability $(if $(QUICK),--short) $(ARGS) --without soak siege $(if $(QUICK),fuzzing dying-cluster large-photographs)
 
 siege: .venv-dev/ready  ## two hours of attacks from 1, 8 and 32 senders beside honest clients
-	@$(DEV) -m bench.reliability 30 $(ARGS)
+	@$(DEV) -m bench.reliability siege $(ARGS)
 
 soak: .venv-dev/ready  ## an hour of mixed load, good and bad
-	@$(DEV) -m bench.reliability 16 $(ARGS)
+	@$(DEV) -m bench.reliability soak $(ARGS)
 
 STUBS = server/grpc/stubs
 stubs:  ## make the gRPC code again from the .proto files

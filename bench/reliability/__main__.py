@@ -13,23 +13,26 @@ from bench.reliability.table import Row, keep
 def main() -> int:
     """Run scenarios, print and keep the table; status 1 if one is not as promised."""
     parser = argparse.ArgumentParser(prog="python -m bench.reliability", description=__doc__)
-    parser.add_argument("numbers", nargs="*", type=int, help="of scenarios (default: all)")
-    parser.add_argument("--without", type=int, nargs="*", default=[], help="numbers to leave out")
+    parser.add_argument(
+        "scenarios", nargs="*", metavar="SCENARIO",
+        help=f"{', '.join(SCENARIOS)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--without", nargs="*", metavar="SCENARIO", default=[], help="what to leave out"
+    )
     parser.add_argument("--short", action="store_true", help="short forms, kept nowhere")
     parser.add_argument("--minutes", type=float, default=120, help="of the siege (120)")
     parser.add_argument("--output", type=Path, default=Path("bench/results"))
     args = parser.parse_args()
+    if unknown := [n for n in args.scenarios + args.without if n not in SCENARIOS]:
+        parser.error(f"there is no scenario {unknown[0]}: name some of {', '.join(SCENARIOS)}")
     facts, failed = about(), False
-    names = [
-        name
-        for name, (number, _) in SCENARIOS.items()
-        if number not in args.without and (not args.numbers or number in args.numbers)
-    ]
+    names = [name for name in args.scenarios or SCENARIOS if name not in args.without]
     for trial in try_short(names) if args.short else try_long(names, args.minutes):
-        number, verdict = SCENARIOS[trial.name][0], trial.verdict
+        verdict = trial.verdict
         row = Row(
-            number,
             trial.name,
+            SCENARIOS[trial.name].title,
             verdict.figure,
             verdict.passed and (verdict.in_time or args.short),
             f"{datetime.now(UTC):%Y-%m-%d}",
@@ -38,7 +41,7 @@ def main() -> int:
         )
         failed |= row.as_promised is False
         told = f"{row.figure} ({row.word}; {trial.seconds:.0f} s)"
-        print(f"{number:2} {trial.name}: {told}", flush=True)
+        print(f"{trial.name}: {told}", flush=True)
         if not args.short:
             keep(args.output, [row])
     return int(failed)

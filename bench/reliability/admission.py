@@ -11,7 +11,7 @@ from bench.reliability.running import DEMO, LARGE, Verdict, sample, service
 
 
 def overload(long: bool) -> Verdict:
-    """1: open loop at twice the capacity."""
+    """Open loop at twice the capacity."""
     # Captions have to cost more than the clients, which run on the same cores.
     engine = LARGE if long else DEMO
     seconds, measured_s = (600, 30) if long else (8, 3)
@@ -46,7 +46,7 @@ def overload(long: bool) -> Verdict:
 
 
 def full_queue(long: bool) -> Verdict:
-    """2: a queue of N; N + k requests sent behind a stopped worker."""
+    """A queue of N; N + k requests sent behind a stopped worker."""
     queue, extra = 8, 5
     flags = ("--slots", "1", "--max-queue", str(queue), "--front-ends", "1")
     with service(*flags) as it:
@@ -69,7 +69,7 @@ def full_queue(long: bool) -> Verdict:
 
 
 def deadline_in_the_queue(long: bool) -> Verdict:
-    """3: the deadline passes in the queue."""
+    """The deadline passes in the queue."""
     with service("--slots", "1") as it:
         encoded = it.metric("vignette_encode_batch_images_sum")
         os.kill(it.worker_pid(), signal.SIGSTOP)

@@ -102,7 +102,7 @@ def _short(names: list[str], long: bool) -> Verdict:
 
 
 def content_types(long: bool) -> Verdict:
-    """17: heads, boundaries and forms that are slow to parse, pages by the dozen, requests sent
+    """Heads, boundaries and forms that are slow to parse, pages by the dozen, requests sent
     ahead by the thousand.
     """
     names = ["boundary", "parameters", "form", "tiny chunks", "accept", "slow heads", "pages"]
@@ -110,24 +110,24 @@ def content_types(long: bool) -> Verdict:
 
 
 def large_json(long: bool) -> Verdict:
-    """18: JSON of a million keys, of 1.6 million strings, of escapes alone."""
+    """JSON of a million keys, of 1.6 million strings, of escapes alone."""
     return _short(["keys", "strings", "escapes"], long)
 
 
 def unread_answers(long: bool) -> Verdict:
-    """19: a field name of ten megabytes; answers that clients don't read, or leave before; more
+    """A field name of ten megabytes; answers that clients don't read, or leave before; more
     captions than the queue takes.
     """
     return _short(["unread", "left", "resets", "crowd"], long)
 
 
 def expensive_images(long: bool) -> Verdict:
-    """20: images of a few bytes that take seconds and a gigabyte to decode."""
+    """Images of a few bytes that take seconds and a gigabyte to decode."""
     return _short(["700 scans", "90 scans", "unpacking", "tags", "strips", "clips"], long)
 
 
 def large_photographs(long: bool) -> Verdict:
-    """34: photographs of one client, one after the other, beside another's clips of seconds, and
+    """Photographs of one client, one after the other, beside another's clips of seconds, and
     beside its images that look as large: all wait for one process.
     """
     seconds = 30 if long else 10
@@ -163,6 +163,6 @@ def _photographs(it: Service, seconds: float) -> tuple[float, int]:
 
 
 def siege(long: bool, minutes: float = 120) -> Verdict:
-    """30: all attacks together, from 1, 8 and 32 senders, for two hours."""
+    """All attacks together, from 1, 8 and 32 senders, for two hours."""
     senders = (1, 8, 32) if long else (8,)
     return beside(list(ATTACKS), senders, 60 * minutes / len(senders) if long else 3)

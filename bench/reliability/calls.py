@@ -21,7 +21,7 @@ _SERVICE = "/inference.GRPCInferenceService/"
 
 
 def held_calls(long: bool) -> Verdict:
-    """33: calls whose message never comes, large images that are none, and calls that are left."""
+    """Calls whose message never comes, large images that are none, and calls that are left."""
     rounds, port = 20 if long else 1, free_port()
     flags = "--grpc-port", str(port), "--body-seconds", str(_BODY_SECONDS)
     with service(*flags, "--precision", "fp32/fp32/float32") as it:

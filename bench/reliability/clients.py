@@ -13,7 +13,7 @@ from bench.reliability.running import Verdict, said, sample, service, wait_for
 
 
 def disconnects(long: bool) -> Verdict:
-    """4: clients disconnect while queued and mid-decode; other clients' captions stay right."""
+    """Clients disconnect while queued and mid-decode; other clients' captions stay right."""
     names = ("owl.png", "eagle-shark.png", "donuts.png")
     with service("--slots", "4") as it:
 
@@ -38,7 +38,7 @@ def disconnects(long: bool) -> Verdict:
 
 
 def resets(long: bool) -> Verdict:
-    """5: a thousand clients reset together, five times."""
+    """A thousand clients reset together, five times."""
     clients, rounds = (1000, 5) if long else (200, 3)
     with service() as it:
         for _ in range(rounds):
@@ -59,7 +59,7 @@ def resets(long: bool) -> Verdict:
 
 
 def slow_clients(long: bool) -> Verdict:
-    """10: slow heads and slow bodies beside normal load."""
+    """Slow heads and slow bodies beside normal load."""
     each, rounds, seconds = (500, 3, 5.0) if long else (50, 1, 2.0)
     limit = str(seconds + 1)  # so that slow clients stay for the whole measurement
     with service("--header-seconds", limit, "--body-seconds", limit) as it:
@@ -107,7 +107,7 @@ def _is_closed(client: socket.socket) -> bool:
 
 
 def oversized(long: bool) -> Verdict:
-    """11: bodies too large by Content-Length, in chunks, in a million chunks, compressed."""
+    """Bodies too large by Content-Length, in chunks, in a million chunks, compressed."""
     with service("--max-body-bytes", "100000") as it:
         chunk = b"8000\r\n" + b"x" * 0x8000 + b"\r\n"
         tiny = b"1\r\nx\r\n" * (1_000_000 if long else 200_000)

@@ -122,7 +122,7 @@ def fleet(most: int) -> Iterator[Fleet]:
 
 
 def dying_cluster(long: bool) -> Verdict:
-    """32: under load: scale out, SIGKILL replicas, kill nodes, crash engines with an image, update
+    """Under load: scale out, SIGKILL replicas, kill nodes, crash engines with an image, update
     the engine; then scale in.
     """
     kills, nodes, most = (20, 3, 3) if long else (1, 1, 2)

@@ -17,7 +17,7 @@ from bench.reliability.running import Verdict, said, sample, service
 
 
 def fuzzing(long: bool) -> Verdict:
-    """15: schemathesis against the OpenAPI document."""
+    """Run schemathesis against the OpenAPI document."""
     examples = "2000" if long else "12"
     with service() as it:
         asyncio.run(one_caption(it))
@@ -47,7 +47,7 @@ def _first(report: str) -> str:
 
 
 def soak(long: bool) -> Verdict:
-    """16: an hour of mixed load, valid and invalid."""
+    """An hour of mixed load, valid and invalid."""
     seconds = 3600 if long else 4
     good = [(sample(name), said(name)) for name in ("owl.png", "cats.png", "donuts.png")]
     bad = list(mutants(np.random.default_rng(1), 60))

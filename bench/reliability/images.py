@@ -14,7 +14,7 @@ from runtime.model.preprocess import FORMATS
 
 
 def broken_images(long: bool) -> Verdict:
-    """12: bombs, mutants of every format, and unusual but valid images."""
+    """Bombs, mutants of every format, and unusual but valid images."""
     rng = np.random.default_rng(7)
     with service("--timeout-seconds", "60") as it:
         before = it.worker_pid()

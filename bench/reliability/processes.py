@@ -20,7 +20,7 @@ _ASKED = 4  # requests for each failing image
 
 
 def kills(long: bool) -> Verdict:
-    """6: SIGKILL the worker in the middle of a batch, again and again, under load."""
+    """SIGKILL the worker in the middle of a batch, again and again, under load."""
     times = 20 if long else 4
     with service() as it:
         over = False
@@ -49,7 +49,7 @@ def kills(long: bool) -> Verdict:
 
 
 def stopped_worker(long: bool) -> Verdict:
-    """7: SIGSTOP the worker."""
+    """SIGSTOP the worker."""
     with service() as it:
         pid = it.worker_pid()
 
@@ -70,7 +70,7 @@ def stopped_worker(long: bool) -> Verdict:
 
 
 def faults(long: bool) -> Verdict:
-    """8: an exception, NaN, out of memory or a crash on one image among others, asked repeatedly.
+    """An exception, NaN, out of memory or a crash on one image among others, asked repeatedly.
 
     An image that crashes the engine gets two tries, whichever front-ends its requests reach.
     """
@@ -109,7 +109,7 @@ def faults(long: bool) -> Verdict:
 
 
 def sigterm(long: bool) -> Verdict:
-    """9: SIGTERM under load; on another server, a second SIGTERM."""
+    """SIGTERM under load; on another server, a second SIGTERM."""
     with service("--slots", "2") as it:
 
         async def run() -> tuple[int, list[Answer]]:
@@ -145,7 +145,7 @@ def sigterm(long: bool) -> Verdict:
 
 
 def bad_starts(long: bool) -> Verdict:
-    """14: starts that can't succeed."""
+    """Starts that can't succeed."""
     with tempfile.TemporaryDirectory() as name, socket.create_server(("127.0.0.1", 0)) as taken:
         corrupt = Path(name) / "engine"
         corrupt.mkdir()

@@ -23,7 +23,7 @@ Ask = Callable[[], Awaitable[str]]
 
 
 def killed_under_streams(long: bool) -> Verdict:
-    """31: SIGKILL the worker again and again, with streams and gRPC calls in flight."""
+    """SIGKILL the worker again and again, with streams and gRPC calls in flight."""
     times, port = 20 if long else 3, free_port()
     with service("--grpc-port", str(port)) as it:
 

@@ -42,7 +42,7 @@ def _started(what: list[str]) -> subprocess.Popen[str]:
 
 
 def idle_connections(long: bool) -> Verdict:
-    """21: more idle connections than the service may open files."""
+    """More idle connections than the service may open files."""
     with service() as it, contextlib.ExitStack() as held:
         for pid in family(it.process.pid):
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (1024, 1024))
@@ -64,7 +64,7 @@ def idle_connections(long: bool) -> Verdict:
 
 
 def second_instance(long: bool) -> Verdict:
-    """22: a second service starts in a container that shares the first one's memory."""
+    """A second service starts in a container that shares the first one's memory."""
     with service() as first:
         apart = "unshare --pid --fork" if os.geteuid() == 0 else "env"
         second = _started([*apart.split(), *command(0)])
@@ -86,7 +86,7 @@ def second_instance(long: bool) -> Verdict:
 
 
 def killed_while_asked(long: bool) -> Verdict:
-    """23: the worker is killed repeatedly for a while, under requests for one image."""
+    """The worker is killed repeatedly for a while, under requests for one image."""
     seconds = 40 if long else 6
     with service() as it:
         end = after(seconds)
@@ -110,7 +110,7 @@ def killed_while_asked(long: bool) -> Verdict:
 
 
 def same_port(long: bool) -> Verdict:
-    """24: two servers start on one port at the same time."""
+    """Two servers start on one port at the same time."""
     rounds = 5 if long else 2
     shared = 0
     for _ in range(rounds):
@@ -131,7 +131,7 @@ def same_port(long: bool) -> Verdict:
 
 
 def unread_log(long: bool) -> Verdict:
-    """25: nobody reads the log, and requests fill it."""
+    """Nobody reads the log, and requests fill it."""
     port = free_port()
     process = _started(command(port, "--access-log"))
     wait_for(lambda: get(port, "/health/ready")[0] == 200, 60)
@@ -151,7 +151,7 @@ def unread_log(long: bool) -> Verdict:
 
 
 def full_memory(long: bool) -> Verdict:
-    """26: shared memory is full while the service runs, and its worker dies."""
+    """Shared memory is full while the service runs, and its worker dies."""
     if subprocess.run([*_OWN_ROOM, "true"], capture_output=True, check=False).returncode:
         return Verdict("this system lets nobody have a /dev/shm of their own", None)
     port = free_port()
@@ -192,7 +192,7 @@ def _worker(pid: int) -> int:
 
 
 def wild_settings(long: bool) -> Verdict:
-    """27: settings that exceed the machine."""
+    """Settings that exceed the machine."""
     refused = []
     for flag, value in (("--slots", "100000"), ("--max-queue", "1000000"), ("--decoders", "2000")):
         given = command(0, flag, value)
@@ -209,7 +209,7 @@ def wild_settings(long: bool) -> Verdict:
 
 
 def neighbours(long: bool) -> Verdict:
-    """28: ambiguous images, alone and among others, in 8 bits."""
+    """Ambiguous images, alone and among others, in 8 bits."""
     rng, count = np.random.default_rng(3), 600 if long else 60
     images = [ambiguous(rng) for _ in range(count)]
     with service("--precision", "int8/int8/int8") as it:
@@ -232,7 +232,7 @@ def neighbours(long: bool) -> Verdict:
 
 
 def small_ones(long: bool) -> Verdict:
-    """29: signals, killed decoders, odd heads, half-closed connections, endless warnings."""
+    """Signals, killed decoders, odd heads, half-closed connections, endless warnings."""
     found: dict[str, bool] = {}
     with service() as it:
         for number in (signal.SIGUSR1, signal.SIGUSR2):

@@ -17,8 +17,8 @@ class Row:
     as_promised: None if it could not be tried.
     """
 
-    number: int
-    scenario: str
+    name: str
+    title: str
     figure: str
     as_promised: bool | None
     day: str
@@ -36,9 +36,7 @@ def keep(folder: Path, rows: list[Row]) -> None:
     """Put rows into the folder's table, in place of older ones of the same scenarios."""
     path = folder / _JSON
     before = [Row(**row) for row in json.loads(path.read_text())] if path.is_file() else []
-    numbers = {row.number for row in rows}
-    both = [row for row in before if row.number not in numbers] + rows
-    both.sort(key=lambda row: row.number)
+    both = list({row.name: row for row in (*before, *rows)}.values())
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([asdict(row) for row in both], indent=1) + "\n")
     (folder / _MARKDOWN).write_text(markdown(both))
@@ -52,10 +50,10 @@ def markdown(rows: list[Row]) -> str:
         "",
         "By `make chaos`, `make soak` and `make siege`, each row by its newest run.",
         "",
-        "| | scenario | came out | | run | machine |",
+        "| scenario | | came out | | run | machine |",
         "| --- | --- | --- | --- | --- | --- |",
         *(
-            f"| {row.number} | {row.scenario} | {row.figure} | {row.word} "
+            f"| {row.name} | {row.title} | {row.figure} | {row.word} "
             f"| {row.day}, {row.commit} | {chr(ord('A') + machines.index(row.machine))} |"
             for row in rows
         ),

@@ -29,7 +29,7 @@ TRICKS = (
 
 
 def url_tricks(long: bool) -> Verdict:
-    """13: forbidden targets of `image_url`, even private hosts in the list of allowed domains."""
+    """Forbidden targets of `image_url`, even private hosts in the list of allowed domains."""
     allowed = "allowed.example,localhost,127.0.0.1,127.1,0177.0.0.1,2130706433,169.254.169.254,::1"
     with (
         service("--image-url-domains", allowed) as it,

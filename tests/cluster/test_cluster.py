@@ -1,4 +1,4 @@
-"""Parts of the service over a Ray cluster; scenario 32 of `bench.reliability` tries it whole."""
+"""Parts of the service over a Ray cluster; `bench.reliability` tries it whole (dying-cluster)."""
 
 import asyncio
 import time
