@@ -14,7 +14,7 @@ from server.service.client_rates import pages as page_rates
 from server.service.service import Service
 from server.telemetry.logs import plain
 
-_MODEL = "(.+?)(?:/versions/1)?"  # names may contain slashes
+_MODEL = "(.+?)(?:/versions/([^/]+))?"  # names may contain slashes
 _PATH, _METHOD = 200, 20  # characters logged
 log = logging.getLogger(__name__)
 

@@ -30,6 +30,7 @@ from server.protocols.kserve import (
     config,
     index_entry,
     metadata,
+    model_of,
     packed,
     unpacked,
 )
@@ -100,10 +101,10 @@ class ServerLiveHandler(_Shape, Handler):
 class ModelHandler(_Shape, Handler):
     """GET /v2/models/NAME, and its /ready, /config and /stats."""
 
-    async def get(self, name: str, what: str | None) -> None:
+    async def get(self, name: str, version: str | None, what: str | None) -> None:
         """The model's metadata, readiness, configuration or statistics."""
         await self.paced(_PAGES if what == "stats" else 1)
-        model = self.service.model(name)
+        model = model_of(self.service, name, version)
         match what:
             case None:
                 self.write_json(metadata(model))
@@ -134,7 +135,7 @@ class InferHandler(_Shape, IntakeHandler):
 
     def check_head(self) -> None:
         """Raises UnknownModel or InvalidRequest."""
-        self.asked_model = self.service.model(self.path_args[0])
+        self.asked_model = model_of(self.service, *self.path_args)
         self.model_name = self.asked_model.name
         length = self.request.headers.get(_LENGTH)
         if length is not None and not _WHOLE.fullmatch(length):
@@ -142,7 +143,7 @@ class InferHandler(_Shape, IntakeHandler):
         self._json_length = None if length is None else int(length)
 
     async def post(self, *path: str) -> None:
-        """Drop the path's model name, which `check_head` has read."""
+        """Drop the path's model name and version, which `check_head` has read."""
         await super().post()
 
     async def serve(self, body: bytes) -> None:

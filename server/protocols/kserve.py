@@ -34,9 +34,11 @@ CONFIG_TYPES = {"BYTES": "TYPE_STRING", "INT32": "TYPE_INT32", "FP32": "TYPE_FP3
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
 
 
-def model_of(service: Service, name: str, version: str) -> Model:
-    """The model of that name, or the default. version: empty for any. Raises UnknownModel."""
-    if version not in ("", VERSION):
+def model_of(service: Service, name: str, version: str | None) -> Model:
+    """The model of that name, or the default. version: none, or empty, for any. Raises
+    UnknownModel.
+    """
+    if version not in (None, "", VERSION):
         raise UnknownModel(f"there is no such version here: ask for {VERSION}, or for none")
     return service.model(name)
 

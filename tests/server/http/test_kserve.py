@@ -95,8 +95,15 @@ def test_paths_with_a_model_in_them_know_head_and_preflights():
         assert live.request("HEAD", "/samples/owl.png").status == 404  # they are the demo model's
         reply = live.request("OPTIONS", INFER, Origin="https://a.example")
         assert reply.status == 204
-        assert live.request("GET", "/v2/models/fake/versions/2").status == 404
         assert live.request("GET", INFER).status == 405
+
+
+def test_of_an_unknown_version_it_is_said_which_there_is():
+    with serve(fake_engine) as live:
+        for path in ("/v2/models/fake/versions/2", "/v2/models/fake/versions/2/ready"):
+            answer = live.request("GET", path)
+            assert answer.status == 404
+            assert "no such version here: ask for 1" in answer.json["error"]
 
 
 @pytest.mark.parametrize("binary", [True, False])
