@@ -14,13 +14,13 @@ from bench.common.timing import seconds
 from bench.sections.images import jpeg
 from runtime.engine import Engine
 from runtime.model.preprocess import MAX_PIXELS, preprocess
-from server.bulk.captioning import Captioning, CaptioningOptions
-from server.bulk.engine import EngineSetup
-from server.bulk.index import Kept
-from server.bulk.inputs import items, parts
-from server.bulk.lists import Columns
-from server.bulk.local import LocalCaptioner
-from server.bulk.outputs import open_output
+from server.bulk.captioners.captioning import Captioning, CaptioningOptions
+from server.bulk.captioners.engine import EngineSetup
+from server.bulk.captioners.local import LocalCaptioner
+from server.bulk.inputs.kept import Kept
+from server.bulk.inputs.lists import Columns
+from server.bulk.inputs.parts import items, parts
+from server.bulk.outputs.opening import open_output
 from server.bulk.run import BulkRun, CaptionSettings
 
 _OUTPUTS = ("rows.jsonl", "rows.csv", "rows.parquet", "rows.tar", "texts/")

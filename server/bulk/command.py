@@ -19,19 +19,19 @@ from typing import Any
 from runtime.errors import InvalidRequest, VignetteError
 from runtime.model.preprocess import SUFFIXES
 from server.bulk.arguments import KEY, SAMPLING_FLAGS, command_line
-from server.bulk.captioning import Captioning, CaptioningOptions, RunFailed
-from server.bulk.engine import EngineSetup
-from server.bulk.folders import Files
-from server.bulk.inputs import NoImages, Part, items, parts
-from server.bulk.lists import Columns
-from server.bulk.local import LocalCaptioner
-from server.bulk.output import Output
-from server.bulk.outputs import open_output
+from server.bulk.captioners.captioning import Captioning, CaptioningOptions, RunFailed
+from server.bulk.captioners.engine import EngineSetup
+from server.bulk.captioners.local import LocalCaptioner
+from server.bulk.captioners.remote import RemoteCaptioner
+from server.bulk.captioners.service_client import RemoteService
+from server.bulk.inputs.folders import Files
+from server.bulk.inputs.lists import Columns
+from server.bulk.inputs.parts import NoImages, Part, items, parts
+from server.bulk.outputs.base import Output
+from server.bulk.outputs.opening import open_output
+from server.bulk.outputs.tar import Tar
 from server.bulk.progress import Progress
-from server.bulk.remote import RemoteCaptioner
 from server.bulk.run import BulkRun, CaptionSettings, Counts
-from server.bulk.service_client import RemoteService
-from server.bulk.tar import Tar
 from server.requests.fields import CaptionFields, checked
 
 _SKIPPED = 5  # kinds of skipped files that are listed
@@ -110,7 +110,7 @@ def _here(
 def _on_ray(
     args: argparse.Namespace, options: CaptioningOptions, given: list[Part], output: Output
 ) -> Counts:
-    from server.bulk.ray import ClusterOptions, RayCaptioning, TaskSetup
+    from server.bulk.captioners.ray import ClusterOptions, RayCaptioning, TaskSetup
 
     whole = isinstance(output, Tar)
     setup = TaskSetup(_setup(args), args.prompt, args.sampling, options, args.max_pixels, whole)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from server.bulk.inputs import Part
+from server.bulk.inputs.parts import Part
 from server.bulk.run import Counts
 
 _MINUTE = 60.0

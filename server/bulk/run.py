@@ -8,11 +8,12 @@ import msgspec
 from msgspec import structs
 
 from runtime.request import FinishReason
-from server.bulk.asked import location, of_item, state
-from server.bulk.captioning import same
-from server.bulk.index import Index, Kept
-from server.bulk.items import Item, Outcome, ResultRow
-from server.bulk.output import NotWritten, Output, OutputConflict
+from server.bulk.captioners.captioning import same
+from server.bulk.inputs.items import Item, Outcome, ResultRow
+from server.bulk.inputs.kept import Kept
+from server.bulk.inputs.keys import location, of_item, state
+from server.bulk.outputs.base import NotWritten, Output, OutputConflict
+from server.bulk.outputs.index import Index
 
 _FAILED = (FinishReason.FAILED, FinishReason.ERROR)  # which earlier versions wrote as captions
 

@@ -14,16 +14,16 @@ from PIL import Image
 from runtime.model.manifest import EXACT, read
 from runtime.model.preprocess import MAX_PIXELS
 from runtime.planning.config import EngineConfig
-from server.bulk import captioning
-from server.bulk.captioning import Captioning, CaptioningOptions
+from server.bulk.captioners import captioning
+from server.bulk.captioners.captioning import Captioning, CaptioningOptions
+from server.bulk.captioners.engine import EngineSetup
+from server.bulk.captioners.local import LocalCaptioner
 from server.bulk.command import main
-from server.bulk.engine import EngineSetup
-from server.bulk.index import Kept
-from server.bulk.inputs import items, parts
-from server.bulk.items import ScoredCaption
-from server.bulk.lists import Columns
-from server.bulk.local import LocalCaptioner
-from server.bulk.output import Lines
+from server.bulk.inputs.items import ScoredCaption
+from server.bulk.inputs.kept import Kept
+from server.bulk.inputs.lists import Columns
+from server.bulk.inputs.parts import items, parts
+from server.bulk.outputs.lines import Lines
 from tests.support.fakes import allergic_engine, fake_engine, fake_folder, fake_worker
 from tests.support.live import small_images
 from tests.support.paths import DEMO, SAMPLES

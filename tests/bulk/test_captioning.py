@@ -2,10 +2,11 @@
 
 import pytest
 
-from server.bulk import captioning
-from server.bulk.captioning import Captioning, CaptioningOptions
-from server.bulk.index import Index, Kept
-from server.bulk.items import Item, ResultRow, ScoredCaption
+from server.bulk.captioners import captioning
+from server.bulk.captioners.captioning import Captioning, CaptioningOptions
+from server.bulk.inputs.items import Item, ResultRow, ScoredCaption
+from server.bulk.inputs.kept import Kept
+from server.bulk.outputs.index import Index
 
 
 class Silent:

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from runtime.errors import ComputationFailed, InvalidRequest, ProviderError
-from server.bulk import local
-from server.bulk.captioning import RunFailed
-from server.bulk.engine import BulkEngine, EngineSetup
-from server.bulk.local import LocalCaptioner
+from server.bulk.captioners import local
+from server.bulk.captioners.captioning import RunFailed
+from server.bulk.captioners.engine import BulkEngine, EngineSetup
+from server.bulk.captioners.local import LocalCaptioner
 from server.loop_thread import LoopThread
 from server.processes.supervisor import CannotStart
 from tests.support.fakes import MANIFEST, FakeRunner, fake_engine, fake_folder, fake_worker
@@ -102,7 +102,7 @@ def test_who_waits_for_a_loop_that_is_closed_is_told():
 def test_a_program_that_does_not_close_it_ends_all_the_same(folder):
     program = (
         "import sys; from functools import partial; from pathlib import Path\n"
-        "from server.bulk.engine import BulkEngine, EngineSetup\n"
+        "from server.bulk.captioners.engine import BulkEngine, EngineSetup\n"
         "from tests.support.fakes import fake_engine, fake_worker\n"
         "if __name__ == '__main__':\n"
         "    setup = EngineSetup(Path(sys.argv[1]), main=partial(fake_worker, fake_engine))\n"

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from server.bulk import fetching
-from server.bulk.items import UnfitItem
+from server.bulk.inputs import fetching
+from server.bulk.inputs.items import UnfitItem
 from tests.support.paths import SAMPLES
 
 OWL = (SAMPLES / "owl.png").read_bytes()

@@ -11,10 +11,10 @@ from threading import Event
 import fsspec
 import pytest
 
-from server.bulk.fetching import NoWay
-from server.bulk.folders import Files
-from server.bulk.inputs import items, parts
-from server.bulk.lists import Columns
+from server.bulk.inputs.fetching import NoWay
+from server.bulk.inputs.folders import Files
+from server.bulk.inputs.lists import Columns
+from server.bulk.inputs.parts import items, parts
 
 
 def read(*given, output="-"):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from server.bulk.asked import of_item
-from server.bulk.index import SameId
-from server.bulk.items import Item
-from server.bulk.lists import Columns
+from server.bulk.inputs.items import Item
+from server.bulk.inputs.keys import of_item
+from server.bulk.inputs.lists import Columns
+from server.bulk.outputs.index import SameId
 from tests.bulk.test_safety import archive
 from tests.support.bulk_job import Words, rows_of, run, said_of
 from tests.support.live import png

@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from server.bulk import fetching
-from server.bulk.inputs import NoImages, items, parts
-from server.bulk.items import UnfitItem
-from server.bulk.lists import Columns, ListFile, NoColumn
+from server.bulk.inputs import fetching
+from server.bulk.inputs.items import UnfitItem
+from server.bulk.inputs.lists import Columns, ListFile, NoColumn
+from server.bulk.inputs.parts import NoImages, items, parts
 from tests.support.paths import SAMPLES
 
 OWL = (SAMPLES / "owl.png").read_bytes()

@@ -13,11 +13,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from server.bulk.fetching import NoWay
-from server.bulk.lists import Columns
-from server.bulk.output import OutputConflict
-from server.bulk.outputs import open_output
-from server.bulk.tables import TableOutput
+from server.bulk.inputs.fetching import NoWay
+from server.bulk.inputs.lists import Columns
+from server.bulk.outputs.base import OutputConflict
+from server.bulk.outputs.opening import open_output
+from server.bulk.outputs.tables import TableOutput
 from tests.support.bulk_job import check, members, rows_of, run, said_of
 
 KINDS = ("rows.jsonl", "rows.csv", "rows.parquet", "rows.tar", "texts/")

@@ -14,13 +14,13 @@ import pytest
 from runtime.errors import EngineFolderError
 from runtime.model.manifest import read
 from runtime.model.preprocess import MAX_PIXELS
-from server.bulk.asked import of_item
-from server.bulk.captioning import CaptioningOptions
-from server.bulk.engine import EngineSetup
-from server.bulk.index import Index
-from server.bulk.inputs import parts
-from server.bulk.items import Item, ResultRow
-from server.bulk.lists import Columns
+from server.bulk.captioners.captioning import CaptioningOptions
+from server.bulk.captioners.engine import EngineSetup
+from server.bulk.inputs.items import Item, ResultRow
+from server.bulk.inputs.keys import of_item
+from server.bulk.inputs.lists import Columns
+from server.bulk.inputs.parts import parts
+from server.bulk.outputs.index import Index
 from tests.support.fakes import fake_engine, fake_folder
 from tests.support.live import small_images
 
@@ -28,7 +28,7 @@ pytest.importorskip("ray", reason="needs the extra ray")
 
 
 def test_a_process_keeps_its_decoder_from_task_to_task(tmp_path):
-    from server.bulk import ray  # needs the extra `ray`
+    from server.bulk.captioners import ray  # needs the extra `ray`
 
     [file] = small_images(tmp_path, 1)
     engine = EngineSetup(fake_folder(tmp_path / "engine"))
@@ -53,7 +53,7 @@ def test_a_process_keeps_its_decoder_from_task_to_task(tmp_path):
 
 
 def test_nodes_tell_of_items_that_have_rows_where_others_may_take_their_ids(tmp_path, monkeypatch):
-    from server.bulk import ray
+    from server.bulk.captioners import ray
 
     monkeypatch.setattr(ray.ray, "get", lambda known: known)
     files = small_images(tmp_path, 20)

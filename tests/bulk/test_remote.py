@@ -12,14 +12,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 import pytest
 
 from runtime.planning.config import EngineConfig
-from server.bulk import remote, service_client
-from server.bulk.captioning import Captioning, CaptioningOptions, RunFailed
+from server.bulk.captioners import remote, service_client
+from server.bulk.captioners.captioning import Captioning, CaptioningOptions, RunFailed
+from server.bulk.captioners.remote import RemoteCaptioner
+from server.bulk.captioners.service_client import RemoteService, ServiceFailed
 from server.bulk.command import main
-from server.bulk.index import Kept
-from server.bulk.inputs import items, parts
-from server.bulk.lists import Columns
-from server.bulk.remote import RemoteCaptioner
-from server.bulk.service_client import RemoteService, ServiceFailed
+from server.bulk.inputs.kept import Kept
+from server.bulk.inputs.lists import Columns
+from server.bulk.inputs.parts import items, parts
 from server.service import keys
 from tests.support.fakes import fake_engine, gated
 from tests.support.live import serve, small_images, until

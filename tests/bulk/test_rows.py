@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from server.bulk import rows
-from server.bulk.inputs import items, parts
-from server.bulk.lists import Columns, ListFile
+from server.bulk.inputs import rows
+from server.bulk.inputs.lists import Columns, ListFile
+from server.bulk.inputs.parts import items, parts
 
 
 def read(path, called=None):

@@ -10,12 +10,12 @@ from unittest.mock import Mock
 import pytest
 from PIL import Image
 
-from server.bulk.fetching import fetch
-from server.bulk.inputs import NoImages
-from server.bulk.items import UnfitItem
-from server.bulk.output import OutputConflict
+from server.bulk.inputs.fetching import fetch
+from server.bulk.inputs.items import UnfitItem
+from server.bulk.inputs.parts import NoImages
+from server.bulk.outputs.base import OutputConflict
+from server.bulk.outputs.tar import Tar
 from server.bulk.run import CaptionSettings
-from server.bulk.tar import Tar
 from tests.support import bulk_job
 from tests.support.bulk_job import check, members, rows_of, run
 from tests.support.live import png, small_images

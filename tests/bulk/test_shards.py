@@ -9,8 +9,8 @@ import tracemalloc
 
 import pytest
 
-from server.bulk.inputs import items, parts
-from server.bulk.lists import Columns
+from server.bulk.inputs.lists import Columns
+from server.bulk.inputs.parts import items, parts
 
 LIMIT = 1000
 

@@ -11,7 +11,7 @@ import pytest
 
 import vignette
 from server.bulk.command import main
-from server.bulk.lists import Columns, ListFile
+from server.bulk.inputs.lists import Columns, ListFile
 from server.bulk.progress import Progress
 from tests.support.paths import ROOT, SAMPLES
 

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pyarrow.parquet
 
-from server.bulk.captioning import Captioning, CaptioningOptions
-from server.bulk.inputs import items, parts
-from server.bulk.items import Item, ScoredCaption
-from server.bulk.lists import Columns
-from server.bulk.outputs import open_output
+from server.bulk.captioners.captioning import Captioning, CaptioningOptions
+from server.bulk.inputs.items import Item, ScoredCaption
+from server.bulk.inputs.lists import Columns
+from server.bulk.inputs.parts import items, parts
+from server.bulk.outputs.opening import open_output
 from server.bulk.run import BulkRun, CaptionSettings
 
 ABOUT = CaptionSettings("words", {"engine": "none"})

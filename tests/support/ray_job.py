@@ -11,13 +11,13 @@ from pathlib import Path
 from ray.cluster_utils import Cluster
 
 from runtime.model.preprocess import MAX_PIXELS
-from server.bulk import ray as bulk_ray
-from server.bulk.captioning import CaptioningOptions
-from server.bulk.engine import EngineSetup
-from server.bulk.inputs import parts
-from server.bulk.lists import Columns
-from server.bulk.outputs import open_output
-from server.bulk.ray import RayCaptioning, TaskSetup
+from server.bulk.captioners import ray as bulk_ray
+from server.bulk.captioners.captioning import CaptioningOptions
+from server.bulk.captioners.engine import EngineSetup
+from server.bulk.captioners.ray import RayCaptioning, TaskSetup
+from server.bulk.inputs.lists import Columns
+from server.bulk.inputs.parts import parts
+from server.bulk.outputs.opening import open_output
 from server.bulk.run import BulkRun, CaptionSettings
 from tests.support.fakes import allergic_worker, fake_folder
 

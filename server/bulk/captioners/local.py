@@ -3,9 +3,9 @@
 from typing import Any
 
 from runtime.planning.machine import this_machine
-from server.bulk.decoding import BulkDecoders
-from server.bulk.engine import BulkEngine, EngineSetup
-from server.bulk.items import ScoredCaption
+from server.bulk.captioners.decoding import BulkDecoders
+from server.bulk.captioners.engine import BulkEngine, EngineSetup
+from server.bulk.inputs.items import ScoredCaption
 
 
 class LocalCaptioner:

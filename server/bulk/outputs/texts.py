@@ -7,10 +7,13 @@ from pathlib import Path, PurePosixPath
 from msgspec.structs import replace
 from typing_extensions import override
 
-from server.bulk.folders import below
-from server.bulk.index import Index, Kept
-from server.bulk.items import Outcome, ResultRow
-from server.bulk.output import Lines, NotWritten, Output, OutputConflict, remove_empty
+from server.bulk.inputs.folders import below
+from server.bulk.inputs.items import Outcome, ResultRow
+from server.bulk.inputs.kept import Kept
+from server.bulk.outputs.base import NotWritten, Output, OutputConflict
+from server.bulk.outputs.files import remove_empty
+from server.bulk.outputs.index import Index
+from server.bulk.outputs.lines import Lines
 
 HIDDEN_ROWS = ".vignette.jsonl"
 _PARTIAL = ".vignette.partial"

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from runtime.model.preprocess import SUFFIXES
-from server.bulk.fetching import file_system, is_url
-from server.bulk.items import Item
+from server.bulk.inputs.fetching import file_system, is_url
+from server.bulk.inputs.items import Item
 
 _NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _ESCAPED = re.compile(r"\\[xu\\]")

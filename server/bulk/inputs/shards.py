@@ -15,11 +15,11 @@ from typing_extensions import override
 
 from runtime.errors import VignetteError
 from runtime.model.preprocess import SUFFIXES
-from server.bulk.fetching import opened
-from server.bulk.folders import named
-from server.bulk.index import Kept
-from server.bulk.items import Item
-from server.bulk.lists import Columns
+from server.bulk.inputs.fetching import opened
+from server.bulk.inputs.folders import named
+from server.bulk.inputs.items import Item
+from server.bulk.inputs.kept import Kept
+from server.bulk.inputs.lists import Columns
 
 _Info = TypeVar("_Info", bound=tarfile.TarInfo)
 Members = dict[str, bytes | str]  # text: why a member's content is not there

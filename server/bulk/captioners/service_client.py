@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from msgspec import convert
 
 from runtime.errors import VignetteError
-from server.bulk.timed import Attempt, TimedResponse, current
+from server.bulk.inputs.timed import Attempt, TimedResponse, current
 from server.http.answers import ModelsAnswer
 
 _MOST_CONNECTIONS = 256

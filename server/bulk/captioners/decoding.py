@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 
 from runtime.model.manifest import Manifest
-from server.bulk.captioning import RunFailed
+from server.bulk.captioners.captioning import RunFailed
 from server.fairness.fair_queue import FairQueue
 from server.images.decoder import PIXELS, PixelSlot, Setup, Target
 from server.images.lane import DecodeTask, Lane, NoDecoder

@@ -10,10 +10,10 @@ from threading import Event
 from typing import Any, ClassVar
 
 from runtime.errors import VignetteError
-from server.bulk.fetching import is_url, opened
-from server.bulk.folders import named
-from server.bulk.items import Item
-from server.bulk.rows import (
+from server.bulk.inputs.fetching import is_url, opened
+from server.bulk.inputs.folders import named
+from server.bulk.inputs.items import Item
+from server.bulk.inputs.rows import (
     IMAGE,
     BrokenRow,
     Rows,

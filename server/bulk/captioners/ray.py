@@ -20,14 +20,20 @@ from msgspec import structs
 
 from runtime.errors import VignetteError
 from runtime.model import manifest as manifests
-from server.bulk.asked import of_item
-from server.bulk.captioning import CaptioningOptions, RunFailed, begun, image_of, message_of
-from server.bulk.decoding import BulkDecoders
-from server.bulk.engine import BulkEngine, EngineSetup
-from server.bulk.folders import Files
-from server.bulk.index import FinishedItems, Index
-from server.bulk.inputs import Part, items, split
-from server.bulk.items import Item, Outcome
+from server.bulk.captioners.captioning import (
+    CaptioningOptions,
+    RunFailed,
+    begun,
+    image_of,
+    message_of,
+)
+from server.bulk.captioners.decoding import BulkDecoders
+from server.bulk.captioners.engine import BulkEngine, EngineSetup
+from server.bulk.inputs.folders import Files
+from server.bulk.inputs.items import Item, Outcome
+from server.bulk.inputs.keys import of_item
+from server.bulk.inputs.parts import Part, items, split
+from server.bulk.outputs.index import FinishedItems, Index
 from server.processes.supervisor import CannotStart
 from server.system import check_listens
 

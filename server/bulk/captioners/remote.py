@@ -1,4 +1,4 @@
-"""Captioning by a remote service, the counterpart of `server.bulk.local`."""
+"""Captioning by a remote service, the counterpart of `server.bulk.captioners.local`."""
 
 import http.client
 import threading
@@ -8,9 +8,9 @@ from urllib.parse import urlencode
 
 from msgspec import Struct, convert
 
-from server.bulk.captioning import RunFailed
-from server.bulk.items import ScoredCaption, UnfitItem, rounded
-from server.bulk.service_client import LATER, Connection, RemoteService
+from server.bulk.captioners.captioning import RunFailed
+from server.bulk.captioners.service_client import LATER, Connection, RemoteService
+from server.bulk.inputs.items import ScoredCaption, UnfitItem, rounded
 
 _PATIENCE = 300.0  # seconds without a useful answer, before the run fails
 _WRONG_SERVICE = (401, 403, 404, 405, 407)  # answers that every request would get

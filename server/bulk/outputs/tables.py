@@ -14,18 +14,12 @@ from typing import Any, BinaryIO
 import msgspec
 from typing_extensions import override
 
-from server.bulk.index import Index
-from server.bulk.items import Outcome, ResultRow
-from server.bulk.output import (
-    Lines,
-    Output,
-    OutputConflict,
-    check_regular,
-    latest,
-    remove_empty,
-    replacing,
-)
-from server.bulk.rows import parquet
+from server.bulk.inputs.items import Outcome, ResultRow
+from server.bulk.inputs.rows import parquet
+from server.bulk.outputs.base import Output, OutputConflict, latest
+from server.bulk.outputs.files import check_regular, remove_empty, replacing
+from server.bulk.outputs.index import Index
+from server.bulk.outputs.lines import Lines
 
 ROWS = ".rows.jsonl"  # appended to the table's name
 _COLUMNS = ResultRow.__struct_fields__

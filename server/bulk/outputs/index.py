@@ -1,18 +1,31 @@
 """Index of the items that have a row: on disk beyond some megabytes, for any number of items."""
 
-import sqlite3
 import threading
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 
 from runtime.errors import VignetteError
-from server.bulk.asked import KEY_BYTES, key, of_item, of_row
-from server.bulk.items import Item, ResultRow
+from server.bulk.inputs.items import Item, ResultRow
+from server.bulk.inputs.kept import table
+from server.bulk.inputs.keys import KEY_BYTES, key, of_item, of_row
 
-_CACHE_KIB = 64 * 1024  # of memory
-_FAILED, _NO_IMAGE = 1, 2  # kinds of errors: of an image elsewhere; of no image, or one called so
-_CLAIMED, _MET = 1, 2  # in this run: by its key; as an image that failed in an earlier one
+
+class _Error(IntEnum):
+    """What an item's last row is an error of."""
+
+    NONE = 0
+    IMAGE = 1  # elsewhere
+    NO_IMAGE = 2  # or one that is called so
+
+
+class _Claim(IntEnum):
+    """How an item was met in this run."""
+
+    NONE = 0
+    BY_KEY = 1
+    FAILED_BEFORE = 2  # as an image that failed in an earlier run
 
 
 class SameId(VignetteError):
@@ -27,7 +40,7 @@ class Index:
 
     def __init__(self) -> None:
         """Start empty: the index is rebuilt from the rows at every start."""
-        self._table = _table(
+        self._table = table(
             "(id BLOB PRIMARY KEY, row INTEGER, done INTEGER, failed INTEGER, asked BLOB, "
             "claimed INTEGER) WITHOUT ROWID"
         )
@@ -37,12 +50,12 @@ class Index:
 
     def add(self, row: ResultRow, done: bool) -> None:
         """Add the output's next row. done: its item is not to be captioned again."""
-        asked, failed = of_row(row), 0
+        asked, failed = of_row(row), _Error.NONE
         if row.error is not None:
-            failed = _NO_IMAGE if row.path is None else _FAILED
+            failed = _Error.NO_IMAGE if row.path is None else _Error.IMAGE
         with self._lock:
             found = self._table.execute("SELECT row, claimed FROM t WHERE id = ?", (key(row.id),))
-            before, claimed = found.fetchone() or (None, 0)
+            before, claimed = found.fetchone() or (None, _Claim.NONE)
             self.replaced |= before is not None
             values = key(row.id), self._next, done, failed, asked, claimed
             self._table.execute("INSERT OR REPLACE INTO t VALUES (?, ?, ?, ?, ?, ?)", values)
@@ -62,7 +75,7 @@ class Index:
             "SELECT done, failed, asked, claimed FROM t WHERE id = ?", (key(item_id),)
         ).fetchone()
         if found is None:
-            values = key(item_id), None, 1, 0, asked, 1
+            values = key(item_id), None, True, _Error.NONE, asked, _Claim.BY_KEY
             self._table.execute("INSERT INTO t VALUES (?, ?, ?, ?, ?, ?)", values)
             return True
         done, failed, known, claimed = found
@@ -70,28 +83,28 @@ class Index:
             if not asked:
                 return False
             if asked in _split(known):
-                self._mark(item_id, _CLAIMED)
+                self._mark(item_id, _Claim.BY_KEY)
                 return False
-            if claimed == _CLAIMED:
+            if claimed == _Claim.BY_KEY:
                 raise SameId(
                     f"two inputs are called {item_id}, with other images or prompts: give each an "
                     "id (--id-column), or caption them into two outputs"
                 )
             if failed:  # an error is no caption of another image
-                self._mark(item_id, _MET)
+                self._mark(item_id, _Claim.FAILED_BEFORE)
                 return False
             if not again:
                 raise SameId(
                     f"{item_id} has a row of another image or prompt: name another output, give "
                     "ids (--id-column), or caption such images anew with --again"
                 )
-        changed = "UPDATE t SET done = 1, asked = ?, claimed = 1 WHERE id = ?"
-        self._table.execute(changed, (asked, key(item_id)))
+        changed = "UPDATE t SET done = 1, asked = ?, claimed = ? WHERE id = ?"
+        self._table.execute(changed, (asked, _Claim.BY_KEY, key(item_id)))
         return True
 
-    def _mark(self, item_id: str, how: int) -> None:
+    def _mark(self, item_id: str, how: _Claim) -> None:
         mark = "UPDATE t SET claimed = ? WHERE id = ? AND claimed != ?"
-        self._table.execute(mark, (how, key(item_id), _CLAIMED))
+        self._table.execute(mark, (how, key(item_id), _Claim.BY_KEY))
 
     def drop_error(self, item_id: str) -> None:
         """Drop the row of an item without an image if it is an error: what was wrong is right.
@@ -103,7 +116,7 @@ class Index:
             found = self._table.execute(
                 "UPDATE t SET row = NULL, done = 0, failed = 0 "
                 "WHERE id = ? AND failed = ? AND NOT claimed",
-                (key(item_id), _NO_IMAGE),
+                (key(item_id), _Error.NO_IMAGE),
             )
             self.replaced |= found.rowcount > 0
 
@@ -149,38 +162,6 @@ class FinishedItems:
         found = np.bytes_(key)
         place = int(np.searchsorted(self.sorted, found))
         return found in self.sorted[place : place + 1]  # as arrays: both drop zero bytes at the end
-
-
-class Kept:
-    """Bytes by text key, the last for each. Used by any thread."""
-
-    def __init__(self) -> None:
-        self._table = _table("(key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
-        self._lock = threading.Lock()
-
-    def get(self, name: str) -> bytes | None:
-        """The bytes kept for a key, or None."""
-        with self._lock:
-            found = self._table.execute("SELECT value FROM t WHERE key = ?", (key(name),))
-            row = found.fetchone()
-        return row and row[0]
-
-    def keep(self, name: str, value: bytes) -> None:
-        """Keep bytes for a key, in place of earlier ones."""
-        with self._lock:
-            self._table.execute("INSERT OR REPLACE INTO t VALUES (?, ?)", (key(name), value))
-
-
-def _table(columns: str) -> sqlite3.Connection:
-    """A table `t` in an unnamed database: SQLite keeps it in memory, and beyond its cache in a
-    temporary file that it deletes.
-    """
-    made = sqlite3.connect("", check_same_thread=False, isolation_level=None)
-    made.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-    made.execute("PRAGMA journal_mode = OFF")
-    made.execute(f"CREATE TABLE t {columns}")
-    made.execute("BEGIN")
-    return made
 
 
 def _split(keys: bytes) -> list[bytes]:

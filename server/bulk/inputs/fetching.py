@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 from urllib.parse import urljoin
 
 from runtime.errors import VignetteError
-from server.bulk.items import UnfitItem
-from server.bulk.timed import Attempt, TimedResponse, current
+from server.bulk.inputs.items import UnfitItem
+from server.bulk.inputs.timed import Attempt, TimedResponse, current
 
 _ATTEMPTS, _LONGEST_WAIT = 4, 20  # per image over HTTP; seconds between attempts
 _CONNECT_SECONDS, _READ_SECONDS, _SECONDS = 10, 30, 120  # of one attempt

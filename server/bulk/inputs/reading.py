@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from queue import SimpleQueue
 
-from server.bulk.items import Item
+from server.bulk.inputs.items import Item
 
 _END_SECONDS = 0.5  # to end in; a thread that waits for input can't, and ends with the program
 

@@ -20,8 +20,8 @@ from runtime.model.tokenizer import CaptionTokenizer
 from runtime.planning.config import most_slots
 from runtime.request import GenerationRequest, RequestOutput
 from runtime.results import join_outputs, make_caption
-from server.bulk.captioning import RunFailed
-from server.bulk.items import ScoredCaption, UnfitItem, scored
+from server.bulk.captioners.captioning import RunFailed
+from server.bulk.inputs.items import ScoredCaption, UnfitItem, scored
 from server.ipc.failures import EngineFailed, PoisonedImage
 from server.loop_thread import LoopThread
 from server.models import ServedModel

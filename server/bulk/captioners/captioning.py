@@ -15,11 +15,11 @@ import msgspec
 from msgspec.structs import replace
 
 from runtime.errors import VignetteError
-from server.bulk.asked import state
-from server.bulk.fetching import fetch, is_url
-from server.bulk.index import Kept
-from server.bulk.items import Item, Outcome, ScoredCaption, UnfitItem
-from server.bulk.reading import ItemReader
+from server.bulk.inputs.fetching import fetch, is_url
+from server.bulk.inputs.items import Item, Outcome, ScoredCaption, UnfitItem
+from server.bulk.inputs.kept import Kept
+from server.bulk.inputs.keys import state
+from server.bulk.inputs.reading import ItemReader
 
 _FETCHES = 64  # images fetched ahead, beyond those being captioned
 _AHEAD = 8  # times as many as run may wait for an earlier one, if ordered

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from server.bulk.fetching import as_path, is_url
-from server.bulk.output import Lines, Output, OutputConflict, Printed
-from server.bulk.tables import ROWS, Csv, Parquet
-from server.bulk.tar import PARTIAL, Tar
-from server.bulk.texts import HIDDEN_ROWS, Texts
+from server.bulk.inputs.fetching import as_path, is_url
+from server.bulk.outputs.base import Output, OutputConflict
+from server.bulk.outputs.lines import Lines, Printed
+from server.bulk.outputs.tables import ROWS, Csv, Parquet
+from server.bulk.outputs.tar import PARTIAL, Tar
+from server.bulk.outputs.texts import HIDDEN_ROWS, Texts
 
 
 def open_output(name: str, overwrite: bool, inputs: Iterable[str] = ()) -> Output:

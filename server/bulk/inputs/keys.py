@@ -1,4 +1,4 @@
-"""What was asked for under an id: the image and the question, to tell it from another."""
+"""Keys by which the row of an item is found again: of its id, its image and its question."""
 
 import os
 import re
@@ -7,9 +7,9 @@ from hashlib import blake2b, sha256
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from server.bulk.fetching import as_path, is_url
-from server.bulk.folders import plain
-from server.bulk.items import Item, ResultRow
+from server.bulk.inputs.fetching import as_path, is_url
+from server.bulk.inputs.folders import plain
+from server.bulk.inputs.items import Item, ResultRow
 
 KEY_BYTES = 16
 _UNKNOWN = None, None

@@ -14,20 +14,14 @@ import msgspec
 from PIL import Image
 from typing_extensions import override
 
-from server.bulk.folders import below
-from server.bulk.index import Index, Kept
-from server.bulk.items import Item, Outcome, ResultRow
-from server.bulk.output import (
-    Output,
-    OutputConflict,
-    changed,
-    check_regular,
-    locked,
-    remove_empty,
-    replacing,
-    row_of,
-)
-from server.bulk.shards import split
+from server.bulk.inputs.folders import below
+from server.bulk.inputs.items import Item, Outcome, ResultRow
+from server.bulk.inputs.kept import Kept
+from server.bulk.inputs.shards import split
+from server.bulk.outputs.base import Output, OutputConflict, changed
+from server.bulk.outputs.files import check_regular, locked, remove_empty, replacing
+from server.bulk.outputs.index import Index
+from server.bulk.outputs.lines import row_of
 
 PARTIAL = ".partial"  # appended to the archive's name while it grows
 _OURS = ("txt", "json")

@@ -8,11 +8,11 @@ from dataclasses import replace
 from msgspec import structs
 
 from runtime.errors import VignetteError
-from server.bulk.fetching import NoWay, as_path, is_url
-from server.bulk.folders import Files, is_pattern, matches, plain
-from server.bulk.items import Item
-from server.bulk.lists import Columns, ListFile, NoColumn
-from server.bulk.shards import Shard
+from server.bulk.inputs.fetching import NoWay, as_path, is_url
+from server.bulk.inputs.folders import Files, is_pattern, matches, plain
+from server.bulk.inputs.items import Item
+from server.bulk.inputs.lists import Columns, ListFile, NoColumn
+from server.bulk.inputs.shards import Shard
 
 Part = Files | ListFile | Shard
 _SHARDS = (".tar", ".tar.gz", ".tgz")

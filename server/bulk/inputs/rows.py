@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from runtime.errors import VignetteError
-from server.bulk.fetching import NoWay
+from server.bulk.inputs.fetching import NoWay
 
 IMAGE = "image"  # the column of a list without column names
 

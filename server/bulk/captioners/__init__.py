@@ -1,0 +1,1 @@
+"""What captions a run's items: an engine here, a service, or Ray."""

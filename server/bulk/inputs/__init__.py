@@ -1,0 +1,1 @@
+"""What a run captions: items from files, folders, lists, tables and shards."""
