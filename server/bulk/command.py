@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.ray and (args.ordered or args.dedupe or args.url):
         parser.error("--ordered, --dedupe and --url are for one machine: leave out --ray")
+    if args.ray and "-" in args.images:
+        parser.error("standard input is of one machine: with --ray name a list that all nodes have")
     if args.ordered and (args.again or args.retry_failed):
         parser.error("rows that are made again come last: leave out --ordered")
     if args.model and not args.url:

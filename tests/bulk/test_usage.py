@@ -28,6 +28,7 @@ from tests.support.paths import ROOT, SAMPLES
     (["--url", "http://127.0.0.1:99999"], "is no URL: Port out of range"),
     (["--url", "localhost:8000"], "looks like http://host:8000"),
     (["--model", "x"], "--model is of a service's: add its --url"),
+    (["-", "--ray", "local"], "standard input is of one machine: with --ray name a list"),
     (["--url", "http://a b/"], "looks like http://host:8000"),
     (["--prompt", "\udcff"], "is not UTF-8"),
     (["--slots", "9" * 20], "is too large"),

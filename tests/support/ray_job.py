@@ -1,8 +1,10 @@
 """Bulk runs on a Ray cluster of this machine: `python -m tests.support.ray_job OUTPUT INPUT`.
 
-A node is added in the middle, and the other one dies.
+The nodes work in another folder than this process. A node is added in the middle, and the other
+one dies.
 """
 
+import os
 import sys
 from contextlib import closing
 from functools import partial
@@ -25,6 +27,7 @@ _CORES = 3  # of a node: two engines, and one core that decodes
 
 
 def main(output: str, given: str) -> None:
+    os.chdir("/")
     quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}  # not 3 s
     # Without cores of its own: all work is on nodes that die or come.
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
@@ -33,7 +36,8 @@ def main(output: str, given: str) -> None:
     cluster.wait_for_nodes()
     engine = EngineSetup(fake_folder(Path(output).parent / "engine"), main=allergic_worker)
     work = TaskSetup(engine, None, {}, CaptioningOptions(10**7), MAX_PIXELS, whole=False)
-    inputs = parts([given], Columns(), 10**7)
+    os.chdir(Path(given).parent)
+    inputs = parts([Path(given).name], Columns(), 10**7)
     with (
         closing(open_output(output, overwrite=False)) as opened,
         closing(RayCaptioning(bulk_ray.ClusterOptions(cluster.address, 1), work)) as captioning,

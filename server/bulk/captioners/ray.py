@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,6 +30,7 @@ from server.bulk.captioners.captioning import (
 )
 from server.bulk.captioners.decoding import BulkDecoders
 from server.bulk.captioners.engine import BulkEngine, EngineSetup
+from server.bulk.inputs.fetching import is_relative
 from server.bulk.inputs.folders import Files
 from server.bulk.inputs.items import Item, Outcome
 from server.bulk.inputs.keys import of_item
@@ -68,7 +70,8 @@ class ClusterOptions:
 @dataclass(frozen=True, slots=True)
 class TaskSetup:
     """Parameters of all tasks. prompt: of items that have none. whole: outcomes include the images,
-    and the other members of their samples.
+    and the other members of their samples. folder: to which paths of inputs are relative, if any
+    is.
     """
 
     engine: EngineSetup
@@ -78,6 +81,19 @@ class TaskSetup:
     max_pixels: int
     whole: bool
     identity: dict[str, str] = field(default_factory=dict)  # of the engine that was tried first
+    folder: Path | None = None
+
+    def enter_folder(self) -> None:
+        """Work in `folder`: nodes start their tasks elsewhere. Raises CannotStart."""
+        if self.folder is None:
+            return
+        try:
+            os.chdir(self.folder)
+        except OSError as cause:
+            raise CannotStart(
+                f"inputs are named relative to {self.folder}, which a node lacks: name them by "
+                "paths, or URLs, that are right on all nodes"
+            ) from cause
 
 
 class RayCaptioning:
@@ -91,7 +107,10 @@ class RayCaptioning:
             check_listens(cluster.address)  # Ray itself would try without end
         except (OSError, ValueError) as cause:
             raise CannotStart(f"no Ray cluster answers at {cluster.address} ({cause})") from cause
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
+        try:
+            ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
+        except (ValueError, ConnectionError) as cause:
+            raise CannotStart(f"{cluster.address} names no Ray cluster: {cause}") from cause
         there = ray.cluster_resources()
         self._gpus = int(there.get("GPU", 0))
         cores = int(there.get("CPU", 0))
@@ -118,6 +137,9 @@ class RayCaptioning:
         Raises SameId if one took the id of another input.
         """
         apart = split(parts)
+        setup = self._setup
+        if any(is_relative(part.path) for part in parts):
+            setup = replace(setup, folder=Path.cwd())
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         outcomes = (
@@ -130,7 +152,7 @@ class RayCaptioning:
                 num_cpus=_READING,
                 fn_kwargs={
                     "known": ray.put(index.keys()),
-                    "prompt": self._setup.prompt,
+                    "setup": setup,
                     "tell": again,
                 },
             )
@@ -139,11 +161,11 @@ class RayCaptioning:
                 _Decoder.decode,
                 batch_size=_ROWS,
                 num_cpus=_DECODING,
-                fn_args=(self._setup,),
+                fn_args=(setup,),
             )
             .map_batches(
                 _Engine,
-                fn_constructor_args=(self._setup,),
+                fn_constructor_args=(setup,),
                 batch_size=_ROWS,
                 compute=ray.data.ActorPoolStrategy(
                     min_size=1,
@@ -190,13 +212,14 @@ def _tried(setup: TaskSetup) -> tuple[dict[str, str], str]:
 
 
 def _read(
-    batch: Batch, known: "ray.ObjectRef[FinishedItems]", prompt: str | None, tell: bool
+    batch: Batch, known: "ray.ObjectRef[FinishedItems]", setup: TaskSetup, tell: bool
 ) -> Iterator[Batch]:
     """The items of parts that are still to be captioned, and folders in which files were skipped.
     tell: and, of items that are not, lists of ids and keys (`of_item`).
     """
+    setup.enter_folder()
     given = [pickle.loads(part) for part in batch["part"]]
-    done, found = ray.get(known), items(given, prompt=prompt)
+    done, found = ray.get(known), items(given, prompt=setup.prompt)
     while some := list(islice(found, _ROWS)):
         left = [item for item in some if item not in done]
         told = [(item.id, of_item(item)) for item in some if tell and item in done]
@@ -211,6 +234,7 @@ class _Decoder:
     made: "ClassVar[_Decoder | None]" = None
 
     def __init__(self, setup: TaskSetup) -> None:
+        setup.enter_folder()
         self._setup = setup
         manifest = manifests.read(setup.engine.folder)
         manifest.check_fingerprint(setup.engine.folder, setup.identity["engine"])

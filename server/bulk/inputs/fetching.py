@@ -39,6 +39,12 @@ def is_url(location: str) -> bool:
     return "://" in location or location.startswith("data:")
 
 
+def is_relative(location: str) -> bool:
+    """Whether a location depends on the working directory."""
+    path = as_path(location)
+    return not (is_url(path) or Path(path).is_absolute())
+
+
 def opened(location: str) -> AbstractContextManager[BinaryIO]:
     """Open a path or URL to read. Raises OSError, NoWay, and what its file system raises."""
     if not is_url(location):
