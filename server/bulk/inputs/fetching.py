@@ -4,10 +4,11 @@ import io
 import stat
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urljoin
 
 from runtime.errors import VignetteError
@@ -18,7 +19,11 @@ _ATTEMPTS, _LONGEST_WAIT = 4, 20  # per image over HTTP; seconds between attempt
 _CONNECT_SECONDS, _READ_SECONDS, _SECONDS = 10, 30, 120  # of one attempt
 _CONNECTIONS, _REDIRECTS = 64, 5
 _PIECE = 2**20
+WEB = ("http://", "https://")
+_PAGES = ("text/html", "application/xhtml+xml")
 _LATER = (408, 425, 429)  # statuses below 500 that are retried
+
+_T = TypeVar("_T")
 
 
 class NoWay(VignetteError):
@@ -75,8 +80,8 @@ def fetch(location: str, limit: int, over: threading.Event | None = None) -> byt
 
     Raises UnfitItem, also above `limit` bytes, and what `opened` raises.
     """
-    if location.startswith(("http://", "https://")):
-        return _fetched(location, limit, over or threading.Event())
+    if location.startswith(WEB):
+        return _fetched(location, limit, over or threading.Event(), _content)
     if is_url(location) and "::" in location.partition("://")[0]:
         raise UnfitItem("a URL within another is not taken")  # it may fill the temporary folder
     location = as_path(location)  # fsspec would wait for a pipe's writer
@@ -86,7 +91,13 @@ def fetch(location: str, limit: int, over: threading.Event | None = None) -> byt
         return _bounded(stream, limit)
 
 
-def _fetched(url: str, limit: int, over: threading.Event) -> bytes:
+def fetch_page(url: str, limit: int) -> str:
+    """A web page, or nothing for what is none. Raises UnfitItem and NoWay, as `fetch` does."""
+    return _fetched(url, limit, threading.Event(), _text)
+
+
+def _fetched(url: str, limit: int, over: threading.Event, read: Callable[[Any, int], _T]) -> _T:
+    """What `read` makes of the answer."""
     try:
         from tenacity import (
             Retrying,
@@ -105,10 +116,10 @@ def _fetched(url: str, limit: int, over: threading.Event) -> bytes:
         retry=retry_if_exception_type(_Later),
         reraise=True,
     )
-    return attempts(_asked, url, limit, over)
+    return attempts(_asked, url, limit, over, read)
 
 
-def _asked(url: str, limit: int, over: threading.Event) -> bytes:
+def _asked(url: str, limit: int, over: threading.Event, read: Callable[[Any, int], _T]) -> _T:
     from urllib3.exceptions import HTTPError, LocationValueError
 
     current.attempt = attempt = Attempt(time.monotonic() + _SECONDS, _READ_SECONDS, over)
@@ -121,7 +132,7 @@ def _asked(url: str, limit: int, over: threading.Event) -> bytes:
             ) as answer:
                 onward = answer.get_redirect_location()
                 if not onward:
-                    return _content(answer, limit)
+                    return read(answer, limit)
                 url = urljoin(url, onward)
     except LocationValueError as cause:
         raise UnfitItem(f"the server can't be asked: {cause}") from cause
@@ -140,6 +151,18 @@ def _content(answer: Any, limit: int) -> bytes:
     content = _bounded(answer, limit)
     answer.drain_conn()
     return content
+
+
+def _text(answer: Any, limit: int) -> str:
+    kind, _, parameters = str(answer.headers.get("Content-Type", _PAGES[0])).partition(";")
+    if answer.status == 200 and kind.strip().lower() not in _PAGES:
+        return ""
+    content = _content(answer, limit)
+    charset = parameters.lower().partition("charset=")[2].strip(" \"'") or "utf-8"
+    try:
+        return content.decode(charset, "replace")
+    except LookupError:
+        return content.decode(errors="replace")
 
 
 @cache

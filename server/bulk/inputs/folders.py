@@ -15,8 +15,9 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from runtime.model.preprocess import SUFFIXES
-from server.bulk.inputs.fetching import file_system, is_url
-from server.bulk.inputs.items import Item
+from server.bulk.inputs.fetching import WEB, file_system, is_url
+from server.bulk.inputs.items import Item, UnfitItem
+from server.bulk.inputs.web_pages import WebPages
 
 _NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _ESCAPED = re.compile(r"\\[xu\\]")
@@ -258,8 +259,9 @@ def _shown(folder: Path) -> Iterator[Path]:
 
 def _remote(url: str) -> Iterator[Found]:
     """Like `_local`, through fsspec."""
-    system, path = file_system(url)
-    has_query = url.startswith("http") and "?" in url
+    web = url.startswith(WEB)
+    system, path = (WebPages(url), url) if web else file_system(url)
+    has_query = web and "?" in url
     is_image = PurePosixPath(path).suffix.lower() in SUFFIXES
     if has_query or (not _has_wildcards(path) and (is_image or not system.isdir(path))):
         yield Found(url, url, "named")
@@ -270,7 +272,7 @@ def _remote(url: str) -> Iterator[Found]:
         literal = list(takewhile(lambda part: not _has_wildcards(part), whole))
         root, parts = "/".join(literal), whole[len(literal) :]
     for found in (
-        _listed(system, root, tuple(parts)) if _has_folders(system) else _found(system, path)
+        _listed(system, root, tuple(parts)) if web or _has_folders(system) else _found(system, path)
     ):
         name = found.location.removeprefix(path.rstrip("/") + "/")
         yield replace(found, location=system.unstrip_protocol(found.location), name=name)
@@ -286,31 +288,34 @@ def _found(system: Any, path: str) -> Iterator[Found]:
 def _listed(system: Any, top: str, parts: tuple[str, ...]) -> Iterator[Found]:
     """Files in a folder that match a pattern's parts. fsspec's own walk leaves out what it can't
     read.
+
+    The entries of a web page may be deep below its folder.
     """
-    left = [top]
+    left, known = [top], {top}
     while left:
         folder = left.pop()
         below = folder.removeprefix(top).strip("/")
         names = tuple(below.split("/")) if below else ()
         try:
             entries = sorted(system.ls(folder or "/", detail=True), key=lambda entry: entry["name"])
-        except OSError as error:
+        except (OSError, UnfitItem) as error:
             yield Found(folder, folder, wrong=str(error))
             continue
         yield Found(folder, folder, "listed")
-        folders = []
+        folders: list[str] = []
         for entry in entries:
             location = entry["name"].rstrip("/")
-            name = location.rpartition("/")[2]
-            above = location.removesuffix(name).rstrip("/")
-            if above != folder or name.startswith("."):
+            inside = location.removeprefix(f"{folder}/").split("/")
+            hidden = any(not name or name.startswith(".") for name in inside)
+            if hidden or not location.startswith(f"{folder}/"):
                 continue  # a page may link to itself, or upwards
-            places = _places((*names, name), parts)
+            places = _places((*names, *inside), parts)
             if entry["type"] != "directory":
                 if len(parts) in places:
                     yield Found(location, location)
             elif any(place < len(parts) for place in places):
-                folders.append(location)
+                folders += {location} - known
+                known.add(location)
         left += reversed(folders)
 
 

@@ -1,0 +1,71 @@
+"""Images in the folders of web servers, whose pages write their links in many ways."""
+
+import http.server
+import threading
+
+import pytest
+
+from server.bulk.inputs.folders import Files
+
+PAGES = {
+    "/photos/": """<a href="..">Up</a> <a href="?C=N;O=D">Name</a> <a href="#top">Top</a>
+        <A HREF='a.png'>a</A> <a class=x href="http-logo.png">l</a> <a href="it's.png">i</a>
+        <a href="./b.png">b</a> <a href="x&amp;y.png">x</a> <a href=/photos/c.png>c</a>
+        <a href="deep/er/d.png">d</a> <a href=".hidden.png">h</a> <a href="notes.txt">n</a>
+        <a href="https://elsewhere.example/e.png">e</a> <a href="https://[">broken</a>
+        <a href="http/">sub</a> <a href="./closed/">closed</a> <a href="deep/">deep</a>
+        <img src="thumbnail.png">""",
+    "/photos/http/": '<a href="/photos/">Up</a> <a href="HTTP://{host}/photos/http/f%20g.png">f</a>',
+    "/photos/deep/": '<a href="er/">er</a>',
+    "/photos/deep/er/": '<a href="d.png">d</a>',
+}
+
+
+@pytest.fixture
+def site():
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            found = PAGES.get(self.path)
+            moved = found is None and f"{self.path}/" in PAGES
+            self.send_response(200 if found else 301 if moved else 403)
+            if moved:
+                self.send_header("Location", f"{self.path}/")
+            if self.path == "/photos/":
+                self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write((found or "").replace("{host}", self.headers["Host"]).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_links_of_all_forms_below_the_folder_are_taken(site):
+    files = Files(f"{site}/photos")
+    items = {item.id.removeprefix(f"{site}/photos/"): item for item in files.items()}
+    closed = items.pop("closed")
+    assert closed.wrong == "the server answered 403"
+    assert sorted(items) == [
+        "a.png", "b.png", "c.png", "deep/er/d.png", "http-logo.png", "http/f%20g.png", "it's.png",
+        "x&y.png",
+    ]  # fmt: skip
+    assert all(item.wrong is None for item in items.values())
+    assert items["deep/er/d.png"].name == "deep/er/d"
+    assert files.skipped == {".txt": 1}
+
+
+def test_a_pattern_chooses_among_links(site):
+    found = [item.id for item in Files(f"{site}/photos/**/[d-f]*.png").items()]
+    assert {url.removeprefix(f"{site}/photos/") for url in found} == {
+        "closed", "deep/er/d.png", "http/f%20g.png",
+    }  # fmt: skip
+
+
+def test_what_is_no_page_is_named_itself(site):
+    [item] = Files(f"{site}/nowhere").items()
+    assert item.image == f"{site}/nowhere"
