@@ -21,6 +21,7 @@ from runtime.errors import InvalidImage, TooManyPixels
 from runtime.model.manifest import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
+JPEG = ("JPEG", "MPO")  # MPO is several JPEGs in one file, of which the first is decoded
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 50_000_000
 _SPARE = 3  # scaled decoding keeps at least so many times `shortest_edge`
@@ -47,6 +48,20 @@ def preprocess(data: bytes, how: Preprocessing, max_pixels: int = MAX_PIXELS) ->
     `max_pixels`.
     """
     return prepared(opened(data, max_pixels), how, max_pixels)
+
+
+def scale_of(image: Image.Image, how: Preprocessing) -> int:
+    """By how much an opened image is scaled down while it is decoded; 1 for all but large JPEGs."""
+    fits = min(image.size) // (_SPARE * how.shortest_edge) if image.format in JPEG else 1
+    return next(scale for scale in (8, 4, 2, 1) if scale <= max(1, fits))
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """The transposition that makes an image upright, if any."""
+    # Only the orientation is read: Pillow's `exif_transpose` also rewrites the other tags, and
+    # fails if it can't.
+    turned = image.getexif().get(ExifTags.Base.Orientation) if _is_short(image) else None
+    return _UPRIGHT.get(turned) if isinstance(turned, int) else None
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -92,13 +107,10 @@ def _upright(image: Image.Image, least_edge: int | None) -> Image.Image:
         if least_edge is not None:
             image.draft(None, (least_edge, least_edge))  # has no effect on other formats than JPEG
         image.load()
-        # Only the orientation is read: Pillow's `exif_transpose` also rewrites the other tags, and
-        # fails if it can't.
-        turned = image.getexif().get(ExifTags.Base.Orientation) if _is_short(image) else None
-        how = _UPRIGHT.get(turned) if isinstance(turned, int) else None
+        turn = turn_of(image)
         if image.mode == "I;16" and _white_is_zero(image):  # which Pillow heeds of 8 bits alone
             image = Image.fromarray(65535 - np.asarray(image))
-        return to_rgb(image if how is None else image.transpose(how))
+        return to_rgb(image if turn is None else image.transpose(turn))
     except DAMAGE as cause:
         raise InvalidImage(
             f"a damaged {image.format} image: its end is missing, or bytes were changed"

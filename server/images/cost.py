@@ -10,11 +10,12 @@ from PIL import Image, TiffImagePlugin
 
 from runtime.errors import InvalidImage, VignetteError
 from runtime.model.manifest import Preprocessing
-from runtime.model.preprocess import resized
+from runtime.model.preprocess import DAMAGE, JPEG, resized, scale_of, turn_of
 
 _BYTES = 20  # per pixel while it is decoded and converted: the codec's, Pillow's, and a copy
 _SCANS = 100  # most of a JPEG; cameras and programs write about ten, libjpeg itself takes 500
 _SCAN = 0.6  # ns per pixel and scan: each scan visits the coefficients again
+_JPEG_PIXEL, _TURNED, _CMYK = 16, 8, 10  # ns per pixel that is left by scaled decoding
 _RESIZED, _RESIZED_BYTES = 6, 4  # ns and bytes per pixel of the resized image, before cropping
 _STRIPS, _TILES = 273, 324  # tags of a TIFF
 _TILE_SIDES, _LARGE_TILE = (322, 323), 2**20  # tags; pixels of a tile that any image may have
@@ -40,9 +41,8 @@ class Rates:
     most: float
 
 
-_JPEG = ("JPEG", "MPO")  # MPO is several JPEGs in one file, of which the first is decoded
 _FORMATS = {
-    **dict.fromkeys(_JPEG, Rates(2, 25, 12)),
+    **dict.fromkeys(JPEG, Rates(1, 25, 12)),
     "PNG": Rates(24, 40, 50),
     "WEBP": Rates(20, 350, 70),
     "AVIF": Rates(18, 330, 75),
@@ -87,11 +87,21 @@ def estimate(image: Image.Image, data: bytes, how: Preprocessing) -> Cost:
         spent += len(data) * _SLOW_BYTE
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         spent += _strips(image, data)
-    if image.format in _JPEG:
+    if image.format in JPEG:
+        left = _JPEG_PIXEL + (_TURNED if _is_turned(image) else 0)
+        left += _CMYK if image.mode == "CMYK" else 0
+        spent += pixels / scale_of(image, how) ** 2 * left
         scans = scans_of(data)
         if "progressive" in image.info or scans > _PLAIN_SCANS:
             spent += pixels * scans * _SCAN
     return Cost(spent / 1e9, pixels * _BYTES + width * height * _RESIZED_BYTES)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    try:
+        return turn_of(image) is not None
+    except DAMAGE:  # which decoding tells of
+        return False
 
 
 def _strips(image: TiffImagePlugin.TiffImageFile, data: bytes) -> float:

@@ -10,7 +10,7 @@ from runtime.errors import InvalidImage
 
 _PARTS = 1000  # most before the image data; a PNG may have one more per `_PIECE`
 _PIECE = 2048  # bytes
-_PACKED, _MOST_PACKED = (b"iCCP", b"zTXt", b"iTXt"), 32  # chunks that unpack to a megabyte each
+_PACKED, _MOST_PACKED = (b"iCCP", b"zTXt", b"iTXt"), 16  # chunks that unpack to a megabyte each
 _PADDING = 64  # most bytes of 0xFF before a JPEG's marker
 _JPEG, _PNG, _GIF = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", (b"GIF87a", b"GIF89a")
 _TIFF, _BIG_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), 43

@@ -25,7 +25,8 @@ SLOW_SECONDS = 2.0  # after which a fetch gives way to a client that has fewer
 LATE = "image_url did not answer in time"
 _GAVE_WAY = "image_url answers slowly, and others wait, too: try again later"
 _PIECES, _PIECE = 256, 512  # reads and chunks allowed per answer, and one more per so many bytes
-_SEARCHED, _LINES = 256 * 1024, 200  # bytes searched for a head's end; lines of a head
+_LINES = 200  # most of a head
+_HEAD_ENDS = b"\n\n", b"\n\r\n"  # as Tornado has it
 _TURN_SECONDS = 0.002  # that a fetch may go on for while others have something to read
 _PAUSE_SECONDS = 0.25  # between turns, at most, for a client that owes computation
 
@@ -42,8 +43,8 @@ class FetchUnderWay:
     charge: takes seconds of computation from the client; returns those in which it has none.
 
     Of the present answer, body: received so far; received: bytes, heads included; reads: of the
-    connection, at most a TLS record each; searched: bytes of the head, again with each read;
-    chunks: of the body. cost: bytes of all answers. refused: why this side ended the connection.
+    connection, at most a TLS record each; searched: bytes of the head without its end; chunks: of
+    the body. cost: bytes of all answers. refused: why this side ended the connection.
     What has come by then may look like a whole answer, if that has no length.
     """
 
@@ -93,10 +94,10 @@ class FetchUnderWay:
                 self.received += count
                 self.cost += count
                 self.reads += 1
-                self.searched += 0 if self.body else self.received
             return 0 if self._drips() else count
 
         async def head(*args: Any, **options: Any) -> bytes:
+            self.searched = 0
             lines = await read_until_regex(*args, **options)
             if lines.count(b"\n") > _LINES:  # which Tornado takes apart in one piece
                 self.refused = "sends a head of hundreds of lines"
@@ -109,7 +110,7 @@ class FetchUnderWay:
 
         def search() -> int | None:
             with self._computing():
-                return find()
+                return find() if stream._read_regex is None or self._may_end(stream) else None
 
         def next_chunk(*args: Any, **options: Any) -> Awaitable[bytes]:
             self.chunks += 1
@@ -180,11 +181,19 @@ class FetchUnderWay:
         self.body += piece
         self._pause()
 
+    def _may_end(self, stream: IOStream) -> bool:
+        """Whether a head has its end in what came last, or is too long: only then Tornado is to
+        look, which begins anew with each piece.
+        """
+        head = stream._read_buffer
+        new, self.searched = head[max(0, self.searched - 2) :], len(head)
+        too_long = len(head) > (stream._read_max_bytes or 0)
+        return too_long or any(end in new for end in _HEAD_ENDS)
+
     def _drips(self) -> bool:
         """Refuse an answer that comes in too many pieces, as each takes as long as a large one."""
         most_reads, most_chunks = self.received // _PIECE, len(self.body) // _PIECE
-        many = self.reads > _PIECES + most_reads or self.chunks > _PIECES + most_chunks
-        if many or self.searched > _SEARCHED:
+        if self.reads > _PIECES + most_reads or self.chunks > _PIECES + most_chunks:
             self.refused = "comes in single bytes"
         return self.refused is not None
 

@@ -9,7 +9,7 @@ _BYTES = 100e6, 32e6  # bytes of all large bodies, a second and at once: half of
 _MUCH = 64 * 1024  # bytes within a second, by which a client counts as one that sends large bodies
 _REFUSALS, _ALL_REFUSALS = (50.0, 100.0), 200.0  # a second and at once; a second of all clients
 # A restarted proxy abandons all its requests in flight: the burst is above that number.
-_ABANDONED, _ABANDONED_SECONDS = (10.0, 200.0), 2.0
+_ABANDONED, _ALL_ABANDONED, _ABANDONED_SECONDS = (10.0, 200.0), 50.0, 2.0
 _SERVED = 0.2  # of an abandoned request's cost, which a served request earns back
 _PAGES, _ALL_PAGES = (200.0, 400.0), 500.0  # of requests that are no captions, likewise
 
@@ -31,7 +31,9 @@ class ClientRates:
         rate, burst = _REFUSALS
         self.refusals = TokenBuckets(rate * share, burst * share, total=_ALL_REFUSALS * share)
         rate, burst = _ABANDONED
-        self.abandoned = TokenBuckets(rate * share, burst * share, longest=_ABANDONED_SECONDS)
+        self.abandoned = TokenBuckets(
+            rate * share, burst * share, longest=_ABANDONED_SECONDS, total=_ALL_ABANDONED * share
+        )
         self.pages = pages(share)
 
     def owed(self, client: str) -> float:

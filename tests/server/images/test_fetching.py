@@ -177,20 +177,30 @@ def test_a_connection_with_always_something_to_read_lets_others_run(monkeypatch)
     asyncio.run(run())
 
 
-def test_a_head_in_pieces_is_searched_so_often():
-    """Tornado looks through all of it each time that some of it has come."""
+@pytest.mark.parametrize("end", [b"\r\n\r\n", b"\n\n", b"\n\r\n"])
+def test_a_head_in_pieces_is_searched_once(end):
+    """Tornado would look through all of it each time that some of it has come."""
+    looked, head = [], b"HTTP/1.1 200 OK" + b"\r\nX: y" * 100 + end
 
-    def pieces(size: int, body: bytes) -> int:
-        names = "read_bytes", "read_until", "read_until_regex", "close", "_find_read_pos"
-        stream = SimpleNamespace(**dict.fromkeys(names, print), read_from_fd=lambda _: size)
-        fetching = FetchUnderWay("somebody", lambda *_: 0.0)
-        fetching.opened(stream)
-        fetching.body += body
-        return sum(bool(stream.read_from_fd(b"")) for _ in range(200))
+    async def nothing(*_):
+        return b""
 
-    assert 5 < pieces(4000, b"") < 15
-    assert 50 < pieces(100, b"") < 100
-    assert pieces(4000, b"begun") == 200
+    async def run():
+        names = "read_bytes", "read_until", "read_until_regex", "close", "read_from_fd"
+        stream = SimpleNamespace(
+            **dict.fromkeys(names, nothing), _read_regex=end, _read_max_bytes=2000
+        )
+        stream._find_read_pos = lambda: looked.append(len(stream._read_buffer))
+        FetchUnderWay("somebody", lambda *_: 0.0).opened(stream)
+        for begins in (head, bytes(3000)):
+            stream._read_buffer = bytearray()
+            await stream.read_until_regex(end)
+            for byte in begins:
+                stream._read_buffer.append(byte)
+                stream._find_read_pos()
+
+    asyncio.run(run())
+    assert looked == [len(head), *range(2001, 3001)]
 
 
 def test_what_an_answer_takes_to_read_is_charged_as_it_comes(monkeypatch):
@@ -222,6 +232,7 @@ def test_what_an_answer_takes_to_read_is_charged_as_it_comes(monkeypatch):
     reads = ("read_bytes", "read_until", "read_until_regex")
     stream = SimpleNamespace(
         **dict.fromkeys(reads, read),
+        _read_regex=None,
         read_from_fd=work,
         close=lambda: None,
         _find_read_pos=lambda: work(b""),
