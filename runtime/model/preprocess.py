@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 from PIL import AvifImagePlugin, ExifTags, Image
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from runtime.errors import InvalidImage, TooManyPixels
@@ -37,8 +38,13 @@ _UPRIGHT = {
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 _SEPARATE = 2  # PlanarConfiguration of a TIFF: a plane for each colour
+_SAMPLE_FORMAT, _SIGNED = 339, 2  # tag of a TIFF
+_FEW_GREYS = {"L;2": 85, "L;4": 17}  # steps of a PNG's greys once they have 8 bits
 _EXIF_ENTRIES, _EXIF_BYTES = 500, 2**18  # larger EXIF data is ignored
 _NOT_AN_IMAGE = f"not an image: it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
+
+_ODD_TIFF = "a TIFF of a kind that can't be read here: save it as PNG, or with 8 bits"
+_TIFF = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
 
 
 def preprocess(data: bytes, how: Preprocessing, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -82,7 +88,7 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Image.DecompressionBombError as cause:  # Pillow's own limit, where none has lifted it
         raise TooManyPixels(_too_many(max_pixels)) from cause
     except DAMAGE as cause:
-        raise InvalidImage(_NOT_AN_IMAGE) from cause
+        raise InvalidImage(_ODD_TIFF if data.startswith(_TIFF) else _NOT_AN_IMAGE) from cause
     if image.width * image.height > max_pixels:
         raise TooManyPixels(_too_many(max_pixels))
     return image
@@ -98,18 +104,16 @@ def _upright(image: Image.Image, least_edge: int | None) -> Image.Image:
 
     least_edge: shortest edge in pixels that a scaled-down JPEG must keep; None decodes full size.
     """
-    if _in_deep_planes(image):
-        raise InvalidImage(
-            "a TIFF of uncompressed planes of 16 bits can't be read here: save it with 8 bits, or "
-            "compressed"
-        )
+    if isinstance(image, TiffImageFile):
+        _check_tiff(image)
     try:
         if least_edge is not None:
             image.draft(None, (least_edge, least_edge))  # has no effect on other formats than JPEG
+        _scale_clear_grey(image)
         image.load()
         turn = turn_of(image)
-        if image.mode == "I;16" and _white_is_zero(image):  # which Pillow heeds of 8 bits alone
-            image = Image.fromarray(65535 - np.asarray(image))
+        if image.mode.startswith("I;16") and isinstance(image, TiffImageFile):
+            image = _of_16_bits(image)
         return to_rgb(image if turn is None else image.transpose(turn))
     except DAMAGE as cause:
         raise InvalidImage(
@@ -117,20 +121,35 @@ def _upright(image: Image.Image, least_edge: int | None) -> Image.Image:
         ) from cause
 
 
-def _in_deep_planes(image: Image.Image) -> bool:
-    """Whether Pillow would take a plane's bytes for pixels of 8 bits."""
-    if not isinstance(image, TiffImageFile) or image.info.get("compression") != "raw":
-        return False
+def _scale_clear_grey(image: Image.Image) -> None:
+    """Of a PNG of few greys Pillow scales the pixels to 8 bits, but not the one that is clear."""
+    clear = image.info.get("transparency")
+    if isinstance(image, PngImageFile) and isinstance(clear, int) and image.tile:
+        image.info["transparency"] = clear * _FEW_GREYS.get(str(image.tile[0].args), 1)
+
+
+def _check_tiff(image: TiffImageFile) -> None:
+    """Raise InvalidImage for pixels that Pillow takes for others."""
     bits = image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,))
     planes = image.tag_v2.get(ExifTags.Base.PlanarConfiguration, 1)
-    return planes == _SEPARATE and len(bits) > 1 and max(bits) > 8
+    raw = image.info.get("compression") == "raw"
+    if raw and planes == _SEPARATE and len(bits) > 1 and max(bits) > 8:
+        raise InvalidImage(
+            "a TIFF of uncompressed planes of 16 bits can't be read here: save it with 8 bits, or "
+            "compressed"
+        )
+    if _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ()) and max(bits) <= 16:  # 32 bits are checked
+        raise InvalidImage("a TIFF of signed values can't be read here: save it with unsigned ones")
 
 
-def _white_is_zero(image: Image.Image) -> bool:
-    return (
-        isinstance(image, TiffImageFile)
-        and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation, 0) == 0
-    )
+def _of_16_bits(image: TiffImageFile) -> Image.Image:
+    """Values from black to white: Pillow leaves 12 bits as they are, and white may be zero."""
+    values = np.asarray(image).astype(np.uint16)
+    [bits] = image.tag_v2.get(ExifTags.Base.BitsPerSample, (16,))
+    values = values << (16 - bits)
+    if image.tag_v2.get(ExifTags.Base.PhotometricInterpretation, 0) == 0:
+        values = 65535 - values
+    return Image.fromarray(values)
 
 
 def _is_short(image: Image.Image) -> bool:
@@ -151,7 +170,8 @@ def _too_many(limit: int) -> str:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB: transparency on white, 16 bits scaled to 8, CMYK and palettes converted.
 
-    Raises InvalidImage for floating-point pixels: 1 is white in some files, and black in others.
+    Raises InvalidImage for floating-point pixels, where 1 is white in some files and black in
+    others, and for integers of more than 16 bits.
     """
     if image.mode == "F":
         raise InvalidImage(
@@ -164,7 +184,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
             grey[deep == clear] = 255
         return Image.fromarray(grey).convert("RGB")
     if image.mode == "I":  # 32-bit integers, holding 16-bit values in PNG, and mostly in TIFF
-        deep = np.clip(np.asarray(image), 0, 65535)
+        deep = np.asarray(image)
+        if deep.size and (deep.min() < 0 or deep.max() > 65535):
+            raise InvalidImage(
+                "the image has 32-bit values, whose range is unknown: save it with 8 or 16 bits"
+            )
         return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
     clear = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits

@@ -27,8 +27,8 @@ class Question(BaseModel):
 
 
 class Parameters(BaseModel):
-    """Parameters of a task. top_k: ignored, as there is one answer. generation_parameters: named as
-    in `generate`.
+    """Parameters of a task. top_k: ignored, as answers are not ranked. generation_parameters:
+    named as in `generate`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,7 +60,10 @@ class HubRequest(BaseModel):
         """Fields of SamplingParams. Raises InvalidRequest."""
         given = self.parameters or Parameters()
         asked = dict(given.generation_parameters or {})
-        if asked.pop("do_sample", False):
+        draws = asked.pop("do_sample", False)
+        if not isinstance(draws, bool):
+            raise InvalidRequest("do_sample must be true or false")
+        if draws:
             asked.setdefault("temperature", 1.0)
         else:  # like `generate`, which samples only if told to
             asked = {k: v for k, v in asked.items() if k not in ("temperature", "top_k", "top_p")}
@@ -86,7 +89,7 @@ class HubHandler(Page, IntakeHandler):
         check_media_type(self._kind)
 
     async def serve(self, body: bytes) -> None:
-        """Answer with the caption, or with the answer and its mean token probability."""
+        """Answer with the captions, or with answers and their mean token probabilities."""
         if not body:
             raise InvalidRequest("the body is empty: send an image")
         images, asked = [body], HubRequest(inputs=0)
@@ -100,7 +103,10 @@ class HubHandler(Page, IntakeHandler):
         request = model.request(asked.asks, asked.sampling)
         caption = await self.service.caption(model, request, images, self.client)
         self.timing = caption.timing
+        captions = (caption, *caption.others)
         if asked.asks is None:
-            self.write_json([{"generated_text": caption.text}])
+            self.write_json([{"generated_text": each.text} for each in captions])
         else:
-            self.write_json([{"answer": caption.text, "score": exp(caption.score or 0)}])
+            self.write_json(
+                [{"answer": each.text, "score": exp(each.score or 0)} for each in captions]
+            )

@@ -27,6 +27,10 @@ from server.service.model import Model
 from server.service.service import Images
 
 _KINDS = {401: "authentication_error", 404: "invalid_request_error", 429: "rate_limit_error"}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {  # values of other options that ask for nothing
+    "response_format": ({"type": "text"},), "store": (False,), "parallel_tool_calls": (True, False),
+    "service_tier": ("auto", "default"), "tool_choice": ("none", "auto"), "modalities": (["text"],),
+}  # fmt: skip
 _DONE = "data: [DONE]\n\n"
 
 
@@ -101,11 +105,10 @@ class ChatRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _absent(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        neutral = {"response_format": {"type": "text"}}
         return {
             name: value
             for name, value in fields.items()
-            if value not in (None, [], {}) and value != neutral.get(name)
+            if value not in (None, [], {}, *_NEUTRAL.get(name, ()))
         }
 
     def sampling(self, most_new_tokens: int) -> dict[str, Any]:

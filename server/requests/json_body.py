@@ -19,6 +19,7 @@ _QUOTES = 1024  # quotes of a JSON document that end a string or are escaped in 
 _DEPTH, _VALUES = 8, 512  # levels of nesting, and values, of a JSON document
 _UNESCAPED = 16  # fewest base64 characters per escape: some programs escape each "/" or "+"
 _MARK = b'"\\u0000'  # start of a mark for a long string, whose index follows
+_DATA = "data:"
 _WHITESPACE = str.maketrans("", "", " \t\r\n")
 _NO_OBJECT = 'send {"image": "<base64>"} in UTF-8'
 
@@ -102,8 +103,12 @@ def _is_address(url: Any, long: list[bytes]) -> bool:
         return False
     if url.startswith("\0"):
         written = long[int(url[1:])]
-        return len(written) <= MOST_TEXT and not written.startswith(b'"data:')
-    return not url.startswith("data:")
+        return len(written) <= MOST_TEXT and written[: len(_DATA) + 1].lower() != b'"data:'
+    return not _is_data(url)
+
+
+def _is_data(url: str) -> bool:
+    return url[: len(_DATA)].lower() == _DATA
 
 
 def _outline(body: bytes, longest: int) -> tuple[bytes, list[bytes]]:
@@ -200,7 +205,7 @@ def _from_base64(image: Any, long: list[bytes], name: str = "image") -> bytes:
             if written.count(b"\\") > len(written) // _UNESCAPED:
                 raise ValueError("it is mostly escapes")
             image = json.loads(written.decode()) if b"\\" in written else written[1:-1].decode()
-        if image.startswith("data:"):
+        if _is_data(image):
             image = image.partition(",")[2]
         if not image.isascii():
             raise ValueError("it has other characters")  # translate is slow on them

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -117,6 +118,47 @@ def test_planes_of_sixteen_bits_are_refused_and_not_taken_for_pixels():
     offsets = 273, 4, 3, struct.pack("<III", 8, 8, 8)
     with pytest.raises(InvalidImage, match="planes of 16 bits can't be read"):
         preprocess(tiff(depth, offsets, planes, data=bytes(300 * 200 * 6)), HOW)
+
+
+def test_twelve_bits_are_scaled_as_sixteen_are():
+    ramp = np.linspace(0, 4095, 300 * 200).astype(np.uint32)
+    first, second = ramp[::2], ramp[1::2]
+    packed = np.stack([first >> 4, first << 4 & 0xF0 | second >> 8, second & 0xFF], 1)
+    tags = (258, 3, 1, b"\x0c"), (262, 3, 1, b"\1"), (277, 3, 1, b"\1"), (278, 3, 1, b"\xc8")
+    begin, size = 8 + 2 + 12 * 9 + 4, len(first) * 3
+    strip = (273, 4, 1, struct.pack("<I", begin)), (279, 4, 1, struct.pack("<I", size))
+    image = tiff(*tags, *strip, data=packed.astype(np.uint8).tobytes())
+    expected = Image.fromarray((ramp >> 4).astype(np.uint8).reshape(200, 300)).convert("RGB")
+    assert np.array_equal(preprocess(image, HOW), theirs(expected))
+
+
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [
+        (encoded(Image.fromarray(np.full((9, 9), 70_000, np.int32)), "TIFF"), "32-bit values"),
+        (tiff((258, 3, 1, b"\x08"), (262, 3, 1, b"\1"), (277, 3, 1, b"\1"), (339, 3, 1, b"\2"),
+              (273, 4, 1, b"\x08")), "signed values"),
+        (tiff((258, 3, 1, b"\x08"), (262, 3, 1, b"\x63")), "a TIFF of a kind"),
+    ],
+)  # fmt: skip
+def test_values_of_unknown_range_and_unknown_tiffs_are_refused(image, told):
+    with pytest.raises(InvalidImage, match=told):
+        preprocess(image, HOW)
+
+
+@pytest.mark.parametrize(("bits", "step"), [(2, 85), (4, 17)])
+def test_the_clear_one_of_few_greys_is_found(bits, step):
+    def chunk(kind, data):
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0))
+    row = b"\0" + bytes([0b00011011 if bits == 2 else 0x01]) + bytes(bits - 1)  # ends in zeros
+    png = b"\x89PNG\r\n\x1a\n" + head + chunk(b"tRNS", b"\0\1")
+    found = decode(png + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b""))
+    grey = [pixel[0] for pixel in found.getdata()]
+    assert grey[1] == 255, "the clear one"
+    assert grey[0] == 0 and set(grey) <= {0, 255, *(step * n for n in range(16))}
 
 
 def test_a_transparent_colour_may_have_sixteen_bits():

@@ -52,6 +52,16 @@ def test_openai_lists_models_and_captions(live):
         assert said.usage.model_dump(include=expected["usage"].keys()) == expected["usage"]
 
 
+def test_openai_may_send_what_asks_for_nothing(live):
+    asked = {"messages": message(url=URL.replace("data:image", "DATA:Image")), "model": "fake"}
+    neutral = {"store": False, "service_tier": "auto", "parallel_tool_calls": True}
+    plain = client(live).chat.completions.create(**asked)
+    said = client(live).chat.completions.create(**asked, **neutral)
+    assert said.choices[0].message.content == plain.choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="store"):
+        client(live).chat.completions.create(**asked, store=True)
+
+
 def test_openai_may_ask_for_more_tokens_than_a_slot_has_room_for(live):
     """A bound of some hundred is in every example, and captions are shorter."""
     expected = live.caption(IMAGE, "?max_new_tokens=32").json
@@ -200,6 +210,9 @@ def test_the_hub_client_captions_and_asks(live, online):
     [said] = live.request("POST", "/", body, Content_Type="application/json").json
     expected = live.caption(IMAGE, "?max_new_tokens=4&num_beams=2").json["caption"]
     assert said["generated_text"] == expected
+    drawn = {"do_sample": True, "n": 3, "seed": 1}
+    body = as_json(inputs=b64(IMAGE), parameters={"generation_parameters": drawn})
+    assert len(live.request("POST", "/", body, Content_Type="application/json").json) == 3
 
 
 def test_the_hub_client_is_told_what_is_wrong(live, online):
@@ -208,6 +221,7 @@ def test_the_hub_client_is_told_what_is_wrong(live, online):
         hub.image_to_text(b"no image")
     assert error.value.response.status_code == 400
     assert "not an image" in error.value.response.json()["error"]
-    body = as_json(inputs=b64(IMAGE), parameters={"generation_parameters": {"colour": "red"}})
-    reply = live.request("POST", "/", body, Content_Type="application/json")
-    assert reply.status == 400 and "'colour'" in json.loads(reply.body)["error"]
+    for wrong, told in (({"colour": "red"}, "'colour'"), ({"do_sample": [1]}, "do_sample must be")):
+        body = as_json(inputs=b64(IMAGE), parameters={"generation_parameters": wrong})
+        reply = live.request("POST", "/", body, Content_Type="application/json")
+        assert reply.status == 400 and told in json.loads(reply.body)["error"]
