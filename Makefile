@@ -134,7 +134,7 @@ stubs:  ## make the gRPC code again from the .proto files
 	@sed -i -E 's/^import (grpc_service|model_config)_pb2/from server.grpc.stubs import \1_pb2/' $(STUBS)/*_pb2*.py
 
 test: .venv-dev/ready  ## run the tests (ARGS goes to pytest)
-	@$(DEV) -m pytest $(ARGS)
+	@$(DEV) -m pytest $(or $(ARGS),--numprocesses 2 --dist loadfile)
 
 kills: .venv-dev/ready  ## kill bulk runs 50 times for each form of output
 	@KILLS=50 $(DEV) -m pytest tests/bulk/test_outputs.py -k killed

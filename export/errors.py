@@ -11,6 +11,6 @@ class Mismatch(ExportError):
     """The graphs' results differ from PyTorch's. No files are left behind."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of another library's message."""
     return str(error).strip().partition("\n")[0]

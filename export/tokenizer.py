@@ -19,9 +19,10 @@ def tokenizer_json(model: str, revision: str | None, vocabulary: int) -> str:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
         written = tokenizer.backend_tokenizer.to_str()
-    # transformers raises exceptions of any type for missing or broken files
-    except Exception as cause:
-        if not Path(model).is_dir():
+    # transformers raises exceptions of any type for missing or broken files; tokenizers panics
+    except BaseException as cause:
+        broken = isinstance(cause, Exception) or type(cause).__name__ == "PanicException"
+        if not (broken and Path(model).is_dir()):
             raise
         raise ExportError(
             f"{model} has no tokenizer that can be read: put tokenizer.json and "

@@ -104,6 +104,10 @@ def _own_tokenizer(folder, weights):
         (_own_code, "custom_generate is code, which an export does not run"),
         (_own_attention, "attention by somebody/kernel"),
         (_own_tokenizer, "has no tokenizer that can be read"),
+        (
+            _with("tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": ""}),
+            "has no tokenizer that can be read",
+        ),
         (_more_layers, "weights of layers that config.json does not ask for"),
         (_with(hidden_act="none such"), "can't be loaded as a checkpoint: .*none such"),
         (_with(hidden_act=["gelu"]), r"hidden_act in config.json is \['gelu'\]"),

@@ -1,7 +1,7 @@
 """Bulk captioning on a Ray cluster: Ray Data reads, decodes and captions, and each item's outcome
 comes back to this process, which writes the output. A dead node's work is repeated elsewhere.
 
-The engine folder and the package must be on every node, under the same paths.
+The engine folder, the package and local inputs must be on every node, under the same paths.
 """
 
 import logging
