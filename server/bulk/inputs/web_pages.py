@@ -47,14 +47,13 @@ class WebPages:
 def _below(base: str, link: str) -> str | None:
     """The URL of a link, if it leads below the folder `base`; also by https in place of http."""
     try:
-        url = urldefrag(urljoin(base, link.strip())).url
-        ours, theirs = urlsplit(base), urlsplit(url)
+        ours, theirs = urlsplit(base), urlsplit(urldefrag(urljoin(base, link.strip())).url)
     except ValueError:  # a malformed URL
         return None
-    same = theirs.scheme in ("http", "https") and theirs.netloc == ours.netloc
+    same = theirs.scheme in ("http", "https") and theirs.hostname == ours.hostname
     if not (same and theirs.path.startswith(ours.path) and theirs.path != ours.path):
         return None  # also those that sort the page
-    return url.replace(f"{theirs.scheme}://", f"{ours.scheme}://", 1)
+    return theirs._replace(scheme=ours.scheme, netloc=ours.netloc).geturl()
 
 
 class _Links(HTMLParser):
