@@ -104,9 +104,9 @@ def _upright(image: Image.Image, least_edge: int | None) -> Image.Image:
 
     least_edge: shortest edge in pixels that a scaled-down JPEG must keep; None decodes full size.
     """
-    if isinstance(image, TiffImageFile):
-        _check_tiff(image)
     try:
+        if isinstance(image, TiffImageFile):
+            _check_tiff(image)
         if least_edge is not None:
             image.draft(None, (least_edge, least_edge))  # has no effect on other formats than JPEG
         _scale_clear_grey(image)
