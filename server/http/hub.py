@@ -60,8 +60,8 @@ class HubRequest(BaseModel):
         """Fields of SamplingParams. Raises InvalidRequest."""
         given = self.parameters or Parameters()
         asked = dict(given.generation_parameters or {})
-        draws = asked.pop("do_sample", False)
-        if not isinstance(draws, bool):
+        draws = asked.pop("do_sample", None)
+        if not isinstance(draws, bool | None):
             raise InvalidRequest("do_sample must be true or false")
         if draws:
             asked.setdefault("temperature", 1.0)

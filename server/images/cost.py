@@ -42,7 +42,7 @@ class Rates:
 
 
 _FORMATS = {
-    **dict.fromkeys(JPEG, Rates(1, 25, 12)),
+    **dict.fromkeys(JPEG, Rates(1, 20, 12)),
     "PNG": Rates(24, 40, 50),
     "WEBP": Rates(20, 350, 70),
     "AVIF": Rates(18, 330, 75),

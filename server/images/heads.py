@@ -11,6 +11,7 @@ from runtime.errors import InvalidImage
 _PARTS = 1000  # most before the image data; a PNG may have one more per `_PIECE`
 _PIECE = 2048  # bytes
 _PACKED, _MOST_PACKED = (b"iCCP", b"zTXt", b"iTXt"), 16  # chunks that unpack to a megabyte each
+_KEYWORD = 80  # bytes of a keyword and its end
 _PADDING = 64  # most bytes of 0xFF before a JPEG's marker
 _JPEG, _PNG, _GIF = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", (b"GIF87a", b"GIF89a")
 _TIFF, _BIG_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), 43
@@ -69,11 +70,19 @@ def _check_png(data: bytes) -> None:
         head = data[place : place + 8]
         if len(head) < 8 or head[4:] == b"IEND":
             return
-        packed += head[4:] in _PACKED
+        packed += head[4:] in _PACKED and _is_packed(data, place)
         if packed > _MOST_PACKED:
             break
         place += 12 + int.from_bytes(head[:4], "big")
     raise _too_many()
+
+
+def _is_packed(data: bytes, place: int) -> bool:
+    """Whether a chunk's data are compressed: of an iTXt a flag behind the keyword tells."""
+    if data[place + 4 : place + 8] != b"iTXt":
+        return True
+    flag = data.find(b"\0", place + 8, place + 8 + _KEYWORD) + 1
+    return data[flag : flag + 1] != b"\0"
 
 
 def _check_tiff(data: bytes) -> None:

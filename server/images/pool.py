@@ -28,7 +28,7 @@ from server.ipc.remembered import Remembered
 from server.refusals import QueueFull
 from server.requests.parts import Parts
 
-_QUICK = 0.16  # estimated core seconds: what a camera's 12 megapixels take
+_QUICK = 0.2  # estimated core seconds: what a camera's 12 megapixels take
 _QUICK_LIMIT = 0.6  # core seconds in the quick lane, for an image that was estimated wrongly
 _MISJUDGED = 1 / 60, 2.0  # underestimates per client, a second and at once; beyond, the slow lane
 _MISJUDGED_SECONDS = 600.0  # after which underestimates are forgotten, at most

@@ -121,6 +121,12 @@ def test_images_may_lie_in_a_csv_file_themselves(tmp_path):
     assert [item.wrong for item in found] == [None, None]
 
 
+def test_relative_urls_of_files_are_relative_to_the_list_too(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("file://a.png\nfile:///b.png\n")
+    assert [item.image for item in read(path)] == [str(tmp_path / "a.png"), "file:///b.png"]
+
+
 def test_a_line_that_is_none_fails_alone(tmp_path):
     path = tmp_path / "list.jsonl"
     path.write_text('{"image": "a.png"}\n{"image": \n[1]\n\n{"image": "b.png"}\n')

@@ -14,10 +14,12 @@ PAGES = {
         <a href="deep/er/d.png">d</a> <a href=".hidden.png">h</a> <a href="notes.txt">n</a>
         <a href="https://elsewhere.example/e.png">e</a> <a href="https://[">broken</a>
         <a href="http/">sub</a> <a href="./closed/">closed</a> <a href="deep/">deep</a>
+        <a href="odd/">odd</a>
         <img src="thumbnail.png">""",
     "/photos/http/": '<a href="/photos/">Up</a> <a href="HTTP://{host}/photos/http/f%20g.png">f</a>',
     "/photos/deep/": '<a href="er/">er</a>',
     "/photos/deep/er/": '<a href="d.png">d</a>',
+    "/photos/odd/": "<![x y]>",
 }
 
 
@@ -47,9 +49,12 @@ def site():
 
 def test_links_of_all_forms_below_the_folder_are_taken(site):
     files = Files(f"{site}/photos")
-    items = {item.id.removeprefix(f"{site}/photos/"): item for item in files.items()}
-    closed = items.pop("closed")
+    found = list(files.items())
+    items = {item.id.removeprefix(f"{site}/photos/"): item for item in found}
+    assert len(items) == len(found), "each once"
+    closed, odd = items.pop("closed"), items.pop("odd")
     assert closed.wrong == "the server answered 403"
+    assert "can't be taken apart" in odd.wrong
     assert sorted(items) == [
         "a.png", "b.png", "c.png", "deep/er/d.png", "http-logo.png", "http/f%20g.png", "it's.png",
         "x&y.png",
@@ -62,8 +67,15 @@ def test_links_of_all_forms_below_the_folder_are_taken(site):
 def test_a_pattern_chooses_among_links(site):
     found = [item.id for item in Files(f"{site}/photos/**/[d-f]*.png").items()]
     assert {url.removeprefix(f"{site}/photos/") for url in found} == {
-        "closed", "deep/er/d.png", "http/f%20g.png",
+        "closed", "odd", "deep/er/d.png", "http/f%20g.png",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["/photos//http", "/photos/./http", "/elsewhere/../photos/http"])
+def test_a_folder_may_be_spelled_in_other_ways(way, site, monkeypatch):
+    monkeypatch.setitem(PAGES, "/photos//http/", PAGES["/photos/http/"])
+    [item] = Files(f"{site}{way}/").items()
+    assert item.id == f"{site}{way}/f%20g.png"
 
 
 def test_what_is_no_page_is_named_itself(site):

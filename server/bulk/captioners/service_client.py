@@ -117,7 +117,7 @@ class Connection:
         if self._http.sock is None:
             self._http.connect()
         self._http.sock.settimeout(_SECONDS)
-        current.attempt = Attempt(time.monotonic() + _SECONDS, _SECONDS, self._over)
+        current.attempt = Attempt(_SECONDS, _SECONDS, self._over)
         self._http.request(method, self._base + path, body, self._headers)
         response, content = self._http.getresponse(), bytearray()
         while piece := response.read1(_PIECE):

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -17,6 +18,7 @@ from server.bulk.inputs.timed import Attempt, TimedResponse, current
 
 _ATTEMPTS, _LONGEST_WAIT = 4, 20  # per image over HTTP; seconds between attempts
 _CONNECT_SECONDS, _READ_SECONDS, _SECONDS = 10, 30, 120  # of one attempt
+_PAGE_SECONDS = 600  # likewise, of a page that lists a folder, which may be long in the making
 _CONNECTIONS, _REDIRECTS = 64, 5
 _PIECE = 2**20
 WEB = ("http://", "https://")
@@ -81,23 +83,24 @@ def fetch(location: str, limit: int, over: threading.Event | None = None) -> byt
     Raises UnfitItem, also above `limit` bytes, and what `opened` raises.
     """
     if location.startswith(WEB):
-        return _fetched(location, limit, over or threading.Event(), _content)
+        attempt = Attempt(_SECONDS, _READ_SECONDS, over or threading.Event())
+        return _fetched(location, limit, attempt, _content)
     if is_url(location) and "::" in location.partition("://")[0]:
         raise UnfitItem("a URL within another is not taken")  # it may fill the temporary folder
     location = as_path(location)  # fsspec would wait for a pipe's writer
     if not is_url(location) and not stat.S_ISREG(Path(location).stat().st_mode):
         raise UnfitItem(f"{location} is no regular file")  # opening a pipe would wait for a writer
     with opened(location) as stream:
-        return _bounded(stream, limit)
+        return _bounded(stream, limit, _SECONDS)
 
 
 def fetch_page(url: str, limit: int) -> str:
     """A web page, or nothing for what is none. Raises UnfitItem and NoWay, as `fetch` does."""
-    return _fetched(url, limit, threading.Event(), _text)
+    return _fetched(url, limit, Attempt(_PAGE_SECONDS, _PAGE_SECONDS), _text)
 
 
-def _fetched(url: str, limit: int, over: threading.Event, read: Callable[[Any, int], _T]) -> _T:
-    """What `read` makes of the answer."""
+def _fetched(url: str, limit: int, attempt: Attempt, read: Callable[[Any, int], _T]) -> _T:
+    """What `read` makes of the answer. attempt: the first; each further one begins anew."""
     try:
         from tenacity import (
             Retrying,
@@ -109,6 +112,7 @@ def _fetched(url: str, limit: int, over: threading.Event, read: Callable[[Any, i
         from tenacity import wait_random_exponential as growing
     except ImportError as cause:
         raise NoWay("images by URL need more packages: install the extra [bulk]") from cause
+    over = attempt.over
     attempts = Retrying(
         stop=stop_after_attempt(_ATTEMPTS) | stop_when_event_set(over),
         sleep=sleep_using_event(over),
@@ -116,14 +120,14 @@ def _fetched(url: str, limit: int, over: threading.Event, read: Callable[[Any, i
         retry=retry_if_exception_type(_Later),
         reraise=True,
     )
-    return attempts(_asked, url, limit, over, read)
+    return attempts(_asked, url, limit, attempt, read)
 
 
-def _asked(url: str, limit: int, over: threading.Event, read: Callable[[Any, int], _T]) -> _T:
+def _asked(url: str, limit: int, attempt: Attempt, read: Callable[[Any, int], _T]) -> _T:
     from urllib3.exceptions import HTTPError, LocationValueError
 
-    current.attempt = attempt = Attempt(time.monotonic() + _SECONDS, _READ_SECONDS, over)
-    if over.is_set():
+    current.attempt = attempt = replace(attempt)
+    if attempt.over.is_set():
         raise UnfitItem("it is not wanted any more")
     try:
         for _ in range(1 + _REDIRECTS):
@@ -138,7 +142,7 @@ def _asked(url: str, limit: int, over: threading.Event, read: Callable[[Any, int
         raise UnfitItem(f"the server can't be asked: {cause}") from cause
     except HTTPError as cause:
         if time.monotonic() >= attempt.end:
-            raise UnfitItem(f"it was not there after {_SECONDS} seconds") from cause
+            raise UnfitItem(f"it was not there after {attempt.seconds} seconds") from cause
         raise _Later(f"the server gave no whole answer: {cause}") from cause
     raise UnfitItem(f"the server led elsewhere more than {_REDIRECTS} times")
 
@@ -148,7 +152,7 @@ def _content(answer: Any, limit: int) -> bytes:
         raise _Later(f"the server answered {answer.status}")
     if answer.status != 200:
         raise UnfitItem(f"the server answered {answer.status}")
-    content = _bounded(answer, limit)
+    content = _bounded(answer, limit, current.attempt.seconds)
     answer.drain_conn()
     return content
 
@@ -161,7 +165,7 @@ def _text(answer: Any, limit: int) -> str:
     charset = parameters.lower().partition("charset=")[2].strip(" \"'") or "utf-8"
     try:
         return content.decode(charset, "replace")
-    except LookupError:
+    except (LookupError, ValueError):
         return content.decode(errors="replace")
 
 
@@ -189,12 +193,12 @@ def _pool() -> Any:
     return pool
 
 
-def _bounded(stream: Any, limit: int) -> bytes:
-    content, end = io.BytesIO(), time.monotonic() + _SECONDS
+def _bounded(stream: Any, limit: int, seconds: float) -> bytes:
+    content, end = io.BytesIO(), time.monotonic() + seconds
     while content.tell() <= limit and (piece := stream.read(_PIECE)):
         content.write(piece)
         if time.monotonic() > end:
-            raise UnfitItem(f"it was not there after {_SECONDS} seconds")
+            raise UnfitItem(f"it was not there after {seconds} seconds")
     if content.tell() > limit:
         raise UnfitItem(f"it has more than {limit / 1e6:g} MB (--max-image-mb)")
     return content.getvalue()

@@ -311,8 +311,9 @@ def _listed(system: Any, top: str, parts: tuple[str, ...]) -> Iterator[Found]:
                 continue  # a page may link to itself, or upwards
             places = _places((*names, *inside), parts)
             if entry["type"] != "directory":
-                if len(parts) in places:
+                if len(parts) in places and location not in known:
                     yield Found(location, location)
+                    known.update([location] if len(inside) > 1 else [])  # its own page follows
             elif any(place < len(parts) for place in places):
                 folders += {location} - known
                 known.add(location)

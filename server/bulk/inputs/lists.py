@@ -10,7 +10,7 @@ from threading import Event
 from typing import Any, ClassVar
 
 from runtime.errors import VignetteError
-from server.bulk.inputs.fetching import is_url, opened
+from server.bulk.inputs.fetching import as_path, is_relative, is_url, opened
 from server.bulk.inputs.folders import named
 from server.bulk.inputs.items import Item
 from server.bulk.inputs.rows import (
@@ -159,8 +159,8 @@ class ListFile:
 
     def _location(self, image: str) -> str:
         """The path or URL of an image that the list names."""
-        if is_url(image) or self.path == "-" or Path(image).is_absolute():
+        if self.path == "-" or not is_relative(image):
             return image
         if is_url(self.path):
             return f"{self.folder}/{image}"
-        return str(Path(self.path).parent / image)
+        return str(Path(self.path).parent / as_path(image))

@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Attempt:
-    """An attempt to get an answer. end: when to give it up (`time.monotonic`). silence: most
-    seconds without a byte. over: set once the answer is not wanted any more.
+    """An attempt to get an answer. seconds: after which to give it up. silence: most of them
+    without a byte. over: set once the answer is not wanted any more.
     """
 
-    end: float
+    seconds: float
     silence: float
     over: threading.Event = field(default_factory=threading.Event)
+    end: float = field(init=False)  # of `time.monotonic`
+
+    def __post_init__(self) -> None:
+        self.end = time.monotonic() + self.seconds
 
 
 _LOOK_SECONDS = 0.5  # between two looks at whether the answer is still wanted

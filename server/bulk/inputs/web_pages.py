@@ -1,5 +1,6 @@
 """Folders of a web server, as the pages tell that list them."""
 
+import re
 from html.parser import HTMLParser
 from typing import Any
 from urllib.parse import urldefrag, urljoin, urlsplit
@@ -10,6 +11,7 @@ from server.bulk.inputs.fetching import fetch_page
 from server.bulk.inputs.items import UnfitItem
 
 _PAGE = 256 * 2**20  # bytes: a folder of a million images fits
+_PLAIN = re.compile(r"[\w%~-][\w.%~+,-]*/?", re.ASCII)  # links that are names
 
 
 class WebPages:
@@ -24,7 +26,10 @@ class WebPages:
         base = folder.rstrip("/") + "/"
         asked = self._given if base == self._given.rstrip("/") + "/" else base
         page = _Links()
-        page.feed(fetch_page(asked, _PAGE))
+        try:
+            page.feed(fetch_page(asked, _PAGE))
+        except (ValueError, AssertionError) as cause:  # of odd declarations and entities
+            raise UnfitItem(f"the page can't be taken apart: {cause}") from cause
         found = dict.fromkeys(_below(base, link) for link in page.links)
         return [
             {"name": url, "type": "directory" if url.endswith("/") else "file"}
@@ -46,14 +51,18 @@ class WebPages:
 
 def _below(base: str, link: str) -> str | None:
     """The URL of a link, if it leads below the folder `base`; also by https in place of http."""
+    if _PLAIN.fullmatch(link):
+        return base + link
     try:
-        ours, theirs = urlsplit(base), urlsplit(urldefrag(urljoin(base, link.strip())).url)
+        ours = urlsplit(urljoin(base, "."))
+        theirs = urlsplit(urldefrag(urljoin(base, link.strip())).url)
     except ValueError:  # a malformed URL
         return None
     same = theirs.scheme in ("http", "https") and theirs.hostname == ours.hostname
     if not (same and theirs.path.startswith(ours.path) and theirs.path != ours.path):
         return None  # also those that sort the page
-    return theirs._replace(scheme=ours.scheme, netloc=ours.netloc).geturl()
+    query = f"?{theirs.query}" if theirs.query else ""
+    return base + theirs.path.removeprefix(ours.path) + query
 
 
 class _Links(HTMLParser):

@@ -236,6 +236,10 @@ def test_a_png_of_many_parts_that_unpack_is_refused_unopened():
     heads.check(image[:33] + 15 * packed + image[33:])
     with pytest.raises(InvalidImage, match="save it again"):
         heads.check(image[:33] + 17 * packed + image[33:])
+    flags = b"\1\0", b"\0\0"  # whether it is compressed, and how
+    with pytest.raises(InvalidImage, match="save it again"):
+        heads.check(image[:33] + 17 * part(b"iTXt", b"k\0" + flags[0] + b"\0\0x") + image[33:])
+    heads.check(image[:33] + 17 * part(b"iTXt", b"k\0" + flags[1] + b"\0\0x") + image[33:])
 
 
 def test_two_clients_leave_room_for_the_bytes_of_a_third():

@@ -210,6 +210,8 @@ def test_the_hub_client_captions_and_asks(live, online):
     [said] = live.request("POST", "/", body, Content_Type="application/json").json
     expected = live.caption(IMAGE, "?max_new_tokens=4&num_beams=2").json["caption"]
     assert said["generated_text"] == expected
+    greedy = as_json(inputs=b64(IMAGE), parameters={"generation_parameters": {"do_sample": None}})
+    assert live.request("POST", "/", greedy, Content_Type="application/json").status == 200
     drawn = {"do_sample": True, "n": 3, "seed": 1}
     body = as_json(inputs=b64(IMAGE), parameters={"generation_parameters": drawn})
     assert len(live.request("POST", "/", body, Content_Type="application/json").json) == 3

@@ -13,6 +13,7 @@ from runtime.model.manifest import Preprocessing
 from runtime.model.preprocess import FORMATS
 from server.images import heads
 from server.images.cost import estimate
+from server.images.pool import _QUICK
 from tests.support.decoders import HOW, expensive
 from tests.support.paths import SAMPLES
 from tests.support.tiffs import tiff
@@ -140,5 +141,10 @@ def test_what_an_image_costs_is_seen_in_its_head():
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
     Image.fromarray(noise).resize((4000, 3000)).save(photo, "JPEG")
     assert seconds(photo.getvalue()) < 0.15, "a camera's picture is a usual one"
+    large, turned = Preprocessing(480, 480, 3), Image.Exif()
+    turned[0x0112] = 6
+    Image.open(photo).save(photo, "JPEG", exif=turned)
+    image = Image.open(photo)
+    assert estimate(image, photo.getvalue(), large).seconds < _QUICK, "a telephone's, too"
     assert seconds(expensive(4000)) > 0.15
     assert len(expensive(4000)) < 100
