@@ -2,6 +2,7 @@
 
 import http.server
 import threading
+from collections import Counter
 
 import pytest
 
@@ -23,10 +24,16 @@ PAGES = {
 }
 
 
+asked: Counter[str] = Counter()
+
+
 @pytest.fixture
 def site():
+    asked.clear()
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            asked[self.path] += 1
             found = PAGES.get(self.path)
             moved = found is None and f"{self.path}/" in PAGES
             self.send_response(200 if found else 301 if moved else 403)
@@ -62,6 +69,7 @@ def test_links_of_all_forms_below_the_folder_are_taken(site):
     assert all(item.wrong is None for item in items.values())
     assert items["deep/er/d.png"].name == "deep/er/d"
     assert files.skipped == {".txt": 1}
+    assert asked["/photos"] == asked["/photos/"] == 1
 
 
 def test_a_pattern_chooses_among_links(site):

@@ -19,12 +19,16 @@ class WebPages:
 
     def __init__(self, given: str) -> None:
         """given: the URL of a folder as it is to be asked for; others end in a slash."""
-        self._given = given
+        self._given, self._base = given, given.rstrip("/") + "/"
+        self._seen: list[dict[str, Any]] | None = None  # of the given URL, until it is listed
 
     def ls(self, folder: str, detail: bool = True) -> list[dict[str, Any]]:
         """What the page of a folder links to below it, at any depth. Raises UnfitItem, NoWay."""
         base = folder.rstrip("/") + "/"
-        asked = self._given if base == self._given.rstrip("/") + "/" else base
+        asked = self._given if base == self._base else base
+        if base == self._base and self._seen is not None:
+            seen, self._seen = self._seen, None
+            return seen
         page = _Links()
         try:
             page.feed(fetch_page(asked, _PAGE))
@@ -40,9 +44,10 @@ class WebPages:
     def isdir(self, url: str) -> bool:
         """Whether there is a page with links to what is below it."""
         try:
-            return bool(self.ls(url))
+            self._seen = self.ls(url)
         except UnfitItem:
             return False
+        return bool(self._seen)
 
     def unstrip_protocol(self, url: str) -> str:
         """The URL."""
