@@ -1,6 +1,7 @@
 """The bytes of an image, from a path or from any URL that fsspec knows."""
 
 import io
+import re
 import stat
 import threading
 import time
@@ -22,6 +23,8 @@ _PAGE_SECONDS = 600  # likewise, of a page that lists a folder, which may be lon
 _CONNECTIONS, _REDIRECTS = 64, 5
 _PIECE = 2**20
 WEB = ("http://", "https://")
+# Of web pages: Python knows others, some of which take the square of a text's length to decode.
+_CHARSETS = re.compile("iso-8859-|windows-|shift_jis|euc-|gb|big5|koi8-")
 _PAGES = ("text/html", "application/xhtml+xml")
 _LATER = (408, 425, 429)  # statuses below 500 that are retried
 
@@ -162,10 +165,10 @@ def _text(answer: Any, limit: int) -> str:
     if answer.status == 200 and kind.strip().lower() not in _PAGES:
         return ""
     content = _content(answer, limit)
-    charset = parameters.lower().partition("charset=")[2].strip(" \"'") or "utf-8"
+    charset = parameters.lower().partition("charset=")[2].strip(" \"'")
     try:
-        return content.decode(charset, "replace")
-    except (LookupError, ValueError):
+        return content.decode(charset if _CHARSETS.match(charset) else "utf-8", "replace")
+    except LookupError:
         return content.decode(errors="replace")
 
 

@@ -313,9 +313,10 @@ def _listed(system: Any, top: str, parts: tuple[str, ...]) -> Iterator[Found]:
             if entry["type"] != "directory":
                 if len(parts) in places and location not in known:
                     yield Found(location, location)
-                    known.update([location] if len(inside) > 1 else [])  # its own page follows
-            elif any(place < len(parts) for place in places):
-                folders += {location} - known
+                if len(inside) > 1:
+                    known.add(location)  # the page of its own folder may follow
+            elif location not in known and any(place < len(parts) for place in places):
+                folders.append(location)
                 known.add(location)
         left += reversed(folders)
 
