@@ -26,7 +26,7 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := [n for n in args.scenarios + args.without if n not in SCENARIOS]:
         parser.error(f"there is no scenario {unknown[0]}: name some of {', '.join(SCENARIOS)}")
-    facts, failed = about(), False
+    facts, failed = about(), []
     names = [name for name in args.scenarios or SCENARIOS if name not in args.without]
     for trial in try_short(names) if args.short else try_long(names, args.minutes):
         verdict = trial.verdict
@@ -39,12 +39,16 @@ def main() -> int:
             facts["commit"],
             f"{facts['machine']}; {verdict.engine.name}",
         )
-        failed |= row.as_promised is False
         told = f"{row.figure} ({row.word}; {trial.seconds:.0f} s)"
         print(f"{trial.name}: {told}", flush=True)
+        if row.as_promised is False:
+            failed.append(f"{trial.name}: {told}")
         if not args.short:
             keep(args.output, [row])
-    return int(failed)
+    # Again, below all others: of a long log, the end is what is looked at.
+    for line in failed:
+        print(line, file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

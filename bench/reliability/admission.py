@@ -69,7 +69,11 @@ def full_queue(long: bool) -> Verdict:
 
 
 def deadline_in_the_queue(long: bool) -> Verdict:
-    """The deadline passes in the queue."""
+    """The deadline passes in the queue.
+
+    It is long enough for four captions one after the other: else the last are refused at once.
+    """
+    deadline_ms = 2000  # a stopped worker is replaced after 3 s
     with service("--slots", "1") as it:
         encoded = it.metric("vignette_encode_batch_images_sum")
         os.kill(it.worker_pid(), signal.SIGSTOP)
@@ -77,7 +81,7 @@ def deadline_in_the_queue(long: bool) -> Verdict:
         async def run() -> list[Answer]:
             clients = Clients(it.url)
             return await asyncio.gather(
-                *(clients.caption(sample(), "?timeout_ms=400") for _ in range(4))
+                *(clients.caption(sample(), f"?timeout_ms={deadline_ms}") for _ in range(4))
             )
 
         answers = asyncio.run(run())
