@@ -61,15 +61,17 @@ def demo() -> Engine:
 
 
 @pytest.fixture
-def context(tmp_path):
-    """TLS of a server, with a certificate of its own for ok.example."""
+def context(tmp_path, monkeypatch):
+    """TLS of a server, with a certificate of its own for ok.example, which is trusted."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl makes the certificate")
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj",
-         "/CN=ok.example", "-keyout", tmp_path / "key", "-out", tmp_path / "certificate"],
+         "/CN=ok.example", "-addext", "subjectAltName=DNS:ok.example,DNS:*.ok.example",
+         "-keyout", tmp_path / "key", "-out", tmp_path / "certificate"],
         check=True, capture_output=True,
     )  # fmt: skip
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
     return context

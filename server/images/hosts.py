@@ -4,11 +4,7 @@ import asyncio
 import ipaddress
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
 from functools import partial
-from typing import Any
-
-from tornado.netutil import Resolver
 
 from runtime.errors import InvalidRequest
 from server.fairness.equal_shares import EqualShares
@@ -25,68 +21,50 @@ _NOT_PUBLIC = tuple(
          "192.0.0.0/24", "168.63.129.16/32"),  # the last two: used inside clouds
     )
 )  # fmt: skip
-# The client for which a task looks up a host, and the seconds left for it.
-looking_up: ContextVar[tuple[str, float]] = ContextVar("looking up")
 
 
 class ForbiddenUrl(InvalidRequest):
     """A URL that must not be fetched."""
 
 
-class Lookups(Resolver):
-    """Looks names up on its own threads, so that a hanging name server delays only look-ups.
-    Clients have equal shares of the threads.
+class PublicHosts:
+    """Looks up hosts, and refuses those that are not public.
+
+    On threads of its own, so that a hanging name server delays only look-ups, of which clients have
+    equal shares.
     """
 
-    def initialize(self) -> None:
-        """Create the thread pool; threads start when needed."""
-        self._threads = ThreadPoolExecutor(_LOOKUPS, "lookup")
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_LOOKUPS, "lookup")  # started when needed
         self._turns = EqualShares(_LOOKUPS)
 
-    async def resolve(
-        self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[tuple[int, Any]]:
-        """Addresses of `host`. Raises OSError, also on time-out."""
-        client, seconds = looking_up.get()
+    async def look_up(self, host: str, client: str, seconds: float) -> list[str]:
+        """The first addresses of `host`, of each kind. Raises OSError, also if there are none
+        within `seconds`, and ForbiddenUrl if any of its addresses is not public.
+        """
         try:
             async with asyncio.timeout(seconds):
                 await self._turns.take(client)
                 looking = asyncio.get_running_loop().run_in_executor(
-                    self._threads,
-                    partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM),
+                    self._threads, self._addresses, host
                 )
                 looking.add_done_callback(partial(self._ended, client))
                 found = await asyncio.shield(looking)  # a thread can't be stopped
         except TimeoutError:
             raise OSError("its name was not looked up in time") from None
-        return [(kind, address) for kind, _, _, _, address in found]
+        if not all(map(is_public, found)):
+            raise ForbiddenUrl(f"{host} is not a public address: image_url may not lead there")
+        six = [each for each in found if ":" in each]
+        four = [each for each in found if ":" not in each]
+        return six[:_ADDRESSES] + four[:_ADDRESSES]
 
-    def _ended(self, client: str, looking: "asyncio.Future[Any]") -> None:
+    def _addresses(self, host: str) -> list[str]:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return [str(address[0]) for *_, address in found]
+
+    def _ended(self, client: str, looking: "asyncio.Future[list[str]]") -> None:
         self._turns.give(client)
         retrieve_error(looking)
-
-
-class PublicResolver(Resolver):
-    """Looks names up, and refuses those with addresses that are not public."""
-
-    def initialize(self, inner: Resolver | None = None) -> None:
-        """inner: the resolver that asks the name server; tests replace it."""
-        self._inner = inner or Lookups()
-
-    async def resolve(
-        self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[tuple[int, Any]]:
-        """The first addresses of `host`. Raises ForbiddenUrl if any of its addresses is not public.
-
-        Tornado tries them all, and calls itself for each that fails at once.
-        """
-        found = await self._inner.resolve(host, port, family)
-        first: dict[int, list[Any]] = {}
-        for kind, address in found:
-            if not is_public(address[0]):
-                raise ForbiddenUrl(f"{host} is not a public address: image_url may not lead there")
-            first.setdefault(kind, []).append(address)
-        return [(kind, each) for kind, all_ in first.items() for each in all_[:_ADDRESSES]]
 
 
 def is_public(address: str) -> bool:

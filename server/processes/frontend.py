@@ -125,8 +125,6 @@ async def _serve(make: Callable[[], Service], folder: Path, ports: Ports, name: 
         beat.cancel()
         hear.cancel()
         service.decoders.close()
-        if service.fetcher is not None:
-            service.fetcher.close()
         if service.tracer is not None:
             service.tracer.close()
         for model in service.models.values():

@@ -3,29 +3,29 @@
 import asyncio
 import contextlib
 import socket
-import ssl
 import threading
 
 import tornado.httpserver
 import tornado.netutil
 import tornado.web
-from tornado.netutil import Resolver
 
 from server.images.fetch import Fetcher
-from server.images.hosts import PublicResolver
+from server.images.hosts import PublicHosts
 
 
-class Names(Resolver):
-    """A resolver that gives its next answer at each query, the last one forever."""
+class Local(PublicHosts):
+    """Checks its answers, one at each look-up and the last one forever, then leads to this host."""
 
-    def initialize(self, answers):
-        self.answers = list(answers)
-        self.asked = []
+    def __init__(self, *answers):
+        super().__init__()
+        self._answers = list(answers)
 
-    async def resolve(self, host, port, family=0):
-        self.asked.append(host)
-        address = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        return [(socket.AF_INET, (address, port))]
+    def _addresses(self, host):
+        return [self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]]
+
+    async def look_up(self, host, client, seconds):
+        await super().look_up(host, client, seconds)
+        return ["127.0.0.1"]
 
 
 MOVED = {
@@ -42,14 +42,12 @@ class Site(tornado.web.RequestHandler):
             self.write(b"the image")
         elif what == "large":
             self.write(b"x" * 5000)
-        elif what == "padded":
-            self.set_status(302)
-            self.set_header("Location", "/image")
-            self.write(b"x" * 5000)
-        elif what == "bytes":
-            for _ in range(600):
-                self.write(b"x")
+        elif what == "streamed":
+            for _ in range(2):
+                self.write(b"x" * 600)
                 await self.flush()
+        elif what == "nowhere":
+            self.set_status(302)
         elif what == "lines":
             for number in range(300):
                 self.set_header(f"X-{number}", "y")
@@ -59,18 +57,6 @@ class Site(tornado.web.RequestHandler):
             self.redirect(MOVED[what])
         else:
             raise tornado.web.HTTPError(404)
-
-
-class Local(PublicResolver):
-    """Checks addresses as always, then connects to the test's own server."""
-
-    def initialize(self, inner, port):
-        super().initialize(inner=inner)
-        self._port = port
-
-    async def resolve(self, host, port, family=0):
-        await super().resolve(host, port, family)
-        return [(socket.AF_INET, ("127.0.0.1", self._port))]
 
 
 @contextlib.contextmanager
@@ -88,14 +74,8 @@ def site(context):
         server.stop()
 
 
-@contextlib.contextmanager
 def fetcher_of(port, *answers, limit=1000):
-    names = Names(answers=answers or ["93.184.216.34"])
-    fetcher = Fetcher(("ok.example",), limit, Local(names, port))
-    tls = fetcher._client["ssl_options"]  # the site's certificate is its own
-    tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
-    with contextlib.closing(fetcher):
-        yield fetcher
+    return Fetcher(("ok.example", ".ok.example"), limit, Local(*answers or ["93.184.216.34"]), port)
 
 
 @contextlib.contextmanager
