@@ -135,6 +135,23 @@ def _trickled(port: int) -> None:
             client.sendall(b"x")
 
 
+def _dripped(port: int) -> None:
+    """A hundred bodies, a byte of each every 20 ms."""
+    with contextlib.ExitStack() as clients:
+        sending = [
+            clients.enter_context(
+                socket.create_connection(("127.0.0.1", port), source_address=_ELSEWHERE)
+            )
+            for _ in range(100)
+        ]
+        for client in sending:
+            client.sendall(b"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: 400000\r\n\r\n")
+        for _ in range(100):
+            time.sleep(0.02)
+            for client in sending:
+                client.sendall(b"x")
+
+
 def _queries(port: int) -> None:
     """Pages that there are not, with long queries."""
     with socket.create_connection(("127.0.0.1", port), source_address=_ELSEWHERE) as client:
@@ -247,6 +264,7 @@ _BY_HAND: dict[str, Callable[[int], object]] = {
     "resets": _resets,
     "crowd": _crowd,
     "trickled": _trickled,
+    "dripped": _dripped,
     "queries": _queries,
 }
 ATTACKS = (*_BY_HAND, *_BODIES)

@@ -103,10 +103,10 @@ def _short(names: list[str], long: bool) -> Verdict:
 
 def content_types(long: bool) -> Verdict:
     """Heads, boundaries and forms that are slow to parse, pages by the dozen, requests sent
-    ahead by the thousand.
+    ahead by the thousand, bodies in single bytes.
     """
     names = ["boundary", "parameters", "form", "tiny chunks", "accept", "slow heads", "pages"]
-    return _short([*names, "ahead", "queries", "trickled", "heads"], long)
+    return _short([*names, "ahead", "queries", "trickled", "dripped", "heads"], long)
 
 
 def large_json(long: bool) -> Verdict:

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import re
-from collections.abc import Awaitable
+import socket
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from tornado.iostream import IOStream, StreamClosedError
@@ -31,6 +32,9 @@ _TOO_LARGE = (
 _HOSTS = re.compile(rb"\nhost[ \t]*:((?:[^\n]|\n[ \t])*)", re.IGNORECASE)
 _CHUNKS, _CHUNK = 256, 512  # chunks allowed per connection, and one more per so many bytes
 _PIECES, _PIECE = 64, 512  # pieces allowed per head, and one more per so many bytes
+# Shorter pieces of each request that are free, and those that take as long to read as a page; the
+# same for chunks.
+_FREE_PIECES, _PIECES_OF_A_PAGE = 8, 8
 _END = 4  # bytes of the longest end of a head
 _HANG_UP_SECONDS = 2.0
 _LAST_CHUNK = b"0\r\n\r\n"
@@ -41,7 +45,8 @@ class ClientStream(IOStream):
     """A connection whose client may end its side of it and still wait for the answer.
 
     A connection that sends a head in pieces, or a body in chunks, of a few bytes is closed: each of
-    them takes as long to handle as a large one.
+    them takes as long to handle as a large one. Pieces are charged to the client, and what it sends
+    while it owes for them is read as one.
 
     last: the client has announced its last request (Connection: close), and that is complete. The
     end of the input is expected then, and once all of that request has come; otherwise it means
@@ -58,6 +63,15 @@ class ClientStream(IOStream):
     _unjudged = False  # whether a head has come of which is not known yet if it is the last's
     _pieces: int | None = None  # read so far of the current head
     _searched = 0  # bytes of the head
+    _small = 0  # pieces of the current request
+    _paused = False
+
+    def __init__(
+        self, connection: socket.socket, charge: Callable[[float], float], **options: Any
+    ) -> None:
+        """charge: takes a cost in pages from the client, and returns the seconds that it owes."""
+        super().__init__(connection, **options)
+        self._charge = charge
 
     def close(self, exc_info: Any = False) -> None:
         """Close the connection, and strip the errors that its tasks get and it keeps: they would
@@ -72,6 +86,9 @@ class ClientStream(IOStream):
 
     def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
         """Bytes read; None if there are none now, 0 at the end of the input."""
+        if self._paused:
+            asyncio.get_running_loop().remove_reader(self.fileno())  # until `_go_on`
+            return None
         count = super().read_from_fd(buf)
         self._received += count or 0
         if self._awaited is not None:
@@ -80,6 +97,11 @@ class ClientStream(IOStream):
             self._pieces += 1
             if self._pieces > _PIECES + len(self._read_buffer) / _PIECE:
                 return 0  # as if the client had gone
+        if count and count < _PIECE:
+            self._small += 1
+            if self._small > _FREE_PIECES and (owed := self._charge(1 / _PIECES_OF_A_PAGE)):
+                self._paused = True
+                asyncio.get_running_loop().call_later(owed, self._go_on)
         if count and self._tail is not None:
             last = bytes(buf[max(0, count - len(_LAST_CHUNK)) : count])
             self._tail = (self._tail + last)[-len(_LAST_CHUNK) :]
@@ -92,6 +114,14 @@ class ClientStream(IOStream):
         self._ended = True
         buf[:1] = b"\n"
         return 1
+
+    def _go_on(self) -> None:
+        """Read again what comes."""
+        self._paused = False
+        if not self.closed() and self._state is not None:
+            waits, reads = self._state, self.io_loop.READ
+            self.io_loop.update_handler(self.fileno(), waits & ~reads)  # as the loop has it
+            self.io_loop.update_handler(self.fileno(), waits)
 
     def judge(self, last: bool, body: int | None) -> None:
         """Take what a head says: whether it is the last request's, and the bytes of its body, None
@@ -114,7 +144,7 @@ class ClientStream(IOStream):
         """
         if self.closed():
             raise StreamClosedError
-        self._pieces = self._searched = 0
+        self._pieces = self._searched = self._small = 0
         try:
             head = await super().read_until_regex(regex, max_bytes)
         except StreamClosedError:
@@ -150,9 +180,18 @@ class ClientStream(IOStream):
     def read_until(self, delimiter: bytes, max_bytes: int | None = None) -> Awaitable[bytes]:
         """Read up to a delimiter: Tornado's server reads a chunk's length with this."""
         self._chunks += 1
-        if self._chunks > _CHUNKS + self._received / _CHUNK:
+        small = self._chunks - self._received / _CHUNK
+        if small > _CHUNKS:
             return asyncio.ensure_future(self._hang_up())
+        if small > _FREE_PIECES and (owed := self._charge(1 / _PIECES_OF_A_PAGE)):
+            return asyncio.ensure_future(self._read_until_later(owed, delimiter, max_bytes))
         return super().read_until(delimiter, max_bytes)
+
+    async def _read_until_later(
+        self, seconds: float, delimiter: bytes, max_bytes: int | None
+    ) -> bytes:
+        await asyncio.sleep(seconds)
+        return await super().read_until(delimiter, max_bytes)
 
 
 def _takes_long(head: bytes) -> bool:

@@ -102,6 +102,7 @@ class Server(HTTPServer):
         self.handle_stream(
             ClientStream(
                 connection,
+                partial(self._held.charge, str(address[0])),
                 max_buffer_size=self.max_buffer_size,
                 read_chunk_size=self.read_chunk_size,
             ),

@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 from tornado.httputil import HTTPHeaders
+from tornado.iostream import IOStream
 
 from server.http import held_connections, pages
 from server.http.app import make_ops_app
@@ -21,6 +22,39 @@ def test_who_asks_for_pages_all_the_time_has_to_wait():
         assert live.request("GET", "/health/live").status == 200
         assert time.perf_counter() - start > 0.3
         assert live.caption(png()).status == 200, "captions are not counted among them"
+
+
+@pytest.mark.parametrize("part", ["head", "body", "chunks"])
+def test_what_comes_in_small_pieces_is_read_as_one_while_its_client_owes(part, monkeypatch):
+    """A piece of a byte takes as long to read as one of many."""
+    reads, read = [], IOStream.read_from_fd
+
+    def read_from_fd(stream, buf):
+        count = read(stream, buf)
+        reads.extend([count] if count else [])
+        return count
+
+    monkeypatch.setattr(IOStream, "read_from_fd", read_from_fd)
+    lines = b"POST /caption HTTP/1.1\r\nHost: x\r\n"
+    sized = lines + b"Content-Length: %d\r\n" % len(png())
+    in_chunks = lines + b"Transfer-Encoding: chunked\r\n\r\n"
+    at_once, pieces, last = {
+        "head": (sized + b"X: ", [b"y"] * 60, b"\r\n\r\n" + png()),
+        "body": (sized + b"\r\n" + png()[:-60], [png()[n : n + 1] for n in range(-60, -1)],
+                 png()[-1:]),
+        "chunks": (in_chunks, [b"1\r\n%c\r\n" % byte for byte in png()], b"0\r\n\r\n"),
+    }[part]  # fmt: skip
+    with serve(fake_engine) as live, socket.create_connection(("127.0.0.1", live.port)) as client:
+        client.settimeout(20)
+        client.sendall(at_once)
+        until(lambda: reads)
+        live.service.rates.pages.spend("127.0.0.1", 400 + 100)  # half a second
+        for piece in pieces:
+            time.sleep(0.002)
+            client.sendall(piece)
+        client.sendall(last)
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+    assert len(reads) < 25
 
 
 def test_captions_that_are_known_cost_as_much_as_pages_while_others_are_here():
