@@ -87,7 +87,7 @@ class BulkRun:
     def left(self, items: Iterable[Item]) -> Iterator[Item]:
         """Items that have no row yet; each is marked as done when it is taken. Raises SameId."""
         for item in items:
-            if self.index.claim(item.id, of_item(item), self.again):
+            if self._claim(item):
                 yield item
             else:
                 self.counts.before += 1
@@ -110,10 +110,13 @@ class BulkRun:
     def once(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
         """Outcomes without repeats: a cluster may send an item's outcome twice. Raises SameId."""
         for outcome in outcomes:
-            item = outcome.item
-            asked = of_item(item, outcome.sha256)
-            if self.index.claim(item.id, asked, self.again):
+            if self._claim(outcome.item, outcome.sha256):
                 yield outcome
+
+    def _claim(self, item: Item, digest: str | None = None) -> bool:
+        other = item.other_id and structs.replace(item, id=item.other_id)
+        otherwise = (other.id, of_item(other, digest)) if other else None
+        return self.index.claim(item.id, of_item(item, digest), self.again, otherwise)
 
     def _write(self, outcome: Outcome) -> ResultRow:
         row = self._row(outcome)

@@ -110,6 +110,7 @@ class FailedToStart(Message, frozen=True):
 class WorkerFacts(Struct, frozen=True):
     """What a worker runs.
 
+    precision: and whatever else decides captions.
     self_test_seconds: for each caption of the self-test; None if there is none. slots,
     encode_batch: of each engine; images that a step encodes at most. engines: number of engines
     that the worker stands for.

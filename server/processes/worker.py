@@ -21,6 +21,7 @@ from runtime.async_engine import AsyncEngine
 from runtime.engine import Engine
 from runtime.errors import VignetteError
 from runtime.observer import Observer, StepReport
+from runtime.planning.config import EngineConfig
 from runtime.request import Completion, FinishReason, GenerationRequest, RequestOutput, Timing
 from server.ipc.messages import (
     EngineVerified,
@@ -208,6 +209,15 @@ def serve(
     return asyncio.run(_serve(engine, metrics, heartbeat, address, check))
 
 
+def _precision(engine: Engine) -> str:
+    """The precision, and the text positions if they are fewer than usual: captions are cut off
+    where those end.
+    """
+    plan, usual = engine.runner.plan, EngineConfig().text_positions(engine.manifest.sizes.text)
+    cut = f", {plan.text_tokens} text positions" if plan.text_tokens < usual else ""
+    return plan.combination + cut
+
+
 async def _serve(
     engine: Engine,
     metrics: WorkerMetrics,
@@ -222,7 +232,7 @@ async def _serve(
     worker = Worker(engine, socket, metrics, check)
     facts = WorkerFacts(
         engine=engine.manifest.fingerprint,
-        precision=engine.runner.plan.combination,
+        precision=_precision(engine),
         runs_on=engine.runs_on,
         provider=engine.runner.plan.encoder_provider,
         self_test=engine.self_test,

@@ -32,6 +32,36 @@ def test_a_list_elsewhere_has_other_images_of_the_same_names(columns, tmp_path):
     assert [row["caption"] for row in rows_of(output)] == [said_of(b"c")]
 
 
+def test_lists_of_several_folders_are_given_as_before(tmp_path, monkeypatch):
+    """The first one's ids are its own paths: in another order, an image would get a second row."""
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        listed(tmp_path / name, name.encode())
+        (tmp_path / name / "1.png").rename(tmp_path / name / f"{name}.png")
+        (tmp_path / name / "list.jsonl").write_text(json.dumps({"image": f"{name}.png"}) + "\n")
+    run("rows.jsonl", "b/list.jsonl", "c/list.jsonl")
+    assert {row["id"] for row in rows_of("rows.jsonl")} == {"b.png", "c/c.png"}
+    for given in ("c", "cb"):
+        for again in (False, True):
+            with pytest.raises(SameId, match=r"has a row as .*the first one first.*--id-column"):
+                run("rows.jsonl", *(f"{name}/list.jsonl" for name in given), again=again)
+    job = run("rows.jsonl", *(f"{name}/list.jsonl" for name in "bca"))
+    assert (job.counts.before, job.counts.captioned) == (2, 1)
+
+
+def test_an_image_that_is_none_any_more_does_not_keep_its_caption(tmp_path):
+    output, shard = f"{tmp_path}/rows.jsonl", tmp_path / "a.tar"
+    archive(shard, {"x.png": png()})
+    run(output, str(shard))
+    archive(shard, {"x.png": bytes(10**7 + 1)})
+    with pytest.raises(SameId, match=r"another image or prompt, and no image now.*--again"):
+        run(output, str(shard))
+    for captioned in (True, False):  # then its row is an error, and left
+        job = run(output, str(shard), again=True)
+        assert (job.counts.failed, job.counts.before) == (int(captioned), int(not captioned))
+        assert ["more than" in row["error"] for row in rows_of(output)] == [True]
+
+
 def test_an_image_that_the_list_holds_is_known_by_its_content(tmp_path):
     given, output = tmp_path / "list.txt", f"{tmp_path}/rows.jsonl"
     given.write_text("data:image/png;base64,eHg=\n")

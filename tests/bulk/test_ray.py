@@ -78,6 +78,18 @@ def test_relative_inputs_are_those_of_the_command_wherever_nodes_started(tmp_pat
         next(ray._read(batch, Index().keys(), lost, False))
 
 
+def test_a_table_without_row_groups_has_no_items(tmp_path):
+    from server.bulk.captioners import ray
+
+    parquet = pytest.importorskip("pyarrow.parquet")
+    schema = pytest.importorskip("pyarrow").schema([("image", "string")])
+    parquet.ParquetWriter(tmp_path / "none.parquet", schema).close()
+    given = parts([f"{tmp_path}/none.parquet"], Columns(), 9)
+    captioner = object.__new__(ray.RayCaptioning)
+    captioner._setup = setup_of(tmp_path)
+    assert list(captioner.run(given, Index())) == []
+
+
 def test_nodes_tell_of_items_that_have_rows_where_others_may_take_their_ids(tmp_path, monkeypatch):
     from server.bulk.captioners import ray
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from server.bulk.inputs.fetching import fetch
 from server.bulk.inputs.items import UnfitItem
+from server.bulk.inputs.keys import key
 from server.bulk.inputs.parts import NoImages
 from server.bulk.outputs.base import OutputConflict
 from server.bulk.outputs.tar import Tar
@@ -71,9 +72,9 @@ def test_a_row_goes_on_wherever_it_was_torn(before, tmp_path):
 def test_no_link_in_an_output_is_followed(photos, tmp_path):
     victim = tmp_path / "victim"
     for output in ("rows.csv", "rows.parquet", "rows.tar", "rows.jsonl", "texts/"):
-        partial = tmp_path / (
-            output + ".vignette.partial" if "/" in output else f".{output}.partial"
-        )
+        text = next(photos.rglob("*.png")).relative_to(photos).with_suffix(".txt")
+        first = f".vignette.{key(str(text)).hex()}.partial"
+        partial = tmp_path / (output + first if "/" in output else f".{output}.partial")
         partial.parent.mkdir(exist_ok=True)
         partial.symlink_to(victim)
         victim.write_text("precious")
@@ -266,15 +267,15 @@ def test_a_foreign_text_that_was_to_be_overwritten_is_overwritten_later(tmp_path
     assert text.read_text() == "somebody else's"
     run(output, str(file), overwrite=True)
     assert text.read_text() == "somebody else's", "it was written after the caption"
-    with (tmp_path / "texts" / ".vignette.jsonl").open("a") as stream:
-        stream.write('{"id":"torn')
-    run(output, str(file), overwrite=True)
-    assert text.read_text() == "somebody else's"
-    os.utime(text, (0, 0))
-    run(output, str(file))
-    assert text.read_text() == "somebody else's"
-    run(output, str(file), overwrite=True)
-    assert text.read_text() == said
+    name = str(text.relative_to(output))
+    for begun in ("another.txt", name):  # whose caption did not replace its file's
+        for overwrite in (False, True):
+            (Path(output) / f".vignette.{key(begun).hex()}.partial").write_text(said)
+            os.utime(text, (2**33, 2**33))
+            run(output, str(file), overwrite=overwrite)
+            expected = said if begun == name and overwrite else "somebody else's"
+            assert text.read_text() == expected
+            assert not list(Path(output).glob(".vignette.*partial"))
 
 
 @pytest.mark.parametrize("outside", ["../mine.txt", "{}/mine.txt"])

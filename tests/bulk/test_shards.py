@@ -61,6 +61,16 @@ def test_the_sums_of_a_packed_archive_are_checked(damage, tmp_path):
     assert "no whole tar archive" in bad.wrong
 
 
+def test_a_member_of_an_unknown_type_is_a_file(tmp_path):
+    """POSIX says so, for types to come."""
+    path = tmp_path / "shard.tar"
+    member = tarfile.TarInfo("a.png")
+    member.type, member.size = b"Z", 3
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(member, io.BytesIO(b"abc"))
+    assert [(item.key, item.image) for item in read(path)] == [("a", b"abc")]
+
+
 @pytest.mark.parametrize("size", ["nan", "-5", "1", "99999999999999999999"])
 def test_a_size_that_is_none_is_damage(size, tmp_path):
     path = tmp_path / "shard.tar"

@@ -136,7 +136,8 @@ class RayCaptioning:
         Files that were skipped are counted in `parts`.
         Raises SameId if one took the id of another input.
         """
-        apart = split(parts)
+        if not (apart := split(parts)):
+            return
         setup = self._setup
         if any(is_relative(part.path) for part in parts):
             setup = replace(setup, folder=Path.cwd())

@@ -146,7 +146,8 @@ class ListFile:
             raise BrokenRow(f"there is nothing in {self.columns.id}")
         path = None if isinstance(image, bytes) or image.startswith("data:") else image
         location = path and self._location(path)
-        where = (location if self.located else path) or where
+        named_so, otherwise = (location, path) if self.located else (path, location)
+        where = named_so or where
         for cell in (where, prompt or "", str(known)):
             if len(cell) > _LONGEST_CELL:
                 raise BrokenRow(f"a path, prompt or id has {len(cell)} characters: that is none")
@@ -155,6 +156,7 @@ class ListFile:
             image=location or image,
             name=named(where) if path else f"{named(self.path)}/{number}",
             prompt=prompt or None,
+            other_id=otherwise if known is None and otherwise != where else None,
         )
 
     def _location(self, image: str) -> str:

@@ -80,6 +80,7 @@ def _written(item: Item, prompt: str | None) -> Item:
     bytes its list or shard had.
     """
     texts = {"id": item.id, "name": item.name, "key": item.key, "prompt": item.prompt}
+    texts["other_id"] = item.other_id
     changed = {name: plain(text) for name, text in texts.items() if text and not _is_utf8(text)}
     if prompt and not item.prompt:
         changed["prompt"] = prompt

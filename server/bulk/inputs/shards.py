@@ -147,7 +147,8 @@ class Shard:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # else it keeps every member
             link = member.issym() or member.islnk()
-            if not (_checked(member).isfile() or link):
+            unknown = member.type not in tarfile.SUPPORTED_TYPES  # a file (POSIX)
+            if not (_checked(member).isfile() or link or unknown):
                 continue
             if len(member.name) > _NAME:
                 raise tarfile.ReadError(f"a name has {len(member.name)} characters")

@@ -1,6 +1,5 @@
 """A folder of .txt files, laid out like the input's images, as diffusion trainers read them."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -10,14 +9,15 @@ from typing_extensions import override
 from server.bulk.inputs.folders import below
 from server.bulk.inputs.items import Outcome, ResultRow
 from server.bulk.inputs.kept import Kept
+from server.bulk.inputs.keys import key
 from server.bulk.outputs.base import NotWritten, Output, OutputConflict
 from server.bulk.outputs.files import remove_empty
 from server.bulk.outputs.index import Index
 from server.bulk.outputs.lines import Lines
 
 HIDDEN_ROWS = ".vignette.jsonl"
-_PARTIAL = ".vignette.partial"
-_OURS = (HIDDEN_ROWS, _PARTIAL)
+_OURS = ".vignette."  # what our own files' names begin with
+_PARTIAL = f"{_OURS}{{}}partial"
 
 
 class Texts(Output):
@@ -31,9 +31,7 @@ class Texts(Output):
         self._written = Kept()  # item id and caption by a file's path
         self._before = Kept()  # captions that were replaced, likewise
         self._texts = Kept()  # a file's path by item id
-        self._last: str | None = None  # file of the last row, which may not have been written
-        state = self._lines.path.stat()
-        self._size, self._last_at = state.st_size, state.st_mtime_ns  # when that row was written
+        self._last: str | None = None  # file of the last row, if it was not written
 
     @override
     def rows(self) -> Iterator[ResultRow]:
@@ -42,6 +40,7 @@ class Texts(Output):
         that is refused changes nothing.
         """
         missing, stale, last = False, set[str](), None
+        begun = set(self._folder.glob(_PARTIAL.format("*")))
         for row in self._lines.rows():
             if row.text is not None and below(row.text) != row.text:
                 raise OutputConflict(
@@ -58,17 +57,18 @@ class Texts(Output):
                     self._before.keep(row.text, _parts(before)[1])
                 self._written.keep(row.text, _mark(row))
                 missing |= self._lacks(row.text)
-            last = row.text
+            last = row
             yield row
-        torn = self._lines.path.stat().st_size < self._size  # the next row had been begun
-        if last is not None and self._overwrite and not torn:
-            self._last = last
-            missing = missing or self._lacks(last)
+        if last is not None and self._overwrite and self._is_begun(last):
+            self._last = last.text
+            missing = True
         for text in stale:
             if not self._owner(text):
                 self._remove(text)
         if missing:
             self._restore()
+        for partial in begun:
+            partial.unlink(missing_ok=True)
 
     @override
     def append(self, row: ResultRow, outcome: Outcome) -> None:
@@ -78,6 +78,7 @@ class Texts(Output):
         text = f"{PurePosixPath(outcome.item.key or outcome.item.name)}.txt"
         if row.caption is not None:
             self._check(row.id, text)
+            self._begin(text, row.caption)  # before its row: it tells later that it was not written
             row = replace(row, text=text)
         self._lines.append(row, outcome)
         earlier = self._text_of(row.id)
@@ -87,14 +88,11 @@ class Texts(Output):
         if row.caption is not None:
             self._texts.keep(row.id, text.encode())
             self._written.keep(text, _mark(row))
-            self._write(text, row.caption)
+            self._partial(text).replace(self._folder / text)
 
     @override
     def finish(self, index: Index) -> None:
-        path = self._lines.path
-        last = path.stat().st_mtime_ns if path.exists() else 0
         self._lines.finish(index)
-        os.utime(path, ns=(last, last))  # no row has come
 
     @override
     def close(self) -> None:
@@ -135,11 +133,12 @@ class Texts(Output):
                         f"{self._lines.path} has a row without its text, and {cause}: name another "
                         "output"
                     ) from cause
-                self._write(row.text, row.caption)
+                self._begin(row.text, row.caption)
+                self._partial(row.text).replace(self._folder / row.text)
 
     def _lacks(self, text: str) -> bool:
         """Whether the last caption of a file is not there: no file, or one with that before, or, if
-        it is the last row's and may replace foreign files, one that is older than that row.
+        it was to replace a foreign file, any other.
         """
         target, before = self._folder / text, self._before.get(text)
         if not target.exists():
@@ -148,14 +147,14 @@ class Texts(Output):
         if not target.is_file():
             return False
         if text == self._last:
-            return target.stat().st_mtime_ns < self._last_at and target.read_bytes() != last
+            return target.read_bytes() != last
         return before not in (None, last) and target.read_bytes() == before
 
     def _check(self, item_id: str, text: str) -> None:
         """Raise NotWritten if an item's file can't, or must not, be written."""
         target = self._folder / text
         try:
-            if PurePosixPath(text).parts[0] in _OURS:
+            if PurePosixPath(text).parts[0].startswith(_OURS):
                 raise NotWritten(f"{text} has the name of a file of ours")
             if below(text) != text or not target.resolve().is_relative_to(self._folder):
                 raise NotWritten(f"{text} lies outside of the output")
@@ -171,13 +170,24 @@ class Texts(Output):
         except (OSError, ValueError) as cause:
             raise NotWritten(f"{text} can't be a file here: {cause}") from cause
 
-    def _write(self, text: str, caption: str) -> None:
-        target, partial = self._folder / text, self._folder / _PARTIAL
-        target.parent.mkdir(parents=True, exist_ok=True)
+    def _partial(self, text: str) -> Path:
+        return self._folder / _PARTIAL.format(f"{key(text).hex()}.")
+
+    def _begin(self, text: str, caption: str) -> None:
+        """Write a caption to a file that is to replace its own."""
+        partial = self._partial(text)
         partial.unlink(missing_ok=True)
         with partial.open("xb") as stream:  # "x" does not follow links
             stream.write(caption.encode())
-        partial.replace(target)
+
+    def _is_begun(self, row: ResultRow) -> bool:
+        """Whether a row's caption was written, but did not replace its file's."""
+        if row.text is None or row.caption is None:
+            return False
+        partial = self._partial(row.text)
+        if partial.is_symlink() or not partial.is_file():
+            return False
+        return partial.read_bytes() == row.caption.encode()
 
 
 def _mark(row: ResultRow) -> bytes:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -23,9 +24,9 @@ from server.ipc.messages import (
     Unserved,
     packed,
 )
-from server.processes.worker import Worker
+from server.processes.worker import Worker, _precision
 from server.telemetry.metrics import WorkerMetrics
-from tests.support.fakes import FakeRunner, fake_engine, image
+from tests.support.fakes import MANIFEST, FakeRunner, fake_engine, image
 
 
 class Socket:
@@ -297,3 +298,12 @@ def test_a_front_end_that_replaces_another_frees_what_that_had():
         return set(made.worker.stores)
 
     assert asyncio.run(run()) & {b"front-0-1", b"front-1-1"} == {b"front-1-1"}
+
+
+@pytest.mark.parametrize(("positions", "told"), [(5, "fake, 5 text positions"), (64, "fake")])
+def test_captions_that_may_be_cut_off_are_another_engine_s(positions, told):
+    """Bulk runs know by it that a service was started with fewer positions, and don't mix them."""
+    made = fake_engine()
+    made.runner.plan = replace(made.runner.plan, text_tokens=positions)
+    made.manifest = replace(MANIFEST, sizes=replace(MANIFEST.sizes, text=1024))
+    assert _precision(made) == told
