@@ -22,7 +22,7 @@ from server.bulk.captioners import local
 from server.bulk.captioners.captioning import RunFailed
 from server.bulk.captioners.engine import BulkEngine, EngineSetup
 from server.bulk.captioners.local import LocalCaptioner
-from server.loop_thread import LoopThread
+from server.bulk.captioners.loop_thread import LoopThread
 from server.processes.supervisor import CannotStart
 from tests.support.fakes import MANIFEST, FakeRunner, fake_engine, fake_folder, fake_worker
 from tests.support.live import png, until

@@ -6,11 +6,11 @@ import numpy as np
 
 from runtime.model.manifest import Manifest
 from server.bulk.captioners.captioning import RunFailed
+from server.bulk.captioners.loop_thread import LoopThread
 from server.fairness.fair_queue import FairQueue
 from server.images.decoder import PIXELS, PixelSlot, Setup, Target
 from server.images.lane import DecodeTask, Lane, NoDecoder
 from server.ipc.shared import PixelStore, RunFolder
-from server.loop_thread import LoopThread
 from server.settings import Settings
 
 # An engine's threads wait for each other, so it loses twice the time that decoders take from one.

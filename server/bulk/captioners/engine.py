@@ -21,9 +21,9 @@ from runtime.planning.config import most_slots
 from runtime.request import GenerationRequest, RequestOutput
 from runtime.results import join_outputs, make_caption
 from server.bulk.captioners.captioning import RunFailed
+from server.bulk.captioners.loop_thread import LoopThread
 from server.bulk.inputs.items import ScoredCaption, UnfitItem, scored
 from server.ipc.failures import EngineFailed, PoisonedImage
-from server.loop_thread import LoopThread
 from server.models import ServedModel
 from server.processes import worker
 from server.processes.supervised_engine import SupervisedEngine

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
 from typing import Any, TypeVar
 
 _Result = TypeVar("_Result")
@@ -22,20 +21,16 @@ class LoopThread:
 
         Raises CancelledError if the loop is closed meanwhile, RuntimeError if it was before.
         """
-        future = self.start(work)
+        with self._lock:
+            if self._closed:
+                work.close()
+                raise RuntimeError("the loop is closed")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
-
-    def start(self, work: Coroutine[Any, Any, _Result]) -> "Future[_Result]":
-        """Begin a coroutine. Raises RuntimeError if the loop is closed."""
-        with self._lock:
-            if self._closed:
-                work.close()
-                raise RuntimeError("the loop is closed")
-            return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def close(self) -> None:
         """End the thread, and whatever runs there."""
