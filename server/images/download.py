@@ -183,6 +183,7 @@ def _options(
         pycurl.NOSIGNAL: 1,
         pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
         pycurl.USERAGENT: "Vignette",
+        pycurl.ACCEPT_ENCODING: "gzip, deflate",  # some sites pack unasked
         pycurl.CONNECTTIMEOUT_MS: _milliseconds(connect_seconds),
         pycurl.TIMEOUT_MS: _milliseconds(seconds),
         pycurl.FORBID_REUSE: 1,

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import socket
 import threading
 
@@ -46,6 +47,9 @@ class Site(tornado.web.RequestHandler):
             for _ in range(2):
                 self.write(b"x" * 600)
                 await self.flush()
+        elif what == "packed":
+            self.set_header("Content-Encoding", "gzip")
+            self.write(gzip.compress(b"the image" * int(self.get_argument("times", "1"))))
         elif what == "nowhere":
             self.set_status(302)
         elif what == "lines":

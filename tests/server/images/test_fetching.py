@@ -67,9 +67,11 @@ def test_a_real_server_is_asked_and_each_hop_checked(context):
 
             assert await fetch("image") == b"the image"
             assert await fetch("on") == b"the image"
+            assert await fetch("packed") == b"the image"
             for path, error, message in (
                 ("large", FetchFailed, "more than 1000 bytes|file size"),
                 ("streamed", FetchFailed, "more than 1000 bytes"),
+                ("packed?times=1000000", FetchFailed, "more than 1000 bytes"),
                 ("missing", FetchFailed, "answered 404"),
                 ("nowhere", FetchFailed, "answered 302"),
                 ("lines", FetchFailed, "too long a head"),
