@@ -31,10 +31,10 @@ _TOO_LARGE = (
 ).encode()  # fmt: skip
 _HOSTS = re.compile(rb"\nhost[ \t]*:((?:[^\n]|\n[ \t])*)", re.IGNORECASE)
 _CHUNKS, _CHUNK = 256, 512  # chunks allowed per connection, and one more per so many bytes
-_PIECES, _PIECE = 64, 512  # pieces allowed per head, and one more per so many bytes
-# Shorter pieces of each request that are free, and those that take as long to read as a page; the
-# same for chunks.
-_FREE_PIECES, _PIECES_OF_A_PAGE = 8, 8
+_PIECE = 512  # bytes below which a piece of a request is small
+# Small pieces of each request that are free, and those that are charged as a page, which is more
+# than they take: few clients send any. The same for chunks.
+_FREE_PIECES, _PIECES_OF_A_PAGE = 8, 2
 _END = 4  # bytes of the longest end of a head
 _HANG_UP_SECONDS = 2.0
 _LAST_CHUNK = b"0\r\n\r\n"
@@ -44,9 +44,9 @@ _LINES, _BYTES = 20.0, 16384.0  # of a head, whose parsing costs as much as a pa
 class ClientStream(IOStream):
     """A connection whose client may end its side of it and still wait for the answer.
 
-    A connection that sends a head in pieces, or a body in chunks, of a few bytes is closed: each of
-    them takes as long to handle as a large one. Pieces are charged to the client, and what it sends
-    while it owes for them is read as one.
+    Small pieces and chunks take as long to handle as large ones: they are charged to the client,
+    and what it sends while it owes for them is read as one piece. A connection with hundreds of
+    small chunks is closed.
 
     last: the client has announced its last request (Connection: close), and that is complete. The
     end of the input is expected then, and once all of that request has come; otherwise it means
@@ -61,7 +61,6 @@ class ClientStream(IOStream):
     _awaited: int | None = None  # bytes of the last request
     _tail: bytes | None = None  # what came last, of a last request in chunks
     _unjudged = False  # whether a head has come of which is not known yet if it is the last's
-    _pieces: int | None = None  # read so far of the current head
     _searched = 0  # bytes of the head
     _small = 0  # pieces of the current request
     _paused = False
@@ -93,10 +92,6 @@ class ClientStream(IOStream):
         self._received += count or 0
         if self._awaited is not None:
             self._awaited -= count or 0
-        if count and self._pieces is not None:
-            self._pieces += 1
-            if self._pieces > _PIECES + len(self._read_buffer) / _PIECE:
-                return 0  # as if the client had gone
         if count and count < _PIECE:
             self._small += 1
             if self._small > _FREE_PIECES and (owed := self._charge(1 / _PIECES_OF_A_PAGE)):
@@ -144,14 +139,12 @@ class ClientStream(IOStream):
         """
         if self.closed():
             raise StreamClosedError
-        self._pieces = self._searched = self._small = 0
+        self._searched = self._small = 0
         try:
             head = await super().read_until_regex(regex, max_bytes)
         except StreamClosedError:
-            self.refused = self._pieces > 0  # a part of a head came, or too much of one
+            self.refused = self._searched > 0  # a part of a head came, or too much of one
             raise
-        finally:
-            self._pieces = None
         self._unjudged = True
         self.head, self.refused = head.count(b"\n") / _LINES + len(head) / _BYTES, True
         if _takes_long(head):
