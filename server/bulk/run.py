@@ -87,7 +87,7 @@ class BulkRun:
     def left(self, items: Iterable[Item]) -> Iterator[Item]:
         """Items that have no row yet; each is marked as done when it is taken. Raises SameId."""
         for item in items:
-            if self._claim(item):
+            if self.index.claim(item.id, of_item(item), self.again):
                 yield item
             else:
                 self.counts.before += 1
@@ -110,13 +110,9 @@ class BulkRun:
     def once(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
         """Outcomes without repeats: a cluster may send an item's outcome twice. Raises SameId."""
         for outcome in outcomes:
-            if self._claim(outcome.item, outcome.sha256):
+            asked = of_item(outcome.item, outcome.sha256)
+            if self.index.claim(outcome.item.id, asked, self.again):
                 yield outcome
-
-    def _claim(self, item: Item, digest: str | None = None) -> bool:
-        other = item.other_id and structs.replace(item, id=item.other_id)
-        otherwise = (other.id, of_item(other, digest)) if other else None
-        return self.index.claim(item.id, of_item(item, digest), self.again, otherwise)
 
     def _write(self, outcome: Outcome) -> ResultRow:
         row = self._row(outcome)

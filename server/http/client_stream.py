@@ -30,7 +30,7 @@ _TOO_LARGE = (
     + json.dumps({"error": {"code": HTTP_ERRORS[431].code, "message": _REASON}}) + "\n"
 ).encode()  # fmt: skip
 _HOSTS = re.compile(rb"\nhost[ \t]*:((?:[^\n]|\n[ \t])*)", re.IGNORECASE)
-_CHUNKS, _CHUNK = 256, 512  # chunks allowed per connection, and one more per so many bytes
+_CHUNKS, _CHUNK = 256, 512  # chunks allowed per request, and one more per so many bytes
 _PIECE = 512  # bytes below which a piece of a request is small
 # Small pieces of each request that are free, and those that are charged as a page, which is more
 # than they take: few clients send any. The same for chunks.
@@ -45,8 +45,8 @@ class ClientStream(IOStream):
     """A connection whose client may end its side of it and still wait for the answer.
 
     Small pieces and chunks take as long to handle as large ones: they are charged to the client,
-    and what it sends while it owes for them is read as one piece. A connection with hundreds of
-    small chunks is closed.
+    and what it sends while it owes for them is read as one piece. A connection whose
+    request has hundreds of small chunks is closed.
 
     last: the client has announced its last request (Connection: close), and that is complete. The
     end of the input is expected then, and once all of that request has come; otherwise it means
@@ -139,7 +139,7 @@ class ClientStream(IOStream):
         """
         if self.closed():
             raise StreamClosedError
-        self._searched = self._small = 0
+        self._searched = self._small = self._chunks = self._received = 0
         try:
             head = await super().read_until_regex(regex, max_bytes)
         except StreamClosedError:

@@ -29,6 +29,7 @@ _HEAD_BYTES, _HEAD_LINES = 16 * 1024, 200
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"  # of TLS 1.2: without numbers of the site's own length
 _STATUS = re.compile(rb"HTTP/\S+ (\d{3})")
 _AT_ONCE = struct.pack("ii", 1, 0)  # closes by a reset: a site that goes on is not heard
+_MORE_FOLLOWS = (100, 102, 103)
 _MOVED = (301, 302, 303, 307, 308)
 
 
@@ -62,7 +63,6 @@ class Download:
         if sys.platform == "linux":
             clock = time.pthread_getcpuclockid(threading.get_ident())
             self._thread = clock, threading.get_native_id()
-        curl.reset()
         curl.setopt(pycurl.OPENSOCKETFUNCTION, self._open(addresses))
         curl.setopt(pycurl.HEADERFUNCTION, answer.take_head)
         curl.setopt(pycurl.WRITEFUNCTION, answer.take)
@@ -73,7 +73,10 @@ class Download:
         except pycurl.error as cause:
             if not answer.is_over:
                 raise self._ended or FetchFailed(answer.refused or _said(cause)) from cause
+        except ValueError as cause:
+            raise FetchFailed("image_url is not a URL") from cause
         finally:
+            curl.reset()  # which lets go of the answer
             self.size += answer.size
             self._thread = None
             self._computed += time.thread_time()
@@ -108,16 +111,16 @@ class Download:
         """Seconds of a core that it has taken so far; on systems other than Linux, of the answers
         that have come.
         """
-        if self._thread is not None:
+        if (thread := self._thread) is not None:
             with suppress(OSError):  # it has just ended
-                return self._computed + time.clock_gettime(self._thread[0])
+                return self._computed + time.clock_gettime(thread[0])
         return self._computed
 
     def compute_last(self) -> None:
         """Let its thread compute only what others leave: in a call of TLS, it can't be stopped."""
-        if self._thread is not None:
+        if (thread := self._thread) is not None:
             with suppress(OSError):  # it has just ended
-                os.setpriority(os.PRIO_PROCESS, self._thread[1], 19)
+                os.setpriority(os.PRIO_PROCESS, thread[1], 19)
 
 
 class Answer:
@@ -129,7 +132,7 @@ class Answer:
         self.size = 0
         self.refused: str | None = None
         self.is_over = False  # though its body has not come
-        self._limit, self._lines, self._status = limit, 0, 0
+        self._limit, self._lines, self._status, self._is_headed = limit, 0, 0, False
 
     def take_head(self, line: bytes) -> int:
         """Take a line of a head, the answer's or one before; -1 for one too much."""
@@ -142,13 +145,14 @@ class Answer:
             self._status = int(found[1])
             return len(line)
         name, _, value = line.partition(b":")
-        if name.lower() == b"location":
+        if name.lower() == b"location" and not self._is_headed:  # else it is in a trailer
             self.location = value.strip().decode(errors="surrogateescape")
-        if not line.strip() and self._status >= 200:
+        if not line.strip() and self._status not in _MORE_FOLLOWS:
             return self._headed(len(line))
         return len(line)
 
     def _headed(self, taken: int) -> int:
+        self._is_headed = True
         if self._status in _MOVED and self.location is not None:
             self.is_over = True
             return -1

@@ -5,6 +5,7 @@ has no effect. Every redirect is checked like the first URL.
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,13 +27,16 @@ _REDIRECTS = 3
 _FETCHES = 32  # at a time
 # Bytes fetched, a second and at once, of all clients.
 _BYTES, _MUCH = (50e6, 16e6), 64 * 1024
-# Seconds of a core, likewise, that downloads may compute; and what one may, which is ended then.
-_COMPUTING, _LONG, _LONGEST = (0.25, 0.25), 0.005, 1.0
+# Seconds of a core, likewise, that downloads may compute; most seconds in which that is repaid.
+_COMPUTING, _LONG, _REPAID = (0.25, 0.25), 0.005, 60.0
+# Seconds of a core after which a download is ended; a shorter one if its client owes for more.
+_LONGEST, _LESS, _OWED_SECONDS = 0.5, 0.1, 1.0  # ten megabytes take 0.03
 _CONNECT_SECONDS, _LONGEST_SECONDS = 5.0, 15.0
 _SLOW_SECONDS = 2.0  # after which a fetch gives way to a client that has fewer
 _WATCH_SECONDS = 0.1
 _LATE_SECONDS = 1.0  # after its end, when a fetch is ended from outside
-_HOST, _LABEL = 253, 63  # characters (RFC 1035, 2.3.4); Python is slow to look up longer names
+_HOST = 253  # characters (RFC 1035, 2.3.4); Python is slow to look up longer names
+_NAME = re.compile(r"[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_][a-z0-9_-]{0,62})*")
 
 
 class Fetcher:
@@ -51,9 +55,7 @@ class Fetcher:
         self._hosts, self._port = hosts or PublicHosts(), port
         self._turns = EqualShares(_FETCHES)
         self._bytes = TokenBuckets(*_BYTES, total=_BYTES[0], least=_MUCH)
-        self._seconds = TokenBuckets(
-            *_COMPUTING, longest=_LONGEST_SECONDS, total=_COMPUTING[0], least=_LONG
-        )
+        self._seconds = TokenBuckets(*_COMPUTING, longest=_REPAID, total=_COMPUTING[0], least=_LONG)
         self._slow: dict[_Fetch, None] = {}  # the oldest first
         self._unused: list[pycurl.Curl] = []  # each keeps the certificates that it has read
 
@@ -68,8 +70,7 @@ class Fetcher:
             raise ForbiddenUrl("image_url must begin with https://")
         if parts.username is not None or parts.password is not None or "\\" in url:
             raise ForbiddenUrl("image_url must not hold a user name or backslashes")
-        labels = host.split(".")
-        if not host.isascii() or len(host) > _HOST or max(map(len, labels)) > _LABEL:
+        if len(host) > _HOST or not _NAME.fullmatch(host):  # libcurl looks others up by itself
             raise ForbiddenUrl("image_url must name its host in ASCII (xn--...), and not at length")
         if parts.netloc.endswith(":") or (port not in (None, 443)):
             raise ForbiddenUrl("image_url must use the usual port")
@@ -88,12 +89,16 @@ class Fetcher:
         is raised.
         """
         self.check(url)
-        await asyncio.sleep(max(self._bytes.owed(client), self._seconds.owed(client)))
+        await asyncio.sleep(self._owed(client))
         for slow in self._slow:
             if self._turns.call_back(slow.client, client):
                 self._give_way(slow)
                 break
         await self._turns.take(client)
+        while owed := self._owed(client):  # by what was fetched meanwhile
+            self._turns.give(client, 0)
+            await asyncio.sleep(owed)
+            await self._turns.take(client)
         try:
             begin()
         except BaseException:
@@ -108,6 +113,10 @@ class Fetcher:
         except asyncio.CancelledError:
             fetch.download.end(FetchFailed(LATE))  # its place is taken until its thread has ended
             raise
+
+    def _owed(self, client: str) -> float:
+        """Seconds in which a client begins no download."""
+        return max(self._bytes.owed(client), self._seconds.owed(client))
 
     def _is_slow(self, fetch: "_Fetch") -> None:
         self._slow[fetch] = None
@@ -145,7 +154,7 @@ class Fetcher:
         host, connect = urlsplit(url).hostname, min(_CONNECT_SECONDS, fetch.left)
         try:
             addresses = await self._hosts.look_up(str(host), fetch.client, connect)
-        except OSError as cause:
+        except (OSError, ValueError) as cause:  # ValueError: a name that there can't be
             raise FetchFailed(f"image_url can't be fetched: {shown(cause)}") from cause
         curl = self._unused.pop() if self._unused else pycurl.Curl()
         # The thread is not used again: it may end at the lowest priority.
@@ -169,8 +178,13 @@ class Fetcher:
         if computed > fetch.charged:
             self._seconds.spend(fetch.client, computed - fetch.charged)
             fetch.charged = computed
+        owed = self._seconds.owed(fetch.client)
         if computed > _LONGEST:
             download.end(FetchFailed("image_url takes too long to read"))
+            download.compute_last()
+        elif computed > _LESS and owed > _OWED_SECONDS:
+            message = "these images take too long to read: try again later"
+            download.end(QueueFull(message, ceil(owed)))
             download.compute_last()
         if fetch.left < -_LATE_SECONDS:
             download.end(FetchFailed(LATE))

@@ -18,8 +18,7 @@ class Item(Struct, frozen=True):
 
     id: unique among the rows of an output. image: its bytes, path or URL. name: a path without a
     suffix, relative to the input. key: of a sample in a WebDataset shard; members: its files by
-    extension, the image included. wrong: why there is no image. other_id: that it would have if the
-    input had been given otherwise.
+    extension, the image included. wrong: why there is no image.
     """
 
     id: str
@@ -29,7 +28,6 @@ class Item(Struct, frozen=True):
     key: str | None = None
     members: Mapping[str, bytes] = {}
     wrong: str | None = None
-    other_id: str | None = None
 
 
 class ScoredCaption(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -45,13 +45,13 @@ class ListFile:
     """A list: .txt (a path or URL a line), .csv, .jsonl or .parquet; "-" is standard input as .txt.
 
     Paths are relative to the list's folder. part: the only row group to read of a Parquet file.
-    located: ids are paths with that folder, as lists elsewhere name others of the same name.
+    apart: names have that folder, as lists elsewhere name others of the same name.
     """
 
     path: str
     columns: Columns
     part: int | None = None
-    located: bool = False
+    apart: bool = False
 
     suffixes: ClassVar = (".txt", ".csv", ".jsonl", ".parquet")
 
@@ -146,17 +146,17 @@ class ListFile:
             raise BrokenRow(f"there is nothing in {self.columns.id}")
         path = None if isinstance(image, bytes) or image.startswith("data:") else image
         location = path and self._location(path)
-        named_so, otherwise = (location, path) if self.located else (path, location)
-        where = named_so or where
+        where = location or where
         for cell in (where, prompt or "", str(known)):
             if len(cell) > _LONGEST_CELL:
                 raise BrokenRow(f"a path, prompt or id has {len(cell)} characters: that is none")
         return Item(
             id=where if known is None else str(known),
             image=location or image,
-            name=named(where) if path else f"{named(self.path)}/{number}",
+            name=named(str(location if self.apart else path))
+            if path
+            else f"{named(self.path)}/{number}",
             prompt=prompt or None,
-            other_id=otherwise if known is None and otherwise != where else None,
         )
 
     def _location(self, image: str) -> str:

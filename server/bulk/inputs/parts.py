@@ -40,7 +40,7 @@ def parts(given: Iterable[str], columns: Columns, limit: int, output: str = "-")
         if path == "-" or path.lower().endswith(ListFile.suffixes):
             listed = ListFile(path, columns)
             first = next((part for part in found if isinstance(part, ListFile)), listed)
-            found.append(replace(listed, located=listed.folder != first.folder))
+            found.append(replace(listed, apart=listed.folder != first.folder))
         elif path.lower().endswith(_SHARDS):
             found.append(Shard(path, columns, limit))
         else:
@@ -80,7 +80,6 @@ def _written(item: Item, prompt: str | None) -> Item:
     bytes its list or shard had.
     """
     texts = {"id": item.id, "name": item.name, "key": item.key, "prompt": item.prompt}
-    texts["other_id"] = item.other_id
     changed = {name: plain(text) for name, text in texts.items() if text and not _is_utf8(text)}
     if prompt and not item.prompt:
         changed["prompt"] = prompt

@@ -61,33 +61,20 @@ class Index:
             self._table.execute("INSERT OR REPLACE INTO t VALUES (?, ?, ?, ?, ?, ?)", values)
             self._next += 1
 
-    def claim(
-        self, item_id: str, asked: bytes, again: bool = False,
-        otherwise: tuple[str, bytes] | None = None,
-    ) -> bool:  # fmt: skip
+    def claim(self, item_id: str, asked: bytes, again: bool = False) -> bool:
         """Whether an item is still to be captioned; marks it as done.
 
         asked: see `of_item`. again: also if another image or prompt had its id in an earlier run.
-        otherwise: id and `asked` that it may have had in an earlier run.
-        Raises SameId if one of this run has its id, if an earlier run had another image or prompt
-        of that id and it is not to be captioned again, or the same by another id.
+        Raises SameId if that is not wished, or if one of this run has it.
         """
         with self._lock:
-            return self._claim(item_id, asked, again, otherwise)
+            return self._claim(item_id, asked, again)
 
-    def _claim(
-        self, item_id: str, asked: bytes, again: bool, otherwise: tuple[str, bytes] | None
-    ) -> bool:
+    def _claim(self, item_id: str, asked: bytes, again: bool) -> bool:
         found = self._table.execute(
             "SELECT done, failed, asked, claimed FROM t WHERE id = ?", (key(item_id),)
         ).fetchone()
         if found is None:
-            if otherwise is not None and self._has_row(*otherwise):
-                raise SameId(
-                    f"{item_id} has a row as {otherwise[0]}, by lists that were given otherwise: "
-                    "give them as before, the first one first, name another output, or give ids "
-                    "(--id-column)"
-                )
             values = key(item_id), None, True, _Error.NONE, asked, _Claim.BY_KEY
             self._table.execute("INSERT INTO t VALUES (?, ?, ?, ?, ?, ?)", values)
             return True
@@ -115,10 +102,6 @@ class Index:
         changed = "UPDATE t SET done = 1, asked = ?, claimed = ? WHERE id = ?"
         self._table.execute(changed, (asked, _Claim.BY_KEY, key(item_id)))
         return True
-
-    def _has_row(self, item_id: str, asked: bytes) -> bool:
-        found = self._table.execute("SELECT asked FROM t WHERE id = ?", (key(item_id),)).fetchone()
-        return found is not None and asked in _split(found[0])
 
     def _mark(self, item_id: str, how: _Claim) -> None:
         mark = "UPDATE t SET claimed = ? WHERE id = ? AND claimed != ?"

@@ -1,5 +1,6 @@
 """A folder of .txt files, laid out like the input's images, as diffusion trainers read them."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -17,7 +18,7 @@ from server.bulk.outputs.lines import Lines
 
 HIDDEN_ROWS = ".vignette.jsonl"
 _OURS = ".vignette."  # what our own files' names begin with
-_PARTIAL = f"{_OURS}{{}}partial"
+_BEGUN = re.compile(r"\.vignette\.[0-9a-f]{32}\.partial")
 
 
 class Texts(Output):
@@ -40,7 +41,7 @@ class Texts(Output):
         that is refused changes nothing.
         """
         missing, stale, last = False, set[str](), None
-        begun = set(self._folder.glob(_PARTIAL.format("*")))
+        begun = [each for each in self._folder.iterdir() if _BEGUN.fullmatch(each.name)]
         for row in self._lines.rows():
             if row.text is not None and below(row.text) != row.text:
                 raise OutputConflict(
@@ -171,7 +172,7 @@ class Texts(Output):
             raise NotWritten(f"{text} can't be a file here: {cause}") from cause
 
     def _partial(self, text: str) -> Path:
-        return self._folder / _PARTIAL.format(f"{key(text).hex()}.")
+        return self._folder / f"{_OURS}{key(text).hex()}.partial"
 
     def _begin(self, text: str, caption: str) -> None:
         """Write a caption to a file that is to replace its own."""

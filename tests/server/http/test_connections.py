@@ -135,6 +135,20 @@ def test_a_server_without_files_left_pauses_and_says_so_once(monkeypatch, caplog
     assert caplog.text.count("Too many open files") == 1
 
 
+def test_a_connection_may_send_any_number_of_requests_in_chunks():
+    asked = b"GET /health/live HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    asked += b"1\r\nx\r\n1\r\ny\r\n0\r\n\r\n"
+    with serve(fake_engine) as live, socket.create_connection(("127.0.0.1", live.port)) as client:
+        client.settimeout(20)
+        answers = client.makefile("rb")
+        for _ in range(150):
+            client.sendall(asked)
+            assert answers.readline().startswith(b"HTTP/1.1 200")
+            while answers.readline() != b"\r\n":
+                pass
+            answers.readline()
+
+
 def test_a_client_that_says_no_more_after_its_last_chunk_still_gets_its_answer():
     with serve(fake_engine) as live:
         head = b"POST /caption HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"

@@ -1,17 +1,18 @@
 """image_url leads to public addresses of allowed domains, or nowhere."""
 
 import asyncio
+import gc
 import socket
 import threading
 
 import pytest
 
 from server.images import fetch
-from server.images.download import FetchFailed
+from server.images.download import Answer, FetchFailed
 from server.images.fetch import Fetcher
 from server.images.hosts import ForbiddenUrl, PublicHosts, is_public
 from server.refusals import QueueFull
-from tests.support.sites import fetcher_of, site
+from tests.support.sites import answering, fetcher_of, site
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,13 @@ def test_urls_that_must_not_be_asked(url):
         Fetcher(("ok.example",), 1000).check(url)
 
 
+@pytest.mark.parametrize("host", ["", "a.", "-x", "%6f", "a\0", "a b", "ä", "a" * 64])
+def test_names_that_there_can_not_be_are_not_looked_up(host):
+    """Python raises other errors for some, and libcurl looks others up by itself."""
+    with pytest.raises(ForbiddenUrl):
+        Fetcher((".ok.example",), 1000).check(f"https://{host}.ok.example/x")
+
+
 def test_domains_are_whole_names_or_all_below_one():
     fetcher = Fetcher(("ok.example", ".wide.example"), 1000)
     for url in ("https://ok.example/x", "https://OK.example/x", "https://a.b.wide.example/",
@@ -68,12 +76,14 @@ def test_a_real_server_is_asked_and_each_hop_checked(context):
             assert await fetch("image") == b"the image"
             assert await fetch("on") == b"the image"
             assert await fetch("packed") == b"the image"
+            assert not [each for each in gc.get_objects() if type(each) is Answer]
             for path, error, message in (
                 ("large", FetchFailed, "more than 1000 bytes|file size"),
                 ("streamed", FetchFailed, "more than 1000 bytes"),
                 ("packed?times=1000000", FetchFailed, "more than 1000 bytes"),
                 ("missing", FetchFailed, "answered 404"),
                 ("nowhere", FetchFailed, "answered 302"),
+                ("\ud800", FetchFailed, "not a URL"),
                 ("lines", FetchFailed, "too long a head"),
                 ("around", FetchFailed, "too often"),
                 ("away", ForbiddenUrl, "evil.example' is not among"),
@@ -100,6 +110,31 @@ def test_a_connection_to_another_address_than_those_looked_up_is_not_made(contex
             fetcher = Fetcher(("127.0.0.1",), 1000, Elsewhere(), port)
             with pytest.raises(FetchFailed, match="can't be fetched"):
                 await fetcher.fetch("https://127.0.0.1/image", 5, "somebody")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("answer", "image"), [
+    (b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nLocation: /y\r\n\r\n", b"x"),
+    (b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;a=b\r\nx\r\n0\r\n\r\n", b"x"),
+    (b"103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx", b"x"),
+    (b"101 Switching Protocols\r\nUpgrade: x\r\n\r\nx", None),
+    (b"200 OK\r\nContent-Length: 2\r\n\r\nx", None),
+], ids=["trailer", "chunk extension", "hints", "other protocol", "cut off"])  # fmt: skip
+def test_what_counts_as_an_image(answer, image, context):
+    def serve(connection):
+        with context.wrap_socket(connection, server_side=True) as site:
+            site.recv(4096)
+            site.sendall(b"HTTP/1.1 " + answer)
+
+    async def run():
+        with answering(serve) as port:
+            fetched = fetcher_of(port).fetch("https://ok.example/image", 5, "somebody")
+            if image is not None:
+                assert await fetched == image
+                return
+            with pytest.raises(FetchFailed):
+                await fetched
 
     asyncio.run(run())
 

@@ -13,6 +13,7 @@ import pytest
 from server.fairness.token_buckets import TokenBuckets
 from server.images import fetch
 from server.images.download import Download, FetchFailed
+from server.refusals import QueueFull
 from tests.support.sites import answering, fetcher_of, site
 
 
@@ -20,9 +21,15 @@ from tests.support.sites import answering, fetcher_of, site
     "head", [b"Transfer-Encoding: chunked\r\n\r\nffffff\r\n", b"X-Long: ", b"\r\n"],
     ids=["chunk", "head", "until the end"],
 )  # fmt: skip
-def test_an_answer_may_take_only_so_much_computation(head, context, monkeypatch):
+@pytest.mark.parametrize(("limit", "burst", "error", "message"), [
+    ("_LONGEST", 1.0, FetchFailed, "takes too long to read"),
+    ("_LESS", 0.01, QueueFull, "these images take too long to read"),  # by a client that owes
+])  # fmt: skip
+def test_an_answer_may_take_only_so_much_computation(
+    limit, burst, error, message, head, context, monkeypatch
+):
     """A TLS record takes as long to read with a byte as with many."""
-    monkeypatch.setattr(fetch, "_LONGEST", 0.02)
+    monkeypatch.setattr(fetch, limit, 0.02)
 
     def serve(connection):
         with context.wrap_socket(connection, server_side=True) as site:
@@ -34,12 +41,12 @@ def test_an_answer_may_take_only_so_much_computation(head, context, monkeypatch)
     async def run():
         with answering(serve) as port:
             fetcher = fetcher_of(port, limit=1_000_000)
-            fetcher._seconds = TokenBuckets(1e-9, burst := 1.0)
-            with pytest.raises(FetchFailed, match=r"too long to read"):
+            fetcher._seconds = TokenBuckets(1e-9, burst)
+            with pytest.raises(error, match=message):
                 await fetcher.fetch("https://ok.example/image", 10, "somebody")
-            [(client, (computed, _))] = fetcher._seconds._left.items()
+            [(client, (left, _))] = fetcher._seconds._left.items()
             assert client == "somebody"
-            assert computed < burst - 0.02
+            assert left <= max(burst - 0.02, 0.0)
 
     asyncio.run(run())
 
