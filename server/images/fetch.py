@@ -30,7 +30,7 @@ _BYTES, _MUCH = (50e6, 16e6), 64 * 1024
 # Seconds of a core, likewise, that downloads may compute; most seconds in which that is repaid.
 _COMPUTING, _LONG, _REPAID = (0.25, 0.25), 0.005, 60.0
 # Seconds of a core after which a download is ended; a shorter one if its client owes for more.
-_LONGEST, _LESS, _OWED_SECONDS = 0.5, 0.1, 1.0  # ten megabytes take 0.03
+_LONGEST, _LESS, _OWED_SECONDS = 0.5, 0.1, 1.0  # ten megabytes take 0.01 to 0.05
 _CONNECT_SECONDS, _LONGEST_SECONDS = 5.0, 15.0
 _SLOW_SECONDS = 2.0  # after which a fetch gives way to a client that has fewer
 _WATCH_SECONDS = 0.1
