@@ -183,31 +183,6 @@ def test_a_list_of_errors_is_no_caption_that_makes_up_for_them():
         assert live.metric('vignette_requests_total{outcome="invalid_image"}') == 5
 
 
-@pytest.mark.parametrize(("pieces", "answered"), [(20, True), (400, False)])
-def test_a_head_that_comes_in_bytes_is_hung_up_on(pieces, answered):
-    with serve(fake_engine) as live, socket.create_connection(("127.0.0.1", live.port)) as client:
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-Long: ")
-        client.settimeout(0.002)
-        ended = False
-        for _ in range(pieces):
-            try:
-                client.sendall(b"a")
-                ended = client.recv(1) == b""
-            except TimeoutError:
-                continue
-            except OSError:
-                ended = True
-            if ended:
-                break
-        assert ended is not answered
-        if answered:
-            client.settimeout(10)
-            client.sendall(b"\r\n\r\n")
-            assert client.recv(100).startswith(b"HTTP/1.1 200")
-        assert live.request("GET", "/health/live").status == 200
-
-
 def test_a_long_head_in_a_few_pieces_is_read():
     with serve(fake_engine) as live, socket.create_connection(("127.0.0.1", live.port)) as client:
         client.sendall(b"POST /caption?prompt=%s HTTP/1.1\r\nHost: x" % (b"a" * 15_000))

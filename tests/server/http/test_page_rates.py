@@ -128,9 +128,7 @@ def test_connections_that_who_owes_has_left_are_not_read(monkeypatch):
         for _ in range(100):
             with socket.create_connection(("127.0.0.1", live.port)) as client:
                 client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
-        start = time.perf_counter()
         assert live.caption(png()).status == 200, "of the same address, but it stays"
-        assert time.perf_counter() - start < 1
         assert parsed.call_count < 50
 
 
