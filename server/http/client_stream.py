@@ -1,4 +1,4 @@
-"""The stream of one client's connection: heads, pieces and chunks are bounded before parsing."""
+"""The stream of one client's connection: heads and chunks are bounded, and small pieces charged."""
 
 import asyncio
 import json
@@ -32,8 +32,8 @@ _TOO_LARGE = (
 _HOSTS = re.compile(rb"\nhost[ \t]*:((?:[^\n]|\n[ \t])*)", re.IGNORECASE)
 _CHUNKS, _CHUNK = 256, 512  # chunks allowed per request, and one more per so many bytes
 _PIECE = 512  # bytes below which a piece of a request is small
-# Small pieces of each request that are free, and those that are charged as a page, which is more
-# than they take: few clients send any. The same for chunks.
+# Of each request so many small pieces, and small chunks, are free. Of the others, so many cost as
+# much as a page: more than they take, but few clients send any.
 _FREE_PIECES, _PIECES_OF_A_PAGE = 8, 2
 _END = 4  # bytes of the longest end of a head
 _HANG_UP_SECONDS = 2.0
@@ -44,9 +44,9 @@ _LINES, _BYTES = 20.0, 16384.0  # of a head, whose parsing costs as much as a pa
 class ClientStream(IOStream):
     """A connection whose client may end its side of it and still wait for the answer.
 
-    Small pieces and chunks take as long to handle as large ones: they are charged to the client,
-    and what it sends while it owes for them is read as one piece. A connection whose
-    request has hundreds of small chunks is closed.
+    Small pieces and chunks take as long to handle as large ones, and are charged to the client.
+    What it sends while it owes for them is read as one piece. A connection whose request has
+    hundreds of small chunks is closed.
 
     last: the client has announced its last request (Connection: close), and that is complete. The
     end of the input is expected then, and once all of that request has come; otherwise it means
@@ -139,7 +139,8 @@ class ClientStream(IOStream):
         """
         if self.closed():
             raise StreamClosedError
-        self._searched = self._small = self._chunks = self._received = 0
+        self._searched = self._small = self._chunks = 0
+        self._received = self._read_buffer_size  # what was sent ahead
         try:
             head = await super().read_until_regex(regex, max_bytes)
         except StreamClosedError:

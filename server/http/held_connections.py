@@ -1,4 +1,6 @@
-"""New connections of clients that owe for pages, errors or leaving: they are read one by one."""
+"""New connections of clients that owe for pages, small pieces, errors or leaving: they are read one
+by one.
+"""
 
 import asyncio
 import select

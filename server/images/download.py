@@ -1,8 +1,8 @@
 """Downloads by libcurl, each on a thread of its own.
 
-A site decides what TLS computes, and in how many pieces an answer comes. libcurl does that work
-without the interpreter's lock, so that requests don't wait for it; who watches a download can tell
-how much it computes, and end it.
+A site decides what TLS computes, and in how many pieces an answer comes. libcurl does nearly all of
+that work without the interpreter's lock, so that requests don't wait for it; who watches a download
+can tell how much it computes, and end it.
 """
 
 import os
@@ -42,7 +42,7 @@ class Download:
 
     `ask` runs on a thread, one at a time; all else may be called meanwhile from any other.
 
-    size: bytes received so far, with heads.
+    size: bytes of the answers that have come, with heads, bodies unpacked.
     """
 
     def __init__(self, limit: int) -> None:
@@ -51,6 +51,7 @@ class Download:
         self._limit = limit
         self._ended: VignetteError | None = None
         self._connections: list[socket.socket] = []
+        self._closing = threading.Lock()  # a closed connection's number may be another's at once
         self._computed = 0.0  # by threads that have ended
         self._thread: tuple[int, int] | None = None  # number of its clock, and its own
 
@@ -72,6 +73,7 @@ class Download:
             curl.perform()
         except pycurl.error as cause:
             if not answer.is_over:
+                answer.body = bytearray()  # the error's frames hold the answer
                 raise self._ended or FetchFailed(answer.refused or _said(cause)) from cause
         except ValueError as cause:
             raise FetchFailed("image_url is not a URL") from cause
@@ -80,10 +82,11 @@ class Download:
             self.size += answer.size
             self._thread = None
             self._computed += time.thread_time()
-            while self._connections:
-                with suppress(OSError), self._connections.pop() as connection:
-                    # libcurl may keep its duplicate until its next use.
-                    connection.shutdown(socket.SHUT_RDWR)
+            with self._closing:
+                while self._connections:
+                    with suppress(OSError), self._connections.pop() as connection:
+                        # libcurl may keep its duplicate until its next use.
+                        connection.shutdown(socket.SHUT_RDWR)
         if self._ended is not None:  # what has come may look like all
             raise self._ended
         return answer
@@ -101,20 +104,22 @@ class Download:
     def end(self, error: VignetteError) -> None:
         """End the download with this error, unless it was ended before."""
         self._ended = self._ended or error
-        for connection in tuple(self._connections):
-            with suppress(OSError):  # it has ended, or not begun
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
-                connection.shutdown(socket.SHUT_RDWR)
+        with self._closing:
+            for connection in self._connections:
+                with suppress(OSError):  # it has ended, or not begun
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+                    connection.shutdown(socket.SHUT_RDWR)
 
     @property
     def computed(self) -> float:
         """Seconds of a core that it has taken so far; on systems other than Linux, of the answers
         that have come.
         """
+        before = self._computed  # read first: a thread that ends is in it then, or has a clock
         if (thread := self._thread) is not None:
             with suppress(OSError):  # it has just ended
-                return self._computed + time.clock_gettime(thread[0])
-        return self._computed
+                return before + time.clock_gettime(thread[0])
+        return before
 
     def compute_last(self) -> None:
         """Let its thread compute only what others leave: in a call of TLS, it can't be stopped."""
@@ -131,7 +136,7 @@ class Answer:
         self.location: str | None = None  # to which it leads on
         self.size = 0
         self.refused: str | None = None
-        self.is_over = False  # though its body has not come
+        self.is_over = False  # it leads on: nothing more of it is wanted
         self._limit, self._lines, self._status, self._is_headed = limit, 0, 0, False
 
     def take_head(self, line: bytes) -> int:
@@ -142,7 +147,7 @@ class Answer:
             self.refused = "image_url answers with too long a head"
             return -1
         if found := _STATUS.match(line):
-            self._status = int(found[1])
+            self._status, self.location = int(found[1]), None
             return len(line)
         name, _, value = line.partition(b":")
         if name.lower() == b"location" and not self._is_headed:  # else it is in a trailer
@@ -175,13 +180,12 @@ class Answer:
 def _options(
     url: str, port: int, addresses: Sequence[str], connect_seconds: float, seconds: float
 ) -> dict[int, Any]:
-    host = urlsplit(url).hostname
+    parts = urlsplit(url)  # without line breaks and spaces before it
     numbers = ",".join(f"[{each}]" if ":" in each else each for each in addresses)
-    trusted = ssl.get_default_verify_paths()
     return {
-        pycurl.URL: quote(url, string.punctuation, errors="surrogateescape"),
+        pycurl.URL: quote(parts.geturl(), string.punctuation, errors="surrogateescape"),
         pycurl.PORT: port,
-        pycurl.RESOLVE: [f"{host}:{port}:{numbers}"],
+        pycurl.RESOLVE: [f"+{parts.hostname}:{port}:{numbers}"],  # for a minute
         pycurl.PROTOCOLS: pycurl.PROTO_HTTPS,
         pycurl.PROXY: "",
         pycurl.NOSIGNAL: 1,
@@ -193,9 +197,19 @@ def _options(
         pycurl.FORBID_REUSE: 1,
         pycurl.SSL_SESSIONID_CACHE: 0,
         pycurl.SSL_CIPHER_LIST: _CIPHERS,
-        **({pycurl.CAINFO: trusted.cafile} if trusted.cafile else {}),
-        **({pycurl.CAPATH: trusted.capath} if trusted.capath else {}),
+        **_trusted(),
     }
+
+
+def _trusted() -> dict[int, str]:
+    """Certificates as Python finds them. libcurl reads a file once for each handle; a folder's, for
+    each download.
+    """
+    found = ssl.get_default_verify_paths()
+    file = {pycurl.CAINFO: found.cafile} if found.cafile else {}
+    if found.capath and (not file or found.openssl_capath_env in os.environ):
+        return {**file, pycurl.CAPATH: found.capath}
+    return file
 
 
 def _milliseconds(seconds: float) -> int:

@@ -29,8 +29,10 @@ _FETCHES = 32  # at a time
 _BYTES, _MUCH = (50e6, 16e6), 64 * 1024
 # Seconds of a core, likewise, that downloads may compute; most seconds in which that is repaid.
 _COMPUTING, _LONG, _REPAID = (0.25, 0.25), 0.005, 60.0
-# Seconds of a core after which a download is ended; a shorter one if its client owes for more.
-_LONGEST, _LESS, _OWED_SECONDS = 0.5, 0.1, 1.0  # ten megabytes take 0.01 to 0.05
+# Seconds of a core after which a download is ended; the second if its client owes for more than
+# `_DEBT_SECONDS`. Ten megabytes take 0.01 to 0.05.
+_MOST_COMPUTED, _MOST_OF_DEBTOR = 0.5, 0.1
+_DEBT_SECONDS = 1.0
 _CONNECT_SECONDS, _LONGEST_SECONDS = 5.0, 15.0
 _SLOW_SECONDS = 2.0  # after which a fetch gives way to a client that has fewer
 _WATCH_SECONDS = 0.1
@@ -89,16 +91,19 @@ class Fetcher:
         is raised.
         """
         self.check(url)
-        await asyncio.sleep(self._owed(client))
-        for slow in self._slow:
-            if self._turns.call_back(slow.client, client):
-                self._give_way(slow)
-                break
-        await self._turns.take(client)
-        while owed := self._owed(client):  # by what was fetched meanwhile
-            self._turns.give(client, 0)
+        while True:
+            if (owed := self._owed(client)) > seconds:
+                message = "much was fetched for you: try again later"
+                raise QueueFull(message, ceil(owed))
             await asyncio.sleep(owed)
+            for slow in self._slow:
+                if self._turns.call_back(slow.client, client):
+                    self._give_way(slow)
+                    break
             await self._turns.take(client)
+            if not self._owed(client):
+                break
+            self._turns.give(client, 0)  # it owes for what was fetched meanwhile
         try:
             begin()
         except BaseException:
@@ -158,11 +163,11 @@ class Fetcher:
             raise FetchFailed(f"image_url can't be fetched: {shown(cause)}") from cause
         curl = self._unused.pop() if self._unused else pycurl.Curl()
         # The thread is not used again: it may end at the lowest priority.
-        thread = ThreadPoolExecutor(1, "fetch")
+        executor = ThreadPoolExecutor(1, "fetch")
         asking = asyncio.get_running_loop().run_in_executor(
-            thread, fetch.download.ask, curl, url, self._port, addresses, connect, fetch.left
+            executor, fetch.download.ask, curl, url, self._port, addresses, connect, fetch.left
         )
-        thread.shutdown(wait=False)
+        executor.shutdown(wait=False)
         while not asking.done():
             await asyncio.wait([asking], timeout=_WATCH_SECONDS)
             self._watch(fetch)
@@ -179,10 +184,10 @@ class Fetcher:
             self._seconds.spend(fetch.client, computed - fetch.charged)
             fetch.charged = computed
         owed = self._seconds.owed(fetch.client)
-        if computed > _LONGEST:
+        if computed > _MOST_COMPUTED:
             download.end(FetchFailed("image_url takes too long to read"))
             download.compute_last()
-        elif computed > _LESS and owed > _OWED_SECONDS:
+        elif computed > _MOST_OF_DEBTOR and owed > _DEBT_SECONDS:
             message = "these images take too long to read: try again later"
             download.end(QueueFull(message, ceil(owed)))
             download.compute_last()

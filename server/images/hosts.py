@@ -40,7 +40,7 @@ class PublicHosts:
 
     async def look_up(self, host: str, client: str, seconds: float) -> list[str]:
         """The first addresses of `host`, of each kind. Raises OSError, also if there are none
-        within `seconds`, and ForbiddenUrl if any of its addresses is not public.
+        within `seconds`, and ForbiddenUrl if one of its addresses is not public.
         """
         try:
             async with asyncio.timeout(seconds):

@@ -210,11 +210,11 @@ def serve(
 
 
 def _precision(engine: Engine) -> str:
-    """The precision, and the text positions if they are fewer than usual: captions are cut off
+    """The precision, and the text positions if they are others than usual: captions are cut off
     where those end.
     """
     plan, usual = engine.runner.plan, EngineConfig().text_positions(engine.manifest.sizes.text)
-    cut = f", {plan.text_tokens} text positions" if plan.text_tokens < usual else ""
+    cut = f", {plan.text_tokens} text positions" if plan.text_tokens != usual else ""
     return plan.combination + cut
 
 

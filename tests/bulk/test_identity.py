@@ -47,7 +47,7 @@ def test_an_image_that_is_none_any_more_does_not_keep_its_caption(tmp_path):
     archive(shard, {"x.png": png()})
     run(output, str(shard))
     archive(shard, {"x.png": bytes(10**7 + 1)})
-    with pytest.raises(SameId, match=r"another image or prompt, and no image now.*--again"):
+    with pytest.raises(SameId, match=r"has a caption, but no image now.*--again"):
         run(output, str(shard))
     for captioned in (True, False):  # then its row is an error, and left
         job = run(output, str(shard), again=True)

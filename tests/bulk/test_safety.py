@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -272,10 +273,12 @@ def test_a_foreign_text_that_was_to_be_overwritten_is_overwritten_later(tmp_path
         for overwrite in (False, True):
             (Path(output) / f".vignette.{key(begun).hex()}.partial").write_text(said)
             os.utime(text, (2**33, 2**33))
-            run(output, str(file), overwrite=overwrite)
+            refused = begun == name and not overwrite
+            with pytest.raises(OutputConflict, match="--overwrite") if refused else nullcontext():
+                run(output, str(file), overwrite=overwrite)
             expected = said if begun == name and overwrite else "somebody else's"
             assert text.read_text() == expected
-            assert not list(Path(output).glob(".vignette.*partial"))
+            assert bool(list(Path(output).glob(".vignette.*partial"))) is refused
 
 
 @pytest.mark.parametrize("outside", ["../mine.txt", "{}/mine.txt"])

@@ -134,8 +134,6 @@ def serve(
         await service.model().links.close()
         await asyncio.to_thread(worker.finish)
         service.decoders.close()
-        if service.fetcher is not None:
-            service.fetcher.close()
 
     thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
     thread.start()

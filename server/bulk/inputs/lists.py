@@ -45,13 +45,13 @@ class ListFile:
     """A list: .txt (a path or URL a line), .csv, .jsonl or .parquet; "-" is standard input as .txt.
 
     Paths are relative to the list's folder. part: the only row group to read of a Parquet file.
-    apart: names have that folder, as lists elsewhere name others of the same name.
+    with_folder: names begin with that folder, as other lists may name images that are called alike.
     """
 
     path: str
     columns: Columns
     part: int | None = None
-    apart: bool = False
+    with_folder: bool = False
 
     suffixes: ClassVar = (".txt", ".csv", ".jsonl", ".parquet")
 
@@ -153,7 +153,7 @@ class ListFile:
         return Item(
             id=where if known is None else str(known),
             image=location or image,
-            name=named(str(location if self.apart else path))
+            name=named(str(location if self.with_folder else path))
             if path
             else f"{named(self.path)}/{number}",
             prompt=prompt or None,

@@ -40,7 +40,7 @@ def parts(given: Iterable[str], columns: Columns, limit: int, output: str = "-")
         if path == "-" or path.lower().endswith(ListFile.suffixes):
             listed = ListFile(path, columns)
             first = next((part for part in found if isinstance(part, ListFile)), listed)
-            found.append(replace(listed, apart=listed.folder != first.folder))
+            found.append(replace(listed, with_folder=listed.folder != first.folder))
         elif path.lower().endswith(_SHARDS):
             found.append(Shard(path, columns, limit))
         else:

@@ -64,7 +64,8 @@ class Index:
     def claim(self, item_id: str, asked: bytes, again: bool = False) -> bool:
         """Whether an item is still to be captioned; marks it as done.
 
-        asked: see `of_item`. again: also if another image or prompt had its id in an earlier run.
+        asked: see `of_item`. again: also if another image or prompt had its id in an earlier run,
+        or if it has no image now.
         Raises SameId if that is not wished, or if one of this run has it.
         """
         with self._lock:
@@ -83,7 +84,8 @@ class Index:
             if asked in _split(known):
                 self._mark(item_id, _Claim.BY_KEY)
                 return False
-            if not asked and (failed or not known):
+            # Of an image that lies elsewhere, what is wrong may be right later.
+            if not asked and (failed or len(known) <= KEY_BYTES):
                 return False
             if claimed == _Claim.BY_KEY:
                 raise SameId(
@@ -94,10 +96,10 @@ class Index:
                 self._mark(item_id, _Claim.FAILED_BEFORE)
                 return False
             if not again:
-                now = "" if asked else ", and no image now"
+                now = "a row of another image or prompt" if asked else "a caption, but no image now"
                 raise SameId(
-                    f"{item_id} has a row of another image or prompt{now}: name another output, "
-                    "give ids (--id-column), or caption such images anew with --again"
+                    f"{item_id} has {now}: name another output, give ids (--id-column), or caption "
+                    "such images anew with --again"
                 )
         changed = "UPDATE t SET done = 1, asked = ?, claimed = ? WHERE id = ?"
         self._table.execute(changed, (asked, _Claim.BY_KEY, key(item_id)))

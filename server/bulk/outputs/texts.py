@@ -17,8 +17,8 @@ from server.bulk.outputs.index import Index
 from server.bulk.outputs.lines import Lines
 
 HIDDEN_ROWS = ".vignette.jsonl"
-_OURS = ".vignette."  # what our own files' names begin with
-_BEGUN = re.compile(r"\.vignette\.[0-9a-f]{32}\.partial")
+_PREFIX = ".vignette."  # of the names of our own files
+_PARTIAL = re.compile(r"\.vignette\.[0-9a-f]{32}\.partial")
 
 
 class Texts(Output):
@@ -41,7 +41,7 @@ class Texts(Output):
         that is refused changes nothing.
         """
         missing, stale, last = False, set[str](), None
-        begun = [each for each in self._folder.iterdir() if _BEGUN.fullmatch(each.name)]
+        begun = [each for each in self._folder.iterdir() if _PARTIAL.fullmatch(each.name)]
         for row in self._lines.rows():
             if row.text is not None and below(row.text) != row.text:
                 raise OutputConflict(
@@ -60,7 +60,7 @@ class Texts(Output):
                 missing |= self._lacks(row.text)
             last = row
             yield row
-        if last is not None and self._overwrite and self._is_begun(last):
+        if last is not None and self._is_begun(last):
             self._last = last.text
             missing = True
         for text in stale:
@@ -79,7 +79,7 @@ class Texts(Output):
         text = f"{PurePosixPath(outcome.item.key or outcome.item.name)}.txt"
         if row.caption is not None:
             self._check(row.id, text)
-            self._begin(text, row.caption)  # before its row: it tells later that it was not written
+            self._begin(text, row.caption)  # until it replaces its file's, the row is not done
             row = replace(row, text=text)
         self._lines.append(row, outcome)
         earlier = self._text_of(row.id)
@@ -139,7 +139,7 @@ class Texts(Output):
 
     def _lacks(self, text: str) -> bool:
         """Whether the last caption of a file is not there: no file, or one with that before, or, if
-        it was to replace a foreign file, any other.
+        a killed run was about to replace it, one with anything else.
         """
         target, before = self._folder / text, self._before.get(text)
         if not target.exists():
@@ -155,7 +155,7 @@ class Texts(Output):
         """Raise NotWritten if an item's file can't, or must not, be written."""
         target = self._folder / text
         try:
-            if PurePosixPath(text).parts[0].startswith(_OURS):
+            if PurePosixPath(text).parts[0].startswith(_PREFIX):
                 raise NotWritten(f"{text} has the name of a file of ours")
             if below(text) != text or not target.resolve().is_relative_to(self._folder):
                 raise NotWritten(f"{text} lies outside of the output")
@@ -172,7 +172,7 @@ class Texts(Output):
             raise NotWritten(f"{text} can't be a file here: {cause}") from cause
 
     def _partial(self, text: str) -> Path:
-        return self._folder / f"{_OURS}{key(text).hex()}.partial"
+        return self._folder / f"{_PREFIX}{key(text).hex()}.partial"
 
     def _begin(self, text: str, caption: str) -> None:
         """Write a caption to a file that is to replace its own."""

@@ -73,7 +73,8 @@ def test_a_real_server_is_asked_and_each_hop_checked(context):
                 fetcher = fetcher_of(port, *answers)
                 return await fetcher.fetch(f"https://ok.example/{path}", 5, "somebody")
 
-            assert await fetch("image") == b"the image"
+            for path in ("image", "image\n", "image#part"):
+                assert await fetch(path) == b"the image"
             assert await fetch("on") == b"the image"
             assert await fetch("packed") == b"the image"
             assert not [each for each in gc.get_objects() if type(each) is Answer]

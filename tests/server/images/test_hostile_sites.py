@@ -1,4 +1,4 @@
-"""What a site's TLS may not do to the fetches of others, nor to its own."""
+"""What a site may not do to the fetches of others, nor to its own."""
 
 import asyncio
 import os
@@ -22,8 +22,8 @@ from tests.support.sites import answering, fetcher_of, site
     ids=["chunk", "head", "until the end"],
 )  # fmt: skip
 @pytest.mark.parametrize(("limit", "burst", "error", "message"), [
-    ("_LONGEST", 1.0, FetchFailed, "takes too long to read"),
-    ("_LESS", 0.01, QueueFull, "these images take too long to read"),  # by a client that owes
+    ("_MOST_COMPUTED", 1.0, FetchFailed, "takes too long to read"),
+    ("_MOST_OF_DEBTOR", 0.01, QueueFull, "these images take too long to read"),
 ])  # fmt: skip
 def test_an_answer_may_take_only_so_much_computation(
     limit, burst, error, message, head, context, monkeypatch
@@ -67,7 +67,7 @@ def test_what_can_not_be_stopped_computes_after_all_else(context, monkeypatch):
 
     gettid = threading.get_native_id
     monkeypatch.setattr(Download, "ask", ask)
-    monkeypatch.setattr(fetch, "_LONGEST", 0.05)
+    monkeypatch.setattr(fetch, "_MOST_COMPUTED", 0.05)
 
     async def run():
         with site(context) as (port, _):
