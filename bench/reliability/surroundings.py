@@ -271,10 +271,11 @@ def _decoders_killed(it: Service) -> bool:
             spawned = [p for p in family(it.process.pid) if "spawn_main" in command_line(p)]
             decoders = [p for p in spawned if family(p) == [p] and not runs_engine(p)]
             if decoders:
+                # The oldest: the next one may have the image of the one before, for its last time.
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(decoders[0], signal.SIGKILL)
+                    os.kill(min(decoders), signal.SIGKILL)
                     kills += 1
-            time.sleep(0.7)
+            time.sleep(1)
         return kills > 0 and all(load.result())
 
 
