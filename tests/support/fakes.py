@@ -62,14 +62,15 @@ class FakeTokenizer:
 class FakeRunner:
     """Keeps (image, tokens fed) for each slot, as a cache does, and predicts a hash of them."""
 
-    text_tokens = 32
+    text_tokens = SIZES.text
     runs_on = "fake"
     on_gpu = graphs = overlaps = searches = False
     move_cost = 1
 
     def __init__(self, burst: int = 1, slots: int = 16, encode_batch: int = 4) -> None:
         self.burst = burst
-        self.plan = Plan("fake", "fake", encode_batch=encode_batch, slots=slots)
+        text = self.text_tokens
+        self.plan = Plan("fake", "fake", encode_batch=encode_batch, slots=slots, text_tokens=text)
         self.cache: dict[int, tuple[int, list[int]]] = {}
         self.steps: list[int] = []  # rows of each decode step
         self.encoded: list[int] = []  # images of each encoder call
