@@ -22,6 +22,7 @@ from urllib.parse import quote, urlsplit
 import pycurl
 
 from runtime.errors import VignetteError
+from server.images.hosts import FetchFailed
 from server.requests.parts import shown
 
 LATE = "image_url did not answer in time"
@@ -31,10 +32,6 @@ _STATUS = re.compile(rb"HTTP/\S+ (\d{3})")
 _AT_ONCE = struct.pack("ii", 1, 0)  # closes by a reset: a site that goes on is not heard
 _MORE_FOLLOWS = (100, 102, 103)
 _MOVED = (301, 302, 303, 307, 308)
-
-
-class FetchFailed(VignetteError):
-    """The other server did not return the image."""
 
 
 class Download:

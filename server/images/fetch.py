@@ -17,8 +17,8 @@ import pycurl
 
 from server.fairness.equal_shares import EqualShares
 from server.fairness.token_buckets import TokenBuckets
-from server.images.download import LATE, Answer, Download, FetchFailed
-from server.images.hosts import ForbiddenUrl, PublicHosts
+from server.images.download import LATE, Answer, Download
+from server.images.hosts import FetchFailed, ForbiddenUrl, PublicHosts
 from server.refusals import QueueFull
 from server.requests.parts import shown
 from server.tasks import retrieve_error

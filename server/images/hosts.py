@@ -6,7 +6,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from runtime.errors import InvalidRequest
+from runtime.errors import InvalidRequest, VignetteError
 from server.fairness.equal_shares import EqualShares
 from server.tasks import retrieve_error
 
@@ -21,6 +21,10 @@ _NOT_PUBLIC = tuple(
          "192.0.0.0/24", "168.63.129.16/32"),  # the last two: used inside clouds
     )
 )  # fmt: skip
+
+
+class FetchFailed(VignetteError):
+    """The other server did not return the image."""
 
 
 class ForbiddenUrl(InvalidRequest):

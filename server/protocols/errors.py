@@ -13,8 +13,7 @@ from runtime.errors import (
 )
 from server.images.clips import NoVideo
 from server.images.cost import TooHard
-from server.images.download import FetchFailed
-from server.images.hosts import ForbiddenUrl
+from server.images.hosts import FetchFailed, ForbiddenUrl
 from server.images.lane import NoDecoder
 from server.ipc.deadline import Expired
 from server.ipc.failures import EngineFailed, EngineLost

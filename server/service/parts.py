@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.limits import Limits
 from runtime.model.manifest import Manifest
@@ -11,7 +12,6 @@ from runtime.planning.config import most_slots
 from server.fairness.byte_budget import ByteBudget
 from server.fairness.present_clients import shared
 from server.images.decoder import Setup, Target
-from server.images.fetch import Fetcher
 from server.images.pool import ImageDecoders
 from server.ipc.messages import process_name
 from server.ipc.shared import PixelStore
@@ -27,6 +27,9 @@ from server.settings import Settings
 from server.system import NICENESS
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracer
+
+if TYPE_CHECKING:
+    from server.images.fetch import Fetcher
 
 _LEAST_PLACES = 64  # for requests that run: the front-ends' shares are uneven
 _BODIES = 5  # of the largest size, that fit each front-end
@@ -69,7 +72,7 @@ def make_service(settings: Settings, known: Known, folder: Path, index: int, epo
         )
         for number, (called, (manifest, tokenizer)) in enumerate(known.items())
     }
-    keys, domains = settings.api_keys, settings.image_url_domains
+    keys = settings.api_keys
     front_end = settings.front_end_processes, index
     return Service(
         settings=settings,
@@ -79,7 +82,7 @@ def make_service(settings: Settings, known: Known, folder: Path, index: int, epo
         decoders=decoders,
         key_reader=KeyReader(partial(Keys.open, keys, folder, *front_end)) if keys else None,
         cache=OutputCache(settings.cache_mb * 2**20) if settings.cache_mb else None,
-        fetcher=Fetcher(domains, settings.max_body_bytes) if domains else None,
+        fetcher=_fetcher(settings),
         tracer=Tracer(settings.traces) if settings.traces else None,
         index=index,
         rates=ClientRates(settings.front_end_share),
@@ -93,3 +96,11 @@ def _bytes_each(settings: Settings) -> int:
     """
     share = settings.max_queue_bytes // settings.front_end_processes
     return max(share, min(settings.max_queue_bytes, _BODIES * settings.max_body_bytes))
+
+
+def _fetcher(settings: Settings) -> "Fetcher | None":
+    if not settings.image_url_domains:
+        return None
+    from server.images.fetch import Fetcher  # libcurl takes a while to load
+
+    return Fetcher(settings.image_url_domains, settings.max_body_bytes)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from server.fairness.byte_budget import ByteBudget
 from server.fairness.present_clients import PresentClients
 from server.fairness.slot_shares import SlotShares
 from server.images.clips import Clip
-from server.images.fetch import Fetcher
 from server.images.pool import ImageDecoders, Origin
 from server.ipc.deadline import until
 from server.ipc.messages import WorkerState
@@ -31,6 +31,9 @@ from server.service.model import Model
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracer
+
+if TYPE_CHECKING:
+    from server.images.fetch import Fetcher
 
 _LARGE = 256 * 1024  # bytes above which images are hashed on a thread: a third of a millisecond
 Images = list[bytes] | str  # encoded, one or one per frame; or the URL of one
@@ -51,7 +54,7 @@ class Service:
     decoders: ImageDecoders
     key_reader: KeyReader | None
     cache: OutputCache | None
-    fetcher: Fetcher | None
+    fetcher: "Fetcher | None"
     tracer: Tracer | None
     index: int
     rates: ClientRates = field(default_factory=ClientRates)

@@ -20,8 +20,6 @@ from server.fairness.byte_budget import ByteBudget
 from server.fairness.token_buckets import TokenBuckets
 from server.http.handler import Handler
 from server.images import heads
-from server.images.fetch import Fetcher
-from server.images.hosts import ForbiddenUrl, is_public
 from server.refusals import QueueFull
 from server.requests.json_body import json_parts
 from server.service.admission import Admission, State
@@ -243,16 +241,3 @@ def test_two_clients_leave_room_aside_for_a_third():
                     counts.append(number)
                     break
     assert counts == [16, 10, 6]
-
-
-@pytest.mark.parametrize(
-    "host", ["é.example.org", "a" * 64 + ".example.org", "a." * 130 + "example.org"]
-)
-def test_hosts_that_take_long_to_look_up_are_not_looked_up(host):
-    with pytest.raises(ForbiddenUrl, match="ASCII"):
-        Fetcher((".example.org",), 1000).check(f"https://{host}/x.png")
-
-
-@pytest.mark.parametrize("address", ["192.0.0.192", "168.63.129.16", "3fff::1", "5f00::1"])
-def test_addresses_of_clouds_are_none_of_the_internet(address):
-    assert not is_public(address)

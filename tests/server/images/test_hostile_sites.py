@@ -12,7 +12,8 @@ import pytest
 
 from server.fairness.token_buckets import TokenBuckets
 from server.images import fetch
-from server.images.download import Download, FetchFailed
+from server.images.download import Download
+from server.images.hosts import FetchFailed
 from server.refusals import QueueFull
 from tests.support.sites import answering, fetcher_of, site
 
