@@ -100,7 +100,8 @@ def _all(bench: "_Bench", candidates: list[Plan], progress: tqdm) -> Iterator[Me
 def _candidates(manifest: Manifest, machine: Machine) -> Iterator[Plan]:
     for provider in registry.available():
         for combination in manifest.combinations if provider not in NVIDIA else ():
-            if plans.suitable(combination.name, machine) and combination.cache != "float16":
+            fits = plans.suitable(combination.name, provider, machine)
+            if fits and combination.cache != "float16":
                 streams = plans.most_streams(provider, machine.cores)
                 yield Plan(combination.name, provider, encoder_streams=streams, origin=plans.FILE)
 

@@ -19,6 +19,7 @@ from bench.common.timing import median_s, pictures, seconds
 from runtime.engine import Engine
 from runtime.planning.config import EngineConfig
 from runtime.planning.machine import this_machine
+from runtime.providers.session import Placement, session_options
 
 # The peak (a key of `_peaks`) that bounds an encoder, by its precision and execution provider.
 _ARITHMETIC = {
@@ -110,7 +111,9 @@ def _best_s(action: Callable[[], object]) -> float:
 
 
 def _product(precision: str, size: int) -> tuple[ort.InferenceSession, dict[str, np.ndarray]]:
-    """A matrix product with constant weights on ONNX Runtime; int8: uint8 times int8."""
+    """A matrix product with constant weights, on ONNX Runtime as engines run on it; int8: uint8
+    times int8.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
     rng = np.random.default_rng(0)
@@ -128,7 +131,10 @@ def _product(precision: str, size: int) -> tuple[ort.InferenceSession, dict[str,
         [numpy_helper.from_array(weight, "w")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = session_options(Placement("cpu"))
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     return session, {"x": x}
 
 

@@ -38,8 +38,13 @@ class Machine:
 
     @property
     def has_int8_dot(self) -> bool:
-        """Whether 8-bit products are summed in 32 bits, fast and without saturating."""
+        """Whether one instruction sums 8-bit products in 32 bits."""
         return any(i in self.instructions for i in _INT8_DOT)
+
+    @property
+    def has_fast_int8(self) -> bool:
+        """Whether the CPU provider computes 8-bit products faster than fp32 ones."""
+        return self.has_int8_dot or "avx2" in self.instructions
 
     def __str__(self) -> str:
         known = ", ".join(self.instructions) or "no known instruction sets"

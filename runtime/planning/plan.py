@@ -97,7 +97,7 @@ def default(manifest: Manifest, config: EngineConfig, provider: str, machine: Ma
     """The plan for an encoder on `provider` without a plan.json."""
     if config.precision != AUTO:
         combination = manifest.combination(config.precision).name
-        if not suitable(combination, machine):
+        if not suitable(combination, provider, machine):
             log.warning("%s was not proven on a processor such as %s", combination, machine)
     else:
         combination = _preferred(manifest, provider, machine)
@@ -135,8 +135,10 @@ def stream_batch(streams: int) -> int:
 
 def _preferred(manifest: Manifest, provider: str, machine: Machine) -> str:
     proven = {c.name for c in manifest.combinations}
-    candidates = (n for n in _order(provider) if machine.has_int8_dot or "int8" not in n)
-    return next((name for name in candidates if name in proven), EXACT)
+    candidates = [name for name in _order(provider) if name in proven]
+    if not machine.has_fast_int8:
+        candidates = [name for name in candidates if "int8" not in name]
+    return next((name for name in candidates if suitable(name, provider, machine)), EXACT)
 
 
 def _order(provider: str) -> tuple[str, ...]:
@@ -149,12 +151,13 @@ def _order(provider: str) -> tuple[str, ...]:
     return _FUSED_HALF + _INT8_DECODER
 
 
-def suitable(combination: str, machine: Machine) -> bool:
-    """Whether the proof of a combination holds on this machine.
+def suitable(combination: str, provider: str, machine: Machine) -> bool:
+    """Whether the proof of a combination holds with its encoder on `provider` of this machine.
 
-    Without 8-bit dot-product instructions, sums of 8-bit products saturate.
+    The CPU provider is told to sum 8-bit products exactly on any processor; sums of OpenVINO's
+    may saturate where there is no instruction for them.
     """
-    return machine.has_int8_dot or "int8" not in combination.rpartition("/")[0]
+    return provider != "openvino" or machine.has_int8_dot or not combination.startswith("int8")
 
 
 def save(folder: Path, plan: Plan, machine: Machine, measured: list[dict[str, object]]) -> None:

@@ -1,15 +1,18 @@
 """What is said of an image does not depend on what it shares a batch with, bit for bit."""
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
 
 from runtime.engine import Engine
 from runtime.model.manifest import read
 from runtime.model.preprocess import preprocess
 from runtime.planning.config import EngineConfig
+from runtime.providers.session import Placement, open_session
 from tests.support.paths import DEMO, SAMPLES
 
 _NAMES = ("owl.png", "eagle-shark.png", "donuts.png", "cats.png")
@@ -90,3 +93,27 @@ def _quiet() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3  # no warnings about initialisers that two graphs share
     return options
+
+
+def test_8_bit_products_do_not_saturate_on_any_processor(tmp_path):
+    weights, activations = np.full((64, 16), 127, np.int8), np.full((2, 64), 255, np.uint8)
+    one, middle, zero = (np.array(*of) for of in ((1, np.float32), (128, np.uint8), (0, np.int8)))
+    constants = {"weights": weights, "one": one, "middle": middle, "zero": zero}
+    node = helper.make_node(
+        "MatMulIntegerToFloat",
+        ["activations", "weights", "one", "one", "middle", "zero"],
+        ["sums"],
+        domain="com.microsoft",
+    )
+    graph = helper.make_graph(
+        [node],
+        "product",
+        [helper.make_tensor_value_info("activations", TensorProto.UINT8, activations.shape)],
+        [helper.make_tensor_value_info("sums", TensorProto.FLOAT, (2, 16))],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    domains = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    path = tmp_path / "product.onnx"
+    onnx.save_model(helper.make_model(graph, opset_imports=domains, ir_version=9), path)
+    [sums] = open_session(path, Placement("cpu")).run(None, {"activations": activations})
+    assert (sums == 64 * 127 * (255 - 128)).all()
