@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from bench.common import calls
 from bench.common.isolated import isolated
-from bench.common.settings import SHAPE, TOKENS, Settings
+from bench.common.settings import PRECISIONS, SHAPE, TOKENS, Settings
 from bench.common.timing import median_s, pictures, seconds
 from runtime.engine import Engine
 from runtime.planning.config import EngineConfig
@@ -23,7 +23,7 @@ from runtime.providers.session import Placement, session_options
 
 # The peak (a key of `_peaks`) that bounds an encoder, by its precision and execution provider.
 _ARITHMETIC = {
-    "fp32 on openvino": "bf16, Gop/s",
+    "fp32 on openvino": f"{PRECISIONS[-1]}, Gop/s",
     "fp32 on cpu": "fp32, Gop/s",
     "int8 on cpu": "int8, Gop/s",
     "int8-static on openvino": "int8, Gop/s",
@@ -89,11 +89,13 @@ def _peaks() -> dict[str, float]:
     """Peak rates: matrix products (best of PyTorch and ONNX Runtime), reading an uncached array."""
     import torch
 
+    from bench.contestants.model import DTYPES
+
     size = 2048
     work = 2 * size**3
-    rates: dict[str, list[float]] = {name: [] for name in ("fp32", "bf16", "int8")}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    rates: dict[str, list[float]] = {name: [] for name in (*PRECISIONS, "int8")}
+    for name in PRECISIONS:
+        a, b = (torch.randn(size, size).to(DTYPES[name]) for _ in range(2))
         rates[name].append(work / _best_s(partial(torch.matmul, a, b)))
     for name in ("fp32", "int8"):
         session, feeds = _product(name, size)

@@ -289,7 +289,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "bulk": ("Captions in bulk", "A folder of JPEGs of 640 x 480 through vignette caption, once "
              "for each kind of output, in turns with the engine alone.", _bulk),
     "rival": ("PyTorch at its best", "The same modules with the image encoded once, a static "
-              "cache, bfloat16, and compiled with frozen weights.", _rival),
+              "cache, bfloat16 where the processor has it, and compiled with frozen weights.",
+              _rival),
     "beams": ("Beam search", "Hugging Face encodes the image again for every beam and token; "
               "Vignette encodes it once, and moves only text when beams change places.", _beams),
     "scores": ("What beams and scores buy", "The demo model on scenes that it never saw. The plot: "

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from bench.common.isolated import Failed, isolated
-from bench.common.settings import TOKENS, Settings
+from bench.common.settings import PRECISIONS, TOKENS, Settings
 from bench.common.timing import median_s, pictures, seconds
 from runtime.engine import Engine
 from runtime.planning.config import EngineConfig
@@ -16,7 +16,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     """Milliseconds per image of each form by batch size, and the best one's ratio to Vignette's."""
     forms: list[dict[str, Any]] = []
     for compiled in (False, True):
-        name = f"bf16, encoded once{', compiled' if compiled else ''}"
+        name = f"{PRECISIONS[-1]}, encoded once{', compiled' if compiled else ''}"
         try:
             forms.append({"name": name, "batches": isolated(_torch, compiled, settings.repeats)})
         except Failed as failure:
@@ -29,7 +29,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 def _torch(compiled: bool, repeats: int) -> list[tuple[int, float]]:
     from bench.contestants.encoded_once import EncodedOnce
 
-    model, found = EncodedOnce("bf16", compiled), []
+    model, found = EncodedOnce(PRECISIONS[-1], compiled), []
     for batch in _BATCHES:
         images = pictures(batch, (3, 224, 224))
         for _ in range(2):  # the first compiles, the second compiles again if a shape was new

@@ -19,6 +19,7 @@ _INSTRUCTIONS = (
     "avx512_vnni",
     "avx512_bf16",
     "amx_bf16",
+    "bf16",
     "amx_int8",
     "asimddp",
     "i8mm",

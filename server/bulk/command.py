@@ -146,7 +146,8 @@ def _tell_skipped(given: list[Part], counts: Counts) -> None:
         print(f"skipped what is not named like an image: {names}{more}", file=sys.stderr)
     if not counts.ended and not counts.before:
         names = ", ".join(part.path for part in given)
-        raise NoImages(f"{names} holds no images: none ends in {', '.join(SUFFIXES)}")
+        lacks = f"none ends in {', '.join(SUFFIXES)}, and no list or archive names or holds any"
+        raise NoImages(f"{names} holds no images: {lacks}")
 
 
 def _local(args: argparse.Namespace) -> LocalCaptioner:

@@ -9,6 +9,7 @@ from msgspec import structs
 
 from runtime.request import FinishReason
 from server.bulk.captioners.captioning import same
+from server.bulk.inputs.folders import restored
 from server.bulk.inputs.items import Item, Outcome, ResultRow
 from server.bulk.inputs.kept import Kept
 from server.bulk.inputs.keys import location, of_item, state
@@ -157,7 +158,7 @@ class BulkRun:
         for name in sorted(row.settings.keys() | self.made_with.settings.keys()):
             if row.settings.get(name) != self.made_with.settings.get(name):
                 return name
-        there = state(row.path or row.id)
+        there = state(restored(row.path or row.id))
         if row.size is not None and there not in ((row.size, row.modified), (None, None)):
             return "content"
         return None

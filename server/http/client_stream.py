@@ -48,10 +48,11 @@ class ClientStream(IOStream):
     What it sends while it owes for them is read as one piece. A connection whose request has
     hundreds of small chunks is closed.
 
-    last: the client has announced its last request (Connection: close), and that is complete. The
-    end of the input is expected then, and once all of that request has come; otherwise it means
-    that the client has gone. head: cost in pages of parsing the last request's. refused: the last
-    head is no request's.
+    address: of the client that is charged: the peer, or whom a trusted proxy named in the current
+    request's head. last: the client has announced its last request (Connection: close), and that is
+    complete. The end of the input is expected then, and once all of that request has come;
+    otherwise it means that the client has gone. head: cost in pages of parsing the last request's.
+    refused: the last head is no request's.
     """
 
     last = refused = False
@@ -66,10 +67,15 @@ class ClientStream(IOStream):
     _paused = False
 
     def __init__(
-        self, connection: socket.socket, charge: Callable[[float], float], **options: Any
+        self,
+        connection: socket.socket,
+        peer: str,
+        charge: Callable[[str, float], float],
+        **options: Any,
     ) -> None:
-        """charge: takes a cost in pages from the client, and returns the seconds that it owes."""
+        """charge: takes a cost in pages from an address, and returns the seconds that it owes."""
         super().__init__(connection, **options)
+        self.peer = self.address = peer
         self._charge = charge
 
     def close(self, exc_info: Any = False) -> None:
@@ -94,7 +100,7 @@ class ClientStream(IOStream):
             self._awaited -= count or 0
         if count and count < _PIECE:
             self._small += 1
-            if self._small > _FREE_PIECES and (owed := self._charge(1 / _PIECES_OF_A_PAGE)):
+            if self._small > _FREE_PIECES and (owed := self._owed()):
                 self._paused = True
                 asyncio.get_running_loop().call_later(owed, self._go_on)
         if count and self._tail is not None:
@@ -109,6 +115,10 @@ class ClientStream(IOStream):
         self._ended = True
         buf[:1] = b"\n"
         return 1
+
+    def _owed(self) -> float:
+        """Charge a small piece or chunk; returns the seconds that the client owes."""
+        return self._charge(self.address, 1 / _PIECES_OF_A_PAGE)
 
     def _go_on(self) -> None:
         """Read again what comes."""
@@ -139,6 +149,7 @@ class ClientStream(IOStream):
         """
         if self.closed():
             raise StreamClosedError
+        self.address = self.peer
         self._searched = self._small = self._chunks = 0
         self._received = self._read_buffer_size  # what was sent ahead
         try:
@@ -177,7 +188,7 @@ class ClientStream(IOStream):
         small = self._chunks - self._received / _CHUNK
         if small > _CHUNKS:
             return asyncio.ensure_future(self._hang_up())
-        if small > _FREE_PIECES and (owed := self._charge(1 / _PIECES_OF_A_PAGE)):
+        if small > _FREE_PIECES and (owed := self._owed()):
             return asyncio.ensure_future(self._read_until_later(owed, delimiter, max_bytes))
         return super().read_until(delimiter, max_bytes)
 

@@ -14,7 +14,7 @@ from typing import Any
 import tornado.web
 from msgspec import to_builtins
 
-from server.addresses import address_of, group_of, networks
+from server.addresses import group_of
 from server.http.answers import ErrorAnswer, ErrorDetail
 from server.http.client_stream import ClientStream
 from server.http.connections import Connections
@@ -52,12 +52,7 @@ class Handler(tornado.web.RequestHandler):
         self.model_name = ""  # of the requested model
         self.code = "ok"  # or the code of the error answered
         self.key: str | None = None  # the name of the client's API key
-        peer = self.request.remote_ip or ""
-        self.address = address_of(
-            peer,
-            self.request.headers.get("X-Forwarded-For", ""),
-            networks(service.settings.trusted_proxies),
-        )
+        self.address = self.stream.address
         self._refusing = False
         self._refusal: asyncio.Task[None] | None = None  # a delayed one
 

@@ -57,11 +57,11 @@ class HeldConnections:
             _close_one(max(self._held.values(), key=len))
         return True
 
-    def charge(self, peer: str, cost: float) -> float:
+    def charge(self, address: str, cost: float) -> float:
         """Charge a client, unless it is a proxy; returns the seconds that it owes."""
-        if within(peer, self._proxies):
+        if within(address, self._proxies):
             return 0.0
-        return self._pages.spend(group_of(peer), cost)
+        return self._pages.spend(group_of(address), cost)
 
     def _let_in_later(self, group: str) -> None:
         wait = max(self._turn, len(self._held) * self._all_turns)

@@ -24,7 +24,7 @@ from tornado.httputil import (
     ResponseStartLine,
 )
 
-from server.addresses import Network, group_of
+from server.addresses import Network, address_of, group_of
 from server.http.client_stream import ClientStream
 from server.http.connections import Connections
 from server.http.held_connections import HeldConnections
@@ -52,7 +52,7 @@ class Server(HTTPServer):
         """most: open connections allowed. connections: of the application. proxies,
         share: see `HeldConnections`. options: of Tornado's server.
         """
-        self._of_app = connections
+        self._of_app, self._proxies = connections, proxies
         self._held = HeldConnections(connections.pages, proxies, self._begin, share)
         super().initialize(app, **options)
         self._most = most
@@ -102,7 +102,8 @@ class Server(HTTPServer):
         self.handle_stream(
             ClientStream(
                 connection,
-                partial(self._held.charge, str(address[0])),
+                str(address[0]),
+                self._held.charge,
                 max_buffer_size=self.max_buffer_size,
                 read_chunk_size=self.read_chunk_size,
             ),
@@ -147,7 +148,8 @@ class Server(HTTPServer):
         self._idle.setdefault(_address(server_conn), {})[server_conn] = None
         delegate = super().start_request(server_conn, request_conn)
         assert isinstance(request_conn, HTTP1Connection)
-        return _Watched(delegate, request_conn, stream, lambda: self._busy(server_conn))
+        whole = partial(self._busy, server_conn)
+        return _Watched(delegate, request_conn, stream, self._proxies, whole)
 
     def on_close(self, server_conn: object) -> None:
         """Forget a closed connection."""
@@ -157,7 +159,7 @@ class Server(HTTPServer):
         stream = server_conn.stream
         assert isinstance(stream, ClientStream)
         if stream.refused:
-            self._held.charge(_peer(server_conn), 1 + stream.head)
+            self._held.charge(stream.peer, 1 + stream.head)
 
     def _busy(self, connection: HTTP1ServerConnection) -> None:
         """The connection has sent its request and waits for the answer: it is not idle."""
@@ -181,11 +183,8 @@ def _origin_form(target: str) -> str:
 
 
 def _address(connection: HTTP1ServerConnection) -> str:
-    return group_of(_peer(connection))
-
-
-def _peer(connection: HTTP1ServerConnection) -> str:
-    return str(getattr(connection.context, "remote_ip", ""))
+    assert isinstance(connection.stream, ClientStream)
+    return group_of(connection.stream.peer)
 
 
 def _is_last(start_line: RequestStartLine, headers: HTTPHeaders) -> bool:
@@ -200,17 +199,21 @@ def _is_last(start_line: RequestStartLine, headers: HTTPHeaders) -> bool:
 
 
 class _Watched(HTTPMessageDelegate):
-    """Calls `whole` when a request is complete."""
+    """Tells the stream what a request's head says, and calls `whole` when the request is complete.
+
+    proxies: trusted to name the client in X-Forwarded-For.
+    """
 
     def __init__(
         self,
         delegate: HTTPMessageDelegate,
         connection: HTTP1Connection,
         stream: ClientStream,
+        proxies: list[Network],
         whole: Callable[[], None],
     ) -> None:
         self._delegate, self._connection = delegate, connection
-        self._stream, self._whole = stream, whole
+        self._stream, self._proxies, self._whole = stream, proxies, whole
         self._last = False
 
     def headers_received(
@@ -218,6 +221,8 @@ class _Watched(HTTPMessageDelegate):
     ) -> Any:
         assert isinstance(start_line, RequestStartLine)
         start_line = start_line._replace(path=_origin_form(start_line.path))
+        forwarded = headers.get("X-Forwarded-For", "")
+        self._stream.address = address_of(self._stream.peer, forwarded, self._proxies)
         taken = self._delegate.headers_received(start_line, headers)  # raises for a wrong Host
         self._stream.refused = False
         self._last = _is_last(start_line, headers)

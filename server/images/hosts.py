@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -12,6 +13,7 @@ from server.tasks import retrieve_error
 
 _LOOKUPS = 8  # at a time
 _ADDRESSES = 4  # of a kind that are tried
+_KNOWN, _KNOWN_SECONDS = 256, 10.0  # hosts whose addresses are remembered, and for how long
 # Missing from Python's own list, or until lately: local NAT64, deprecated site-local addresses,
 # IPv4-compatible IPv6, IPv4 translated to IPv6 (RFC 2765).
 _NOT_PUBLIC = tuple(
@@ -35,17 +37,29 @@ class PublicHosts:
     """Looks up hosts, and refuses those that are not public.
 
     On threads of its own, so that a hanging name server delays only look-ups, of which clients have
-    equal shares.
+    equal shares. What was found lately is known without one.
     """
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_LOOKUPS, "lookup")  # started when needed
         self._turns = EqualShares(_LOOKUPS)
+        self._known: dict[str, tuple[list[str], float]] = {}  # by host, oldest first; until when
 
     async def look_up(self, host: str, client: str, seconds: float) -> list[str]:
         """The first addresses of `host`, of each kind. Raises OSError, also if there are none
         within `seconds`, and ForbiddenUrl if one of its addresses is not public.
         """
+        found, until = self._known.get(host, ([], 0.0))
+        if time.monotonic() > until:
+            found = await self._look_up(host, client, seconds)
+            self._know(host, found)
+        if not all(map(is_public, found)):
+            raise ForbiddenUrl(f"{host} is not a public address: image_url may not lead there")
+        six = [each for each in found if ":" in each]
+        four = [each for each in found if ":" not in each]
+        return six[:_ADDRESSES] + four[:_ADDRESSES]
+
+    async def _look_up(self, host: str, client: str, seconds: float) -> list[str]:
         try:
             async with asyncio.timeout(seconds):
                 await self._turns.take(client)
@@ -53,14 +67,15 @@ class PublicHosts:
                     self._threads, self._addresses, host
                 )
                 looking.add_done_callback(partial(self._ended, client))
-                found = await asyncio.shield(looking)  # a thread can't be stopped
+                return await asyncio.shield(looking)  # a thread can't be stopped
         except TimeoutError:
             raise OSError("its name was not looked up in time") from None
-        if not all(map(is_public, found)):
-            raise ForbiddenUrl(f"{host} is not a public address: image_url may not lead there")
-        six = [each for each in found if ":" in each]
-        four = [each for each in found if ":" not in each]
-        return six[:_ADDRESSES] + four[:_ADDRESSES]
+
+    def _know(self, host: str, found: list[str]) -> None:
+        self._known.pop(host, None)
+        self._known[host] = found, time.monotonic() + _KNOWN_SECONDS
+        if len(self._known) > _KNOWN:
+            del self._known[next(iter(self._known))]
 
     def _addresses(self, host: str) -> list[str]:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)

@@ -19,6 +19,7 @@ from server.bulk.captioners.captioning import Captioning, CaptioningOptions
 from server.bulk.captioners.engine import EngineSetup
 from server.bulk.captioners.local import LocalCaptioner
 from server.bulk.command import main
+from server.bulk.inputs.folders import restored
 from server.bulk.inputs.items import ScoredCaption
 from server.bulk.inputs.kept import Kept
 from server.bulk.inputs.lists import Columns
@@ -190,12 +191,17 @@ def test_a_file_that_holds_something_else_is_left_alone(
         (["nowhere"], "nowhere does not exist"),
         (["{empty}/*.tar"], "nothing is called like"),
         (["{empty}"], "holds no images"),
+        (["{empty}/photos.zip"], "photos.zip is not read: unpack it"),
+        (["{empty}/nothing.csv"], "nothing.csv has no columns: its first line names them"),
+        (["{empty}/nothing.txt"], "no list or archive names or holds any"),
         ([str(SAMPLES), "--max-new-tokens", "1000"], "max_new_tokens is 1000"),
         ([str(SAMPLES), "--output", "{empty}/no/such/captions.jsonl"], "No such file or directory"),
         ([str(SAMPLES), "--output", "{empty}/captions.xlsx"], "name an output that ends in .jsonl"),
     ],
 )
 def test_what_can_not_be_done_is_said(arguments, complaint, tmp_path, capfd):
+    for name in ("photos.zip", "nothing.csv", "nothing.txt"):
+        (tmp_path / name).touch()
     assert run(*(a.replace("{empty}", str(tmp_path)) for a in arguments)) == 1
     said = capfd.readouterr()
     assert complaint in said.err
@@ -306,8 +312,7 @@ def test_names_need_not_be_utf_8(tmp_path):
         assert run(tmp_path / name, "--output", output) == 0
         [line] = output.read_text("utf-8").splitlines()
         written = json.loads(line)["id"]
-        back = written.encode("latin-1", "backslashreplace").decode("unicode_escape")
-        assert os.fsencode(str(tmp_path / name)).endswith(back.encode("latin-1")[-9:])
+        assert restored(written) == str(tmp_path / name)
         assert written.endswith(r"\xe9t\xe9.png")
 
 

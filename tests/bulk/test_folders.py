@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 from server.bulk.inputs.fetching import NoWay
-from server.bulk.inputs.folders import Files
+from server.bulk.inputs.folders import Files, restored
 from server.bulk.inputs.lists import Columns
 from server.bulk.inputs.parts import items, parts
 
@@ -39,12 +39,13 @@ def test_of_a_folder_or_pattern_only_images_are_meant(given, here):
 
 
 def test_a_name_that_looks_like_another_s_bytes_is_told_apart(here):
-    for name in (b"\xff.png", rb"\xff.png", rb"\\xff.png", rb"plain\back.png"):
+    names = {b"\xff.png", rb"\xff.png", rb"\\xff.png", rb"plain\back.png", b"\xed\xa0\x80.png"}
+    for name in names:
         Path(os.fsdecode(name)).touch()
     ids = [item.id for item in read(".")]
-    assert len(set(ids)) == len(ids) == 6
-    restored = {bytes(i, "latin-1", "backslashreplace").decode("unicode_escape") for i in ids}
-    assert "plain\\back.png" in ids and "\xff.png" in restored and r"\xff.png" in restored
+    assert len(set(ids)) == len(ids) == 7
+    assert all(each.isprintable() for each in ids) and r"plain\back.png" in ids
+    assert names < {os.fsencode(restored(each)) for each in ids}
 
 
 def test_a_name_leads_nowhere_else(here, monkeypatch):

@@ -1,6 +1,7 @@
 """A row is of one image and one question: another of its id is not taken for it."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,58 @@ def test_what_a_list_names_has_one_row_whichever_lists_are_beside_it(tmp_path, m
         job = run("rows.jsonl", *(f"{name}/list.jsonl" for name in given))
         assert (job.counts.captioned, job.counts.before) == (captioned, len(given) - captioned)
     assert {row["id"] for row in rows_of("rows.jsonl")} == {"a/1.png", "b/1.png", "c/1.png"}
+
+
+@pytest.mark.parametrize("way", ["folder", "list", "file://"])
+@pytest.mark.parametrize("name", [b"a.png", b"caf\xe9.png", rb"a\x41.png", rb"a\b.png"])
+def test_a_file_that_was_replaced_is_captioned_again(name, way, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    image = Path("photos") / os.fsdecode(name)
+    image.write_bytes(b"x")
+    prefix = f"file://{tmp_path}/" if way == "file://" else ""
+    Path("list.txt").write_bytes(os.fsencode(f"{prefix}{image}\n"))
+    given = "photos" if way == "folder" else "list.txt"
+    run("rows.jsonl", given)
+    assert run("rows.jsonl", given).counts.before == 1
+    image.write_bytes(b"another")
+    assert run("rows.jsonl", given, again=True).counts.captioned == 1
+    assert [row["caption"] for row in rows_of("rows.jsonl")] == [said_of(b"another")]
+
+
+def test_a_folder_and_a_list_call_an_image_alike(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    names = [os.fsdecode(name) for name in (b"caf\xe9.png", rb"caf\xe9.png", b"a.png")]
+    for name in names:
+        (Path("photos") / name).write_bytes(os.fsencode(name))
+    Path("list.txt").write_bytes(b"".join(os.fsencode(f"photos/{name}\n") for name in names))
+    assert run("rows.jsonl", "photos", "list.txt").counts.captioned == 3
+
+
+def test_an_id_that_failed_is_of_one_image_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = listed(tmp_path / "a", b"", sku="7")
+    (tmp_path / "a" / "1.png").unlink()
+    output, columns = "rows.jsonl", Columns(id="sku")
+    assert run(output, given, columns=columns).counts.failed == 1
+    for name in ("2.png", "3.png"):
+        (tmp_path / "a" / name).write_bytes(png())
+        with Path(given).open("w" if name == "2.png" else "a") as stream:
+            stream.write(json.dumps({"image": name, "sku": "7"}) + "\n")
+    with pytest.raises(SameId, match="two inputs are called 7"):
+        run(output, given, columns=columns)
+
+
+def test_a_row_of_a_list_that_was_mended_leaves_no_error(tmp_path):
+    given, output = listed(tmp_path / "a", b"x"), f"{tmp_path}/rows.jsonl"
+    Path(given).write_text('broken\n{"image": "1.png"}\n')
+    assert run(output, given).counts.failed == 1
+    Path(given).write_text('{"image": "2.png"}\n{"image": "1.png"}\n')
+    (tmp_path / "a" / "2.png").write_bytes(b"y")
+    job = run(output, given)
+    assert (job.counts.captioned, job.counts.failed_before) == (1, 0)
+    assert len(rows_of(output)) == 2
 
 
 def test_an_image_that_is_none_any_more_does_not_keep_its_caption(tmp_path):

@@ -21,7 +21,7 @@ import pytest
 from server.bulk.inputs import fetching
 from server.bulk.inputs.items import UnfitItem
 from server.bulk.inputs.lists import Columns, ListFile, NoColumn
-from server.bulk.inputs.parts import NoImages, items, parts
+from server.bulk.inputs.parts import NoImages, items, parts, split
 from tests.support.paths import SAMPLES
 
 OWL = (SAMPLES / "owl.png").read_bytes()
@@ -95,6 +95,13 @@ def test_a_name_that_is_not_utf_8_changes_no_prompt(tmp_path):
     (tmp_path / "list.txt").write_bytes(b"b\xff.png\na.png\n")
     found = items(parts([str(tmp_path / "list.txt")], Columns(), 10), prompt=r"what \x is")
     assert {item.prompt for item in found} == {r"what \x is"}
+
+
+def test_a_table_that_can_not_be_split_tells_as_it_is_read(tmp_path):
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    given = split(parts([str(tmp_path / "broken.parquet")], Columns(), 10))
+    [item] = items(given)
+    assert item.id.endswith("broken.parquet#end") and item.wrong
 
 
 def test_a_table_has_columns_of_images_prompts_and_ids(table):

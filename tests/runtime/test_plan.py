@@ -130,13 +130,12 @@ def test_a_plan_is_not_made_for_what_is_no_engine(tmp_path, capsys):
     assert "is not an engine" in capsys.readouterr().err
 
 
-def test_an_old_processor_is_never_given_saturating_products(folder, monkeypatch, caplog):
-    monkeypatch.setattr("runtime.tune.this_machine", lambda: OLD)
-    assert "int8" not in tune(folder, slots=2).plan.combination.rpartition("/")[0]
-    rows = json.loads((folder / "plan.json").read_text())["measured"]
-    assert {r["combination"] for r in rows} == {EXACT, "fp32/fp32/int8"}
-    wanted = EngineConfig(precision="int8/int8/int8")
-    default(manifests.load(folder), wanted, "cpu", OLD)
+def test_openvino_is_never_given_products_that_may_saturate(folder, caplog):
+    wanted = EngineConfig(precision="int8-static/int8/int8")
+    for provider, machine in (("openvino", VNNI), ("cpu", AVX2), ("cpu", OLD)):
+        default(manifests.load(folder), wanted, provider, machine)
+    assert not caplog.text
+    default(manifests.load(folder), wanted, "openvino", AVX2)
     assert "was not proven on a processor such as" in caplog.text
 
 

@@ -25,6 +25,7 @@ class Local(PublicHosts):
         return [self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]]
 
     async def look_up(self, host, client, seconds):
+        self._known.clear()
         await super().look_up(host, client, seconds)
         return ["127.0.0.1"]
 

@@ -21,6 +21,7 @@ from server.bulk.inputs.web_pages import WebPages
 
 _NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _ESCAPED = re.compile(r"\\[xu\\]")
+_ESCAPE = re.compile(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|\\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class Files:
 def plain(name: str) -> str:
     """A file's name as UTF-8. A byte that is not UTF-8 becomes \\xNN, any other lone surrogate
     \\uNNNN, and in such a name, or in one that looks like it, a backslash becomes \\\\, so that
-    `bytes(name, "latin-1", "backslashreplace").decode("unicode_escape")` restores it.
+    `restored` gives it back.
     """
     if not (any("\ud800" <= c <= "\udfff" for c in name) or _ESCAPED.search(name)):
         return name
@@ -99,6 +100,16 @@ def plain(name: str) -> str:
         else c
         for c in escaped
     )
+
+
+def restored(name: str) -> str:
+    """The file's name of which `plain` made this one."""
+    return _ESCAPE.sub(_unescaped, name)
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    kind, digits = found[1][0], found[1][1:]
+    return kind if kind == "\\" else chr(int(digits, 16) + (0xDC00 if kind == "x" else 0))
 
 
 def named(location: str) -> str:

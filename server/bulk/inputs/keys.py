@@ -70,10 +70,10 @@ def location(item: Item) -> str:
 
 def state(image: bytes | str) -> tuple[int | None, int | None]:
     """Size (bytes) and modification time (ns) of a local file, to detect changes."""
-    if isinstance(image, bytes) or is_url(image):
+    if isinstance(image, bytes) or is_url(path := as_path(image)):
         return _UNKNOWN
     try:
-        found = Path(image).stat()
+        found = Path(path).stat()
     except (OSError, ValueError):  # ValueError: not a valid file name
         return _UNKNOWN
     return found.st_size, found.st_mtime_ns

@@ -3,7 +3,7 @@
 import io
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from runtime.errors import VignetteError
 from server.bulk.inputs.fetching import as_path, is_relative, is_url, opened
-from server.bulk.inputs.folders import named
+from server.bulk.inputs.folders import named, plain
 from server.bulk.inputs.items import Item
 from server.bulk.inputs.rows import (
     IMAGE,
@@ -55,10 +55,17 @@ class ListFile:
 
     suffixes: ClassVar = (".txt", ".csv", ".jsonl", ".parquet")
 
-    def items(self) -> Iterator[Item]:
-        """An item for each row; one for a broken row has the error. Raises NoColumn."""
+    def items(self, whole: Callable[[str], object] = lambda item_id: None) -> Iterator[Item]:
+        """An item for each row; one for a broken row has the error. Raises NoColumn.
+
+        whole: called with the id that a row would have if it were broken, when it is not.
+        """
         for number, row in self._rows():
-            yield self._item(number, row)
+            where = f"{plain(self.path)}#{number}"
+            item = self._item(where, number, row)
+            if item.id != where:
+                whole(where)
+            yield item
 
     def count(self, over: Event) -> int | None:
         """The number of rows; None for a pipe or a URL, which are read only once."""
@@ -112,6 +119,8 @@ class ListFile:
 
     def _check(self, there: Iterable[str]) -> None:
         there = list(there)
+        if not there:
+            raise NoColumn(f"{self.path} has no columns: its first line names them")
         for flag, name in (
             ("--column", self._image),
             ("--prompt-column", self.columns.prompt),
@@ -122,8 +131,7 @@ class ListFile:
                     f"{self.path} has no column {name}: name one of {', '.join(there)} with {flag}"
                 )
 
-    def _item(self, number: int, row: Mapping[str, Any] | BrokenRow) -> Item:
-        where = f"{self.path}#{number}"
+    def _item(self, where: str, number: int, row: Mapping[str, Any] | BrokenRow) -> Item:
         try:
             return self._named(where, number, row)
         except (BrokenRow, ValueError) as error:  # ValueError: a malformed URL
@@ -146,7 +154,7 @@ class ListFile:
             raise BrokenRow(f"there is nothing in {self.columns.id}")
         path = None if isinstance(image, bytes) or image.startswith("data:") else image
         location = path and self._location(path)
-        where = location or where
+        where = plain(location) if location else where
         for cell in (where, prompt or "", str(known)):
             if len(cell) > _LONGEST_CELL:
                 raise BrokenRow(f"a path, prompt or id has {len(cell)} characters: that is none")

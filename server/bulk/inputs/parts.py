@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from msgspec import structs
@@ -21,6 +21,7 @@ _BROKEN = (
     NotImplementedError,
 )  # fmt: skip
 _LISTS = (*ListFile.suffixes, *_SHARDS)  # files with several images
+_PACKED = (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")  # and .tar.gz, which is read
 
 
 class NoImages(VignetteError):
@@ -31,7 +32,7 @@ def parts(given: Iterable[str], columns: Columns, limit: int, output: str = "-")
     """A part for each argument. limit: bytes of an image in a shard. output: where captions go,
     which no pattern matches.
 
-    Raises NoImages for a path that does not exist.
+    Raises NoImages for a path that does not exist, or is packed as nothing that is read.
     """
     found: list[Part] = []
     for path in dict.fromkeys(each for pattern in given for each in _expanded(pattern, output)):
@@ -43,6 +44,8 @@ def parts(given: Iterable[str], columns: Columns, limit: int, output: str = "-")
             found.append(replace(listed, with_folder=listed.folder != first.folder))
         elif path.lower().endswith(_SHARDS):
             found.append(Shard(path, columns, limit))
+        elif path.lower().endswith(_PACKED) and not os.path.isdir(path):  # noqa: PTH112
+            raise NoImages(f"{path} is not read: unpack it, or make a .tar or .tar.gz of it")
         else:
             found.append(Files(path))
     return found
@@ -70,9 +73,16 @@ def _same(path: str, other: str) -> bool:
 
 def split(parts: Iterable[Part]) -> list[Part]:
     """Split parts into smaller ones that can be read in parallel."""
-    return [
-        each for part in parts for each in (part.parts() if isinstance(part, ListFile) else [part])
-    ]
+    return [each for part in parts for each in _pieces(part)]
+
+
+def _pieces(part: Part) -> Sequence[Part]:
+    try:
+        return part.parts() if isinstance(part, ListFile) else [part]
+    except Exception as error:
+        if not _is_of_input(part, error):
+            raise
+        return [part]  # whose items will tell
 
 
 def _written(item: Item, prompt: str | None) -> Item:
@@ -99,6 +109,15 @@ def _end(part: Part) -> str:
     return plain(part.path) if isinstance(part, Files) else f"{plain(part.path)}#end"
 
 
+def _is_of_input(part: Part, error: Exception) -> bool:
+    """Whether an error is the input's, which gets a row for it, not the caller's or this program's.
+
+    Local files raise only those of _BROKEN; each file system of fsspec has its own.
+    """
+    known = isinstance(error, _BROKEN) or is_url(part.path)
+    return known and not isinstance(error, NoColumn | NoWay)
+
+
 def items(
     parts: Iterable[Part],
     whole: Callable[[str], object] = lambda item_id: None,
@@ -106,21 +125,19 @@ def items(
 ) -> Iterator[Item]:
     """The items of all parts, in order. A part that breaks off yields an item with the error.
 
-    whole: called with that item's id once a list or shard was read to its end, or a folder listed.
+    whole: called with the id of an item that would have an error, once a list or shard was read to
+    its end, a folder listed, or a list's row read.
     prompt: of items that have none.
 
     Raises NoColumn and NoWay.
     """
     for part in parts:
         try:
-            if isinstance(part, Files):
-                yield from (_written(item, prompt) for item in part.items(whole))
-            else:
-                yield from (_written(item, prompt) for item in part.items())
+            found = part.items() if isinstance(part, Shard) else part.items(whole)
+            yield from (_written(item, prompt) for item in found)
+            if not isinstance(part, Files):
                 whole(_end(part))
-        except (NoColumn, NoWay):
-            raise
         except Exception as error:
-            if not (isinstance(error, _BROKEN) or is_url(part.path)):
-                raise  # local files raise only these; each fsspec file system has its own
+            if not _is_of_input(part, error):
+                raise
             yield Item(_end(part), prompt=prompt, wrong=f"it can't be read to its end: {error}")

@@ -20,14 +20,6 @@ class _Error(IntEnum):
     NO_IMAGE = 2  # or one that is called so
 
 
-class _Claim(IntEnum):
-    """How an item was met in this run."""
-
-    NONE = 0
-    BY_KEY = 1
-    FAILED_BEFORE = 2  # as an image that failed in an earlier run
-
-
 class SameId(VignetteError):
     """Two inputs have one id, or an earlier run had another input of this id."""
 
@@ -55,7 +47,7 @@ class Index:
             failed = _Error.NO_IMAGE if row.path is None else _Error.IMAGE
         with self._lock:
             found = self._table.execute("SELECT row, claimed FROM t WHERE id = ?", (key(row.id),))
-            before, claimed = found.fetchone() or (None, _Claim.NONE)
+            before, claimed = found.fetchone() or (None, False)
             self.replaced |= before is not None
             values = key(row.id), self._next, done, failed, asked, claimed
             self._table.execute("INSERT OR REPLACE INTO t VALUES (?, ?, ?, ?, ?, ?)", values)
@@ -76,24 +68,24 @@ class Index:
             "SELECT done, failed, asked, claimed FROM t WHERE id = ?", (key(item_id),)
         ).fetchone()
         if found is None:
-            values = key(item_id), None, True, _Error.NONE, asked, _Claim.BY_KEY
+            values = key(item_id), None, True, _Error.NONE, asked, True
             self._table.execute("INSERT INTO t VALUES (?, ?, ?, ?, ?, ?)", values)
             return True
         done, failed, known, claimed = found
         if done:
             if asked in _split(known):
-                self._mark(item_id, _Claim.BY_KEY)
+                self._mark(item_id, known)
                 return False
             # Of an image that lies elsewhere, what is wrong may be right later.
             if not asked and (failed or len(known) <= KEY_BYTES):
                 return False
-            if claimed == _Claim.BY_KEY:
+            if claimed:
                 raise SameId(
                     f"two inputs are called {item_id}, with other images or prompts: give each an "
                     "id (--id-column), or caption them into two outputs"
                 )
             if failed:  # an error is no caption of another image
-                self._mark(item_id, _Claim.FAILED_BEFORE)
+                self._mark(item_id, asked)
                 return False
             if not again:
                 now = "a row of another image or prompt" if asked else "a caption, but no image now"
@@ -101,13 +93,13 @@ class Index:
                     f"{item_id} has {now}: name another output, give ids (--id-column), or caption "
                     "such images anew with --again"
                 )
-        changed = "UPDATE t SET done = 1, asked = ?, claimed = ? WHERE id = ?"
-        self._table.execute(changed, (asked, _Claim.BY_KEY, key(item_id)))
+        self._mark(item_id, asked)
         return True
 
-    def _mark(self, item_id: str, how: _Claim) -> None:
-        mark = "UPDATE t SET claimed = ? WHERE id = ? AND claimed != ?"
-        self._table.execute(mark, (how, key(item_id), _Claim.BY_KEY))
+    def _mark(self, item_id: str, asked: bytes) -> None:
+        """Mark an item as done, and met in this run as this image."""
+        mark = "UPDATE t SET done = 1, asked = ?, claimed = 1 WHERE id = ?"
+        self._table.execute(mark, (asked, key(item_id)))
 
     def drop_error(self, item_id: str) -> None:
         """Drop the row of an item without an image if it is an error: what was wrong is right.

@@ -253,3 +253,29 @@ def test_slow_look_ups_of_one_client_hold_up_nobody_else(monkeypatch, caplog):
     assert "no fast" in fast
     assert len(asked) == 5, "four of its look-ups, and none that was given up"
     assert not caplog.records
+
+
+def test_a_host_that_was_looked_up_lately_is_known_while_look_ups_hang(monkeypatch):
+    over = threading.Event()
+
+    def getaddrinfo(host, *_, **__):
+        if host.startswith("slow"):
+            over.wait(20)
+        return [(0, 0, 0, "", ("93.184.216.34", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+    async def run():
+        hosts = PublicHosts()
+        first = await hosts.look_up("quick.example", "a", 5)
+        slow = [asyncio.ensure_future(hosts.look_up(f"slow{n}", f"c{n}", 20)) for n in range(9)]
+        await asyncio.sleep(0.1)
+        with pytest.raises(OSError, match="in time"):
+            await hosts.look_up("another.example", "a", 0.2)
+        again = await hosts.look_up("quick.example", "a", 0.2)
+        over.set()
+        await asyncio.gather(*slow)
+        return first, again
+
+    first, again = asyncio.run(run())
+    assert first == again == ["93.184.216.34"]
