@@ -1,6 +1,7 @@
 """Minimal greedy decoding, over ONNX graphs or the PyTorch modules they were exported from.
 
-It shares only the choice among beams with runtime/, so that it tests the graphs alone. Rows of a
+It shares only the choice among beams and the sessions' options with runtime/, so that it tests the
+graphs alone. Rows of a
 batch start at different steps and with prompts of different lengths, so their lengths differ
 throughout.
 """
@@ -20,6 +21,7 @@ from export.modeling import ImagePrefix, TextDecoder
 from runtime.decoding.beams import Beams
 from runtime.decoding.candidates import RowCandidates
 from runtime.model.manifest import Sizes, SpecialTokens
+from runtime.providers.session import Placement, session_options
 from runtime.request import SamplingParams
 
 Arrays = dict[str, np.ndarray]
@@ -61,10 +63,7 @@ class OnnxGraphs:
 
     def __init__(self, encoder: Path, decoder: Path, *, cuda: bool = False) -> None:
         """Raises ExportError if CUDA can't be used."""
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # omits warnings about initialisers shared by two graphs
-        # As in `runtime.providers.session`: without it, processors without VNNI saturate.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        options = session_options(Placement("cuda" if cuda else "cpu"))
         provider = "CUDAExecutionProvider" if cuda else "CPUExecutionProvider"
         self._encoder, self._decoder = (
             ort.InferenceSession(path, options, providers=[provider], enable_fallback=False)

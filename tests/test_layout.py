@@ -20,7 +20,8 @@ ALLOWED = {
 }
 ALLOWED_IN = {
     "export/self_test.py": {"runtime.execution.self_test"},  # export stores it, each start runs it
-    "export/reference.py": {"runtime.decoding", "runtime.request"},  # the choice among beams
+    # The choice among beams, and sessions as engines have them.
+    "export/reference.py": {"runtime.decoding", "runtime.request", "runtime.providers.session"},
     "export/__main__.py": {"runtime"},
     "export/pictures.py": {"runtime.model.preprocess"},  # what Hugging Face's leaves to its caller
     "bench/sections/bulk.py": {"server.bulk"},  # it measures in this process, without a server

@@ -114,19 +114,21 @@ def test_files_are_captioned_without_what_only_linux_has(elsewhere, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("features", "fast"), [("fp asimd asimddp i8mm", True), ("fp asimd", False)]
+    ("features", "fast"),
+    [
+        ("Features\t: fp asimd asimddp i8mm", True),  # ARM
+        ("Features\t: fp asimd", False),
+        ("flags\t\t: sse4_2 avx avx2", True),  # x86
+        ("flags\t\t: sse4_2 avx", False),
+    ],
 )
-def test_arm_processors_have_fast_8_bits_if_they_have_dot_products(
-    features, fast, tmp_path, monkeypatch
-):
+def test_instructions_tell_whether_8_bits_are_fast(features, fast, tmp_path, monkeypatch):
     info = tmp_path / "cpuinfo"
-    info.write_text(
-        f"processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: {features}\n\nprocessor\t: 1\n"
-    )
+    info.write_text(f"processor\t: 0\nBogoMIPS\t: 50.00\n{features}\n\nprocessor\t: 1\n")
     monkeypatch.setattr(machine, "_CPUINFO", info)
     machine.this_machine.cache_clear()
     try:
-        assert machine.this_machine().has_int8_dot is fast
+        assert machine.this_machine().has_fast_int8 is fast
     finally:
         machine.this_machine.cache_clear()
 

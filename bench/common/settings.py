@@ -9,8 +9,8 @@ ENGINE = Path("engines/random-git-base")
 SHAPE = "git-base"  # GIT variant on both sides, with the same random weights
 TOKENS = 16  # new tokens of every caption, forced
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
-# PyTorch's, the fastest last: on a processor without instructions for it bf16 takes many times as
-# long as fp32.
+# In which PyTorch is measured, the fastest last: on a processor without instructions for bf16 that
+# takes many times as long as fp32.
 PRECISIONS = ("fp32", "bf16") if _BF16 & set(this_machine().instructions) else ("fp32",)
 
 

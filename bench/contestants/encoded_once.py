@@ -1,4 +1,4 @@
-"""A strong PyTorch baseline: the image encoded once, a static K/V cache, 16-bit weights, compiled
+"""A strong PyTorch baseline: the image encoded once, a static K/V cache, compiled
 (on a processor with frozen weights, on a GPU with CUDA graphs). It runs the checkpoint's own
 modules.
 """

@@ -285,7 +285,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "offline": ("Without a server", "All images at once, and one alone; medians. Hugging Face's "
                 "batch is the best of those under 'Time against batch size'. Where PyTorch's fp32 "
                 "products run far below the machine's peak (see 'Against the machine's limits'), "
-                "bf16 is the fairer rival.", _offline),
+                "bf16, where it was measured, is the fairer rival.", _offline),
     "bulk": ("Captions in bulk", "A folder of JPEGs of 640 x 480 through vignette caption, once "
              "for each kind of output, in turns with the engine alone.", _bulk),
     "rival": ("PyTorch at its best", "The same modules with the image encoded once, a static "

@@ -154,8 +154,8 @@ def _order(provider: str) -> tuple[str, ...]:
 def suitable(combination: str, provider: str, machine: Machine) -> bool:
     """Whether the proof of a combination holds with its encoder on `provider` of this machine.
 
-    The CPU provider is told to sum 8-bit products exactly on any processor; sums of OpenVINO's
-    may saturate where there is no instruction for them.
+    ONNX Runtime is told to sum 8-bit products exactly on any processor; sums of OpenVINO's may
+    saturate where there is no instruction for them.
     """
     return provider != "openvino" or machine.has_int8_dot or not combination.startswith("int8")
 

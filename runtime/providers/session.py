@@ -9,7 +9,7 @@ import onnxruntime as ort
 
 from runtime.errors import EngineFolderError, ProviderError
 from runtime.model.manifest import sha256
-from runtime.planning.machine import limited_cores
+from runtime.planning.machine import limited_cores, this_machine
 from runtime.providers import cuda, openvino, tensorrt
 from runtime.providers.cuda import CudaOptions
 from runtime.providers.gpu import require_gpu
@@ -88,7 +88,9 @@ def session_options(how: Placement) -> ort.SessionOptions:
         # The CPU's fused kernel is ten times as slow as separate addition and normalisation.
         slower = "SkipLayerNormFusion"
         options.add_session_config_entry("optimization.disable_specified_optimizers", slower)
-        # On x86 without VNNI, products of uint8 and int8 saturate: this makes weights uint8 there.
+    if not this_machine().has_int8_dot:
+        # On x86, products of uint8 and int8 saturate then: this makes the weights uint8. Where
+        # there is an instruction, ONNX Runtime would not use it then.
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 

@@ -64,7 +64,7 @@ class ClientStream(IOStream):
     _unjudged = False  # whether a head has come of which is not known yet if it is the last's
     _searched = 0  # bytes of the head
     _small = 0  # pieces of the current request
-    _paused = False
+    _paused: asyncio.TimerHandle | None = None  # until it reads again
 
     def __init__(
         self,
@@ -101,8 +101,7 @@ class ClientStream(IOStream):
         if count and count < _PIECE:
             self._small += 1
             if self._small > _FREE_PIECES and (owed := self._owed()):
-                self._paused = True
-                asyncio.get_running_loop().call_later(owed, self._go_on)
+                self._paused = asyncio.get_running_loop().call_later(owed, self._go_on)
         if count and self._tail is not None:
             last = bytes(buf[max(0, count - len(_LAST_CHUNK)) : count])
             self._tail = (self._tail + last)[-len(_LAST_CHUNK) :]
@@ -122,7 +121,7 @@ class ClientStream(IOStream):
 
     def _go_on(self) -> None:
         """Read again what comes."""
-        self._paused = False
+        self._paused = None
         if not self.closed() and self._state is not None:
             waits, reads = self._state, self.io_loop.READ
             self.io_loop.update_handler(self.fileno(), waits & ~reads)  # as the loop has it
@@ -149,6 +148,9 @@ class ClientStream(IOStream):
         """
         if self.closed():
             raise StreamClosedError
+        if self._paused and self.address != self.peer:
+            self._paused.cancel()  # of a proxy's connection the next client may be another
+            self._go_on()
         self.address = self.peer
         self._searched = self._small = self._chunks = 0
         self._received = self._read_buffer_size  # what was sent ahead

@@ -191,17 +191,19 @@ def test_a_file_that_holds_something_else_is_left_alone(
         (["nowhere"], "nowhere does not exist"),
         (["{empty}/*.tar"], "nothing is called like"),
         (["{empty}"], "holds no images"),
-        (["{empty}/photos.zip"], "photos.zip is not read: unpack it"),
-        (["{empty}/nothing.csv"], "nothing.csv has no columns: its first line names them"),
-        (["{empty}/nothing.txt"], "no list or archive names or holds any"),
+        (["{empty}/files/photos.zip"], "photos.zip is not read: unpack it"),
+        (["{empty}/files/nothing.csv"], "nothing.csv is empty"),
+        (["{empty}/files/nothing.txt"], "no list or archive names or holds any"),
         ([str(SAMPLES), "--max-new-tokens", "1000"], "max_new_tokens is 1000"),
         ([str(SAMPLES), "--output", "{empty}/no/such/captions.jsonl"], "No such file or directory"),
         ([str(SAMPLES), "--output", "{empty}/captions.xlsx"], "name an output that ends in .jsonl"),
     ],
 )
 def test_what_can_not_be_done_is_said(arguments, complaint, tmp_path, capfd):
+    files = tmp_path / "files"
+    files.mkdir()
     for name in ("photos.zip", "nothing.csv", "nothing.txt"):
-        (tmp_path / name).touch()
+        (files / name).touch()
     assert run(*(a.replace("{empty}", str(tmp_path)) for a in arguments)) == 1
     said = capfd.readouterr()
     assert complaint in said.err

@@ -19,7 +19,7 @@ from runtime.planning.machine import Machine, quota, this_machine
 from runtime.planning.plan import default, resolve, suitable
 from runtime.providers import registry
 from runtime.providers.session import Placement, session_options
-from runtime.tune import main, tune
+from runtime.tune import _candidates, main, tune
 
 AUTO = EngineConfig()
 OLD = Machine("old", 4, ())
@@ -31,6 +31,20 @@ AMX = Machine("matrix", 8, ("avx2", "avx512f", "avx512_vnni", "amx_bf16", "amx_i
 @pytest.fixture
 def folder(small, tmp_path):
     return shutil.copytree(small[1], tmp_path / "engine")
+
+
+@pytest.mark.parametrize(("machine", "asked"), [(OLD, True), (AVX2, True), (VNNI, False)])
+def test_exact_sums_are_asked_for_where_there_is_no_instruction_for_them(
+    machine, asked, monkeypatch
+):
+    """Where there is one, they would take longer."""
+    monkeypatch.setattr("runtime.providers.session.this_machine", lambda: machine)
+    options = session_options(Placement("cpu"))
+    try:
+        said = options.get_session_config_entry("session.x64quantprecision")
+    except RuntimeError:  # there is none
+        said = "0"
+    assert said == str(int(asked))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +144,12 @@ def test_a_plan_is_not_made_for_what_is_no_engine(tmp_path, capsys):
     assert "is not an engine" in capsys.readouterr().err
 
 
-def test_openvino_is_never_given_products_that_may_saturate(folder, caplog):
+def test_openvino_is_not_given_products_that_may_saturate(folder, monkeypatch, caplog):
+    monkeypatch.setattr(registry, "available", lambda: ("openvino", "cpu"))
+    for machine, eight_bits in ((AVX2, {"cpu"}), (VNNI, {"openvino", "cpu"})):
+        plans_of = list(_candidates(manifests.load(folder), machine))
+        with_8_bits = (p for p in plans_of if p.combination.startswith("int8"))
+        assert {plan.encoder_provider for plan in with_8_bits} == eight_bits
     wanted = EngineConfig(precision="int8-static/int8/int8")
     for provider, machine in (("openvino", VNNI), ("cpu", AVX2), ("cpu", OLD)):
         default(manifests.load(folder), wanted, provider, machine)

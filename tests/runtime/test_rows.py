@@ -2,7 +2,6 @@
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -54,7 +53,7 @@ def test_a_caption_is_the_same_alone_and_among_others(engine, pictures, chosen):
 @pytest.mark.parametrize("cache", ["", ".kv8"])
 def test_every_row_of_the_8_bit_graphs_is_computed_as_if_alone(pictures, cache):
     encoder, decoder = (
-        ort.InferenceSession(DEMO / f"{graph}.int8{cache}.onnx", _quiet())
+        open_session(DEMO / f"{graph}.int8{cache}.onnx", Placement("cpu"))
         for graph in ("encoder", "decoder")
     )
     rng = np.random.default_rng(0)
@@ -87,12 +86,6 @@ def test_every_row_of_the_8_bit_graphs_is_computed_as_if_alone(pictures, cache):
         alone = prefix([row])
         assert all(np.array_equal(alone[name][0], together[name][row]) for name in names)
         assert np.array_equal(logits([row])[0], said[row])
-
-
-def _quiet() -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # no warnings about initialisers that two graphs share
-    return options
 
 
 def test_8_bit_products_do_not_saturate_on_any_processor(tmp_path):

@@ -58,7 +58,7 @@ class ListFile:
     def items(self, whole: Callable[[str], object] = lambda item_id: None) -> Iterator[Item]:
         """An item for each row; one for a broken row has the error. Raises NoColumn.
 
-        whole: called with the id that a row would have if it were broken, when it is not.
+        whole: called with the id that a row would have if it were broken, for each of another id.
         """
         for number, row in self._rows():
             where = f"{plain(self.path)}#{number}"
@@ -120,7 +120,7 @@ class ListFile:
     def _check(self, there: Iterable[str]) -> None:
         there = list(there)
         if not there:
-            raise NoColumn(f"{self.path} has no columns: its first line names them")
+            raise NoColumn(f"{self.path} is empty: it has not even a line with names of columns")
         for flag, name in (
             ("--column", self._image),
             ("--prompt-column", self.columns.prompt),

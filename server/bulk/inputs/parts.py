@@ -32,7 +32,7 @@ def parts(given: Iterable[str], columns: Columns, limit: int, output: str = "-")
     """A part for each argument. limit: bytes of an image in a shard. output: where captions go,
     which no pattern matches.
 
-    Raises NoImages for a path that does not exist, or is packed as nothing that is read.
+    Raises NoImages for a path that does not exist, or is packed in a way that is not read.
     """
     found: list[Part] = []
     for path in dict.fromkeys(each for pattern in given for each in _expanded(pattern, output)):
@@ -44,8 +44,8 @@ def parts(given: Iterable[str], columns: Columns, limit: int, output: str = "-")
             found.append(replace(listed, with_folder=listed.folder != first.folder))
         elif path.lower().endswith(_SHARDS):
             found.append(Shard(path, columns, limit))
-        elif path.lower().endswith(_PACKED) and not os.path.isdir(path):  # noqa: PTH112
-            raise NoImages(f"{path} is not read: unpack it, or make a .tar or .tar.gz of it")
+        elif path.lower().endswith(_PACKED) and os.path.isfile(path):  # noqa: PTH113
+            raise NoImages(f"{path} is not read: unpack it (archives are {', '.join(_SHARDS)})")
         else:
             found.append(Files(path))
     return found

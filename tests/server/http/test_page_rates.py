@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import time
+from itertools import product
 from unittest.mock import Mock
 
 import pytest
@@ -24,13 +25,13 @@ def test_who_asks_for_pages_all_the_time_has_to_wait():
         assert live.caption(png()).status == 200, "captions are not counted among them"
 
 
-@pytest.mark.parametrize("client", ["127.0.0.1", "1.2.3.4"])
-@pytest.mark.parametrize("part", ["head", "body", "chunks"])
+@pytest.mark.parametrize(
+    ("part", "client"),  # until a head has come, a proxy's client is not known
+    [("head", "127.0.0.1"), *product(("body", "chunks"), ("127.0.0.1", "1.2.3.4"))],
+)
 def test_what_comes_in_small_pieces_is_read_as_one_while_its_client_owes(part, client, monkeypatch):
     """A piece of a byte takes as long to read as one of many."""
     proxies = [] if client == "127.0.0.1" else ["127.0.0.1"]
-    if proxies and part == "head":
-        pytest.skip("until a head has come, a proxy's client is not known")
     reads, read = [], IOStream.read_from_fd
 
     def read_from_fd(stream, buf):
@@ -62,6 +63,25 @@ def test_what_comes_in_small_pieces_is_read_as_one_while_its_client_owes(part, c
         sender.sendall(last)
         assert sender.recv(100).startswith(b"HTTP/1.1 200")
     assert len(reads) < 25
+
+
+def test_who_owes_holds_up_nobody_else_on_a_proxy_s_connection():
+    large = b"X: " + b"y" * 512 + b"\r\n"
+    head = b"POST /caption HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: %s\r\nContent-Length: %d\r\n"
+    with (
+        serve(fake_engine, trusted_proxies=["127.0.0.1"]) as live,
+        socket.create_connection(("127.0.0.1", live.port)) as proxy,
+    ):
+        proxy.settimeout(20)
+        proxy.sendall(head % (b"1.2.3.4", len(png())) + large + b"\r\n" + png()[:-9])
+        live.service.rates.pages._longest = 120.0  # seconds, beyond the test's patience
+        live.service.rates.pages.spend("1.2.3.4", 400 + 100_000)
+        for byte in png()[-9:]:  # the last one costs something
+            time.sleep(0.05)
+            proxy.sendall(bytes([byte]))
+        assert b"200 OK" in proxy.recv(9999)
+        proxy.sendall(head % (b"5.6.7.8", len(png())) + b"\r\n" + png())
+        assert b"200 OK" in proxy.recv(9999)
 
 
 def test_captions_that_are_known_cost_as_much_as_pages_while_others_are_here():

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from server.images import fetch
+from server.images import fetch, hosts
 from server.images.download import Answer
 from server.images.fetch import Fetcher
 from server.images.hosts import FetchFailed, ForbiddenUrl, PublicHosts, is_public
@@ -256,9 +256,10 @@ def test_slow_look_ups_of_one_client_hold_up_nobody_else(monkeypatch, caplog):
 
 
 def test_a_host_that_was_looked_up_lately_is_known_while_look_ups_hang(monkeypatch):
-    over = threading.Event()
+    over, asked = threading.Event(), []
 
     def getaddrinfo(host, *_, **__):
+        asked.append(host)
         if host.startswith("slow"):
             over.wait(20)
         return [(0, 0, 0, "", ("93.184.216.34", 0))]
@@ -266,16 +267,21 @@ def test_a_host_that_was_looked_up_lately_is_known_while_look_ups_hang(monkeypat
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
     async def run():
-        hosts = PublicHosts()
-        first = await hosts.look_up("quick.example", "a", 5)
-        slow = [asyncio.ensure_future(hosts.look_up(f"slow{n}", f"c{n}", 20)) for n in range(9)]
+        ours = PublicHosts()
+        first = await ours.look_up("quick.example", "a", 5)
+        slow = [asyncio.ensure_future(ours.look_up(f"slow{n}", f"c{n}", 20)) for n in range(9)]
         await asyncio.sleep(0.1)
         with pytest.raises(OSError, match="in time"):
-            await hosts.look_up("another.example", "a", 0.2)
-        again = await hosts.look_up("quick.example", "a", 0.2)
+            await ours.look_up("another.example", "a", 0.2)
+        again = await ours.look_up("quick.example", "a", 0.2)
+        monkeypatch.setattr(hosts, "_KNOWN_SECONDS", 0.0)
         over.set()
         await asyncio.gather(*slow)
+        asked.clear()
+        for _ in range(2):
+            await ours.look_up("later.example", "a", 5)
         return first, again
 
     first, again = asyncio.run(run())
     assert first == again == ["93.184.216.34"]
+    assert asked == ["later.example"] * 2
