@@ -12,7 +12,7 @@ from server.fairness.equal_shares import EqualShares
 from server.tasks import retrieve_error
 
 _LOOKUPS = 8  # at a time
-_ADDRESSES = 4  # of a kind that are tried
+_JUDGED, _ADDRESSES = 64, 4  # of a host's addresses, and of each kind that are tried
 _KNOWN, _KNOWN_SECONDS = 256, 10.0  # hosts whose addresses are remembered, and for how long
 # Missing from Python's own list, or until lately: local NAT64, deprecated site-local addresses,
 # IPv4-compatible IPv6, IPv4 translated to IPv6 (RFC 2765).
@@ -47,7 +47,7 @@ class PublicHosts:
 
     async def look_up(self, host: str, client: str, seconds: float) -> list[str]:
         """The first addresses of `host`, of each kind. Raises OSError, also if there are none
-        within `seconds`, and ForbiddenUrl if one of its addresses is not public.
+        within `seconds`, and ForbiddenUrl if one of its first addresses is not public.
         """
         found, until = self._known.get(host, ([], 0.0))
         if time.monotonic() > until:
@@ -55,9 +55,7 @@ class PublicHosts:
             self._know(host, found)
         if not all(map(is_public, found)):
             raise ForbiddenUrl(f"{host} is not a public address: image_url may not lead there")
-        six = [each for each in found if ":" in each]
-        four = [each for each in found if ":" not in each]
-        return six[:_ADDRESSES] + four[:_ADDRESSES]
+        return _first(_ADDRESSES, found)
 
     async def _look_up(self, host: str, client: str, seconds: float) -> list[str]:
         try:
@@ -79,11 +77,18 @@ class PublicHosts:
 
     def _addresses(self, host: str) -> list[str]:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        return [str(address[0]) for *_, address in found]
+        return _first(_JUDGED, [str(address[0]) for *_, address in found])
 
     def _ended(self, client: str, looking: "asyncio.Future[list[str]]") -> None:
         self._turns.give(client)
         retrieve_error(looking)
+
+
+def _first(count: int, addresses: list[str]) -> list[str]:
+    """The first so many addresses of IPv6, and of IPv4."""
+    six = [each for each in addresses if ":" in each]
+    four = [each for each in addresses if ":" not in each]
+    return six[:count] + four[:count]
 
 
 def is_public(address: str) -> bool:

@@ -1,10 +1,11 @@
 """Admission to a model: its state, and limits on the requests inside."""
 
+import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -36,18 +37,33 @@ class NotServing(VignetteError):
 class _Aside:
     """Admitted requests that wait for something other than the engine; clients share the places.
 
-    requests: how often each stepped aside; clients: of how many requests.
+    requests: how often each stepped aside; clients: of how many requests. places: of those that can
+    be ended, with their clients, the newest last.
     """
 
     most: int
     refusal: str
     requests: Counter[Hashable] = field(default_factory=Counter)
     clients: Counter[str] = field(default_factory=Counter)
+    places: dict[asyncio.Timeout, str] = field(default_factory=dict)
 
     def has_room(self, client: str) -> bool:
-        """Whether another request of a client may step aside."""
+        """Whether another request of a client may step aside. Where there is room only for clients
+        with less than their share, the newest request of who has most is ended for it.
+        """
         share = max(1, self.most // (len(self.clients.keys() | {client}) + 1))
-        return len(self.requests) < self.most and self.clients[client] < share
+        if self.clients[client] >= share:
+            return False
+        return len(self.requests) < self.most or self._end_one(share)
+
+    def _end_one(self, share: int) -> bool:
+        of_each = Counter(self.places.values())
+        for place, owner in reversed(self.places.items()):
+            if of_each[owner] > share and of_each[owner] == max(of_each.values()):
+                del self.places[place]
+                place.reschedule(asyncio.get_running_loop().time())
+                return True
+        return False
 
 
 class Admission:
@@ -156,23 +172,32 @@ class Admission:
         """
         return self._step_aside(self._decoding, request.client, request)
 
-    @contextmanager
-    def fetching(self, client: str = "") -> Iterator[None]:
+    @asynccontextmanager
+    async def fetching(self, client: str = "") -> AsyncIterator[None]:
         """Take an admitted request out of `inside` while its image is fetched.
 
-        Raises QueueFull if too many are fetched, of all clients or of its own, or if there is no
-        room for it once that is done.
+        Raises QueueFull if too many are fetched, of all clients or of its own, also later, when
+        a client comes that has fewer, or if there is no room for it once that is done.
         """
-        with self._step_aside(self._fetching, client, object()):
-            yield
-            self._check_room(client)
+        try:
+            async with asyncio.timeout(None) as place:
+                with self._step_aside(self._fetching, client, place):
+                    self._fetching.places[place] = client
+                    try:
+                        yield
+                    finally:
+                        self._fetching.places.pop(place, None)
+                    self._check_room(client)
+        except TimeoutError:
+            if not place.expired():
+                raise
+            raise self._full(self._fetching) from None
 
     @contextmanager
     def _step_aside(self, waiting: _Aside, client: str, request: Hashable) -> Iterator[None]:
         if request not in waiting.requests:
             if not waiting.has_room(client):
-                message = f"{waiting.refusal}, or try again later"
-                raise QueueFull(message, self._seconds_to_drain())
+                raise self._full(waiting)
             waiting.clients[client] += 1
             self._count(client, -1)
         waiting.requests[request] += 1
@@ -185,6 +210,9 @@ class Admission:
                 waiting.clients[client] -= 1
                 waiting.clients += Counter()  # drops zero counts
                 self._count(client, 1)
+
+    def _full(self, waiting: _Aside) -> QueueFull:
+        return QueueFull(f"{waiting.refusal}, or try again later", self._seconds_to_drain())
 
     @property
     def accepted(self) -> int:

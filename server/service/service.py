@@ -236,10 +236,9 @@ class Service:
             held = most
 
         try:
-            with admission.fetching(client):
-                async with until(deadline):
-                    left = deadline - time.perf_counter()
-                    image = await self.fetcher.fetch(images, left, client, begin)
+            async with admission.fetching(client), until(deadline):
+                left = deadline - time.perf_counter()
+                image = await self.fetcher.fetch(images, left, client, begin)
             self.budget.release(held - len(image), client)
             held = len(image)
             yield [image]

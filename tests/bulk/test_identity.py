@@ -60,6 +60,17 @@ def test_a_file_that_was_replaced_is_captioned_again(name, way, tmp_path, monkey
     assert [row["caption"] for row in rows_of("rows.jsonl")] == [said_of(b"another")]
 
 
+def test_a_file_that_can_not_be_looked_at_has_one_row_by_a_folder_and_a_list(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    Path("photos/a.png").symlink_to("x" * 300)  # no file has such a name
+    Path("photos/b.png").write_bytes(b"b")
+    Path("list.txt").write_text("photos/a.png\nphotos/b.png\n")
+    job = run("rows.jsonl", "photos", "list.txt", ordered=True)
+    assert (job.counts.captioned, job.counts.failed) == (1, 1)
+    assert len(rows_of("rows.jsonl")) == 2
+
+
 def test_a_folder_and_a_list_call_an_image_alike(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()

@@ -44,7 +44,7 @@ def parts(given: Iterable[str], columns: Columns, limit: int, output: str = "-")
             found.append(replace(listed, with_folder=listed.folder != first.folder))
         elif path.lower().endswith(_SHARDS):
             found.append(Shard(path, columns, limit))
-        elif path.lower().endswith(_PACKED) and os.path.isfile(path):  # noqa: PTH113
+        elif path.lower().endswith(_PACKED) and os.path.isfile(as_path(path)):  # noqa: PTH113
             raise NoImages(f"{path} is not read: unpack it (archives are {', '.join(_SHARDS)})")
         else:
             found.append(Files(path))

@@ -38,6 +38,7 @@ class Index:
         )
         self._lock = threading.Lock()
         self._next = 0
+        self._without_image = False  # whether any row is an error of no image
         self.replaced = False
 
     def add(self, row: ResultRow, done: bool) -> None:
@@ -46,6 +47,7 @@ class Index:
         if row.error is not None:
             failed = _Error.NO_IMAGE if row.path is None else _Error.IMAGE
         with self._lock:
+            self._without_image |= failed == _Error.NO_IMAGE
             found = self._table.execute("SELECT row, claimed FROM t WHERE id = ?", (key(row.id),))
             before, claimed = found.fetchone() or (None, False)
             self.replaced |= before is not None
@@ -79,6 +81,8 @@ class Index:
             # Of an image that lies elsewhere, what is wrong may be right later.
             if not asked and (failed or len(known) <= KEY_BYTES):
                 return False
+            if claimed and not known:  # as an item without an image, whose error is not written yet
+                return False
             if claimed:
                 raise SameId(
                     f"two inputs are called {item_id}, with other images or prompts: give each an "
@@ -107,6 +111,8 @@ class Index:
         An image that is called so, and was met in this run, keeps its row; one that is met later is
         captioned anew.
         """
+        if not self._without_image:
+            return
         with self._lock:
             found = self._table.execute(
                 "UPDATE t SET row = NULL, done = 0, failed = 0 "

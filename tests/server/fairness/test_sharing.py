@@ -1,5 +1,6 @@
 """What clients use together: each its share, and nobody waits for another's."""
 
+import asyncio
 import contextlib
 from dataclasses import dataclass
 
@@ -95,28 +96,65 @@ def test_who_waits_for_a_decoder_keeps_nobody_from_the_engine():
 def test_who_waits_for_images_of_slow_sites_keeps_nobody_from_the_engine():
     admission = Admission(16, 30.0)
     admission.state, admission.slots = State.READY, 2
-    with contextlib.ExitStack() as held:
-        for number in range(256):
-            held.enter_context(admission.enter(f"slow{number}"))
-            held.enter_context(admission.fetching(f"slow{number}"))
-        with admission.enter("slow"), pytest.raises(QueueFull, match="being fetched"):
-            held.enter_context(admission.fetching("slow"))
-        for _ in range(8):
-            held.enter_context(admission.enter("honest"))
-        assert (admission.inside, admission.accepted) == (8, 264)
-        admission.state = State.DRAINING
+
+    async def run():
+        async with contextlib.AsyncExitStack() as held:
+            for number in range(256):
+                held.enter_context(admission.enter(f"slow{number}"))
+                await held.enter_async_context(admission.fetching(f"slow{number}"))
+            with admission.enter("slow"), pytest.raises(QueueFull, match="being fetched"):
+                await held.enter_async_context(admission.fetching("slow"))
+            for _ in range(8):
+                held.enter_context(admission.enter("honest"))
+            assert (admission.inside, admission.accepted) == (8, 264)
+            admission.state = State.DRAINING
+
+    asyncio.run(run())
+    assert admission.accepted == 0
+
+
+def test_who_came_early_makes_room_among_fetches_for_who_has_fewer():
+    admission = Admission(1000, 30.0)
+    admission.state, admission.slots = State.READY, 2
+    over, ended = asyncio.Event(), []
+
+    async def ask(client: str, number: int) -> None:
+        try:
+            with admission.enter(client):
+                async with admission.fetching(client):
+                    await over.wait()
+        except QueueFull:
+            ended.append((client, number))
+
+    async def run():
+        asked = []
+        for client, count in (("a", 128), ("b", 85), ("c", 43)):
+            asked += [asyncio.ensure_future(ask(client, number)) for number in range(count)]
+            await asyncio.sleep(0)
+        for number in range(3):
+            asked.append(asyncio.ensure_future(ask("honest", number)))
+            await asyncio.sleep(0.01)
+        over.set()
+        await asyncio.gather(*asked)
+
+    asyncio.run(run())
+    assert ended == [("a", 127), ("a", 126), ("a", 125)]
     assert admission.accepted == 0
 
 
 def test_what_was_fetched_needs_room_in_the_queue():
     admission = Admission(1, 30.0)
     admission.state, admission.slots = State.READY, 2
-    with contextlib.ExitStack() as held:
-        with admission.enter("a"), pytest.raises(QueueFull, match="the queue is full"):  # noqa: SIM117
-            with admission.fetching("a"):
-                for client in "bcd":
-                    held.enter_context(admission.enter(client))
-        assert admission.inside == 3
+
+    async def run():
+        with contextlib.ExitStack() as held:
+            with admission.enter("a"), pytest.raises(QueueFull, match="the queue is full"):
+                async with admission.fetching("a"):
+                    for client in "bcd":
+                        held.enter_context(admission.enter(client))
+            assert admission.inside == 3
+
+    asyncio.run(run())
     assert admission.accepted == 0
 
 

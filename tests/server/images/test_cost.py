@@ -60,6 +60,12 @@ def test_an_image_of_thousands_of_parts_is_refused_unopened(image):
         heads.check(image)
 
 
+@pytest.mark.parametrize("frame", [0xC9, 0xCA])
+def test_an_arithmetic_coded_jpeg_is_refused_as_such(frame):
+    with pytest.raises(InvalidImage, match="arithmetic-coded"):
+        heads.check(JPEG.replace(b"\xff\xc0", bytes([0xFF, frame]), 1))
+
+
 def test_images_as_programs_write_them_have_few_parts():
     noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3), np.uint8)
     for kind in FORMATS:

@@ -187,7 +187,7 @@ def test_of_a_name_with_many_addresses_some_are_tried(monkeypatch):
     )
     found = asyncio.run(PublicHosts().look_up("ok.example", "somebody", 5))
     assert found == [*addresses[:4], addresses[-1]]
-    addresses.append("::1")
+    addresses.insert(20, "::1")
     with pytest.raises(ForbiddenUrl):
         asyncio.run(PublicHosts().look_up("ok.example", "somebody", 5))
 
