@@ -25,6 +25,7 @@ _LARGE = 9_800_000  # bytes, just below the limit
 _LONG = 15_000  # characters of a header, as a whole head may have
 _LEFT_SECONDS = 0.25
 _ELSEWHERE = "127.0.0.2", 0  # clients that leave have to wait, and all others of the same address
+PROXY = "127.0.0.9"  # that the service trusts
 
 
 def post(port: int, head: bytes, body: bytes, read: bool = True, wait: float = 60) -> bytes:
@@ -135,17 +136,18 @@ def _trickled(port: int) -> None:
             client.sendall(b"x")
 
 
-def _dripped(port: int) -> None:
-    """A hundred bodies, a byte of each every 20 ms."""
+def _dripped(port: int, sender: tuple[str, int] = _ELSEWHERE, told: bytes = b"") -> None:
+    """A hundred bodies, a byte of each every 20 ms. told: more lines of their heads."""
+    head = b"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: 400000\r\n" + told + b"\r\n"
     with contextlib.ExitStack() as clients:
         sending = [
             clients.enter_context(
-                socket.create_connection(("127.0.0.1", port), source_address=_ELSEWHERE)
+                socket.create_connection(("127.0.0.1", port), source_address=sender)
             )
             for _ in range(100)
         ]
         for client in sending:
-            client.sendall(b"POST /caption HTTP/1.1\r\nHost: x\r\nContent-Length: 400000\r\n\r\n")
+            client.sendall(head)
         for _ in range(100):
             time.sleep(0.02)
             for client in sending:
@@ -265,6 +267,9 @@ _BY_HAND: dict[str, Callable[[int], object]] = {
     "crowd": _crowd,
     "trickled": _trickled,
     "dripped": _dripped,
+    "dripped through a proxy": partial(
+        _dripped, sender=(PROXY, 0), told=b"X-Forwarded-For: 203.0.113.7\r\n"
+    ),
     "queries": _queries,
 }
 ATTACKS = (*_BY_HAND, *_BODIES)

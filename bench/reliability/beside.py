@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from bench.common.arithmetic import percentile
-from bench.reliability.attacks import ATTACKS
+from bench.reliability.attacks import ATTACKS, PROXY
 from bench.reliability.load import Answer, Clients, after
 from bench.reliability.running import Service, Verdict, said, sample, service
 from bench.reliability.senders import assault
@@ -61,7 +61,7 @@ def _settled(it: Service, before: int) -> int:
 
 def beside(names: list[str], senders: tuple[int, ...], seconds: float) -> Verdict:
     """Run the named attacks, from each number of senders, beside honest clients."""
-    with service("--precision", "fp32/fp32/float32") as it:
+    with service("--precision", "fp32/fp32/float32", "--trusted-proxies", PROXY) as it:
         _honest(it, 2)
         quiet, during, peak = [_honest(it, min(30, seconds))], [], 0
         before = it.resident()
@@ -106,7 +106,8 @@ def content_types(long: bool) -> Verdict:
     ahead by the thousand, bodies in single bytes.
     """
     names = ["boundary", "parameters", "form", "tiny chunks", "accept", "slow heads", "pages"]
-    return _short([*names, "ahead", "queries", "trickled", "dripped", "heads"], long)
+    names += ["ahead", "queries", "trickled", "dripped", "dripped through a proxy", "heads"]
+    return _short(names, long)
 
 
 def large_json(long: bool) -> Verdict:
