@@ -1,9 +1,8 @@
 """Minimal greedy decoding, over ONNX graphs or the PyTorch modules they were exported from.
 
 It shares only the choice among beams and the sessions' options with runtime/, so that it tests the
-graphs alone. Rows of a
-batch start at different steps and with prompts of different lengths, so their lengths differ
-throughout.
+graphs alone. Rows of a batch start at different steps and with prompts of different lengths, so
+their lengths differ throughout.
 """
 
 from collections.abc import Callable, Iterator

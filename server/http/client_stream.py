@@ -100,7 +100,7 @@ class ClientStream(IOStream):
             self._awaited -= count or 0
         if count and count < _PIECE:
             self._small += 1
-            if self._small > _FREE_PIECES and (owed := self._owed()):
+            if self._small > _FREE_PIECES and (owed := self._charge_small()):
                 self._paused = asyncio.get_running_loop().call_later(owed, self._go_on)
         if count and self._tail is not None:
             last = bytes(buf[max(0, count - len(_LAST_CHUNK)) : count])
@@ -115,7 +115,7 @@ class ClientStream(IOStream):
         buf[:1] = b"\n"
         return 1
 
-    def _owed(self) -> float:
+    def _charge_small(self) -> float:
         """Charge a small piece or chunk; returns the seconds that the client owes."""
         return self._charge(self.address, 1 / _PIECES_OF_A_PAGE)
 
@@ -190,7 +190,7 @@ class ClientStream(IOStream):
         small = self._chunks - self._received / _CHUNK
         if small > _CHUNKS:
             return asyncio.ensure_future(self._hang_up())
-        if small > _FREE_PIECES and (owed := self._owed()):
+        if small > _FREE_PIECES and (owed := self._charge_small()):
             return asyncio.ensure_future(self._read_until_later(owed, delimiter, max_bytes))
         return super().read_until(delimiter, max_bytes)
 

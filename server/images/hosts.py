@@ -52,10 +52,11 @@ class PublicHosts:
         found, until = self._known.get(host, ([], 0.0))
         if time.monotonic() > until:
             found = await self._look_up(host, client, seconds)
+            if not all(map(is_public, found)):
+                raise ForbiddenUrl(f"{host} is not a public address: image_url may not lead there")
+            found = _first(_ADDRESSES, found)
             self._know(host, found)
-        if not all(map(is_public, found)):
-            raise ForbiddenUrl(f"{host} is not a public address: image_url may not lead there")
-        return _first(_ADDRESSES, found)
+        return found
 
     async def _look_up(self, host: str, client: str, seconds: float) -> list[str]:
         try:

@@ -47,7 +47,7 @@ class _Aside:
     clients: Counter[str] = field(default_factory=Counter)
     places: dict[asyncio.Timeout, str] = field(default_factory=dict)
 
-    def has_room(self, client: str) -> bool:
+    def makes_room(self, client: str) -> bool:
         """Whether another request of a client may step aside. Where there is room only for clients
         with less than their share, the newest request of who has most is ended for it.
         """
@@ -58,12 +58,14 @@ class _Aside:
 
     def _end_one(self, share: int) -> bool:
         of_each = Counter(self.places.values())
-        for place, owner in reversed(self.places.items()):
-            if of_each[owner] > share and of_each[owner] == max(of_each.values()):
-                del self.places[place]
-                place.reschedule(asyncio.get_running_loop().time())
-                return True
-        return False
+        most = max(of_each.values(), default=0)
+        if most <= share:
+            return False
+        newest = (place for place, owner in reversed(self.places.items()) if of_each[owner] == most)
+        place = next(newest)
+        del self.places[place]
+        place.reschedule(asyncio.get_running_loop().time())
+        return True
 
 
 class Admission:
@@ -196,7 +198,7 @@ class Admission:
     @contextmanager
     def _step_aside(self, waiting: _Aside, client: str, request: Hashable) -> Iterator[None]:
         if request not in waiting.requests:
-            if not waiting.has_room(client):
+            if not waiting.makes_room(client):
                 raise self._full(waiting)
             waiting.clients[client] += 1
             self._count(client, -1)
