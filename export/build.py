@@ -101,7 +101,7 @@ def _faster_variants(
 
     Returns the combinations that passed, and per fp16 file the nodes kept in fp32.
     """
-    if not proof.fast:
+    if not proof.fast or (proof.target == "cpu" and not proof.int8):
         return [], {}
     pixels = list(proof.pixels)
     if not pixels and checkpoint.trained and checkpoint.sizes.frames:

@@ -77,6 +77,7 @@ class _Mailbox:
                 loop.call_soon_threadsafe(self._deliver)
             except RuntimeError:  # the loop is closed: no task waits
                 self._news.clear()
+                self._called = False
 
     def _deliver(self) -> None:
         self._called = False

@@ -39,7 +39,7 @@ class Stepper:
     def submit(self, request: GenerationRequest, sink: Sink) -> None:
         """Run a request. sink: called on the stepping thread with each output (the last has a
         finish reason), or with the exception that a step or the engine raised. Raises WrongThread
-        in a fork of the process.
+        in a fork of the process, and once the program ends.
         """
         self._ask(lambda: self._submit(request, sink))
 

@@ -165,6 +165,8 @@ class Ingress:
 
     async def __del__(self) -> None:
         """Finish accepted requests, when Serve ends this ingress."""
+        if not hasattr(self, "_following"):
+            return  # it could not start
         self._stop.set()
         await self._running
         self._following.cancel()

@@ -41,7 +41,7 @@ class Refusal:
     """How a call is refused, without the error, which would keep the message alive."""
 
     def __init__(self, error: VignetteError) -> None:
-        answer: ErrorStatus = answer_to(error, 500)
+        answer: ErrorStatus = answer_to(error)
         self.trailing: tuple[tuple[str, str], ...] = ()
         if isinstance(error, RetryLater):
             self.trailing = (("retry-after", str(error.retry_after)),)
@@ -119,7 +119,7 @@ class Call:
                 held.callback(self.service.budget.release, size, client)
                 yield held
             except VignetteError as error:
-                self._outcome(answer_to(error, 500).code)
+                self._outcome(answer_to(error).code)
                 raise
             except (asyncio.CancelledError, GeneratorExit):
                 self.service.rates.was_abandoned(self.client, self.images)

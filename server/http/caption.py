@@ -125,7 +125,10 @@ class CaptionHandler(IntakeHandler):
             )
             caption = await self.service.caption(model, request, images, self.client)
         except VignetteError as error:
-            answer = answer_to(error, 500)
+            self.log_exception(type(error), error, error.__traceback__)
+            answer = answer_to(error)
+            if answer.status == 500:  # it counts as that, even if the others have captions
+                self.code = answer.code
             return ErrorAnswer(ErrorDetail(answer.code, answer.message or str(error)))
         return self._answer(model, caption, started)
 

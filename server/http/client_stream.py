@@ -9,7 +9,7 @@ from typing import Any
 
 from tornado.iostream import IOStream, StreamClosedError
 
-from server.protocols.errors import HTTP_ERRORS
+from server.http.errors import HTTP_ERRORS
 from server.tasks import strip_error, strip_future_error
 
 # Limits on a request's head, as parsing it takes time: lines, and bytes without the query; then

@@ -18,8 +18,9 @@ from server.addresses import group_of
 from server.http.answers import ErrorAnswer, ErrorDetail
 from server.http.client_stream import ClientStream
 from server.http.connections import Connections
+from server.http.errors import http_answer
 from server.http.origins import PREFLIGHT, cors_headers
-from server.protocols.errors import INTERNAL, ErrorStatus, answer_to
+from server.protocols.errors import INTERNAL, ErrorStatus
 from server.refusals import RetryLater
 from server.service.service import Service
 from server.tasks import strip_error, strip_future_error
@@ -154,7 +155,7 @@ class Handler(tornado.web.RequestHandler):
             return
         if self._headers_written:  # mid-stream, no error status can be sent any more
             error = kwargs.get("exc_info", (None, None, None))[1]
-            self.outcome(answer_to(error, status_code).code)
+            self.outcome(http_answer(error, status_code).code)
             self.stream.close()
             self.on_finish()  # Tornado calls it only for finished answers
             return
@@ -213,9 +214,9 @@ class Handler(tornado.web.RequestHandler):
             self._refusal.cancel()
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """Answer any error, ours or Tornado's, by the table in `server.protocols.errors`."""
+        """Answer any error, ours or Tornado's."""
         error = kwargs.get("exc_info", (None, None, None))[1]
-        answer = answer_to(error, status_code)
+        answer = http_answer(error, status_code)
         self.set_status(answer.status)
         self._set_common_headers()
         if isinstance(error, RetryLater):
@@ -251,7 +252,7 @@ class Handler(tornado.web.RequestHandler):
     ) -> None:
         """Log only errors that are not the client's fault."""
         status = value.status_code if isinstance(value, tornado.web.HTTPError) else 500
-        answer = answer_to(value, status)
+        answer = http_answer(value, status)
         if answer is INTERNAL:
             log.error("error in %s", self.request.path, exc_info=(typ, value, tb))  # type: ignore[arg-type]
         elif answer.status == 500:

@@ -215,7 +215,7 @@ class IntakeHandler(Handler):
     def failed(self, error: VignetteError) -> Any:
         """Body of an error event within a stream; an error that is the server's fault is logged."""
         self.log_exception(type(error), error, error.__traceback__)
-        answer = answer_to(error, 500)
+        answer = answer_to(error)
         self.code = answer.code
         return self.shown_error(answer, answer.message or str(error))
 
@@ -238,7 +238,7 @@ class IntakeHandler(Handler):
             self.service.count(self.model_name, self.key, code)
             if self.service.tracer is not None:
                 stages = {} if self.timing is None else self.timing.stages
-                span = f"POST {plain(self.request.path or '', _PATH)}"
+                span = f"{self.request.method} {plain(self.request.path or '', _PATH)}"
                 headers = self.request.headers
                 self.service.tracer.record(
                     span, headers, code, stages, self.request.request_time(), self.request_id

@@ -9,10 +9,11 @@ from msgspec.json import schema_components
 from pydantic.json_schema import models_json_schema
 
 from server.http.answers import CaptionAnswer, ErrorAnswer, ModelsAnswer, ReadyAnswer
+from server.http.errors import HTTP_ERRORS
 from server.http.kserve import InferRequest
 from server.http.openai import ChatRequest
 from server.http.schemas import CaptionRequest
-from server.protocols.errors import ERRORS, HTTP_ERRORS, INTERNAL
+from server.protocols.errors import ERRORS, INTERNAL
 from server.protocols.kserve import SERVER
 from server.requests.fields import CaptionFields
 

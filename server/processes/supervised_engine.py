@@ -41,8 +41,7 @@ class SupervisedEngine:
         """worker_main: entry point of the worker, such as `worker.main`. places: most requests
         inside at once; further ones wait.
 
-        Raises EngineFolderError, NoSharedMemory, and ProviderError if there is no GPU that is
-        asked for.
+        Raises EngineFolderError, NoSharedMemory, and what `devices_of_workers` raises.
         """
         devices = devices_of_workers(settings)[:1]
         shape = manifests.read(model.engine).sizes.pixels

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import tornado.web
-
 from runtime.errors import (
     ComputationFailed,
     InvalidImage,
@@ -62,22 +60,10 @@ ERRORS: dict[type[Exception], ErrorStatus] = {
     EngineFailed: ErrorStatus(500, "engine_failed"),
     Expired: ErrorStatus(504, "deadline_exceeded"),
 }
-HTTP_ERRORS: dict[int, ErrorStatus] = {
-    400: ErrorStatus(
-        400, "invalid_request", "not a valid HTTP request: check its headers and body"
-    ),
-    404: ErrorStatus(404, "not_found", "no such page: POST an image to /caption, or see /"),
-    405: ErrorStatus(405, "method_not_allowed", "this method is not served here: see /"),
-    431: ErrorStatus(431, "head_too_large"),
-}
 INTERNAL = ErrorStatus(500, "internal", "an error of ours; it was logged")
 
 
-def answer_to(error: BaseException | None, status_code: int) -> ErrorStatus:
+def answer_to(error: BaseException) -> ErrorStatus:
     """The table's entry for an error; INTERNAL for an error without one."""
-    for kind, answer in ERRORS.items():
-        if isinstance(error, kind):
-            return answer
-    if error is None or isinstance(error, tornado.web.HTTPError):
-        return HTTP_ERRORS.get(status_code, INTERNAL)
-    return INTERNAL
+    found = (answer for kind, answer in ERRORS.items() if isinstance(error, kind))
+    return next(found, INTERNAL)

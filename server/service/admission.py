@@ -97,6 +97,7 @@ class Admission:
     @contextmanager
     def enter(self, client: str = "") -> Iterator[None]:
         """Hold a place while a request is served; raises what `check` raises."""
+        self.note(client)
         self.check(client)
         self._count(client, 1)
         try:
@@ -109,6 +110,10 @@ class Admission:
         self._preparing[client] += requests
         if not self._preparing[client]:
             del self._preparing[client]
+
+    def note(self, client: str) -> None:
+        """Note that a client came for this model, whether there is a place for it or not."""
+        self._recent.note(client)
 
     def check(self, client: str = "") -> None:
         """Raise NotServing or QueueFull if there is no place for a request of this client.
@@ -123,7 +128,6 @@ class Admission:
                 "the model's engine was lost and does not start: the log says why; try another "
                 "instance"
             )
-        self._recent.note(client)
         self._check_room(client)
 
     def alone(self, client: str) -> bool:

@@ -37,7 +37,7 @@ class KeyReader:
             reading = self.reading
             try:
                 fresh = await asyncio.to_thread(self._open, reading)
-            except VignetteError as error:
+            except (VignetteError, OSError) as error:  # OSError: no file or memory is left
                 log.error("the API keys stay as they were: %s", error)
             else:
                 self.keys.close()

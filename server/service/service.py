@@ -122,14 +122,15 @@ class Service:
 
         The model's name may be in the body, which is not worth reading then.
         """
-        refusal: VignetteError | None = None
+        refusals = []
         for model in self.models.values():
             try:
                 return model.admission.check(client)
             except VignetteError as error:
-                refusal = refusal or error
-        assert refusal is not None
-        raise refusal
+                refusals.append(error)
+        for model in self.models.values():
+            model.admission.note(client)
+        raise refusals[0]
 
     async def caption(
         self, model: Model, request: GenerationRequest, images: Images, client: str

@@ -14,7 +14,8 @@ import pytest
 from runtime.request import RANGES, Priority
 from server.http.answers import CaptionAnswer, ModelsAnswer, ReadyAnswer
 from server.http.app import make_app
-from server.protocols.errors import ERRORS, HTTP_ERRORS, INTERNAL
+from server.http.errors import HTTP_ERRORS
+from server.protocols.errors import ERRORS, INTERNAL
 from server.requests.fields import CaptionFields
 from tests.support.fakes import fake_engine
 from tests.support.live import png, serve

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from runtime.planning.config import EngineConfig
-from tests.support.fakes import fake_engine, video_engine
-from tests.support.live import serve, small_images
+from tests.support.fakes import allergic_engine, fake_engine, video_engine
+from tests.support.live import png, serve, small_images
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,16 @@ def test_what_is_wrong_with_one_is_said_of_that_one(live, images):
     assert second["error"]["code"] == "invalid_image"
     assert third["error"]["message"] == "the image is empty: send a whole file"
     assert "prompt has 99 tokens" in fourth["error"]["message"]
+
+
+def test_a_failure_of_the_engine_is_logged_and_counted_though_others_have_captions(caplog):
+    with serve(lambda: allergic_engine(crashes=False), slots=4) as live:
+        reply = ask(live, images=[in_base64(png()), in_base64(png((7, 7, 7)))])
+        assert reply.status == 200
+        assert "caption" in reply.json["results"][0]
+        assert reply.json["results"][1]["error"]["code"] == "engine_failed"
+        assert live.metric('vignette_requests_total{outcome="engine_failed"}') == 1
+    assert "engine_failed" in caplog.text
 
 
 @pytest.mark.parametrize(

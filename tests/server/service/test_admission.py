@@ -3,6 +3,7 @@
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from unittest.mock import Mock
 
 import pytest
 
@@ -16,7 +17,8 @@ from runtime.request import (
 )
 from runtime.scheduler import Scheduler
 from server.refusals import QueueFull
-from server.service.admission import Admission, State
+from server.service.admission import Admission, NotServing, State
+from server.service.service import Service
 from tests.support.fakes import fake_engine, gated
 from tests.support.live import JSON, as_json, b64, fetch, png, requests_in, serve, until
 
@@ -131,6 +133,22 @@ def refused_after(admission: Admission) -> tuple[int, int]:
             except QueueFull as full:
                 return count, full.retry_after
     raise AssertionError("all were let in")
+
+
+def test_who_asks_for_one_model_takes_no_share_of_another_s_queue():
+    (first, clock), (second, _) = admitting(), admitting()
+    models = {"a": Mock(admission=first), "b": Mock(admission=second)}
+    service = Mock(models=models)
+    with first.enter("x"):
+        for _ in range(3):
+            Service.check_room(service, "y")
+            with second.enter("y"):
+                clock.now += 1
+        assert first.alone("x")
+    first.failing = second.failing = True
+    with pytest.raises(NotServing):
+        Service.check_room(service, "z")
+    assert not second.alone("y"), "who finds no place anywhere is seen everywhere"
 
 
 def test_a_client_is_told_how_long_the_queue_will_take_whatever_was_before():

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from unittest.mock import Mock
 
 import pytest
 
@@ -68,7 +69,7 @@ def read_again(live, reading):
     asyncio.run_coroutine_threadsafe(read(), live.loop).result(30)
 
 
-def test_keys_are_read_again_and_a_wrong_file_changes_nothing(tmp_path, caplog):
+def test_keys_are_read_again_and_a_wrong_file_changes_nothing(tmp_path, caplog, monkeypatch):
     file = tmp_path / "keys"
     file.write_text(line("one", "a"))
 
@@ -82,7 +83,13 @@ def test_keys_are_read_again_and_a_wrong_file_changes_nothing(tmp_path, caplog):
         read_again(live, 2)
         assert live.caption(png(), X_API_Key="b").status == 200
         assert "stay as they were" in caplog.text
-        assert live.metric('vignette_key_requests_total{key="two",outcome="ok"}') == 2
+        with monkeypatch.context() as patched:
+            full = Mock(side_effect=OSError("too many open files"))
+            patched.setattr(live.service.key_reader, "_open", full)
+            read_again(live, 3)
+        assert live.caption(png(), X_API_Key="b").status == 200
+        assert "stay as they were: too many open files" in caplog.text
+        assert live.metric('vignette_key_requests_total{key="two",outcome="ok"}') == 3
     assert isinstance(live.service.keys, Keys)
 
 
