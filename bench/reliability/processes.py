@@ -124,17 +124,20 @@ def sigterm(long: bool) -> Verdict:
         found = counts(answers)
         code = it.process.wait(60)
     second = Service()
-    second.wait_ready()
-    os.kill(second.worker_pid(), signal.SIGSTOP)
-    client = abandon(second.port, sample())
-    time.sleep(0.3)
-    second.process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    start = time.perf_counter()
-    second.process.send_signal(signal.SIGTERM)
-    second.process.wait(30)
-    prompt = time.perf_counter() - start
-    client.close()
+    try:
+        second.wait_ready()
+        os.kill(second.worker_pid(), signal.SIGSTOP)
+        client = abandon(second.port, sample())
+        time.sleep(0.3)
+        second.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        start = time.perf_counter()
+        second.process.send_signal(signal.SIGTERM)
+        second.process.wait(30)
+        prompt = time.perf_counter() - start
+        client.close()
+    finally:
+        second.close()
     fine = set(found) <= {200, 503, 0} and found.get(200, 0) >= accepted
     return Verdict(
         f"{accepted} accepted, answers {found}, exit {code}; a second one ends it in "

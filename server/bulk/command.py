@@ -112,11 +112,13 @@ def _here(
 def _on_ray(
     args: argparse.Namespace, options: CaptioningOptions, given: list[Part], output: Output
 ) -> Counts:
-    from server.bulk.captioners.ray import ClusterOptions, RayCaptioning, TaskSetup
+    from server.bulk.captioners.ray import RayCaptioning, TaskSetup
 
-    whole = isinstance(output, Tar)
-    setup = TaskSetup(_setup(args), args.prompt, args.sampling, options, args.max_pixels, whole)
-    with closing(RayCaptioning(ClusterOptions(args.ray, args.ray_cores), setup)) as captioning:
+    setup = TaskSetup(
+        _setup(args), args.prompt, args.sampling, options.limit, args.max_pixels,
+        with_images=isinstance(output, Tar),
+    )  # fmt: skip
+    with closing(RayCaptioning(args.ray, args.ray_cores, setup)) as captioning:
         bulk_run = _bulk_run(args, output, captioning.identity)
         bulk_run.counts.before = bulk_run.index.done
         print(captioning.where, file=sys.stderr)

@@ -175,6 +175,11 @@ class WorkerState(Struct, frozen=True):
     last_end: End | None
     facts: WorkerFacts | None
 
+    @property
+    def runs(self) -> WorkerFacts | None:
+        """What it runs, while it serves."""
+        return self.facts if self.state == "ready" else None
+
 
 class Serving(Message, frozen=True):
     """State of all workers. refused: by model and digest, until when. reading: number of API key

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import zmq
 import zmq.asyncio
 
 from server.ipc.dispatcher import BLAMED, Dispatcher
-from server.ipc.messages import TO_FRONT_END, Hello, worker_address
+from server.ipc.messages import TO_FRONT_END, Hello, WorkerState, worker_address
 from server.ipc.shared import PixelStore
 
 log = logging.getLogger(__name__)
@@ -28,12 +28,10 @@ class WorkerLinks:
         )
         self._readers: dict[tuple[int, int], asyncio.Task[None]] = {}
 
-    def update(
-        self, serving: Mapping[tuple[int, int], str], ends: Mapping[int, str | None]
-    ) -> None:
-        """Connect to new workers, and drop lost ones. serving: what each that serves runs
-        (`WorkerFacts.identity`), by index and epoch. ends: how each last ended, by index.
-        """
+    def update(self, workers: Collection[WorkerState]) -> None:
+        """Connect to those that serve now, and drop the others."""
+        ends = {w.index: w.last_end for w in workers}
+        serving = {(w.index, w.epoch): w.runs.identity for w in workers if w.runs is not None}
         for key in self.dispatcher.keys - serving.keys():
             self.dispatcher.lost(key, blamed=ends.get(key[0]) in BLAMED)
             self._readers.pop(key).cancel()
@@ -56,7 +54,7 @@ class WorkerLinks:
 
     async def close(self) -> None:
         """Disconnect from all workers."""
-        self.update({}, {})
+        self.update(())
         await asyncio.sleep(0)
 
 

@@ -43,7 +43,7 @@ from server.ipc.messages import (
 from server.models import ServedModel
 from server.processes.ports import Ports
 from server.service.admission import State
-from server.service.parts import make_service
+from server.service.assembly import make_service
 from server.service.service import Service
 from server.settings import Settings
 from server.system import follow_parent, give_way, limit_memory

@@ -123,19 +123,13 @@ class SupervisedEngine:
                 self._store.give_back(slot)
 
     def _changed(self, serving: Serving) -> None:
-        ready = {
-            (w.index, w.epoch): w.facts.identity
-            for w in serving.workers
-            if w.state == "ready" and w.facts is not None
-        }
-        for identity in ready.values():
-            self._identity = self._identity or identity
-            if identity != self._identity:
+        for facts in (w.runs for w in serving.workers if w.runs is not None):
+            self._identity = self._identity or facts.identity
+            if facts.identity != self._identity:
                 self._differs = (
-                    f"the engine's worker was replaced and would run {identity} now, not "
+                    f"the engine's worker was replaced and would run {facts.identity} now, not "
                     f"{self._identity}: has plan.json changed? start again"
                 )
-                ready = {}
-        self._links.update(ready, {w.index: w.last_end for w in serving.workers})
+        self._links.update(() if self._differs else serving.workers)
         if self.failure is not None:
             self.lost.set()

@@ -60,19 +60,16 @@ class Model:
 
     def update(self, workers: Sequence[WorkerState], front_ends: int) -> None:
         """Apply the supervisor's report on the workers, which all front-ends share."""
-        ready = [w for w in workers if w.state == "ready" and w.facts is not None]
         here = all(w.pid is not None for w in workers)
         self.device = " ".join(sorted({w.device for w in workers})) if here else self.name
-        ends = {w.index: w.last_end for w in workers}
-        runs = {(w.index, w.epoch): w.facts.identity for w in ready if w.facts is not None}
         self.admission.failing = bool(workers) and all(w.state == "failing" for w in workers)
         before = self.links.dispatcher.keys
-        self.links.update(runs, ends)
-        if self.serves and not before & runs.keys():
+        self.links.update(workers)
+        if self.serves and not before & self.links.dispatcher.keys:
             self.admission.served_again()
-        if not ready:
+        if not (facts := tuple(w.runs for w in workers if w.runs is not None)):
             return
-        self.facts = facts = tuple(w.facts for w in ready if w.facts is not None)
+        self.facts = facts
         self.identity = facts[0].identity
         self.limits.slots = min(w.facts.slots for w in workers if w.facts is not None)
         slots, engines = sum(f.slots * f.engines for f in facts), sum(f.engines for f in facts)

@@ -15,7 +15,6 @@ import pytest
 from runtime.errors import EngineFolderError
 from runtime.model.manifest import read
 from runtime.model.preprocess import MAX_PIXELS
-from server.bulk.captioners.captioning import CaptioningOptions
 from server.bulk.captioners.engine import EngineSetup
 from server.bulk.inputs.items import Item, ResultRow
 from server.bulk.inputs.keys import of_item
@@ -33,8 +32,7 @@ pytest.importorskip("ray", reason="needs the extra ray")
 def setup_of(engine, **fields):
     from server.bulk.captioners import ray  # needs the extra `ray`
 
-    options = CaptioningOptions(10**7)
-    return ray.TaskSetup(EngineSetup(engine), None, {}, options, MAX_PIXELS, False, **fields)
+    return ray.TaskSetup(EngineSetup(engine), None, {}, 10**7, MAX_PIXELS, False, **fields)
 
 
 def test_a_process_keeps_its_decoder_from_task_to_task(tmp_path):

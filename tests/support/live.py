@@ -27,8 +27,8 @@ from server.http.app import Application, make_app, make_ops_app
 from server.ipc.messages import Serving, WorkerFacts, WorkerState, worker_address
 from server.processes.frontend import listen, update
 from server.processes.worker import Worker
+from server.service.assembly import make_service
 from server.service.model import Model
-from server.service.parts import make_service
 from server.service.service import Service
 from server.settings import Settings
 from server.telemetry.metrics import WorkerMetrics

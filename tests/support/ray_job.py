@@ -13,8 +13,6 @@ from pathlib import Path
 from ray.cluster_utils import Cluster
 
 from runtime.model.preprocess import MAX_PIXELS
-from server.bulk.captioners import ray as bulk_ray
-from server.bulk.captioners.captioning import CaptioningOptions
 from server.bulk.captioners.engine import EngineSetup
 from server.bulk.captioners.ray import RayCaptioning, TaskSetup
 from server.bulk.inputs.lists import Columns
@@ -35,12 +33,12 @@ def main(output: str, given: str) -> None:
     nodes = [cluster.add_node(num_cpus=_CORES)]
     cluster.wait_for_nodes()
     engine = EngineSetup(fake_folder(Path(output).parent / "engine"), main=allergic_worker)
-    work = TaskSetup(engine, None, {}, CaptioningOptions(10**7), MAX_PIXELS, whole=False)
+    work = TaskSetup(engine, None, {}, 10**7, MAX_PIXELS, with_images=False)
     os.chdir(Path(given).parent)
     inputs = parts([Path(given).name], Columns(), 10**7)
     with (
         closing(open_output(output, overwrite=False)) as opened,
-        closing(RayCaptioning(bulk_ray.ClusterOptions(cluster.address, 1), work)) as captioning,
+        closing(RayCaptioning(cluster.address, 1, work)) as captioning,
     ):
         job = BulkRun(opened, CaptionSettings("fake", {}))
         job.read()

@@ -22,7 +22,6 @@ from msgspec import structs
 from runtime.errors import VignetteError
 from runtime.model import manifest as manifests
 from server.bulk.captioners.captioning import (
-    CaptioningOptions,
     RunFailed,
     begun,
     image_of,
@@ -57,29 +56,18 @@ Told = Files | Done
 
 
 @dataclass(frozen=True, slots=True)
-class ClusterOptions:
-    """Where to run engines. address: "local" starts a cluster of this machine alone.
-
-    cores: of each engine, on a cluster without GPUs.
-    """
-
-    address: str
-    cores: int
-
-
-@dataclass(frozen=True, slots=True)
 class TaskSetup:
-    """Parameters of all tasks. prompt: of items that have none. whole: outcomes include the images,
-    and the other members of their samples. folder: to which paths of inputs are relative, if any
-    is.
+    """Parameters of all tasks. prompt: of items that have none. limit: bytes of an image, at most.
+    with_images: outcomes include them, and the other members of their samples. folder: to which
+    paths of inputs are relative, if any is.
     """
 
     engine: EngineSetup
     prompt: str | None
     sampling: dict[str, Any]
-    options: CaptioningOptions
+    limit: int
     max_pixels: int
-    whole: bool
+    with_images: bool
     identity: dict[str, str] = field(default_factory=dict)  # of the engine that was tried first
     folder: Path | None = None
 
@@ -99,29 +87,32 @@ class TaskSetup:
 class RayCaptioning:
     """Captions inputs on the cluster; outcomes come as they end."""
 
-    def __init__(self, cluster: ClusterOptions, setup: TaskSetup) -> None:
+    def __init__(self, address: str, cores: int, setup: TaskSetup) -> None:
         """Join the cluster and open an engine there once. Raises CannotStart if the cluster
         has no room for one, and RunFailed if none opens.
+
+        address: "local" starts a cluster of this machine alone. cores: of each engine, on a cluster
+        without GPUs.
         """
         try:
-            check_listens(cluster.address)  # Ray itself would try without end
+            check_listens(address)  # Ray itself would try without end
         except (OSError, ValueError) as cause:
-            raise CannotStart(f"no Ray cluster answers at {cluster.address} ({cause})") from cause
+            raise CannotStart(f"no Ray cluster answers at {address} ({cause})") from cause
         try:
-            ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
+            ray.init(address=address, log_to_driver=False, logging_level="warning")
         except (ValueError, ConnectionError) as cause:
-            raise CannotStart(f"{cluster.address} names no Ray cluster: {cause}") from cause
+            raise CannotStart(f"{address} names no Ray cluster: {cause}") from cause
         there = ray.cluster_resources()
         self._gpus = int(there.get("GPU", 0))
-        cores = int(there.get("CPU", 0))
-        self._each = {"num_gpus": 1} if self._gpus else {"num_cpus": cluster.cores}
-        self._most = self._gpus or max(1, int(cores * _LEFT) // cluster.cores)
-        if not self._gpus and cluster.cores >= cores:
+        total = int(there.get("CPU", 0))
+        self._each = {"num_gpus": 1} if self._gpus else {"num_cpus": cores}
+        self._most = self._gpus or max(1, int(total * _LEFT) // cores)
+        if not self._gpus and cores >= total:
             raise CannotStart(
-                f"an engine takes {cluster.cores} cores (--ray-cores), decoding another, and the "
-                f"cluster has {cores}"
+                f"an engine takes {cores} cores (--ray-cores), decoding another, and the cluster "
+                f"has {total}"
             )
-        threads = 0 if self._gpus else cluster.cores
+        threads = 0 if self._gpus else cores
         self._setup = replace(setup, engine=replace(setup.engine, threads=threads))
         tried = ray.remote(**self._each)(_tried).remote(self._setup)
         with _ending_the_run():
@@ -265,12 +256,12 @@ class _Decoder:
             return item, pixels
         outcome = begun(item)
         try:
-            image = image_of(item, self._setup.options.limit)
+            image = image_of(item, self._setup.limit)
             outcome = structs.replace(outcome, image=image)
             pixels = self._decoding.pixels(image).tobytes()
         except (VignetteError, OSError) as cause:
             outcome = structs.replace(outcome, error=message_of(cause))
-        if not self._setup.whole:
+        if not self._setup.with_images:
             there = item.image if isinstance(item.image, str) else b""
             item = structs.replace(item, image=there, members={})
             outcome = structs.replace(outcome, item=item, image=None)

@@ -61,14 +61,14 @@ class Files:
     path: str
     skipped: Counter[str] = field(default_factory=Counter, compare=False)
 
-    def items(self, whole: Callable[[str], object] = lambda item_id: None) -> Iterator[Item]:
+    def items(self, readable: Callable[[str], object] = lambda item_id: None) -> Iterator[Item]:
         """An item for each file, ordered by name, folder by folder.
 
-        whole: called with a folder's id, under which it has a row if it can't be read, when it can.
+        readable: called with the id of each folder that was listed, under which an error would be.
         """
         for found in matches(self.path):
             if found.kind == "listed":
-                whole(plain(found.location))
+                readable(plain(found.location))
             elif found.wrong is not None:
                 yield Item(plain(found.location), wrong=found.wrong)
             elif found.meant:

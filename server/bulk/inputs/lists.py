@@ -55,16 +55,16 @@ class ListFile:
 
     suffixes: ClassVar = (".txt", ".csv", ".jsonl", ".parquet")
 
-    def items(self, whole: Callable[[str], object] = lambda item_id: None) -> Iterator[Item]:
+    def items(self, readable: Callable[[str], object] = lambda item_id: None) -> Iterator[Item]:
         """An item for each row; one for a broken row has the error. Raises NoColumn.
 
-        whole: called with the id that a row would have if it were broken, for each of another id.
+        readable: called with the id under which a row's error would be, if the row has another id.
         """
         for number, row in self._rows():
             where = f"{plain(self.path)}#{number}"
             item = self._item(where, number, row)
             if item.id != where:
-                whole(where)
+                readable(where)
             yield item
 
     def count(self, over: Event) -> int | None:

@@ -120,23 +120,23 @@ def _is_of_input(part: Part, error: Exception) -> bool:
 
 def items(
     parts: Iterable[Part],
-    whole: Callable[[str], object] = lambda item_id: None,
+    readable: Callable[[str], object] = lambda item_id: None,
     prompt: str | None = None,
 ) -> Iterator[Item]:
     """The items of all parts, in order. A part that breaks off yields an item with the error.
 
-    whole: called with the id of an item that would have an error, once a list or shard was read to
-    its end, a folder listed, or a list's row read.
+    readable: called with each id under which an error would have been yielded, and was not: of a
+    list or shard that was read to its end, a folder that was listed, a list's row that was read.
     prompt: of items that have none.
 
     Raises NoColumn and NoWay.
     """
     for part in parts:
         try:
-            found = part.items() if isinstance(part, Shard) else part.items(whole)
+            found = part.items() if isinstance(part, Shard) else part.items(readable)
             yield from (_written(item, prompt) for item in found)
             if not isinstance(part, Files):
-                whole(_end(part))
+                readable(_end(part))
         except Exception as error:
             if not _is_of_input(part, error):
                 raise

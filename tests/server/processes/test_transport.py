@@ -5,7 +5,7 @@ import asyncio
 import zmq
 import zmq.asyncio
 
-from server.ipc.messages import StepFailed, packed, worker_address
+from server.ipc.messages import StepFailed, WorkerFacts, WorkerState, packed, worker_address
 from server.ipc.shared import PixelStore, RunFolder
 from server.ipc.transport import WorkerLinks
 
@@ -24,7 +24,8 @@ def test_a_message_that_can_not_be_taken_stops_no_other(caplog):
         store = PixelStore(run.path / "pixels", 1, (3, 2, 2), create=True)
         links = WorkerLinks(run.path, store, "front-0-1")
         links.dispatcher.received = received
-        links.update({(0, 1): "engine"}, {})
+        facts = WorkerFacts("engine", "fp32", "cpu", "cpu", "passed", None, 1)
+        links.update([WorkerState("m", "cpu", 0, 1, "ready", 1, 0, None, facts)])
         front_end, _ = await worker.recv_multipart()
         together = packed([StepFailed(number) for number in (1, 2, 3)])
         for data in (together, b"\xc1", packed([StepFailed(4)])):
