@@ -97,8 +97,8 @@ class SchedulingParams(Struct, frozen=True):
 class GenerationRequest(Struct, frozen=True):
     """One image (or clip) to caption.
 
-    pixels: one row of the encoder graph's input, as `preprocess` returns it; between processes,
-        the shared-memory slot that holds it. The scheduler never reads it.
+    pixels: one row of the encoder graph's input, as `preprocess` returns it; None where it goes
+        another way than the request, as between processes. The scheduler never reads it.
     prompt_ids: forced first tokens, including the start token; at least one.
     stream: output new tokens after every step; else all of them at the end.
     id: unique among all processes of a run.

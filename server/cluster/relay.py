@@ -70,8 +70,7 @@ class Relay(Receiver):
         request = job.message.request
         deadline = request.scheduling.deadline
         left = None if deadline is None else max(0.0, deadline - time.perf_counter())
-        bare = replace(request, pixels=None)
-        call = msgpack.encode(ReplicaRequest(bare, job.message.digest, left, self._kind))
+        call = msgpack.encode(ReplicaRequest(request, job.message.digest, left, self._kind))
         pixels = self.pixels(job).tobytes()  # the slot is reused as soon as nobody waits
         pieces = [pixels[at : at + _PIECE] for at in range(0, len(pixels), _PIECE)]
         response: Any

@@ -52,13 +52,14 @@ _CRASHES, _LOSSES = 2, 4  # of workers with a request inside, before the request
 
 @dataclass(slots=True, eq=False)
 class RequestInFlight:
-    """A request on its way through a worker. Its pixels are in a slot of the front-end's store.
+    """A request on its way through a worker.
 
-    digest: of its images; identifies those that crash workers. turn: order of arrival. runs: what
-    its last worker runs.
+    slot: of the front-end's store, with its pixels. digest: of its images; identifies those that
+    crash workers. turn: order of arrival. runs: what its last worker runs.
     """
 
     request: GenerationRequest
+    slot: int
     digest: str
     turn: int
     suspect: bool = False
@@ -149,13 +150,14 @@ class Dispatcher:
         return self._quarantine.add(digest, until)
 
     async def generate(
-        self, request: GenerationRequest, digest: str
+        self, request: GenerationRequest, slot: int, digest: str
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield a request's outputs, the last with a finish reason; closing cancels the request.
 
+        slot: of the store, with the pixels. digest: of the images.
         Raises EngineFailed, QueueFull, or Expired when its deadline passes first.
         """
-        entry = RequestInFlight(request, digest, next(self._turns))
+        entry = RequestInFlight(request, slot, digest, next(self._turns))
         if self._quarantine.expired(digest):
             entry.suspect, entry.crashes = True, _CRASHES - 1
         (self._suspects if entry.suspect else self._pending).append(entry)
@@ -224,7 +226,7 @@ class Dispatcher:
         entry.link = None
         if entry.ended:
             return  # the request was answered just before
-        if self._started[entry.request.pixels] != number:
+        if self._started[entry.slot] != number:
             bisect.insort(self._pending, entry, key=lambda each: each.turn)  # at its old place
             return
         entry.suspect = True
@@ -274,8 +276,8 @@ class Dispatcher:
         entry.link, entry.runs = link, link.runs
         entry.replayed.again()
         link.inside[entry.request.id] = entry
-        self._started[entry.request.pixels] = 0
-        link.pipe.send(packed(Generate(entry.request, entry.suspect, entry.digest)))
+        self._started[entry.slot] = 0
+        link.pipe.send(packed(Generate(entry.request, entry.slot, entry.suspect, entry.digest)))
 
     def _forget(self, entry: RequestInFlight) -> None:
         """Drop a request that was answered, or whose caller gave up."""

@@ -43,12 +43,14 @@ class Hello(Message, frozen=True):
 
 
 class Generate(Message, frozen=True):
-    """A request whose pixels are in a slot of the sender's store.
+    """A request without its pixels.
 
-    alone: no other request may run beside it. digest: of its images.
+    slot: of the sender's store, with the pixels. alone: no other request may run beside it.
+    digest: of its images.
     """
 
     request: GenerationRequest
+    slot: int
     alone: bool
     digest: str = ""
 

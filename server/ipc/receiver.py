@@ -111,7 +111,7 @@ class Receiver:
 
     def pixels(self, job: RequestTask) -> np.ndarray:
         """A request's pixels: a view of its front-end's shared memory."""
-        return self.stores[job.owner][job.message.request.pixels]
+        return self.stores[job.owner][job.message.slot]
 
     def send(self, owner: Owner, message: Message) -> None:
         """Send a message to a front-end, together with others of the same moment."""

@@ -115,8 +115,8 @@ class SupervisedEngine:
             try:
                 self._store[slot].reshape(-1)[:] = pixels.reshape(-1)
                 scheduling = replace(request.scheduling, arrival_time=time.perf_counter())
-                ready = replace(request, pixels=slot, scheduling=scheduling, id=next(self._numbers))
-                async with aclosing(dispatcher.generate(ready, digest)) as outputs:
+                ready = replace(request, scheduling=scheduling, id=next(self._numbers))
+                async with aclosing(dispatcher.generate(ready, slot, digest)) as outputs:
                     async for output in outputs:
                         yield output
             finally:

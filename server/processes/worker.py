@@ -148,7 +148,7 @@ class Worker(Receiver, Observer):
             job = self.jobs.get(request.id)  # None if it was cancelled at this moment
             store = self.stores.get(job.owner) if job else None
             if job and store:
-                store.started[job.message.request.pixels] = request.id
+                store.started[job.message.slot] = request.id
 
     def stepped(self, report: StepReport) -> None:
         """Update the metrics after a step."""

@@ -123,7 +123,7 @@ class Model:
             _raise_first([job for job in jobs if job.done()])
             decoded = time.perf_counter()
             scheduling = replace(request.scheduling, arrival_time=decoded)
-            ready = replace(request, pixels=slot, scheduling=scheduling)
+            ready = replace(request, scheduling=scheduling)
             async with AsyncExitStack() as held:
                 rows = request.sampling.rows
                 priority = scheduling.priority
@@ -131,7 +131,8 @@ class Model:
                 async with until(origin.deadline):
                     await held.enter_async_context(share)
                 held.enter_context(self.admission.engine(origin.client, rows))
-                async with aclosing(self.links.dispatcher.generate(ready, origin.digest)) as news:
+                generated = self.links.dispatcher.generate(ready, slot, origin.digest)
+                async with aclosing(generated) as news:
                     async for output in news:
                         if output.finish_reason is None:
                             yield output

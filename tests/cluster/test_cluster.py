@@ -116,8 +116,8 @@ def relayed(replicas: Replicas, stream: bool = True, then: Callable[[Socket], ob
         relay.stores[b"front"] = [image(9)]  # type: ignore[assignment]
         serving = asyncio.create_task(relay.run())
         scheduling = SchedulingParams(None, Priority.BATCH, time.perf_counter() + 20)
-        request = GenerationRequest(0, (0, 4), SamplingParams(7), scheduling, stream, id=5)
-        socket.coming.put_nowait([b"front", packed(Generate(request, False, "digest"))])
+        request = GenerationRequest(None, (0, 4), SamplingParams(7), scheduling, stream, id=5)
+        socket.coming.put_nowait([b"front", packed(Generate(request, 0, False, "digest"))])
         await asyncio.sleep(0.05)
         then(socket)
         await asyncio.sleep(0.05)

@@ -40,16 +40,16 @@ class Pipe:
         self.closed = True
 
     @property
-    def requests(self) -> list[GenerationRequest]:
-        return [m.request for m in self.sent if isinstance(m, Generate)]
+    def asked(self) -> list[Generate]:
+        return [message for message in self.sent if isinstance(message, Generate)]
 
     @property
     def captions(self) -> list[int]:
         """Pixel slots of the requests that were sent, in order."""
-        return [request.pixels for request in self.requests]
+        return [message.slot for message in self.asked]
 
     def ids(self, slot: int) -> list[int]:
-        return [request.id for request in self.requests if request.pixels == slot]
+        return [message.request.id for message in self.asked if message.slot == slot]
 
 
 class World:
@@ -73,18 +73,18 @@ class World:
     ) -> None:
         for slot in slots:
             when = SchedulingParams(deadline=time.perf_counter() + seconds)
-            self.begin(GenerationRequest(slot, (0,), SamplingParams(20), when, stream), digest)
+            request = GenerationRequest(None, (0,), SamplingParams(20), when, stream)
+            self.begin(request, slot, digest)
         await settle()
 
-    def begin(self, request: GenerationRequest, digest: str | None = None) -> None:
-        slot = request.pixels
+    def begin(self, request: GenerationRequest, slot: int, digest: str | None = None) -> None:
         self.read[slot] = []
-        self.tasks[slot] = asyncio.create_task(self._read(request, digest or f"image {slot}"))
+        self.tasks[slot] = asyncio.create_task(self._read(request, slot, digest or f"image {slot}"))
 
-    async def _read(self, request: GenerationRequest, digest: str) -> tuple[int, ...]:
-        async for output in self.dispatcher.generate(request, digest):
-            self.read[request.pixels].append(output)
-        return join_outputs(self.read[request.pixels]).token_ids
+    async def _read(self, request: GenerationRequest, slot: int, digest: str) -> tuple[int, ...]:
+        async for output in self.dispatcher.generate(request, slot, digest):
+            self.read[slot].append(output)
+        return join_outputs(self.read[slot]).token_ids
 
     async def say(self, key, message) -> None:
         self.dispatcher.received(key, message)
@@ -173,9 +173,9 @@ async def test_what_a_dead_worker_had_is_sent_again_and_suspects_alone(world):
 async def test_what_had_not_begun_goes_in_the_order_in_which_it_came(world):
     """Which is that of decoding, and not of the requests' numbers."""
     key, _ = world.worker()
-    made = [GenerationRequest(slot, (0,), SamplingParams(20)) for slot in (3, 2, 1)]
-    for request in reversed(made):
-        world.begin(request)
+    made = [GenerationRequest(None, (0,), SamplingParams(20)) for _ in range(3)]
+    for slot, request in enumerate(reversed(made), 1):
+        world.begin(request, slot)
     await settle()
     await world.lose(key)
     await world.ask(4)

@@ -43,8 +43,8 @@ class Socket:
         self.sent += TO_FRONT_END.decode(parts[1])
 
     def ask(self, owner, number, most=3, alone=False):
-        request = GenerationRequest(0, (0,), SamplingParams(most), id=number)
-        self.say(owner, Generate(request, alone))
+        request = GenerationRequest(None, (0,), SamplingParams(most), id=number)
+        self.say(owner, Generate(request, 0, alone))
 
     def say(self, owner, message):
         self.coming.put_nowait([owner, packed(message)])
@@ -264,8 +264,8 @@ def test_who_waits_behind_a_request_that_is_taken_back_goes_on():
 
 def test_who_reads_along_is_told_every_step():
     def asked(made):
-        request = GenerationRequest(0, (0,), SamplingParams(6, True), stream=True, id=7)
-        made.socket.say(b"a", Generate(request, alone=False))
+        request = GenerationRequest(None, (0,), SamplingParams(6, True), stream=True, id=7)
+        made.socket.say(b"a", Generate(request, slot=0, alone=False))
 
     made = scene(asked)
     assert made.socket.answered == [7] * 6
