@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from server.bulk.inputs import fetching
+from server.bulk.inputs import fetching, web
 from server.bulk.inputs.items import UnfitItem
 from tests.support.paths import SAMPLES
 
@@ -97,7 +97,7 @@ def test_a_redirect_is_followed_without_its_body(slow):
 def test_a_connection_is_kept_for_the_next_image(slow):
     for _ in range(3):
         assert fetching.fetch(f"{slow}/owl", 10**6) == OWL
-    assert fetching._pool().connection_from_url(slow).num_connections == 1
+    assert web._pool().connection_from_url(slow).num_connections == 1
 
 
 def test_what_is_no_regular_file_is_not_opened(tmp_path):

@@ -11,8 +11,8 @@ from threading import Event
 import fsspec
 import pytest
 
-from server.bulk.inputs.fetching import NoWay
 from server.bulk.inputs.folders import Files, restored
+from server.bulk.inputs.items import NoWay
 from server.bulk.inputs.lists import Columns
 from server.bulk.inputs.parts import items, parts
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from server.bulk.inputs import fetching
+from server.bulk.inputs import fetching, web
 from server.bulk.inputs.items import UnfitItem
 from server.bulk.inputs.lists import Columns, ListFile, NoColumn
 from server.bulk.inputs.parts import NoImages, items, parts, split
@@ -244,7 +244,7 @@ def site():
 
 def test_what_may_work_later_is_tried_again(site, monkeypatch):
     url, asked = site
-    monkeypatch.setattr(fetching, "_LONGEST_WAIT", 0.01)
+    monkeypatch.setattr(web, "_LONGEST_WAIT", 0.01)
     assert fetching.fetch(f"{url}/owl.png", 10**6) == OWL
     with pytest.raises(UnfitItem, match="answered 404"):
         fetching.fetch(f"{url}/gone.png", 10**6)

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from server.bulk.inputs.fetching import NoWay
+from server.bulk.inputs.items import NoWay
 from server.bulk.inputs.lists import Columns
 from server.bulk.outputs.base import OutputConflict
 from server.bulk.outputs.opening import open_output

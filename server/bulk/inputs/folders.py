@@ -15,8 +15,9 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from runtime.model.preprocess import SUFFIXES
-from server.bulk.inputs.fetching import WEB, file_system, is_url
+from server.bulk.inputs.fetching import file_system, is_url
 from server.bulk.inputs.items import Item, UnfitItem
+from server.bulk.inputs.web import WEB
 from server.bulk.inputs.web_pages import WebPages
 
 _NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)

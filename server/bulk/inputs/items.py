@@ -13,6 +13,10 @@ class UnfitItem(VignetteError):
     """One image can't be captioned."""
 
 
+class NoWay(VignetteError):
+    """No installed package reads input of this kind."""
+
+
 class Item(Struct, frozen=True):
     """One image of the input.
 

@@ -94,7 +94,8 @@ class ListFile:
             return
         with opened(self.path) as stream:
             # Files of fsspec have no `readline` with a limit.
-            buffered: Any = io.BufferedReader(stream) if is_url(self.path) else stream
+            has = isinstance(stream, io.BufferedReader)
+            buffered: Any = stream if has else io.BufferedReader(stream)
             if self._is(".parquet"):
                 wanted = [n for n in (self._image, self.columns.prompt, self.columns.id) if n]
                 yield from parquet_rows(stream, self._check, wanted, self.part)

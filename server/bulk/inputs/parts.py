@@ -8,9 +8,9 @@ from dataclasses import replace
 from msgspec import structs
 
 from runtime.errors import VignetteError
-from server.bulk.inputs.fetching import NoWay, as_path, is_url
+from server.bulk.inputs.fetching import as_path, is_url
 from server.bulk.inputs.folders import Files, is_pattern, matches, plain
-from server.bulk.inputs.items import Item
+from server.bulk.inputs.items import Item, NoWay
 from server.bulk.inputs.lists import Columns, ListFile, NoColumn
 from server.bulk.inputs.shards import Shard
 

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from runtime.errors import VignetteError
-from server.bulk.inputs.fetching import NoWay
+from server.bulk.inputs.items import NoWay
 
 IMAGE = "image"  # the column of a list without column names
 
@@ -91,13 +91,15 @@ def parquet_rows(
     file = parquet().ParquetFile(stream, pre_buffer=False, buffer_size=_PIECE)
     check(file.schema_arrow.names)
     groups = range(file.num_row_groups) if part is None else [part]
-    number = sum(file.metadata.row_group(g).num_rows for g in range(part or 0))
+    number = ends = sum(file.metadata.row_group(g).num_rows for g in range(part or 0))
     for group in groups:
         large = file.metadata.row_group(group).total_byte_size > _LARGE
         for batch in file.iter_batches(1 if large else _ROWS, [group], columns):
             for index in range(batch.num_rows):
                 number += 1
                 yield number, _cells(batch.slice(index, 1))
+        if number != (ends := ends + file.metadata.row_group(group).num_rows):
+            raise OSError(f"row group {group} has rows that can't be read: {ends - number}")
 
 
 def parquet() -> Any:

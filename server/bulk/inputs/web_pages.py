@@ -7,10 +7,15 @@ from urllib.parse import urldefrag, urljoin, urlsplit
 
 from typing_extensions import override
 
-from server.bulk.inputs.fetching import fetch_page
 from server.bulk.inputs.items import UnfitItem
+from server.bulk.inputs.timed import Attempt
+from server.bulk.inputs.web import asked, content
 
 _PAGE = 256 * 2**20  # bytes: a folder of a million images fits
+_SECONDS = 600  # for a page, which may be long in the making
+# Of pages: Python knows others, some of which take the square of a text's length to decode.
+_CHARSETS = re.compile("iso-8859-|windows-|shift_jis|euc-|gb|big5|koi8-")
+_PAGES = ("text/html", "application/xhtml+xml")
 _PLAIN = re.compile(r"[\w%~-][\w.%~+,-]*/?", re.ASCII)  # links that are names
 
 
@@ -25,13 +30,13 @@ class WebPages:
     def ls(self, folder: str, detail: bool = True) -> list[dict[str, Any]]:
         """What the page of a folder links to below it, at any depth. Raises UnfitItem, NoWay."""
         base = folder.rstrip("/") + "/"
-        asked = self._given if base == self._base else base
+        url = self._given if base == self._base else base
         if base == self._base and self._seen is not None:
             seen, self._seen = self._seen, None
             return seen
         page = _Links()
         try:
-            page.feed(fetch_page(asked, _PAGE))
+            page.feed(asked(url, _text, Attempt(_SECONDS, _SECONDS)))
         except (ValueError, AssertionError) as cause:  # of odd declarations and entities
             raise UnfitItem(f"the page can't be taken apart: {cause}") from cause
         found = dict.fromkeys(_below(base, link) for link in page.links)
@@ -52,6 +57,20 @@ class WebPages:
     def unstrip_protocol(self, url: str) -> str:
         """The URL."""
         return url
+
+
+def _text(answer: Any) -> str:
+    """A web page, or nothing for what is none."""
+    kind, _, parameters = str(answer.headers.get("Content-Type", _PAGES[0])).partition(";")
+    if answer.status == 200 and kind.strip().lower() not in _PAGES:
+        answer.close()
+        return ""
+    page = content(answer, _PAGE)
+    charset = parameters.lower().partition("charset=")[2].strip(" \"'")
+    try:
+        return page.decode(charset if _CHARSETS.match(charset) else "utf-8", "replace")
+    except LookupError:
+        return page.decode(errors="replace")
 
 
 def _below(base: str, link: str) -> str | None:

@@ -1,0 +1,151 @@
+"""Answers of web servers. What one may give later is asked for again."""
+
+import io
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any, TypeVar
+from urllib.parse import unquote, urljoin
+
+from server.bulk.inputs.items import NoWay, UnfitItem
+from server.bulk.inputs.timed import Attempt, TimedResponse, current
+
+WEB = ("http://", "https://")
+_ATTEMPTS, _LONGEST_WAIT = 4, 20  # for each answer; seconds between attempts
+_CONNECT_SECONDS, READ_SECONDS = 10, 30
+_CONNECTIONS, _REDIRECTS = 64, 5
+_PIECE = 2**20
+_LATER = (408, 425, 429)  # statuses below 500 that are retried
+
+_T = TypeVar("_T")
+
+
+class Later(UnfitItem):
+    """The server may deliver it later."""
+
+
+def asked(
+    url: str,
+    read: Callable[[Any], _T],
+    attempt: Attempt,
+    headers: Mapping[str, str] | None = None,
+) -> _T:
+    """What `read` makes of the answer of a web server, redirects followed.
+
+    read: reads the answer, or keeps it; tried again after `Later`, and if the connection breaks
+    off. attempt: the first; each further one has as long. headers: of the request.
+
+    Raises UnfitItem, what `read` raises, and NoWay.
+    """
+    try:
+        from tenacity import (
+            Retrying,
+            retry_if_exception_type,
+            sleep_using_event,
+            stop_after_attempt,
+            stop_when_event_set,
+        )
+        from tenacity import wait_random_exponential as growing
+    except ImportError as cause:
+        raise NoWay("input by URL needs more packages: install the extra [bulk]") from cause
+    over = attempt.over
+    attempts = Retrying(
+        stop=stop_after_attempt(_ATTEMPTS) | stop_when_event_set(over),
+        sleep=sleep_using_event(over),
+        wait=growing(max=_LONGEST_WAIT),
+        retry=retry_if_exception_type(Later),
+        reraise=True,
+    )
+    return attempts(lambda: _asked(url, read, replace(attempt), headers or {}))
+
+
+def _asked(url: str, read: Callable[[Any], _T], attempt: Attempt, headers: Mapping[str, str]) -> _T:
+    from urllib3.exceptions import HTTPError, LocationValueError
+
+    current.attempt = attempt
+    if attempt.over.is_set():
+        raise UnfitItem("it is not wanted any more")
+    try:
+        for _ in range(1 + _REDIRECTS):
+            answer = _pool().request(
+                "GET", url, headers=_headers(url, headers), redirect=False, preload_content=False
+            )
+            try:
+                onward = answer.get_redirect_location()
+                if not onward:
+                    return read(answer)
+                url = urljoin(url, onward)
+            except BaseException:
+                answer.close()
+                raise
+            answer.close()
+    except LocationValueError as cause:
+        raise UnfitItem(f"the server can't be asked: {cause}") from cause
+    except HTTPError as cause:
+        if time.monotonic() >= attempt.end:
+            raise UnfitItem(f"it was not there after {attempt.seconds} seconds") from cause
+        raise Later(f"the server gave no whole answer: {cause}") from cause
+    raise UnfitItem(f"the server led elsewhere more than {_REDIRECTS} times")
+
+
+def _headers(url: str, headers: Mapping[str, str]) -> dict[str, str]:
+    from urllib3.util import make_headers, parse_url
+
+    name = parse_url(url).auth
+    known = make_headers(basic_auth=unquote(name)) if name else {}
+    return {"User-Agent": "vignette", **known, **headers}
+
+
+def check_status(answer: Any) -> None:
+    """Raise Later or UnfitItem unless an answer is 200."""
+    if answer.status in _LATER or answer.status >= 500:
+        raise Later(f"the server answered {answer.status}")
+    if answer.status != 200:
+        raise UnfitItem(f"the server answered {answer.status}")
+
+
+def content(answer: Any, limit: int) -> bytes:
+    """The body of an answer, read to its end. Raises as `check_status` and `bounded` do."""
+    try:
+        check_status(answer)
+        found = bounded(answer, limit, current.attempt.seconds)
+        answer.drain_conn()
+    finally:
+        answer.close()
+    return found
+
+
+def bounded(stream: Any, limit: int, seconds: float) -> bytes:
+    """All of a stream. Raises UnfitItem if it is longer than `limit` bytes, or takes longer."""
+    found, end = io.BytesIO(), time.monotonic() + seconds
+    while found.tell() <= limit and (piece := stream.read(_PIECE)):
+        found.write(piece)
+        if time.monotonic() > end:
+            raise UnfitItem(f"it was not there after {seconds} seconds")
+    if found.tell() > limit:
+        raise UnfitItem(f"it has more than {limit / 1e6:g} MB (--max-image-mb)")
+    return found.getvalue()
+
+
+@cache
+def _pool() -> Any:
+    """The connection pool of all threads."""
+    from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, Timeout
+    from urllib3.connection import HTTPConnection, HTTPSConnection
+
+    class Plain(HTTPConnectionPool):
+        class ConnectionCls(HTTPConnection):
+            response_class = TimedResponse
+
+    class Secure(HTTPSConnectionPool):
+        class ConnectionCls(HTTPSConnection):
+            response_class = TimedResponse
+
+    pool = PoolManager(
+        maxsize=_CONNECTIONS,
+        timeout=Timeout(connect=_CONNECT_SECONDS, read=READ_SECONDS),
+        retries=False,
+    )
+    pool.pool_classes_by_scheme = {"http": Plain, "https": Secure}
+    return pool

@@ -1,0 +1,125 @@
+"""Lists, tables and shards on web servers."""
+
+import io
+import re
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from server.bulk.inputs.items import UnfitItem
+from server.bulk.inputs.timed import Attempt, current
+from server.bulk.inputs.web import READ_SECONDS, Later, asked, check_status
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+_PIECE = 4 * 2**20  # bytes asked for at once
+_STREAMED = 2**16  # bytes read at once of a server that gives no ranges
+_SECONDS = 600  # for a piece
+_RANGE, _EMPTY = re.compile(r"bytes (\d+)-(\d+)/(\d+)"), "bytes */0"
+_CHANGED = "it changed while it was read"
+
+
+def opened(url: str) -> io.BufferedReader:
+    """Open a file on a web server to read. Asks for nothing yet."""
+    return io.BufferedReader(_WebFile(url), _PIECE)
+
+
+class _WebFile(io.RawIOBase):
+    """A file that is read in ranges, all of one version; from a server that gives none, from its
+    start to its end.
+
+    Reading raises UnfitItem, also if the file changed or is shorter than its server said.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url, self._at = url, 0
+        self._size: int | None = None
+        self._version: tuple[object, ...] = ()
+        self._stream: Any = None  # the answer of a server that gives no ranges
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def seekable(self) -> bool:
+        return True
+
+    @override
+    def tell(self) -> int:
+        return self._at
+
+    @override
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END and self._size is None:
+            self._ranged(1)  # tells the size
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size or 0}[whence]
+        if self._stream is not None and (whence == io.SEEK_END or start + offset != self._at):
+            raise UnfitItem("its server gives no parts of it: download the file")
+        self._at = start + offset
+        return self._at
+
+    @override
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        view = memoryview(buffer).cast("B")
+        piece = self._ranged(len(view)) if self._stream is None else b""
+        if self._stream is not None:
+            piece = self._streamed(min(len(view), _STREAMED))
+        view[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+    def _ranged(self, size: int) -> bytes:
+        """Some of the next bytes, at least one before the end; none if `_stream` has them."""
+        if self._size is not None:
+            size = min(size, self._size - self._at)
+        if size <= 0:
+            return b""
+        asking = {"Range": f"bytes={self._at}-{self._at + size - 1}", "Accept-Encoding": "identity"}
+        attempt = Attempt(_SECONDS, READ_SECONDS)
+        return asked(self._url, lambda answer: self._taken(answer, size), attempt, asking)
+
+    def _taken(self, answer: Any, size: int) -> bytes:
+        known, told = self._size is not None, str(answer.headers.get("Content-Range", ""))
+        if answer.status == 200 and not known and not self._at:
+            self._stream = answer
+            return b""
+        with closing(answer):
+            if answer.status == 416 and told == _EMPTY and not known:
+                self._size = 0
+                return b""
+            if answer.status == 416 and known:
+                raise UnfitItem(_CHANGED)
+            if answer.status != 206:
+                check_status(answer)
+                raise Later("the server gave all of it in place of a part")
+            if (given := _RANGE.fullmatch(told)) is None:
+                raise UnfitItem("its server does not say how large it is: download the file")
+            first, last, total = map(int, given.groups())
+            if first != self._at or not first <= last < first + size:
+                raise UnfitItem("its server gives other parts than it is asked for: download it")
+            version = total, answer.headers.get("ETag"), answer.headers.get("Last-Modified")
+            if known and version != self._version:
+                raise UnfitItem(_CHANGED)
+            found = bytes(answer.read(last - first + 2, decode_content=False))
+            if len(found) != last - first + 1:
+                raise Later("the server gave more or less than it said")
+        self._size, self._version = total, version
+        return found
+
+    def _streamed(self, size: int) -> bytes:
+        from urllib3.exceptions import HTTPError
+
+        current.attempt = Attempt(_SECONDS, READ_SECONDS)
+        try:
+            return bytes(self._stream.read(size, decode_content=True))
+        except HTTPError as cause:
+            raise UnfitItem(f"the server gave no whole answer: {cause}") from cause
+
+    @override
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        super().close()
