@@ -63,7 +63,7 @@ class Site:
 @pytest.fixture
 def site(monkeypatch):
     monkeypatch.setattr(web, "_LONGEST_WAIT", 0.01)
-    monkeypatch.setattr(web_files, "_PIECE", 10_000)
+    monkeypatch.setattr(web_files, "_AHEAD", 10_000)
     made = Site()
 
     class Handler(http.server.BaseHTTPRequestHandler):

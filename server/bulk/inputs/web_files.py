@@ -14,8 +14,8 @@ from server.bulk.inputs.web import READ_SECONDS, Later, asked, check_status
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-_PIECE = 4 * 2**20  # bytes asked for at once
-_STREAMED = 2**16  # bytes read at once of a server that gives no ranges
+_AHEAD = 4 * 2**20  # bytes asked for at once where the last ones ended
+_LEAST = 2**16  # bytes asked for at once elsewhere, and read at once if there are no ranges
 _SECONDS = 600  # for a piece
 _RANGE, _EMPTY = re.compile(r"bytes (\d+)-(\d+)/(\d+)"), "bytes */0"
 _CHANGED = "it changed while it was read"
@@ -23,7 +23,7 @@ _CHANGED = "it changed while it was read"
 
 def opened(url: str) -> io.BufferedReader:
     """Open a file on a web server to read. Asks for nothing yet."""
-    return io.BufferedReader(_WebFile(url), _PIECE)
+    return io.BufferedReader(_WebFile(url), _LEAST)
 
 
 class _WebFile(io.RawIOBase):
@@ -35,6 +35,7 @@ class _WebFile(io.RawIOBase):
 
     def __init__(self, url: str) -> None:
         self._url, self._at = url, 0
+        self._first, self._read = 0, b""  # what was read last, and where it began
         self._size: int | None = None
         self._version: tuple[object, ...] = ()
         self._stream: Any = None  # the answer of a server that gives no ranges
@@ -54,7 +55,7 @@ class _WebFile(io.RawIOBase):
     @override
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_END and self._size is None:
-            self._ranged(1)  # tells the size
+            self._part(1)  # tells the size
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size or 0}[whence]
         if self._stream is not None and (whence == io.SEEK_END or start + offset != self._at):
             raise UnfitItem("its server gives no parts of it: download the file")
@@ -64,14 +65,20 @@ class _WebFile(io.RawIOBase):
     @override
     def readinto(self, buffer: "WriteableBuffer") -> int:
         view = memoryview(buffer).cast("B")
-        piece = self._ranged(len(view)) if self._stream is None else b""
-        if self._stream is not None:
-            piece = self._streamed(min(len(view), _STREAMED))
+        end = self._first + len(self._read)
+        if self._stream is None and not self._first <= self._at < end:
+            size = _AHEAD if self._at == end else max(_LEAST, len(view))
+            self._first, self._read = self._at, self._part(size)
+        if self._stream is None:
+            start = self._at - self._first
+            piece = self._read[start : start + len(view)]
+        else:
+            piece = self._streamed(min(len(view), _LEAST))
         view[: len(piece)] = piece
         self._at += len(piece)
         return len(piece)
 
-    def _ranged(self, size: int) -> bytes:
+    def _part(self, size: int) -> bytes:
         """Some of the next bytes, at least one before the end; none if `_stream` has them."""
         if self._size is not None:
             size = min(size, self._size - self._at)
