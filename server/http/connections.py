@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from tornado.iostream import IOStream
 
+from server.fairness.fair_queue import FairQueue
 from server.fairness.token_buckets import TokenBuckets
 
 
@@ -20,9 +21,11 @@ class Connections:
     pages: TokenBuckets
     late: dict[IOStream, None] = field(default_factory=dict)
     unread: dict[IOStream, None] = field(default_factory=dict)
-    _turns: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _turns: FairQueue = field(default_factory=lambda: FairQueue(1))
 
-    async def turn(self) -> None:
-        """Wait for a turn of the event loop that no other caller has."""
-        async with self._turns:
-            await asyncio.sleep(0)
+    async def turn(self, client: str) -> None:
+        """Wait for a turn of the event loop that no other request has; clients take turns, so that
+        one with many requests at once delays another by one of them.
+        """
+        await self._turns.take(client)
+        asyncio.get_running_loop().call_soon(self._turns.give, client)

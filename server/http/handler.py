@@ -175,6 +175,7 @@ class Handler(tornado.web.RequestHandler):
     async def paced(self, pages: float = 1) -> None:
         """Apply the client's rate limit for non-caption requests. pages: cost of this one."""
         await self.held_back(self._spend(self.client, pages))
+        await self.connections.turn(self.client)
 
     def _spend(self, client: str, pages: float = 1) -> float:
         """Charge pages, and the parsing of the head; returns the seconds that the client owes."""
@@ -192,7 +193,7 @@ class Handler(tornado.web.RequestHandler):
         late[stream] = None  # may be closed for a new connection
         try:
             await asyncio.sleep(wait)
-            await self.connections.turn()
+            await self.connections.turn(self.client)
         finally:
             late.pop(stream, None)
 

@@ -29,7 +29,6 @@ EVENTS = "text/event-stream"
 _DRAINED = 20  # times the body limit: read and dropped of a refused body, at most
 _FREE = 256 * 1024  # bytes of each body without a rate limit: most images are no larger
 _STEP_SECONDS = 0.02  # shorter waits are left to later chunks
-_LARGE = 2**20  # bytes of a body that has a turn of the event loop to itself
 _CLIENT_GONE = 499, "Client Closed Request"  # in the access log alone
 _WHOLE, _LENGTH = re.compile(r"[0-9]+"), re.compile(r"[0-9]{1,15}")  # of a Content-Length
 
@@ -185,8 +184,7 @@ class IntakeHandler(Handler):
         self._task = asyncio.current_task()
         await self.held_back(self.service.rates.owed(self.client))
         self.service.check_room(self.client)
-        if len(self._body) > _LARGE:  # several may be complete at once, and are copied
-            await self.connections.turn()
+        await self.connections.turn(self.client)
         body = bytes(self._body)
         self._body = bytearray()
         await self.serve(body)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from server.images.fetch import Fetcher
 
 _LARGE = 256 * 1024  # bytes above which images are hashed on a thread: a third of a millisecond
+_HIT = 2  # pages that a cached caption counts as: its image was read, and hashed
 Images = list[bytes] | str  # encoded, one or one per frame; or the URL of one
 
 
@@ -214,7 +215,7 @@ class Service:
             found = await cache.get(key, make)
             if not made:
                 self.metrics.cache_hits.labels(model.name).inc()
-                wait = self.rates.pages.spend(origin.client, 1)
+                wait = self.rates.pages.spend(origin.client, _HIT)
                 if not model.admission.alone(origin.client):  # else it delays nobody's captions
                     await asyncio.sleep(wait)
         yield found

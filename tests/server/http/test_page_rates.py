@@ -1,5 +1,6 @@
 """Pages, health and the like: how often a client may ask for what is no caption."""
 
+import asyncio
 import contextlib
 import socket
 import time
@@ -12,6 +13,8 @@ from tornado.iostream import IOStream
 
 from server.http import held_connections, pages
 from server.http.app import make_ops_app
+from server.http.connections import Connections
+from server.service import client_rates
 from tests.support.fakes import fake_engine
 from tests.support.live import fetch, png, serve, until
 
@@ -229,3 +232,20 @@ def test_preflights_are_paced_as_pages_are():
         start = time.perf_counter()
         assert live.request("OPTIONS", "/caption", Origin="https://a.example").status == 204
         assert time.perf_counter() - start > 0.3
+
+
+def test_many_requests_at_once_delay_those_of_another_client_by_one():
+    async def run() -> list[str]:
+        connections, came = Connections(client_rates.pages()), []
+
+        async def ask(client: str) -> None:
+            await connections.turn(client)
+            came.append(client)
+
+        tasks = [asyncio.ensure_future(ask(client)) for client in ["a"] * 100 + ["b"] * 2]
+        await asyncio.gather(*tasks)
+        return came
+
+    came = asyncio.run(run())
+    assert len(came) == 102
+    assert sorted(place for place, client in enumerate(came) if client == "b")[1] <= 5
