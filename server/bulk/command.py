@@ -67,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
             counts = run(args, options, given, output)
         _tell_skipped(given, counts)
     except (VignetteError, RunFailed, OSError) as error:  # not of a single image
-        print(f"error: {error}", file=sys.stderr)
+        unnamed = isinstance(error, OSError) and error.errno and not error.filename
+        print(f"error: {args.output}: {error}" if unnamed else f"error: {error}", file=sys.stderr)
         return 1
     except sqlite3.Error as error:
         print(

@@ -1,15 +1,18 @@
 """What can't be meant is told before anything is opened, and an interrupt is no error."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from unittest.mock import Mock
 
 import pytest
 
 import vignette
+from server.bulk import command
 from server.bulk.command import main
 from server.bulk.inputs.lists import Columns, ListFile
 from server.bulk.progress import Progress
@@ -38,6 +41,14 @@ def test_a_flag_that_can_not_be_meant_is_a_usage_error(flags, complaint, capfd):
         main(["nowhere", *flags])
     assert ended.value.code == 2
     assert complaint in capfd.readouterr().err
+
+
+def test_a_full_disk_is_told_with_the_output_on_it(tmp_path, monkeypatch, capfd):
+    (tmp_path / "list.txt").write_text("a.png\n")
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(command, "open_output", full)
+    assert main([str(tmp_path / "list.txt"), "--output", "captions.csv"]) == 1
+    assert capfd.readouterr().err == "error: captions.csv: [Errno 28] No space left on device\n"
 
 
 def test_a_closed_standard_input_is_a_usage_error(monkeypatch, capfd):

@@ -121,7 +121,7 @@ class ListFile:
     def _check(self, there: Iterable[str]) -> None:
         there = list(there)
         if not there:
-            raise NoColumn(f"{self.path} is empty: it has not even a line with names of columns")
+            raise NoColumn(f"{self.path} has no first line with names of columns")
         for flag, name in (
             ("--column", self._image),
             ("--prompt-column", self.columns.prompt),
