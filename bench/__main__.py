@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.common import machine
+from bench.common.machine import about
 from bench.common.settings import QUICK, SHAPE, TOKENS, Settings
 from bench.load import apache
 from bench.report import page
@@ -25,12 +25,14 @@ from bench.sections import (
     bulk,
     cluster,
     front_ends,
+    http,
     images,
     offline,
     open_loop,
     profile,
     protocols,
     rival,
+    roofline,
     scaling,
     scheduling,
     scores,
@@ -59,7 +61,7 @@ def _alone(measure: Callable[[Settings], dict[str, Any]]) -> Section:
 
 SECTIONS: dict[str, Section] = {
     "images": _alone(images.measure),
-    "roofline": _alone(machine.measure),
+    "roofline": _alone(roofline.measure),
     "profile": _alone(profile.measure),
     "batches": _alone(batches.measure),
     "offline": lambda settings, done: offline.measure(settings, done.get("batches", {})),
@@ -69,7 +71,7 @@ SECTIONS: dict[str, Section] = {
     "scores": _alone(scores.measure),
     "ablation": _alone(ablation.measure),
     "scheduling": _alone(scheduling.measure),
-    "http": _alone(apache.measure),
+    "http": _alone(http.measure),
     "service": _alone(service.measure),
     "protocols": _alone(protocols.measure),
     "cluster": _alone(cluster.measure),
@@ -77,7 +79,7 @@ SECTIONS: dict[str, Section] = {
     "front_ends": _alone(front_ends.measure),
     "open_loop": lambda settings, done: open_loop.measure(settings, _known_rates(done)),
 }
-BASELINE = _alone(partial(apache.measure, only_baselines=True))
+BASELINE = _alone(partial(http.measure, only_baselines=True))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -101,12 +103,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     started = time.time()
-    about = machine.about() | {
+    described = about() | {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": args.called or shlex.join(["vignette", "bench", *given]),
         "work": f"{SHAPE} with random weights, {TOKENS} new tokens a caption",
     }
-    results: dict[str, Any] = {"about": about, "sections": {}}
+    results: dict[str, Any] = {"about": described, "sections": {}}
     for name in args.sections:
         section = BASELINE if args.baseline and name == "http" else SECTIONS[name]
         print(f"== {name}", flush=True)
@@ -115,9 +117,9 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:  # any exception: the other sections are still worth having
             traceback.print_exc()
             results["sections"][name] = {"failed": f"{type(error).__name__}: {error}"}
-        about["seconds"] = time.time() - started
+        described["seconds"] = time.time() - started
         page.write(results, args.output)
-    print(f"{args.output / page.PAGE}: {about['seconds'] / 60:.1f} minutes")
+    print(f"{args.output / page.PAGE}: {described['seconds'] / 60:.1f} minutes")
     unequal = results["sections"].get("offline", {}).get("tokens_equal") is False
     return int(_failed(results["sections"]) or unequal)
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from bench.common import calls
-from bench.common.machine import encoder_work, step_bytes
 from bench.common.settings import TOKENS, Settings
 from bench.common.timing import median_s, pictures
+from bench.common.work import encoder_work, step_bytes
 from bench.cuda.extent import BEAMS, Extent
 from bench.load import arrivals
 from bench.load.apache import AB_MISSING

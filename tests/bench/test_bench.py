@@ -15,7 +15,7 @@ from bench.contestants import servers as contestants
 from bench.cuda.verdicts import table, verdicts
 from bench.load import apache
 from bench.report.page import write
-from bench.sections import offline, open_loop
+from bench.sections import http, offline, open_loop
 from bench.sections.scores import tenths, told_apart
 from export.pictures import generated
 from export.random_weights import from_config
@@ -144,7 +144,7 @@ def test_a_contestant_that_does_not_start_is_reported_and_the_rest_goes_on(tmp_p
     from tqdm import tqdm
 
     with tqdm(disable=True) as progress:
-        [run] = apache._contestant(broken, Settings(), tmp_path, b"", progress)
+        [run] = http._contestant(broken, Settings(), tmp_path, b"", progress)
     assert run["contestant"] == "broken"
     assert "no model" in run["failed"]
 
@@ -156,7 +156,7 @@ def test_apachebench_measures_a_running_server(tmp_path):
     )
     image = (SAMPLES / "owl.png").read_bytes()
     with contestants.running(ours, image) as url:
-        found = apache._ab(ours, url, 2, 6, tmp_path, image)
+        found = apache.run(ours, url, 2, 6, tmp_path, image)
     assert (found["answered"], found["errors"]) == (6, 0)
     assert len(found["times_ms"]) == 6
     assert found["times_ms"] == sorted(found["times_ms"])
