@@ -175,24 +175,24 @@ class Handler(tornado.web.RequestHandler):
     async def paced(self, pages: float = 1) -> None:
         """Apply the client's rate limit for non-caption requests. pages: cost of this one."""
         await self.held_back(self._spend(self.client, pages))
-        await self.connections.turn(self.client)
 
     def _spend(self, client: str, pages: float = 1) -> float:
         """Charge pages, and the parsing of the head; returns the seconds that the client owes."""
         return self.connections.pages.spend(client, pages + self.stream.head)
 
     async def held_back(self, wait: float) -> None:
-        """Wait so many seconds; close the connection if too many are held back already."""
+        """Wait so many seconds, and for a turn of the event loop; close the connection if too many
+        are held back already.
+        """
         stream, late = self.stream, self.connections.late
-        if not wait:
-            return
-        if len(late) >= _LATE:
+        if wait and len(late) >= _LATE:
             stream.close()
             await asyncio.sleep(_LOOK_SECONDS)  # a request for captions is cancelled meanwhile
             return
-        late[stream] = None  # may be closed for a new connection
         try:
-            await asyncio.sleep(wait)
+            if wait:
+                late[stream] = None  # may be closed for a new connection
+                await asyncio.sleep(wait)
             await self.connections.turn(self.client)
         finally:
             late.pop(stream, None)

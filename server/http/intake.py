@@ -184,7 +184,6 @@ class IntakeHandler(Handler):
         self._task = asyncio.current_task()
         await self.held_back(self.service.rates.owed(self.client))
         self.service.check_room(self.client)
-        await self.connections.turn(self.client)
         body = bytes(self._body)
         self._body = bytearray()
         await self.serve(body)
