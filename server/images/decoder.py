@@ -62,12 +62,15 @@ _ERRORS = {kind.__name__: kind for kind in (InvalidImage, InvalidRequest, TooMan
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
+WHOLE = -1  # of a slot: all its frames
+
+
 class PixelSlot(NamedTuple):
-    """Where pixels go: a model's store, a slot of it by number, and a frame of that (-1: all)."""
+    """Where pixels go: a model's store, a slot of it by number, and a frame of that, or WHOLE."""
 
     model: int
     number: int
-    frame: int
+    frame: int = WHOLE
 
 
 @dataclass(frozen=True, slots=True)

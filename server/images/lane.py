@@ -44,7 +44,7 @@ class OutOfTime(Unfit):
     """An image used up its core seconds."""
 
 
-_NOWHERE = PixelSlot(0, 0, -1)  # for data that is no image
+_NOWHERE = PixelSlot(0, 0)  # for data that is no image
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from runtime.model.tokenizer import CaptionTokenizer
 from runtime.request import GenerationRequest, Priority, RequestOutput, SchedulingParams
 from server.fairness.slot_shares import SlotShares
 from server.images.clips import Clip
-from server.images.decoder import PixelSlot
+from server.images.decoder import WHOLE, PixelSlot
 from server.images.pool import ImageDecoders, ImageJob, Origin
 from server.ipc.deadline import until
 from server.ipc.messages import WorkerFacts, WorkerState
@@ -114,7 +114,7 @@ class Model:
             slot = await self._slot()
         jobs = [
             asyncio.create_task(self.decoders.decode(self._job(image, slot, frame, origin)))
-            for frame, image in enumerate(images, 0 if frames else -1)
+            for frame, image in enumerate(images, 0 if frames else WHOLE)
         ]
         try:
             started = time.perf_counter()

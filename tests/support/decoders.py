@@ -28,7 +28,7 @@ def job(image, slot=0, client="somebody", seconds=30.0, digest=""):
     origin = Origin(
         client, digest or hashlib.sha256(image).hexdigest(), time.perf_counter() + seconds
     )
-    return ImageJob(image, PixelSlot(0, slot, -1), origin)
+    return ImageJob(image, PixelSlot(0, slot), origin)
 
 
 def decode(decoders, image, slot=0, **options):

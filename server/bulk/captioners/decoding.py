@@ -67,7 +67,7 @@ class BulkDecoders:
             slot = self._store.take()
             try:
                 wall = 2 * self._seconds + 1
-                task = DecodeTask(PIXELS, image, self._seconds, wall, PixelSlot(0, slot, -1))
+                task = DecodeTask(PIXELS, image, self._seconds, wall, PixelSlot(0, slot))
                 await self._lane.ask("", task)
                 return self._store[slot].copy()
             finally:
