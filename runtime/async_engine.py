@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from functools import partial
 from weakref import WeakKeyDictionary, ref
 
@@ -71,13 +72,15 @@ class _Mailbox:
     def put(self, queue: "asyncio.Queue[_News]", news: _News) -> None:
         """Called on the stepping thread."""
         self._news.append((queue, news))
-        if not self._called and (loop := self._loop()) is not None:
-            self._called = True
-            try:
+        if self._called:
+            return
+        self._called = True
+        with suppress(RuntimeError):  # the loop is closed
+            if (loop := self._loop()) is not None:
                 loop.call_soon_threadsafe(self._deliver)
-            except RuntimeError:  # the loop is closed: no task waits
-                self._news.clear()
-                self._called = False
+                return
+        self._called = False
+        self._news.clear()  # no task waits
 
     def _deliver(self) -> None:
         self._called = False

@@ -8,6 +8,7 @@ any has none, also of an earlier run, 2 for a wrong argument, 130 if interrupted
 """
 
 import argparse
+import errno
 import logging
 import os
 import sqlite3
@@ -35,6 +36,7 @@ from server.bulk.run import BulkRun, CaptionSettings, Counts
 from server.requests.fields import CaptionFields, checked
 
 _SKIPPED = 5  # kinds of skipped files that are listed
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,8 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
             counts = run(args, options, given, output)
         _tell_skipped(given, counts)
     except (VignetteError, RunFailed, OSError) as error:  # not of a single image
-        unnamed = isinstance(error, OSError) and error.errno and not error.filename
-        print(f"error: {args.output}: {error}" if unnamed else f"error: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in _OF_DISKS and not error.filename
+        print(f"error: {args.output}: {error}" if full else f"error: {error}", file=sys.stderr)
         return 1
     except sqlite3.Error as error:
         print(

@@ -23,7 +23,7 @@ from server.http.handler import as_json
 from server.http.intake import EVENTS, IntakeHandler
 from server.images import clips
 from server.images.clips import Clip
-from server.protocols.errors import answer_to
+from server.protocols.errors import SERVER_FAULTS, answer_to
 from server.protocols.streams import text_deltas
 from server.requests.fields import CaptionFields
 from server.requests.multipart_body import media_type, read_form
@@ -93,7 +93,9 @@ class CaptionHandler(IntakeHandler):
             for image, prompt in zip(wanted.images, prompts, strict=True)
         )
         errors = [result.error.code for result in results if isinstance(result, ErrorAnswer)]
-        if len(errors) == len(results):
+        if ours := [code for code in errors if code in SERVER_FAULTS]:
+            self.code = ours[0]  # it counts as that, even if other images have captions
+        elif len(errors) == len(results):
             self.code = errors[0]
         await self.held_back(self.service.rates.refusals.spend(self.client, len(errors)))
         texts = []
@@ -127,8 +129,6 @@ class CaptionHandler(IntakeHandler):
         except VignetteError as error:
             self.log_exception(type(error), error, error.__traceback__)
             answer = answer_to(error)
-            if answer.status == 500:  # it counts as that, even if the others have captions
-                self.code = answer.code
             return ErrorAnswer(ErrorDetail(answer.code, answer.message or str(error)))
         return self._answer(model, caption, started)
 

@@ -181,8 +181,8 @@ class Handler(tornado.web.RequestHandler):
         return self.connections.pages.spend(client, pages + self.stream.head)
 
     async def held_back(self, wait: float) -> None:
-        """Wait so many seconds, and for a turn of the event loop; close the connection if too many
-        are held back already.
+        """Wait so many seconds, maybe none, and for a turn of the event loop; close the connection
+        if too many wait for seconds already.
         """
         stream, late = self.stream, self.connections.late
         if wait and len(late) >= _LATE:
@@ -193,7 +193,7 @@ class Handler(tornado.web.RequestHandler):
             if wait:
                 late[stream] = None  # may be closed for a new connection
                 await asyncio.sleep(wait)
-            await self.connections.turn(self.client)
+            await self.connections.turns.take(self.client)
         finally:
             late.pop(stream, None)
 

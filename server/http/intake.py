@@ -235,7 +235,9 @@ class IntakeHandler(Handler):
             self.service.count(self.model_name, self.key, code)
             if self.service.tracer is not None:
                 stages = {} if self.timing is None else self.timing.stages
-                span = f"{self.request.method} {plain(self.request.path or '', _PATH)}"
+                method = self.request.method
+                known = method if method in self.SUPPORTED_METHODS else "HTTP"
+                span = f"{known} {plain(self.request.path or '', _PATH)}"
                 headers = self.request.headers
                 self.service.tracer.record(
                     span, headers, code, stages, self.request.request_time(), self.request_id

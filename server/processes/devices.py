@@ -12,7 +12,7 @@ from server.settings import Settings
 def devices_of_workers(settings: Settings) -> list[str]:
     """CUDA_VISIBLE_DEVICES for each worker of a model: the GPUs in turn; empty on the CPU.
 
-    Raises ProviderError if a GPU was asked for and the driver can't be.
+    Raises ProviderError if NVIDIA's driver can't be asked for the GPUs that the settings want.
     """
     gpus: list[Gpu] = []
     if settings.provider in NVIDIA:

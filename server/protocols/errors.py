@@ -61,6 +61,7 @@ ERRORS: dict[type[Exception], ErrorStatus] = {
     Expired: ErrorStatus(504, "deadline_exceeded"),
 }
 INTERNAL = ErrorStatus(500, "internal", "an error of ours; it was logged")
+SERVER_FAULTS = {answer.code for answer in (*ERRORS.values(), INTERNAL) if answer.status == 500}
 
 
 def answer_to(error: BaseException) -> ErrorStatus:

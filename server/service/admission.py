@@ -132,7 +132,7 @@ class Admission:
 
     def alone(self, client: str) -> bool:
         """Whether no other client came within the last minute."""
-        return self._recent.within(_OLD_SECONDS) == {client}
+        return self._recent.within(_OLD_SECONDS) <= {client}
 
     def _check_room(self, client: str) -> None:
         if self.inside >= self._most:

@@ -1,6 +1,8 @@
 """Lists, tables and shards of web servers: whole and of one version, or an error that says why."""
 
+import base64
 import contextlib
+import gzip
 import http.server
 import io
 import re
@@ -129,7 +131,10 @@ def test_a_part_that_may_come_later_is_asked_for_again(site):
         (lambda site: site.headers.update({"Content-Range": "bytes 0-9/*"}), "download the file"),
         (lambda site: setattr(site, "ranges", False), "all of it in place of a part"),
         (lambda site: setattr(site, "failures", 9), "answered 503"),
-        (lambda site: site.headers.update({"Content-Length": "0"}), "more or less than it said"),
+        (
+            lambda site: site.headers.update({"Content-Length": "0", "Connection": "close"}),
+            "more or less than it said",
+        ),
     ],
 )
 def test_what_is_not_what_was_begun_is_no_part_of_it(site, after, message):
@@ -171,16 +176,50 @@ def test_a_shard_is_whole(site, ranges):
     assert [item.image for item in found] == [n.to_bytes(2, "big") * 350 for n in range(200)]
 
 
-def test_a_name_and_password_in_a_url_are_told_to_its_server_alone(site):
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [("a%40b:c%3Ad", "a@b:c:d"), ("token", "token:"), ("%C3%A9:%E2%82%AC", "é:€")],
+)
+def test_a_name_and_password_in_a_url_are_told_to_its_server_alone(site, given, sent):
     told = []
-    site.answer = lambda handler: (
-        told.append(handler.headers.get("Authorization")),
-        site._send(handler, 200, b"a.png\n", {}),
-    )
-    url = site.url.replace("http://", "http://a%40b:c@")
-    [item] = items(parts([f"{url}/list.txt"], Columns(), 10**7))
-    assert told == ["Basic YUBiOmM="]
-    assert item.image.endswith("/a.png")
+
+    def answer(handler):
+        told.append((handler.path, handler.headers.get("Authorization")))
+        onward = {"/list.txt": f"{site.url}/there", "/there": f"{elsewhere}/other"}
+        if handler.path in onward:
+            site._send(handler, 302, b"", {"Location": onward[handler.path]})
+        else:
+            site._send(handler, 200, b"a.png\n", {})
+
+    site.answer, elsewhere = answer, site.url.replace("127.0.0.1", "localhost")
+    url = site.url.replace("http://", f"http://{given}@")
+    [_] = items(parts([f"{url}/list.txt"], Columns(), 10**7))
+    basic = "Basic " + base64.b64encode(sent.encode()).decode()
+    assert told == [("/list.txt", basic), ("/there", basic), ("/other", None)]
+
+
+def test_parts_come_from_where_the_first_led_until_that_expires(site):
+    site.files["/signed"] = LIST
+    plain, led = site.answer, []
+
+    def answer(handler):
+        led.append(handler.path)
+        if handler.path == "/list.csv":
+            site._send(handler, 302, b"", {"Location": "/signed"})
+        elif len(led) % 5 == 0:
+            site._send(handler, 403, b"", {})
+        else:
+            plain(handler)
+
+    site.answer = answer
+    assert read(site) == (named(), None)
+    assert 1 < led.count("/list.csv") < led.count("/signed") / 2
+
+
+def test_a_file_that_its_server_packs_is_unpacked(site):
+    site.files["/list.csv"] = gzip.compress(LIST)
+    site.headers["Content-Encoding"] = "gzip"
+    assert read(site) == (named(), None)
 
 
 def test_a_file_that_is_not_there_is_told(site):

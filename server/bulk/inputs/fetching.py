@@ -32,7 +32,9 @@ def is_relative(location: str) -> bool:
 
 
 def opened(location: str) -> AbstractContextManager[BinaryIO]:
-    """Open a path or URL to read. Raises OSError, NoWay, and what its file system raises."""
+    """Open a path or URL to read. Raises OSError, NoWay, and what its file system raises; so does
+    reading, and UnfitItem for a file of a web server.
+    """
     if not is_url(location):
         return Path(location).open("rb")
     if location.startswith(WEB):

@@ -2,6 +2,7 @@
 
 import io
 import time
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -27,14 +28,14 @@ class Later(UnfitItem):
 
 def asked(
     url: str,
-    read: Callable[[Any], _T],
+    read: Callable[[Any, str], _T],
     attempt: Attempt,
     headers: Mapping[str, str] | None = None,
 ) -> _T:
     """What `read` makes of the answer of a web server, redirects followed.
 
-    read: reads the answer, or keeps it; tried again after `Later`, and if the connection breaks
-    off. attempt: the first; each further one has as long. headers: of the request.
+    read: reads or keeps the answer of a URL; tried again after `Later`, and if the connection
+    breaks off. attempt: the first; each further one has as long. headers: of the request.
 
     Raises UnfitItem, what `read` raises, and NoWay.
     """
@@ -60,21 +61,24 @@ def asked(
     return attempts(lambda: _asked(url, read, replace(attempt), headers or {}))
 
 
-def _asked(url: str, read: Callable[[Any], _T], attempt: Attempt, headers: Mapping[str, str]) -> _T:
+def _asked(
+    url: str, read: Callable[[Any, str], _T], attempt: Attempt, headers: Mapping[str, str]
+) -> _T:
     from urllib3.exceptions import HTTPError, LocationValueError
 
-    current.attempt = attempt
+    current.attempt, given = attempt, url
     if attempt.over.is_set():
         raise UnfitItem("it is not wanted any more")
     try:
         for _ in range(1 + _REDIRECTS):
+            asks = _headers(url, given, headers)
             answer = _pool().request(
-                "GET", url, headers=_headers(url, headers), redirect=False, preload_content=False
+                "GET", url, headers=asks, redirect=False, preload_content=False
             )
             try:
                 onward = answer.get_redirect_location()
                 if not onward:
-                    return read(answer)
+                    return read(answer, url)
                 url = urljoin(url, onward)
             except BaseException:
                 answer.close()
@@ -89,12 +93,17 @@ def _asked(url: str, read: Callable[[Any], _T], attempt: Attempt, headers: Mappi
     raise UnfitItem(f"the server led elsewhere more than {_REDIRECTS} times")
 
 
-def _headers(url: str, headers: Mapping[str, str]) -> dict[str, str]:
-    from urllib3.util import make_headers, parse_url
+def _headers(url: str, given: str, headers: Mapping[str, str]) -> dict[str, str]:
+    """Headers for a URL. given: the first one, whose name and password its server gets alone."""
+    from urllib3.util import parse_url
 
-    name = parse_url(url).auth
-    known = make_headers(basic_auth=unquote(name)) if name else {}
-    return {"User-Agent": "vignette", **known, **headers}
+    found = {"User-Agent": "vignette", **headers}
+    asked, first = parse_url(url), parse_url(given)
+    own = (asked.scheme, asked.host, asked.port) == (first.scheme, first.host, first.port)
+    if auth := asked.auth or (first.auth if own else None):
+        name, _, password = map(unquote, auth.partition(":"))
+        found["Authorization"] = f"Basic {b64encode(f'{name}:{password}'.encode()).decode()}"
+    return found
 
 
 def check_status(answer: Any) -> None:
@@ -105,7 +114,7 @@ def check_status(answer: Any) -> None:
         raise UnfitItem(f"the server answered {answer.status}")
 
 
-def content(answer: Any, limit: int) -> bytes:
+def content(answer: Any, url: str, limit: int) -> bytes:
     """The body of an answer, read to its end. Raises as `check_status` and `bounded` do."""
     try:
         check_status(answer)

@@ -3,6 +3,8 @@
 import io
 import re
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 _AHEAD = 4 * 2**20  # bytes asked for at once where the last ones ended
-_LEAST = 2**16  # bytes asked for at once elsewhere, and read at once if there are no ranges
+_LEAST, _MOST = 2**16, 2**25  # bytes asked for at once elsewhere
+_PIECE = 2**16  # bytes read at once if there are no ranges
 _SECONDS = 600  # for a piece
 _RANGE, _EMPTY = re.compile(r"bytes (\d+)-(\d+)/(\d+)"), "bytes */0"
 _CHANGED = "it changed while it was read"
@@ -23,7 +26,11 @@ _CHANGED = "it changed while it was read"
 
 def opened(url: str) -> io.BufferedReader:
     """Open a file on a web server to read. Asks for nothing yet."""
-    return io.BufferedReader(_WebFile(url), _LEAST)
+    return io.BufferedReader(_WebFile(url), _PIECE)
+
+
+class _Packed(Exception):
+    """A part is one of the packed file (Content-Encoding), whose bytes are not the file's."""
 
 
 class _WebFile(io.RawIOBase):
@@ -34,7 +41,8 @@ class _WebFile(io.RawIOBase):
     """
 
     def __init__(self, url: str) -> None:
-        self._url, self._at = url, 0
+        self._given = self._url = url  # redirects lead elsewhere
+        self._at = 0
         self._first, self._read = 0, b""  # what was read last, and where it began
         self._size: int | None = None
         self._version: tuple[object, ...] = ()
@@ -67,13 +75,13 @@ class _WebFile(io.RawIOBase):
         view = memoryview(buffer).cast("B")
         end = self._first + len(self._read)
         if self._stream is None and not self._first <= self._at < end:
-            size = _AHEAD if self._at == end else max(_LEAST, len(view))
+            size = _AHEAD if self._at == end else min(_MOST, max(_LEAST, len(view)))
             self._first, self._read = self._at, self._part(size)
         if self._stream is None:
             start = self._at - self._first
             piece = self._read[start : start + len(view)]
         else:
-            piece = self._streamed(min(len(view), _LEAST))
+            piece = self._streamed(min(len(view), _PIECE))
         view[: len(piece)] = piece
         self._at += len(piece)
         return len(piece)
@@ -84,11 +92,20 @@ class _WebFile(io.RawIOBase):
             size = min(size, self._size - self._at)
         if size <= 0:
             return b""
-        asking = {"Range": f"bytes={self._at}-{self._at + size - 1}", "Accept-Encoding": "identity"}
-        attempt = Attempt(_SECONDS, READ_SECONDS)
-        return asked(self._url, lambda answer: self._taken(answer, size), attempt, asking)
+        headers = {"Accept-Encoding": "identity"}
+        ranged = headers | {"Range": f"bytes={self._at}-{self._at + size - 1}"}
+        attempt, taken = Attempt(_SECONDS, READ_SECONDS), partial(self._taken, size=size)
+        try:
+            return asked(self._url, taken, attempt, ranged)
+        except _Packed:
+            return asked(self._url, taken, replace(attempt), headers)
+        except UnfitItem:
+            if self._url == self._given:
+                raise
+            self._url = self._given  # what it leads to may have expired
+            return asked(self._url, taken, replace(attempt), ranged)
 
-    def _taken(self, answer: Any, size: int) -> bytes:
+    def _taken(self, answer: Any, url: str, size: int) -> bytes:
         known, told = self._size is not None, str(answer.headers.get("Content-Range", ""))
         if answer.status == 200 and not known and not self._at:
             self._stream = answer
@@ -104,6 +121,8 @@ class _WebFile(io.RawIOBase):
                 raise Later("the server gave all of it in place of a part")
             if (given := _RANGE.fullmatch(told)) is None:
                 raise UnfitItem("its server does not say how large it is: download the file")
+            if answer.headers.get("Content-Encoding", "identity") != "identity" and not known:
+                raise _Packed
             first, last, total = map(int, given.groups())
             if first != self._at or not first <= last < first + size:
                 raise UnfitItem("its server gives other parts than it is asked for: download it")
@@ -113,7 +132,7 @@ class _WebFile(io.RawIOBase):
             found = bytes(answer.read(last - first + 2, decode_content=False))
             if len(found) != last - first + 1:
                 raise Later("the server gave more or less than it said")
-        self._size, self._version = total, version
+        self._size, self._version, self._url = total, version, url
         return found
 
     def _streamed(self, size: int) -> bytes:

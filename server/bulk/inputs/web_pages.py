@@ -59,13 +59,13 @@ class WebPages:
         return url
 
 
-def _text(answer: Any) -> str:
+def _text(answer: Any, url: str) -> str:
     """A web page, or nothing for what is none."""
     kind, _, parameters = str(answer.headers.get("Content-Type", _PAGES[0])).partition(";")
     if answer.status == 200 and kind.strip().lower() not in _PAGES:
         answer.close()
         return ""
-    page = content(answer, _PAGE)
+    page = content(answer, url, _PAGE)
     charset = parameters.lower().partition("charset=")[2].strip(" \"'")
     try:
         return page.decode(charset if _CHARSETS.match(charset) else "utf-8", "replace")

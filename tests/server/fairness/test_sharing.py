@@ -158,23 +158,29 @@ def test_all_frames_of_a_request_make_room_at_once():
     admission.state, admission.slots = State.READY, 2
     ended = []
 
-    async def wait(request: Slow) -> None:
+    async def frame(request: Slow) -> None:
         try:
             async with admission.aside(request):
                 await asyncio.Event().wait()
         except QueueFull:
             ended.append(request)
 
+    async def wait(request: Slow) -> None:
+        with admission.enter(request.client):
+            await asyncio.gather(*(frame(request) for _ in range(3)))
+
     async def run():
         requests = [Slow("a", number) for number in range(16)]
         requests += [Slow("b", number) for number in range(10)]
         requests += [Slow("c", number) for number in range(6)]
-        tasks = [asyncio.ensure_future(wait(request)) for request in requests for _ in range(3)]
-        await asyncio.sleep(0)
-        assert admission.accepted == admission.inside + 32
-        async with admission.aside(Slow("d", 0)):
-            await asyncio.sleep(0.01)
-            assert ended == 3 * [Slow("a", 15)]
+        tasks = [asyncio.ensure_future(wait(request)) for request in requests]
+        await asyncio.sleep(0.01)
+        assert (admission.inside, admission.accepted) == (0, 32)
+        with admission.enter("d"):
+            async with admission.aside(Slow("d", 0)):
+                await asyncio.sleep(0.01)
+                assert ended == 3 * [Slow("a", 15)]
+                assert (admission.inside, admission.accepted) == (0, 32)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

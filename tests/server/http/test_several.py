@@ -89,7 +89,11 @@ def test_a_failure_of_the_engine_is_logged_and_counted_though_others_have_captio
         assert reply.status == 200
         assert "caption" in reply.json["results"][0]
         assert reply.json["results"][1]["error"]["code"] == "engine_failed"
-        assert live.metric('vignette_requests_total{outcome="engine_failed"}') == 1
+        reply = ask(live, images=[in_base64(b"GIF"), in_base64(png((7, 7, 7)))])
+        assert [e["error"]["code"] for e in reply.json["results"]] == [
+            "invalid_image", "engine_failed",
+        ]  # fmt: skip
+        assert live.metric('vignette_requests_total{outcome="engine_failed"}') == 2
     assert "engine_failed" in caplog.text
 
 

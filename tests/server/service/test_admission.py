@@ -145,6 +145,8 @@ def test_who_asks_for_one_model_takes_no_share_of_another_s_queue():
             with second.enter("y"):
                 clock.now += 1
         assert first.alone("x")
+        clock.now += 100
+        assert first.alone("x")
     first.failing = second.failing = True
     with pytest.raises(NotServing):
         Service.check_room(service, "z")
