@@ -90,7 +90,7 @@ def test_what_is_not_wanted_any_more_is_not_waited_for(what, slow):
 def test_a_redirect_is_followed_without_its_body(slow):
     for _ in range(2):
         assert fetching.fetch(f"{slow}/redirected", 10**6) == OWL
-    with pytest.raises(UnfitItem, match="led elsewhere more than 5 times"):
+    with pytest.raises(UnfitItem, match="led elsewhere more than 10 times"):
         fetching.fetch(f"{slow}/around", 10**6)
 
 

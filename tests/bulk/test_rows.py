@@ -95,6 +95,16 @@ def test_large_parquet_rows_come_one_at_a_time(tmp_path, monkeypatch):
     assert max(offsets) < 8 * 4  # of one row, not of eight
 
 
+def test_parts_of_a_table_that_is_another_now_are_not_read(tmp_path):
+    path = tmp_path / "list.parquet"
+    pa.parquet.write_table(pa.table({"image": ["a.png"] * 6}), path, row_group_size=3)
+    first, second = ListFile(str(path), Columns()).parts()
+    assert len(list(first.items())) == 3
+    pa.parquet.write_table(pa.table({"image": ["b.png"] * 12}), path, row_group_size=3)
+    with pytest.raises(OSError, match="it changed while it was read"):
+        list(second.items())
+
+
 def test_a_parquet_row_group_is_not_read_whole(tmp_path):
     table = pa.table({"image": [os.urandom(100_000) for _ in range(300)]})
     path, read = tmp_path / "list.parquet", []

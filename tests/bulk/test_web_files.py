@@ -138,7 +138,7 @@ def test_a_part_that_may_come_later_is_asked_for_again(site):
     ],
 )
 def test_what_is_not_what_was_begun_is_no_part_of_it(site, after, message):
-    site.headers["ETag"] = '"a"'
+    site.headers |= {"ETag": '"a"', "Last-Modified": "then"}
     site.change = lambda: len(site.asked) > 3 and after(site)
     found, wrong = read(site)
     assert found == named(len(found)) and 0 < len(found) < ROWS
@@ -216,9 +216,64 @@ def test_parts_come_from_where_the_first_led_until_that_expires(site):
     assert 1 < led.count("/list.csv") < led.count("/signed") / 2
 
 
-def test_a_file_that_its_server_packs_is_unpacked(site):
-    site.files["/list.csv"] = gzip.compress(LIST)
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_file_that_its_server_packs_is_unpacked_to_its_end(site, ranges):
+    site.files["/list.csv"], site.ranges = gzip.compress(LIST), ranges
     site.headers["Content-Encoding"] = "gzip"
+    assert read(site) == (named(), None)
+    site.files["/list.csv"] = site.files["/list.csv"][:5_000]
+    found, wrong = read(site)
+    assert found == named(len(found)) and "gave no whole answer" in wrong
+
+
+@pytest.mark.parametrize("status", [400, 416, 501])
+def test_a_server_that_refuses_a_range_is_asked_for_all(site, status):
+    plain = site.answer
+
+    def answer(handler):
+        if "Range" in handler.headers:
+            site._send(handler, status, b"", {})
+        else:
+            plain(handler)
+
+    site.answer = answer
+    assert read(site) == (named(), None)
+
+
+def test_a_file_that_breaks_off_is_not_whole(site):
+    site.ranges = False
+    site.headers |= {"Content-Length": str(len(LIST) + 9), "Connection": "close"}
+    found, wrong = read(site)
+    assert found == named() and "gave no whole answer" in wrong
+
+
+def test_rows_come_as_their_server_makes_them(site):
+    made = threading.Event()
+
+    def answer(handler):
+        handler.send_response(200)
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        handler.wfile.write(b"image\na.png\nb.png\n")
+        made.wait(20)
+        handler.wfile.write(b"c.png\n")
+
+    site.answer = answer
+    found = items(parts([f"{site.url}/list.txt"], Columns(), 10**7))
+    first = next(found).image
+    made.set()
+    assert [first.rpartition("/")[2], *(i.image.rpartition("/")[2] for i in found)] == [
+        "image", "a.png", "b.png", "c.png",
+    ]  # fmt: skip
+
+
+def test_servers_may_tell_less_of_a_version_now_and_then(site):
+    def change():
+        site.headers = {"ETag": 'W/"a"' if len(site.asked) % 2 else '"a"'}
+        if len(site.asked) % 3 == 0:
+            site.headers = {"Last-Modified": "Sat, 28 Nov 2026 12:00:00 GMT"}
+
+    site.change = change
     assert read(site) == (named(), None)
 
 

@@ -17,11 +17,13 @@ from server.bulk.inputs.rows import (
     IMAGE,
     BrokenRow,
     Rows,
+    Table,
     csv_rows,
     json_rows,
     lines,
     parquet,
     parquet_rows,
+    table_of,
 )
 
 _LONGEST_CELL = 2**16  # characters of a path, prompt or id
@@ -44,13 +46,15 @@ class Columns:
 class ListFile:
     """A list: .txt (a path or URL a line), .csv, .jsonl or .parquet; "-" is standard input as .txt.
 
-    Paths are relative to the list's folder. part: the only row group to read of a Parquet file.
+    Paths are relative to the list's folder. part: the only row group to read of a Parquet file;
+    table: what that was like when it was taken apart.
     with_folder: names begin with that folder, as other lists may name images that are called alike.
     """
 
     path: str
     columns: Columns
     part: int | None = None
+    table: Table | None = None
     with_folder: bool = False
 
     suffixes: ClassVar = (".txt", ".csv", ".jsonl", ".parquet")
@@ -81,8 +85,8 @@ class ListFile:
         if not self._is(".parquet"):
             return [self]
         with opened(self.path) as stream:
-            count = parquet().ParquetFile(stream).num_row_groups
-        return [replace(self, part=group) for group in range(count)]
+            table = table_of(parquet().ParquetFile(stream))
+        return [replace(self, part=group, table=table) for group in range(table.groups)]
 
     def _rows(self) -> Rows:
         """Numbered rows by column; a BrokenRow for one that can't be read."""
@@ -98,7 +102,7 @@ class ListFile:
             buffered: Any = stream if has else io.BufferedReader(stream)
             if self._is(".parquet"):
                 wanted = [n for n in (self._image, self.columns.prompt, self.columns.id) if n]
-                yield from parquet_rows(stream, self._check, wanted, self.part)
+                yield from parquet_rows(stream, self._check, wanted, self.part, self.table)
             elif self._is(".csv"):
                 yield from csv_rows(buffered, self._check)
             elif self._is(".jsonl"):

@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime.errors import VignetteError
 from server.bulk.inputs.items import NoWay
@@ -83,12 +83,35 @@ def csv_rows(stream: Any, check: Check) -> Rows:
                 yield number, BrokenRow(str(error))
 
 
+class Table(NamedTuple):
+    """What tells one Parquet file from another: rows, row groups, and bytes of its metadata."""
+
+    rows: int
+    groups: int
+    metadata: int
+
+
+def table_of(file: Any) -> Table:
+    """What a `ParquetFile` is like."""
+    known = file.metadata
+    return Table(known.num_rows, known.num_row_groups, known.serialized_size)
+
+
 def parquet_rows(
-    stream: Any, check: Check, columns: Sequence[str], part: int | None = None
+    stream: Any,
+    check: Check,
+    columns: Sequence[str],
+    part: int | None = None,
+    table: Table | None = None,
 ) -> Rows:
-    """Rows of Parquet. part: the only row group to read."""
+    """Rows of Parquet. part: the only row group to read. table: what the file is to be like.
+
+    Raises OSError for another file, and if rows can't be read.
+    """
     # By default a row group's columns are read whole, and it may be the whole file.
     file = parquet().ParquetFile(stream, pre_buffer=False, buffer_size=_PIECE)
+    if table is not None and table_of(file) != table:
+        raise OSError("it changed while it was read")
     check(file.schema_arrow.names)
     groups = range(file.num_row_groups) if part is None else [part]
     number = ends = sum(file.metadata.row_group(g).num_rows for g in range(part or 0))

@@ -15,7 +15,7 @@ from server.bulk.inputs.timed import Attempt, TimedResponse, current
 WEB = ("http://", "https://")
 _ATTEMPTS, _LONGEST_WAIT = 4, 20  # for each answer; seconds between attempts
 _CONNECT_SECONDS, READ_SECONDS = 10, 30
-_CONNECTIONS, _REDIRECTS = 64, 5
+_CONNECTIONS, _REDIRECTS = 64, 10
 _PIECE = 2**20
 _LATER = (408, 425, 429)  # statuses below 500 that are retried
 

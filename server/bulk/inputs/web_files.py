@@ -2,16 +2,18 @@
 
 import io
 import re
+import zlib
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from gzip import GzipFile
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
 from server.bulk.inputs.items import UnfitItem
 from server.bulk.inputs.timed import Attempt, current
-from server.bulk.inputs.web import READ_SECONDS, Later, asked, check_status
+from server.bulk.inputs.web import Later, asked, check_status
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -19,9 +21,10 @@ if TYPE_CHECKING:
 _AHEAD = 4 * 2**20  # bytes asked for at once where the last ones ended
 _LEAST, _MOST = 2**16, 2**25  # bytes asked for at once elsewhere
 _PIECE = 2**16  # bytes read at once if there are no ranges
-_SECONDS = 600  # for a piece
+_SECONDS, _SILENCE = 600, 120  # for a piece, and between two of its bytes
 _RANGE, _EMPTY = re.compile(r"bytes (\d+)-(\d+)/(\d+)"), "bytes */0"
-_CHANGED = "it changed while it was read"
+_NO_RANGES = (400, 416, 501)  # answers to ranges, of some servers that give none
+_CHANGED = "it changed while it was read, or its servers differ"
 
 
 def opened(url: str) -> io.BufferedReader:
@@ -29,8 +32,8 @@ def opened(url: str) -> io.BufferedReader:
     return io.BufferedReader(_WebFile(url), _PIECE)
 
 
-class _Packed(Exception):
-    """A part is one of the packed file (Content-Encoding), whose bytes are not the file's."""
+class _NoRanges(Exception):
+    """There are no parts of the file, or only those of it packed (Content-Encoding)."""
 
 
 class _WebFile(io.RawIOBase):
@@ -46,7 +49,8 @@ class _WebFile(io.RawIOBase):
         self._first, self._read = 0, b""  # what was read last, and where it began
         self._size: int | None = None
         self._version: tuple[object, ...] = ()
-        self._stream: Any = None  # the answer of a server that gives no ranges
+        self._answer: Any = None  # of a server that gives no ranges
+        self._stream: Any = None  # its content
 
     @override
     def readable(self) -> bool:
@@ -94,40 +98,47 @@ class _WebFile(io.RawIOBase):
             return b""
         headers = {"Accept-Encoding": "identity"}
         ranged = headers | {"Range": f"bytes={self._at}-{self._at + size - 1}"}
-        attempt, taken = Attempt(_SECONDS, READ_SECONDS), partial(self._taken, size=size)
+        attempt, taken = Attempt(_SECONDS, _SILENCE), partial(self._taken, size=size)
         try:
             return asked(self._url, taken, attempt, ranged)
-        except _Packed:
-            return asked(self._url, taken, replace(attempt), headers)
+        except _NoRanges:
+            return asked(self._url, partial(self._taken, size=None), replace(attempt), headers)
         except UnfitItem:
             if self._url == self._given:
                 raise
             self._url = self._given  # what it leads to may have expired
             return asked(self._url, taken, replace(attempt), ranged)
 
-    def _taken(self, answer: Any, url: str, size: int) -> bytes:
+    def _taken(self, answer: Any, url: str, size: int | None) -> bytes:
+        """Take an answer. size: of the part that was asked for; None: all was."""
         known, told = self._size is not None, str(answer.headers.get("Content-Range", ""))
+        packed = answer.headers.get("Content-Encoding", "identity")
         if answer.status == 200 and not known and not self._at:
-            self._stream = answer
+            self._answer = self._stream = answer
+            if packed.lower() in ("gzip", "x-gzip"):  # urllib3 would not notice that it is cut
+                answer.decode_content = False
+                self._stream = GzipFile(fileobj=answer, mode="rb")
             return b""
         with closing(answer):
             if answer.status == 416 and told == _EMPTY and not known:
                 self._size = 0
                 return b""
+            unfit = answer.status in _NO_RANGES or (answer.status == 206 and packed != "identity")
+            if unfit and not known and size is not None:
+                raise _NoRanges
             if answer.status == 416 and known:
                 raise UnfitItem(_CHANGED)
-            if answer.status != 206:
+            if answer.status != 206 or size is None:
                 check_status(answer)
                 raise Later("the server gave all of it in place of a part")
             if (given := _RANGE.fullmatch(told)) is None:
                 raise UnfitItem("its server does not say how large it is: download the file")
-            if answer.headers.get("Content-Encoding", "identity") != "identity" and not known:
-                raise _Packed
             first, last, total = map(int, given.groups())
             if first != self._at or not first <= last < first + size:
                 raise UnfitItem("its server gives other parts than it is asked for: download it")
-            version = total, answer.headers.get("ETag"), answer.headers.get("Last-Modified")
-            if known and version != self._version:
+            tag = answer.headers.get("ETag")
+            version = total, tag and tag.removeprefix("W/"), answer.headers.get("Last-Modified")
+            if known and _differ(version, self._version):
                 raise UnfitItem(_CHANGED)
             found = bytes(answer.read(last - first + 2, decode_content=False))
             if len(found) != last - first + 1:
@@ -138,14 +149,20 @@ class _WebFile(io.RawIOBase):
     def _streamed(self, size: int) -> bytes:
         from urllib3.exceptions import HTTPError
 
-        current.attempt = Attempt(_SECONDS, READ_SECONDS)
+        current.attempt = Attempt(_SECONDS, _SILENCE)
         try:
-            return bytes(self._stream.read(size, decode_content=True))
-        except HTTPError as cause:
+            return bytes(self._stream.read1(size))  # what is there: it may be in the making
+        except (HTTPError, OSError, EOFError, zlib.error) as cause:
             raise UnfitItem(f"the server gave no whole answer: {cause}") from cause
 
     @override
     def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
+        if self._answer is not None:
+            self._answer.close()
         super().close()
+
+
+def _differ(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
+    """Whether two answers tell of different versions; some servers leave out what others tell."""
+    pairs = zip(one, other, strict=True)
+    return any(a != b for a, b in pairs if a is not None and b is not None)
