@@ -198,6 +198,24 @@ def test_a_name_and_password_in_a_url_are_told_to_its_server_alone(site, given, 
     assert told == [("/list.txt", basic), ("/there", basic), ("/other", None)]
 
 
+def test_a_file_behind_a_name_and_password_is_read_where_it_led(site):
+    site.files["/there.csv"], plain = LIST, site.answer
+
+    def answer(handler):
+        if handler.headers.get("Authorization") is None:
+            site._send(handler, 401, b"", {})
+        elif handler.path == "/list.csv":
+            site._send(handler, 302, b"", {"Location": f"{site.url}/there.csv"})
+        else:
+            plain(handler)
+
+    site.answer = answer
+    given = site.url.replace("http://", "http://a:b@")
+    found = list(items(parts([f"{given}/list.csv"], Columns(id="id"), 10**7)))
+    assert [item.id for item in found] == named()
+    assert len(site.asked) == -(-len(LIST) // 10_000)
+
+
 def test_parts_come_from_where_the_first_led_until_that_expires(site):
     site.files["/signed"] = LIST
     plain, led = site.answer, []

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any, TypeVar
-from urllib.parse import unquote, urljoin
+from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
 from server.bulk.inputs.items import NoWay, UnfitItem
 from server.bulk.inputs.timed import Attempt, TimedResponse, current
@@ -66,12 +66,12 @@ def _asked(
 ) -> _T:
     from urllib3.exceptions import HTTPError, LocationValueError
 
-    current.attempt, given = attempt, url
+    current.attempt = attempt
     if attempt.over.is_set():
         raise UnfitItem("it is not wanted any more")
     try:
         for _ in range(1 + _REDIRECTS):
-            asks = _headers(url, given, headers)
+            asks = {"User-Agent": "vignette", **_authorization(url), **headers}
             answer = _pool().request(
                 "GET", url, headers=asks, redirect=False, preload_content=False
             )
@@ -79,7 +79,7 @@ def _asked(
                 onward = answer.get_redirect_location()
                 if not onward:
                     return read(answer, url)
-                url = urljoin(url, onward)
+                url = _led(url, onward)
             except BaseException:
                 answer.close()
                 raise
@@ -93,17 +93,22 @@ def _asked(
     raise UnfitItem(f"the server led elsewhere more than {_REDIRECTS} times")
 
 
-def _headers(url: str, given: str, headers: Mapping[str, str]) -> dict[str, str]:
-    """Headers for a URL. given: the first one, whose name and password its server gets alone."""
-    from urllib3.util import parse_url
+def _authorization(url: str) -> dict[str, str]:
+    """The header for the name and password in a URL, if there are any."""
+    known = urlsplit(url).netloc.rpartition("@")[0]
+    name, _, password = map(unquote, known.partition(":"))
+    basic = b64encode(f"{name}:{password}".encode()).decode()
+    return {"Authorization": f"Basic {basic}"} if known else {}
 
-    found = {"User-Agent": "vignette", **headers}
-    asked, first = parse_url(url), parse_url(given)
-    own = (asked.scheme, asked.host, asked.port) == (first.scheme, first.host, first.port)
-    if auth := asked.auth or (first.auth if own else None):
-        name, _, password = map(unquote, auth.partition(":"))
-        found["Authorization"] = f"Basic {b64encode(f'{name}:{password}'.encode()).decode()}"
-    return found
+
+def _led(url: str, onward: str) -> str:
+    """Where a redirect leads, with the name and password in `url` if it is to the same server."""
+    there = urljoin(url, onward)
+    one, other = urlsplit(url), urlsplit(there)
+    known, _, host = one.netloc.rpartition("@")
+    if known and (one.scheme, host) == (other.scheme, other.netloc):
+        there = urlunsplit(other._replace(netloc=one.netloc))
+    return there
 
 
 def check_status(answer: Any) -> None:
