@@ -210,6 +210,24 @@ def _pages(port: int) -> None:
             pass
 
 
+def _bursts(port: int) -> None:
+    """A page on each of a hundred open connections at the same moment, three times."""
+    with contextlib.ExitStack() as clients:
+        asking = [
+            clients.enter_context(
+                socket.create_connection(("127.0.0.1", port), source_address=_ELSEWHERE)
+            )
+            for _ in range(100)
+        ]
+        for _ in range(3):
+            for client in asking:
+                client.settimeout(60)
+                client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            for client in asking:
+                client.recv(2**16)
+            time.sleep(1)
+
+
 def _ahead(port: int) -> None:
     """Refused requests by the thousand, from a client that leaves after the first answer."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as client:
@@ -262,6 +280,7 @@ _BY_HAND: dict[str, Callable[[int], object]] = {
     "slow clips": _slow_clip,
     "broken giants": _broken_giant,
     "pages": _pages,
+    "bursts": _bursts,
     "ahead": _ahead,
     "resets": _resets,
     "crowd": _crowd,

@@ -102,11 +102,12 @@ def _short(names: list[str], long: bool) -> Verdict:
 
 
 def content_types(long: bool) -> Verdict:
-    """Heads, boundaries and forms that are slow to parse, pages by the dozen, requests sent
-    ahead by the thousand, bodies in single bytes.
+    """Heads, boundaries and forms that are slow to parse, pages by the dozen and by the hundred at
+    once, requests sent ahead by the thousand, bodies in single bytes.
     """
     names = ["boundary", "parameters", "form", "tiny chunks", "accept", "slow heads", "pages"]
-    names += ["ahead", "queries", "trickled", "dripped", "dripped through a proxy", "heads"]
+    names += ["bursts", "ahead", "queries", "trickled", "dripped", "dripped through a proxy"]
+    names += ["heads"]
     return _short(names, long)
 
 
