@@ -125,7 +125,7 @@ class ListFile:
     def _check(self, there: Iterable[str]) -> None:
         there = list(there)
         if not there:
-            raise NoColumn(f"{self.path} has no first line with names of columns")
+            raise NoColumn(f"{self.path} is empty, or its first line is, which names its columns")
         for flag, name in (
             ("--column", self._image),
             ("--prompt-column", self.columns.prompt),
