@@ -266,14 +266,14 @@ def test_a_file_that_breaks_off_is_not_whole(site):
 
 
 def test_rows_come_as_their_server_makes_them(site):
-    made = threading.Event()
+    made, waited = threading.Event(), []
 
     def answer(handler):
         handler.send_response(200)
         handler.send_header("Connection", "close")
         handler.end_headers()
         handler.wfile.write(b"image\na.png\nb.png\n")
-        made.wait(20)
+        waited.append(made.wait(20))
         handler.wfile.write(b"c.png\n")
 
     site.answer = answer
@@ -283,6 +283,20 @@ def test_rows_come_as_their_server_makes_them(site):
     assert [first.rpartition("/")[2], *(i.image.rpartition("/")[2] for i in found)] == [
         "image", "a.png", "b.png", "c.png",
     ]  # fmt: skip
+    assert waited == [True]
+
+
+@pytest.mark.parametrize("encoding", ["aws-chunked", "Identity", ""])
+def test_encodings_that_pack_nothing_leave_the_parts(site, encoding):
+    site.headers["Content-Encoding"] = encoding
+    assert read(site) == (named(), None)
+    assert len(site.asked) > 1
+
+
+def test_a_part_that_tells_nothing_of_a_version_does_not_hide_another(site):
+    tags = iter([{"ETag": '"a"'}, {}, *[{"ETag": '"b"'}] * 99])
+    site.change = lambda: setattr(site, "headers", next(tags))
+    assert "it changed while" in read(site)[1]
 
 
 def test_servers_may_tell_less_of_a_version_now_and_then(site):

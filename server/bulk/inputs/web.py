@@ -22,6 +22,10 @@ _LATER = (408, 425, 429)  # statuses below 500 that are retried
 _T = TypeVar("_T")
 
 
+class Refused(UnfitItem):
+    """The server does not give it."""
+
+
 class Later(UnfitItem):
     """The server may deliver it later."""
 
@@ -64,7 +68,7 @@ def asked(
 def _asked(
     url: str, read: Callable[[Any, str], _T], attempt: Attempt, headers: Mapping[str, str]
 ) -> _T:
-    from urllib3.exceptions import HTTPError, LocationValueError
+    from urllib3.exceptions import HTTPError
 
     current.attempt = attempt
     if attempt.over.is_set():
@@ -84,7 +88,7 @@ def _asked(
                 answer.close()
                 raise
             answer.close()
-    except LocationValueError as cause:
+    except ValueError as cause:  # a malformed URL, here or where it leads
         raise UnfitItem(f"the server can't be asked: {cause}") from cause
     except HTTPError as cause:
         if time.monotonic() >= attempt.end:
@@ -112,11 +116,11 @@ def _led(url: str, onward: str) -> str:
 
 
 def check_status(answer: Any) -> None:
-    """Raise Later or UnfitItem unless an answer is 200."""
+    """Raise Later or Refused unless an answer is 200."""
     if answer.status in _LATER or answer.status >= 500:
         raise Later(f"the server answered {answer.status}")
     if answer.status != 200:
-        raise UnfitItem(f"the server answered {answer.status}")
+        raise Refused(f"the server answered {answer.status}")
 
 
 def content(answer: Any, url: str, limit: int) -> bytes:

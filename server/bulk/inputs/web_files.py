@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from server.bulk.inputs.items import UnfitItem
 from server.bulk.inputs.timed import Attempt, current
-from server.bulk.inputs.web import Later, asked, check_status
+from server.bulk.inputs.web import Later, Refused, asked, check_status
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -24,6 +24,8 @@ _PIECE = 2**16  # bytes read at once if there are no ranges
 _SECONDS, _SILENCE = 600, 120  # for a piece, and between two of its bytes
 _RANGE, _EMPTY = re.compile(r"bytes (\d+)-(\d+)/(\d+)"), "bytes */0"
 _NO_RANGES = (400, 416, 501)  # answers to ranges, of some servers that give none
+_PACKED = {"gzip", "x-gzip", "deflate", "br", "zstd", "compress"}  # other encodings pack nothing
+_SHARDS = (".gz", ".tgz")  # which are packed, whatever their server calls it
 _CHANGED = "it changed while it was read, or its servers differ"
 
 
@@ -48,7 +50,7 @@ class _WebFile(io.RawIOBase):
         self._at = 0
         self._first, self._read = 0, b""  # what was read last, and where it began
         self._size: int | None = None
-        self._version: tuple[object, ...] = ()
+        self._version: tuple[object, ...] = (None, None, None)  # size, ETag, Last-Modified
         self._answer: Any = None  # of a server that gives no ranges
         self._stream: Any = None  # its content
 
@@ -103,7 +105,7 @@ class _WebFile(io.RawIOBase):
             return asked(self._url, taken, attempt, ranged)
         except _NoRanges:
             return asked(self._url, partial(self._taken, size=None), replace(attempt), headers)
-        except UnfitItem:
+        except Refused:
             if self._url == self._given:
                 raise
             self._url = self._given  # what it leads to may have expired
@@ -111,39 +113,41 @@ class _WebFile(io.RawIOBase):
 
     def _taken(self, answer: Any, url: str, size: int | None) -> bytes:
         """Take an answer. size: of the part that was asked for; None: all was."""
-        known, told = self._size is not None, str(answer.headers.get("Content-Range", ""))
-        packed = answer.headers.get("Content-Encoding", "identity")
+        known, part = self._size is not None, str(answer.headers.get("Content-Range", ""))
+        encodings = str(answer.headers.get("Content-Encoding", "")).lower().split(",")
+        packed = _PACKED.intersection(encoding.strip() for encoding in encodings)
         if answer.status == 200 and not known and not self._at:
             self._answer = self._stream = answer
-            if packed.lower() in ("gzip", "x-gzip"):  # urllib3 would not notice that it is cut
+            if packed and packed <= {"gzip", "x-gzip"}:  # urllib3 would not notice that it is cut
                 answer.decode_content = False
                 self._stream = GzipFile(fileobj=answer, mode="rb")
             return b""
         with closing(answer):
-            if answer.status == 416 and told == _EMPTY and not known:
+            if answer.status == 416 and part == _EMPTY and not known:
                 self._size = 0
                 return b""
-            unfit = answer.status in _NO_RANGES or (answer.status == 206 and packed != "identity")
-            if unfit and not known and size is not None:
+            unfit = answer.status == 206 and packed and not self._given.endswith(_SHARDS)
+            if (unfit or answer.status in _NO_RANGES) and not known and size is not None:
                 raise _NoRanges
             if answer.status == 416 and known:
                 raise UnfitItem(_CHANGED)
             if answer.status != 206 or size is None:
                 check_status(answer)
                 raise Later("the server gave all of it in place of a part")
-            if (given := _RANGE.fullmatch(told)) is None:
+            if (given := _RANGE.fullmatch(part)) is None:
                 raise UnfitItem("its server does not say how large it is: download the file")
             first, last, total = map(int, given.groups())
             if first != self._at or not first <= last < first + size:
                 raise UnfitItem("its server gives other parts than it is asked for: download it")
             tag = answer.headers.get("ETag")
-            version = total, tag and tag.removeprefix("W/"), answer.headers.get("Last-Modified")
-            if known and _differ(version, self._version):
+            told = total, tag and tag.removeprefix("W/"), answer.headers.get("Last-Modified")
+            if _differ(told, self._version):
                 raise UnfitItem(_CHANGED)
             found = bytes(answer.read(last - first + 2, decode_content=False))
             if len(found) != last - first + 1:
                 raise Later("the server gave more or less than it said")
-        self._size, self._version, self._url = total, version, url
+        self._version = tuple(new or old for new, old in zip(told, self._version, strict=True))
+        self._size, self._url = total, url
         return found
 
     def _streamed(self, size: int) -> bytes:
@@ -151,7 +155,7 @@ class _WebFile(io.RawIOBase):
 
         current.attempt = Attempt(_SECONDS, _SILENCE)
         try:
-            return bytes(self._stream.read1(size))  # what is there: it may be in the making
+            return bytes(self._stream.read1(size))  # what is there, unless it is packed
         except (HTTPError, OSError, EOFError, zlib.error) as cause:
             raise UnfitItem(f"the server gave no whole answer: {cause}") from cause
 
