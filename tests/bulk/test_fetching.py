@@ -14,6 +14,7 @@ import pytest
 from server.bulk.inputs import fetching, web
 from server.bulk.inputs.items import UnfitItem
 from tests.support.paths import SAMPLES
+from tests.support.web_servers import served
 
 OWL = (SAMPLES / "owl.png").read_bytes()
 
@@ -60,15 +61,8 @@ def slow():
                 self.wfile.write(piece)
                 time.sleep(pause)
 
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with served(Handler) as url:
+        yield url
 
 
 @pytest.mark.parametrize("what", ["body", "head", "continues"])

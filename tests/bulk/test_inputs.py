@@ -23,6 +23,7 @@ from server.bulk.inputs.items import UnfitItem
 from server.bulk.inputs.lists import Columns, ListFile, NoColumn
 from server.bulk.inputs.parts import NoImages, items, parts, split
 from tests.support.paths import SAMPLES
+from tests.support.web_servers import served
 
 OWL = (SAMPLES / "owl.png").read_bytes()
 
@@ -232,14 +233,8 @@ def site():
             with contextlib.suppress(OSError):  # a client that has read enough hangs up
                 self.wfile.write(OWL if self.path == "/owl.png" else b"x" * 10**7)
 
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    server.server_close()
+    with served(Handler) as url:
+        yield url, asked
 
 
 def test_what_may_work_later_is_tried_again(site, monkeypatch):

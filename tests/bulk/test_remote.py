@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -23,6 +23,7 @@ from server.bulk.inputs.parts import items, parts
 from server.service import keys
 from tests.support.fakes import fake_engine, gated
 from tests.support.live import serve, small_images, until
+from tests.support.web_servers import served
 
 FAKE = {"model": "fake", "engine": "fake", "precision": "fake"}
 SAID = {"caption": "a dog", "finish_reason": "stop", "score": -1.0, "engine": "fake fake"}
@@ -41,16 +42,6 @@ def outcomes_of(service, files, prompt=None, **sampling) -> dict:
         )
         outcomes = {each.item.id: each.error or each.captions[0].caption for each in found}
     return {file: outcomes[str(file)] for file in files}
-
-
-@contextlib.contextmanager
-def served(kind):
-    """A service of that kind; yields its URL."""
-    quiet = type("Quiet", (kind,), {"log_message": lambda *_: None})
-    with ThreadingHTTPServer(("127.0.0.1", 0), quiet) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 def test_each_file_gets_its_caption(tmp_path):

@@ -15,6 +15,7 @@ from server.bulk.inputs import web, web_files
 from server.bulk.inputs.items import UnfitItem
 from server.bulk.inputs.lists import Columns
 from server.bulk.inputs.parts import items, parts
+from tests.support.web_servers import served
 
 ROWS = 3000
 LIST = b"image,id\n" + b"".join(b"https://x/%05d.png,row %d\n" % (n, n) for n in range(ROWS))
@@ -75,16 +76,8 @@ def site(monkeypatch):
             with contextlib.suppress(OSError):  # a client that has read enough hangs up
                 made.answer(self)
 
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    made.url = f"http://127.0.0.1:{server.server_port}"
-    yield made
-    server.shutdown()
-    server.server_close()
+    with served(Handler) as made.url:
+        yield made
 
 
 def read(site: Site, path: str = "/list.csv"):

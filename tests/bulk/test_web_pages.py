@@ -1,12 +1,12 @@
 """Images in the folders of web servers, whose pages write their links in many ways."""
 
 import http.server
-import threading
 from collections import Counter
 
 import pytest
 
 from server.bulk.inputs.folders import Files
+from tests.support.web_servers import served
 
 PAGES = {
     "/photos/": """<a href="..">Up</a> <a href="?C=N;O=D">Name</a> <a href="#top">Top</a>
@@ -44,14 +44,8 @@ def site():
             self.end_headers()
             self.wfile.write((found or "").replace("{host}", self.headers["Host"]).encode())
 
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with served(Handler) as url:
+        yield url
 
 
 def test_links_of_all_forms_below_the_folder_are_taken(site):

@@ -50,7 +50,7 @@ class _WebFile(io.RawIOBase):
         self._at = 0
         self._first, self._read = 0, b""  # what was read last, and where it began
         self._size: int | None = None
-        self._version: tuple[object, ...] = (None, None, None)  # size, ETag, Last-Modified
+        self._version: tuple[str | None, ...] = (None, None)  # ETag, Last-Modified
         self._answer: Any = None  # of a server that gives no ranges
         self._stream: Any = None  # its content
 
@@ -140,8 +140,8 @@ class _WebFile(io.RawIOBase):
             if first != self._at or not first <= last < first + size:
                 raise UnfitItem("its server gives other parts than it is asked for: download it")
             tag = answer.headers.get("ETag")
-            told = total, tag and tag.removeprefix("W/"), answer.headers.get("Last-Modified")
-            if _differ(told, self._version):
+            told = tag and tag.removeprefix("W/"), answer.headers.get("Last-Modified")
+            if (known and total != self._size) or _differ(told, self._version):
                 raise UnfitItem(_CHANGED)
             found = bytes(answer.read(last - first + 2, decode_content=False))
             if len(found) != last - first + 1:
@@ -166,7 +166,7 @@ class _WebFile(io.RawIOBase):
         super().close()
 
 
-def _differ(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
+def _differ(one: tuple[str | None, ...], other: tuple[str | None, ...]) -> bool:
     """Whether two answers tell of different versions; some servers leave out what others tell."""
     pairs = zip(one, other, strict=True)
     return any(a != b for a, b in pairs if a is not None and b is not None)
